@@ -1,0 +1,48 @@
+# The three commands: `make sweep`, `make figures`, and adding a baseline (docs/adding-a-baseline.md).
+# Everything runs in .venv, which is made when it is first needed; Python 3.11 or 3.12 is all it takes.
+
+GRID ?= laptop
+ARGS ?=
+PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(if $(shell $(name) -c 'import sys; print(1 if (3, 11) <= sys.version_info < (3, 13) else "")' 2>/dev/null),$(name),)))
+BIN := .venv/bin
+
+.PHONY: setup sweep figures test test-slow test-slurm check bench
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; give one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# Train and evaluate what the grid is missing, fit, draw. Options go in ARGS: make sweep ARGS="--jobs 4"
+sweep: setup
+	$(BIN)/suite sweep $(GRID) $(ARGS)
+
+# The paper's figures from results/published and matching runs, the kernels' from results/bench, then those of the
+# grid, if it has any runs.
+figures: setup
+	$(BIN)/python -m analysis paper
+	$(BIN)/python -m analysis kernels
+	@if ls results/grids/$(GRID)/grid.json >/dev/null 2>&1; then $(BIN)/python -m analysis report --grid $(GRID) $(ARGS); \
+	else echo "figures of grid $(GRID): none yet; first: make sweep GRID=$(GRID)"; fi
+
+test: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n 2 -m 'not slow and not gpu and not slurm' $(ARGS)
+
+test-slow: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m slow $(ARGS)
+
+# Against the Slurm that answers `sinfo`; tests/slurm/cluster.py starts one on this host.
+test-slurm: setup
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m slurm tests/slurm $(ARGS)
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+# Training steps; with DATA_ROOT=path/to/eval, what evaluation takes beside the model, too.
+bench: setup
+	$(BIN)/suite bench $(ARGS)
+	$(if $(DATA_ROOT),$(BIN)/suite bench evaluate --data-root $(DATA_ROOT))

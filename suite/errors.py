@@ -1,0 +1,5 @@
+"""The one exception for a user's mistake: `suite` prints its single line and exits with code 2."""
+
+
+class UserError(Exception):
+    """Input that cannot be used; the message names the file, the field, the value and what is allowed."""
