@@ -1,0 +1,126 @@
+"""Weighted sums of table rows whose backward pass costs what was read, not what there is.
+
+    sink = RowGradients(table)                              # one per table, shared by all layers reading it
+    out_ND = embedding_bag(table_RD, indices_NS, weights_NS, sink)
+    out_ND.sum().backward()                                 # gradients of weights by autograd ...
+    rows_U, sums_UD = sink.merged()                         # ... and of the rows read, compact
+
+`embedding_dot` is the transposed reading, dots of rows with the bag's own vector (the first half of a PEER expert).
+Both read any float table (float64, float32, bfloat16, float16) with sums in float32 (float64 for float64),
+int64 indices, N = 0 or S = 0 included, and never make a table-sized tensor. Backward is deterministic: a stable
+sort by row, then sums in fixed order, no float atomics.
+
+Shapes: R table rows, D width, N bags, S rows read per bag, U unique rows.
+Source: `y = sum of softmax(score) * V` over the selected rows, "Memory Layers at Scale" (arXiv 2412.09764), eq. 1.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels import dispatch
+from kernels.embedding_bag import reference
+from kernels.embedding_bag.gradients import RowGradients
+from kernels.embedding_bag.reference import Groups, group_by_row
+
+__all__ = ["Groups", "RowGradients", "embedding_bag", "embedding_dot", "group_by_row"]
+
+
+def embedding_bag(
+    table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, sink: RowGradients, backend: str | None = None
+) -> Tensor:
+    """out_ND[n] = sum over s of weights[n, s] * table[indices[n, s]], in the table's dtype.
+
+    indices int64 in [0, R); weights any float dtype. Autograd gives the weights' gradient in their dtype; the
+    rows' gradients go to `sink` (and table_RD.grad stays None). A bag may hold a row more than once.
+    """
+    groups = _groups(table_RD, indices_NS, sink)
+    return _Bag.apply(table_RD, indices_NS, weights_NS, sink, groups, _implementation(table_RD, backend))
+
+
+def embedding_dot(
+    table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor, sink: RowGradients, backend: str | None = None
+) -> Tensor:
+    """dots_NS[n, s] = <table[indices[n, s]], x[n]>, in float32 (float64 for a float64 table).
+
+    Autograd gives the gradient of x in its dtype; the rows' gradients go to `sink`.
+    """
+    groups = _groups(table_RD, indices_NS, sink)
+    return _Dot.apply(table_RD, indices_NS, x_ND, sink, groups, _implementation(table_RD, backend))
+
+
+def _implementation(table_RD: Tensor, backend: str | None) -> ModuleType:
+    if dispatch.choose(table_RD.device, backend) == "torch":
+        return reference
+    return importlib.import_module("kernels.embedding_bag.triton")
+
+
+def _groups(table_RD: Tensor, indices_NS: Tensor, sink: RowGradients) -> Groups | None:
+    """What the backward pass will need; nothing when there will be none."""
+    return sink.groups(indices_NS) if torch.is_grad_enabled() and table_RD.requires_grad else None
+
+
+# The table is kept on ctx by itself, not saved for backward: a later layer's replay may advance other rows in place
+# before this layer's backward pass, which a version check would mistake for a change of the rows read here.
+
+
+class _Bag(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        table_RD: Tensor,
+        indices_NS: Tensor,
+        weights_NS: Tensor,
+        sink: RowGradients,
+        groups: Groups | None,
+        ops: ModuleType,
+    ) -> Tensor:
+        ctx.table, ctx.sink, ctx.groups, ctx.ops = table_RD.detach(), sink, groups, ops
+        ctx.save_for_backward(indices_NS, weights_NS)
+        return ops.bag(ctx.table, indices_NS, weights_NS, table_RD.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
+        indices_NS, weights_NS = ctx.saved_tensors
+        grad_NS = None
+        if ctx.needs_input_grad[2]:
+            grad_NS = ctx.ops.dots(ctx.table, indices_NS, grad_ND).to(weights_NS.dtype)
+        if ctx.groups is not None:
+            sums_UD = ctx.ops.row_sums(grad_ND, weights_NS, ctx.groups, ctx.sink.dtype)
+            ctx.sink.add(ctx.groups.rows_U, sums_UD)
+        return None, None, grad_NS, None, None, None
+
+
+class _Dot(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        table_RD: Tensor,
+        indices_NS: Tensor,
+        x_ND: Tensor,
+        sink: RowGradients,
+        groups: Groups | None,
+        ops: ModuleType,
+    ) -> Tensor:
+        ctx.table, ctx.sink, ctx.groups, ctx.ops = table_RD.detach(), sink, groups, ops
+        ctx.save_for_backward(indices_NS, x_ND)
+        return ops.dots(ctx.table, indices_NS, x_ND)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NS: Tensor) -> tuple[Tensor | None, ...]:
+        indices_NS, x_ND = ctx.saved_tensors
+        grad_ND = None
+        if ctx.needs_input_grad[2]:
+            grad_ND = ctx.ops.bag(ctx.table, indices_NS, grad_NS, x_ND.dtype)
+        if ctx.groups is not None:
+            sums_UD = ctx.ops.row_sums(x_ND, grad_NS, ctx.groups, ctx.sink.dtype)
+            ctx.sink.add(ctx.groups.rows_U, sums_UD)
+        return None, None, grad_ND, None, None, None

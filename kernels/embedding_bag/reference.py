@@ -1,0 +1,103 @@
+"""Weighted bags of table rows in PyTorch: the truth on any device, and the fast path on CPU.
+
+Shapes: R table rows, D width, N bags, S rows read per bag, L = N*S lookups, U unique rows read (U <= L).
+Sums are taken in float32 (float64 for float64 tables) whatever the table's dtype, in a fixed order: with one
+thread, and on CUDA, results repeat bit for bit.
+
+On CPU the row gradients are a bag again: of output gradients, per row instead of per token (the transposed bag).
+One radix sort of the lookups by row finds the bags; F.embedding_bag sums them without a temporary of L*D values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+CHUNK_ELEMENTS = {"cpu": 1 << 17}
+"""Gathered values per chunk; 512 KiB stays in a core's second-level cache."""
+CHUNK_ELEMENTS_GPU = 1 << 26
+
+
+class Groups(NamedTuple):
+    """Lookups grouped by the row they read: rows_U int64 ascending; the lookups of rows_U[u] are
+    order_L[offsets_U[u] : offsets_U[u + 1]] (int64 positions in the flattened indices, ascending)."""
+
+    rows_U: Tensor
+    offsets_U: Tensor
+    order_L: Tensor
+
+
+def group_by_row(indices_NS: Tensor, table_rows: int) -> Groups:
+    """Group int64 indices in [0, table_rows) by a stable sort, on the narrowest integers that hold them."""
+    narrow = torch.int16 if table_rows <= 1 << 15 else torch.int32 if table_rows <= 1 << 31 else torch.int64
+    sorted_L, order_L = indices_NS.reshape(-1).to(narrow).sort(stable=True)
+    rows_U, counts_U = torch.unique_consecutive(sorted_L, return_counts=True)
+    return Groups(rows_U.long(), counts_U.cumsum(0) - counts_U, order_L)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of sums over a table of `dtype`."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bag(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, dtype: torch.dtype) -> Tensor:
+    """out_ND[n] = sum over s of weights[n, s] * table[indices[n, s]], given in `dtype`."""
+    (bags, size), width = indices_NS.shape, table_RD.shape[1]
+    if indices_NS.numel() == 0:
+        return table_RD.new_zeros(bags, width, dtype=dtype)
+    wide = accumulator(table_RD.dtype)
+    weights_NS = weights_NS.to(wide)
+    if table_RD.dtype == wide:
+        return F.embedding_bag(indices_NS, table_RD, mode="sum", per_sample_weights=weights_NS).to(dtype)
+    out_ND = table_RD.new_empty(bags, width, dtype=dtype)
+    for part in _chunks(bags, size * width, table_RD.device):
+        rows_CSD = _gather(table_RD, indices_NS[part]).to(wide)
+        out_ND[part] = torch.bmm(weights_NS[part].unsqueeze(1), rows_CSD).squeeze(1)
+    return out_ND
+
+
+def dots(table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
+    """dots_NS[n, s] = <table[indices[n, s]], x[n]>, in float32 (float64 for a float64 table).
+
+    With x the output's gradient these are the gradients of the bag's weights.
+    """
+    (bags, size), width = indices_NS.shape, table_RD.shape[1]
+    wide = accumulator(table_RD.dtype)
+    dots_NS = x_ND.new_empty(bags, size, dtype=wide)
+    for part in _chunks(bags, size * width, table_RD.device):
+        rows_CSD = _gather(table_RD, indices_NS[part]).to(wide)
+        torch.bmm(rows_CSD, x_ND[part].to(wide).unsqueeze(-1), out=dots_NS[part].unsqueeze(-1))
+    return dots_NS
+
+
+def row_sums(source_ND: Tensor, weights_NS: Tensor, groups: Groups, wide: torch.dtype) -> Tensor:
+    """sums_UD[u] = sum over the lookups (n, s) of rows_U[u] of weights[n, s] * source[n], in dtype `wide`.
+
+    With source the output's gradient this is the gradient of the rows read. Order: that of the lookups.
+    """
+    if groups.rows_U.numel() == 0:
+        return source_ND.new_zeros(0, source_ND.shape[1], dtype=wide)
+    weights_L = weights_NS.reshape(-1).to(wide).index_select(0, groups.order_L)
+    bags_L = groups.order_L.div(weights_NS.shape[1], rounding_mode="floor")
+    return F.embedding_bag(bags_L, source_ND.to(wide), groups.offsets_U, mode="sum", per_sample_weights=weights_L)
+
+
+def sum_pieces(rows: list[Tensor], sums: list[Tensor], table_rows: int) -> tuple[Tensor, Tensor]:
+    """Compact row gradients of several reads of one table as one: rows ascending, sums in the order given."""
+    every_UD = torch.cat(sums)
+    groups = group_by_row(torch.cat(rows), table_rows)
+    merged_UD = F.embedding_bag(groups.order_L, every_UD, groups.offsets_U, mode="sum")
+    return groups.rows_U, merged_UD
+
+
+def _gather(table_RD: Tensor, indices_CS: Tensor) -> Tensor:
+    return table_RD.index_select(0, indices_CS.reshape(-1)).view(*indices_CS.shape, table_RD.shape[1])
+
+
+def _chunks(bags: int, per_bag: int, device: torch.device) -> Iterator[slice]:
+    step = max(1, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS_GPU) // max(1, per_bag))
+    return (slice(start, start + step) for start in range(0, bags, step))

@@ -1,0 +1,67 @@
+"""The exact search of a product-key memory: which rows of n*n a query scores highest, without scoring n*n.
+
+    rows_MNK, scores_MNK = product_key(q_NM2W, keys_M2nW, top_k=32)
+    weights_MNK = scores_MNK.softmax(-1)
+
+Row (i, j), number i*n + j, scores q1.K1[i] + q2.K2[j]. Each head takes the top_k half keys of either side and, of
+their top_k * top_k pairs, looks at the few that can be among the best: ranks (i+1)(j+1) <= top_k.
+
+Shapes: N tokens, M heads, W half of a key's width, n half keys, K = top_k.
+Source: Lample et al. 2019 (arXiv 1907.05242), section 3; "Memory Layers at Scale" (arXiv 2412.09764), eq. 1 and 2.
+The pruning of pairs is exact (see reference.pairs).
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import nullcontext
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels import dispatch
+from kernels.product_key import reference
+
+__all__ = ["product_key"]
+
+
+def product_key(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int, backend: str | None = None) -> tuple[Tensor, Tensor]:
+    """(rows_MNK int64, scores_MNK), best first, n >= top_k; gradients of queries and keys by autograd.
+
+    Any float dtype; products are summed in float32 (float64 for float64 queries), the dtype of the scores, and
+    ranked in float32. Equal half scores rank by index, equal sums by the rank of their first, then second half.
+    Only the K chosen scores are kept for backward, never the n of a token. Forward and backward are deterministic,
+    but for the reference's backward on CUDA (scatter_add).
+    """
+    if not 1 <= top_k <= keys_M2nW.shape[2]:
+        raise ValueError(f"top_k: got {top_k}, allowed: 1 to the half keys ({keys_M2nW.shape[2]})")
+    kind = q_NM2W.device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+        rows, scores = _Search.apply(q_NM2W, keys_M2nW, top_k, _implementation(q_NM2W, backend))
+    return rows, scores
+
+
+def _implementation(q_NM2W: Tensor, backend: str | None) -> ModuleType:
+    if dispatch.choose(q_NM2W.device, backend) == "torch":
+        return reference
+    return importlib.import_module("kernels.product_key.triton")
+
+
+class _Search(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int, ops: ModuleType) -> tuple[Tensor, Tensor]:
+        rows_MNK, scores_MNK = ops.search(q_NM2W, keys_M2nW, top_k)
+        ctx.ops = ops
+        ctx.save_for_backward(q_NM2W, keys_M2nW, rows_MNK)
+        ctx.mark_non_differentiable(rows_MNK)
+        return rows_MNK, scores_MNK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor, grad_MNK: Tensor) -> tuple[Tensor | None, ...]:
+        q_NM2W, keys_M2nW, rows_MNK = ctx.saved_tensors
+        grad_q, grad_keys = ctx.ops.search_backward(grad_MNK, rows_MNK, q_NM2W, keys_M2nW)
+        return grad_q.to(q_NM2W.dtype), grad_keys.to(keys_M2nW.dtype), None, None

@@ -1,0 +1,127 @@
+"""The product-key search in PyTorch: the truth on any device, and the fast path on CPU.
+
+Shapes: N tokens, M heads, W half of a key's width, n half keys, K rows kept per head, P candidate pairs, C tokens of
+a chunk; "..." any. The scores of all half keys exist for one chunk of tokens at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+try:
+    import numpy
+except ImportError:  # torch does without; the searches below are then torch's own, and slower
+    numpy = None  # type: ignore[assignment]
+
+CHUNK_SCORES = {"cpu": 1 << 20, "meta": 1 << 24}
+"""Half scores per chunk: 4 MiB in float32 (on meta more, where only the number of chunks takes time)."""
+CHUNK_SCORES_GPU = 1 << 27
+SORTED_WHOLE = 128
+"""Longest row that is cheaper to sort than to select from (measured at 20 to 1,024 values)."""
+
+
+def pairs(top_k: int) -> Tensor:
+    """Ranks (from 0) of the pairs that can be among the top_k sums, [2, P] int64: (i+1)(j+1) <= top_k.
+
+    A pair comes after the (i+1)(j+1) - 1 others that are at least as good in both halves, so no other can. 119 pairs
+    of 1,024 for top_k 32.
+    """
+    return torch.tensor([(i, j) for i in range(top_k) for j in range(top_k // (i + 1))]).T
+
+
+def search(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """(rows_MNK int64, scores_MNK), best first; see kernels.product_key."""
+    tokens, heads = q_NM2W.shape[:2]
+    wide = torch.float64 if q_NM2W.dtype == torch.float64 else torch.float32
+    keys_M2Wn = keys_M2nW.to(wide).mT
+    rows_MNK = torch.empty(heads, tokens, top_k, dtype=torch.int64, device=q_NM2W.device)
+    scores_MNK = torch.empty(heads, tokens, top_k, dtype=wide, device=q_NM2W.device)
+    for part in chunks(q_NM2W, keys_M2nW):
+        scores_M2Cn = q_NM2W[part].to(wide).permute(1, 2, 0, 3) @ keys_M2Wn
+        rows_MNK[:, part], scores_MNK[:, part] = combine(scores_M2Cn, top_k)
+    return rows_MNK, scores_MNK
+
+
+def combine(scores_M2Cn: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The top_k of all n*n sums of a first and a second half score: rows i*n + j and their sums, best first."""
+    best_M2CK = best(scores_M2Cn, top_k)
+    ranked_M2CK = scores_M2Cn.gather(-1, best_M2CK)
+    first_P, second_P = pairs(top_k).to(scores_M2Cn.device)
+    sums_MCP = ranked_M2CK[:, 0].index_select(-1, first_P) + ranked_M2CK[:, 1].index_select(-1, second_P)
+    chosen_MCK = best(sums_MCP, top_k)
+    first_MCK = best_M2CK[:, 0].gather(-1, first_P[chosen_MCK])
+    second_MCK = best_M2CK[:, 1].gather(-1, second_P[chosen_MCK])
+    return first_MCK * scores_M2Cn.shape[-1] + second_MCK, sums_MCP.gather(-1, chosen_MCK)
+
+
+def search_backward(grad_MNK: Tensor, rows_MNK: Tensor, q_NM2W: Tensor, keys_M2nW: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of queries and keys, in their shapes and float32 (float64), from those of the scores."""
+    wide = grad_MNK.dtype
+    half_keys = keys_M2nW.shape[2]
+    halves_M2NK = torch.stack((rows_MNK // half_keys, rows_MNK % half_keys), 1)
+    keys_wide_M2nW = keys_M2nW.to(wide)
+    grad_q_NM2W = torch.empty_like(q_NM2W, dtype=wide)
+    grad_keys_M2nW = torch.zeros_like(keys_M2nW, dtype=wide)
+    for part in chunks(q_NM2W, keys_M2nW):
+        halves_M2CK = halves_M2NK[:, :, part]
+        grad_M2Cn = grad_MNK.new_zeros(*halves_M2CK.shape[:-1], half_keys)
+        grad_M2Cn.scatter_add_(-1, halves_M2CK, grad_MNK[:, None, part].expand(halves_M2CK.shape))
+        grad_q_NM2W[part] = (grad_M2Cn @ keys_wide_M2nW).permute(2, 0, 1, 3)
+        grad_keys_M2nW += grad_M2Cn.mT @ q_NM2W[part].to(wide).permute(1, 2, 0, 3)
+    return grad_q_NM2W, grad_keys_M2nW
+
+
+def chunks(q_NM2W: Tensor, keys_M2nW: Tensor) -> Iterator[slice]:
+    """Slices of tokens whose half scores are kept together."""
+    limit = CHUNK_SCORES.get(q_NM2W.device.type, CHUNK_SCORES_GPU)
+    step = max(1, limit // keys_M2nW.shape[:3].numel())
+    return (slice(start, start + step) for start in range(0, len(q_NM2W), step))
+
+
+def best(values: Tensor, count: int) -> Tensor:
+    """Positions of the `count` largest along the last dimension, best first, the lower position first in ties.
+
+    Values are ranked in float32. torch.topk leaves the order of ties open and is slow on CPU. Short rows are sorted
+    whole; of long ones the count-th largest value is found first, then what is not below it, and that is sorted.
+    """
+    if values.is_meta:  # shapes alone: what is selected depends on values
+        return values.new_empty(*values.shape[:-1], count, dtype=torch.int64)
+    width = values.shape[-1]
+    flat = values.float().reshape(-1, width)
+    if width > SORTED_WHOLE:
+        places = _flat_nonzero(flat >= _nth_largest(flat, count))
+        if len(places) == len(flat) * count:  # else ties straddle the last place somewhere
+            found = places.remainder_(width).view(-1, count)
+            order = _ranking(flat.gather(-1, found))
+            return found.gather(-1, order).view(*values.shape[:-1], count)
+    return _ranking(flat)[:, :count].reshape(*values.shape[:-1], count)
+
+
+def _flat_nonzero(flat: Tensor) -> Tensor:
+    """Positions of what is true in the flattened tensor, int64."""
+    if numpy is not None and flat.device.type == "cpu":
+        return torch.from_numpy(numpy.flatnonzero(flat.numpy()))
+    return flat.reshape(-1).nonzero().squeeze(1)
+
+
+def _nth_largest(flat: Tensor, count: int) -> Tensor:
+    """The count-th largest of each row, [rows, 1]."""
+    if numpy is not None and flat.device.type == "cpu":
+        place = flat.shape[-1] - count
+        return torch.from_numpy(numpy.partition(flat.numpy(), place, axis=-1)[:, place : place + 1])
+    return flat.topk(count, dim=-1).values[:, -1:]
+
+
+def _ranking(flat: Tensor) -> Tensor:
+    """Positions of each row's values, largest first, the lower position first in ties (NaN counts as largest)."""
+    if numpy is None or flat.device.type != "cpu":
+        return flat.sort(dim=-1, descending=True, stable=True).indices
+    # Unique integers: the value's bits, made to fall as the value rises, above the position.
+    bits = (flat + 0.0).view(torch.int32)  # + 0.0: minus zero ties with zero
+    falling = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).bitwise_not_()
+    unique = falling.long().bitwise_left_shift_(32).bitwise_or_(torch.arange(flat.shape[-1]))
+    unique.numpy().sort(axis=-1)
+    return unique.bitwise_and_(0xFFFFFFFF)

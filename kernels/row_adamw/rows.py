@@ -1,0 +1,126 @@
+"""The state of a row-wise AdamW, and rows of it copied to where one block at a time stays in a core's cache.
+
+Shapes: R table rows, D width, X = D or 1 (row-wise second moment), U rows, B rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.row_adamw.history import History
+
+BLOCK_ELEMENTS = 1 << 15
+"""Values per block: the rows of three float32 arrays and their copies fill half of a 2 MiB second-level cache, so
+that rows are still there when they are written back (scattered writes that miss cost five times as much)."""
+
+
+@dataclass
+class State:
+    """Parameters and moments of a table.
+
+    values_RD: the table itself or its float32 master copy; mean_RD and square_RX float32 (float64 for a float64
+    table); last_R and moment_R int32: the steps up to which a row's values and moments are done (moments may stay
+    behind: `update` catches up); touched_R bool: rows that ever had a gradient (others have zero moments).
+    floor: every row is done up to this step, whatever they say. `noise`: round values stochastically.
+    """
+
+    values_RD: Tensor
+    mean_RD: Tensor
+    square_RX: Tensor
+    last_R: Tensor
+    moment_R: Tensor
+    touched_R: Tensor
+    floor: int = 0
+    noise: torch.Generator | None = None
+
+    def last(self, rows_U: Tensor) -> Tensor:
+        """The step up to which the rows' values are done."""
+        return self.last_R[rows_U].clamp(min=self.floor)
+
+    def moment(self, rows_U: Tensor) -> Tensor:
+        """The step up to which the rows' moments are done."""
+        return self.moment_R[rows_U].clamp(min=self.floor)
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Values, mean, square."""
+        return self.values_RD, self.mean_RD, self.square_RX
+
+    def rounded(self, values_BD: Tensor) -> Tensor:
+        """Values in the table's dtype: to nearest, or with `noise` up or down with an unbiased mean (bfloat16)."""
+        if self.noise is None:
+            return values_BD.to(self.values_RD.dtype)
+        bits_BD = values_BD.view(torch.int32)
+        below_BD = torch.randint(1 << 16, bits_BD.shape, dtype=torch.int32, device=bits_BD.device, generator=self.noise)
+        return bits_BD.add(below_BD).bitwise_and_(-(1 << 16)).view(torch.float32).to(self.values_RD.dtype)
+
+    def write(self, rows_B: Tensor, values_BD: Tensor) -> None:
+        """Store values of some rows."""
+        self.values_RD.index_copy_(0, rows_B, self.rounded(values_BD))
+
+
+class Blocks:
+    """Scratch memory for the rows of one block, gathered from and returned to a State."""
+
+    def __init__(self, state: State) -> None:
+        self.state, self.wide = state, state.mean_RD.dtype
+        self.rows = max(1, min(len(state.last_R), BLOCK_ELEMENTS // state.values_RD.shape[1]))
+        self._scratch = [tensor.new_empty(self.rows, tensor.shape[1], dtype=self.wide) for tensor in state.tensors]
+        self._root_BX = torch.empty_like(self._scratch[2])
+
+    def root(self, count: int) -> Tensor:
+        """Scratch for the denominators of `count` rows."""
+        return self._root_BX[:count]
+
+    def gather(self, rows_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Copies of the rows' values, mean and square."""
+        p_BD, m_BD, v_BX = (scratch[: len(rows_B)] for scratch in self._scratch)
+        if self.state.values_RD.dtype == self.wide:
+            torch.index_select(self.state.values_RD, 0, rows_B, out=p_BD)
+        else:
+            p_BD.copy_(self.state.values_RD.index_select(0, rows_B))
+        torch.index_select(self.state.mean_RD, 0, rows_B, out=m_BD)
+        torch.index_select(self.state.square_RX, 0, rows_B, out=v_BX)
+        return p_BD, m_BD, v_BX
+
+    def scatter(self, rows_B: Tensor, p_BD: Tensor, m_BD: Tensor, v_BX: Tensor) -> None:
+        """Write the copies back."""
+        self.state.write(rows_B, p_BD)
+        self.scatter_moments(rows_B, m_BD, v_BX)
+
+    def scatter_moments(self, rows_B: Tensor, m_BD: Tensor, v_BX: Tensor) -> None:
+        """Write the copies of the moments back."""
+        self.state.mean_RD.index_copy_(0, rows_B, m_BD)
+        self.state.square_RX.index_copy_(0, rows_B, v_BX)
+
+
+def even(count: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Bounds of blocks of `rows` rows."""
+    return ((low, min(low + rows, count)) for low in range(0, count, rows))
+
+
+def decay_moments(m_BD: Tensor, v_BX: Tensor, kept_B2: Tensor) -> None:
+    """Moments after steps without gradient, in place; kept_B2 as `kept` gives it."""
+    m_BD.mul_(kept_B2[:, :1])
+    v_BX.mul_(kept_B2[:, 1:])
+
+
+def kept(missed_U: Tensor, history: History, like: Tensor) -> Tensor:
+    """What `missed` steps without gradient leave of both moments, [U, 2] in the dtype and on the device of `like`."""
+    steps = torch.arange(int(missed_U.max()) + 1 if len(missed_U) else 1, device=missed_U.device)
+    table_2T = torch.stack((powers(history.kept1, steps), powers(history.kept2, steps)), 1)
+    return table_2T.to(like.device, like.dtype)[missed_U.to(like.device)]
+
+
+def powers(base: float, exponent_B: Tensor) -> Tensor:
+    """base ** exponent in float64."""
+    return torch.pow(base, exponent_B.double())
+
+
+def column(values_B: Tensor, like: Tensor) -> Tensor:
+    """A factor per row, in the dtype and on the device of the rows."""
+    return values_B.to(like.device, like.dtype).unsqueeze(1)

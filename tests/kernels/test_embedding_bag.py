@@ -1,0 +1,189 @@
+"""Weighted bags of rows against dense autograd in float64."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels.embedding_bag import RowGradients, embedding_bag, embedding_dot
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+
+BACKENDS = ["torch", "triton"]
+EPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.empty holds NaN, so that whatever is not written shows."""
+    real, real_new = torch.empty, torch.Tensor.new_empty
+
+    def poison(tensor: Tensor) -> Tensor:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: poison(real(*args, **kwargs)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: poison(real_new(*args, **kwargs)))
+
+
+def case(rows: int, width: int, bags: int, size: int, dtype: torch.dtype, seed: int = 0, hot: bool = False) -> Any:
+    """A table, indices (all one row where hot), weights and an output gradient."""
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.randn(rows, width, generator=generator).to(dtype)
+    indices = torch.randint(rows, (bags, size), generator=generator)
+    indices = torch.full_like(indices, rows - 1) if hot else indices
+    weights = torch.randn(bags, size, generator=generator)
+    grad = torch.randn(bags, width, generator=generator)
+    return table, indices, weights.to(dtype) if dtype == torch.float64 else weights, grad.to(dtype)
+
+
+def dense(rows: int, found: RowGradients) -> Tensor:
+    """The compact gradients as a table, after checking that they are compact."""
+    rows_U, sums_UD = found.merged()
+    assert torch.equal(rows_U, rows_U.unique())
+    return torch.zeros(rows, sums_UD.shape[1], dtype=torch.float64).index_copy_(0, rows_U, sums_UD.double())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    rows=st.sampled_from([1, 7, 40]),
+    width=st.sampled_from([1, 5, 32, 96]),
+    bags=st.sampled_from([0, 1, 6]),
+    size=st.sampled_from([0, 1, 3, 9]),
+    dtype=st.sampled_from(list(EPS)),
+)
+def test_outputs_and_gradients_equal_dense_autograd(
+    backend: str, seed: int, rows: int, width: int, bags: int, size: int, dtype: torch.dtype
+) -> None:
+    check(*case(rows, width, bags, size, dtype, seed), backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("width", [96, 192, 768])
+def test_one_hot_row_takes_all_lookups(backend: str, width: int) -> None:
+    check(*case(5, width, 7, 11, torch.float32, hot=True), backend)
+
+
+def check(table: Tensor, indices: Tensor, weights: Tensor, grad: Tensor, backend: str) -> None:
+    """Bag and dot, outputs and every gradient, against float64 autograd on the gathered rows."""
+    tolerance = {"rtol": EPS[table.dtype], "atol": EPS[table.dtype] * 10}
+    table64, weights64, x64 = (part.double().detach().clone().requires_grad_() for part in (table, weights, grad))
+    out64 = torch.einsum("ns,nsd->nd", weights64, table64[indices])
+    out64.backward(grad.double())
+    leaf, weights_leaf = (part.detach().clone().requires_grad_() for part in (table, weights))
+    sink = RowGradients(leaf)
+    out = embedding_bag(leaf, indices, weights_leaf, sink, backend)
+    assert out.dtype == table.dtype
+    torch.testing.assert_close(out.double(), out64.detach(), **tolerance)
+    out.backward(grad)
+    assert leaf.grad is None
+    assert weights_leaf.grad is not None
+    torch.testing.assert_close(weights_leaf.grad.double(), weights64.grad, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(dense(len(table), sink), table64.grad, rtol=1e-4, atol=1e-4)
+
+    table64.grad = None
+    dots64 = torch.einsum("nd,nsd->ns", x64, table64[indices])
+    dots64.backward(weights.double())
+    x, sink = grad.detach().clone().requires_grad_(), RowGradients(leaf)
+    dots = embedding_dot(leaf, indices, x, sink, backend)
+    torch.testing.assert_close(dots.double(), dots64.detach(), rtol=1e-4, atol=1e-4)
+    dots.backward(weights.to(dots.dtype))
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), x64.grad, **tolerance)
+    torch.testing.assert_close(dense(len(table), sink), table64.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_layers_and_micro_batches_sum_as_autograd_sums_them() -> None:
+    """Bit for bit, in the order of the backward passes; three layers, two micro-batches."""
+    table = torch.randn(12, 8)
+    sink, total = RowGradients(table), torch.zeros(12, 8)
+    for _ in range(6):
+        rows = torch.randperm(12)[:5].sort().values
+        sums = torch.randn(5, 8)
+        total[rows] += sums
+        sink.add(rows, sums)
+    rows_U, sums_UD = sink.merged()
+    assert torch.equal(torch.zeros(12, 8).index_copy_(0, rows_U, sums_UD), total)
+    assert rows_U.tolist() == sorted(set(rows_U.tolist()))
+
+
+def test_clipping_is_torchs_over_the_rows_that_exist() -> None:
+    table = torch.nn.Parameter(torch.zeros(50, 4))
+    rows, sums = torch.tensor([3, 30]), torch.randn(2, 4) * 10
+    sink = RowGradients(table)
+    sink.add(rows, sums.clone())
+    table.grad = torch.zeros(50, 4).index_copy_(0, rows, sums)
+    norm = torch.nn.utils.clip_grad_norm_([table], 1.0)
+    torch.testing.assert_close(sink.clip_(1.0), norm)
+    torch.testing.assert_close(sink.merged()[1], table.grad[rows])
+
+
+def test_the_backward_pass_repeats_bit_for_bit() -> None:
+    table, indices, weights, grad = case(9, 33, 40, 16, torch.float32)
+    results = []
+    for _ in range(2):
+        leaf = table.clone().requires_grad_()
+        sink = RowGradients(leaf)
+        embedding_bag(leaf, indices, weights, sink).backward(grad)
+        results.append(sink.merged()[1])
+    assert torch.equal(*results)
+
+
+def test_a_replay_of_other_rows_between_forward_and_backward_is_allowed() -> None:
+    table, indices, weights, grad = case(20, 4, 3, 2, torch.float32)
+    leaf = table.clone().requires_grad_()
+    weights.requires_grad_()
+    out = embedding_bag(leaf, indices, weights, RowGradients(leaf))
+    others = torch.ones(20, dtype=torch.bool)
+    others[indices] = False
+    with torch.no_grad():
+        leaf[others] += 1.0
+    out.backward(grad)
+    assert weights.grad is not None
+    expected = torch.einsum("nd,nsd->ns", grad, table[indices])
+    torch.testing.assert_close(weights.grad, expected)
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    table, indices, weights, _ = case(2, 2, 1, 1, torch.float32)
+    with pytest.raises(ValueError, match="allowed: torch, triton"):
+        embedding_bag(table, indices, weights, RowGradients(table), backend="cuda")
+
+
+def test_runs_of_a_hot_row_are_summed_level_by_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels.embedding_bag import triton
+
+    monkeypatch.setattr(triton, "RUN", 4)
+    table, indices, weights, grad = case(6, 5, 9, 11, torch.float32)
+    indices[:, :8] = 3
+    check(table, indices, weights, grad, "triton")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_past_two_to_the_31_elements_are_found(backend: str) -> None:
+    """On memory that is reserved and mostly never touched."""
+    torch_empty = torch.Tensor.new_empty
+    width = 1024
+    rows = (1 << 31) // width + 3
+    table = torch_empty(torch.zeros(0), (0,), dtype=torch.float16)
+    table.set_(torch.UntypedStorage(rows * width * 2), 0, (rows, width), (width, 1))
+    table[rows - 1] = 2.0
+    table[1] = 1.0
+    indices, weights = torch.tensor([[rows - 1, 1]]), torch.tensor([[1.0, 10.0]])
+    table.requires_grad_()
+    weights.requires_grad_()
+    sink = RowGradients(table)
+    out = embedding_bag(table, indices, weights, sink, backend)
+    assert out.unique().tolist() == [12.0]
+    out.backward(torch.ones_like(out))
+    assert weights.grad is not None
+    assert weights.grad.tolist() == [[2.0 * width, width]]
+    assert sink.merged()[0].tolist() == [1, rows - 1]

@@ -1,0 +1,332 @@
+"""Row-wise AdamW against torch.optim.AdamW on the dense gradient."""
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels.embedding_bag import RowGradients
+from kernels.row_adamw import RowAdamW
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
+
+
+class Dense:
+    """torch's single-tensor AdamW on a table with dense gradients."""
+
+    def __init__(self, table: torch.Tensor, betas: tuple[float, float], decay: float) -> None:
+        self.table = torch.nn.Parameter(table.clone())
+        self.adamw = torch.optim.AdamW(
+            [self.table], lr=1.0, betas=betas, weight_decay=decay, foreach=False, fused=False
+        )
+
+    def step(self, rows: torch.Tensor, grads: torch.Tensor, lr: float) -> None:
+        self.table.grad = torch.zeros_like(self.table)
+        self.table.grad[rows] = grads
+        self.adamw.param_groups[0]["lr"] = lr
+        self.adamw.step()
+
+
+def history(seed: int, steps: int, rows: int, width: int, share: float) -> list[tuple[Any, Any, float]]:
+    """Random steps: rows (some never, some often), gradients of many magnitudes, a changing rate."""
+    generator = torch.Generator().manual_seed(seed)
+    popularity = torch.rand(rows, generator=generator) ** 4
+    found = []
+    for step in range(steps):
+        touched = (torch.rand(rows, generator=generator) < popularity * share * 5).nonzero().squeeze(1)
+        scale = 10 ** (torch.rand(len(touched), 1, generator=generator) * 6 - 5)
+        grads = torch.randn(len(touched), width, generator=generator) * scale
+        found.append((touched, grads, 1e-2 * (1 + step % 7) / (1 + step / 50)))
+    return found
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    rows=st.integers(1, 60),
+    width=st.sampled_from([1, 3, 8, 33]),
+    share=st.sampled_from([0.02, 0.2, 1.0]),
+    decay=st.sampled_from([0.0, 0.1]),
+    path=st.sampled_from(["auto", "replay", "sweep"]),
+    betas=st.sampled_from([(0.9, 0.95), (0.9, 0.999), (0.5, 0.9)]),
+)
+def test_every_read_and_the_flushed_table_equal_dense_adamw_bit_for_bit(
+    seed: int, rows: int, width: int, share: float, decay: float, path: Any, betas: tuple[float, float]
+) -> None:
+    torch.set_num_threads(1)
+    start = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+    dense, table = Dense(start, betas, decay), start.clone()
+    sink = RowGradients(table)
+    ours = RowAdamW(table, sink, betas=betas, weight_decay=decay, replay_limit=None, path=path)
+    for touched, grads, lr in history(seed, 120, rows, width, share):
+        ours.before_read(touched)
+        assert torch.equal(table[touched], dense.table.detach()[touched])
+        sink.add(touched, grads.clone())
+        ours.step(lr)
+        dense.step(touched, grads, lr)
+    ours.flush()
+    assert torch.equal(table, dense.table.detach())
+    state = dense.adamw.state[dense.table]
+    assert torch.equal(ours.state_dict()["m"], state["exp_avg"])
+    assert torch.equal(ours.state_dict()["v"], state["exp_avg_sq"])
+
+
+def test_hoisted_replay_is_dense_adamw_up_to_rounding() -> None:
+    """In float64 to 1e-14; in float32 to the roundings of p that dense AdamW makes, one a missed step."""
+    for dtype, allowed in ((torch.float64, 1e-14), (torch.float32, 3e-6)):
+        start = torch.randn(40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+        dense, table = Dense(start, (0.9, 0.95), 0.1), start.clone()
+        ours = RowAdamW(table, sink := RowGradients(table), betas=(0.9, 0.95), weight_decay=0.1, path="replay")
+        for touched, grads, lr in history(5, 240, 40, 8, 0.05):
+            ours.before_read(touched)
+            sink.add(touched, grads.to(dtype))
+            ours.step(lr)
+            dense.step(touched, grads.to(dtype), lr)
+        ours.flush()
+        assert (table - dense.table.detach()).abs().max() < allowed
+
+
+@pytest.mark.parametrize(("limit", "allowed"), [(256, 1e-8), (128, 1e-3), (16, None)])
+def test_truncated_replay_is_within_its_bound(limit: int, allowed: float | None) -> None:
+    """In units of the mean step of touched rows; 16 is far too few, so that the measure itself is tested."""
+    start = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).double()
+    tables = [start.clone(), start.clone()]
+    sinks = [RowGradients(table) for table in tables]
+    exact, cut = (
+        RowAdamW(table, sink, betas=(0.9, 0.95), weight_decay=0.1, replay_limit=given)
+        for table, sink, given in zip(tables, sinks, (None, limit), strict=True)
+    )
+    moved, count = 0.0, 0
+    for touched, grads, lr in history(1, 600, 40, 8, 0.005):
+        before = tables[0][touched].clone()
+        for adamw, sink in ((exact, sinks[0]), (cut, sinks[1])):
+            adamw.before_read(touched)
+            sink.add(touched, grads.double())
+            adamw.step(lr)
+        moved += (tables[0][touched] - before).abs().sum().item()
+        count += before.numel()
+    exact.flush()
+    cut.flush()
+    error = (tables[0] - tables[1]).abs().max().item() / (moved / count)
+    if allowed is None:
+        assert error > 1e-2
+    else:
+        assert error < allowed
+
+
+def test_a_saved_state_continues_bit_for_bit() -> None:
+    start = torch.randn(30, 4, generator=torch.Generator().manual_seed(3))
+    steps = history(3, 60, 30, 4, 0.1)
+
+    def fresh(table: torch.Tensor) -> tuple[RowAdamW, RowGradients]:
+        sink = RowGradients(table)
+        return RowAdamW(table, sink, weight_decay=0.1, replay_limit=None), sink
+
+    def run(adamw: RowAdamW, sink: RowGradients, part: list[tuple[Any, Any, float]]) -> None:
+        for touched, grads, lr in part:
+            adamw.before_read(touched)
+            sink.add(touched, grads.clone())
+            adamw.step(lr)
+
+    whole = start.clone()
+    adamw, sink = fresh(whole)
+    run(adamw, sink, steps)
+    cut = start.clone()
+    first, first_sink = fresh(cut)
+    run(first, first_sink, steps[:25])
+    second, second_sink = fresh(cut)
+    second.load_state_dict(first.state_dict())
+    run(second, second_sink, steps[25:])
+    adamw.flush()
+    second.flush()
+    assert torch.equal(whole, cut)
+    assert torch.equal(adamw.state_dict()["v"], second.state_dict()["v"])
+
+
+def test_a_gradient_of_a_row_that_was_not_read_is_refused() -> None:
+    table = torch.zeros(100, 2)
+    sink = RowGradients(table)
+    adamw = RowAdamW(table, sink)
+    for rows in ([1], [2]):
+        adamw.before_read(torch.tensor([1]))
+        sink.add(torch.tensor(rows), torch.ones(1, 2))
+        if rows == [1]:
+            adamw.step(0.1)
+    with pytest.raises(AssertionError, match="was not read"):
+        adamw.step(0.1)
+
+
+def test_nothing_read_is_still_a_step() -> None:
+    start = torch.randn(5, 3)
+    dense, table = Dense(start, (0.9, 0.999), 0.1), start.clone()
+    ours = RowAdamW(table, RowGradients(table), weight_decay=0.1, replay_limit=None)
+    empty = torch.zeros(0, dtype=torch.int64)
+    for _ in range(3):
+        ours.before_read(empty)
+        ours.step(1e-2)
+        dense.step(empty, torch.zeros(0, 3), 1e-2)
+    ours.flush()
+    assert torch.equal(table, dense.table.detach())
+
+
+def _train(table: torch.Tensor, steps: int = 80, **options: Any) -> RowAdamW:
+    ours = RowAdamW(table, sink := RowGradients(table), weight_decay=0.1, **options)
+    for touched, grads, lr in history(7, steps, len(table), table.shape[1], 0.05):
+        ours.before_read(touched)
+        sink.add(touched, grads.clone())
+        ours.step(lr)
+    ours.flush()
+    return ours
+
+
+def test_a_master_copy_follows_the_float32_table() -> None:
+    full = torch.randn(30, 4, generator=torch.Generator().manual_seed(3)).bfloat16().float()
+    low = full.bfloat16()
+    _train(full)
+    ours = _train(low, low_precision="master")
+    assert torch.equal(ours.state.values_RD, full)
+    assert torch.equal(low, full.bfloat16())
+    assert ours.bytes_per_row == 4 * (8 + 4) + 9
+
+
+def test_stochastic_rounding_keeps_small_steps_on_average() -> None:
+    """Steps of 1e-4 at 1.0 are far below a bfloat16 step (2^-8 below 1, 2^-7 above)."""
+    gone = {}
+    for mode in ("nearest", "stochastic"):
+        table = torch.ones(1, 4096, dtype=torch.bfloat16)
+        ours = RowAdamW(table, sink := RowGradients(table), weight_decay=0.0, low_precision=mode)
+        for _ in range(100):
+            ours.before_read(torch.tensor([0]))
+            sink.add(torch.tensor([0]), torch.ones(1, 4096))
+            ours.step(1e-4)
+        gone[mode] = 1 - table.float().mean().item()
+    assert gone["nearest"] == 0
+    assert gone["stochastic"] == pytest.approx(1e-2, rel=0.05)
+
+
+@pytest.mark.parametrize("path", ["replay", "sweep"])
+def test_a_row_wise_second_moment_is_that_of_the_mean_square(path: Any) -> None:
+    """With equal squares in a row both second moments are one; the memory is a column."""
+    tables = [torch.zeros(6, 4), torch.zeros(6, 4)]
+    steps = [torch.randn(2, 1).expand(2, 4) for _ in range(20)]
+    for table, rowwise in zip(tables, (False, True), strict=True):
+        ours = RowAdamW(table, sink := RowGradients(table), row_second_moment=rowwise, path=path)
+        for step, grads in enumerate(steps):
+            rows = torch.tensor([step % 2, 3 + step % 3])
+            ours.before_read(rows)
+            sink.add(rows, grads.clone())
+            ours.step(1e-2)
+        ours.flush()
+    torch.testing.assert_close(*tables)
+    assert ours.bytes_per_row == 4 * (4 + 1) + 9
+
+
+def test_lazy_rows_stay_where_they_are() -> None:
+    start = torch.randn(100, 4)
+    table = start.clone()
+    ours = RowAdamW(table, sink := RowGradients(table), lazy=True)
+    for row in (1, 2):
+        ours.before_read(torch.tensor([row]))
+        sink.add(torch.tensor([row]), torch.ones(1, 4))
+        ours.step(1e-2)
+        if row == 1:
+            moved = table[1].clone()
+    ours.flush()
+    assert torch.equal(table[1], moved)
+    assert torch.equal(table[3:], start[3:])
+
+
+def test_weight_decay_that_takes_everything_and_odd_options_are_refused() -> None:
+    table = torch.zeros(3, 2)
+    sink = RowGradients(table)
+    with pytest.raises(ValueError, match="lr \\* weight_decay"):
+        RowAdamW(table, sink, weight_decay=1.0).step(1.0)
+    with pytest.raises(ValueError, match="replay_limit"):
+        RowAdamW(table, sink, replay_limit=0)
+    with pytest.raises(ValueError, match="bfloat16"):
+        RowAdamW(table, sink, low_precision="stochastic")
+
+
+@pytest.mark.parametrize("limit", [None, 256])
+def test_rows_read_without_a_gradient_and_read_again(limit: int | None) -> None:
+    """A read moves values only where moments may wait; whatever is read stays dense AdamW's."""
+    start = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    dense, table = Dense(start, (0.9, 0.95), 0.1), start.clone()
+    options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "path": "replay", "replay_limit": limit}
+    ours = RowAdamW(table, sink := RowGradients(table), **options)
+    everything = torch.arange(50)
+    for step, (touched, grads, lr) in enumerate(history(2, 60, 50, 4, 0.05)):
+        if step % 7 == 3:
+            ours.before_read(everything[step % 2 :: 2].clone())
+            torch.testing.assert_close(table[step % 2 :: 2], dense.table.detach()[step % 2 :: 2], rtol=0, atol=1e-13)
+        if step == 40:
+            ours.flush()
+        ours.before_read(touched)
+        sink.add(touched, grads.double())
+        ours.step(lr)
+        dense.step(touched, grads.double(), lr)
+    saved = ours.state_dict()
+    torch.testing.assert_close(table, dense.table.detach(), rtol=0, atol=1e-13)
+    state = dense.adamw.state[dense.table]
+    torch.testing.assert_close(saved["m"], state["exp_avg"], rtol=1e-12, atol=1e-16)
+    torch.testing.assert_close(saved["v"], state["exp_avg_sq"], rtol=1e-12, atol=1e-16)
+
+
+@pytest.mark.parametrize("path", ["replay", "sweep", "auto"])
+@pytest.mark.parametrize(("width", "decay", "limit"), [(5, 0.1, None), (8, 0.0, 256), (3, 0.1, 256)])
+def test_triton_is_dense_adamw_within_a_few_roundings(path: Any, width: int, decay: float, limit: int | None) -> None:
+    """At every read and after the flush: 4 float32 roundings of the values' size, 1 in 10^5 of the moments."""
+    start = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
+    dense, table = Dense(start, (0.9, 0.95), decay), start.clone()
+    options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": decay, "path": path, "replay_limit": limit}
+    ours = RowAdamW(table, sink := RowGradients(table), **options, backend="triton")
+    for touched, grads, lr in history(4, 16, 8, width, 0.2):
+        ours.before_read(touched)
+        torch.testing.assert_close(table[touched], dense.table.detach()[touched], rtol=5e-7, atol=1e-6)
+        sink.add(touched, grads.clone())
+        ours.step(lr)
+        dense.step(touched, grads, lr)
+    saved = ours.state_dict()
+    torch.testing.assert_close(table, dense.table.detach(), rtol=5e-7, atol=1e-6)
+    state = dense.adamw.state[dense.table]
+    torch.testing.assert_close(saved["m"], state["exp_avg"], rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(saved["v"], state["exp_avg_sq"], rtol=1e-5, atol=1e-18)
+
+
+@pytest.mark.parametrize("path", ["replay", "sweep"])
+@pytest.mark.parametrize("options", [{"row_second_moment": True}, {"low_precision": "master"}, {"lazy": True}])
+def test_triton_follows_the_options_as_pytorch_does(path: Any, options: dict[str, Any]) -> None:
+    dtype = torch.bfloat16 if "low_precision" in options else torch.float32
+    tables = [torch.randn(10, 4, generator=torch.Generator().manual_seed(0)).to(dtype) for _ in range(2)]
+    for table, backend in zip(tables, ("torch", "triton"), strict=True):
+        torch.manual_seed(0)
+        _train(table, **options, path=path, backend=backend, steps=12)
+    torch.testing.assert_close(*tables, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+def test_triton_cuts_replay_off_as_pytorch_does() -> None:
+    """Rows that missed more than the limit, in float64, where both agree to rounding."""
+    tables = [torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) for _ in range(2)]
+    for table, backend in zip(tables, ("torch", "triton"), strict=True):
+        ours = RowAdamW(table, sink := RowGradients(table), replay_limit=4, path="replay", backend=backend)
+        for row in (0, 1, 1, 2, 1, 1, 3, 1, 0, 1, 1, 1):
+            ours.before_read(torch.tensor([row]))
+            sink.add(torch.tensor([row]), torch.ones(1, 3, dtype=torch.float64))
+            ours.step(1e-2)
+        ours.flush()
+    torch.testing.assert_close(*tables, rtol=1e-13, atol=1e-15)
+
+
+def test_triton_rounds_stochastically_without_bias() -> None:
+    table = torch.ones(1, 512, dtype=torch.bfloat16)
+    sink = RowGradients(table)
+    ours = RowAdamW(table, sink, weight_decay=0.0, low_precision="stochastic", backend="triton")
+    for _ in range(20):
+        ours.before_read(torch.tensor([0]))
+        sink.add(torch.tensor([0]), torch.ones(1, 512))
+        ours.step(5e-4)
+    assert 1 - table.float().mean().item() == pytest.approx(1e-2, rel=0.1)
