@@ -1,0 +1,57 @@
+"""The memory layer for models that are not ours: a module in the place of somebody else's feed-forward."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from suite.models.memory_table import MemoryTable
+from suite.models.product_key import PAPER_K_DIM, Addressing, ProductKeyMemory
+
+
+class MemoryFeedForward(nn.Module):
+    """Memory+ as a module of its own: `forward(x_BTD) -> y_BTD`, with a table of its own or another's.
+
+        llama.model.layers[4].mlp = first = MemoryFeedForward(dim, half_keys=1024)
+        llama.model.layers[8].mlp = MemoryFeedForward(dim, half_keys=1024, table=first.table)
+
+    Give `table.parameters()` to the optimizer as a group with a rate of its own (ten times the rest's in the released
+    template). A shared table belongs to the module that made it: saved once, moved with that one. `swilu` off gives
+    the vanilla product-key memory. Initial weights are drawn with `seed`, as in our models.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        half_keys: int,
+        top_k: int = 32,
+        heads: int = 4,
+        k_dim: int | None = None,
+        qk_norm: bool = False,
+        swilu: bool = True,
+        table: MemoryTable | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if half_keys < top_k:
+            raise ValueError(f"half_keys: got {half_keys}, allowed: at least top_k ({top_k})")
+        shared = table is not None
+        whole = MemoryTable(half_keys**2, dim) if table is None else table
+        if whole.weight.shape[0] != half_keys**2:
+            raise ValueError(f"table: got {whole.weight.shape[0]} rows, allowed: half_keys squared ({half_keys**2})")
+        if not shared:
+            self.table = whole
+        width = k_dim or (dim // 2 if swilu else min(PAPER_K_DIM, dim // 2))
+        self.memory = ProductKeyMemory(whole, dim, Addressing(half_keys, heads, top_k, width, qk_norm), swilu=swilu)
+        self._initialise(seed, own_table=not shared)
+
+    @torch.no_grad()
+    def _initialise(self, seed: int, own_table: bool) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.memory.named_parameters():
+            self.memory.init_parameter(name, parameter, generator)
+        if own_table:
+            self.table.init_parameter("weight", self.table.weight, generator)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.memory(x_BTD)

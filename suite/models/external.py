@@ -1,0 +1,117 @@
+"""Families from outside the package: a file given by path, or an installed package's entry point.
+
+A file registers its families as it is read. It is known by its content: read twice, it registers once, and the
+content's hash goes into the identity of every cell of its families.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from suite.errors import UserError
+from suite.models import registry
+from suite.models.accounting import account_of, meta_model
+from suite.models.registry import ModelConfig
+from suite.models.transformer import Block, Transformer, build
+
+ENTRY_POINTS = "next_parameter.baselines"
+"""The group of entry points whose modules are read as baselines."""
+TOKENS = 8
+SMALL = 20_000_000
+"""Parameters of a model that may be built for a check."""
+
+
+def load(path: Path, where: str = "--baseline") -> list[str]:
+    """Read a baseline's file; gives the names of its families. Raises UserError naming the file."""
+    try:
+        source = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise UserError(f"{where}: got {str(path)!r}: {error.strerror}, allowed: a Python file") from None
+    known = [name for name in registry.families() if registry.family(name).source == source]
+    if known:
+        return known
+    before = registry.families()
+    try:
+        _execute(path, source)
+    except Exception as error:
+        registry.unregister(set(registry.families()) - set(before))
+        raise UserError(f"{where} {path}: {type(error).__name__}: {error}") from None
+    added = [name for name in registry.families() if name not in before]
+    if not added:
+        raise UserError(f"{where} {path}: registers no family, allowed: a file that calls registry.register")
+    for name in added:
+        registry.set_origin(name, source, path)
+    return added
+
+
+def load_all(paths: Iterable[Path] = ()) -> None:
+    """Read the baselines of installed packages, then those of these files. Raises UserError."""
+    for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
+        spec = importlib.util.find_spec(entry.value)
+        if spec is None or spec.origin is None:
+            raise UserError(f"entry point {entry.name}: got {entry.value!r}, allowed: a module that is installed")
+        load(Path(spec.origin), f"entry point {entry.name}")
+    for path in paths:
+        load(path)
+
+
+def check(config: ModelConfig) -> None:
+    """Raise UserError, by name, if a family's modules are of the wrong shape or leave parameters uncounted.
+
+    Run on the meta device; a small model whose operations need values, on the CPU.
+    """
+    family = registry.family(config.family)
+    try:
+        model = meta_model(config, config.size.vocab_size or TOKENS)
+        account_of(model, TOKENS)
+        try:
+            _run(model)
+        except RuntimeError as error:
+            if not needs_values(error):
+                raise
+            if sum(parameter.numel() for parameter in model.parameters()) <= SMALL:
+                _run(build(config, model.vocab_size, seed=0))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{family.path}: family {config.family}: {error}") from None
+
+
+def needs_values(error: RuntimeError) -> bool:
+    """Whether an operation failed because tensors on the meta device have no values."""
+    return "meta tensor" in str(error).lower()
+
+
+def _run(model: Transformer) -> None:
+    """Two rows through the model in evaluation mode, every feed-forward's result checked."""
+    tokens_BT = torch.zeros(2, TOKENS, dtype=torch.int64, device=model.norm.weight.device)
+    for index, block in enumerate(cast(list[Block], list(model.layers))):
+        block.feed_forward.register_forward_hook(_shape_check(index))
+    with torch.no_grad():
+        model.eval()(tokens_BT)
+
+
+def _shape_check(layer: int) -> Callable[..., None]:
+    def look(module: nn.Module, given: tuple[Tensor, ...], result: object) -> None:
+        shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        if shape != tuple(given[0].shape):
+            name = f"layers.{layer}.feed_forward ({type(module).__name__})"
+            raise ValueError(
+                f"{name}: forward gives {shape} for {tuple(given[0].shape)}, allowed: the shape it is given"
+            )
+
+    return look
+
+
+def _execute(path: Path, source: str) -> None:
+    spec = importlib.util.spec_from_file_location(f"baseline_{source[:12]}", path)
+    if spec is None or spec.loader is None:
+        raise ImportError("no Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)

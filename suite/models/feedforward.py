@@ -1,0 +1,40 @@
+"""The SwiGLU feed-forward and the `dense` family.
+
+Shapes: B rows, T tokens, D model width, F hidden width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from suite.models.accounting import Cost, dense_cost
+from suite.models.registry import Family, ModelConfig, register
+
+
+class SwiGLU(nn.Module):
+    """w2(silu(w1 x) * w3 x), without biases (Shazeer 2020, GLU Variants, section 2)."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.dim, self.hidden = dim, hidden
+        self.w1 = nn.Linear(dim, hidden, bias=False)
+        self.w2 = nn.Linear(hidden, dim, bias=False)
+        self.w3 = nn.Linear(dim, hidden, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
+
+    def cost(self) -> Cost:
+        """Three matrices, each applied once per token."""
+        weights = 3 * self.dim * self.hidden
+        return dense_cost("ffn", weights, weights)
+
+
+def dense_feed_forwards(config: ModelConfig) -> list[nn.Module]:
+    """A SwiGLU in every layer."""
+    size = config.size
+    return [SwiGLU(size.dim, size.ffn_hidden) for _ in range(size.layers)]
+
+
+register(Family("dense", ModelConfig, dense_feed_forwards))

@@ -1,0 +1,46 @@
+"""Base shapes by name: the paper's five and the laptop's.
+
+Sources: 134m and 1.3b follow uniquely from the published parameter totals; 373m is the released template;
+720m is one of several shapes that fit; 8b is Llama-3-8B's. Heads of 134m, 720m and 1.3b are our choice (head
+width 64 or 128, multi-head). The w* shapes are ours.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Size:
+    """A Llama-style shape; `memory_stride` is the distance of Memory+ layers from each other.
+
+    `vocab_size` is that of the tokenizer the paper used with the shape (0: none); the vocabulary of a model
+    is always given by the caller.
+    """
+
+    layers: int
+    dim: int
+    ffn_hidden: int
+    heads: int
+    kv_heads: int
+    vocab_size: int
+    rope_theta: float = 1e4
+    memory_stride: int = 8
+
+    @property
+    def head_dim(self) -> int:
+        """Width of an attention head."""
+        return self.dim // self.heads
+
+
+SIZES: dict[str, Size] = {
+    "134m": Size(12, 768, 2048, 12, 12, 32000, memory_stride=4),
+    "373m": Size(24, 1024, 2816, 16, 16, 32000, rope_theta=5e5),
+    "720m": Size(22, 1536, 4096, 12, 12, 32000),
+    "1.3b": Size(22, 2048, 5632, 16, 16, 32000),
+    "8b": Size(32, 4096, 14336, 32, 8, 128256, rope_theta=5e5),
+    "w32": Size(4, 32, 96, 2, 2, 0, memory_stride=1),
+    "w48": Size(4, 48, 128, 3, 3, 0, memory_stride=1),
+    "w64": Size(4, 64, 192, 4, 4, 0, memory_stride=1),
+    "w128": Size(6, 128, 384, 4, 4, 0, memory_stride=2),
+}

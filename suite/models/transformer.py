@@ -1,0 +1,375 @@
+"""A Llama-style language model: pre-norm RMSNorm, rotary positions, causal attention, any feed-forward.
+
+Which module is the feed-forward of a layer, the registry says. This is single-device code; parallelism is
+applied from outside.
+
+Shapes: B rows, T tokens of the call, L keys (T plus what the cache holds), D model width, H heads, G
+key-value heads, K head width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from suite.models import registry
+from suite.models.accounting import Cost, dense_cost
+from suite.models.memory_table import MemoryLayer, MemoryTable
+from suite.models.registry import ModelConfig
+from suite.models.sizes import Size
+
+NORM_EPS = 1e-5
+
+
+class Cache:
+    """Keys and values of the tokens already read, for generation; `length` tokens of at most `max_len`."""
+
+    def __init__(self, layers: int, batch: int, max_len: int) -> None:
+        self.batch, self.max_len, self.length = batch, max_len, 0
+        self._tokens: Tensor | None = None
+        self._kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
+
+    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep a layer's new keys and values; returns all of them, [B, G, L, K]."""
+        batch, kv_heads, tokens, width = k_BGTK.shape
+        kept = self._kept[layer]
+        if kept is None:
+            shape = (batch, kv_heads, self.max_len, width)
+            kept = self._kept[layer] = (k_BGTK.new_empty(shape), v_BGTK.new_empty(shape))
+        end = self.length + tokens
+        for old, new in zip(kept, (k_BGTK, v_BGTK), strict=True):
+            old[:, :, self.length : end] = new
+        return kept[0][:, :, :end], kept[1][:, :, :end]
+
+    def remember(self, tokens_BT: Tensor) -> Tensor:
+        """Keep new tokens; returns all of them, [B, L]. For modules that look at earlier tokens' ids."""
+        kept = [] if self._tokens is None else [self._tokens]
+        self._tokens = torch.cat((*kept, tokens_BT), 1)
+        return self._tokens
+
+    def select(self, rows_B: Tensor) -> None:
+        """Keep only these rows, by index, and forget the others."""
+        self.batch = len(rows_B)
+        self._tokens = None if self._tokens is None else self._tokens[rows_B]
+        self._kept = [kept and (kept[0][rows_B], kept[1][rows_B]) for kept in self._kept]
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and, where kv_heads < heads, grouped queries."""
+
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = size.heads, size.kv_heads, size.head_dim
+        self.wq = nn.Linear(size.dim, self.heads * self.head_dim, bias=False)
+        self.wk = nn.Linear(size.dim, self.kv_heads * self.head_dim, bias=False)
+        self.wv = nn.Linear(size.dim, self.kv_heads * self.head_dim, bias=False)
+        self.wo = nn.Linear(self.heads * self.head_dim, size.dim, bias=False)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask_BHTL: Tensor | None,
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:
+        batch, tokens, _ = x_BTD.shape
+        q_BHTK = self._split(rotate(self.wq(x_BTD), self.heads, rotation))
+        k_BGTK = self._split(rotate(self.wk(x_BTD), self.kv_heads, rotation))
+        v_BGTK = self._split(self.wv(x_BTD))
+        if cache is not None:
+            k_BGTK, v_BGTK = cache.extend(layer, k_BGTK, v_BGTK)
+        y_BHTK = F.scaled_dot_product_attention(
+            q_BHTK,
+            k_BGTK,
+            v_BGTK,
+            attn_mask=mask_BHTL,
+            is_causal=mask_BHTL is None and tokens > 1,
+            enable_gqa=self.kv_heads != self.heads,
+        )
+        return self.wo(y_BHTK.transpose(1, 2).reshape(batch, tokens, -1))
+
+    def _split(self, x_BTC: Tensor) -> Tensor:
+        return x_BTC.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def cost(self) -> Cost:
+        """The four projections; scores and sums over keys depend on the length and are the account's."""
+        weights = sum(linear.weight.numel() for linear in (self.wq, self.wk, self.wv, self.wo))
+        return dense_cost("attention", weights, weights)
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + feed_forward(norm x)."""
+
+    def __init__(self, size: Size, feed_forward: nn.Module) -> None:
+        super().__init__()
+        self.attention_norm = nn.RMSNorm(size.dim, eps=NORM_EPS)
+        self.attention = Attention(size)
+        self.feed_forward_norm = nn.RMSNorm(size.dim, eps=NORM_EPS)
+        self.feed_forward = feed_forward
+        self.window: int = getattr(feed_forward, "window", 0)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask_BHTL: Tensor | None,
+        cache: Cache | None,
+        layer: int,
+        ids_BTW: Tensor | None = None,
+    ) -> Tensor:
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask_BHTL, cache, layer)
+        h_BTD = self.feed_forward_norm(x_BTD)
+        if ids_BTW is None or not self.window:
+            return x_BTD + self.feed_forward(h_BTD)
+        return x_BTD + self.feed_forward(h_BTD, ids_BTW[..., -self.window :])
+
+    def cost(self) -> Cost:
+        """The two norms; attention and feed-forward count themselves."""
+        gains = self.attention_norm.weight.numel() + self.feed_forward_norm.weight.numel()
+        return dense_cost("norm", gains, 0)
+
+
+class Transformer(nn.Module):
+    """The language model of a configuration, uninitialised (see `build`).
+
+    Distinct memory tables live in `tables`, whichever layers read them.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        if problems := config.problems():
+            field, value, allowed = problems[0]
+            raise ValueError(f"{field}: got {value!r}, allowed: {allowed}")
+        self.config, self.size, self.vocab_size = config, config.size, vocab_size
+        feed_forwards = registry.family(config.family).feed_forwards(config)
+        if len(feed_forwards) != self.size.layers:
+            given = len(feed_forwards)
+            raise ValueError(f"family {config.family}: {given} feed-forwards, allowed: {self.size.layers}")
+        self.embedding = nn.Embedding(vocab_size, self.size.dim)
+        self.layers = nn.ModuleList(Block(self.size, feed_forward) for feed_forward in feed_forwards)
+        self.norm = nn.RMSNorm(self.size.dim, eps=NORM_EPS)
+        self.output = None if config.tie_embeddings else nn.Linear(self.size.dim, vocab_size, bias=False)
+        distinct = {id(table): table for layer in self.memory_layers().values() for table in layer.tables}
+        self.tables = nn.ModuleList(distinct.values())
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        pad_B: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, T, V] of the next token; arguments as of `hidden`."""
+        return self.head(self.hidden(tokens_BT, segments_BT, cache, pad_B))
+
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        segments_BT: Tensor | None = None,
+        cache: Cache | None = None,
+        pad_B: Tensor | None = None,
+    ) -> Tensor:
+        """The normed residual stream [B, T, D] that `head` turns into logits.
+
+        tokens: int64. segments: int64 document numbers; a token sees its own document only (rotary positions
+        are relative, so they need no restart). cache: tokens continue those it holds, and are added to it.
+        pad: how many tokens at the left of each row (of cache and call together) are padding, seen by no
+        other token.
+        """
+        if cache is not None and segments_BT is not None:
+            raise ValueError("segments are for packed rows, a cache is for one document a row: give one")
+        past = cache.length if cache is not None else 0
+        rotation = self._rotation(past, tokens_BT.shape[1], tokens_BT.device)
+        mask_BHTL = attention_mask(tokens_BT, past, segments_BT, pad_B)
+        if mask_BHTL is not None:
+            mask_BHTL = as_bias(mask_BHTL, self.embedding.weight.dtype)
+        ids_BTW = self._windows(tokens_BT, segments_BT, cache, pad_B)
+        x_BTD = self.embedding(tokens_BT)
+        for index, layer in enumerate(self.layers):
+            x_BTD = layer(x_BTD, rotation, mask_BHTL, cache, index, ids_BTW)
+        if cache is not None:
+            cache.length += tokens_BT.shape[1]
+        return self.norm(x_BTD)
+
+    def head(self, x_BTD: Tensor) -> Tensor:
+        """Logits [..., V] of hidden states [..., D]."""
+        return F.linear(x_BTD, self.embedding.weight if self.output is None else self.output.weight)
+
+    def new_cache(self, batch: int, max_len: int) -> Cache:
+        """An empty cache for `batch` rows of at most `max_len` tokens."""
+        return Cache(self.size.layers, batch, max_len)
+
+    def memory_layers(self) -> dict[int, MemoryLayer]:
+        """The memory of each layer that has one, by layer index."""
+        return {
+            index: module
+            for index, layer in enumerate(self.layers)
+            for module in layer.modules()
+            if isinstance(module, MemoryLayer)
+        }
+
+    def memory_tables(self) -> list[MemoryTable]:
+        """The distinct tables; their parameters are the optimizer's value group."""
+        return cast(list[MemoryTable], list(self.tables))
+
+    def after_step(self) -> None:
+        """To be called after each optimizer step: feed-forwards that keep statistics act on them."""
+        for layer in self.layers:
+            act = getattr(layer.feed_forward, "after_step", None)
+            if act is not None:
+                act()
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The modules that account for themselves, by name; together they own every parameter."""
+        yield "", self
+        for index, layer in enumerate(self.layers):
+            yield f"layers.{index}", layer
+            yield f"layers.{index}.attention", cast(nn.Module, layer.attention)
+            yield f"layers.{index}.feed_forward", cast(nn.Module, layer.feed_forward)
+        for index, table in enumerate(self.tables):
+            yield f"tables.{index}", table
+
+    def cost(self) -> Cost:
+        """Embedding (one row read), last norm and output head (a product even when it is the embedding's)."""
+        matrix = self.vocab_size * self.size.dim
+        own = {} if self.output is None else {"head": matrix}
+        head = Cost(own, {"head": matrix}, {"head": matrix})
+        embedding = Cost({"embedding": matrix}, {"embedding": self.size.dim})
+        return embedding + dense_cost("norm", self.size.dim, 0) + head
+
+    def _windows(
+        self, tokens_BT: Tensor, segments_BT: Tensor | None, cache: Cache | None, pad_B: Tensor | None
+    ) -> Tensor | None:
+        """The ids [B, T, W] of each token and its W - 1 predecessors, for the layers that want them; else None."""
+        window = max(block.window for block in cast(list[Block], list(self.layers)))
+        if not window:
+            return None
+        known_BL = tokens_BT if cache is None else cache.remember(tokens_BT)
+        return token_windows(known_BL, window, segments_BT, pad_B)[:, known_BL.shape[1] - tokens_BT.shape[1] :]
+
+    def _rotation(self, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines [T, H*K] of the rotary angles (Su et al. 2021, equation 34)."""
+        half = self.size.head_dim // 2
+        speed_K = self.size.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+        position_T = torch.arange(start, start + tokens, device=device, dtype=torch.float32)
+        angle_TK = torch.outer(position_T, speed_K)
+        cos_TK, sin_TK = angle_TK.cos(), angle_TK.sin()
+        heads = self.size.heads
+        return torch.cat((cos_TK, cos_TK), 1).repeat(1, heads), torch.cat((-sin_TK, sin_TK), 1).repeat(1, heads)
+
+
+def rotate(x_BTC: Tensor, heads: int, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn the pair (i, i + K/2) of each head, side by side in C, by its position's angle, in fp32; dtype kept."""
+    width = x_BTC.shape[-1]
+    cos_TC, sin_TC = (part[:, :width] for part in rotation)
+    swapped_BTC = x_BTC.unflatten(-1, (heads, 2, -1)).flip(-2).flatten(-3)
+    return (x_BTC * cos_TC + swapped_BTC * sin_TC).type_as(x_BTC)
+
+
+def token_windows(tokens_BL: Tensor, window: int, segments_BL: Tensor | None, pad_B: Tensor | None) -> Tensor:
+    """The ids [B, L, W] of each token (last) and those before it; -1 beyond the row, the document or its padding."""
+    whole = F.pad(tokens_BL, (window - 1, 0), value=-1).unfold(1, window, 1)
+    if segments_BL is not None:
+        beside = F.pad(segments_BL, (window - 1, 0), value=-1).unfold(1, window, 1)
+        whole = whole.masked_fill(beside != segments_BL.unsqueeze(-1), -1)
+    if pad_B is not None:
+        place_LW = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[:, None] + torch.arange(
+            1 - window, 1, device=tokens_BL.device
+        )
+        whole = whole.masked_fill(place_LW < pad_B[:, None, None], -1)
+    return whole
+
+
+def attention_mask(tokens_BT: Tensor, past: int, segments_BT: Tensor | None, pad_B: Tensor | None) -> Tensor | None:
+    """True [B or 1, 1, T, L] where a token may look; None where plain causal attention is meant."""
+    tokens = tokens_BT.shape[1]
+    if segments_BT is None and pad_B is None and (past == 0 or tokens == 1):
+        return None
+    key_L = torch.arange(past + tokens, device=tokens_BT.device)
+    query_T = key_L[past:]
+    mask_BTL = (key_L <= query_T[:, None])[None]
+    if segments_BT is not None:
+        mask_BTL = mask_BTL & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    if pad_B is not None:
+        # A padding token still sees itself: a softmax over nothing is NaN.
+        mask_BTL = mask_BTL & ((key_L >= pad_B[:, None, None]) | (key_L == query_T[:, None]))
+    return mask_BTL[:, None]
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The mask as what is added to scores, in the dtype attention computes in: made once for all layers."""
+    device = mask.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+
+
+def build(config: ModelConfig, vocab_size: int, seed: int) -> Transformer:
+    """The model of a configuration with its initial weights; on the meta device, without them.
+
+    ValueError: the configuration has problems or the family is unknown.
+    """
+    model = Transformer(config, vocab_size)
+    if not model.norm.weight.is_meta:
+        initialise(model, seed)
+    return model
+
+
+@torch.no_grad()
+def initialise(model: Transformer, seed: int) -> None:
+    """Fill every parameter from a generator of its own, seeded by (seed, name).
+
+    Parts that two models have in common therefore start equal, whatever else the models hold. Matrices are
+    normal with standard deviation fan_in^-1/2, those that write to the residual stream (wo, w2) divided by
+    sqrt(2 x layers) (GPT-2); gains are one and biases zero. A module with `init_parameter` decides for itself
+    and what is below it. Buffers start at zero, those of a batch norm where torch starts them.
+    """
+    reset_statistics(model)
+    for name, parameter in model.named_parameters():
+        fill(model, name, parameter, generator_of(seed, name, parameter.device))
+
+
+@torch.no_grad()
+def reset_statistics(model: Transformer) -> None:
+    """Buffers to zero, those of a batch norm to where torch starts them."""
+    for buffer in model.buffers():
+        buffer.zero_()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.reset_running_stats()
+
+
+def generator_of(seed: int, name: str, device: torch.device) -> torch.Generator:
+    """The generator of the initial values of the parameter of that name."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@torch.no_grad()
+def fill(model: Transformer, name: str, parameter: Tensor, generator: torch.Generator) -> None:
+    """Put into `parameter` the initial values of the model's parameter of that name."""
+    path = name.split(".")
+    for depth in range(1, len(path)):
+        decide = getattr(model.get_submodule(".".join(path[:depth])), "init_parameter", None)
+        if decide is not None:
+            decide(".".join(path[depth:]), parameter, generator)
+            return
+    _default_init(path[-2:], parameter, model.size, generator)
+
+
+def _default_init(path: list[str], parameter: Tensor, size: Size, generator: torch.Generator) -> None:
+    if path[-1] == "bias":
+        parameter.zero_()
+    elif parameter.dim() == 1:
+        parameter.fill_(1.0)
+    else:
+        std = parameter.shape[-1] ** -0.5
+        if {"wo", "w2"} & set(path):
+            std /= (2 * size.layers) ** 0.5
+        parameter.normal_(0.0, std, generator=generator)

@@ -1,0 +1,43 @@
+"""Small models of every family for the tests of suite.models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from suite.models import Transformer, build, registry
+
+VOCAB = 50
+OPTIONS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "moe": {"experts": 4},
+    "moe_topk": {"shared_experts": 1},
+    "pkm": {"half_keys": 16, "top_k": 8},
+    "memory_plus": {"half_keys": 16, "top_k": 8, "qk_norm": True},
+    "memory_plus varied": {
+        "half_keys": 16,
+        "top_k": 8,
+        "value_dim": 24,
+        "sink": True,
+        "scalar_gate": True,
+        "share": False,
+    },
+    "pkm batchnorm": {"half_keys": 16, "top_k": 8, "query_batchnorm": True},
+    "peer": {"half_keys": 16, "top_k": 8},
+    "memory_plus beside": {"half_keys": 16, "top_k": 8, "keep_ffn": True, "placement": (1, 2)},
+}
+
+
+def config(case: str, **more: Any) -> registry.ModelConfig:
+    family = case.split()[0]
+    options = {"family": family, "base": "w32", **OPTIONS[case], **more}
+    return registry.family(family).config.model_validate(options)
+
+
+def model(case: str, seed: int = 0, **more: Any) -> Transformer:
+    return build(config(case, **more), VOCAB, seed)
+
+
+def tokens(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, VOCAB, shape, generator=torch.Generator().manual_seed(seed))

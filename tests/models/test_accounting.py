@@ -1,0 +1,144 @@
+"""Accounting against published totals, torch's own count of products, and the matching rules."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from model_families import OPTIONS, VOCAB, config, model
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from suite.models import moe, registry
+from suite.models.accounting import account
+from suite.models.registry import Family, ModelConfig
+from suite.models.transformer import Transformer
+
+PUBLISHED = [  # "Memory Layers at Scale", table 1, in millions; 8b and moe_topk have no published total
+    ("dense", "373m", {}, 373.9),
+    ("moe", "134m", {}, 983.6),
+    ("pkm", "134m", {"half_keys": 1024}, 936.5),
+    ("memory_plus", "134m", {"half_keys": 1024}, 937.1),
+    ("moe", "1.3b", {}, 3545.5),
+    ("pkm", "1.3b", {"half_keys": 1024}, 3377.6),
+    ("memory_plus", "1.3b", {"half_keys": 1024}, 3368.1),
+    ("memory_plus", "1.3b", {"half_keys": 2048}, 9823.2),
+    ("memory_plus", "1.3b", {"half_keys": 4096}, 35618.1),
+    ("memory_plus", "1.3b", {"half_keys": 8192}, 138747.7),
+    ("memory_plus", "8b", {"half_keys": 4096}, 76523.3),
+    ("peer", "134m", {}, 1036.9),
+    ("peer", "1.3b", {}, 3645.7),
+]
+
+
+def paper(family: str, base: str, **options: object) -> ModelConfig:
+    return registry.family(family).config.model_validate({"family": family, "base": base, **options})
+
+
+@pytest.mark.parametrize(("family", "base", "options", "millions"), PUBLISHED)
+def test_parameter_totals_are_the_published_ones(family, base, options, millions):
+    size = paper(family, base, **options)
+    assert account(size, size.size.vocab_size, 4096).params_total / 1e6 == pytest.approx(millions, abs=0.05)
+
+
+@pytest.mark.parametrize("seq_len", [32, 37])
+@pytest.mark.parametrize("case", list(OPTIONS))
+def test_the_account_and_torchs_count_differ_by_named_items_alone(case, seq_len):
+    """On the meta device torch counts attention over all T*T pairs, and no weighted sum of rows.
+
+    On a CPU it would count no attention at all, and a routed expert's tokens padded to the busiest expert.
+    """
+    rows = 2
+    with torch.device("meta"):
+        net = Transformer(config(case), VOCAB)
+        batch_BT = torch.zeros(rows, seq_len, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        logits_BTV = net(batch_BT, torch.zeros_like(batch_BT))
+        forward = counter.get_total_flops()
+        logits_BTV.float().sum().backward()
+        training = counter.get_total_flops()
+    ours = account(config(case), VOCAB, seq_len)
+    tokens = rows * seq_len
+    items = {"future tokens": tokens * net.size.layers * 2 * net.size.dim * (seq_len - (seq_len + 1) / 2)}
+    items["padded experts"] = sum(padded_macs(layer.feed_forward, rows, seq_len) for layer in net.layers)
+    assert forward == 2 * (tokens * ours.macs_total + sum(items.values()))
+    # PEER's u.x: its gradients are weighted sums of rows and of tokens, which are no matrix products.
+    items["gradients that are sums of rows"] = -2 / 3 * tokens * ours.macs_per_token.get("experts", 0)
+    assert training == pytest.approx(6 * (tokens * ours.macs_total + sum(items.values())), rel=1e-12)
+
+
+def padded_macs(layer: nn.Module, rows: int, seq_len: int) -> float:
+    """Products with padding: experts take a whole number of tokens each."""
+    if isinstance(layer, moe.ExpertChoice):
+        slots, asked = rows * -(-seq_len // layer.experts.count), rows * seq_len / layer.experts.count
+    elif isinstance(layer, moe.TokenChoice):
+        asked = rows * seq_len * layer.top_k / layer.experts.count
+        slots = math.ceil(asked)
+    else:
+        return 0.0
+    return (slots - asked) * sum(weight.numel() for weight in layer.experts.parameters())
+
+
+@pytest.mark.parametrize("case", list(OPTIONS))
+def test_named_groups_sum_to_the_real_model(case):
+    counted = account(config(case), VOCAB, 64)
+    real = sum(parameter.numel() for parameter in model(case).parameters())
+    assert sum(counted.params.values()) == counted.params_total == real
+    assert counted.macs_total == sum(counted.macs_per_token.values())
+    assert counted.flops_per_token == 3 * counted.flops_per_token_forward
+    assert counted.params_active <= counted.params_total
+
+
+def test_a_dense_model_is_all_active_and_reads_one_embedding_row():
+    dense = account(config("dense"), VOCAB, 1)
+    assert dense.params_active == dense.params_total
+    assert dense.params_embedding == 2 * VOCAB * 32
+    cache = 4 * 2 * 32
+    assert dense.bytes_per_token == 2 * (dense.params_total - (VOCAB - 1) * 32 + cache)
+
+
+def test_a_memory_reads_its_rows_and_multiplies_none():
+    small, large = (account(config("pkm", half_keys=n), VOCAB, 64) for n in (16, 64))
+    assert large.params_memory == 16 * small.params_memory == 64 * 64 * 32
+    assert large.macs_total - small.macs_total == 4 * (64 - 16) * 16  # heads x half keys x k_dim
+    outside = small.params_total - small.params_memory
+    assert small.params_active == outside + 4 * 8 * 32  # heads x top_k rows
+
+
+def test_memory_plus_at_1_3b_is_near_equal_flops_as_the_design_states():
+    def macs(family: str, **options: object) -> float:
+        return account(paper(family, "1.3b", **options), 32000, 4096).macs_total
+
+    dense = macs("dense")
+    assert macs("memory_plus", half_keys=1024) / dense == pytest.approx(0.97, abs=0.005)
+    assert macs("memory_plus", half_keys=8192) / dense == pytest.approx(1.04, abs=0.01)
+
+
+def test_a_fine_grained_mixture_is_as_active_as_dense():
+    dense, mixture = (account(paper(family, "134m"), 32000, 4096) for family in ("dense", "moe_topk"))
+    assert mixture.params_active - dense.params_active == mixture.params["router"]
+
+
+def test_a_module_that_does_not_account_for_itself_is_refused_by_name():
+    def feed_forwards(size: ModelConfig) -> list[nn.Module]:
+        return [nn.Identity() for _ in range(size.size.layers)]
+
+    name = "unaccounted"
+    registry.register(Family(name, ModelConfig, feed_forwards))
+    try:
+        with pytest.raises(TypeError, match=r"layers\.0\.feed_forward \(Identity\)"):
+            account(ModelConfig(family=name, base="w32"), VOCAB, 8)
+    finally:
+        del registry._FAMILIES[name]
+
+
+def test_an_account_is_plain_data():
+    content = account(config("memory_plus"), VOCAB, 64).to_json()
+    assert {"params_total", "macs_per_token", "macs_total", "bytes_per_token"} <= content.keys()
+    assert all(isinstance(count, int) for count in content["params"].values())
+
+
+def test_building_for_the_account_leaves_the_default_device_alone():
+    account(config("dense"), VOCAB, 8)
+    assert torch.empty(1).device.type == "cpu"
