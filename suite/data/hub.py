@@ -1,0 +1,83 @@
+"""Data sets of the Hugging Face hub, read as streams through `datasets`; the one module that knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from suite.cells import HubSource
+from suite.data.corpora import checked_text
+from suite.errors import UserError
+
+Result = TypeVar("Result")
+
+
+class HubReader:
+    """The documents of a hub data set that are not blank, in its own order; nothing is downloaded ahead.
+
+    Its position holds the commit that is read, so that a stream goes on in the same content, the records read
+    so far, and where `datasets` says it stands. Raises UserError for a data set that cannot be reached or used.
+    """
+
+    share = None  # the hub does not say how long a stream is
+
+    def __init__(self, config: HubSource, position: Any = None) -> None:
+        self._config = config
+        self._read: int = position["records"] if position else 0
+        self._commit: str | None = position["commit"] if position else self._ask(self._newest_commit)
+        self._stream = self._ask(self._open)
+        if position:
+            self._stream.load_state_dict(position["state"])
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Where the stream stands, as JSON."""
+        return {"commit": self._commit, "records": self._read, "state": self._stream.state_dict()}
+
+    def __iter__(self) -> Iterator[str]:
+        """The documents from the position on."""
+        records = iter(self._stream)
+        while (record := self._ask(lambda: next(records, None))) is not None:
+            self._read += 1
+            text = checked_text(f"{self._config.name}: record {self._read}", record, self._config.field)
+            if text.strip():
+                yield text
+
+    def _newest_commit(self) -> str | None:
+        """The commit that the revision names now; None for a folder in a hub data set's layout."""
+        if Path(self._config.name).is_dir():
+            return None
+        from huggingface_hub import HfApi
+
+        return HfApi().dataset_info(self._config.name, revision=self._config.revision).sha
+
+    def _open(self) -> Any:
+        import datasets
+
+        config = self._config
+        stream = datasets.load_dataset(
+            config.name, config.subset, split=config.split, revision=self._commit, streaming=True
+        )
+        columns = stream.column_names
+        if columns is None:  # known only from the records
+            return stream
+        if config.field not in columns:
+            raise UserError(
+                f"data.field: got {config.field!r}, which {config.name} does not have, allowed: {', '.join(columns)}"
+            )
+        return stream.select_columns([config.field])
+
+    def _ask(self, question: Callable[[], Result]) -> Result:
+        """The answer to a question to the hub; whatever goes wrong is one line that says what to do."""
+        try:
+            return question()
+        except UserError:
+            raise
+        except Exception as error:  # datasets, huggingface_hub and their HTTP client have no common base
+            cause = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        begun = f" after {self._read} records (the same command goes on from there)" if self._read else ""
+        raise UserError(
+            f"data.name: got {self._config.name!r}, which cannot be read{begun}: {cause}; allowed: a hub data set that"
+            " can be reached (HF_HUB_OFFLINE unset), or kind: text with data.path at local .parquet or .jsonl files"
+        )

@@ -1,0 +1,101 @@
+"""Ready-made tokenizers: tokenizer.json, GPT-2's vocabulary and merges, SentencePiece models; found by path."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, pre_tokenizers
+
+from suite.data import tokenizers
+from suite.data.tokenizers import ReadyTokenizer, SentencePieceTokenizer, Tokenizer
+from suite.errors import UserError
+
+MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
+"""GPT-2's vocabulary and the file of merges beside it, as transformers and as the release name them."""
+_IN_FOLDERS = ("tokenizer.json", *MERGES, "tokenizer.model")
+_ALLOWED = (
+    "a tokenizer.json, a vocab.json with merges.txt or an encoder.json with vocab.bpe beside it, a SentencePiece"
+    " .model, or a folder with one of these"
+)
+_EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
+
+
+def files(path: Path) -> list[Path]:
+    """The tokenizer's file, and the merges that belong to it. Raises UserError for a path that holds none."""
+    if path.is_dir():
+        path = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), path)
+    if not path.is_file() or path.suffix not in (".json", ".model"):
+        raise UserError(f"data.tokenizer.path: got {str(path)!r}, allowed: {_ALLOWED}")
+    if path.name not in MERGES:
+        return [path]
+    merges = path.with_name(MERGES[path.name])
+    if not merges.is_file():
+        raise UserError(f"data.tokenizer.path: got {str(path)!r} without {merges.name} beside it, allowed: {_ALLOWED}")
+    return [path, merges]
+
+
+def fingerprint(path: Path) -> str:
+    """sha256 of the content, wherever it lies. Raises UserError for a path that holds no tokenizer."""
+    digest = hashlib.sha256()
+    for file in files(path):
+        digest.update(hashlib.sha256(_bytes(file)).digest())
+    return digest.hexdigest()
+
+
+def read(path: Path, eot: str | None = None) -> Tokenizer:
+    """The tokenizer in a file or folder.
+
+    `eot` is the token that ends a text; without it, the one that is usual for the format. A vocabulary that has
+    none gets one more token. Raises UserError for what cannot be read and for an `eot` that is no token.
+    """
+    file, *merges = files(path)
+    try:
+        if file.suffix == ".model":
+            return SentencePieceTokenizer(_bytes(file), eot)
+        if merges:
+            return _gpt2(file, merges[0], eot)
+        content = json.loads(_bytes(file))
+        if "kind" in content:  # of a prepared corpus of ours
+            return tokenizers.from_json(json.dumps(content))
+        return ReadyTokenizer(RustTokenizer.from_str(_unnamed(content, eot)), _eot_of(content, eot))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    except Exception as error:  # the Rust and C++ libraries raise bare Exception and RuntimeError
+        cause = str(error).splitlines()[0]
+        raise UserError(f"{file}: no tokenizer can be read from it ({cause}), allowed: {_ALLOWED}") from None
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _gpt2(vocabulary: Path, merges: Path, eot: str | None) -> Tokenizer:
+    """Byte-level BPE as GPT-2's: no merge leads to its end of text, so no text can name it."""
+    trained = RustTokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trained.decoder = decoders.ByteLevel()
+    known = trained.get_vocab()
+    return ReadyTokenizer(trained, eot or next((name for name in _EOT_NAMES if name in known), None))
+
+
+def _eot_of(content: dict[str, object], eot: str | None) -> str | None:
+    """The end-of-text token's name: the one given, else a usual one among the added tokens."""
+    added = content.get("added_tokens") or []
+    assert isinstance(added, list)
+    names = {entry["content"] for entry in added}
+    return eot or next((name for name in _EOT_NAMES if name in names), None)
+
+
+def _unnamed(content: dict[str, object], eot: str | None) -> str:
+    """The tokenizer with its end of text marked special, so that a text which spells it out does not encode to it."""
+    wanted = _eot_of(content, eot)
+    added = content.get("added_tokens") or []
+    assert isinstance(added, list)
+    marked = [{**entry, "special": True} if entry["content"] == wanted else entry for entry in added]
+    return json.dumps({**content, "added_tokens": marked, "truncation": None, "padding": None})

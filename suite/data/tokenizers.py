@@ -1,0 +1,288 @@
+"""Text to tokens: words (for `bios`), byte-level BPE trained on the corpus, bytes, and ready-made ones.
+
+Every tokenizer has one token that no text encodes to, the end of text, with which documents begin. BPE and
+bytes are lossless for any text; words are for the closed vocabulary of a synthetic world and lossless for its
+text; ready-made ones are as their makers made them.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from suite.errors import UserError
+
+_WORD = re.compile(r"\n|[.?]|[^\s.?]+")  # a line end, a full stop and a question mark are tokens
+_CLOSING = {".", "?", "\n"}
+
+
+class Tokenizer(Protocol):
+    """What the rest of the project knows of a tokenizer. `kind` names it; `eot_id` is the end of text.
+
+    `splits_at_spaces`: encode(prompt) + encode(answer) == encode(prompt + answer) if the answer begins with a
+    single space.
+    """
+
+    kind: str
+    vocab_size: int
+    eot_id: int
+    splits_at_spaces: bool
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text; never contains eot_id."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """encode for each text."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of the tokens; eot_id gives nothing."""
+
+    def to_json(self) -> str:
+        """All that `from_json` needs."""
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of to_json()."""
+
+
+class _Fingerprinted:
+    splits_at_spaces = True
+
+    def to_json(self) -> str:
+        raise NotImplementedError
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of to_json()."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+class WordTokenizer(_Fingerprinted):
+    """A closed vocabulary of words; a word outside it is a UserError. Token 0 is the end of text."""
+
+    kind = "word"
+    eot_id = 0
+
+    def __init__(self, words: Sequence[str]) -> None:
+        self.words = tuple(words)
+        self._ids = {word: index for index, word in enumerate(self.words, start=1)}
+        self.vocab_size = len(self.words) + 1
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> WordTokenizer:
+        """The vocabulary of the texts, sorted."""
+        return cls(sorted({word for text in texts for word in _WORD.findall(text)}))
+
+    def encode(self, text: str) -> list[int]:
+        """Words, '.', '?' and line ends; other white space only separates."""
+        try:
+            return [self._ids[word] for word in _WORD.findall(text)]
+        except KeyError as unknown:
+            raise UserError(
+                f"data.tokenizer.kind: got 'word' and the word {unknown.args[0]!r}, which is none of the"
+                f" {len(self.words)} of this world; allowed for any text: bpe, bytes"
+            ) from None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """encode for each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Words with single spaces between them, none before '.' and '?' nor around a line end."""
+        text = ""
+        for token in tokens:
+            if token == self.eot_id:
+                continue
+            word = self.words[token - 1]
+            text += word if not text or text.endswith("\n") or word in _CLOSING else f" {word}"
+        return text
+
+    def to_json(self) -> str:
+        """The word list."""
+        return json.dumps({"kind": self.kind, "words": self.words}, ensure_ascii=False)
+
+
+class BytesTokenizer(_Fingerprinted):
+    """UTF-8 bytes 0-255; 256 is the end of text."""
+
+    kind = "bytes"
+    eot_id = 256
+    vocab_size = 257
+
+    def encode(self, text: str) -> list[int]:
+        """The bytes of the text."""
+        return list(text.encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """encode for each text."""
+        return [self.encode(text) for text in texts]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of the bytes; bytes that are no UTF-8 (a model may say anything) become U+FFFD."""
+        return bytes(token for token in tokens if token != self.eot_id).decode(errors="replace")
+
+    def to_json(self) -> str:
+        """Nothing but its kind."""
+        return json.dumps({"kind": self.kind})
+
+
+class BPETokenizer(_Fingerprinted):
+    """Byte-level BPE (GPT-2's pre-tokenizer); the end of text is the last token, and no text can name it."""
+
+    kind = "bpe"
+
+    def __init__(self, trained: RustTokenizer) -> None:
+        self._trained = trained
+        self.eot_id: int = trained.get_vocab_size()
+        self.vocab_size = self.eot_id + 1
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> BPETokenizer:
+        """At most `vocab_size` tokens, 256 bytes and the end of text included; fewer for a tiny corpus."""
+        trained = RustTokenizer(models.BPE())
+        trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        trained.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size - 1,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        trained.train_from_iterator(texts, trainer)
+        return cls(trained)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of the text."""
+        return list(self._trained.encode(text).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """encode for each text, in parallel where the library may."""
+        return [encoding.ids for encoding in self._trained.encode_batch_fast(list(texts))]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of the tokens."""
+        return str(self._trained.decode([token for token in tokens if token != self.eot_id]))
+
+    def to_json(self) -> str:
+        """The `tokenizers` library's own format, with our kind beside it."""
+        return json.dumps({"kind": self.kind, "trained": json.loads(self._trained.to_str())}, ensure_ascii=False)
+
+
+class ReadyTokenizer(_Fingerprinted):
+    """A tokenizer of the `tokenizers` library as it is, but for its special tokens: no text encodes to them.
+
+    `eot` names its end of text; None: it has none, and gets the token after its last. Raises UserError for an
+    `eot` that is none of its tokens.
+    """
+
+    kind = "ready"
+
+    def __init__(self, trained: RustTokenizer, eot: str | None) -> None:
+        trained.encode_special_tokens = True  # a text that spells a special token out is text
+        self._trained, self._eot = trained, eot
+        vocabulary = trained.get_vocab(with_added_tokens=True)
+        if eot is not None and eot not in vocabulary:
+            raise UserError(f"data.tokenizer.eot: got {eot!r}, allowed: one of its {len(vocabulary)} tokens")
+        above = max(vocabulary.values()) + 1
+        self.eot_id: int = above if eot is None else vocabulary[eot]
+        self.vocab_size: int = above + (eot is None)
+        self.splits_at_spaces = _splits_at_spaces(self)
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of the text, nothing added around them."""
+        return list(self._trained.encode(text, add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """encode for each text, in parallel where the library may."""
+        encodings = self._trained.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of the tokens."""
+        known = [token for token in tokens if token != self.eot_id]
+        return str(self._trained.decode(known, skip_special_tokens=False))
+
+    def to_json(self) -> str:
+        """The `tokenizers` library's own format, with our kind and the end of text beside it."""
+        trained = json.loads(self._trained.to_str())
+        return json.dumps({"kind": self.kind, "eot": self._eot, "trained": trained}, ensure_ascii=False)
+
+
+class SentencePieceTokenizer(_Fingerprinted):
+    """A SentencePiece model, read by its own library (the `sentencepiece` extra).
+
+    `model`: the .model file's bytes. The end of text is `eot`, else the model's own; a model without one gets the
+    token after its last. Raises UserError for an `eot` that is none of its pieces, or without the library.
+    """
+
+    kind = "sentencepiece"
+
+    def __init__(self, model: bytes, eot: str | None = None) -> None:
+        try:
+            from sentencepiece import SentencePieceProcessor
+        except ImportError:
+            raise UserError(
+                "data.tokenizer.path: got a SentencePiece model, which needs the sentencepiece package, allowed:"
+                " pip install 'next-parameter[sentencepiece]', or a tokenizer.json"
+            ) from None
+        self._model, self._eot = model, eot
+        self._pieces = SentencePieceProcessor(model_proto=model)
+        entries = self._pieces.get_piece_size()
+        if eot is not None and self._pieces.id_to_piece(self._pieces.piece_to_id(eot)) != eot:
+            raise UserError(f"data.tokenizer.eot: got {eot!r}, allowed: one of its {entries} pieces")
+        own = self._pieces.eos_id() if eot is None else self._pieces.piece_to_id(eot)
+        self.eot_id: int = own if own >= 0 else entries
+        self.vocab_size: int = entries + (own < 0)
+        self.splits_at_spaces = _splits_at_spaces(self)
+
+    def encode(self, text: str) -> list[int]:
+        """The pieces of the text, nothing added around them."""
+        return list(self._pieces.encode(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """encode for each text."""
+        return [list(tokens) for tokens in self._pieces.encode(list(texts))]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of the tokens."""
+        return str(self._pieces.decode([token for token in tokens if token != self.eot_id]))
+
+    def to_json(self) -> str:
+        """The model's bytes in base64, and its end of text."""
+        model = base64.b64encode(self._model).decode()
+        return json.dumps({"kind": self.kind, "eot": self._eot, "model": model})
+
+
+def _splits_at_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether parts of a few texts, cut before a space, encode to what the whole does.
+
+    SentencePiece and its likes put a space before every text, and then do not.
+    """
+    cuts = (("Question: Who?\nAnswer:", " Ada"), ("The year", " 1984."), ("a, b and", " c"), ("", " x"))
+    return all(tokenizer.encode(a) + tokenizer.encode(b) == tokenizer.encode(a + b) for a, b in cuts)
+
+
+def from_json(text: str) -> Tokenizer:
+    """The tokenizer whose to_json() gave the text."""
+    content = json.loads(text)
+    if content["kind"] == "word":
+        return WordTokenizer(content["words"])
+    if content["kind"] == "bytes":
+        return BytesTokenizer()
+    if content["kind"] == "sentencepiece":
+        return SentencePieceTokenizer(base64.b64decode(content["model"]), content["eot"])
+    if content["kind"] == "ready":
+        return ReadyTokenizer(RustTokenizer.from_str(json.dumps(content["trained"])), content["eot"])
+    return BPETokenizer(RustTokenizer.from_str(json.dumps(content["trained"])))
+
+
+def load(path: Path) -> Tokenizer:
+    """The tokenizer kept in a file."""
+    return from_json(path.read_text(encoding="utf-8"))

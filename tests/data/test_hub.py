@@ -1,0 +1,152 @@
+"""Hub data sets: `datasets` streams a folder in a hub data set's layout here; the hub itself is out of reach."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from suite.cells import HubData, Tokenizer
+from suite.data import prepare
+from suite.data.corpora import is_held_out
+from suite.data.hub import HubReader
+from suite.errors import UserError
+from suite.grids import load_cell
+
+pyarrow = pytest.importorskip("pyarrow")
+from pyarrow import parquet  # noqa: E402
+
+TEXTS = [f"document {number} of the set" for number in range(90)]
+BYTES = Tokenizer(kind="bytes")
+
+
+@pytest.fixture
+def name(tmp_path: Path) -> str:
+    folder = tmp_path / "set" / "data"
+    folder.mkdir(parents=True)
+    for shard in range(3):
+        texts = TEXTS[30 * shard : 30 * shard + 30]
+        table = pyarrow.table({"id": range(30), "text": texts})
+        parquet.write_table(table, folder / f"train-{shard:05}-of-00003.parquet", row_group_size=8)
+    return str(tmp_path / "set")
+
+
+def hub(name: str, **fields: object) -> HubData:
+    return HubData.model_validate({"kind": "hub", "name": name, "tokenizer": BYTES, "held_out": 0.1, **fields})
+
+
+def test_a_stream_is_read_in_order_and_taken_up_anywhere(name: str) -> None:
+    assert list(HubReader(hub(name))) == TEXTS
+    for count in (1, 29, 30, 31, 75, 90):
+        reader = HubReader(hub(name))
+        documents = iter(reader)
+        head = [next(documents) for _ in range(count)]
+        saved = json.loads(json.dumps(reader.position))
+        assert saved["records"] == count
+        assert head + list(HubReader(hub(name), saved)) == TEXTS
+
+
+def test_a_corpus_is_prepared_up_to_its_tokens(name: str, tmp_path: Path) -> None:
+    corpus = prepare(hub(name, tokens=500), tmp_path / "cache")
+    trained = [text for text in TEXTS if not is_held_out(text, 0.1)]
+    assert 500 <= corpus.parts[0].tokens < 530
+    text = corpus.tokenizer.decode(corpus.parts[0].rounds[0].tokens.tolist())
+    assert "".join(trained).startswith(text)
+    assert set(corpus.held_out) <= {text for text in TEXTS if is_held_out(text, 0.1)}
+    assert corpus.loader(0, 2).batch(0).tokens_BT.shape == (2, 2048)
+    whole = prepare(hub(name), tmp_path / "cache")
+    assert whole.fingerprint != corpus.fingerprint
+    assert whole.held_out == [text for text in TEXTS if is_held_out(text, 0.1)]
+
+
+def test_what_is_prepared_needs_no_hub(name: str, tmp_path: Path) -> None:
+    first = prepare(hub(name), tmp_path / "cache")
+    Path(name).rename(tmp_path / "gone")
+    assert prepare(hub(name, seq_len=64), tmp_path / "cache").fingerprint == first.fingerprint
+
+
+def test_the_fingerprint_follows_the_content_under_one_name(name: str, tmp_path: Path) -> None:
+    first = prepare(hub(name), tmp_path / "one")
+    table = pyarrow.table({"id": range(30), "text": [text.upper() for text in TEXTS[:30]]})
+    parquet.write_table(table, Path(name) / "data" / "train-00000-of-00003.parquet")
+    assert prepare(hub(name), tmp_path / "two").fingerprint != first.fingerprint
+
+
+def test_a_field_that_is_not_there_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match=r"data\.field: got 'body', which .*set does not have, allowed: id, text$"):
+        HubReader(hub(name, field="body"))
+    with pytest.raises(UserError, match=r"set: record 1: data\.field 'id': got a int"):
+        list(HubReader(hub(name, field="id")))
+
+
+def test_a_split_that_is_not_there_is_one_line(name: str) -> None:
+    with pytest.raises(UserError, match=r"data\.name: got '.*set', which cannot be read: .*split") as raised:
+        HubReader(hub(name, split="test"))
+    assert "\n" not in str(raised.value)
+
+
+def test_offline_a_hub_data_set_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from suite.cells import HubData\n"
+        "from suite.data import prepare\n"
+        "from suite.errors import UserError\n"
+        "from pathlib import Path\n"
+        "config = HubData(kind='hub', name='mlfoundations/dclm-baseline-1.0', tokenizer={'kind': 'bytes'})\n"
+        "try: prepare(config, Path(sys.argv[1]))\n"
+        "except UserError as error: print(error)\n"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    shown = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert shown.count("\n") == 1
+    assert shown.startswith("data.name: got 'mlfoundations/dclm-baseline-1.0', which cannot be read: ")
+    assert "offline" in shown.lower()
+    assert "kind: text with data.path at local .parquet or .jsonl files" in shown
+    assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
+
+
+CELL = """
+model: {{family: dense, base: w32}}
+data: {}
+train: {{batch_rows: 4, tokens: 1000, lr: 1e-3}}
+"""
+
+
+def test_a_cell_is_known_without_asking_the_hub(tmp_path: Path) -> None:
+    def hash_of(**fields: str) -> str:
+        data = {"kind": "hub", "name": "some/set", "tokenizer": {"kind": "bytes"}, **fields}
+        (tmp_path / "cell.yaml").write_text(CELL.format(json.dumps(data)))
+        return load_cell(tmp_path / "cell.yaml").hash8
+
+    others = [{"subset": "a"}, {"split": "b"}, {"revision": "c"}, {"tokens": 10}, {"name": "some/other"}]
+    assert len({hash_of(**fields) for fields in [{}, *others]}) == 6
+    assert hash_of(split="train") == hash_of()
+
+
+@pytest.mark.parametrize(
+    ("data", "complaint"),
+    [
+        ("{kind: hub, name: a/b}", r"data\.tokenizer: got nothing, allowed: a tokenizer: kind file, bytes or bpe"),
+        ("{name: a/b}", r"data\.kind: got nothing, allowed: bios, text, hub, mixture"),
+        ("{kind: hubb}", r"data\.kind: got 'hubb', did you mean hub\?, allowed: bios, text, hub, mixture"),
+        ("{kind: mixture, parts: {web: {name: a/b}}}", r"data\.parts\.web\.kind: got nothing, allowed: text, hub$"),
+        ("{kind: mixture, parts: {web: {kind: hub}}}", r"data\.parts\.web\.name: got nothing, allowed: a hub data set"),
+        (
+            "{kind: mixture, parts: {hub: {kind: hub, name: a, wieght: 1}}}",
+            r"data\.parts\.hub\.weight: got nothing, allowed: share of the tokens",
+        ),
+        (
+            "{kind: mixture, parts: {web: {kind: hub, name: a, weight: 1, sbset: 1}}}",
+            r"data\.parts\.web\.sbset: unknown field, did you mean subset\?, allowed: kind, name, subset",
+        ),
+    ],
+)
+def test_mistakes_are_named_as_people_wrote_them(data: str, complaint: str, tmp_path: Path) -> None:
+    (tmp_path / "cell.yaml").write_text(CELL.format(data))
+    with pytest.raises(UserError, match=complaint):
+        load_cell(tmp_path / "cell.yaml")

@@ -1,0 +1,177 @@
+"""The cache: complete or absent, found by content, safe with several processes."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from suite.cells import BiosData, TextData, Tokenizer
+from suite.data import Corpus, prepare, shards
+from suite.data.corpora import fingerprint, is_held_out
+from suite.errors import UserError
+
+BYTES = Tokenizer(kind="bytes")
+BPE = Tokenizer(kind="bpe", vocab_size=400)
+WORLD = BiosData(kind="bios", people=40, questions=0.5)
+DOCUMENTS = [f"Document {i} says {i * i} — and nothing else." for i in range(300)]
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "corpus" / "text.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps({"text": d}) + "\n" for d in DOCUMENTS))
+    return path
+
+
+def tokens_of(corpus: Corpus) -> list[list[int]]:
+    return [r.tokens.tolist() for r in corpus.parts[0].rounds]
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer(kind="word"), BYTES, BPE])
+def test_a_world_is_tokenized_document_by_document(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    corpus = prepare(WORLD.model_copy(update={"tokenizer": tokenizer, "seq_len": 128}), tmp_path)
+    assert corpus.world is not None
+    assert corpus.held_out == []
+    for index, r in enumerate(corpus.parts[0].rounds):
+        assert set(r.tokens[r.starts[:-1]]) == {corpus.tokenizer.eot_id}
+        spans = zip(r.starts[:-1], r.starts[1:], strict=True)
+        decoded = [corpus.tokenizer.decode(r.tokens[a + 1 : b].tolist()) for a, b in spans]
+        assert decoded == list(corpus.world.documents(index))
+    assert corpus.vocab_size == corpus.tokenizer.vocab_size > max(map(max, tokens_of(corpus)))
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE])
+def test_text_is_trained_on_or_held_out_never_both(tokenizer: Tokenizer, text: Path, tmp_path: Path) -> None:
+    config = TextData(kind="text", path=str(text), tokenizer=tokenizer, held_out=0.2)
+    corpus = prepare(config, tmp_path / "cache")
+    r = corpus.parts[0].rounds[0]
+    spans = zip(r.starts[:-1], r.starts[1:], strict=True)
+    trained = [corpus.tokenizer.decode(r.tokens[a:b].tolist()) for a, b in spans]
+    assert trained == [d for d in DOCUMENTS if not is_held_out(d, 0.2)]
+    assert corpus.held_out == [d for d in DOCUMENTS if is_held_out(d, 0.2)]
+
+
+def test_the_cache_is_found_by_content_and_shared_by_row_lengths(text: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    config = TextData(kind="text", path=str(text), tokenizer=BYTES, seq_len=16)
+    first = prepare(config, cache)
+    moved = text.rename(tmp_path / "moved.jsonl")
+    again = prepare(config.model_copy(update={"path": str(moved), "seq_len": 32}), cache)
+    assert again.fingerprint == first.fingerprint
+    assert [path.name for path in cache.iterdir() if path.is_dir()] == [first.fingerprint]
+    assert again.loader(0, 2).batch(0).tokens_BT.shape == (2, 32)
+    others = [{"held_out": 0.3}, {"tokenizer": BPE}]
+    prints = {prepare(config.model_copy(update={"path": str(moved), **o}), cache).fingerprint for o in others}
+    assert len(prints | {first.fingerprint}) == 3
+    with open(moved, "a") as file:
+        file.write('{"text": "more"}\n')
+    changed = prepare(config.model_copy(update={"path": str(moved)}), cache)
+    assert changed.fingerprint != first.fingerprint
+
+
+def test_a_named_fingerprint_is_checked_and_suffices_once_prepared(text: Path, tmp_path: Path) -> None:
+    config = TextData(kind="text", path=str(text), tokenizer=BYTES, fingerprint=fingerprint(text))
+    first = prepare(config, tmp_path / "cache")
+    text.unlink()
+    assert prepare(config, tmp_path / "cache").fingerprint == first.fingerprint
+    text.write_text('{"text": "something else"}\n')
+    with pytest.raises(UserError, match=r"data\.path: got .* with the content .* named by data\.fingerprint"):
+        prepare(config, tmp_path / "other")
+
+
+def test_worlds_of_other_fields_have_other_fingerprints(tmp_path: Path) -> None:
+    changes: list[dict[str, object]] = [{}, {"world": 1}, {"people": 41}, {"questions": 0.4}, {"zipf": 1.0}]
+    assert len({prepare(WORLD.model_copy(update=c), tmp_path).fingerprint for c in changes}) == len(changes)
+
+
+def test_mistakes_are_one_line_and_leave_nothing(text: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    config = TextData(kind="text", path=str(text), tokenizer=BYTES)
+    with pytest.raises(UserError, match=r"data\.seq_len: got 8, allowed: at least 16"):
+        prepare(WORLD.model_copy(update={"seq_len": 8}), tmp_path)
+    with pytest.raises(UserError, match=r"data\.tokenizer\.kind: got 'word', allowed for text: bpe, bytes, file"):
+        prepare(config.model_copy(update={"tokenizer": Tokenizer(kind="word")}), cache)
+    for share in (1e-9, 1 - 1e-9):
+        with pytest.raises(UserError, match=r"data\.held_out: got .*, which leaves no document to"):
+            prepare(config.model_copy(update={"held_out": share}), cache)
+    with pytest.raises(UserError, match="'body': got only text"):
+        prepare(config.model_copy(update={"field": "body"}), cache)
+    assert [path for path in cache.iterdir() if path.is_dir()] == []
+
+
+def _prepare_many(cache: Path, gate: object) -> None:
+    gate.wait()  # type: ignore[attr-defined]
+    for world in range(4):
+        prepare(WORLD.model_copy(update={"world": world}), cache)
+
+
+def test_processes_that_prepare_at_once_agree(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    gate = context.Barrier(4)
+    workers = [context.Process(target=_prepare_many, args=(tmp_path / "cache", gate)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    for world in range(4):
+        config = WORLD.model_copy(update={"world": world})
+        together, alone = prepare(config, tmp_path / "cache"), prepare(config, tmp_path / "alone")
+        assert tokens_of(together) == tokens_of(alone)
+    assert sum(path.is_dir() for path in (tmp_path / "cache").iterdir()) == 4
+
+
+def _write_and_hang(folder: Path) -> None:
+    (folder / "round-0.tokens").write_bytes(b"half")
+    (folder / "written").touch()
+    time.sleep(60)
+
+
+def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
+    finished = prepare(WORLD, tmp_path / "other")
+    folder = tmp_path / "cache" / finished.fingerprint
+    context = multiprocessing.get_context("fork")
+    writer = context.Process(target=shards.build_once, args=(folder, _write_and_hang))
+    writer.start()
+    partial = folder.with_name(f"{folder.name}.partial")
+    while not (partial / "written").exists():
+        time.sleep(0.01)
+    assert writer.pid is not None
+    os.kill(writer.pid, signal.SIGKILL)
+    writer.join()
+    assert partial.exists()
+    assert not folder.exists()
+    assert tokens_of(prepare(WORLD, tmp_path / "cache")) == tokens_of(finished)
+    assert not partial.exists()
+
+
+def test_large_vocabularies_take_wider_tokens(tmp_path: Path) -> None:
+    class Wide:
+        vocab_size, eot_id = 70_001, 70_000
+
+        def encode_batch(self, texts: list[str]) -> list[list[int]]:
+            return [[int(text)] for text in texts]
+
+    assert shards.write_round(tmp_path, 0, map(str, range(66_000, 69_000)), Wide()) == 3000  # type: ignore[arg-type]
+    read = shards.read_round(tmp_path, 0, 70_001)
+    assert read.tokens.dtype == np.uint32
+    assert read.tokens.reshape(-1, 2).tolist() == [[70_000, n] for n in range(66_000, 69_000)]
+
+
+def test_the_package_needs_little(tmp_path: Path) -> None:
+    probe = (
+        "import sys; import suite.data;"
+        "print(sorted({'pandas', 'lm_eval', 'datasets', 'submitit', 'scipy', 'transformers'} & set(sys.modules)))"
+    )
+    shown = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "[]"

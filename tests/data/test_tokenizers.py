@@ -1,0 +1,79 @@
+"""Tokenizers: lossless, closed under saving, and with an end of text that no text can name."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from suite.cells import BiosData
+from suite.data import tokenizers
+from suite.data.bios import World
+from suite.data.bios_text import ROUNDS
+from suite.data.tokenizers import BPETokenizer, BytesTokenizer, WordTokenizer
+from suite.errors import UserError
+
+TEXTS = ["The quick brown fox. The quick dog!", "Zwölf Boxkämpfer jagen\n\nViktor — über 2,000 Meter."] * 20
+BPE = BPETokenizer.train(TEXTS, 300)
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]))
+
+
+@given(ANY_TEXT)
+def test_bpe_and_bytes_are_lossless_for_any_text(text: str) -> None:
+    for tokenizer in (BPE, BytesTokenizer()):
+        tokens = tokenizer.encode(text)
+        assert tokenizer.decode(tokens) == text
+        assert all(0 <= token < tokenizer.vocab_size for token in tokens)
+        assert tokenizer.eot_id not in tokens
+        assert tokenizer.decode([tokenizer.eot_id, *tokens, tokenizer.eot_id]) == text
+
+
+def test_bytes_are_utf8() -> None:
+    assert BytesTokenizer().encode("é\n") == [0xC3, 0xA9, 0x0A]
+    assert BytesTokenizer().vocab_size == 257
+
+
+def test_bpe_has_at_most_the_entries_asked_for_and_compresses() -> None:
+    assert BPE.vocab_size == 300
+    assert BPETokenizer.train(["ab"], 5000).vocab_size < 300
+    assert len(BPE.encode(TEXTS[0])) < len(TEXTS[0]) / 2
+
+
+def test_bpe_training_and_batches_are_deterministic() -> None:
+    assert BPETokenizer.train(iter(TEXTS), 300).fingerprint == BPE.fingerprint
+    assert BPE.encode_batch(TEXTS[:2]) == [BPE.encode(text) for text in TEXTS[:2]]
+
+
+def test_words_are_lossless_for_a_world_and_the_vocabulary_is_that_of_its_size() -> None:
+    worlds = [World(BiosData(kind="bios", people=100, world=seed, questions=0.3)) for seed in (0, 1)]
+    first, second = (WordTokenizer.of(world.vocabulary_texts()) for world in worlds)
+    assert first.fingerprint == second.fingerprint
+    for world in worlds:
+        for index in range(ROUNDS):
+            for text in world.documents(index):
+                assert first.decode(first.encode(text)) == text
+        for probe in world.probes("extraction") + world.probes("paraphrase"):
+            assert first.decode(first.encode(probe.prompt + probe.answer)) == probe.prompt + probe.answer
+
+
+def test_words_end_at_full_stops_question_marks_and_lines() -> None:
+    words = WordTokenizer.of(["Question: Who?\nAnswer: Ada Ann."])
+    assert words.words == ("\n", ".", "?", "Ada", "Ann", "Answer:", "Question:", "Who")
+    assert words.encode("Who?\nAnn  Ada.") == [8, 3, 1, 5, 4, 2]
+
+
+def test_an_unknown_word_is_one_line_to_the_user() -> None:
+    with pytest.raises(UserError, match=r"the word 'Zeno'.*allowed for any text: bpe, bytes"):
+        WordTokenizer.of(["Ada Ann."]).encode("Ada Zeno.")
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, BytesTokenizer(), WordTokenizer.of(TEXTS)])
+def test_a_saved_tokenizer_comes_back_the_same(tokenizer: tokenizers.Tokenizer) -> None:
+    again = tokenizers.from_json(tokenizer.to_json())
+    assert again.fingerprint == tokenizer.fingerprint
+    assert (again.kind, again.vocab_size, again.eot_id) == (
+        tokenizer.kind,
+        tokenizer.vocab_size,
+        tokenizer.eot_id,
+    )
+    assert again.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
