@@ -1,0 +1,286 @@
+"""A cell: one point of a grid, frozen, fully explicit and content-hashed.
+
+The hash of a cell is the identity of its run: it covers what made the weights (model, data, training, seed,
+threads, the source of an external baseline) and leaves out fields at their default, so that adding a field to
+the schema changes no old hash. Evaluations carry a hash of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, SerializeAsAny, model_validator
+from pydantic.functional_validators import BeforeValidator
+
+from suite.models import registry
+from suite.models.registry import ModelConfig
+
+NOT_IDENTITY: dict[str, Any] = {"identity": False}
+
+
+class Frozen(BaseModel):
+    """Immutable, strict, and without unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    def problems(self) -> list[tuple[str, object, str]]:
+        """What is wrong across fields: (field, value given, what is allowed)."""
+        return []
+
+
+class Tokenizer(Frozen):
+    """How text becomes tokens: words and bytes need no training, BPE is trained on the corpus, files are ready."""
+
+    kind: Literal["word", "bpe", "bytes", "file"]
+    vocab_size: int | None = Field(default=None, gt=256, description="BPE only: entries, 256 bytes included")
+    path: str | None = Field(
+        default=None, json_schema_extra=NOT_IDENTITY,
+        description="file only: a tokenizer.json, a GPT-2 vocab.json or encoder.json (merges beside), a .model",
+    )  # fmt: skip
+    fingerprint: str | None = Field(default=None, description="file only: sha256 of the content; filled in")
+    eot: str | None = Field(default=None, description="file only: its end-of-text token; None: found by its name")
+
+    def problems(self) -> list[tuple[str, object, str]]:
+        found: list[tuple[str, object, str]] = []
+        if (self.kind == "bpe") != (self.vocab_size is not None):
+            found.append(("vocab_size", self.vocab_size, "an integer above 256 for bpe, nothing for other kinds"))
+        if (self.kind == "file") != (self.path is not None):
+            found.append(("path", self.path, "a tokenizer's file for file, nothing for other kinds"))
+        if self.kind != "file" and self.eot is not None:
+            found.append(("eot", self.eot, "nothing but for file: the other kinds have their own"))
+        return found
+
+
+class BiosData(Frozen):
+    """Synthetic biographies (Allen-Zhu and Li, Physics of Language Models 3.3): a pure function of its fields."""
+
+    kind: Literal["bios"]
+    people: int = Field(gt=1)
+    world: int = Field(default=0, ge=0, description="the seed of names, attributes and templates' use")
+    questions: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of the people asked about in training")
+    zipf: float = Field(default=0.0, ge=0.0, description="exponent of exposure against popularity; 0: uniform")
+    seq_len: int = Field(default=128, gt=1, description="tokens in a row")
+    tokenizer: Tokenizer = Tokenizer(kind="word")
+
+
+class TextSource(Frozen):
+    """Text on disk: .txt, .jsonl, .jsonl.gz or .parquet, a file or a folder; found by path, known by fingerprint."""
+
+    kind: Literal["text"]
+    path: str = Field(json_schema_extra=NOT_IDENTITY)
+    fingerprint: str | None = Field(default=None, description="sha256 of the content; filled in by the sweep")
+    field: str = Field(default="text", description="the text's field in .jsonl and .parquet records")
+    held_out: float = Field(default=0.05, gt=0.0, lt=1.0, description="share of documents kept for evaluation")
+
+
+class HubSource(Frozen):
+    """A data set of the Hugging Face hub, read as a stream; a commit as `revision` pins its content."""
+
+    kind: Literal["hub"]
+    name: str = Field(min_length=1, description="a hub data set's name, e.g. HuggingFaceFW/fineweb-edu")
+    subset: str | None = Field(default=None, description="its configuration, e.g. sample-100BT")
+    split: str = "train"
+    revision: str | None = Field(default=None, description="branch, tag or commit; None: its main branch")
+    field: str = Field(default="text", description="the text's field in its records")
+    tokens: int | None = Field(default=None, gt=0, description="tokens to take from its beginning; None: all")
+    held_out: float = Field(default=0.001, gt=0.0, lt=1.0, description="share of documents kept for evaluation")
+
+
+class TextData(TextSource):
+    """Text on disk as a corpus of its own."""
+
+    seq_len: int = Field(default=256, gt=1, description="tokens in a row")
+    tokenizer: Tokenizer = Tokenizer(kind="bpe", vocab_size=4096)
+
+
+class HubData(HubSource):
+    """A hub data set as a corpus of its own."""
+
+    seq_len: int = Field(default=2048, gt=1, description="tokens in a row")
+    tokenizer: Tokenizer = Field(description="a tokenizer: kind file, bytes or bpe")
+
+
+class TextPart(TextSource):
+    """Text on disk as part of a mixture."""
+
+    weight: float = Field(gt=0, description="share of the tokens read, relative to the other parts' weights")
+
+
+class HubPart(HubSource):
+    """A hub data set as part of a mixture."""
+
+    weight: float = Field(gt=0, description="share of the tokens read, relative to the other parts' weights")
+
+
+MIXTURE_BLOCK = 10_000
+"""Rows in which a mixture's weights hold exactly; so a part's share is a multiple of a hundredth of a percent."""
+
+
+class MixtureData(Frozen):
+    """Named parts, each with a weight: the share of rows, and so of tokens, that training reads of it."""
+
+    kind: Literal["mixture"]
+    parts: dict[str, Annotated[TextPart | HubPart, Discriminator("kind")]] = Field(
+        min_length=1, description="parts by name, each of kind text or hub with a weight"
+    )
+    seq_len: int = Field(default=2048, gt=1, description="tokens in a row")
+    tokenizer: Tokenizer = Field(description="a tokenizer that all parts share: kind file or bytes")
+
+    def problems(self) -> list[tuple[str, object, str]]:
+        found: list[tuple[str, object, str]] = []
+        if self.tokenizer.kind not in ("file", "bytes"):
+            allowed = "file, bytes (train a BPE on one part, then name its tokenizer.json)"
+            found.append(("tokenizer.kind", self.tokenizer.kind, allowed))
+        total = sum(part.weight for part in self.parts.values())
+        for name, part in self.parts.items():
+            if part.weight / total * MIXTURE_BLOCK < 1:
+                allowed = f"at least 1/{MIXTURE_BLOCK} of the sum of weights ({total:g})"
+                found.append((f"parts.{name}.weight", part.weight, allowed))
+        return found
+
+
+DataConfig = Annotated[BiosData | TextData | HubData | MixtureData, Discriminator("kind")]
+
+
+class TrainConfig(Frozen):
+    """How long, how fast and how precisely. Exactly one of `tokens` and `epochs` is the budget."""
+
+    batch_rows: int = Field(gt=0, description="rows of seq_len tokens per optimizer step")
+    tokens: int | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, description="for bios: exposures of every fact")
+    lr: float = Field(gt=0)
+    value_lr: float | None = Field(
+        default=None, gt=0, description="of value tables; None: ten times lr (released template)"
+    )
+    optimizer: Literal["row_wise", "dense"] = Field(
+        default="row_wise", description="of value tables: AdamW by touched rows, or on table-sized gradients"
+    )
+    weight_decay: float = Field(default=0.1, ge=0)
+    value_weight_decay: float | None = Field(default=None, ge=0, description="None: as weight_decay")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
+    eps: float = Field(default=1e-8, gt=0)
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
+    warmup: int = Field(default=0, ge=0, description="steps")
+    final_lr: float = Field(default=0.01, ge=0, le=1, description="share of lr at the end of linear, cosine and wsd")
+    decay: float = Field(default=0.2, gt=0, le=1, description="wsd: share of the steps, at the end, in which lr falls")
+    decay_shape: Literal["1-sqrt", "linear"] = Field(default="1-sqrt", description="wsd: how lr falls")
+    branches: tuple[int, ...] = Field(
+        default=(), strict=False, json_schema_extra=NOT_IDENTITY,
+        description="wsd: the token budgets, this one among them, of the cells that share one stable phase",
+    )  # fmt: skip
+    clip: float | None = Field(default=1.0, gt=0, description="largest norm, of the values and of the rest apart")
+    accumulate: int = Field(default=1, gt=0, description="micro-batches per step; divides batch_rows")
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+    probes: int = Field(default=0, ge=0, description="log-spaced scorings of bits learned during training")
+    stop_past: float | None = Field(default=None, gt=0, lt=1, description="stop two probes past this share of N H")
+    log_every: int = Field(default=10, gt=0, json_schema_extra=NOT_IDENTITY)
+    checkpoint_every: int = Field(default=200, gt=0, json_schema_extra=NOT_IDENTITY)
+    keep_checkpoints: int = Field(default=2, gt=0, json_schema_extra=NOT_IDENTITY)
+    evaluate_every: int | None = Field(
+        default=None, gt=0, json_schema_extra=NOT_IDENTITY,
+        description="steps between checkpoints that are asked the cell's evaluations too, beside training",
+    )  # fmt: skip
+
+    def problems(self) -> list[tuple[str, object, str]]:
+        found: list[tuple[str, object, str]] = []
+        if (self.tokens is None) == (self.epochs is None):
+            found.append(("tokens", self.tokens, "exactly one of tokens and epochs"))
+        if self.batch_rows % self.accumulate:
+            found.append(("accumulate", self.accumulate, f"a divisor of batch_rows ({self.batch_rows})"))
+        if self.branches and (self.schedule != "wsd" or self.tokens not in self.branches):
+            found.append(("branches", self.branches, "token budgets of wsd cells, train.tokens among them"))
+        if self.branches and self.stop_past is not None:
+            found.append(("stop_past", self.stop_past, "nothing beside branches: they end at their budgets"))
+        if self.evaluate_every is not None and self.evaluate_every % self.checkpoint_every:
+            allowed = f"a multiple of checkpoint_every ({self.checkpoint_every})"
+            found.append(("evaluate_every", self.evaluate_every, allowed))
+        return found
+
+
+class EvalConfig(Frozen):
+    """Tasks asked of a finished run, scored through lm-eval; hashed by itself."""
+
+    tasks: tuple[str, ...] = Field(strict=False, min_length=1)
+    num_fewshot: int | None = Field(default=None, ge=0, description="None: as each task says")
+    limit: int | None = Field(default=None, gt=0, description="first documents of each task only")
+
+    @property
+    def hash8(self) -> str:
+        """Eight hex digits of this evaluation's identity."""
+        return _digest(identity(self))
+
+
+def _model_config(value: Any) -> ModelConfig:
+    """The `model` block as its family's own options class."""
+    if isinstance(value, ModelConfig):
+        return value
+    if not isinstance(value, dict):
+        raise ValueError("must be a mapping with at least family and base")
+    return registry.family(value.get("family")).config.model_validate(value)
+
+
+class Cell(Frozen):
+    """One model x data x training x seed, with the evaluations asked of it."""
+
+    model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_model_config)]
+    data: DataConfig
+    train: TrainConfig
+    seed: int = Field(default=0, ge=0, description="initial weights and data order")
+    threads: int = Field(default=1, gt=0, description="CPU threads: sums differ between thread counts")
+    baseline: str | None = Field(default=None, description="sha256 of an external baseline's source")
+    evaluate: tuple[EvalConfig, ...] = Field(default=(), strict=False, json_schema_extra=NOT_IDENTITY)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Cell:
+        for name, part in (
+            ("model", self.model),
+            ("data", self.data),
+            ("train", self.train),
+            ("data.tokenizer", self.data.tokenizer),
+        ):
+            for field, given, allowed in part.problems():
+                raise ValueError(f"{name}.{field}: got {given!r}, allowed: {allowed}")
+        return self
+
+    @property
+    def hash8(self) -> str:
+        """Eight hex digits of the run's identity."""
+        return _digest(identity(self))
+
+    @property
+    def slug(self) -> str:
+        """A readable name: family, base, half keys where there are any, seed."""
+        half_keys = getattr(self.model, "half_keys", None)
+        parts = [self.model.family, self.model.base, f"k{half_keys}" if half_keys else "", f"s{self.seed}"]
+        return "-".join(part for part in parts if part)
+
+    @property
+    def run_name(self) -> str:
+        """The run directory's name, `<slug>-<hash8>`."""
+        return f"{self.slug}-{self.hash8}"
+
+
+def identity(part: BaseModel) -> dict[str, Any]:
+    """The fields that make a part what it is: those not at their default and not marked as outside identity."""
+    kept: dict[str, Any] = {}
+    for name, info in type(part).model_fields.items():
+        extra = info.json_schema_extra
+        value = getattr(part, name)
+        if (isinstance(extra, dict) and extra.get("identity") is False) or value == info.default:
+            continue
+        kept[name] = _identity_of(value)
+    return kept
+
+
+def _identity_of(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return identity(value)
+    return {name: _identity_of(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def _digest(content: dict[str, Any]) -> str:
+    canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()[:8]

@@ -1,0 +1,180 @@
+"""Reading what people write: YAML without its traps, and complaints that fit one line."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import typing
+from collections.abc import Hashable, Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from suite.errors import UserError
+from suite.models import registry
+
+YAML_1_2_FLOAT = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+|[-+]?[0-9][0-9_]*\.[0-9_]*|[-+]?\.[0-9][0-9_]*"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader that takes 1e-3 for a number, as YAML 1.2 does, and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for position, key in enumerate(keys):
+            if key in keys[:position]:
+                line = node.value[position][0].start_mark.line + 1
+                raise UserError(f"line {line}: {key}: given twice, allowed: once")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(f"^(?:{YAML_1_2_FLOAT.pattern})$"), list("-+0123456789.")
+)
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML (or JSON) file. Raises UserError naming the file, and the line of a syntax error."""
+    try:
+        text = Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: {reason}, allowed: a readable YAML file") from None
+    content = _parse(text, str(path))
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: got {_short(content)}, allowed: a mapping of fields to values")
+    return content
+
+
+def parse_value(text: str, where: str) -> Any:
+    """A YAML value given on the command line. Raises UserError."""
+    return _parse(text, where)
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise UserError(f"{where}: {line}{error.problem}, allowed: YAML") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: {str(error).splitlines()[0]}, allowed: YAML") from None
+
+
+def whole_numbers(text: str, where: str) -> list[int]:
+    """`1,8,64` as whole numbers above 0. Raises UserError."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{where}: got {text!r}, allowed: whole numbers above 0 with commas between, e.g. 1,8,64")
+    return [int(part) for part in parts]
+
+
+def meant(given: object, known: Iterable[str]) -> str:
+    """`, did you mean X?` for the closest known name, or nothing."""
+    close = difflib.get_close_matches(str(given), list(known), n=1)
+    return f", did you mean {close[0]}?" if close else ""
+
+
+def explain(error: ValidationError, schema: type[BaseModel], given: Any) -> str:
+    """The first complaint of a validation as `field: got value, allowed: what`.
+
+    `schema` is the model that was validated and `given` the nested mapping it was given.
+    """
+    return _explain(error.errors()[0], schema, given)
+
+
+def _explain(detail: ErrorDetails, schema: type[BaseModel], given: Any) -> str:
+    inner = detail.get("ctx", {}).get("error")
+    if isinstance(inner, ValidationError):
+        # A part that is validated by a validator of its own (the model's options): its complaint, from the top.
+        nested = inner.errors()[0]
+        return _explain({**nested, "loc": (*detail["loc"], *nested["loc"])}, schema, given)
+    path, part, options = _locate(detail["loc"], schema, given)
+    field = ".".join(path)
+    if detail["type"] == "extra_forbidden":
+        known = [] if part is None else list(part.model_fields)
+        return f"{field}: unknown field{meant(path[-1], known)}, allowed: {', '.join(known)}"
+    if detail["type"] == "missing":
+        return f"{field}: got nothing, allowed: {_wanted(part, path[-1])}"
+    if detail["type"] == "union_tag_invalid":
+        tag = detail["ctx"]["tag"]
+        expected = detail["ctx"]["expected_tags"].replace("'", "")
+        return f"{field}.kind: got {tag!r}{meant(tag, expected.split(', '))}, allowed: {expected}"
+    if detail["type"] == "union_tag_not_found":
+        kinds = [str(tag) for option in options for tag in _tags(option)]
+        return f"{field}.kind: got nothing, allowed: {', '.join(kinds)}"
+    if inner is not None:
+        # Our own validators name field, value and what is allowed themselves.
+        own = str(inner)
+        return own if not field or own.startswith(field) else f"{field}.{own}"
+    return f"{field}: got {_short(detail['input'])}, allowed: {_allowed(detail['msg'])}"
+
+
+def _locate(
+    loc: tuple[int | str, ...], schema: type[BaseModel], given: Any
+) -> tuple[list[str], type[BaseModel] | None, list[type[BaseModel]]]:
+    """The path as people write it (without the tags of unions), the model that holds its last field, and the models
+    that its value may be."""
+    path: list[str] = []
+    holder: type[BaseModel] | None = None
+    options: list[type[BaseModel]] = [schema]
+    is_named = False  # the next step is a name that people gave, in a mapping of names to models
+    for step in loc:
+        tagged = [option for option in options if step in _tags(option)]
+        if is_named:
+            path.append(str(step))
+            is_named = False
+        elif len(options) > 1 and tagged:
+            options = tagged
+        elif isinstance(step, int):
+            path[-1] += f"[{step + 1}]"
+        else:
+            holder = options[0] if options else None
+            path.append(step)
+            field = holder.model_fields.get(step) if holder else None
+            options = _models(field.annotation) if field else []
+            is_named = field is not None and typing.get_origin(field.annotation) is dict
+            if registry.ModelConfig in options:
+                model = given.get("model") if isinstance(given, dict) else None
+                named = model.get("family") if isinstance(model, dict) else None
+                options = [registry.family(named).config] if named in registry.families() else []
+    return path, holder, options
+
+
+def _models(annotation: Any) -> list[type[BaseModel]]:
+    """The pydantic models in an annotation such as `A | B` or `tuple[A, ...]`."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in typing.get_args(annotation) for model in _models(part)]
+
+
+def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+    """The values of `kind` by which a union knows this model."""
+    kind = model.model_fields.get("kind")
+    return typing.get_args(kind.annotation) if kind else ()
+
+
+def _wanted(part: type[BaseModel] | None, name: str) -> str:
+    field = part.model_fields.get(name) if part else None
+    return (field and field.description) or "a value (this field has no default)"
+
+
+def _allowed(message: str) -> str:
+    return message.removeprefix("Input should be ").removeprefix("Value error, ")
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,270 @@
+"""Grids: what a file expands to, and one line for every mistake in it."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from suite.cells import Cell
+from suite.errors import UserError
+from suite.grids import Grid, find_grid, load_cell, load_grid
+
+BASE = """
+defaults:
+  model: {base: w32}
+  data: {kind: bios, people: 60}
+  train: {batch_rows: 8, epochs: 2, lr: 1e-3}
+families:
+  memory_plus: {model: {top_k: 8, k_dim: 16}, train: {value_lr: 2e-2}}
+"""
+
+ONE_BLOCK = BASE + "blocks:\n  - axes: {model.family: [dense]}\n"
+
+
+def write(folder: Path, text: str) -> str:
+    path = folder / "grid.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+def load(folder: Path, text: str, **overrides: str) -> Grid:
+    return load_grid(write(folder, text), {name.replace("__", "."): value for name, value in overrides.items()})
+
+
+def complaint(folder: Path, text: str, **overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load(folder, text, **overrides)
+    line = str(caught.value)
+    assert "\n" not in line
+    return line
+
+
+def test_a_block_is_the_product_of_its_axes_and_inapplicable_axes_multiply_nothing(tmp_path: Path) -> None:
+    grid = load(
+        tmp_path,
+        BASE
+        + """
+blocks:
+  - axes:
+      model.family: [dense, memory_plus]
+      model.half_keys: [16, 32]
+      seed: [0, 1, 2]
+""",
+    )
+    found = [(cell.model.family, getattr(cell.model, "half_keys", None), cell.seed) for cell in grid.cells]
+    dense = [("dense", None, seed) for seed in range(3)]
+    memory = [("memory_plus", *pair) for pair in itertools.product([16, 32], range(3))]
+    assert sorted(found, key=str) == sorted(dense + memory, key=str)
+    assert grid.name == "grid"
+
+
+def test_later_layers_win(tmp_path: Path) -> None:
+    text = """
+defaults:
+  model: {base: w32, family: memory_plus, half_keys: 16, top_k: 8}
+  data: {kind: bios, people: 60}
+  train: {batch_rows: 8, epochs: 2, lr: 1, warmup: 1, clip: 1.0, eps: 1e-8, weight_decay: 0.5}
+families:
+  memory_plus: {train: {lr: 2, warmup: 2, clip: 2.0, eps: 2e-8}}
+blocks:
+  - set: {train: {lr: 3, warmup: 3, clip: 3.0}}
+    axes: {train.lr: [4], train.warmup: [4]}
+"""
+    train = load(tmp_path, text, train__lr="5").cells[0].train
+    assert (train.lr, train.warmup, train.clip, train.eps, train.weight_decay) == (5, 4, 3.0, 2e-8, 0.5)
+
+
+def test_an_axis_may_set_several_fields_together(tmp_path: Path) -> None:
+    text = (
+        BASE
+        + "blocks:\n  - axes:\n      model: [{family: dense, ffn_hidden: 64}, {family: memory_plus, half_keys: 8}]\n"
+    )
+    models = [cell.model for cell in load(tmp_path, text).cells]
+    assert [model.family for model in models] == ["dense", "memory_plus"]
+    assert models[0].ffn_hidden == 64
+    assert models[1].top_k == 8  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(("written", "meant"), [("1e-3", 1e-3), ("4E2", 400.0), ("-1e+2", None), (".5", 0.5), ("2", 2)])
+def test_numbers_in_exponent_form_are_numbers(tmp_path: Path, written: str, meant: float | None) -> None:
+    text = ONE_BLOCK.replace("lr: 1e-3", f"lr: {written}")
+    if meant is None:
+        assert complaint(tmp_path, text).endswith("train.lr: got -100.0, allowed: greater than 0")
+    else:
+        assert load(tmp_path, text).cells[0].train.lr == meant
+
+
+def test_exclusions_leave_out_partial_matches(tmp_path: Path) -> None:
+    text = (
+        BASE
+        + """
+blocks:
+  - axes: {model.family: [dense, memory_plus], model.half_keys: [16, 32], seed: [0, 1, 2]}
+exclude:
+  - {model.family: dense, seed: [1, 2]}
+  - {model.half_keys: 32}
+"""
+    )
+    found = [(cell.model.family, cell.seed) for cell in load(tmp_path, text).cells]
+    assert found == [("dense", 0), ("memory_plus", 0), ("memory_plus", 1), ("memory_plus", 2)]
+
+
+def test_the_environment_and_the_command_line_fill_in_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("Some words.\n")
+    text = ONE_BLOCK.replace("{kind: bios, people: 60}", "{kind: text, path: '${NP_TEST_CORPUS}'}")
+    text = text.replace("epochs: 2", "tokens: 512")
+    monkeypatch.delenv("NP_TEST_CORPUS", raising=False)
+    line = complaint(tmp_path, text)
+    assert "data.path: got ${NP_TEST_CORPUS}, which is not set" in line
+    assert "--set data.path=" in line
+    given = load(tmp_path, text, data__path=str(corpus)).cells[0]
+    monkeypatch.setenv("NP_TEST_CORPUS", str(corpus))
+    found = load(tmp_path, text).cells[0]
+    assert found == given
+    assert found.data.path == str(corpus)  # type: ignore[union-attr]
+
+
+def test_a_text_cell_is_known_by_the_content_not_by_where_it_lies(tmp_path: Path) -> None:
+    text = ONE_BLOCK.replace("{kind: bios, people: 60}", "{kind: text, path: x}").replace("epochs: 2", "tokens: 512")
+    for name, content in (("a.txt", "one"), ("b.txt", "one"), ("c.txt", "two")):
+        (tmp_path / name).write_text(content)
+    names = [load(tmp_path, text, data__path=str(tmp_path / f"{name}.txt")).cells[0].run_name for name in "abc"]
+    assert names[0] == names[1] != names[2]
+
+
+MISTAKES = {
+    "unknown field": ("lr: 1e-3", "lr: 1e-3, warmpu: 3", "train.warmpu: unknown field, did you mean warmup?"),
+    "unknown model option": (
+        "{base: w32}",
+        "{base: w32, half_kyes: 3}",
+        "defaults.model.half_kyes: unknown option of dense",
+    ),
+    "option of families that are not there": (
+        "[dense]",
+        "[dense], model.half_keys: [16]",
+        "blocks[1].axes.model.half_keys: unknown option of dense",
+    ),
+    "model option's typo": (
+        "[dense]",
+        "[memory_plus], model.half_kyes: [16]",
+        "axes.model.half_kyes: unknown option of memory_plus, did you mean half_keys?",
+    ),
+    "wrong type": ("batch_rows: 8", "batch_rows: many", "train.batch_rows: got 'many', allowed: a valid integer"),
+    "float for an integer": ("people: 60", "people: 60.5", "data.people: got 60.5, allowed: a valid integer"),
+    "missing field": (", lr: 1e-3", "", "train.lr: got nothing"),
+    "unknown family": ("[dense]", "[densee]", "model.family: got 'densee', did you mean dense?, allowed: dense"),
+    "no family": ("model.family: [dense]", "seed: [0]", "model.family: got nothing, allowed: dense"),
+    "unknown base": ("base: w32", "base: w33", "model.base: got 'w33', allowed: 134m"),
+    "half_keys below top_k": (
+        "model.family: [dense]",
+        "model.family: [memory_plus], model.half_keys: [4]",
+        "model.half_keys: got 4, allowed: at least",
+    ),
+    "dim and heads": ("{base: w32}", "{base: w32, heads: 3}", "model.dim: got 32, allowed: a multiple"),
+    "empty axis": ("[dense]", "[]", "axes.model.family: got [], allowed: a list of at least one value"),
+    "scalar axis": ("[dense]", "dense", "axes.model.family: got 'dense', allowed: a list of at least one value"),
+    "unknown data kind": ("kind: bios", "kind: bio", "data.kind: got 'bio', did you mean bios?, allowed: bios, text"),
+    "field of the other kind": ("people: 60", "people: 60, path: x", "data.path: unknown field"),
+    "unknown schedule": ("lr: 1e-3", "lr: 1e-3, schedule: cosin", "allowed: 'constant', 'linear', 'cosine' or 'wsd'"),
+    "two budgets": (
+        "epochs: 2",
+        "epochs: 2, tokens: 5",
+        "train.tokens: got 5, allowed: exactly one of tokens and epochs",
+    ),
+    "tokenizer": ("people: 60", "people: 60, tokenizer: {kind: bpe}", "tokenizer.vocab_size: got None"),
+    "section that is no mapping": ("{base: w32}", "w32", "defaults.model: got 'w32', allowed: a mapping"),
+    "evaluate": ("defaults:", "defaults:\n  evaluate: [{task: [nq_open]}]", "evaluate[1].task"),
+    "unknown part of the file": ("blocks:", "block: []\nblocks:", "block: unknown field, did you mean blocks?"),
+    "unknown part of a block": ("- axes:", "- axis:", "blocks[1]: got"),
+    "no block": ("blocks:\n  - axes: {model.family: [dense]}\n", "", "blocks: got nothing"),
+    "a key twice": ("batch_rows: 8", "batch_rows: 8, batch_rows: 9", "line 5: batch_rows: given twice"),
+    "broken YAML": ("[dense]", "[dense", "line 9"),
+    "families' typo": (
+        "k_dim: 16}",
+        "k_dmi: 16}",
+        "families.memory_plus.model.k_dmi: unknown option, did you mean k_dim?",
+    ),
+    "families' unknown": ("memory_plus: {m", "memory_pluss: {m", "got 'memory_pluss', did you mean memory_plus?"),
+    "exclusion of nothing": (
+        "blocks:",
+        "exclude: [{seed: 7}]\nblocks:",
+        "exclude[1]: got {'seed': 7}, which matches no cell",
+    ),
+    "exclusion's typo": (
+        "blocks:",
+        "exclude: [{sede: 0}]\nblocks:",
+        "exclude[1].sede: unknown field, did you mean seed?",
+    ),
+    "exclusion of all": ("blocks:", "exclude: [{seed: 0}]\nblocks:", "leaves no cell"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line_naming_file_field_value_and_what_is_allowed(tmp_path: Path, name: str) -> None:
+    old, new, expected = MISTAKES[name]
+    assert old in ONE_BLOCK
+    line = complaint(tmp_path, ONE_BLOCK.replace(old, new, 1))
+    assert line.startswith(str(tmp_path / "grid.yaml"))
+    assert expected in line
+    assert "allowed: " in line
+
+
+def test_duplicates_name_both_cells(tmp_path: Path) -> None:
+    text = ONE_BLOCK + "  - axes: {model.family: [dense], seed: [1, 0]}\n"
+    line = complaint(tmp_path, text)
+    assert "blocks[1] (model.family=dense)" in line
+    assert "blocks[2] (model.family=dense, seed=0)" in line
+    assert "duplicate" in complaint(tmp_path, ONE_BLOCK.replace("[dense]", "[dense, dense]"))
+
+
+def test_grids_are_found_by_name_here_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_grid("smoke").name == "smoke.yaml"
+    (tmp_path / "grids").mkdir()
+    (tmp_path / "grids" / "mine.yaml").write_text(ONE_BLOCK)
+    assert load_grid("mine").source == Path("grids/mine.yaml")
+    with pytest.raises(UserError, match="did you mean smoke"):
+        find_grid("smok")
+    with pytest.raises(UserError, match="is no file"):
+        find_grid("nowhere/smoke.yaml")
+
+
+def test_a_cell_is_read_back_from_what_a_run_records(tmp_path: Path) -> None:
+    import json
+
+    cell = load(tmp_path, ONE_BLOCK).cells[0]
+    path = tmp_path / "cell.json"
+    path.write_text(json.dumps({"cell": cell.model_dump(mode="json"), "hash": cell.hash8}))
+    assert load_cell(path) == cell
+    path.write_text(json.dumps({"model": {"family": "dense"}}))
+    with pytest.raises(UserError, match=r"cell\.json: model\.base: got nothing"):
+        load_cell(path)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((Path(__file__).parents[2] / "grids").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_every_grid_of_the_project_loads(path: Path, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("Some words.\n")
+    overrides = {"data.path": str(corpus)} if "kind: text" in path.read_text() else {}
+    # what is on the hub comes with a tokenizer's file that the user puts in place
+    grid = load_grid(str(path), overrides, read_data="kind: hub" not in path.read_text())
+    assert all(isinstance(cell, Cell) for cell in grid.cells)
+    assert len({cell.run_name for cell in grid.cells}) == len(grid.cells)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("model: {base: w32}\n", "model.family: got None, allowed: dense"),
+        ("defaults: {model: {base: w32}}\n", "allowed"),
+    ],
+)
+def test_a_cell_without_a_family_or_a_grid_in_its_place_is_one_line(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "cell.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words) as caught:
+        load_cell(path)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,56 @@
+"""Scaled grids keep their ratios."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from suite.errors import UserError
+from suite.grids import load_grid
+from suite.scaled import parse_scales, scaled
+
+GRIDS = Path(__file__).resolve().parents[2] / "grids"
+
+
+def test_budget_and_warmup_shrink_together_and_the_name_says_so() -> None:
+    grid = load_grid(str(GRIDS / "paper-8b.yaml"), read_data=False)
+    small = scaled(grid, parse_scales(["tokens=0.01"]))
+    assert small.name == "paper-8b-tokens-x0.01"
+    for before, after in zip(grid.cells, small.cells, strict=True):
+        assert after.train.tokens == before.train.tokens // 100
+        assert after.train.warmup == 40
+        assert after.model == before.model
+        assert after.hash8 != before.hash8
+
+
+def test_tables_of_all_families_shrink_by_the_same_factor() -> None:
+    grid = load_grid(str(GRIDS / "paper-fixed-memory.yaml"), read_data=False)
+    small = scaled(grid, {"half_keys": 0.125, "batch_rows": 0.25})
+    sides = {cell.model.family: cell.model.half_keys for cell in small.cells if hasattr(cell.model, "half_keys")}
+    assert sides == {"peer": 96, "pkm": 128, "memory_plus": 128}
+    assert {cell.train.batch_rows for cell in small.cells} == {512}
+    assert {cell.train.warmup for cell in small.cells} == {16000}
+
+
+def test_exposures_of_a_world_shrink() -> None:
+    grid = load_grid(str(GRIDS / "smoke.yaml"))
+    assert {cell.train.epochs for cell in scaled(grid, {"tokens": 0.5}).cells} == {6.0}
+
+
+@pytest.mark.parametrize("text", ["tokens", "tokens=0", "tokens=x", "layers=0.5", "tokens=-1", "tokens=inf"])
+def test_what_cannot_be_a_scale_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"--scale: got .*allowed: tokens, batch_rows, half_keys"):
+        parse_scales([text])
+
+
+def test_tables_smaller_than_what_is_read_are_refused() -> None:
+    grid = load_grid(str(GRIDS / "paper-fixed-memory.yaml"), read_data=False)
+    with pytest.raises(UserError, match=r"half_keys: got 8, allowed: at least top_k"):
+        scaled(grid, {"half_keys": 0.01})
+
+
+def test_cells_that_become_one_are_refused() -> None:
+    grid = load_grid(str(GRIDS / "smoke.yaml"), {"model.top_k": "1"})
+    with pytest.raises(UserError, match="two cells become"):
+        scaled(grid, {"half_keys": 0.01})

@@ -1,0 +1,86 @@
+"""Cells: frozen, strict, and identified by what makes their weights."""
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+import suite.models  # noqa: F401  (registers the families)
+from suite.cells import Cell, EvalConfig
+
+
+def fields(**changes: Any) -> dict[str, Any]:
+    base: dict[str, Any] = {
+        "model": {"family": "dense", "base": "w32"},
+        "data": {"kind": "bios", "people": 50},
+        "train": {"batch_rows": 4, "epochs": 2.0, "lr": 1e-3},
+    }
+    for path, value in changes.items():
+        place = base
+        *parents, last = path.split("__")
+        for parent in parents:
+            place = place.setdefault(parent, {})
+        place[last] = value
+    return base
+
+
+def cell(**changes: Any) -> Cell:
+    return Cell.model_validate(fields(**changes))
+
+
+def test_a_field_written_out_at_its_default_changes_no_hash() -> None:
+    assert cell().hash8 == cell(seed=0, threads=1, train__weight_decay=0.1, data__world=0).hash8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 1},
+        {"threads": 2},
+        {"train__lr": 2e-3},
+        {"data__people": 51},
+        {"model__base": "w64"},
+        {"baseline": "ab"},
+    ],
+)
+def test_whatever_makes_the_weights_changes_the_hash(change: dict[str, Any]) -> None:
+    assert cell(**change).hash8 != cell().hash8
+
+
+def test_evaluations_paths_and_logging_change_no_run() -> None:
+    assert cell(evaluate=[{"tasks": ["bios_qa"]}]).hash8 == cell().hash8
+    assert cell(train__log_every=1, train__checkpoint_every=7).hash8 == cell().hash8
+    text = {"kind": "text", "fingerprint": "f" * 64}
+    assert cell(data={**text, "path": "/a"}).hash8 == cell(data={**text, "path": "/b"}).hash8
+
+
+def test_an_evaluation_has_a_hash_of_its_own() -> None:
+    assert EvalConfig(tasks=("bios_qa",)).hash8 != EvalConfig(tasks=("bios_qa",), limit=3).hash8
+
+
+def test_a_cell_survives_json() -> None:
+    before = cell(evaluate=[{"tasks": ["bios_qa"]}], train__betas=[0.9, 0.99])
+    assert Cell.model_validate_json(before.model_dump_json()) == before
+    assert Cell.model_validate(before.model_dump(mode="json")).hash8 == before.hash8
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"train__tokens": 10}, "exactly one of tokens and epochs"),
+        ({"train__accumulate": 3}, "divisor of batch_rows"),
+        ({"model__family": "gru"}, "gru"),
+        ({"model__base": "w33"}, "w33"),
+        ({"train__lr": "fast"}, "lr"),
+        ({"data__persons": 5}, "persons"),
+        ({"model__half_keys": 5}, "half_keys"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        cell(**change)
+
+
+def test_a_cell_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        cell().seed = 3  # type: ignore[misc]

@@ -1,0 +1,65 @@
+"""The run directory: whole files, cut training lines, and a lock that dies with its holder."""
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from suite.records import Locked, RunDir, write_json
+
+
+def test_nothing_is_left_behind_when_the_content_cannot_be_written(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(tmp_path / "a.json", {"x": float("nan")})
+    assert (tmp_path / "a.json").read_text() == '{\n "x": 1\n}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_cutting_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    for step in (1, 2, 3):
+        run.append_train({"step": step})
+    with run.train_path.open("a") as file:
+        file.write('{"step": 4, "lo')
+    run.cut_train(2)
+    assert run.train_path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_state_keeps_what_the_next_one_does_not_change(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    assert run.state()["state"] == "pending"
+    run.set_state("running", started=1.0)
+    run.beat(0.5, 3.0)
+    run.set_state("failed", cause="NaN")
+    state = run.state()
+    assert (state["state"], state["cause"], state["started"], state["progress"]) == (
+        "failed",
+        "NaN",
+        1.0,
+        0.5,
+    )
+
+
+def hold(folder: Path) -> None:
+    with RunDir(folder).lock():
+        (folder / "held").touch()
+        time.sleep(60)
+
+
+def test_the_lock_is_exclusive_and_freed_by_kill_9(tmp_path: Path) -> None:
+    holder = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path,))
+    holder.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    run = RunDir(tmp_path)
+    assert run.is_locked()
+    with pytest.raises(Locked), run.lock(patience_s=0.0):
+        pass
+    assert holder.pid is not None
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    assert not run.is_locked()
