@@ -1,0 +1,254 @@
+"""The training loop: one cell, one process or several, resumable at every checkpoint (on one CPU bit for bit).
+
+Shapes: B rows, T positions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from suite import models
+from suite.cells import Cell, TrainConfig
+from suite.data import Corpus
+from suite.data.loader import IGNORED, Loader
+from suite.evaluate.probe import Prober
+from suite.models.accounting import account
+from suite.models.precision import at_least_fp32
+from suite.models.transformer import Transformer
+from suite.records import RunDir
+from suite.train import checkpoint
+from suite.train.optim import Optimizer
+from suite.train.parallel import World, recompute_blocks
+from suite.train.schedules import branch_steps, lr_factor, steps_of
+from suite.train.telemetry import Telemetry
+
+FIRST_PROBE = 1 / 16
+"""The first probe's place, as a share of all steps; the rest follow log-spaced up to the last step."""
+
+Outcome = Literal["done", "cut"]
+
+
+class Diverged(Exception):
+    """The loss is NaN or infinite; the message names the step and the value."""
+
+
+def total_steps(config: TrainConfig, loader: Loader, seq_len: int) -> int:
+    """Optimizer steps of a cell: its tokens (padding included) or epochs over rows per step, at least one."""
+    if config.tokens is not None:
+        return steps_of(config, config.tokens, seq_len)
+    assert config.epochs is not None
+    return max(1, round(config.epochs * loader.rows_per_epoch / config.batch_rows))
+
+
+def probe_steps(config: TrainConfig, steps: int) -> set[int]:
+    """The steps after which bits learned are scored: log-spaced, the last step among them."""
+    if config.probes == 0:
+        return set()
+    spaced = np.geomspace(max(1.0, steps * FIRST_PROBE), steps, config.probes)
+    return {int(step) for step in np.round(spaced)}
+
+
+class Trainer:
+    """A cell in training: model, optimizer, position. Every method leaves it at a whole step.
+
+    Where several processes train it, each has a Trainer, and calls what the others call.
+    """
+
+    def __init__(self, cell: Cell, corpus: Corpus, run: RunDir, world: World | None = None) -> None:
+        torch.set_num_threads(cell.threads)
+        self.cell, self.config, self.corpus, self.run = cell, cell.train, corpus, run
+        self.world = world or World()
+        self.world.check(cell)
+        self.device = self.world.device
+        self.model, self.forward = self._build()
+        self.optimizer = Optimizer(self.model, self.config)
+        self.loader = corpus.loader(cell.seed, self.config.batch_rows)
+        self.steps = total_steps(self.config, self.loader, cell.data.seq_len)
+        self.probes = probe_steps(self.config, self.steps)
+        self.branches = branch_steps(self.config, cell.data.seq_len)
+        self.prober = Prober(corpus)
+        self.flops_per_token = account(cell.model, corpus.vocab_size, cell.data.seq_len).flops_per_token
+        self.step, self.train_s, self.finished, self.past = 0, 0.0, False, False
+        self._restore()
+
+    def _build(self) -> tuple[Transformer, Any]:
+        """The model, and what is called to train it."""
+        cell, world = self.cell, self.world
+        if world.joined:
+            # Imported where several processes run: it takes most of two seconds.
+            from suite.train.sharding import build_sharded
+
+            model = build_sharded(cell.model, self.corpus.vocab_size, cell.seed, world, self.config.precision)
+        else:
+            model = models.build(cell.model, self.corpus.vocab_size, cell.seed).to(self.device)
+        if world.parallel.checkpoint_activations:
+            recompute_blocks(model)
+        if not self.config.compile:
+            return model, model
+        if not world.joined:
+            return model, torch.compile(model)
+        for block in model.layers:  # what FSDP does between blocks is not for the compiler
+            block.forward = torch.compile(block.forward)
+        return model, model
+
+    def _tensors(self, moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
+        """All that a checkpoint holds: the tensors in use, where divided as parts of whole ones."""
+        state = {"model": self.model.state_dict(), "optimizer": moments}
+        if not self.world.joined:
+            return state
+        from suite.train.sharding import as_parts
+
+        return as_parts(self.model, state)
+
+    def _restore(self) -> None:
+        """Continue from the newest whole checkpoint, where there is one."""
+        moments = self.optimizer.state()
+        position = checkpoint.restore(self.run, self._tensors(moments))
+        if position is not None:
+            self.optimizer.restored(moments)
+            self.step, self.train_s = position["step"], position["train_s"]
+            self.finished, self.past = position["finished"], position["past"]
+        self.saved = self.step
+        if self.world.is_first:
+            self.run.cut_train(self.step)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step."""
+        position = {"step": self.step, "train_s": self.train_s, "finished": self.finished, "past": self.past}
+        tensors = self._tensors(self.optimizer.state())
+        checkpoint.save(self.run, self.step, tensors, position, self.config.keep_checkpoints, self.world, self.branches)
+        self.saved = self.step
+
+    def train_step(self) -> dict[str, float | None]:
+        """One optimizer step over `batch_rows` rows; gives what train.jsonl says of it. Raises Diverged."""
+        self.model.train()
+        lrs = self.optimizer.set_lr(lr_factor(self.config, self.step, self.steps))
+        loss = self._backward()
+        if not math.isfinite(loss):
+            raise Diverged(f"step {self.step + 1}: the loss is {loss}")
+        norms = self.optimizer.step()
+        self._after_step()
+        self.step += 1
+        return {
+            "loss": loss,
+            "lr": lrs["rest"],
+            "value_lr": lrs.get("values"),
+            "grad_norm": norms["rest"],
+            "value_grad_norm": norms.get("values"),
+        }
+
+    def _backward(self) -> float:
+        """Gradients of the mean loss over the step's targets, summed over micro-batches; gives that loss.
+
+        Micro-batches are divided among processes, not the other way round: each is the same rows in any world. Random
+        numbers are those of (seed, step, process), so that resuming needs none of what came before.
+        """
+        world, parts = self.world, self.world.micro_batches(self.cell)
+        key = np.random.SeedSequence((self.cell.seed, self.step, world.rank))
+        torch.manual_seed(int(key.generate_state(1)[0]))
+        batches = [
+            self.loader.batch(self.step, micro * world.size + world.rank, parts * world.size) for micro in range(parts)
+        ]
+        (targets,) = world.total(sum(int((batch.targets_BT != IGNORED).sum()) for batch in batches))
+        loss = 0.0
+        for batch in batches:
+            whole = (batch.tokens_BT, batch.targets_BT, batch.segments_BT)
+            tokens_BT, targets_BT, segments_BT = (part.to(self.device) for part in whole)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                logits_BTV = self.forward(tokens_BT, segments_BT)
+            wide_NV = logits_BTV.flatten(0, 1)
+            wide_NV = wide_NV.to(at_least_fp32(wide_NV.dtype))
+            part = F.cross_entropy(wide_NV, targets_BT.flatten(), reduction="sum") / targets
+            part.backward()
+            loss += part.item()
+        return world.total(loss)[0]
+
+    def _after_step(self) -> None:
+        if self.world.joined:
+            from suite.train.sharding import sum_statistics
+
+            sum_statistics(self.model, self.world)
+        self.model.after_step()
+
+    def position(self) -> dict[str, float]:
+        """Where the run stands: step, tokens (padding included), exposures, FLOPs and seconds of training."""
+        tokens = self.step * self.config.batch_rows * self.cell.data.seq_len
+        return {
+            "step": self.step,
+            "tokens": tokens,
+            "epoch": round(self.loader.epoch_at(self.step), 6),
+            "train_flops": tokens * self.flops_per_token,
+            "wall_s": round(self.train_s, 3),
+        }
+
+    def record(self, line: dict[str, Any]) -> None:
+        """A line of train.jsonl, from one process."""
+        if self.world.is_first:
+            self.run.append_train(self.position() | line)
+
+    def probe(self) -> None:
+        """Score the fixed probes in evaluation mode, record them, and decide whether the run may stop."""
+        scores = self.prober.run(self.model)
+        self.record(scores)
+        storage = scores.get("probe", {}).get("storage")
+        if self.config.stop_past is not None and storage is not None:
+            # Two probes in a row: the crossing is then bracketed, and one lucky probe ends nothing.
+            is_past = self.world.any(storage["bits"] >= self.config.stop_past * storage["bits_max"])
+            self.finished = self.finished or (is_past and self.past)
+            self.past = is_past
+
+    def run_to_end(self, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
+        """Train to the last step or the stop rule, recording and saving on the way: "done".
+
+        "cut": before the end `should_stop`, asked between steps, said yes to one of the processes; all have saved.
+        """
+        telemetry = Telemetry(self.run, self.step, self.steps, self.train_s, quiet=not self.world.is_first)
+        try:
+            while not self.finished:
+                if self.world.any(should_stop()):
+                    if self.saved != self.step:
+                        self.save()
+                    return "cut"
+                self._timed_step(telemetry)
+                if self.step in self.probes:
+                    self.probe()
+                self.finished = self.finished or self.step == self.steps
+                if self.finished or self.step % self.config.checkpoint_every == 0 or self.step in self.branches:
+                    self.save()
+            return "done"
+        finally:
+            telemetry.close()
+
+    def _timed_step(self, telemetry: Telemetry) -> None:
+        started = time.perf_counter()
+        facts = self.train_step()
+        seconds = time.perf_counter() - started
+        loss = facts["loss"]
+        assert loss is not None
+        telemetry.stepped(self.step, self.config.batch_rows * self.cell.data.seq_len, seconds, loss)
+        self.train_s = telemetry.train_s
+        if self.step % self.config.log_every == 0 or self.step == self.steps:
+            self.record(facts | telemetry.speed())
+
+
+def train(
+    cell: Cell,
+    corpus: Corpus,
+    run: RunDir,
+    world: World | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Outcome:
+    """Train `cell` to its end in `run`, from its newest checkpoint on; "cut" where `should_stop` ended it before.
+
+    All processes of `world` (see parallel.joined; by default this one alone) call it with equal arguments, but that
+    each has its own `should_stop`. The first one's caller holds the run's lock. Raises Diverged when the loss is not
+    finite; the last checkpoint stays.
+    """
+    return Trainer(cell, corpus, run, world).run_to_end(should_stop)

@@ -1,0 +1,69 @@
+"""What a run says of itself while it trains: lines of train.jsonl, heartbeats, and the time it took."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from suite.records import RunDir
+
+HEARTBEAT_S = 2.0
+
+
+class Telemetry:
+    """Clock, heartbeat and progress of one run.
+
+    `train_s` counts seconds in training steps alone (probes, checkpoints and start-up left out), carried over
+    from a resumed run. On a terminal a bar shows progress and ETA; elsewhere the heartbeat file alone does. `quiet`:
+    neither.
+    """
+
+    def __init__(self, run: RunDir, first_step: int, total_steps: int, train_s: float, quiet: bool = False) -> None:
+        self.run, self.quiet = run, quiet
+        self.first_step = first_step
+        self.total_steps = total_steps
+        self.train_s = train_s
+        self._started = time.monotonic()
+        self._last_beat = 0.0
+        self._window_tokens = 0
+        self._window_s = 0.0
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"), disable=quiet or not sys.stderr.isatty(), transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task(run.name, total=total_steps, completed=first_step, note="")
+        self._bar.start()
+
+    def stepped(self, step: int, tokens: int, seconds: float, loss: float) -> None:
+        """A training step is done: `step` steps so far, `tokens` positions in this one."""
+        self.train_s += seconds
+        self._window_s += seconds
+        self._window_tokens += tokens
+        self._bar.update(self._task, completed=step, note=f"loss {loss:.3f}")
+        now = time.monotonic()
+        if not self.quiet and now - self._last_beat >= HEARTBEAT_S:
+            self._last_beat = now
+            done = step - self.first_step
+            eta_s = (now - self._started) / done * (self.total_steps - step)
+            self.run.beat(step / self.total_steps, eta_s)
+
+    def speed(self) -> dict[str, float]:
+        """Tokens per second since the last call, and the peak memory of the process or the GPU in bytes."""
+        speed = self._window_tokens / self._window_s if self._window_s else 0.0
+        self._window_tokens, self._window_s = 0, 0.0
+        return {"tokens_per_s": round(speed, 1), "memory_bytes": peak_memory_bytes()}
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        self._bar.stop()
+
+
+def peak_memory_bytes() -> int:
+    """Peak bytes allocated on the GPU where there is one, else the process's peak resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

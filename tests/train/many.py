@@ -1,0 +1,107 @@
+"""Cells trained by several real processes: launched by torchrun, talking through gloo.
+
+As a script, under torchrun: `many.py JOBS` with a JSON list of jobs (see `Job`), all trained one after the other by the
+same processes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from suite.cells import Cell
+from suite.data import prepare
+
+TINY = {"base": "w32", "layers": 2, "dim": 16, "heads": 2, "kv_heads": 2, "ffn_hidden": 32}
+MEMORY = {"half_keys": 16, "top_k": 4, "memory_heads": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "moe": {"experts": 4},
+    "moe_topk": {"experts": 4, "top_k": 2, "shared_experts": 1},
+    "pkm": MEMORY,
+    "pkm batchnorm": MEMORY | {"query_batchnorm": True},
+    "memory_plus": MEMORY | {"placement": (0, 1), "qk_norm": True},
+    "peer": MEMORY,
+}
+LARGE = MEMORY | {"half_keys": 260, "placement": (0, 1)}
+"""A table of more rows than are initialised at once where it is divided (sharding.ROWS_AT_ONCE)."""
+WITH_MEMORY = [case for case in FAMILIES if case.split()[0] not in ("dense", "moe", "moe_topk")]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A cell to train in a folder until `stop_at`, the step after which `asks` (a rank) asks to stop; 0: to its end."""
+
+    cell: dict[str, Any]
+    folder: str
+    memory_parallel: int = 1
+    checkpoint_activations: bool = False
+    stop_at: int = 0
+    asks: int = 0
+    dtype: str = "float64"
+
+
+def cell_of(case: str, steps: int, **train: Any) -> Cell:
+    """A cell of a few narrow layers that takes `steps` steps of 8 rows of 64 tokens."""
+    options = LARGE if case == "memory_plus large" else FAMILIES[case]
+    fields = {
+        "batch_rows": 8, "tokens": steps * 8 * 64, "lr": 5e-3, "warmup": 3, "clip": 0.5, "log_every": 1,
+        "checkpoint_every": 1000, **train,
+    }  # fmt: skip
+    return Cell.model_validate(
+        {
+            "model": {"family": case.split()[0], **TINY, **options},
+            "data": {"kind": "bios", "people": 40, "questions": 0.5, "seq_len": 64},
+            "train": fields,
+        }
+    )
+
+
+def job(cell: Cell, folder: Path, **how: Any) -> Job:
+    """The job of training that cell in that folder."""
+    return Job(cell.model_dump(mode="json"), str(folder), **how)
+
+
+def run_jobs(jobs: list[Job], cache: Path, processes: int, scratch: Path) -> None:
+    """Run the jobs in `processes` processes; 0: in one process without a process group."""
+    path = scratch / "jobs.json"
+    path.write_text(json.dumps([asdict(job) for job in jobs]))
+    launch = [sys.executable]
+    if processes:
+        launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [*launch, __file__, str(path), str(cache)], env=environment, capture_output=True, text=True, timeout=1200
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def main(jobs: list[Job], cache: Path) -> None:
+    import torch
+
+    from suite.records import RunDir
+    from suite.train.loop import Trainer
+    from suite.train.parallel import Parallel, World, joined
+
+    with joined() as everybody:
+        for todo in jobs:
+            torch.set_default_dtype(getattr(torch, todo.dtype))
+            how = Parallel(memory_parallel=todo.memory_parallel, checkpoint_activations=todo.checkpoint_activations)
+            world = World(everybody.rank, everybody.size, how, everybody.joined, everybody.device)
+            cell, run = Cell.model_validate(todo.cell), RunDir(Path(todo.folder))
+            run.path.mkdir(parents=True, exist_ok=True)
+            world.wait()
+            trainer = Trainer(cell, prepare(cell.data, cache), run, world)
+            outcome = trainer.run_to_end(
+                lambda: 0 < todo.stop_at <= trainer.step and world.rank == todo.asks  # noqa: B023
+            )
+            assert outcome == ("cut" if todo.stop_at else "done")
+
+
+if __name__ == "__main__":
+    main([Job(**todo) for todo in json.loads(Path(sys.argv[1]).read_text())], Path(sys.argv[2]))

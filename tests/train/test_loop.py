@@ -1,0 +1,188 @@
+"""The trainer: resumes bit for bit, sums what it should, stops where it should."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny_cells import corpus_of, tiny_cell
+
+from suite import models
+from suite.cells import Cell
+from suite.records import RunDir
+from suite.train import checkpoint
+from suite.train.loop import Diverged, Trainer, probe_steps, train
+
+TIMES = {"tokens_per_s", "memory_bytes", "wall_s"}
+
+
+class Killed(BaseException):
+    """Stands for the process's death."""
+
+
+def trainer_of(cell: Cell, cache: Path, folder: Path) -> Trainer:
+    run = RunDir(folder)
+    run.path.mkdir(parents=True, exist_ok=True)
+    return Trainer(cell, corpus_of(cell, cache), run)
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in RunDir(folder).train_lines()]
+
+
+def weights(folder: Path) -> dict[str, Any]:
+    newest = checkpoint.steps_saved(RunDir(folder))[-1]
+    state: dict[str, Any] = torch.load(folder / "checkpoints" / f"step-{newest}" / checkpoint.STATE_FILE)
+    return state
+
+
+def assert_same(first: Any, second: Any) -> None:
+    assert type(first) is type(second)
+    if isinstance(first, torch.Tensor):
+        assert torch.equal(first, second)
+    elif isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif isinstance(first, list | tuple):
+        for a, b in zip(first, second, strict=True):
+            assert_same(a, b)
+    else:
+        assert first == second
+
+
+@pytest.mark.parametrize("family", ["dense", "moe", "moe_topk", "pkm", "memory_plus"])
+@pytest.mark.parametrize("dies_after", [2, 6])
+def test_a_killed_run_resumes_bit_for_bit(family: str, dies_after: int, cache: Path, tmp_path: Path) -> None:
+    cell = tiny_cell(family, probes=3)
+    corpus = corpus_of(cell, cache)
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+    train(cell, corpus, RunDir(tmp_path / "whole"))
+
+    dying = Trainer(cell, corpus, RunDir(tmp_path / "killed"))
+    step_once = dying.train_step
+
+    def step_until_death() -> dict[str, float | None]:
+        if dying.step == dies_after:
+            raise Killed
+        return step_once()
+
+    dying.train_step = step_until_death  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        dying.run_to_end()
+    train(cell, corpus, RunDir(tmp_path / "killed"))
+
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+
+
+def test_micro_batches_add_up_to_the_whole_batch(cache: Path, tmp_path: Path) -> None:
+    whole = trainer_of(tiny_cell(accumulate=1), cache, tmp_path / "1")
+    parts = trainer_of(tiny_cell(accumulate=4), cache, tmp_path / "4")
+    for _ in range(3):
+        one, four = whole.train_step(), parts.train_step()
+        assert one["loss"] == pytest.approx(four["loss"], rel=1e-6)
+        assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-5)
+
+
+def test_the_loss_is_the_mean_over_real_targets(cache: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_cell(), cache, tmp_path)
+    batch = trainer.loader.batch(0)
+    with torch.no_grad():
+        logits = trainer.model(batch.tokens_BT, batch.segments_BT).double()
+    log_p = logits.log_softmax(-1)
+    kept = [
+        -log_p[row, column, target].item()
+        for row, targets in enumerate(batch.targets_BT.tolist())
+        for column, target in enumerate(targets)
+        if target != -100
+    ]
+    assert trainer.train_step()["loss"] == pytest.approx(sum(kept) / len(kept), rel=1e-6)
+
+
+def test_values_and_the_rest_are_clipped_apart_and_updated_as_adamw_does(cache: Path, tmp_path: Path) -> None:
+    cell = tiny_cell("memory_plus", warmup=0, schedule="constant", clip=0.05, value_lr=2e-2, value_weight_decay=0.0)
+    trainer = trainer_of(cell, cache, tmp_path)
+    batch = trainer.loader.batch(0)
+    before = {name: p.detach().clone().double() for name, p in trainer.model.named_parameters()}
+    twin = models.build(cell.model, trainer.corpus.vocab_size, cell.seed)  # its tables have dense gradients
+    F.cross_entropy(twin(batch.tokens_BT, batch.segments_BT).flatten(0, 1), batch.targets_BT.flatten()).backward()
+    tables = {"tables.0.weight"}
+    grads = {name: p.grad.double() for name, p in twin.named_parameters() if p.grad is not None}
+    trainer.train_step()
+    trainer.optimizer.state()  # flushes: rows that were not read have decayed, too
+    for group, lr, decay in ((tables, 2e-2, 0.0), (set(grads) - tables, 5e-3, 0.1)):
+        norm = sum(grads[name].pow(2).sum() for name in group).sqrt()
+        assert norm > 0.05
+        for name in group:
+            g = grads[name] * (0.05 / norm)
+            # One step of AdamW (Loshchilov and Hutter 2019): bias-corrected moments of a single gradient.
+            expected = before[name] * (1 - lr * decay) - lr * g / (g.abs() + 1e-8)
+            torch.testing.assert_close(
+                dict(trainer.model.named_parameters())[name].detach().double(), expected, rtol=1e-4, atol=3e-6
+            )
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(cache: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_cell(), cache, tmp_path)
+    trainer.train_step()
+    with torch.no_grad():
+        trainer.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(Diverged, match="step 2: the loss is nan"):
+        trainer.train_step()
+
+
+def test_probes_are_log_spaced_and_end_with_the_last_step() -> None:
+    steps = sorted(probe_steps(tiny_cell(probes=5).train, 1600))
+    assert steps == [100, 200, 400, 800, 1600]
+
+
+def test_a_run_stops_after_two_probes_past_the_mark(cache: Path, tmp_path: Path) -> None:
+    cell = tiny_cell(probes=6, epochs=4.0, stop_past=0.5)
+    trainer = trainer_of(cell, cache, tmp_path)
+    shares = iter([0.1, 0.6, 0.4, 0.7, 0.8, 0.9])
+    trainer.prober.run = lambda model: {  # type: ignore[method-assign]
+        "eval_loss": 1.0, "probe": {"storage": {"bits": next(shares), "bits_max": 1.0}}
+    }  # fmt: skip
+    trainer.run_to_end()
+    assert [line["probe"]["storage"]["bits"] for line in lines(tmp_path) if "probe" in line] == [
+        0.1,
+        0.6,
+        0.4,
+        0.7,
+        0.8,
+    ]
+    assert trainer.step < trainer.steps
+    assert checkpoint.steps_saved(RunDir(tmp_path))[-1] == trainer.step
+
+
+def test_only_the_last_checkpoints_are_kept_and_a_torn_one_is_ignored(cache: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_cell(checkpoint_every=1, keep_checkpoints=2), cache, tmp_path)
+    trainer.run_to_end()
+    run = RunDir(tmp_path)
+    assert checkpoint.steps_saved(run) == [trainer.steps - 1, trainer.steps]
+    torn = run.checkpoints / f".step-{trainer.steps + 1}"
+    torn.mkdir()
+    (torn / "state.pt").write_bytes(b"half")
+    assert checkpoint.steps_saved(run) == [trainer.steps - 1, trainer.steps]
+    assert trainer_of(trainer.cell, cache, tmp_path).step == trainer.steps
+
+
+@pytest.mark.parametrize("family", ["pkm", "memory_plus", "peer"])
+def test_row_wise_and_dense_optimizers_train_the_same_cell_alike(family: str, cache: Path, tmp_path: Path) -> None:
+    half_keys = {"half_keys": 24, "top_k": 2}  # most rows are read seldom, so that replay has something to do
+    runs = {}
+    for optimizer in ("row_wise", "dense"):
+        cell = tiny_cell(family, optimizer=optimizer, epochs=3.0, weight_decay=0.1, value_lr=2e-2)
+        cell = Cell.model_validate(cell.model_dump() | {"model": cell.model.model_dump() | half_keys})
+        runs[optimizer] = trainer_of(cell, cache, tmp_path / optimizer)
+        runs[optimizer].run_to_end()
+    rows, dense = runs["row_wise"], runs["dense"]
+    assert rows.model.memory_tables()[0].weight.grad is None
+    losses = [[line["loss"] for line in lines(tmp_path / name)] for name in runs]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4)
+    for ours, plain in zip(rows.model.memory_tables(), dense.model.memory_tables(), strict=True):
+        moved = (plain.weight - trainer_of(dense.cell, cache, tmp_path / "fresh").model.memory_tables()[0].weight).abs()
+        assert (ours.weight - plain.weight).abs().max() < 0.02 * moved.max()

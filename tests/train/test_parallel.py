@@ -1,0 +1,202 @@
+"""Several processes train to what one trains to: real processes under torchrun, gloo for NCCL, float64.
+
+Sums are then taken in another order and nothing else changes: losses and weights agree to a few roundings.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from many import FAMILIES, WITH_MEMORY, Job, cell_of, job, run_jobs
+
+from suite.cells import Cell
+from suite.data import prepare
+from suite.errors import UserError
+from suite.records import RunDir
+from suite.train import checkpoint
+from suite.train.loop import Trainer, train
+from suite.train.parallel import Parallel, World
+
+STEPS = 50
+EXACT = 1e-9
+TIMES = {"tokens_per_s", "memory_bytes", "wall_s"}
+
+
+@pytest.fixture
+def wide() -> Iterator[None]:
+    """Models of float64, in this process too."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def alone(cell: Cell, folder: Path, cache: Path) -> Path:
+    """The cell trained by this process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    assert train(cell, prepare(cell.data, cache), RunDir(folder)) == "done"
+    return folder
+
+
+def lines(folder: Path, of: str = "loss") -> list[dict[str, Any]]:
+    """What train.jsonl says of steps ("loss") or of probes ("eval_loss"), but for times."""
+    every = RunDir(folder).train_lines()
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in every if of in line]
+
+
+def weights(cell: Cell, folder: Path, cache: Path) -> dict[str, torch.Tensor]:
+    """The newest weights as one process reads them, tables whole."""
+    state: dict[str, torch.Tensor] = checkpoint.load_model(RunDir(folder), cell, prepare(cell.data, cache)).state_dict()
+    return state
+
+
+def distance(cell: Cell, first: Path, second: Path, cache: Path) -> tuple[float, float]:
+    """The largest difference between losses of two runs, and between their weights."""
+    a, b = lines(first), lines(second)
+    assert [line["step"] for line in a] == [line["step"] for line in b]
+    losses = max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=True))
+    one, many = weights(cell, first, cache), weights(cell, second, cache)
+    assert one.keys() == many.keys()
+    return losses, max((one[name].double() - many[name].double()).abs().max().item() for name in one)
+
+
+def assert_same_run(cell: Cell, first: Path, second: Path, cache: Path) -> None:
+    losses, apart = distance(cell, first, second, cache)
+    print(f"{second.name}: losses within {losses:.1e} nats, weights within {apart:.1e}")
+    assert losses < EXACT
+    assert apart < EXACT
+    for a, b in zip(lines(first), lines(second), strict=True):
+        assert a == pytest.approx(b, abs=10 * EXACT)
+
+
+def test_two_processes_train_as_one_and_leave_a_checkpoint_that_one_reads(
+    cache: Path, tmp_path: Path, wide: None
+) -> None:
+    cells = {case: cell_of(case, 3, probes=1, accumulate=2) for case in ("memory_plus large", "moe_topk")}
+    prepare(cells["moe_topk"].data, cache)
+    run_jobs([job(cell, tmp_path / f"{case}-2", memory_parallel=2) for case, cell in cells.items()], cache, 2, tmp_path)
+    for case, cell in cells.items():
+        one, two = alone(cell, tmp_path / case, cache), tmp_path / f"{case}-2"
+        assert_same_run(cell, one, two, cache)
+        for a, b in zip(lines(one, "eval_loss"), lines(two, "eval_loss"), strict=True):
+            assert a["eval_loss"] == pytest.approx(b["eval_loss"], rel=1e-6)
+            assert a["probe"]["storage"] == pytest.approx(b["probe"]["storage"], rel=1e-4)
+
+
+def mesh_name(case: str, processes: int, members: int) -> str:
+    return f"{case}-{processes}x{members}"
+
+
+def jobs_of(processes: int, members: list[int], folder: Path, dtype: str) -> list[Job]:
+    """Every family on `processes` processes: those with a memory for each size of the memory-parallel group."""
+    return [
+        job(cell_of(case, STEPS), folder / mesh_name(case, processes, m), memory_parallel=m, dtype=dtype)
+        for case in FAMILIES
+        for m in (members if case in WITH_MEMORY else members[:1])
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "members"), [(2, [1, 2]), (4, [1, 2, 4])])
+def test_every_family_on_every_mesh_is_one_process(
+    processes: int, members: list[int], cache: Path, tmp_path: Path, wide: None
+) -> None:
+    jobs = jobs_of(processes, members, tmp_path, "float64")
+    prepare(cell_of("dense", STEPS).data, cache)
+    run_jobs(jobs, cache, processes, tmp_path)
+    for case in FAMILIES:
+        cell = cell_of(case, STEPS)
+        one = alone(cell, tmp_path / case, cache)
+        for m in members if case in WITH_MEMORY else members[:1]:
+            assert_same_run(cell, one, tmp_path / mesh_name(case, processes, m), cache)
+
+
+@pytest.mark.slow
+def test_in_fp32_processes_drift_apart_by_roundings(
+    cache: Path, tmp_path: Path, record_testsuite_property: Any
+) -> None:
+    prepare(cell_of("dense", STEPS).data, cache)
+    run_jobs(jobs_of(2, [2], tmp_path, "float32"), cache, 2, tmp_path)
+    for case in FAMILIES:
+        cell = cell_of(case, STEPS)
+        losses, apart = distance(cell, alone(cell, tmp_path / case, cache), tmp_path / mesh_name(case, 2, 2), cache)
+        print(f"fp32 drift over {STEPS} steps, {case}: loss {losses:.1e} nats, weights {apart:.1e}")
+        record_testsuite_property(f"fp32 drift {case}", f"loss {losses:.1e}, weights {apart:.1e}")
+        assert losses < 0.05
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["memory_plus", "moe_topk", "pkm batchnorm"])
+def test_a_run_goes_on_with_another_number_of_processes(case: str, cache: Path, tmp_path: Path, wide: None) -> None:
+    cell = cell_of(case, 24)
+    one = alone(cell, tmp_path / "one", cache)
+    moved = tmp_path / "moved"
+    run_jobs([job(cell, moved, memory_parallel=2, stop_at=7, asks=1)], cache, 2, tmp_path)
+    assert checkpoint.steps_saved(RunDir(moved)) == [7]
+    run_jobs([job(cell, moved, stop_at=15)], cache, 0, tmp_path)
+    assert checkpoint.steps_saved(RunDir(moved)) == [7, 15]
+    run_jobs([job(cell, moved, memory_parallel=2)], cache, 4, tmp_path)
+    assert_same_run(cell, one, moved, cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [0, 2])
+def test_blocks_computed_twice_change_nothing(processes: int, cache: Path, tmp_path: Path, wide: None) -> None:
+    cells = {case: cell_of(case, 6) for case in ("moe_topk", "pkm batchnorm")}
+    prepare(cells["moe_topk"].data, cache)
+    again = [job(cell, tmp_path / f"{case}-again", checkpoint_activations=True) for case, cell in cells.items()]
+    run_jobs(again, cache, processes, tmp_path)
+    for case, cell in cells.items():
+        assert_same_run(cell, alone(cell, tmp_path / case, cache), tmp_path / f"{case}-again", cache)
+
+
+@pytest.mark.slow
+def test_dense_gradients_of_tables_are_those_of_one_process(cache: Path, tmp_path: Path, wide: None) -> None:
+    cell = cell_of("peer", 6, optimizer="dense")
+    prepare(cell.data, cache)
+    run_jobs([job(cell, tmp_path / "4", memory_parallel=2)], cache, 4, tmp_path)
+    assert_same_run(cell, alone(cell, tmp_path / "1", cache), tmp_path / "4", cache)
+
+
+@pytest.mark.slow
+def test_in_bf16_two_processes_stay_near_one(cache: Path, tmp_path: Path) -> None:
+    cells = {case: cell_of(case, 10, precision="bf16") for case in ("memory_plus", "moe_topk")}
+    prepare(cells["moe_topk"].data, cache)
+    jobs = [
+        job(cell, tmp_path / f"{case}-2", memory_parallel=2, dtype="float32") for case, cell in cells.items()
+    ]  # fmt: skip
+    run_jobs(jobs, cache, 2, tmp_path)
+    for case, cell in cells.items():
+        one = lines(alone(cell, tmp_path / case, cache))
+        two = lines(tmp_path / f"{case}-2")
+        assert one[0]["loss"] == pytest.approx(two[0]["loss"], abs=1e-3)
+        assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], abs=0.02)
+
+
+def test_a_run_is_cut_between_steps_and_goes_on_bit_for_bit(cache: Path, tmp_path: Path) -> None:
+    cell = cell_of("memory_plus", 6)
+    whole = alone(cell, tmp_path / "whole", cache)
+    run = RunDir(tmp_path / "cut")
+    run.path.mkdir()
+    trainer = Trainer(cell, prepare(cell.data, cache), run)
+    assert trainer.run_to_end(lambda: trainer.step == 4) == "cut"
+    assert checkpoint.steps_saved(run) == [4]
+    alone(cell, run.path, cache)
+    assert distance(cell, whole, run.path, cache) == (0.0, 0.0)
+
+
+def test_what_processes_cannot_divide_is_refused() -> None:
+    cell = cell_of("pkm", 2, accumulate=2)
+    with pytest.raises(
+        UserError, match=r"train.batch_rows: got 8, allowed: a multiple of accumulate x processes = 2 x 3"
+    ):
+        World(size=3).check(cell)
+    with pytest.raises(UserError, match=r"parallel.memory_parallel: got 3, allowed: a divisor of the node's"):
+        World(size=4, parallel=Parallel(memory_parallel=3)).check(cell)
+
+
+def test_a_launch_may_not_change_the_batch_of_a_batch_norm() -> None:
+    World(parallel=Parallel(accumulate=4)).check(cell_of("pkm", 2))
+    with pytest.raises(UserError, match=r"parallel.accumulate: got 4, allowed: the cell's own \(1\)"):
+        World(parallel=Parallel(accumulate=4)).check(cell_of("pkm batchnorm", 2))

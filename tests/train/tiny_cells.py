@@ -1,0 +1,34 @@
+"""A tiny bios cell and its corpus."""
+
+from pathlib import Path
+from typing import Any
+
+from suite.cells import Cell
+from suite.data import Corpus, prepare
+
+
+def tiny_cell(family: str = "dense", seed: int = 0, **train: Any) -> Cell:
+    model = {"family": family, "base": "w32"}
+    if family in ("pkm", "memory_plus"):
+        model |= {"half_keys": 16, "top_k": 4}
+    fields = {
+        "batch_rows": 4,
+        "epochs": 2.0,
+        "lr": 5e-3,
+        "warmup": 3,
+        "log_every": 1,
+        "checkpoint_every": 4,
+        **train,
+    }
+    return Cell.model_validate(
+        {
+            "model": model,
+            "data": {"kind": "bios", "people": 30, "questions": 0.5},
+            "train": fields,
+            "seed": seed,
+        }
+    )
+
+
+def corpus_of(cell: Cell, cache: Path) -> Corpus:
+    return prepare(cell.data, cache)
