@@ -1,0 +1,197 @@
+"""Our models as an lm-eval language model.
+
+Every text is scored as the start of a document: the end-of-text token stands before it, as in training.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from suite.data.tokenizers import Tokenizer
+from suite.errors import UserError
+from suite.evaluate import scoring
+from suite.evaluate.scoring import encode_pair
+from suite.models.transformer import Transformer
+
+DEFAULT_NEW_TOKENS = 256
+"""Where a task does not say (stock nq_open and triviaqa): lm-eval's own default."""
+
+ANSWER_SHARE = 4
+"""A generated answer takes at most one part in so many of the longest input; the prompt keeps the rest."""
+
+
+class Codec:
+    """Text to tokens with a memory, for checkpoints that share a tokenizer. Do not change what it returns."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._texts: dict[str, list[int]] = {}
+        self._pairs: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, without the end-of-text token."""
+        ids = self._texts.get(text)
+        if ids is None:
+            ids = self._texts[text] = self.tokenizer.encode(text)
+        return ids
+
+    def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """As `encode_pair`."""
+        key = context, continuation
+        ids = self._pairs.get(key)
+        if ids is None:
+            ids = self._pairs[key] = encode_pair(self.tokenizer, context, continuation, self.encode)
+        return ids
+
+
+class SuiteLM(TemplateLM):
+    """One model under lm-eval.
+
+    Args:
+        model: any of our models.
+        codec: its tokenizer.
+        max_tokens: the longest input, the length of the rows it was trained on; contexts beyond it lose
+            their start, and `cut` counts them by task.
+        token_budget: most padded tokens of a batch.
+    """
+
+    def __init__(self, model: Transformer, codec: Codec, max_tokens: int, token_budget: int) -> None:
+        super().__init__()
+        self.model, self.codec = model, codec
+        self.max_tokens, self.token_budget = max_tokens, token_budget
+        self.cut: Counter[str] = Counter()
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token before every document."""
+        return self.codec.tokenizer.eot_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Tokens of a text; with the end-of-text token first unless told otherwise."""
+        ids = self.codec.encode(string)
+        return list(ids) if add_special_tokens is False else [self.eot_token_id, *ids]
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-probability in nats of each continuation, and whether it is greedy decoding's."""
+        return self._loglikelihood_tokens(
+            [(request.args, *self.codec.pair(*request.args)) for request in requests],
+            tasks=[request.task_name for request in requests],
+        )
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[Any, list[int], list[int]]], tasks: Sequence[str] = (), **_: Any
+    ) -> list[tuple[float, bool]]:
+        parts: list[scoring.Request] = []
+        owner: list[int] = []
+        for index, (_, context, continuation) in enumerate(requests):
+            if len(context) + len(continuation) - 1 > self.max_tokens:
+                self.cut[tasks[index] if tasks else ""] += 1
+            found = scoring.windows(context, continuation, self.max_tokens)
+            parts += found
+            owner += [index] * len(found)
+        results = [(0.0, True)] * len(requests)
+        for index, (log_p, is_greedy) in zip(owner, self._score(parts), strict=True):
+            results[index] = (results[index][0] + log_p, results[index][1] and is_greedy)
+        return results
+
+    def _score(self, parts: list[scoring.Request]) -> list[tuple[float, bool]]:
+        return divided(parts, lambda mine, _: scoring.score(self.model, mine, self.token_budget))
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Log-probability in nats of whole texts, in windows with as much context as fits."""
+        windows: list[scoring.Request] = []
+        owner: list[int] = []
+        for index, request in enumerate(requests):
+            ids = self.codec.tokenizer.encode(request.args[0])
+            for window in get_rolling_token_windows(ids, self.eot_token_id, self.max_tokens, context_len=1):
+                windows.append(make_disjoint_window(window))
+                owner.append(index)
+        totals = [0.0] * len(requests)
+        for index, (log_p, _) in zip(owner, self._score(windows), strict=True):
+            totals[index] += log_p
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """The text generated for each request, up to and without its first stop string."""
+        groups: dict[str, list[int]] = {}
+        for index, request in enumerate(requests):
+            groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
+        texts = [""] * len(requests)
+        for key, members in groups.items():
+            options: dict[str, Any] = dict(normalize_gen_kwargs(json.loads(key), DEFAULT_NEW_TOKENS))
+            for index, text in zip(members, self._generate([requests[i] for i in members], options), strict=True):
+                texts[index] = text
+        return texts
+
+    def _generate(self, requests: list[Instance], options: dict[str, Any]) -> list[str]:
+        """Generate for requests that share their options."""
+        tokenizer = self.codec.tokenizer
+        stops = [stop for stop in options["until"] if stop]
+        self._check_stops(requests[0].task_name, stops)
+        new_tokens = min(options["max_gen_toks"], self.max_tokens // ANSWER_SHARE)
+        room = self.max_tokens - new_tokens
+        prompts = []
+        for request in requests:
+            # spaces at the end belong to the first word of the answer
+            ids = [self.eot_token_id, *self.codec.encode(request.args[0].rstrip(" "))]
+            self.cut[request.task_name] += len(ids) > room
+            prompts.append(ids[-room:])
+        sampling = None
+        if options["do_sample"]:
+            sampling = scoring.Sampling(options["temperature"], options.get("seed", 0))
+
+        # every token is at least a byte, so a new stop string lies in these last ones
+        tail = 1 + max((len(stop.encode()) for stop in stops), default=0)
+
+        def finished(ids: list[int]) -> bool:
+            text = tokenizer.decode(ids[-tail:])
+            return any(stop in text for stop in stops)
+
+        def generate(mine: list[list[int]], numbers: list[int]) -> list[list[int]]:
+            return scoring.generate(
+                self.model, mine, new_tokens, [self.eot_token_id], finished, self.token_budget, sampling, numbers
+            )
+
+        generated = divided(prompts, generate)
+        return [before_stop(tokenizer.decode(ids), stops) for ids in generated]
+
+    def _check_stops(self, task: str | None, stops: list[str]) -> None:
+        """A tokenizer that cannot write any stop string would score run-on text as the answer."""
+        tokenizer = self.codec.tokenizer
+        if stops and not any(stop in tokenizer.decode(tokenizer.encode(stop)) for stop in stops):
+            raise UserError(f"task {task}: until: got {stops}, allowed: one that tokenizer {tokenizer.kind} can write")
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def divided(items: list[Item], work: Callable[[list[Item], list[int]], list[Result]]) -> list[Result]:
+    """The results of `work(items, their numbers)`, shared by the processes of torch.distributed where there are any.
+
+    Every process gives all items and gets all results. (lm-eval's own way divides documents, and then prompts with
+    examples depend on the number of processes.) Models whose forward pass is itself collective cannot be divided:
+    let one group of processes score everything.
+    """
+    if not torch.distributed.is_initialized():
+        return work(items, list(range(len(items))))
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    shares: list[list[Result]] = [[] for _ in range(world)]
+    torch.distributed.all_gather_object(shares, work(items[rank::world], list(range(rank, len(items), world))))
+    return [shares[number % world][number // world] for number in range(len(items))]
+
+
+def before_stop(text: str, stops: Sequence[str]) -> str:
+    """The text before the first stop string."""
+    for stop in stops:
+        text = text.split(stop)[0]
+    return text

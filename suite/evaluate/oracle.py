@@ -1,0 +1,140 @@
+"""Two imaginary language models, one that knows every answer and one that is always wrong.
+
+Run over the real data they prove data, prompts and scorers: on every accuracy-like metric the first must get what
+can be got and the second 0. Where a stock metric stops generation inside an answer, no model can reach 1; how far
+one can get is counted answer by answer and stands beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
+
+from suite.cells import EvalConfig
+from suite.data import Corpus
+from suite.evaluate import catalog
+from suite.evaluate.adapter import before_stop
+from suite.evaluate.data import DataRoot, Doc
+from suite.evaluate.harness import prepare, scores_of
+from suite.evaluate.sandbox import Sandbox
+from suite.evaluate.tasks import answers, code
+
+ACCURACY_LIKE = ("em", "f1", "exact_match", "acc", "acc_norm", "greedy", "recall", "pass@1", "pass@10")
+NONSENSE = " xqzv"
+WRONG_LOG_P = -1e6
+
+
+def run(
+    tasks: Iterable[str] | None = None,
+    data_root: Path | None = None,
+    corpus: Corpus | None = None,
+    sandbox: Sandbox | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """Score the two on tasks.
+
+    Args:
+        tasks: names; None: every task that reads files (and, with a sandbox, every task that runs code).
+        data_root: where the data is; None: the hub.
+        corpus: for the tasks about what a model was trained on.
+        sandbox: where programs run; needed by the tasks that run code.
+        limit: first documents of each task only.
+
+    Returns:
+        {"tasks": {name: {"n", "metrics": {metric: {"oracle", "wrong", "ceiling"}}}}} with the accuracy-like metrics;
+        the ceiling is what the best accepted answer of each document would get.
+
+    Raises:
+        UserError: as `catalog.load`.
+    """
+    wanted = [*tasks] if tasks is not None else catalog.names(corpus is not None, sandbox is not None)
+    prepared = prepare(
+        EvalConfig(tasks=tuple(wanted), limit=limit), catalog.Sources(corpus, DataRoot(data_root), sandbox)
+    )
+    known = prepared.loaded.tasks
+    oracle, wrong = (scores_of(Knowing(known, right), prepared) for right in (True, False))
+    return {
+        "tasks": {
+            name: {
+                "n": entry["n"],
+                "metrics": {
+                    metric: {
+                        "oracle": score["value"],
+                        "wrong": wrong[name]["metrics"][metric]["value"],
+                        "ceiling": _ceiling(known.get(name), metric),
+                    }
+                    for metric, score in entry["metrics"].items()
+                    if metric in ACCURACY_LIKE
+                },
+            }
+            for name, entry in oracle.items()
+        }
+    }
+
+
+class Knowing(LM):
+    """A model that looks up the answer: it gives the right one always, or never."""
+
+    def __init__(self, tasks: dict[str, ConfigurableTask], right: bool) -> None:
+        super().__init__()
+        self._tasks, self._right = tasks, right
+
+    def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
+        """Certain of the gold continuation and of no other; or the reverse."""
+        return [(0.0, True) if self._believes(r) else (WRONG_LOG_P, False) for r in requests]
+
+    def _believes(self, request: Instance) -> bool:
+        task = self._tasks[_name(request)]
+        if task.OUTPUT_TYPE != "multiple_choice":
+            return self._right
+        gold = task.doc_to_target(request.doc)
+        if isinstance(gold, str):
+            gold = task.doc_to_choice(request.doc).index(gold)
+        return (request.idx == gold) is self._right
+
+    def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
+        """Certain of the whole text, or very surprised."""
+        return [0.0 if self._right else WRONG_LOG_P for _ in requests]
+
+    def generate_until(self, requests: list[Instance]) -> list[str]:
+        """An accepted answer, up to the first stop string as with a real model; or nonsense."""
+        if not self._right:
+            return [NONSENSE] * len(requests)
+        return [_best(self._tasks[_name(r)], r.doc, r.args[1]["until"]) for r in requests]
+
+
+def _name(request: Instance) -> str:
+    assert request.task_name is not None
+    return request.task_name
+
+
+def _best(task: ConfigurableTask, doc: Doc, stops: Sequence[str]) -> str:
+    """The first accepted answer that holds no stop string; the canonical one cut short where all do."""
+    texts = _accepted(task, doc)
+    whole = [text for text in texts if before_stop(text, stops) == text]
+    return whole[0] if whole else before_stop(texts[0], stops)
+
+
+def _accepted(task: ConfigurableTask, doc: Doc) -> list[str]:
+    """Everything a model could generate that the task calls right, the canonical one first."""
+    if task.config.task in code.TASKS:
+        return [code.canonical(task.config.task, doc)]
+    target = task.doc_to_target(doc)
+    return [f" {text}" for text in (target if isinstance(target, list) else answers.accepted(doc))]
+
+
+def _ceiling(task: ConfigurableTask | None, metric: str) -> float:
+    """The mean over documents of the best score that an accepted answer gets after the stops have cut it."""
+    if task is None or task.OUTPUT_TYPE != "generate_until" or task.config.task in code.TASKS:
+        return 1.0
+    stops = task.config.generation_kwargs["until"]
+    docs = {request.doc_id: request.doc for request in task.instances}.values()
+    return sum(
+        max(task.process_results(doc, [before_stop(text, stops).strip()])[metric] for text in _accepted(task, doc))
+        for doc in docs
+    ) / len(docs)

@@ -1,0 +1,65 @@
+"""Bringing evaluation data to a machine without network: every file the real tasks read, in the hub's layout."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from suite.errors import UserError
+from suite.evaluate import catalog
+from suite.evaluate.data import DataRoot, Docs
+
+Download = Callable[[str, str | None, str], Docs]
+"""(repository, configuration, split) -> rows"""
+
+
+def prefetch(root: Path, tasks: Iterable[str] | None = None, download: Download | None = None) -> list[Path]:
+    """Download what the tasks read and `root` does not have.
+
+    Args:
+        root: the folder that becomes --data-root; made if it is not there.
+        tasks: names; None: every task that reads files.
+        download: where rows come from; None: the hub.
+
+    Returns:
+        The files written; each is complete or absent.
+
+    Raises:
+        UserError: a task is unknown or reads no files, or the hub does not give its data.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    have = DataRoot(root)
+    written: list[Path] = []
+    for repo, config, split in _needed(tasks):
+        try:
+            have.files(repo, config, split)
+        except UserError:
+            rows = (download or DataRoot(None).split)(repo, config, split)
+            path = root / repo / (config or "default") / f"{split}.jsonl"
+            _write(path, rows)
+            written.append(path)
+    return written
+
+
+def _needed(tasks: Iterable[str] | None) -> list[tuple[str, str | None, str]]:
+    """Every (repository, configuration, split) that the tasks may read, examples included, once."""
+    known = catalog.names(corpus=False)
+    needed: dict[tuple[str, str | None, str], None] = {}
+    for name in known if tasks is None else tasks:
+        if name not in known:
+            raise UserError(f"prefetch: got {name!r}, allowed: {', '.join(known)}")
+        needed |= dict.fromkeys(catalog.files_of(name))
+    return list(needed)
+
+
+def _write(path: Path, rows: Docs) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

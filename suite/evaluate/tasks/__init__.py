@@ -1,0 +1,1 @@
+"""Task definitions: YAML for lm-eval, and the scorers they name."""

@@ -1,0 +1,51 @@
+"""Scoring shared by several processes: the same numbers as in one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from by_hand import small_model
+
+from suite.cells import EvalConfig
+from suite.data import Corpus
+from suite.evaluate.harness import evaluate
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {tests!r})
+from by_hand import small_model
+from suite import data
+from suite.cells import BiosData, EvalConfig
+from suite.evaluate.harness import evaluate
+rank, folder = int(sys.argv[1]), Path(sys.argv[2])
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=2)
+corpus = data.prepare(BiosData(**json.loads({data!r})), folder / f"cache-{{rank}}")
+scores = evaluate(small_model(corpus), corpus, EvalConfig(tasks={tasks!r}, limit=15))
+(folder / f"scores-{{rank}}.json").write_text(json.dumps(scores))
+torch.distributed.destroy_process_group()
+"""
+TASKS = ("bios_storage", "bios_qa", "bios_choice")
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_scores_of_one(bios: Corpus, tmp_path: Path) -> None:
+    program = PROGRAM.format(tests=str(Path(__file__).parent), data=bios.config.model_dump_json(), tasks=TASKS)
+    processes = [subprocess.Popen([sys.executable, "-c", program, str(rank), str(tmp_path)]) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    alone = json.loads(json.dumps(evaluate(small_model(bios), bios, EvalConfig(tasks=TASKS, limit=15))))
+    for rank in range(2):
+        together = json.loads((tmp_path / f"scores-{rank}.json").read_text())
+        for name, task in alone["tasks"].items():
+            found = together["tasks"][name]
+            assert {key: found[key] for key in task if key != "metrics"} == {
+                key: task[key] for key in task if key != "metrics"
+            }
+            for metric, value in task["metrics"].items():
+                assert found["metrics"][metric]["value"] == pytest.approx(value["value"], rel=1e-5)

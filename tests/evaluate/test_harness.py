@@ -1,0 +1,165 @@
+"""lm-eval over our models: equal to the probes and to loops, the same again, and clear about wrong input."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from by_hand import naive_score, small_model
+
+from suite.cells import BiosData, EvalConfig
+from suite.data import Corpus
+from suite.errors import UserError
+from suite.evaluate import catalog
+from suite.evaluate.data import DataRoot
+from suite.evaluate.harness import Evaluator, Harness, evaluate, prepare
+from suite.evaluate.probe import Prober
+from suite.models.transformer import Transformer
+
+
+def test_probes_during_training_and_the_harness_agree(bios: Corpus, bios_model: Transformer) -> None:
+    probes = Prober(bios, people=30).run(bios_model)["probe"]
+    scores = evaluate(bios_model, bios, EvalConfig(tasks=tuple(f"bios_{kind}" for kind in probes)))
+    for kind, values in probes.items():
+        task = scores["tasks"][f"bios_{kind}"]
+        assert task["n"] == values.pop("n")
+        for metric, value in values.items():
+            assert task["metrics"][metric]["value"] == pytest.approx(value, rel=1e-6)
+
+
+def test_every_score_says_what_made_it(bios: Corpus, bios_model: Transformer) -> None:
+    config = EvalConfig(tasks=("bios_storage", "bios_qa", "bios_choice"), limit=7)
+    scores = evaluate(bios_model, bios, config)
+    assert scores["hash"] == config.hash8
+    assert scores["eval"] == {"tasks": ["bios_storage", "bios_qa", "bios_choice"], "num_fewshot": None, "limit": 7}
+    assert scores["versions"]["lm-eval"].startswith("0.4.")
+    for task in scores["tasks"].values():
+        assert task["n"] == 7
+        assert task["data_fingerprint"] == bios.fingerprint
+        assert len(task["prompt_hash"]) == 16
+        assert (task["version"], task["few_shot"], task["cut"]) == (1.0, 0, 0)
+    assert set(scores["tasks"]["bios_qa"]["metrics"]) == {"em", "f1"}
+    assert set(scores["tasks"]["bios_choice"]["metrics"]["acc"]) == {"value", "stderr"}
+    json.dumps(scores, allow_nan=False)
+
+
+def test_answers_to_single_questions_are_kept_where_they_are_right_or_wrong(
+    bios: Corpus, bios_model: Transformer
+) -> None:
+    config = EvalConfig(tasks=("bios_storage", "bios_qa", "bios_choice"), limit=9)
+    tasks = evaluate(bios_model, bios, config)["tasks"]
+    answers = {name: task["answers"] for name, task in tasks.items()}
+    assert answers["bios_storage"] == {}
+    assert set(answers["bios_qa"]) >= {"em"}
+    assert set(answers["bios_choice"]) >= {"acc"}
+    for name, metrics in answers.items():
+        for metric, text in metrics.items():
+            assert len(text) == 9
+            assert text.count("1") / 9 == pytest.approx(tasks[name]["metrics"][metric]["value"])
+    few = evaluate(bios_model, bios, EvalConfig(tasks=("bios_choice",), limit=4))["tasks"]["bios_choice"]
+    assert few["answers"]["acc"] == answers["bios_choice"]["acc"][:4]
+
+
+def test_one_evaluator_scores_many_models_as_fresh_ones_would(bios: Corpus, bios_model: Transformer) -> None:
+    config = EvalConfig(tasks=("bios_storage", "bios_qa"), limit=20)
+    evaluator = Evaluator()
+    other = small_model(bios, seed=5)
+    scores = [evaluator.evaluate(model, bios, config) for model in (other, bios_model, other)]
+    assert scores == [evaluate(model, bios, config) for model in (other, bios_model, other)]
+    assert scores[0] != scores[1]
+
+
+def test_bits_per_byte_of_held_out_text_equal_a_loop(text: Corpus, text_model: Transformer) -> None:
+    task = evaluate(text_model, text, EvalConfig(tasks=("held_out",)))["tasks"]["held_out"]
+    eot, encode = text.tokenizer.eot_id, text.tokenizer.encode
+    length = text.config.seq_len
+    nats = 0.0
+    for document in text.held_out:
+        ids = encode(document)
+        # the first window has its own context; the rest is scored after as much as fits
+        first, rest = ids[:length], ids[length:]
+        nats -= naive_score(text_model, [eot], first)[0]
+        if rest:
+            context = ids[len(ids) - length - 1 : length]
+            nats -= naive_score(text_model, context, rest)[0]
+    size = sum(len(document.encode()) for document in text.held_out)
+    assert task["metrics"]["bits_per_byte"]["value"] == pytest.approx(nats / math.log(2) / size, rel=1e-5)
+    assert task["metrics"]["bits_per_byte"]["stderr"] > 0
+    assert task["n"] == len(text.held_out)
+
+
+def test_stock_nq_open_runs_on_local_data(real_data: Path, text: Corpus, text_model: Transformer) -> None:
+    config = EvalConfig(tasks=("nq_open", "nq_open_qa", "nq_open_nll"), num_fewshot=2, limit=5)
+    tasks = evaluate(text_model, text, config, real_data)["tasks"]
+    assert tasks["nq_open"]["version"] == 4.0
+    assert tasks["nq_open"]["data_fingerprint"].startswith("sha256:")
+    assert set(tasks["nq_open"]["metrics"]) == {"exact_match"}
+    assert set(tasks["nq_open_qa"]["metrics"]) == {"em", "f1"}
+    assert set(tasks["nq_open_nll"]["metrics"]) == {"nll", "nll_min", "bits_per_byte", "greedy"}
+    # rows of 48 bytes cannot hold two examples
+    assert tasks["nq_open"]["cut"] == 5
+    assert tasks["nq_open_nll"]["metrics"]["nll"]["value"] >= tasks["nq_open_nll"]["metrics"]["nll_min"]["value"]
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ("nq", "evaluate.tasks: got 'nq', allowed: .*nq_open"),
+        ("held_out", "task held_out: data.kind: got 'bios', allowed: a kind of text"),
+        ("nq_open", "no google-research-datasets/nq_open/.*validation.jsonl .*suite eval prefetch"),
+    ],
+)
+def test_wrong_tasks_are_named(task: str, message: str, bios: Corpus, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        Harness(bios, EvalConfig(tasks=(task,)), tmp_path)
+
+
+def test_bios_tasks_need_a_bios_corpus(text: Corpus) -> None:
+    with pytest.raises(UserError, match=r"task bios_storage: data.kind: got 'text', allowed: 'bios'"):
+        Harness(text, EvalConfig(tasks=("bios_storage",)))
+
+
+@pytest.mark.parametrize(
+    ("task", "questions", "message"),
+    [
+        ("bios_qa", 0.0, "task bios_qa: data.questions: got 0.0, allowed: a share"),
+        ("held_out", 0.5, "task held_out: data.kind: got 'bios', allowed: a kind of text"),
+        ("mbpp", 0.5, "task mbpp: runs programs"),
+        ("nq", 0.5, "evaluate.tasks: got 'nq'"),
+    ],
+)
+def test_tasks_that_do_not_fit_are_known_before_training(task: str, questions: float, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        catalog.refuse_unfit(["bios_storage", task], BiosData(kind="bios", people=10, questions=questions))
+
+
+def test_a_tokenizer_without_the_stop_is_named(bios: Corpus, bios_model: Transformer, real_data: Path) -> None:
+    with pytest.raises(UserError, match="tokenizer"):
+        evaluate(bios_model, bios, EvalConfig(tasks=("nq_open",), limit=2), real_data)
+
+
+def test_importing_probes_needs_no_evaluation_library() -> None:
+    import subprocess
+    import sys
+
+    code = "import sys, suite.evaluate.probe; assert not {'lm_eval', 'datasets'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_no_gradients_are_left_behind(bios: Corpus, bios_model: Transformer) -> None:
+    evaluate(bios_model, bios, EvalConfig(tasks=("bios_choice",), limit=3))
+    assert all(parameter.grad is None for parameter in bios_model.parameters())
+    assert torch.is_grad_enabled()
+
+
+def test_prompts_are_those_of_plain_lm_eval(real_data: Path) -> None:
+    config = EvalConfig(tasks=("nq_open", "triviaqa_qa", "hellaswag", "openbookqa", "mmlu"), num_fewshot=3, limit=3)
+    sources = catalog.Sources(None, DataRoot(real_data))
+    ours = prepare(config, sources).loaded.tasks
+    plain = catalog.load(config.tasks, sources, config.num_fewshot).tasks
+    for name, task in plain.items():
+        task.build_all_requests(limit=3)
+        assert [request.args for request in ours[name].instances] == [request.args for request in task.instances]

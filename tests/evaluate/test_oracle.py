@@ -1,0 +1,99 @@
+"""A model that knows every answer and one that is always wrong, over the real data and a world."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from suite.data import Corpus
+from suite.errors import UserError
+from suite.evaluate import catalog, oracle
+from suite.evaluate.data import DataRoot
+from suite.evaluate.sandbox import Sandbox
+from suite.evaluate.tasks import code
+
+STOCK_STOPS = {"nq_open", "triviaqa"}
+QUICK = [
+    "nq_open",
+    "nq_open_qa",
+    "nq_open_nll",
+    "triviaqa",
+    "triviaqa_qa",
+    "hotpotqa_qa",
+    "hellaswag",
+    "piqa",
+    "openbookqa",
+]
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    try:
+        return Sandbox()
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+def check(report: dict) -> None:
+    for name, task in report["tasks"].items():
+        assert task["n"] > 0
+        assert task["metrics"]
+        for values in task["metrics"].values():
+            assert values["wrong"] == 0.0, name
+            assert values["oracle"] == values["ceiling"], name
+            assert values["oracle"] == 1.0 or name in STOCK_STOPS
+
+
+def test_real_tasks_reach_their_ceilings(real_data: Path) -> None:
+    check(oracle.run(QUICK, real_data, limit=150))
+
+
+@pytest.mark.slow
+def test_every_real_task_reaches_its_ceiling(real_data: Path, sandbox: Sandbox) -> None:
+    report = oracle.run(None, real_data, sandbox=sandbox)
+    check(report)
+    assert len([name for name in report["tasks"] if name.startswith("mmlu_")]) == 57
+    assert report["tasks"]["mmlu"]["n"] == 14_042
+    # of the canonical answers alone, 0.896 hold none of the stock stops
+    assert 0.89 < report["tasks"]["nq_open"]["metrics"]["exact_match"]["ceiling"] < 1.0
+
+
+def test_tasks_about_a_world_reach_their_ceilings(bios: Corpus) -> None:
+    report = oracle.run(["bios_storage", "bios_paraphrase", "bios_extraction", "bios_qa", "bios_choice"], corpus=bios)
+    check(report)
+
+
+def test_canonical_programs_pass_and_others_do_not(real_data: Path, sandbox: Sandbox) -> None:
+    check(oracle.run(["humaneval", "mbpp", "mbpp_10"], real_data, sandbox=sandbox, limit=8))
+
+
+def test_programs_are_refused_without_a_sandbox(real_data: Path) -> None:
+    with pytest.raises(
+        UserError, match="task humaneval: runs programs that the model writes, allowed: with --run-code"
+    ):
+        oracle.run(["humaneval"], real_data)
+
+
+def test_prompts_of_mbpp_are_stock(real_data: Path) -> None:
+    """The stock examples, read from lm-eval's source: its module cannot be imported without the hub."""
+    source = (catalog.STOCK / "mbpp/utils.py").read_text()
+    namespace: dict = {}
+    exec(source[source.index("def list_fewshot_samples") :], namespace)
+    stock = namespace["list_fewshot_samples"]()
+    made = code.config("mbpp", catalog.STOCK, DataRoot(real_data), Sandbox("rlimits"))["fewshot_config"]["samples"]
+    fields = ("text", "code", "test_list", "is_fewshot")
+    assert [{f: doc[f] for f in fields} for doc in made] == [{f: doc[f] for f in fields} for doc in stock]
+
+
+@pytest.mark.parametrize(("count", "passed", "k"), [(10, 3, 1), (10, 3, 4), (10, 0, 5), (10, 10, 10), (5, 2, 4)])
+def test_pass_at_k_is_the_share_of_all_draws(count: int, passed: int, k: int) -> None:
+    import itertools
+
+    draws = list(itertools.combinations([True] * passed + [False] * (count - passed), k))
+    assert code.pass_at(k, count, passed) == pytest.approx(sum(any(draw) for draw in draws) / len(draws))
+
+
+def test_the_report_is_json(real_data: Path) -> None:
+    json.dumps(oracle.run(["nq_open_qa"], real_data, limit=3), allow_nan=False)

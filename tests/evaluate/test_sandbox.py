@@ -1,0 +1,174 @@
+"""Hostile programs: none passes, none harms, and the evaluator lives. In every kind of sandbox that works here."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from suite.errors import UserError
+from suite.evaluate import sandbox
+from suite.evaluate.sandbox import Kind, Limits, Sandbox
+
+LIMITS = Limits(cpu_s=1, wall_s=1.5, memory_bytes=256 << 20)
+
+# Each ends with what a test would be; reaching it, or forging the end, would be a pass.
+HOSTILE = {
+    "endless loop": "while True: pass",
+    "endless sleep": "import time\ntime.sleep(1000)",
+    "recursion without end": "def f(): return f()\nf()",
+    "memory": "x = bytearray(8 << 30)",
+    "memory in small pieces": "x = []\nwhile True: x.append(bytearray(1 << 20))",
+    "fork bomb": "import os\nwhile True: os.fork()",
+    "process bomb": "import subprocess, sys\nwhile True: subprocess.Popen([sys.executable, '-c', 'while True: pass'])",
+    "thread bomb": "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(1000,)).start()",
+    "one huge file": "open('big', 'wb').write(b'x' * (64 << 20))",
+    "file flood": "n = 0\nwhile True:\n    open(f'f{n}', 'wb').write(b'x' * 500_000)\n    n += 1",
+    "output flood": "while True: print('x' * 100_000)",
+    "network": "import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=2).sendall(b'hello')",
+    "reading secrets": "import os\nassert os.environ['SECRET']",
+    "killing the parent": "import os, signal\nos.kill(os.getppid(), signal.SIGKILL)\nos.kill({pid}, signal.SIGKILL)",
+    "exit(0)": "import sys\nsys.exit(0)",
+    "a hard exit": "import os\nprint('passed')\nos._exit(0)",
+    "forging from its own source": (
+        "import os, sys\ntext = open(sys.argv[0]).read() if os.path.exists(sys.argv[0]) else ''\n"
+        "os.write(1, os.read(0, 64) or text.encode())\nos._exit(0)"
+    ),
+    "forging from the frames": (
+        "import os, sys\nframe, found = sys._getframe(), []\nwhile frame:\n"
+        "    found += [v for v in (*frame.f_locals.values(), *frame.f_globals.values())"
+        " if isinstance(v, bytes) and len(v.strip()) == 32]\n    frame = frame.f_back\n"
+        "os.write(1, b'\\n' + (found or [b'0' * 32])[0].strip())\nos._exit(0)"
+    ),
+}
+# These succeed only where walls are missing.
+OUTSIDE = {
+    "reading /etc/passwd": "assert open('/etc/passwd').read()",
+    "writing beside itself": "open({path!r}, 'w').write('was here')",
+}
+# These try to look into the interpreter, and print what they find.
+INTERPRETER = {
+    "garbage collector": "import gc, sys\ngc.get_referents(sys._getframe().f_back)",
+    "ctypes": "import ctypes",
+    "memory file": "open('/proc/self/mem', 'rb')",
+    "tracing": "import sys\nsys.settrace(lambda *_: None)",
+    "another interpreter": "import _xxsubinterpreters",
+}
+
+
+@pytest.fixture(scope="module", params=["bubblewrap", "unshare", pytest.param("rlimits", marks=pytest.mark.slow)])
+def box(request: pytest.FixtureRequest) -> Sandbox:
+    try:
+        return Sandbox(request.param, LIMITS)
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    """A server on this machine; whoever reaches it fails the test."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0.1)
+        reached: list[bool] = []
+        stop = threading.Event()
+
+        def listen() -> None:
+            while not stop.is_set():
+                try:
+                    server.accept()[0].close()
+                    reached.append(True)
+                except TimeoutError:
+                    pass
+
+        thread = threading.Thread(target=listen)
+        thread.start()
+        yield server.getsockname()[1]
+        stop.set()
+        thread.join()
+        assert not reached
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_programs_do_not_pass(name: str, box: Sandbox, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "key")
+    program = HOSTILE[name].replace("{port}", str(port)).replace("{pid}", str(os.getpid()))
+    started = time.perf_counter()
+    outcome = box.run(program)
+    assert not outcome.passed
+    assert outcome.reason
+    assert time.perf_counter() - started < LIMITS.wall_s + 3
+    assert box.run("assert 1 + 1 == 2").passed
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_files_outside_are_out_of_reach(name: str, box: Sandbox, tmp_path: Path) -> None:
+    if box.kind == "rlimits":
+        pytest.skip("rlimits has no walls, which is why it must be asked for by name")
+    target = tmp_path / "target"
+    assert not box.run(OUTSIDE[name].format(path=str(target))).passed
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("name", INTERPRETER)
+def test_looking_into_the_interpreter_is_refused(name: str, box: Sandbox) -> None:
+    assert not box.run(INTERPRETER[name]).passed
+
+
+def test_nothing_is_left_running(box: Sandbox) -> None:
+    mark = f"mark-{os.getpid()}-{time.time_ns()}"
+    box.run(f"import time\nname = {mark!r}\ntime.sleep(1000)")
+    alive = [p for p in Path("/proc").glob("[0-9]*/cmdline") if "NONCE_BYTES" in _read(p) and _started_by_us(p.parent)]
+    assert not alive
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def _started_by_us(process: Path) -> bool:
+    status = _read(process / "stat").rpartition(")")[2].split()
+    return bool(status) and int(status[1]) == os.getpid()
+
+
+def test_honest_programs_pass(box: Sandbox) -> None:
+    honest = [
+        "import math, re, collections, heapq, itertools, typing, string, copy, datetime, functools, bisect, hashlib",
+        "from dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nassert P(1) == P(1)",
+        "import collections\nN = collections.namedtuple('N', 'a b')\nassert N(1, 2).a == 1",
+        "open('own', 'w').write('text')\nassert open('own').read() == 'text'",
+        "print('a lot to say')\nassert sorted([2, 1]) == [1, 2]",
+        "assert 'é' == '\\u00e9'",
+    ]
+    assert [outcome.reason for outcome in box.run_all(honest)] == [""] * len(honest)
+
+
+def test_failing_and_broken_programs_fail(box: Sandbox) -> None:
+    outcomes = box.run_all(["assert False", "raise KeyError", "def f(:", "", "x = 1"])
+    assert [outcome.passed for outcome in outcomes] == [False, False, False, True, True]
+
+
+def test_without_walls_it_refuses_unless_asked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(_scratch: str, _limits: Limits) -> list[str]:
+        return ["/nonexistent"]
+
+    monkeypatch.setitem(sandbox._COMMANDS, "bubblewrap", missing)
+    monkeypatch.setitem(sandbox._COMMANDS, "unshare", missing)
+    with pytest.raises(UserError, match="neither bubblewrap nor unshare works here"):
+        Sandbox()
+    assert Sandbox("rlimits").run("x = 1").passed
+    with pytest.raises(UserError, match="does not work on this machine"):
+        Sandbox("bubblewrap")
+
+
+@pytest.mark.parametrize("kind", ["docker", "none"])
+def test_unknown_kinds_are_named(kind: Kind) -> None:
+    with pytest.raises(UserError, match=f"--run-code: got '{kind}', allowed: bubblewrap, unshare, rlimits"):
+        Sandbox(kind)

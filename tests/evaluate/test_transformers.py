@@ -1,0 +1,112 @@
+"""The same weights under lm-eval's own adapter for transformers: every score must agree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from by_hand import small_model
+
+from suite import data
+from suite.cells import EvalConfig, TextData, Tokenizer
+from suite.data import Corpus
+from suite.data.tokenizers import BPETokenizer
+from suite.evaluate import catalog, harness
+from suite.evaluate.adapter import Codec, SuiteLM
+from suite.evaluate.data import DataRoot
+from suite.models.transformer import Transformer
+
+pytestmark = pytest.mark.slow
+LENGTH = 1024
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    """BPE over this package's own source."""
+    folder = tmp_path_factory.mktemp("source")
+    for number, path in enumerate(sorted(Path(harness.__file__).parents[1].rglob("*.py"))):
+        (folder / f"{number}.txt").write_text(path.read_text())
+    config = TextData(kind="text", path=str(folder), tokenizer=Tokenizer(kind="bpe", vocab_size=600))
+    return data.prepare(config, tmp_path_factory.mktemp("cache"))
+
+
+def to_transformers(model: Transformer):
+    """Our dense model as a transformers Llama."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = model.size
+    config = LlamaConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=size.dim,
+        intermediate_size=size.ffn_hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        rms_norm_eps=1e-5,
+        rope_theta=size.rope_theta,
+        max_position_embeddings=LENGTH + 1,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    names = {
+        "embedding": "model.embed_tokens",
+        "output": "lm_head",
+        "layers": "model.layers",
+        "attention_norm": "input_layernorm",
+        "feed_forward_norm": "post_attention_layernorm",
+        "attention": "self_attn",
+        "feed_forward": "mlp",
+        "wq": "q_proj",
+        "wk": "k_proj",
+        "wv": "v_proj",
+        "wo": "o_proj",
+        "w1": "gate_proj",
+        "w2": "down_proj",
+        "w3": "up_proj",
+    }
+    weights = {
+        ".".join(names.get(part, part) for part in name.split(".")): value for name, value in model.state_dict().items()
+    }
+    weights["model.norm.weight"] = weights.pop("norm.weight")
+    exported = LlamaForCausalLM(config)
+    exported.load_state_dict(weights)
+    return exported.eval()
+
+
+def test_lm_evals_own_adapter_gives_the_same_scores(corpus: Corpus, real_data: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    from lm_eval.models.huggingface import HFLM
+    from tokenizers import Tokenizer as RustTokenizer
+    from tokenizers.processors import TemplateProcessing
+
+    assert isinstance(corpus.tokenizer, BPETokenizer)
+    model = small_model(corpus)
+    eot = corpus.tokenizer.eot_id
+    trained = RustTokenizer.from_str(corpus.tokenizer._trained.to_str())
+    trained.add_special_tokens(["<|eot|>"])
+    trained.post_processor = TemplateProcessing(single="<|eot|> $A", special_tokens=[("<|eot|>", eot)])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=trained)
+    fast.add_special_tokens({"bos_token": "<|eot|>", "eos_token": "<|eot|>"})
+    assert fast.bos_token_id == eot
+    config = EvalConfig(tasks=("nq_open", "triviaqa", "hellaswag", "piqa", "openbookqa"), num_fewshot=2, limit=4)
+    prepared = harness.prepare(config, catalog.Sources(corpus, DataRoot(real_data)))
+
+    ours = harness.scores_of(SuiteLM(model, Codec(corpus.tokenizer), LENGTH, 8192), prepared)
+    stock = HFLM(
+        pretrained=to_transformers(model),
+        tokenizer=fast,
+        max_length=LENGTH,
+        add_bos_token=True,
+        batch_size=4,
+        device="cpu",
+    )
+    theirs = harness.scores_of(stock, prepared)
+    assert ours.keys() == theirs.keys()
+    differences = {name: (entry, theirs[name]) for name, entry in ours.items() if entry != theirs[name]}
+    assert not differences
+    logits = to_transformers(model)(torch.tensor([[eot, 5, 6, 7]])).logits
+    assert torch.allclose(logits, model.eval()(torch.tensor([[eot, 5, 6, 7]])), atol=1e-4)

@@ -1,0 +1,67 @@
+"""Key usage against counting by hand."""
+
+import math
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from suite import models
+from suite.cells import Cell
+from suite.data import Corpus, prepare
+from suite.evaluate.usage import BATCH_ROWS, BATCHES, key_usage, measures
+
+
+def cell(family: str, **options: object) -> Cell:
+    return Cell.model_validate(
+        {
+            "model": {"family": family, "base": "w32", **options},
+            "data": {"kind": "bios", "people": 30},
+            "train": {"batch_rows": 4, "epochs": 1.0, "lr": 1e-3},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return prepare(cell("dense").data, Path(tmp_path_factory.mktemp("usage")))
+
+
+def test_even_reads_diverge_by_nothing_and_one_row_by_all_bits() -> None:
+    assert measures(torch.full((64,), 3)) == {"rows": 64, "reads": 192, "used": 1.0, "kl_bits": 0.0}
+    one = torch.zeros(64, dtype=torch.int64)
+    one[5] = 7
+    assert measures(one) == {"rows": 64, "reads": 7, "used": 1 / 64, "kl_bits": 6.0}
+    halves = measures(torch.tensor([1, 3, 0, 0]))
+    assert halves["kl_bits"] == pytest.approx(2 + 0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
+
+
+def test_layers_and_shared_tables_are_counted_as_a_loop_counts_them(corpus: Corpus) -> None:
+    model = models.build(cell("memory_plus", half_keys=16, top_k=4).model, corpus.vocab_size, seed=0).eval()
+    usage = key_usage(model, corpus)
+    seen: list[torch.Tensor] = []
+    (table,) = model.memory_tables()
+    assert table.before_read == []
+    table.before_read.append(lambda indices_NS: seen.append(indices_NS))
+    layers = list(model.memory_layers())
+    counts: dict[int, Counter[int]] = {layer: Counter() for layer in layers}
+    with torch.no_grad():
+        for step in range(BATCHES):
+            batch = corpus.loader(0, BATCH_ROWS).batch(step)
+            seen.clear()
+            model(batch.tokens_BT, batch.segments_BT)
+            for layer, indices_NS in zip(layers, seen, strict=True):
+                counts[layer].update(indices_NS.flatten().tolist())
+    assert usage["tokens"] == BATCHES * BATCH_ROWS * 128
+    for layer in layers:
+        found = usage["layers"][str(layer)]
+        assert found["reads"] == sum(counts[layer].values()) == usage["tokens"] * 4 * 4
+        assert found["used"] == len(counts[layer]) / 256
+    (shared,) = usage["tables"]
+    assert shared["layers"] == layers
+    assert shared["used"] == len(set().union(*counts.values())) / 256
+
+
+def test_a_model_without_a_memory_has_no_usage(corpus: Corpus) -> None:
+    assert key_usage(models.build(cell("dense").model, corpus.vocab_size, seed=0), corpus) == {}
