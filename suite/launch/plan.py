@@ -1,0 +1,344 @@
+"""What a grid would cost before anything runs: parameters, FLOPs, memory per GPU, GPU-hours, partners.
+
+Everything is counted on the meta device: no data, no GPU and no memory for tables is needed. The sharding is the one
+training has: weights, gradients and moments of the rest divided among all GPUs, tables by columns among those of a
+node (over nodes where they do not fit there), rows of a batch among all, in micro-batches of at most 8 rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from suite.cells import Cell
+from suite.data import prepare
+from suite.errors import UserError
+from suite.grids import Grid
+from suite.launch.hardware import GPUS, USABLE, UTILISATION, Gpu
+from suite.models.accounting import Account, account_of, cost_of, meta_model
+from suite.models.external import needs_values
+from suite.models.memory import Part, StepMemory, parts
+from suite.models.memory_table import MemoryLayer, MemoryTable
+from suite.models.transformer import Transformer
+from suite.train.loop import total_steps
+
+MICRO_ROWS = (8, 4, 2, 1)
+"""Rows of a micro-batch that are tried; the released template's is the largest."""
+MOST_NODES = 512
+EQUAL = 0.05
+"""Largest deviation of a ratio from 1 that is still called equal."""
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan takes for granted: the GPU, how many nodes there are (None: any), utilisation, dollars an hour."""
+
+    gpu: Gpu
+    nodes: int | None = None
+    utilisation: float = UTILISATION
+    price: float = 0.0
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """A cell on some GPUs: how its table and rows are divided, and the bytes each GPU needs."""
+
+    gpus: int
+    table_shards: int
+    micro_rows: int
+    accumulate: int
+    memory: StepMemory
+
+
+@dataclass(frozen=True)
+class CellPlan:
+    """The plan of one cell. Bytes, FLOPs, GPU-hours; `mesh` None: it fits nowhere, `why` and `would_fit` say more."""
+
+    cell: Cell
+    account: Account
+    tokens: int
+    steps: int
+    total_flops: float
+    gpu_hours: float
+    mesh: Mesh | None
+    why: str | None
+    would_fit: str | None
+    table_bytes_per_step: float
+    link_bytes_per_step: float
+    table_hours: float
+    partners: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_json(self, price: float) -> dict[str, Any]:
+        """The cell's entry of `suite plan --json`."""
+        counted, mesh = self.account, self.mesh
+        return {
+            "cell": self.cell.hash8,
+            "run": self.cell.run_name,
+            "family": self.cell.model.family,
+            "base": self.cell.model.base,
+            "half_keys": getattr(self.cell.model, "half_keys", None),
+            "params": {
+                "total": counted.params_total,
+                "active": counted.params_active,
+                "memory": counted.params_memory,
+                "embedding": counted.params_embedding,
+            },
+            "flops_per_token": {"train": counted.flops_per_token, "forward": counted.flops_per_token_forward},
+            "bytes_per_token": counted.bytes_per_token,
+            "tokens": self.tokens,
+            "memory_per_gpu": None if mesh is None else round(mesh.memory.peak),
+            "gpus": None if mesh is None else mesh.gpus,
+            "gpu_hours": self.gpu_hours,
+            "steps": self.steps,
+            "total_flops": self.total_flops,
+            "cost": self.gpu_hours * price,
+            "memory": None if mesh is None else asdict(mesh.memory) | {"activations": mesh.memory.activations},
+            "mesh": None if mesh is None else {k: v for k, v in asdict(mesh).items() if k != "memory"},
+            "fits": mesh is not None,
+            "why": self.why,
+            "would_fit": self.would_fit,
+            "table_bytes_per_step": self.table_bytes_per_step,
+            "link_bytes_per_step": self.link_bytes_per_step,
+            "table_hours": self.table_hours,
+            "partners": self.partners,
+        }
+
+
+def plan(grid: Grid, assumed: Assumptions, cache: Path) -> list[CellPlan]:
+    """The plans of a grid's cells, in its order; `cache` is where corpora are prepared, should one be needed.
+
+    Raises UserError for a corpus that is needed and cannot be read.
+    """
+    seen: dict[object, Part] = {}
+    read: dict[str, Reading] = {}
+    plans = []
+    for cell in grid.cells:
+        key = cell.data.model_dump_json() + cell.train.model_dump_json()
+        if key not in read:
+            read[key] = reading(cell, cache)
+        plans.append(_plan(cell, read[key], assumed, seen))
+    return [replace(one, partners=partners(one, plans)) for one in plans]
+
+
+def document(grid: Grid, plans: list[CellPlan], assumed: Assumptions) -> dict[str, Any]:
+    """What `suite plan --json` prints and results/plans/ keeps."""
+    return {
+        "grid": grid.name,
+        "assumed": asdict(assumed) | {"usable_memory": USABLE, "micro_rows": list(MICRO_ROWS)},
+        "totals": {
+            "cells": len(plans),
+            "fit": sum(one.mesh is not None for one in plans),
+            "total_flops": sum(one.total_flops for one in plans),
+            "gpu_hours": sum(one.gpu_hours for one in plans),
+            "cost": sum(one.gpu_hours for one in plans) * assumed.price,
+        },
+        "cells": [one.to_json(assumed.price) for one in plans],
+    }
+
+
+def assumptions(gpu: str, nodes: int | None, utilisation: float, price: float | None) -> Assumptions:
+    """The assumptions a command line asks for. Raises UserError for an unknown GPU."""
+    if gpu not in GPUS:
+        raise UserError(f"--gpu: got {gpu!r}, allowed: {', '.join(GPUS)}")
+    return Assumptions(GPUS[gpu], nodes, utilisation, GPUS[gpu].price if price is None else price)
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a plan must know of a cell's data: entries of the vocabulary and training tokens, padding included."""
+
+    vocabulary: int
+    tokens: int
+
+
+def reading(cell: Cell, cache: Path) -> Reading:
+    """From the configuration where it says enough, else from the prepared corpus (a world takes seconds).
+
+    A tokenizer's file is not opened: its vocabulary is taken to be the base's own. Raises UserError where a corpus
+    is needed and is not there.
+    """
+    tokenizer = cell.data.tokenizer
+    entries = {"bpe": tokenizer.vocab_size, "file": cell.model.size.vocab_size or None}.get(tokenizer.kind)
+    if entries is not None and cell.train.tokens is not None:
+        return Reading(entries, cell.train.tokens)
+    corpus = prepare(cell.data, cache)
+    steps = total_steps(cell.train, corpus.loader(cell.seed, cell.train.batch_rows), cell.data.seq_len)
+    return Reading(corpus.vocab_size, steps * cell.train.batch_rows * cell.data.seq_len)
+
+
+def _plan(cell: Cell, read: Reading, assumed: Assumptions, seen: dict[object, Part]) -> CellPlan:
+    gpu, tokens = assumed.gpu, read.tokens
+    model = meta_model(cell.model, read.vocabulary)
+    counted = account_of(model, cell.data.seq_len)
+    steps = max(1, tokens // (cell.train.batch_rows * cell.data.seq_len))
+    total = tokens * counted.flops_per_token
+    try:
+        mesh, why, would_fit = _smallest_mesh(cell, model, assumed, seen)
+    except RuntimeError as error:
+        if not needs_values(error):
+            raise
+        mesh, why, would_fit = None, f"what it needs cannot be counted without values ({error})"[:200], "unknown"
+    traffic = table_bytes(model, cell)
+    return CellPlan(
+        cell=cell,
+        account=counted,
+        tokens=tokens,
+        steps=steps,
+        total_flops=total,
+        gpu_hours=total / (gpu.flops * assumed.utilisation) / 3600,
+        mesh=mesh,
+        why=why,
+        would_fit=would_fit,
+        table_bytes_per_step=traffic,
+        link_bytes_per_step=0.0 if mesh is None else link_bytes(model, cell, mesh),
+        table_hours=steps * traffic / gpu.bandwidth / 3600,
+    )
+
+
+def _smallest_mesh(
+    cell: Cell, model: Transformer, assumed: Assumptions, seen: dict[object, Part]
+) -> tuple[Mesh | None, str | None, str | None]:
+    """The fewest GPUs on which the cell fits, with the largest micro-batch that does; or why none will do.
+
+    Tables stay inside a node, unless dividing them over nodes takes fewer GPUs.
+    """
+    gpu, allowed = assumed.gpu, (assumed.nodes or MOST_NODES) * assumed.gpu.per_node
+    within = _search(cell, model, gpu, seen, allowed, lambda gpus: min(gpus, gpu.per_node))
+    over = _search(cell, model, gpu, seen, allowed, lambda gpus: gpus)
+    meshes = [mesh for mesh in (within, over) if mesh is not None]
+    if meshes:
+        return min(meshes, key=lambda mesh: mesh.gpus), None, None
+    rest, table = _state_bytes(cell, model, allowed, allowed)
+    why = (
+        f"on {allowed} GPUs of {gpu.memory * USABLE / 1e9:.0f} GB (usable) weights, gradients and moments take "
+        f"{rest / 1e9:.1f} GB a GPU and the table's at least {table / 1e9:.1f} GB, divided among all of them"
+    )
+    more = _search(cell, model, gpu, seen, MOST_NODES * gpu.per_node, lambda gpus: gpus)
+    if more is None:
+        return None, why, "a shorter row (data.seq_len) or a GPU with more memory"
+    return None, why, f"{more.gpus} GPUs ({-(-more.gpus // gpu.per_node)} nodes)"
+
+
+def _search(
+    cell: Cell,
+    model: Transformer,
+    gpu: Gpu,
+    seen: dict[object, Part],
+    most: int,
+    table_shards: Callable[[int], int],
+) -> Mesh | None:
+    gpus, usable = 1, gpu.memory * USABLE
+    while gpus <= min(most, cell.train.batch_rows):
+        shards, rows = table_shards(gpus), cell.train.batch_rows // gpus
+        for micro in MICRO_ROWS:
+            if sum(_state_bytes(cell, model, gpus, shards)) > usable or micro > rows or rows % micro:
+                continue
+            found = parts(model, cell.data.seq_len, micro, cell.train.precision, seen=seen)
+            memory = found.step(gpus, shards, rows // micro, row_wise=cell.train.optimizer == "row_wise")
+            if memory.peak <= usable:
+                return Mesh(gpus, shards, micro, rows // micro, memory)
+        gpus *= 2
+    return None
+
+
+def _state_bytes(cell: Cell, model: Transformer, gpus: int, shards: int) -> tuple[float, float]:
+    """Of weights, gradients and moments on one GPU, tables apart; row-wise gradients of tables left out."""
+    rest, values = _elements(model)
+    return 16 * rest / gpus, (12 if cell.train.optimizer == "row_wise" else 16) * values / shards
+
+
+def _elements(model: Transformer) -> tuple[int, int]:
+    """Parameters outside tables, and in them."""
+    values = sum(table.weight.numel() for table in model.memory_tables())
+    return sum(parameter.numel() for parameter in model.parameters()) - values, values
+
+
+def table_bytes(model: Transformer, cell: Cell) -> float:
+    """Bytes of tables that a step moves in the memory of all GPUs together, in fp32.
+
+    Forward: every row read. Backward: rows read again for the gradients of scores, gradient rows read and written.
+    Optimizer, on the rows that have gradients: weights, gradients and two moments read, all but gradients written,
+    gradients cleared.
+    """
+    tokens = cell.train.batch_rows * cell.data.seq_len
+    moved = 0.0
+    for table, reads in _reads_per_token(model):
+        rows, width = table.weight.shape
+        moved += 4.0 * width * (4 * tokens * reads + 8 * _touched(cell, rows, tokens * reads))
+    return moved
+
+
+def link_bytes(model: Transformer, cell: Cell, mesh: Mesh) -> float:
+    """Bytes a GPU sends in a step.
+
+    Divided weights: gathered in every forward and backward, gradients reduced once per micro-batch (bf16 weights
+    where products are bf16, fp32 gradients). Tables: each read gathers its group's indices and weights (8 bytes a
+    row) and sends back columns, forward and backward; replicas of a shard exchange the rows that have gradients.
+    """
+    gpus, shards = mesh.gpus, mesh.table_shards
+    if gpus == 1:
+        return 0.0
+    weight_bytes = 2 if cell.train.precision == "bf16" else 4
+    sent = mesh.accumulate * (gpus - 1) / gpus * _elements(model)[0] * (2 * weight_bytes + 4)
+    tokens, replicas = mesh.micro_rows * mesh.accumulate * cell.data.seq_len, gpus // shards
+    for layer in model.memory_layers().values():
+        columns = sum(table.weight.shape[1] for table in layer.tables)
+        rows = _rows_read(layer) * len(layer.tables)
+        sent += tokens * (shards - 1) * (rows * 8 + 2 * columns * 4 / shards)
+    for table, reads in _reads_per_token(model):
+        rows, width = table.weight.shape
+        touched = _touched(cell, rows, tokens * shards * reads)
+        sent += (replicas - 1) * 4 * touched * width / shards
+    return sent
+
+
+def _reads_per_token(model: Transformer) -> list[tuple[MemoryTable, float]]:
+    """Each table with the rows a token reads of it, in all layers together."""
+    layers = model.memory_layers().values()
+    return [
+        (table, sum(_rows_read(layer) for layer in layers for read in layer.tables if read is table))
+        for table in model.memory_tables()
+    ]
+
+
+def _rows_read(layer: MemoryLayer) -> float:
+    """Rows a token reads of each of the layer's tables."""
+    widths = sum(table.weight.shape[1] for table in layer.tables)
+    return cost_of("memory", layer).read.get("memory_values", 0) / widths
+
+
+def _touched(cell: Cell, rows: int, lookups: float) -> float:
+    """Rows with a gradient: those that lookups spread evenly reach, or all of them where gradients are dense."""
+    return rows * -math.expm1(-lookups / rows) if cell.train.optimizer == "row_wise" else rows
+
+
+def partners(one: CellPlan, plans: list[CellPlan]) -> dict[str, dict[str, Any]]:
+    """The other cell nearest in FLOPs, in parameters and in bytes per token, and the ratio of this cell to it.
+
+    Among cells of the same base and budget; dense ones where there are any, for parameters all families.
+    """
+    others = [
+        other
+        for other in plans
+        if other is not one
+        and other.cell.model.base == one.cell.model.base
+        and other.tokens == one.tokens
+        and other.cell.model.family != one.cell.model.family
+    ]
+    found: dict[str, dict[str, Any]] = {}
+    measures = {"flops": "macs_total", "params": "params_total", "bytes": "bytes_per_token"}
+    for name, field_name in measures.items():
+        dense = [other for other in others if other.cell.model.family == "dense"]
+        candidates = others if name == "params" or not dense else dense
+        ratios = [getattr(one.account, field_name) / getattr(other.account, field_name) for other in candidates]
+        if ratios:
+            index = min(range(len(ratios)), key=lambda i: max(ratios[i], 1 / ratios[i]))
+            found[name] = {
+                "run": candidates[index].cell.run_name,
+                "ratio": ratios[index],
+                "equal": abs(ratios[index] - 1) <= EQUAL,
+            }
+    return found

@@ -1,0 +1,69 @@
+"""A plan for people, and what finished runs say to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from suite.cells import Cell
+from suite.launch.plan import Assumptions, CellPlan
+from suite.launch.status import run_dir
+
+
+def measured(results: Path, cell: Cell) -> dict[str, float] | None:
+    """What a run of the cell that is done took: seconds of training, tokens a second, peak bytes; None without one."""
+    run = run_dir(results, cell)
+    lines = [line for line in run.train_lines() if "memory_bytes" in line] if run.path.exists() else []
+    if not lines or run.state()["state"] != "done":
+        return None
+    return {key: lines[-1][key] for key in ("wall_s", "tokens_per_s", "memory_bytes")}
+
+
+def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
+    """One row a cell: size, work, mesh, memory, hours, nearest dense partner."""
+    table = Table(title=f"{name} on {assumed.gpu.name}", title_justify="left")
+    for column, justify in (
+        ("run", "left"), ("params", "right"), ("MACs/dense", "right"), ("FLOPs", "right"), ("GPUs", "right"),
+        ("GB/GPU", "right"), ("GPU-hours", "right"), ("cost", "right"), ("table GB/step", "right"),
+    ):  # fmt: skip
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    for one in plans:
+        near, mesh = one.partners.get("flops"), one.mesh
+        table.add_row(
+            one.cell.run_name,
+            f"{one.account.params_total / 1e6:,.1f}m",
+            "" if near is None else f"{near['ratio']:.3f}",
+            f"{one.total_flops:.2e}",
+            "none" if mesh is None else str(mesh.gpus),
+            "" if mesh is None else f"{mesh.memory.peak / 1e9:.1f}",
+            f"{one.gpu_hours:,.0f}",
+            f"${one.gpu_hours * assumed.price:,.0f}",
+            f"{one.table_bytes_per_step / 1e9:,.0f}" if one.table_bytes_per_step else "",
+        )
+    return table
+
+
+def plan_notes(plans: list[CellPlan], document: dict[str, Any]) -> list[str]:
+    """The sums, the assumptions, and for each cell that fits nowhere why, and what would make it fit."""
+    totals, assumed = document["totals"], document["assumed"]
+    lines = [
+        f"total: {totals['gpu_hours']:,.0f} GPU-hours, ${totals['cost']:,.0f}, {totals['total_flops']:.2e} FLOPs",
+        f"assumed: {assumed['utilisation']:.0%} of {assumed['gpu']['flops'] / 1e12:.0f} TFLOPS, "
+        f"${assumed['price']:g} an hour, "
+        f"{assumed['usable_memory']:.0%} of {assumed['gpu']['memory'] / 1e9:.0f} GB usable;"
+        " reading and updating tables is not in the hours",
+    ]
+    lines += [_against(entry) for entry in document["cells"] if entry.get("measured") and entry["gpus"]]
+    lines += [f"{one.cell.run_name}: fits nowhere: {one.why}; fits on: {one.would_fit}" for one in plans if one.why]
+    return lines
+
+
+def _against(entry: dict[str, Any]) -> str:
+    """A cell's prediction beside what its run took, on whatever machine that ran."""
+    took, seconds = entry["measured"], 3600 * entry["gpu_hours"] / entry["gpus"]
+    return (
+        f"{entry['run']}: predicted {seconds:,.0f} s and {entry['memory_per_gpu'] / 1e9:.2f} GB on {entry['gpus']} of "
+        f"these GPUs; its run took {took['wall_s']:,.0f} s and {took['memory_bytes'] / 1e9:.2f} GB"
+    )

@@ -1,0 +1,80 @@
+"""How many nodes and processes a cell gets: the smallest mesh of its plan, or as the profile says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import Field
+
+from suite.cells import Cell, Frozen
+from suite.errors import UserError
+from suite.grids import Grid
+from suite.launch import plan as planning
+from suite.launch.hardware import GPUS
+from suite.launch.profiles import Profile
+from suite.train.parallel import Parallel
+
+
+class Shape(Frozen):
+    """What one job asks for: equal nodes, each with as many processes as GPUs, or `tasks` processes without."""
+
+    nodes: int = 1
+    tasks: int = Field(default=1, description="processes on each node")
+    gpus: int = Field(default=0, description="GPUs on each node")
+    cpus: int = Field(default=1, description="cores of each process")
+    mem_gb: float | None = Field(default=None, description="memory of each node")
+    parallel: Parallel = Field(default_factory=Parallel)
+
+
+def shapes(grid: Grid, cells: Sequence[Cell], profile: Profile, cache: Path) -> list[Shape]:
+    """The shape of each of the grid's `cells`. Raises UserError for a cell that fits on no mesh of the cluster."""
+    per_node = profile.gpus_per_node
+    if not per_node:
+        parallel = Parallel(memory_parallel=profile.memory_parallel or 1)
+        return [_of_cpus(profile, cell, parallel) for cell in cells]
+    if profile.gpus is not None:
+        parallel = Parallel(memory_parallel=profile.memory_parallel or 1)
+        return [_of_gpus(profile, cell, profile.gpus, parallel) for cell in cells]
+    if profile.gpu not in GPUS:
+        raise UserError(f"profile: gpu: got {profile.gpu!r}, allowed: {', '.join(GPUS)}")
+    assumed = planning.Assumptions(replace(GPUS[profile.gpu], per_node=per_node))
+    plans = planning.plan(replace(grid, cells=tuple(cells)), assumed, cache)
+    return [_planned(profile, one) for one in plans]
+
+
+def scoring_shape(profile: Profile, cell: Cell) -> Shape:
+    """Evaluation: one process, with one GPU where there are any, and a GPU's share of a node's memory."""
+    share = None if profile.mem_gb is None else profile.mem_gb / max(1, profile.gpus_per_node)
+    return Shape(gpus=min(1, profile.gpus_per_node), cpus=_cpus(profile, cell), mem_gb=share)
+
+
+def _planned(profile: Profile, one: planning.CellPlan) -> Shape:
+    mesh = one.mesh
+    if mesh is None:
+        raise UserError(f"cell {one.cell.run_name}: fits nowhere: {one.why}, allowed: {one.would_fit}")
+    parallel = Parallel(memory_parallel=profile.memory_parallel or mesh.table_shards, accumulate=mesh.accumulate)
+    return _of_gpus(profile, one.cell, mesh.gpus, parallel)
+
+
+def _of_gpus(profile: Profile, cell: Cell, gpus: int, parallel: Parallel) -> Shape:
+    per_node = min(gpus, profile.gpus_per_node)
+    if gpus % per_node:
+        raise UserError(f"profile: gpus: got {gpus}, allowed: up to {per_node}, or a multiple of it")
+    return Shape(
+        nodes=gpus // per_node,
+        tasks=per_node,
+        gpus=per_node,
+        cpus=_cpus(profile, cell),
+        mem_gb=profile.mem_gb,
+        parallel=parallel,
+    )
+
+
+def _of_cpus(profile: Profile, cell: Cell, parallel: Parallel) -> Shape:
+    return Shape(tasks=profile.processes, cpus=_cpus(profile, cell), mem_gb=profile.mem_gb, parallel=parallel)
+
+
+def _cpus(profile: Profile, cell: Cell) -> int:
+    return profile.cpus_per_task or cell.threads

@@ -1,0 +1,188 @@
+"""What Slurm says of our jobs: one question for all of them, and what became of a run's jobs.
+
+Which jobs a run has had is in its logs/slurm.json, written by whoever submits; a job is `ARRAY_INDEX` or a number.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from suite.errors import UserError
+from suite.launch.status import CellStatus
+from suite.records import RunDir, write_json
+
+ALIVE = {
+    "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SIGNALING",
+    "STAGE_OUT", "STOPPED", "SUSPENDED", "SPECIAL_EXIT",
+}  # fmt: skip
+ENDED = "ended"
+"""Stands for the state of a job that Slurm no longer knows."""
+WORDS = {
+    "TIMEOUT": "timed out", "PREEMPTED": "preempted", "OUT_OF_MEMORY": "out of memory", "NODE_FAIL": "node failure",
+    "CANCELLED": "cancelled", "BOOT_FAIL": "node failure at boot", "DEADLINE": "past its deadline", "FAILED": "failed",
+    "COMPLETED": "completed", ENDED: "ended, and Slurm has forgotten how",
+}  # fmt: skip
+RESUMABLE = {"TIMEOUT", "PREEMPTED", "NODE_FAIL", "CANCELLED", "BOOT_FAIL", "COMPLETED", ENDED}
+"""Ends of a job that say nothing against its cell."""
+TAIL_LINES = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job as Slurm sees it: its state, why it waits, where it runs."""
+
+    state: str
+    reason: str = ""
+    nodes: str = ""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs, or will."""
+        return self.state in ALIVE
+
+
+def ask() -> dict[str, Job]:
+    """Every job of this user that the queue knows, elements of arrays apart, in one call. Raises UserError."""
+    lines = _call("squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N").splitlines()
+    found = (line.split("|", 3) for line in lines if line.count("|") >= 3)
+    return {job: Job(state, reason, nodes) for job, state, reason, nodes in found}
+
+
+def ask_of_ended(jobs: Iterable[str]) -> dict[str, Job]:
+    """The last states of jobs that have left the queue, in one call; a cluster without accounting knows none."""
+    wanted = sorted(set(jobs))
+    if not wanted:
+        return {}
+    command = [
+        "sacct",
+        "--noheader",
+        "--allocations",
+        "--parsable2",
+        "--format=JobID,State",
+        f"--jobs={','.join(wanted)}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True) if shutil.which("sacct") else None
+    lines = done.stdout.splitlines() if done is not None and done.returncode == 0 else []
+    said = dict(line.split("|")[:2] for line in lines if "|" in line)
+    # "CANCELLED by 1000" is CANCELLED.
+    return {job: Job(said[job].split()[0] if said.get(job) else ENDED) for job in wanted}
+
+
+def cancel(jobs: Iterable[str]) -> None:
+    """Cancel jobs, in one call. Raises UserError."""
+    _call("scancel", *sorted(set(jobs)))
+
+
+def hold_answers() -> bool:
+    """Whether there is a Slurm to ask here."""
+    return shutil.which("squeue") is not None
+
+
+def _call(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except FileNotFoundError:
+        raise UserError(f"--executor slurm: got no {command[0]} here, allowed: a node that submits to Slurm") from None
+    except subprocess.CalledProcessError as error:
+        said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        raise UserError(f"{command[0]}: {said[-1]}") from None
+
+
+def _jobs_path(run: RunDir) -> Path:
+    return run.path / "logs" / "slurm.json"
+
+
+def record_job(run: RunDir, stage: str, job: str, log: Path) -> None:
+    """Remember that `job` does a stage of the run, its output in `log`."""
+    write_json(_jobs_path(run), recorded_jobs(run) | {stage: {"job": job, "log": str(log)}})
+
+
+def recorded_jobs(run: RunDir) -> dict[str, dict[str, Any]]:
+    """The newest job of each stage, by stage."""
+    try:
+        found: dict[str, dict[str, Any]] = json.loads(_jobs_path(run).read_text())
+    except FileNotFoundError:
+        found = {}
+    return found
+
+
+def record_cancelled(run: RunDir) -> None:
+    """Remember that we cancelled the run's jobs: of those that never ran, a cluster may tell nothing any more."""
+    write_json(_jobs_path(run), {stage: facts | {"cancelled": True} for stage, facts in recorded_jobs(run).items()})
+
+
+def last_states(runs: Iterable[RunDir], queue: dict[str, Job]) -> dict[str, Job]:
+    """How those jobs of the runs ended that the queue knows no more: we know what we cancelled, accounting the rest."""
+    gone = [(facts["job"], facts) for run in runs for facts in recorded_jobs(run).values() if facts["job"] not in queue]
+    ours = {job: Job("CANCELLED") for job, facts in gone if facts.get("cancelled")}
+    return ours | ask_of_ended(job for job, _ in gone if job not in ours)
+
+
+def job_ids(run: RunDir) -> list[str]:
+    """The run's jobs, training first."""
+    return [facts["job"] for facts in recorded_jobs(run).values()]
+
+
+def seen(jobs: Iterable[str], queue: dict[str, Job]) -> list[tuple[str, Job]]:
+    """Those of the jobs that the queue knows."""
+    return [(job, queue[job]) for job in jobs if job in queue]
+
+
+def with_slurm(statuses: list[CellStatus], runs: list[RunDir]) -> list[CellStatus]:
+    """The statuses, and what Slurm says of cells that are not finished: one question to the queue, at most one more.
+
+    The second is asked, of all at once, where a job left the queue without finishing its cell.
+    """
+    jobs = {run.name: job_ids(run) for run in runs}
+    open_ = {status.run for status in statuses if status.state not in ("done", "failed") and jobs[status.run]}
+    if not open_ or not hold_answers():
+        return statuses
+    queue = ask()
+    queue |= last_states([run for run in runs if run.name in open_], queue)
+    said = []
+    for status, run in zip(statuses, runs, strict=True):
+        said.append(_with_jobs(status, run, seen(jobs[run.name], queue)) if status.run in open_ else status)
+    return said
+
+
+def _with_jobs(status: CellStatus, run: RunDir, jobs: list[tuple[str, Job]]) -> CellStatus:
+    alive = [(job, facts) for job, facts in jobs if facts.alive]
+    if alive:
+        job, facts = alive[0]
+        if facts.state == "RUNNING":
+            said = f"job {job} on {facts.nodes}"
+            # The lock of a run may not be seen from another machine.
+            return replace(status, state="running", note=said, eta_s=run.state().get("eta_s"))
+        said = f"job {job} {facts.state.lower()}" + (f" ({facts.reason})" if facts.reason not in ("", "None") else "")
+        return replace(status, state="pending", note=", ".join(filter(None, (status.note, said))))
+    job, facts = jobs[-1]
+    said = f"job {job}: {WORDS.get(facts.state, facts.state.lower())}"
+    if status.state == "running":
+        return status
+    if facts.state in RESUMABLE:
+        return replace(status, note=f"{said}; the same sweep resumes it")
+    return replace(status, state="failed", cause=with_tail(said, log_of(run)), note=None, log=str(log_of(run) or ""))
+
+
+def log_of(run: RunDir) -> Path | None:
+    """Where the run's newest job writes."""
+    logs = [Path(facts["log"]) for facts in recorded_jobs(run).values()]
+    written = [log for log in logs if log.exists()]
+    return max(written, key=lambda log: log.stat().st_mtime, default=None)
+
+
+def with_tail(cause: str, log: Path | None) -> str:
+    """The cause, and the last lines of the log behind it."""
+    if log is None:
+        return cause
+    with log.open("rb") as file:
+        file.seek(max(0, log.stat().st_size - 4096))
+        lines = file.read().decode(errors="replace").splitlines()
+    last = [line.strip() for line in lines if line.strip()][-TAIL_LINES:]
+    return f"{cause}; its last lines: {' / '.join(last)}" if last else cause

@@ -1,0 +1,91 @@
+"""The worked example of docs/adding-a-baseline.md, added by its file alone, comes out in the report."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sweeps import suite
+from typer.testing import CliRunner
+
+from suite.cli import app
+from suite.errors import UserError
+from suite.grids import load_grid
+from suite.models import registry
+
+ROOT = Path(__file__).resolve().parents[2]
+GRID = """
+defaults:
+  model: {base: w32}
+  data: {kind: bios, people: 30, questions: 0.5}
+  train: {batch_rows: 4, epochs: 6, lr: 5e-3, value_lr: 2e-2, probes: 4, log_every: 5}
+  evaluate: [{tasks: [bios_storage], limit: 20}]
+blocks:
+  - axes: {model.family: [dense, hashed_ngram], seed: [0]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "grid.yaml").write_text(GRID)
+    monkeypatch.chdir(tmp_path)
+    before = set(registry.families())
+    yield tmp_path
+    registry.unregister(set(registry.families()) - before)
+
+
+def here(*arguments: str) -> Any:
+    """A verb in this process; gives its JSON."""
+    done = CliRunner().invoke(app, [*arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+def test_it_is_swept_scored_planned_and_reported(folder: Path) -> None:
+    example = str(ROOT / "docs" / "hashed_ngram.py")
+    swept = suite("sweep", "grid.yaml", "--jobs", "1", "--baseline", example, "--json", cwd=folder)
+    assert swept.returncode == 0, swept.stderr
+    (ours,) = (cell["run"] for cell in json.loads(swept.stdout)["cells"] if cell["run"].startswith("hashed_ngram"))
+    record = json.loads((folder / "results" / "runs" / ours / "cell.json").read_text())
+    assert len(record["cell"]["baseline"]) == 64
+    assert record["account"]["params_memory"] > 0
+    report = (folder / "results" / "grids" / "grid" / "report.md").read_text()
+    assert re.search(r"hashed_ngram.*dense", report)
+    # A run holds its baseline: scoring it again needs no option.
+    here("eval", ours, "--tasks", "bios_paraphrase", "--limit", "5")
+    cells = {cell["run"]: cell for cell in here("plan", "grid.yaml", "--baseline", example)["cells"]}
+    assert cells[ours]["params"]["total"] == record["account"]["params_total"]
+    assert cells[ours]["measured"]["wall_s"] > 0
+
+
+def test_without_its_file_the_family_is_unknown(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"'hashed_ngram'.*allowed: dense"):
+        load_grid("grid.yaml")
+
+
+def test_the_pages_shortest_baseline_works(folder: Path) -> None:
+    page = (ROOT / "docs" / "adding-a-baseline.md").read_text()
+    match = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert match
+    (folder / "mine.py").write_text(match[1])
+    (folder / "grid.yaml").write_text(GRID.replace("hashed_ngram", "squared"))
+    planned = here("plan", "grid.yaml", "--baseline", "mine.py")
+    assert {cell["family"] for cell in planned["cells"]} == {"dense", "squared"}
+
+
+def test_a_baseline_that_looks_at_values_is_planned_without_its_memory(folder: Path) -> None:
+    page = (ROOT / "docs" / "adding-a-baseline.md").read_text()
+    match = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert match
+    by_value = match[1].replace("return self.w2(", "return x_BTD * x_BTD.sum().item() + self.w2(")
+    (folder / "mine.py").write_text(by_value)
+    (folder / "grid.yaml").write_text(GRID.replace("hashed_ngram", "squared"))
+    cells = {cell["family"]: cell for cell in here("plan", "grid.yaml", "--baseline", "mine.py")["cells"]}
+    assert cells["dense"]["fits"]
+    assert not cells["squared"]["fits"]
+    assert "without values" in cells["squared"]["why"]
+    assert cells["squared"]["gpu_hours"] > 0

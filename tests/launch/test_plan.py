@@ -1,0 +1,155 @@
+"""Plans: published totals, the formulas by hand, and meshes that fit because nothing smaller does."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from suite.cli import app
+from suite.errors import UserError
+from suite.grids import load_grid
+from suite.launch import plan as planning
+from suite.launch.hardware import GPUS, USABLE
+from suite.models.accounting import meta_model
+from suite.models.memory import parts
+
+GRIDS = Path(__file__).resolve().parents[2] / "grids"
+PUBLISHED = {  # table 1, in millions, to 0.1m
+    ("moe", "134m", None): 983.6, ("peer", "134m", 768): 1036.9, ("pkm", "134m", 1024): 936.5,
+    ("memory_plus", "134m", 1024): 937.1, ("moe", "1.3b", None): 3545.5, ("peer", "1.3b", 768): 3645.7,
+    ("pkm", "1.3b", 1024): 3377.6, ("memory_plus", "1.3b", 1024): 3368.1, ("dense", "373m", None): 373.9,
+    ("memory_plus", "1.3b", 2048): 9823.2, ("memory_plus", "1.3b", 4096): 35618.1,
+    ("memory_plus", "1.3b", 8192): 138747.7,
+}  # fmt: skip
+
+
+def planned(name: str, gpu: str = "h100", nodes: int | None = None) -> list[planning.CellPlan]:
+    grid = load_grid(str(GRIDS / f"{name}.yaml"), read_data=False)
+    return planning.plan(grid, planning.assumptions(gpu, nodes, 0.4, None), Path("unused"))
+
+
+@pytest.fixture(scope="module")
+def scaling() -> list[planning.CellPlan]:
+    return planned("paper-memory-scaling")
+
+
+def test_the_papers_grid_is_planned_in_seconds_with_the_published_totals(tmp_path: Path) -> None:
+    seen = {}
+    for grid in ("paper-fixed-memory", "paper-memory-scaling"):
+        started = time.process_time()
+        done = CliRunner().invoke(app, ["plan", grid, "--json", "--results", str(tmp_path)])
+        assert time.process_time() - started < 5.0
+        assert done.exit_code == 0, done.output
+        document = json.loads(done.stdout)
+        assert json.loads((tmp_path / "plans" / f"{grid}-h100.json").read_text()) == document
+        for cell in document["cells"]:
+            seen[cell["family"], cell["base"], cell["half_keys"]] = cell["params"]["total"] / 1e6
+    for key, millions in PUBLISHED.items():
+        assert seen[key] == pytest.approx(millions, abs=0.05), key
+
+
+def test_the_document_has_the_agreed_fields(scaling: list[planning.CellPlan]) -> None:
+    entry = scaling[2].to_json(price=2.0)
+    assert {"cell", "family", "base", "half_keys", "params", "flops_per_token", "bytes_per_token", "tokens",
+            "memory_per_gpu", "gpus", "gpu_hours"} <= entry.keys()  # fmt: skip
+    assert entry["params"].keys() == {"total", "active", "memory", "embedding"}
+    assert entry["flops_per_token"].keys() == {"train", "forward"}
+    assert entry["cost"] == 2.0 * entry["gpu_hours"]
+    json.dumps(entry, allow_nan=False)
+
+
+def test_hours_are_flops_over_the_stated_speed(scaling: list[planning.CellPlan]) -> None:
+    for one in scaling:
+        assert one.total_flops == 1e12 * one.account.flops_per_token
+        assert one.gpu_hours == pytest.approx(one.total_flops / (989e12 * 0.4) / 3600)
+        assert one.steps == int(1e12) // (2048 * 4096)
+
+
+def test_a_mesh_fits_and_half_of_it_does_not() -> None:
+    usable = GPUS["h100"].memory * USABLE
+    for one in planned("paper-memory-scaling")[:4]:
+        mesh = one.mesh
+        assert mesh is not None
+        assert mesh.memory.peak <= usable
+        assert mesh.gpus * mesh.micro_rows * mesh.accumulate == one.cell.train.batch_rows
+        if mesh.gpus > 1:
+            model, half = meta_model(one.cell.model, 32000), mesh.gpus // 2
+            for micro in planning.MICRO_ROWS:
+                found = parts(model, 4096, micro, "bf16").step(half, half, 2048 // half // micro)
+                assert found.peak > usable
+
+
+def test_a_table_too_large_for_a_node_is_divided_over_nodes(scaling: list[planning.CellPlan]) -> None:
+    huge = scaling[-1]
+    assert huge.account.params_memory == 2**26 * 2048
+    assert huge.mesh is not None
+    assert huge.mesh.table_shards == huge.mesh.gpus
+    assert huge.mesh.gpus > GPUS["h100"].per_node
+    assert scaling[2].mesh is not None
+    assert scaling[2].mesh.table_shards <= GPUS["h100"].per_node
+
+
+def test_a_cell_that_fits_nowhere_says_why_and_what_would_do() -> None:
+    tight = planned("paper-memory-scaling", "h200", nodes=1)[-1]
+    assert tight.mesh is None
+    assert f"{12 * 2**26 * 2048 / 8 / 1e9:.1f} GB" in str(tight.why)
+    assert re.fullmatch(r"\d+ GPUs \(\d+ nodes\)", str(tight.would_fit))
+    assert tight.to_json(1.0)["fits"] is False
+    more = planned("paper-memory-scaling", "h200")[-1].mesh
+    assert more is not None
+    assert str(tight.would_fit).startswith(f"{more.gpus} GPUs")
+
+
+def test_partners_are_the_nearest_and_say_by_how_much_they_miss(scaling: list[planning.CellPlan]) -> None:
+    dense, pkm, plus = scaling[0], scaling[1], scaling[2]
+    assert plus.partners["flops"]["run"] == dense.cell.run_name
+    assert plus.partners["flops"]["ratio"] == plus.account.macs_total / dense.account.macs_total
+    assert plus.partners["flops"]["equal"] is True
+    assert plus.partners["params"]["run"] == pkm.cell.run_name
+    biggest = scaling[-1].partners["params"]
+    assert biggest["ratio"] > 10
+    assert biggest["equal"] is False
+
+
+def test_table_traffic_by_hand(scaling: list[planning.CellPlan]) -> None:
+    plus = scaling[2]
+    read = 3 * 128 * 2048 * 4  # layers, rows a token, width, bytes
+    rows = 2048 * 4096
+    touched = 2**20 * -math.expm1(-rows * 3 * 128 / 2**20)
+    assert plus.table_bytes_per_step == pytest.approx(4 * rows * read + 8 * 4 * touched * 2048)
+    assert scaling[0].table_bytes_per_step == 0
+
+
+def test_partners_grid_matches_as_it_says() -> None:
+    plans = planned("paper-partners")
+    plus = {one.cell.model.base: one for one in plans
+            if one.cell.model.family == "memory_plus" and not one.cell.model.keep_ffn}  # fmt: skip
+    dense = {one.cell.model.base: one for one in plans
+             if one.cell.model.family == "dense" and one.cell.model.ffn_hidden is None}  # fmt: skip
+    for base, plain in dense.items():
+        wide = sorted(one.account.macs_total / plain.account.macs_total for one in plans
+                      if one.cell.model.family == "dense" and one.cell.model.base == base)  # fmt: skip
+        for factor in (2, 4):
+            assert min(abs(ratio / factor - 1) for ratio in wide) < 0.01
+        equal = [one.account.params_total / plus[base].account.params_total for one in plans
+                 if one.cell.model.base == base and one is not plus[base]]  # fmt: skip
+        assert sum(abs(ratio - 1) < 0.01 for ratio in equal) >= 2  # dense and the mixture
+
+
+def test_a_small_world_is_read_for_its_tokens(tmp_path: Path) -> None:
+    grid = load_grid(str(GRIDS / "smoke.yaml"))
+    one = planning.plan(grid, planning.assumptions("a100", 1, 0.4, None), tmp_path)[0]
+    assert one.tokens == one.steps * 8 * 128
+    assert one.mesh is not None
+    assert one.mesh.gpus == 1
+
+
+def test_an_unknown_gpu_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"--gpu: got 'b200', allowed: a100, h100, h200"):
+        planning.assumptions("b200", None, 0.4, None)

@@ -1,0 +1,92 @@
+"""Profiles of clusters, and how cells become arrays under a cap: what needs no Slurm to be seen."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from suite.errors import UserError
+from suite.launch.profiles import Profile, load_profile
+from suite.launch.shapes import Shape
+from suite.launch.slurm import Entry, batches, shares
+from suite.records import RunDir
+
+EXAMPLE = Path(__file__).parents[2] / "clusters" / "example.yaml"
+
+
+def test_the_example_is_a_profile_and_names_every_field() -> None:
+    assert load_profile(str(EXAMPLE)).time == 24 * 60
+    for field in Profile.model_fields:
+        assert f"{field}:" in EXAMPLE.read_text()
+
+
+@pytest.mark.parametrize(
+    ("written", "minutes"),
+    # As sbatch's manual reads them: minutes, minutes:seconds, hours:minutes:seconds, days-hours, and so on.
+    [
+        ("90", 90),
+        ("90:00", 90),
+        ("90:30", 91),
+        ("2:30:00", 150),
+        ("1-00", 1440),
+        ("1-6:30", 1830),
+        ("2-01:00:30", 2941),
+    ],
+)
+def test_times_are_read_as_slurm_writes_them(tmp_path: Path, written: str, minutes: int) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f'time: "{written}"\n')
+    assert load_profile(str(path)).time == minutes
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("partitoin: gpu\n", "partitoin"),
+        ("time: soon\n", "time: got 'soon'"),
+        ("max_jobs: 0\n", "max_jobs: got 0"),
+    ],
+)
+def test_a_mistake_is_one_line_with_file_and_field(tmp_path: Path, text: str, complaint: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        load_profile(str(path))
+    assert str(path) in str(caught.value)
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_grids_launch_is_above_the_profile() -> None:
+    assert (
+        load_profile(str(EXAMPLE), {"gpus": 16, "time": "30"}).model_dump().items() >= {"gpus": 16, "time": 30}.items()
+    )
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(8, 100))
+def test_shares_of_a_cap_are_at_least_one_and_never_more_than_it(sizes: list[int], cap: int) -> None:
+    given_ = shares(sizes, cap)
+    assert min(given_) >= 1
+    assert sum(given_) == min(cap, sum(sizes))
+    assert all(share <= size for share, size in zip(given_, sizes, strict=True))
+
+
+@given(st.lists(st.integers(0, 4), max_size=40), st.integers(1, 6), st.integers(1, 6), st.integers(2, 5))
+def test_every_cell_is_in_one_array_and_lanes_keep_the_caps(
+    kinds: list[int], max_jobs: int, max_eval_jobs: int, max_array: int
+) -> None:
+    entries = [
+        Entry(RunDir(Path(str(number))), Shape(tasks=1 + kind // 2), Shape() if kind % 2 else None)
+        for number, kind in enumerate(kinds)
+    ]
+    profile = Profile(max_jobs=max_jobs, max_eval_jobs=max_eval_jobs, max_array=max_array)
+    arrays = batches(entries, profile)
+    assert sorted(entry.run.name for _, batch in arrays for entry in batch.entries) == sorted(
+        entry.run.name for entry in entries
+    )
+    assert all(len(batch.entries) <= max_array for _, batch in arrays)
+    assert all(len({(entry.shape, entry.scoring) for entry in batch.entries}) == 1 for _, batch in arrays)
+    # Arrays of a lane follow each other: what runs at once is one array of each.
+    assert sum({lane: batch.cap for lane, batch in arrays}.values()) <= max_jobs
+    assert sum({lane: batch.eval_cap for lane, batch in arrays}.values()) <= max_eval_jobs

@@ -1,0 +1,174 @@
+"""Sweeps on this machine: a failure stays alone, nothing runs twice, Ctrl-C loses nothing."""
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from sweeps import TINY, records, runs_of, start_sweep, state_of, suite
+
+from suite.grids import load_grid
+from suite.launch.status import cell_status
+from suite.launch.sweep import Sweep, prepare, refuse_stale, set_stale_aside
+from suite.launch.worker import run_cell
+from suite.records import RunDir
+
+FAST = TINY.replace("  evaluate: [{tasks: [bios_storage], limit: 20}]\n", "").replace("epochs: 8", "epochs: 2")
+DENSE = FAST.replace("[dense, memory_plus]", "[dense]")
+
+
+class Listener:
+    """Collects what a sweep says."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def event(self, text: str) -> None:
+        self.events.append(text)
+
+    def progress(self, standing: object) -> None:
+        pass
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "tiny.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_a_failing_cell_is_named_with_its_cause_and_the_rest_finish(tmp_path: Path) -> None:
+    # Rows too short for the longest document: known only once the data is made, so the cell fails by itself.
+    text = FAST + "  - axes: {model.family: [dense], data.seq_len: [9]}\n"
+    grid, results = write(tmp_path, text), tmp_path / "results"
+    done = suite("sweep", grid, "--results", results, "--json", "--no-report", cwd=tmp_path)
+    assert done.returncode == 1
+    document = json.loads(done.stdout)
+    assert [cell["state"] for cell in document["cells"]] == ["done", "done", "failed"]
+    failed = document["cells"][2]
+    assert "data.seq_len: got 9" in failed["cause"]
+    assert failed["run"] in done.stderr
+    assert failed["cause"] in done.stderr
+    assert Path(failed["log"]).is_file()
+    assert "Traceback" not in done.stderr
+    before = records(results)
+    again = suite("sweep", grid, "--results", results, "--json", "--no-report", cwd=tmp_path)
+    assert again.returncode == 1
+    assert "started" not in again.stderr
+    assert records(results) == before
+
+
+def test_two_sweeps_at_once_train_every_run_once(tmp_path: Path) -> None:
+    grid, results = write(tmp_path, FAST), tmp_path / "results"
+    first, second = start_sweep(grid, results), start_sweep(grid, results)
+    assert (first.wait(timeout=300), second.wait(timeout=300)) == (0, 0)
+    for run in runs_of(results):
+        logs = [log.read_text() for log in run.path.glob("logs/*/*.out")]
+        assert sum("training from step 0" in log for log in logs) == 1
+        steps = [line["step"] for line in run.train_lines() if "loss" in line]
+        assert steps == list(range(1, len(steps) + 1))
+        assert state_of(run) == "done"
+
+
+def test_ctrl_c_stops_the_workers_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    grid, results = write(tmp_path, DENSE.replace("epochs: 2", "epochs: 30")), tmp_path / "results"
+    sweep = start_sweep(grid, results)
+    deadline = time.monotonic() + 120
+    while not any(run.checkpoints.exists() and list(run.checkpoints.glob("step-*")) for run in runs_of(results)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    sweep.send_signal(signal.SIGINT)
+    assert sweep.wait(timeout=60) == 130
+    (run,) = runs_of(results)
+    assert not run.is_locked()
+    assert state_of(run) == "pending"
+    assert start_sweep(grid, results).wait(timeout=300) == 0
+    (log,) = [log.read_text() for log in run.path.glob("logs/*/*.out") if "training from step 0" not in log.read_text()]
+    assert "training from step" in log
+
+
+def test_a_worker_killed_under_its_sweep_is_started_again(tmp_path: Path) -> None:
+    grid, results = write(tmp_path, DENSE.replace("epochs: 2", "epochs: 30")), tmp_path / "results"
+    sweep = start_sweep(grid, results)
+    deadline = time.monotonic() + 120
+    while not any(run.train_lines() for run in runs_of(results)):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    (run,) = runs_of(results)
+    os.kill(run.state()["pid"], signal.SIGKILL)
+    assert sweep.wait(timeout=300) == 0
+    assert "cut: " + run.name in (tmp_path / "sweep.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A grid of one cell and the results where it is done."""
+    folder = tmp_path_factory.mktemp("finished")
+    grid = write(folder, DENSE)
+    run = prepare(folder / "results", load_grid(str(grid)).cells[0])
+    assert run_cell(run.path) == "done"
+    return grid, folder / "results"
+
+
+def test_a_cell_in_two_grids_is_trained_once_and_a_new_evaluation_retrains_nothing(
+    finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    _, results = finished
+    (run,) = runs_of(results)
+    lines, record = run.train_path.read_bytes(), run.read_record()
+    other = write(tmp_path, DENSE.replace("families:", "  evaluate: [{tasks: [bios_storage], limit: 5}]\nfamilies:"))
+    grid = load_grid(str(other))
+    assert cell_status(results, grid.cells[0]).state == "pending"
+    listener = Listener()
+    (status,) = Sweep(grid, results, 1, None, listener).run()
+    assert status.state == "done"
+    assert status.run == run.name
+    assert run.train_path.read_bytes() == lines
+    assert run.has_eval(grid.cells[0].evaluate[0].hash8)
+    asked = record["cell"].pop("evaluate")
+    now = run.read_record()
+    assert now["cell"].pop("evaluate") != asked
+    assert now == record
+
+
+def test_a_run_made_by_other_code_is_refused_and_set_aside_on_request(
+    finished: tuple[Path, Path], tmp_path: Path
+) -> None:
+    grid, _ = finished
+    cells = load_grid(str(grid)).cells
+    run = prepare(tmp_path, cells[0])
+    assert run_cell(run.path) == "done"
+    run.write_cell(cells[0], account={}, versions={"code": "0123456789ab"})
+    line = suite("sweep", grid, "--results", tmp_path, "--no-report", cwd=tmp_path)
+    assert line.returncode == 2
+    assert "made by code 0123456789ab" in line.stderr
+    assert "--rerun-stale" in line.stderr
+    assert cell_status(tmp_path, cells[0]).note.startswith("stale")  # type: ignore[union-attr]
+    (aside,) = set_stale_aside(tmp_path, cells)
+    assert aside.parent == tmp_path / "stale"
+    refuse_stale(tmp_path, cells)
+    assert not run.path.exists()
+
+
+def test_a_run_that_was_cut_waits_and_one_in_work_does_not(tmp_path: Path) -> None:
+    cell = load_grid(str(write(tmp_path, DENSE))).cells[0]
+    run = prepare(tmp_path, cell)
+    run.set_state("running", progress=0.25)
+    cut = cell_status(tmp_path, cell)
+    assert (cut.state, cut.progress) == ("pending", 0.25)
+    assert "cut" in str(cut.note)
+    with run.lock():
+        assert cell_status(tmp_path, cell).state == "running"
+        assert run_cell(run.path) == "locked"
+    run.set_state("failed", cause="ValueError: no")
+    assert cell_status(tmp_path, cell).cause == "ValueError: no"
+    assert run_cell(run.path) == "failed"
+
+
+def test_runs_on_disk_say_what_they_need_without_side_effects(tmp_path: Path) -> None:
+    cell = load_grid(str(write(tmp_path, DENSE))).cells[0]
+    status = cell_status(tmp_path / "results", cell)
+    assert (status.state, status.progress, status.cause) == ("pending", 0.0, None)
+    assert not (tmp_path / "results").exists()
+    assert RunDir(tmp_path / "results" / "runs" / cell.run_name).name == status.run
