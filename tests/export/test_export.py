@@ -1,0 +1,201 @@
+"""Exports load in transformers and say what we say; Llama checkpoints come the other way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from suite import models
+from suite.cells import Cell, EvalConfig
+from suite.cells import Tokenizer as TokenizerConfig
+from suite.cli import app
+from suite.data import Corpus, prepare
+from suite.errors import UserError
+from suite.export import export, fast_tokenizer, import_llama
+from suite.models import Transformer, external, registry
+
+transformers = pytest.importorskip("transformers", reason="transformers, an extra, is not installed")
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"half_keys": 16, "top_k": 8}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "dense": {"family": "dense", "base": "w32"},
+    "dense tied, grouped": {"family": "dense", "base": "w64", "tie_embeddings": True, "kv_heads": 2},
+    "moe": {"family": "moe", "base": "w32", "experts": 4},
+    "moe_topk": {"family": "moe_topk", "base": "w32", "shared_experts": 1},
+    "pkm": {"family": "pkm", "base": "w32", **SMALL, "query_batchnorm": True},
+    "memory_plus": {"family": "memory_plus", "base": "w32", **SMALL, "qk_norm": True},
+    "peer": {"family": "peer", "base": "w32", **SMALL},
+}
+
+
+@pytest.fixture(autouse=True)
+def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One thread; modelling files copied to a folder of the test; baselines forgotten."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    before = set(registry.families())
+    yield
+    registry.unregister(set(registry.families()) - before)
+    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
+        del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    data = {"kind": "bios", "people": 20, "questions": 0.5}
+    cell = {"model": FAMILIES["dense"], "data": data, "train": {"batch_rows": 1, "epochs": 1.0, "lr": 1.0}}
+    return prepare(Cell.model_validate(cell).data, tmp_path_factory.mktemp("cache"))
+
+
+def built(name: str, vocab: int = 50) -> Transformer:
+    options = FAMILIES[name]
+    return models.build(registry.family(options["family"]).config.model_validate(options), vocab, 0).eval()
+
+
+def loaded(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+
+
+def tokens(vocab: int = 50) -> torch.Tensor:
+    return torch.randint(0, vocab, (2, 21), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_transformers_loads_every_family_with_our_logits(name: str, tmp_path: Path) -> None:
+    model = built(name)
+    export(model, tmp_path / "out")
+    theirs = loaded(tmp_path / "out")
+    assert type(theirs).__name__ == ("LlamaForCausalLM" if "dense" in name else "NextParameterForCausalLM")
+    with torch.no_grad():
+        expected, found = model(tokens()), theirs(tokens()).logits
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        mask = torch.ones(2, 21, dtype=torch.int64)
+        mask[1, :4] = 0
+        padded = theirs(tokens(), attention_mask=mask).logits
+        ours = model(tokens(), pad_B=torch.tensor([0, 4]))
+    torch.testing.assert_close(padded[1, 4:], ours[1, 4:], rtol=0, atol=2e-5)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["dense", "memory_plus"])
+def test_greedy_generation_is_ours(name: str, tmp_path: Path) -> None:
+    from suite.evaluate.scoring import generate
+
+    model = built(name)
+    export(model, tmp_path / "out")
+    prompt = tokens()[:1, :6]
+    said = loaded(tmp_path / "out").generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert said[0, 6:].tolist() == generate(model, [prompt[0].tolist()], 8)[0]
+
+
+def test_an_export_needs_nothing_of_this_package(tmp_path: Path) -> None:
+    export(built("memory_plus"), tmp_path / "out")
+    for path in (tmp_path / "out").glob("*.py"):
+        lines = path.read_text().splitlines()
+        wrong = [line for line in lines if line.strip().startswith(("from suite", "import suite", "from kernels"))]
+        assert not wrong, path
+
+
+def test_a_baseline_of_ones_own_is_exported_with_its_file(tmp_path: Path) -> None:
+    external.load(ROOT / "docs" / "hashed_ngram.py")
+    config = registry.family("hashed_ngram").config(family="hashed_ngram", base="w32")
+    model = models.build(config, 50, 0).eval()
+    export(model, tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(tmp_path / "out")(tokens()).logits, model(tokens()), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["dense", "dense tied, grouped"])
+def test_a_llama_checkpoint_comes_back_as_it_went(name: str, tmp_path: Path) -> None:
+    model = built(name)
+    export(model, tmp_path / "out")
+    back = import_llama(tmp_path / "out")
+    assert back.config.tie_embeddings == model.config.tie_embeddings
+    for (mine, before), (_, after) in zip(model.state_dict().items(), back.state_dict().items(), strict=True):
+        assert torch.equal(before, after), mine
+
+
+def test_a_llama_of_somebody_elses_is_imported_from_shards(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=40, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=64,
+    )  # fmt: skip
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.save_pretrained(tmp_path / "llama", max_shard_size="60KB")
+    assert len(list((tmp_path / "llama").glob("*.safetensors"))) > 1
+    ours = import_llama(tmp_path / "llama")
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens(40)), theirs(tokens(40)).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("rms_norm_eps", 1e-6), ("hidden_act", "gelu"), ("attention_bias", True), ("model_type", "x"),
+                         ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4})],
+)  # fmt: skip
+def test_a_llama_we_have_no_place_for_is_refused_by_field(field: str, value: object, tmp_path: Path) -> None:
+    export(built("dense"), tmp_path / "out")
+    path = tmp_path / "out" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
+    with pytest.raises(UserError, match=rf"config\.json: {field}: got"):
+        import_llama(tmp_path / "out")
+
+
+def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("")
+    with pytest.raises(UserError, match="allowed: a new or an empty folder"):
+        export(built("dense"), tmp_path)
+
+
+@pytest.mark.parametrize("kind", [{"kind": "word"}, {"kind": "bytes"}, {"kind": "bpe", "vocab_size": 400}])
+def test_tokenizers_give_the_same_ids_in_transformers(kind: dict[str, Any], corpus: Corpus, tmp_path: Path) -> None:
+    data = corpus.config.model_copy(update={"tokenizer": TokenizerConfig.model_validate(kind)})
+    tokenizer = prepare(data, tmp_path / "cache").tokenizer
+    texts = [probe.prompt + probe.answer for probe in corpus.world.probes("storage", range(5))]
+    made = fast_tokenizer(tokenizer)
+    for text in texts:
+        assert made.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
+
+
+def test_lm_eval_scores_an_export_as_we_score_the_model(corpus: Corpus, tmp_path: Path) -> None:
+    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    from suite.evaluate import catalog, harness
+    from suite.evaluate.data import DataRoot
+
+    tasks = EvalConfig(tasks=("bios_choice", "bios_storage"), limit=12)
+    model = built("memory_plus", corpus.vocab_size)
+    export(model, tmp_path / "out", corpus, corpus.config.seq_len)
+    lm = huggingface.HFLM(
+        pretrained=str(tmp_path / "out"), trust_remote_code=True, device="cpu", dtype="float32", batch_size=4,
+        add_bos_token=True,
+    )  # fmt: skip
+    prepared = harness.prepare(tasks, catalog.Sources(corpus, DataRoot(None), None))
+    theirs, ours = harness.scores_of(lm, prepared), harness.evaluate(model, corpus, tasks)["tasks"]
+    for task, entry in ours.items():
+        for metric, score in entry["metrics"].items():
+            assert theirs[task]["metrics"][metric]["value"] == pytest.approx(score["value"], abs=1e-4), (task, metric)
+
+
+def test_the_command_exports_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cell = {"model": FAMILIES["dense"], "data": {"kind": "bios", "people": 20}, "train": {"batch_rows": 2, "epochs": 0.2, "lr": 1e-3}}  # fmt: skip # noqa: E501
+    Path("cell.json").write_text(json.dumps(cell))
+    trained = CliRunner().invoke(app, ["train", "cell.json", "--json"])
+    assert trained.exit_code == 0, trained.output
+    run = next(Path("results/runs").iterdir()).name
+    done = CliRunner().invoke(app, ["export", run, "--to", "out", "--json"])
+    assert done.exit_code == 0, done.output
+    assert {Path(file).name for file in json.loads(done.stdout)["files"]} == {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained("out")
+    assert tokenizer("").input_ids == [0]
+    shutil.rmtree("out")
