@@ -1,0 +1,201 @@
+"""`python -m analysis frame|fit|figures|report|tuning|paper|kernels`: records in, frame, fits, figures and reports out.
+
+Exit codes: 0 done; 1 some runs of the grid failed, the rest is reported; 2 the input is wrong, said in one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from analysis.errors import InputError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; gives the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.verb(options))
+    except InputError as error:
+        print(f"analysis: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    from analysis.fitting import add_options
+
+    parser = argparse.ArgumentParser(prog="python -m analysis", description=__doc__)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--results", type=Path, default=Path("results"), help="folder of runs/ and grids/")
+    common.add_argument("--grid", help="one grid by name; otherwise all runs")
+    common.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    common.add_argument("--out", type=Path, help="where to write")
+    verbs = parser.add_subparsers(required=True, metavar="frame|fit|figures|report|tuning|paper|kernels")
+    for name, function, words in (
+        ("frame", frame, "the tidy frame; --out FILE.csv, .jsonl or .parquet"),
+        ("fit", fit, "fits of a grid's outcomes against table and base size"),
+        ("figures", figures, "the figures of a grid; --out is their folder"),
+        ("report", report, "figures and report.md of a grid; --out is the figures' folder"),
+        ("tuning", tuning, "what a tuning grid chose, as Markdown; --out FILE.md"),
+        ("paper", paper, "the paper's figures and tables, published numbers and matching runs; --out is their folder"),
+        ("kernels", kernels, "the kernels' rooflines from RESULTS/bench; --out is their folder"),
+    ):
+        verb = verbs.add_parser(name, parents=[common], help=words, description=words)
+        verb.set_defaults(verb=function)
+        if name == "fit":
+            add_options(verb)
+    return parser
+
+
+def frame(options: argparse.Namespace) -> int:
+    """Write the frame to a file, or to stdout as CSV or JSON."""
+    from analysis.frame import load
+
+    table = load(options.results, options.grid)
+    if options.out is not None:
+        _write_table(table, options.out)
+        print(f"{options.out}: {len(table)} rows", file=sys.stderr)
+    elif options.json:
+        print(table.to_json(orient="records"))
+    else:
+        table.to_csv(sys.stdout, index=False)
+    return 0
+
+
+def _write_table(table: Any, path: Path) -> None:
+    writers = {
+        ".csv": lambda: table.to_csv(path, index=False),
+        ".jsonl": lambda: table.to_json(path, orient="records", lines=True),
+        ".parquet": lambda: table.to_parquet(path, index=False),
+    }
+    if path.suffix not in writers:
+        raise InputError(f"--out {path}: suffix is {path.suffix!r}, allowed: {', '.join(writers)}")
+    try:
+        writers[path.suffix]()
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be written: {error.strerror or error}") from None
+
+
+def fit(options: argparse.Namespace) -> int:
+    """A law on a file (--law, --data, --columns), or the fits of one grid's outcomes."""
+    if options.law is not None or options.data is not None:
+        from analysis.fitting import main as fit_file
+
+        return fit_file(options, _finite)
+    from analysis.runs import read_runs
+    from analysis.trends import trends
+
+    found = trends(read_runs(options.results, options.grid))
+    if options.json:
+        print(json.dumps(_finite({"grid": options.grid, "fits": [asdict(trend) for trend in found]})))
+        return 0
+    for trend in found:
+        print(f"{trend.outcome}, {trend.family}: {trend.runs} runs, {trend.cells} cells")
+        for term, (estimate, low, high) in trend.estimates.items():
+            print(f"  {term}: {estimate:.4g} [{low:.4g}, {high:.4g}]")
+        open_terms = ", ".join(trend.not_identified) or "none"
+        print(f"  not identified: {open_terms}; held out: {trend.held_out or 'too few cells'}")
+    return 0
+
+
+def figures(options: argparse.Namespace) -> int:
+    """Draw every figure of the grids asked for, and say what is missing."""
+    from analysis.frame import load_published
+    from analysis.gallery import draw
+    from analysis.report import grids
+    from analysis.runs import read_runs
+
+    documents = []
+    for grid in grids(options.results, options.grid):
+        runs, folder = read_runs(options.results, grid), options.out or _figures(options) / grid
+        drawn, missing = draw(runs, grid, folder, load_published(options.results))
+        paths = {name: [str(path) for path in files] for name, files in drawn.items()}
+        documents.append({"grid": grid, "figures": paths, "missing": missing})
+        for line in [*(files[0] for files in paths.values()), *(f"missing: {line}" for line in missing)]:
+            print(line, file=sys.stderr)
+    if options.json:
+        print(json.dumps(documents))
+    return 0
+
+
+def report(options: argparse.Namespace) -> int:
+    """Figures and report of the grids asked for; 1 if any of their runs failed."""
+    from analysis.report import grids, write
+
+    documents = []
+    for grid in grids(options.results, options.grid):
+        document = write(options.results, grid, options.out or _figures(options) / grid)
+        documents.append(document)
+        for line in [document["report"], document["page"], *(f"missing: {line}" for line in document["missing"])]:
+            print(line, file=sys.stderr)
+    if options.json:
+        print(json.dumps(documents))
+    failed = [name for document in documents for name in document["failed"]]
+    if failed:
+        print(f"{len(failed)} runs failed: {', '.join(failed)}; causes are in the report", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _figures(options: argparse.Namespace) -> Path:
+    """Where figures go unless --out says: a folder beside the results they are drawn from."""
+    folder: Path = options.results.parent / "figures"
+    return folder
+
+
+def tuning(options: argparse.Namespace) -> int:
+    """The best setting of each family of a tuning grid, whether it is interior, and every setting tried."""
+    from analysis.runs import read_runs
+    from analysis.tuning import choices, markdown
+
+    runs = read_runs(options.results, options.grid)
+    if options.json:
+        print(json.dumps(_finite([asdict(choice) for choice in choices(runs)])))
+    elif options.out is not None:
+        options.out.write_text(markdown(runs))
+    else:
+        print(markdown(runs), end="")
+    return 0
+
+
+def paper(options: argparse.Namespace) -> int:
+    """The figures and tables of "Memory Layers at Scale", its numbers and ours."""
+    from analysis.paper import draw
+
+    folder = options.out or _figures(options) / "paper"
+    files = {name: [str(path) for path in paths] for name, paths in draw(options.results, folder).items()}
+    for paths in files.values():
+        print(paths[0], file=sys.stderr)
+    if options.json:
+        print(json.dumps(files))
+    return 0
+
+
+def kernels(options: argparse.Namespace) -> int:
+    """The kernels' speed beside copy bandwidth, from what was measured on any machine."""
+    from analysis.roofline import draw
+
+    drawn, missing = draw(options.results / "bench", options.out or _figures(options) / "bench")
+    files = {name: [str(path) for path in paths] for name, paths in drawn.items()}
+    for line in [*(paths[0] for paths in files.values()), *(f"missing: {line}" for line in missing)]:
+        print(line, file=sys.stderr)
+    if options.json:
+        print(json.dumps({"figures": files, "missing": missing}))
+    return 0
+
+
+def _finite(value: Any) -> Any:
+    """The value with NaN and infinities as null, so that the document is JSON."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,302 @@
+"""The `fit --law` verb: a table and column expressions in, one document out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.errors import InputError
+from analysis.fit import Fit, Problem, fit
+from analysis.inputs import chosen, evaluate, expressions, numbers, prepared, problem
+from analysis.laws import LAWS, Law, law
+from analysis.tables import read_table
+from analysis.uncertainty import (
+    Bootstrap,
+    HeldOut,
+    bootstrap,
+    hold_out,
+    identified,
+    leave_one_out,
+    leverage,
+    profile,
+    standard_errors,
+)
+
+LEFT_OUT = 3000
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to fit to what, and what to say about it; the fields are the options of `python -m analysis fit`."""
+
+    law: str
+    columns: str
+    huber: float | None = None
+    minimize: str = "sum"
+    residuals: str | None = None
+    where: str | None = None
+    predict: str | None = None
+    drop_highest: int = 0
+    drop_missing: bool = False
+    weights: str | None = None
+    cluster: str | None = None
+    strata: str | None = None
+    bootstrap: int = 0
+    holdout: float = 0.1
+    holdout_by: str | None = None
+    fix: Mapping[str, float] | None = None
+    seed: int = 0
+    diagnostics: bool = False
+    figure: Path | None = None
+    group: str | None = None
+    source: str = ""
+
+
+def add_options(verb: argparse.ArgumentParser) -> None:
+    """The options of a fit to a file."""
+    verb.add_argument("--law", help=f"joint, {', '.join(LAWS)}")
+    verb.add_argument("--data", type=Path, help="CSV, JSON lines or parquet of runs")
+    verb.add_argument("--columns", help="NAME=EXPRESSION,... as pandas.eval reads them")
+    verb.add_argument("--huber", type=float, metavar="DELTA", help="Huber's loss on log residuals; else least squares")
+    verb.add_argument("--minimize", choices=("sum", "mean"), default="sum", help="objective over points")
+    verb.add_argument("--residuals", choices=("log", "linear"), help="scale of residuals; default: the law's")
+    verb.add_argument("--where", help="fit to rows that satisfy this condition")
+    verb.add_argument("--predict", help="predict rows that satisfy this condition, with relative errors")
+    verb.add_argument("--drop-highest", type=int, default=0, metavar="K", help="leave out the K highest outputs")
+    verb.add_argument("--drop-missing", action="store_true", help="leave out rows with missing values")
+    verb.add_argument("--weights", metavar="EXPR", help="weight of each point")
+    verb.add_argument("--cluster", metavar="EXPR", help="resample whole groups (runs) in the bootstrap")
+    verb.add_argument("--strata", metavar="EXPR", help="resample within these groups (cells)")
+    verb.add_argument("--bootstrap", type=int, default=0, metavar="DRAWS")
+    verb.add_argument(
+        "--holdout", type=float, default=0.1, metavar="SHARE", help="largest cells held out first; 0: none"
+    )
+    verb.add_argument("--holdout-by", metavar="EXPR", help="what is large; default: the law's size")
+    verb.add_argument("--fix", action="append", default=[], metavar="NAME=VALUE", help="hold a parameter fixed")
+    verb.add_argument(
+        "--group", metavar="EXPR", help="isoflop: the compute budget; one parabola each, then the frontier"
+    )
+    verb.add_argument("--seed", type=int, default=0)
+    verb.add_argument("--diagnostics", action="store_true", help="residuals, leverage and leave-one-out by point")
+    verb.add_argument("--figure", type=Path, metavar="FOLDER", help="draw the fit there: PNG, PDF, SVG")
+
+
+def request(options: argparse.Namespace) -> Request:
+    """The request of parsed options, checked."""
+    for name in ("law", "data", "columns"):
+        if getattr(options, name) is None:
+            raise InputError(f"--{name}: missing; a fit to a file needs --law, --data and --columns")
+    fixed = {}
+    for item in options.fix:
+        name, _, value = item.partition("=")
+        try:
+            fixed[name.strip()] = float(value)
+        except ValueError:
+            raise InputError(f"--fix: got {item!r}, allowed: NAME=NUMBER") from None
+    fields = {name: getattr(options, name) for name in Request.__dataclass_fields__ if name not in ("fix", "source")}
+    return Request(**fields, fix=fixed, source=str(options.data))
+
+
+def _checked(asked: Request) -> None:
+    if asked.huber is not None and not asked.huber > 0:
+        raise InputError(f"--huber: got {asked.huber:g}, allowed: above 0")
+    if not 0 <= asked.holdout < 1:
+        raise InputError(f"--holdout: got {asked.holdout:g}, allowed: 0 to below 1")
+    for name in ("bootstrap", "drop_highest"):
+        if getattr(asked, name) < 0:
+            raise InputError(f"--{name.replace('_', '-')}: got {getattr(asked, name)}, allowed: 0 or more")
+
+
+def run(table: pd.DataFrame, asked: Request) -> dict[str, Any]:
+    """Fit, and say how far it can be trusted: the document `fit --json` prints."""
+    _checked(asked)
+    table = prepared(table)
+    columns = expressions(asked.columns)
+    rows = chosen(table, asked.where, "--where")
+    if asked.law == "joint":
+        from analysis.select import select_joint
+
+        return select_joint(rows, columns, asked)
+    if asked.group is not None:
+        if asked.law != "isoflop":
+            raise InputError(f"--group: got law {asked.law!r}, allowed: isoflop")
+        from analysis.isoflop import isoflop_document
+
+        return isoflop_document(rows, columns, asked)
+    return document(_law(asked.law, columns, asked), rows, table, columns, asked)
+
+
+def _law(name: str, columns: Mapping[str, str], asked: Request) -> Law:
+    """The law, with the scale of residuals asked for: Huber's loss is on logarithms unless said otherwise."""
+    found = law(name, set(columns))
+    scale = asked.residuals or ("log" if asked.huber is not None else found.residuals)
+    return replace(found, residuals=scale)  # type: ignore[arg-type]
+
+
+def data(entry: Law, rows: pd.DataFrame, columns: Mapping[str, str], asked: Request) -> tuple[Problem, pd.DataFrame]:
+    """The problem and the rows it uses, after dropping what was asked to be dropped."""
+    wanted = {name: columns[name] for name in [*entry.inputs, entry.output] if name in columns}
+    frame, _ = numbers(rows, wanted, asked.drop_missing)
+    if asked.drop_highest and entry.output in frame:
+        frame = frame.sort_values(entry.output, kind="stable").iloc[: max(0, len(frame) - asked.drop_highest)]
+        frame = frame.sort_index()
+    used = rows.loc[frame.index]
+    weights = None
+    if asked.weights is not None:
+        weights = evaluate(used, asked.weights, "--weights").to_numpy(float)
+    delta = math.inf if asked.huber is None else asked.huber
+    return problem(entry, frame, delta, weights, asked.fix), used
+
+
+def document(
+    entry: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, str], asked: Request
+) -> dict[str, Any]:
+    """Everything about one law on one set of rows."""
+    posed, used = data(entry, rows, columns, asked)
+    held = held_out(posed, used, asked)
+    found = fit(posed, asked.seed)
+    profiles = profile(found)
+    known = identified(found, profiles)
+    draws = _bootstrap(found, used, asked)
+    divisor = posed.n if asked.minimize == "mean" else 1
+    result: dict[str, Any] = {
+        "law": entry.name, "formula": entry.formula, "n": posed.n, "parameters": found.parameters,
+        "objective": found.objective / divisor, "minimize": asked.minimize, "residuals": entry.residuals,
+        "huber": asked.huber, "seed": asked.seed,
+        "intervals": {p.name: list(draws.interval(p.name) if draws else profiles[p.name]) for p in posed.free},
+        "interval_kind": f"95 %, from {draws.kept} bootstrap refits" if draws else "95 % profile",
+        "profile": {name: list(ends) for name, ends in profiles.items()},
+        "standard_errors": {n: draws.standard_error(n) for n in profiles} if draws else standard_errors(found),
+        "identified": known, "holdout": _held_json(held, entry),
+        "fixed": dict(posed.fixed), "warnings": _warnings(found, known, draws, held),
+    }  # fmt: skip
+    if asked.predict is not None:
+        result["predictions"] = _predictions(found, entry, chosen(table, asked.predict, "--predict"), columns)
+    if asked.diagnostics:
+        result["diagnostics"] = _diagnostics(found, used)
+    if asked.figure is not None:
+        from analysis.figures_fit import law_figure
+
+        paths = law_figure(found, held, asked.figure, f"Source: {asked.source}." if asked.source else "")
+        result["figure"] = [str(path) for path in paths]
+    return result
+
+
+def held_out(posed: Problem, used: pd.DataFrame, asked: Request) -> HeldOut:
+    """The largest cells predicted before the fit to all; nothing if the share is 0."""
+    nothing = np.array([])
+    if asked.holdout == 0:
+        return HeldOut("", nothing, nothing, nothing, "--holdout 0")
+    if asked.holdout_by is None:
+        size, rule = posed.law.size(posed.x), f"largest by the size of law {posed.law.name}"
+    else:
+        size, rule = evaluate(used, asked.holdout_by, "--holdout-by").to_numpy(float), f"largest {asked.holdout_by}"
+    return hold_out(posed, size, asked.holdout, rule, asked.seed)
+
+
+def _bootstrap(found: Fit, used: pd.DataFrame, asked: Request) -> Bootstrap | None:
+    if not asked.bootstrap:
+        return None
+    groups = [
+        None if text is None else evaluate(used, text, option).astype(str).to_numpy()
+        for text, option in ((asked.cluster, "--cluster"), (asked.strata, "--strata"))
+    ]
+    return bootstrap(found, asked.bootstrap, asked.seed, groups[0], groups[1])
+
+
+def _held_json(held: HeldOut, entry: Law) -> dict[str, Any]:
+    if not len(held.rows):
+        return {"n": 0, "reason": held.reason}
+    errors = held.relative_errors
+    return {
+        "n": len(held.rows), "rule": held.rule, "rms_log_error": held.rms_log, "rms_error": held.rms,
+        "mean_relative_error": float(errors.mean()), "mean_abs_relative_error": float(np.abs(errors).mean()),
+        "max_abs_relative_error": float(np.abs(errors).max()),
+    }  # fmt: skip
+
+
+def _warnings(found: Fit, known: Mapping[str, bool], draws: Bootstrap | None, held: HeldOut) -> list[str]:
+    """What a reader must know before using the numbers."""
+    lines = [f"{name}: not identified (its 95 % profile is open)" for name, closed in known.items() if not closed]
+    n, free = found.problem.n, len(found.problem.free)
+    if n < 2 * free:
+        lines.append(f"{n} points for {free} parameters: intervals are wide or open, and a bootstrap says little")
+    if draws is not None and draws.kept < draws.asked:
+        lines.append(f"{draws.asked - draws.kept} of {draws.asked} bootstrap draws had too few distinct points")
+    if found.agreeing < 3:
+        lines.append(f"only {found.agreeing} of {len(found.bank)} starts reached the optimum: try other seeds")
+    if not len(held.rows):
+        lines.append(f"nothing held out: {held.reason}")
+    return lines
+
+
+def _predictions(found: Fit, entry: Law, rows: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    frame, index = numbers(rows, {name: columns[name] for name in [*entry.inputs, entry.output]}, drop_missing=False)
+    predicted = found.predict({name: frame[name].to_numpy(float) for name in entry.inputs})
+    observed = frame[entry.output].to_numpy(float)
+    return [
+        {"row": row, "predicted": float(p), "observed": float(o), "relative_error": float(p / o - 1)}
+        for row, p, o in zip(index, predicted, observed, strict=True)
+    ]
+
+
+def _diagnostics(found: Fit, used: pd.DataFrame) -> dict[str, Any]:
+    """By point: row, residual (law minus data), leverage, residual when left out; and how far parameters then move."""
+    if found.problem.n > LEFT_OUT:
+        raise InputError(
+            f"--diagnostics: {found.problem.n} points, allowed: up to {LEFT_OUT} (each is left out in turn)"
+        )
+    values, residuals = leave_one_out(found)
+    return {
+        "row": [int(row) for row in used.index], "residual": found.residuals.tolist(),
+        "leverage": leverage(found).tolist(), "left_out_residual": residuals.tolist(),
+        "parameters_without_a_point": {name: [float(v.min()), float(v.max())] for name, v in values.items()},
+    }  # fmt: skip
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """A document as lines for a terminal."""
+    lines = [
+        f"{result['law']}: {result['formula']}",
+        f"n {result['n']}, objective {result['objective']:.7g} ({result['minimize']})",
+    ]
+    for name, value in result["parameters"].items():
+        low, high = result["intervals"].get(name, (value, value))
+        known = result["identified"].get(name)
+        note = "fixed" if known is None else "" if known else "not identified"
+        lines.append(f"  {name:8} {value:<12.6g} [{low:.6g}, {high:.6g}] {note}".rstrip())
+    lines.append(f"  intervals: {result['interval_kind']}")
+    held = result["holdout"]
+    if held["n"]:
+        lines.append(
+            f"  held out ({held['n']} {held['rule']}): mean |relative error| {held['mean_abs_relative_error']:.4%}"
+        )
+    lines += [f"  warning: {line}" for line in result["warnings"]]
+    for item in result.get("predictions", []):
+        words = f"predicted {item['predicted']:.6g}, observed {item['observed']:.6g}"
+        lines.append(f"  row {item['row']}: {words}, error {item['relative_error']:+.4%}")
+    return "\n".join(lines)
+
+
+def main(options: argparse.Namespace, finite: Any) -> int:
+    """`fit --law`: read the file, fit, print."""
+    asked = request(options)
+    result = run(read_table(options.data), asked)
+    if options.json:
+        print(json.dumps(finite(result)))
+    else:
+        candidates = result.get("candidates") or result.get("groups") or [result]
+        if "parameters" in result.get("frontier", {}):
+            candidates = [*candidates, result["frontier"]]
+        print("\n".join(text(item) for item in candidates))
+        if "selected" in result:
+            print(f"selected: {result['selected']} ({result['rule']})")
+    return 0

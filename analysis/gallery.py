@@ -1,0 +1,57 @@
+"""Every figure of a grid, in the report's order: what these runs allow is drawn, the rest is named with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+
+from analysis import figures
+from analysis.figures_cells import CELL_FIGURES, NO_BITS
+from analysis.runs import Run
+from analysis.scene import Missing, Scene, scene
+
+Draw = Callable[[Scene, Path], list[Path]]
+
+CAPTIONS = {
+    "bits-exposures": "Bits learned against exposures, by family",
+    "memory-rows": "E50 and answer NLL against memory rows, with dense and MoE as references",
+    "bits-compute": "Bits learned against training FLOPs and wall-clock",
+    "loss-curves": "Loss in evaluation mode against training tokens",
+    "base-size": "E50 and answer NLL against base size",
+    "cost": "What is reached against training FLOPs and bytes read per token",
+    "compute-multiplier": "Compute multiplier at E50",
+    "trend-fit": "Fits against table and base size, with residuals and the held-out cell",
+    "key-usage": "How evenly the memory's rows are read",
+    "final-scores": "Final scores",
+    "scores-rows": "Final scores against memory rows, with published points",
+    "plan": "Predicted against measured wall-clock",
+}
+
+
+def draw(
+    runs: list[Run], grid: str, folder: Path, published: pd.DataFrame | None = None
+) -> tuple[dict[str, list[Path]], list[str]]:
+    """Every figure the runs allow, name -> files; and for each that is missing a line with what it needs."""
+    found = scene(runs, grid, published)
+    if found.table.empty:
+        return {}, [f"all figures: no run of grid {grid} is done; run: suite sweep {grid}"]
+    has_bits = found.table["e50_state"].ne("none").any()
+    learning: list[tuple[str, Draw, bool]] = [
+        ("bits-exposures", figures.bits_against_exposures, True),
+        ("memory-rows", figures.against_rows, True),
+        ("bits-compute", figures.bits_against_compute, True),
+        ("loss-curves", figures.loss_curves, False),
+        ("scores-rows", figures.scores_against_rows, False),
+    ]
+    drawn: dict[str, list[Path]] = {}
+    missing: list[str] = []
+    for name, function, needs_bits in [*learning, *((name, function, False) for name, function in CELL_FIGURES)]:
+        try:
+            if needs_bits and not has_bits:
+                raise Missing(NO_BITS.format(grid))
+            drawn[name] = function(found, folder)
+        except Missing as reason:
+            missing.append(f"{name}: {reason}")
+    return drawn, missing

@@ -1,0 +1,108 @@
+"""The compute multiplier: how much dense training compute gives what a family reaches, and the interval of that.
+
+A power law with offset is fitted to dense runs, loss (or error, 1 - accuracy) against training FLOPs, and inverted at
+each cell of the family. The run is the unit: whole runs are resampled within cells, on both sides, and everything is
+fitted again. Where the family does better than any dense run the answer is an extrapolation and is marked so.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.errors import InputError
+from analysis.fit import Problem, fit
+from analysis.laws import LAWS
+from analysis.uncertainty import bootstrap
+
+DENSE_SIZES = 4
+BLOCK = 100
+
+
+@dataclass(frozen=True)
+class Multiplier:
+    """One cell: its mean compute and outcome, dense FLOPs for the same outcome over its own, with a 95 % interval.
+
+    Infinite where the outcome is beyond the dense law's offset; low and high are NaN where no cell repeats.
+    """
+
+    cell: str
+    flops: float
+    outcome: float
+    value: float
+    low: float
+    high: float
+    runs: int
+    extrapolated: bool
+
+
+def multipliers(dense: pd.DataFrame, family: pd.DataFrame, draws: int = 1000, seed: int = 0) -> list[Multiplier]:
+    """Multipliers of a family's cells; both tables have columns cell, C (training FLOPs) and y (loss or error, above
+    0).
+
+    Raises:
+        InputError: fewer than four dense compute budgets, or values a law cannot be fitted to.
+    """
+    _check("dense", dense)
+    budgets = dense["C"].round(-int(math.log10(dense["C"].max())) + 3).nunique()
+    if budgets < DENSE_SIZES:
+        raise InputError(f"compute multiplier: {budgets} dense compute budgets, needed: at least {DENSE_SIZES}")
+    _check("family", family)
+    found = fit(Problem(LAWS["power"], {"x": dense["C"].to_numpy(float)}, dense["y"].to_numpy(float)), seed)
+    repeats = dense.groupby("cell").size().min() > 1
+    drawn = bootstrap(found, draws, seed, strata=dense["cell"].astype(str).to_numpy()) if repeats else None
+    best = float(dense["y"].min())
+    generator = np.random.default_rng(seed)
+    answers = []
+    for cell, group in family.groupby("cell", sort=False):
+        y, c = group["y"].to_numpy(float), float(group["C"].mean())
+        value = _inverse(found.parameters, y.mean()) / c
+        low = high = math.nan
+        if drawn is not None and drawn.kept and len(y) > 1:
+            means = generator.choice(y, (drawn.kept, len(y))).mean(1)
+            spread = np.array(
+                [_inverse({k: v[i] for k, v in drawn.values.items()}, mean) for i, mean in enumerate(means)]
+            )
+            low, high = (float(end) for end in np.percentile(spread / c, [2.5, 97.5], method="nearest"))
+        answers.append(Multiplier(str(cell), c, float(y.mean()), value, low, high, len(y), bool(y.mean() < best)))
+    return answers
+
+
+def _check(name: str, table: pd.DataFrame) -> None:
+    values = table[["C", "y"]].to_numpy(float)
+    if not len(table) or not (np.isfinite(values) & (values > 0)).all():
+        raise InputError(f"compute multiplier: {name} runs need finite C and y above 0")
+
+
+def _inverse(p: dict[str, float], y: float) -> float:
+    """Compute at which E + A C^-alpha = y; infinite at or below E."""
+    return float((p["A"] / (y - p["E"])) ** (1 / p["alpha"])) if y > p["E"] else math.inf
+
+
+def crossed_difference(
+    ours: np.ndarray, theirs: np.ndarray, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Mean difference of two (runs, questions) arrays of scores with its 95 % interval, runs and questions crossed.
+
+    Questions are shared; runs are paired by row (one seed each). Both are resampled at once, each draw taking the
+    product of the two weights (the pigeonhole bootstrap, Owen 2007), so that neither question nor run noise is
+    mistaken for the other.
+    """
+    if ours.shape != theirs.shape or ours.ndim != 2 or min(ours.shape) < 2:
+        raise InputError(
+            f"crossed scores: got {ours.shape} and {theirs.shape}, allowed: the same (runs, questions), 2 or more"
+        )
+    difference = ours - theirs
+    generator = np.random.default_rng(seed)
+    runs, questions = difference.shape
+    means = np.empty(draws)
+    for start in range(0, draws, BLOCK):  # a block's weights fit in memory for any benchmark
+        count = min(BLOCK, draws - start)
+        by_run = generator.multinomial(runs, np.full(runs, 1 / runs), count) / runs
+        by_question = generator.multinomial(questions, np.full(questions, 1 / questions), count) / questions
+        means[start : start + count] = np.einsum("bq,bq->b", by_run @ difference, by_question)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(difference.mean()), float(low), float(high)

@@ -1,0 +1,130 @@
+"""One look for every figure: colours that survive colour blindness and print, markers that survive grey.
+
+Colours are Okabe and Ito's (Color Universal Design, 2008), one per family; a table size is a line style and
+a shade.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from analysis.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {
+    "dense": "#000000", "moe": "#E69F00", "moe_topk": "#D55E00", "pkm": "#56B4E9",
+    "memory_plus": "#0072B2", "peer": "#009E73",
+}  # fmt: skip
+SPARE = ["#CC79A7", "#8C6D1F", "#7F7F7F", "#5D3A9B"]
+MARKERS = {"dense": "o", "moe": "s", "moe_topk": "D", "pkm": "^", "memory_plus": "v", "peer": "P"}
+STYLES = ["-", "--", "-.", ":"]
+FORMATS = ("png", "pdf", "svg")
+RC: Any = {
+    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 7.5, "xtick.labelsize": 8,
+    "ytick.labelsize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "grid.color": "#dddddd", "grid.linewidth": 0.5, "lines.linewidth": 1.5, "lines.markersize": 5,
+    "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 200, "pdf.fonttype": 42,
+    "svg.fonttype": "none", "svg.hashsalt": "analysis", "axes.axisbelow": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Look:
+    """How one variant is drawn."""
+
+    color: str
+    marker: str
+    linestyle: str
+    alpha: float
+
+
+def looks(variants: list[tuple[str, str]]) -> dict[str, Look]:
+    """Label -> look, for (family, label) pairs in drawing order: families by colour and marker, members by
+    line style."""
+    unknown = [family for family in dict.fromkeys(family for family, _ in variants) if family not in COLOURS]
+    colours = COLOURS | {family: SPARE[i % len(SPARE)] for i, family in enumerate(unknown)}
+    seen: dict[str, int] = {}
+    found = {}
+    for family, label in dict.fromkeys(variants):
+        rank = seen.get(family, 0)
+        seen[family] = rank + 1
+        alpha = 1.0 if rank == 0 else max(0.5, 1 - 0.2 * rank)
+        found[label] = Look(colours[family], MARKERS.get(family, "X"), STYLES[rank % len(STYLES)], alpha)
+    return found
+
+
+@contextmanager
+def figure(
+    rows: int, columns: int, width: float = 6.8, height: float = 3.0, **options: Any
+) -> Iterator[tuple[Figure, list[Axes]]]:
+    """A figure without a display, in this style, and its axes in reading order."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with plt.rc_context(RC):
+        drawn, grid = plt.subplots(
+            rows, columns, figsize=(width, height), squeeze=False, layout="constrained", **options
+        )
+        try:
+            yield drawn, list(grid.flat)
+        finally:
+            plt.close(drawn)
+
+
+def legend_above(drawn: Figure, axes: list[Axes]) -> None:
+    """One legend for the whole figure over its panels; equal labels once."""
+    entries: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            entries.setdefault(label, handle)
+    columns = max(1, int(drawn.get_figwidth() * 12 / (4 + max((len(label) for label in entries), default=1))))
+    rows = -(-len(entries) // columns)
+    drawn.set_figheight(drawn.get_figheight() + 0.17 * rows)
+    drawn.legend(list(entries.values()), list(entries), loc="outside upper left", ncols=columns)
+
+
+def log_axis(axis: Axes) -> None:
+    """A logarithmic x axis whose labels do not collide: decades, or 1-2-5 where there are few decades."""
+    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    few = high / low < 50
+    axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
+    if low >= 0.01 and high <= 1e4:
+        axis.xaxis.set_major_formatter("{x:g}")
+    elif few:
+        axis.xaxis.set_major_formatter(LogFormatterSciNotation(labelOnlyBase=False, minor_thresholds=(10, 10)))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+
+
+def save(drawn: Figure, folder: Path, name: str, note: str) -> list[Path]:
+    """Write the figure with its footnote as PNG, PDF and SVG; gives the paths."""
+    import textwrap
+
+    wrapped = "\n".join(textwrap.wrap(note, int(drawn.get_figwidth() * 19)))
+    drawn.supxlabel(wrapped, fontsize=6.5, color="#444444", x=0.01, ha="left")
+    drawn.draw_without_rendering()
+    drawn.set_layout_engine("none")  # laid out once, not again for every format
+    paths = []
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for kind in FORMATS:
+            path = folder / f"{name}.{kind}"
+            metadata = (
+                {"Date": None} if kind == "svg" else {"CreationDate": None} if kind == "pdf" else {"Software": None}
+            )
+            drawn.savefig(path, metadata=metadata)
+            paths.append(path)
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+    return paths

@@ -1,0 +1,235 @@
+"""The `fit` verb on files: the document, the columns as pandas.eval reads them, and one line for every fault."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from simulated import TRUTH, table
+
+from analysis.__main__ import main
+from analysis.errors import InputError
+from analysis.fitting import Request, run
+from analysis.inputs import expressions
+from analysis.select import choose
+
+
+def call(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:
+    code = main(["fit", "--data", str(path), *options])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    path = tmp_path / "runs.csv"
+    frame = table("chinchilla", 0.005, 1)
+    frame["Training FLOP"] = 6 * frame["N"] * frame["D"]
+    frame["run name"] = [f"r{i}" for i in range(len(frame))]
+    frame.rename(columns={"N": "Model Size"}).to_csv(path, index=False)
+    return path
+
+
+GOOD = "N=`Model Size`,D=`Training FLOP`/(6*`Model Size`),L=L"
+
+
+def test_document_has_the_agreed_keys_and_is_all_of_stdout(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--law", "chinchilla", "--columns", GOOD, "--huber", "1e-3", "--drop-highest", "5", "--bootstrap", "50")
+    code, out, err = call(data, capsys, *options, "--seed", "0", "--minimize", "mean", "--json")
+    document = json.loads(out)
+    assert (code, err) == (0, "")
+    assert {"law", "n", "parameters", "objective", "intervals", "identified", "holdout", "minimize"} <= document.keys()
+    assert list(document["parameters"]) == ["A", "B", "E", "alpha", "beta"]
+    assert (document["law"], document["n"], document["minimize"]) == ("chinchilla", 75, "mean")
+    assert all(low < document["parameters"][name] < high for name, (low, high) in document["intervals"].items())
+    assert document["holdout"]["n"] >= 7
+    again = call(data, capsys, *options, "--seed", "0", "--minimize", "mean", "--json")[1]
+    assert again == out
+
+
+def test_text_prints_the_held_out_score_beside_the_law(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(data, capsys, "--law", "chinchilla", "--columns", GOOD, "--predict", "`run name` == 'r3'")
+    assert code == 0
+    assert "held out" in out
+    assert "row 3: predicted" in out
+
+
+def test_every_format_gives_the_same_fit(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = pd.read_csv(data)
+    frame.to_parquet(tmp_path / "runs.parquet")
+    frame.to_json(tmp_path / "runs.jsonl", orient="records", lines=True, double_precision=15)
+    found = [
+        json.loads(call(path, capsys, "--law", "chinchilla", "--columns", GOOD, "--json")[1])["parameters"]
+        for path in (data, tmp_path / "runs.parquet", tmp_path / "runs.jsonl")
+    ]
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    assert found[2] == pytest.approx(found[0], rel=1e-6)
+
+
+def test_index_of_the_table_does_not_matter() -> None:
+    frame = table("chinchilla", 0.01, 0)
+    doubled = frame.set_index(np.zeros(len(frame), int))
+    assert run(doubled, Request("chinchilla", "N=N,D=D,L=L"))["parameters"] == pytest.approx(
+        run(frame, Request("chinchilla", "N=N,D=D,L=L"))["parameters"], rel=1e-12
+    )
+
+
+def test_integers_do_not_overflow_in_expressions() -> None:
+    frame = table("overtraining", 0.0, 0)
+    n = np.sqrt(frame["C"] / 6 / frame["M"])
+    frame["N"], frame["D"] = n.round().astype("int64"), (frame["M"] * n).round().astype("int64")
+    found = run(frame, Request("overtraining", "C=6*N*D,M=D/N,L=L"))
+    assert found["parameters"] == pytest.approx(TRUTH["overtraining"], rel=1e-3)
+
+
+@pytest.mark.parametrize(("text", "parsed"), [
+    ("N=`a,b=c`,L=loss", {"N": "`a,b=c`", "L": "loss"}),
+    ("N = f(x, y) , L=(a==b)*1.0", {"N": "f(x, y)", "L": "(a==b)*1.0"}),
+])  # fmt: skip
+def test_column_expressions_split_where_they_should(text: str, parsed: dict[str, str]) -> None:
+    assert expressions(text) == parsed
+
+
+def test_fixed_parameters_stay(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--law", "chinchilla", "--columns", GOOD, "--fix", "beta=0.4", "--json")
+    document = json.loads(call(data, capsys, *options)[1])
+    assert document["parameters"]["beta"] == 0.4
+    assert "beta" not in document["intervals"]
+
+
+def faults(frame: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, list[str], str]]:
+    """Name -> (data, options, what the line must say)."""
+    law = ["--law", "chinchilla", "--columns", "N=N,D=D,L=L"]
+    some = frame.copy()
+    some.loc[3, "L"] = np.nan
+    below = frame.copy()
+    below.loc[5, "N"] = -1.0
+    words = frame.assign(L="about 3")
+    return {
+        "one point": (frame.iloc[:1], law, "a single point"),
+        "too few": (frame.iloc[[0, 9, 30, 50, 70]], law, "5 points are too few for law chinchilla"),
+        "NaN": (some, law, "L is missing (NaN) in 1 of 80 rows"),
+        "negative": (below, law, "N is -1 in row 5 (1 such rows); law chinchilla needs it above 0"),
+        "constant output": (frame.assign(L=2.0), law, "L is constant (2)"),
+        "constant input": (frame.assign(D=1e9), law, "D is constant (1e+09)"),
+        "infinite": (frame.assign(L=np.where(frame.index == 0, np.inf, frame["L"])), law, "L is infinite"),
+        "words": (words, law, "'about 3' is not a number"),
+        "unknown column": (frame, ["--law", "chinchilla", "--columns", "N=nope,D=D,L=L"], "unknown column 'nope'"),
+        "unknown quoted": (frame, ["--law", "chinchilla", "--columns", "N=`my N`,D=D,L=L"], "unknown column 'my N'"),
+        "bad syntax": (frame, ["--law", "chinchilla", "--columns", "N=N+,D=D,L=L"], "cannot be evaluated"),
+        "no equals": (frame, ["--law", "chinchilla", "--columns", "N"], "is not NAME=EXPRESSION"),
+        "missing name": (frame, ["--law", "chinchilla", "--columns", "N=N,L=L"], "missing: D (D: training tokens)"),
+        "unknown law": (frame, ["--law", "magic", "--columns", "N=N,L=L"], "--law: got 'magic', allowed: joint, power"),
+        "no columns": (frame, ["--law", "chinchilla"], "--columns: missing"),
+        "bad delta": (frame, [*law, "--huber", "0"], "--huber: got 0, allowed: above 0"),
+        "bad where": (frame, [*law, "--where", "N > 1e99"], "no row satisfies"),
+        "where not a condition": (frame, [*law, "--where", "N * 2"], "allowed: a condition"),
+        "bad fix": (frame, [*law, "--fix", "zeta=1"], "--fix: got 'zeta'"),
+        "bad holdout": (frame, [*law, "--holdout", "1.5"], "--holdout: got 1.5"),
+        "drop all": (frame, [*law, "--drop-highest", "100"], "no rows are left"),
+        "single D in a joint law": (
+            table("joint1").assign(D=1e10), ["--law", "joint1", "--columns", "N=N,M=M,D=D,L=L"],
+            "D is constant (1e+10); law joint1 needs it to vary; leave D out",
+        ),
+        "joint4 without D": (table("joint1"), ["--law", "joint4", "--columns", "N=N,M=M,L=L"], "law joint4 needs D"),
+        "rows of zero": (table("saturating"), ["--law", "loglinear", "--columns", "R=R,y=y"], "R is 0 in row 0"),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", faults(table("chinchilla")))
+def test_faults_are_one_line_and_exit_2(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame, options, message = faults(table("chinchilla"))[name]
+    path = tmp_path / "runs.csv"
+    frame.to_csv(path, index=False)
+    code, out, err = call(path, capsys, *options)
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1
+    assert message in err
+
+
+def test_missing_rows_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = table("chinchilla", 0.0)
+    frame.loc[3, "L"] = np.nan
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    options = ("--law", "chinchilla", "--columns", "N=N,D=D,L=L", "--drop-missing", "--json")
+    assert json.loads(call(tmp_path / "runs.csv", capsys, *options)[1])["n"] == 79
+
+
+@pytest.mark.parametrize("name", ["joint1", "joint3"])
+def test_joint_selection_takes_a_law_that_predicts_as_well_as_the_true_one(name: str) -> None:
+    found = run(table(name, 0.001, 3), Request("joint", "N=N,M=M,D=D,L=L"))
+    scores = found["scores"]
+    assert set(scores) == {"joint1", "joint2", "joint3", "joint4"}
+    assert scores[found["selected"]] <= 2 * scores[name]
+    assert found["law"] == found["selected"]
+
+
+def test_joint_law_on_one_token_budget_has_no_token_term() -> None:
+    frame = table("joint1", 0.001, 0)
+    frame = frame[frame["D"] == frame["D"].max()].drop(columns="D")
+    found = run(frame, Request("joint", "N=N,M=M,L=L"))
+    assert set(found["refused"]) == {"joint4"}
+    assert "B" not in found["parameters"]
+
+
+def test_fewest_parameters_within_one_standard_error_win() -> None:
+    scores = {
+        "big": np.array([0.01, 0.03, 0.02]),
+        "small": np.array([0.02, 0.03, 0.025]),
+        "poor": np.array([0.5, 0.4, 0.6]),
+    }
+    assert choose(scores, {"big": 8, "small": 6, "poor": 2}) == "small"
+    assert choose({"big": np.array([0.01]), "small": np.array([0.02])}, {"big": 8, "small": 6}) == "big"
+
+
+@pytest.mark.parametrize("name", ["chinchilla", "isoflop", "saturating"])
+def test_the_fit_can_be_drawn(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = table(name, 0.01, 0)
+    frame.to_csv(tmp_path / "runs.csv", index=False)
+    columns = ",".join(f"{column}={column}" for column in frame.columns)
+    options = ("--law", name, "--columns", columns, "--figure", str(tmp_path / "figures"), "--json")
+    drawn = json.loads(call(tmp_path / "runs.csv", capsys, *options)[1])["figure"]
+    assert [Path(path).name for path in drawn] == [f"fit-{name}.{kind}" for kind in ("png", "pdf", "svg")]
+    assert all(Path(path).stat().st_size > 5000 for path in drawn)
+
+
+def test_what_json_cannot_hold_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = np.geomspace(1e3, 1e9, 12)
+    y = 40 * x**-0.1 * np.exp(np.random.default_rng(0).normal(0, 0.02, 12))
+    pd.DataFrame({"x": x, "y": y}).to_csv(tmp_path / "runs.csv", index=False)
+    document = json.loads(call(tmp_path / "runs.csv", capsys, "--law", "power", "--columns", "x=x,y=y", "--json")[1])
+    assert document["identified"]["E"] is False
+    assert "E: not identified" in " ".join(document["warnings"])
+    assert not any(isinstance(v, float) and math.isinf(v) for v in document["parameters"].values())
+
+
+def isoflops() -> pd.DataFrame:
+    """Nine sizes at each of six budgets under Chinchilla's law, and one budget with two sizes."""
+    rows = []
+    for budget in np.geomspace(1e18, 1e21, 6):
+        best = 1.2 * (budget / 6) ** 0.5
+        for n in best * np.geomspace(0.25, 4, 9):
+            rows.append((budget, n, 1.8 + 400 * n**-0.34 + 400 * (budget / 6 / n) ** -0.34))
+    rows += [(5e21, 1e9, 2.0), (5e21, 2e9, 2.1)]
+    return pd.DataFrame(rows, columns=["C", "N", "L"])
+
+
+def test_isoflop_parabolas_give_the_compute_optimal_exponent(tmp_path: Path) -> None:
+    asked = Request("isoflop", "N=N,L=L", group="C", figure=tmp_path)
+    found = run(isoflops(), asked)
+    assert len(found["groups"]) == 6
+    assert list(found["refused"]) == ["5e+21"]
+    assert found["outside"] == []
+    for group in found["groups"]:  # equal exponents and coefficients: the optimum is N = D = sqrt(C / 6)
+        assert group["parameters"]["Nopt"] == pytest.approx((group["C"] / 6) ** 0.5, rel=0.05)
+    assert found["frontier"]["parameters"]["a"] == pytest.approx(0.5, abs=0.01)
+    assert (tmp_path / "isoflop.png").exists()
+
+
+def test_groups_are_for_isoflops_only() -> None:
+    with pytest.raises(InputError, match="--group: got law 'power', allowed: isoflop"):
+        run(isoflops(), Request("power", "x=N,y=L", group="C"))

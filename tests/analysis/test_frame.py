@@ -1,0 +1,173 @@
+"""The frame holds what the run directories say, and E50 is where the curve crosses."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import BITS_MAX, EXPOSURES, curve, write_run
+
+from analysis import frame, runs
+from analysis.errors import InputError
+from analysis.tables import read_lines, read_table
+
+
+def test_columns_are_the_designs(results: Path) -> None:
+    table = frame.load(results, "demo")
+    assert list(table.columns) == frame.COLUMNS
+    assert len(frame.COLUMNS) == 31
+    assert (table["source"] == "run").all()
+
+
+def test_values_are_those_of_the_files(results: Path) -> None:
+    table = frame.load(results, "demo")
+    name = table["run"].iloc[0]
+    lines = [json.loads(line) for line in (results / "runs" / name / "train.jsonl").read_text().splitlines()]
+    probe = next(line for line in lines if "probe" in line)
+    row = table[
+        (table["run"] == name)
+        & (table["step"] == probe["step"])
+        & (table["task"] == "bios_storage")
+        & (table["metric"] == "bits")
+    ]
+    assert row["value"].tolist() == [probe["probe"]["storage"]["bits"]]
+    assert row["n"].tolist() == [1800]
+    final = table[(table["run"] == name) & (table["split"] == "final")]
+    assert final["stderr"].tolist() == [3.0]
+    assert final["grids"].tolist() == ["demo"]
+
+
+def test_scores_of_checkpoints_on_the_way_stand_apart_from_the_final_ones(results: Path) -> None:
+    name = frame.load(results, "demo")["run"].iloc[0]
+    (path,) = (results / "runs" / name / "eval").glob("*.json")
+    scores = json.loads(path.read_text()) | {"step": 7, "tokens": 700}
+    (path.parent / "steps").mkdir()
+    (path.parent / "steps" / f"{path.stem}-7.json").write_text(json.dumps(scores))
+    table = frame.load(results, "demo")
+    of_run = table[table["run"] == name]
+    assert len(of_run[of_run["split"] == "final"]) == 1
+    row = of_run[of_run["split"] == "steps"].iloc[0]
+    assert (row["step"], row["tokens"], row["train_flops"]) == (7, 700, 700 * row["flops_per_token"])
+
+
+def test_ratios_are_to_the_dense_model_of_the_same_base(results: Path) -> None:
+    table = frame.load(results, "demo").drop_duplicates("run").set_index("run")
+    memory = table[(table["family"] == "memory_plus") & (table["half_keys"] == 64) & (table["base"] == "w32")].iloc[0]
+    assert memory["macs_ratio"] == pytest.approx(1.2)
+    assert memory["params_ratio"] == pytest.approx((50_000 + 64 * 64 * 32) / 50_000)
+    assert memory["memory_rows"] == 4096
+
+
+def test_e50_of_a_curve_linear_in_log_exposure_is_exact(tmp_path: Path) -> None:
+    for e50 in (1.7, 13.0, 50.0):
+        found = runs.crossing(EXPOSURES, curve(EXPOSURES, e50), BITS_MAX / 2)
+        assert found.state == "reached"
+        assert found.value == pytest.approx(e50, rel=1e-9)
+
+
+def test_runs_that_never_cross_are_censored_and_early_ones_marked() -> None:
+    assert runs.crossing(EXPOSURES, curve(EXPOSURES, 300.0), BITS_MAX / 2) == runs.Crossing(EXPOSURES[-1], "censored")
+    assert runs.crossing(EXPOSURES, curve(EXPOSURES, 0.5), BITS_MAX / 2) == runs.Crossing(EXPOSURES[0], "early")
+    from_zero = runs.crossing(np.array([0.0, 2.0]), np.array([0.0, 4.0]), 1.0)
+    assert from_zero.value == pytest.approx(0.5)
+
+
+def test_wall_clock_to_e50_follows_the_exposures(results: Path) -> None:
+    row = runs.summary(runs.read_runs(results, "demo")).iloc[0]
+    assert row["wall_to_e50"] == pytest.approx(row["e50"] * 20_000 / 30_000, rel=1e-3)
+
+
+def test_a_line_cut_by_a_kill_is_dropped_and_a_broken_one_named(tmp_path: Path) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2')
+    assert read_lines(path) == [{"step": 1}]
+    path.write_text('{"step": 1}\nnonsense\n')
+    with pytest.raises(InputError, match="line 2"):
+        read_lines(path)
+
+
+def test_published_tables_load_into_the_same_columns(tmp_path: Path, results: Path) -> None:
+    published = results / "published" / "paper.csv"
+    published.parent.mkdir()
+    published.write_text(
+        "source,table,base_size,model_family,memory_keys,total_params,tokens,task,metric,value,confidence\n"
+        "arXiv:2412.09764,Table 1,1.3b,memory_plus,1048576,3.377b,1T,NQ,exact_match,13.68,A\n"
+    )
+    row = frame.load(results).iloc[-1]
+    assert (row["base"], row["family"], row["memory_rows"]) == ("1.3b", "memory_plus", 2**20)
+    assert (row["params_total"], row["tokens"], row["value"]) == (3.377e9, 1e12, 13.68)
+    published.write_text("a,b\n1,2\n")
+    with pytest.raises(InputError, match="columns metric, source, task, value are missing"):
+        frame.load(results)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("984m", 984e6), ("1.3b", 1.3e9), ("15,000", 15000), ("1T", 1e12), ("512k", 512e3)]
+)
+def test_amounts_as_papers_write_them(text: str, value: float) -> None:
+    assert frame.amount(text) == pytest.approx(value)
+    assert np.isnan(frame.amount("not stated"))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet", ".csv.gz", ".jsonl.gz"])
+def test_every_format_gives_the_same_table(tmp_path: Path, suffix: str) -> None:
+    table = pd.DataFrame({"N": [1.0, 2.0], "name": ["a", "b"]})
+    path = tmp_path / f"t{suffix}"
+    if ".csv" in suffix:
+        table.to_csv(path, index=False)
+    elif ".parquet" in suffix:
+        table.to_parquet(path)
+    else:
+        table.to_json(path, orient="records", lines=".jsonl" in suffix)
+    pd.testing.assert_frame_equal(read_table(path), table, check_dtype=False)
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("x.xlsx", "", "suffix is '.xlsx'"), ("x.csv", "a,b\n", "no rows"), ("x.csv", "", "not readable"),
+    ("x.parquet", "nonsense", "not readable"), ("x.jsonl", "{", "not readable"),
+])  # fmt: skip
+def test_unreadable_tables_are_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=re.escape(message)) as caught:
+        read_table(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_name_what_varies(tmp_path: Path) -> None:
+    write_run(tmp_path, "memory_plus", "w32", 0, 5.0, half_keys=16)
+    name = write_run(tmp_path, "memory_plus", "w32", 1, 5.0, half_keys=16)
+    content = json.loads((tmp_path / "runs" / name / "cell.json").read_text())
+    content["cell"]["train"]["lr"] = 0.5
+    (tmp_path / "runs" / name / "cell.json").write_text(json.dumps(content))
+    found = runs.labels(runs.read_runs(tmp_path))
+    assert sorted(found.values()) == ["memory_plus k16 lr=0.008", "memory_plus k16 lr=0.5"]
+
+
+def test_unknown_grid_is_named_with_the_known_ones(results: Path) -> None:
+    with pytest.raises(InputError, match=r"grid 'nope' has no records .*known: demo"):
+        frame.load(results, "nope")
+
+
+def test_analysis_imports_neither_torch_nor_suite() -> None:
+    code = (
+        "import sys, analysis.frame, analysis.compare, analysis.__main__; "
+        "bad = {'torch', 'suite', 'scipy', 'matplotlib'} & set(sys.modules); assert not bad, bad"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_plans_give_predicted_wall_clock(results: Path) -> None:
+    name = runs.read_runs(results, "demo")[0].name
+    cells = [{"run": name, "gpus": 4, "gpu_hours": 2.0}, {"run": "other", "gpus": None, "gpu_hours": 0}]
+    (results / "plans").mkdir()
+    (results / "plans" / "demo-h100.json").write_text(json.dumps({"grid": "demo", "cells": cells}))
+    table = frame.load(results, "demo")
+    assert table.loc[table["run"] == name, "predicted_wall_s"].unique().tolist() == [1800.0]
+    (results / "plans" / "demo-a100.json").write_text(json.dumps({"grid": "demo", "cells": cells}))
+    assert frame.load(results, "demo")["predicted_wall_s"].isna().all()

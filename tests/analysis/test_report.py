@@ -1,0 +1,183 @@
+"""The report and the command line, end to end on a synthetic grid."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_json, write_run
+
+from analysis import runs
+from analysis.__main__ import main
+from analysis.document import to_markdown
+from analysis.gallery import CAPTIONS
+from analysis.report import build
+from analysis.report_fits import multiplier_blocks
+from analysis.trends import trends
+
+
+@pytest.mark.filterwarnings("error")
+def test_report_states_the_primary_contrast_failures_and_ratios(results: Path, tmp_path: Path) -> None:
+    out = tmp_path / "figures"
+    assert main(["report", "--grid", "demo", "--results", str(results), "--out", str(out)]) == 1
+    text = (results / "grids" / "demo" / "report.md").read_text()
+    assert "at w32, memory_plus k64 needs 0.510 [0.500, 0.520] times the exposures of dense" in text
+    assert "1.20x MACs per token (not equal-FLOP)" in text
+    assert "this measures learning speed, not capacity" in text
+    assert "loss is nan at step 12" in text
+    assert "pkm-w32-k64-s9-00000000: not started" in text
+    drawn = {path.name for path in out.iterdir()}
+    names = ("bits-exposures", "memory-rows", "bits-compute", "loss-curves", "base-size", "cost",
+             "compute-multiplier", "trend-fit", "key-usage")  # fmt: skip
+    assert {f"{name}.{kind}" for name in names for kind in ("png", "pdf", "svg")} == drawn
+    page = (results / "grids" / "demo" / "report.html").read_text()
+    assert "memory_plus k64 needs 0.510 [0.500, 0.520]" in page
+    assert page.count("data:image/png;base64,") == len(names)
+    assert not re.search(r"(src|href)=\"(?!data:|#)", page)
+
+
+def test_figures_say_what_is_missing_and_what_makes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "results"
+    name = write_run(root, "dense", "w32", 0, 9.0)
+    write_json(root / "grids" / "one" / "grid.json", {"grid": "one", "source": "one.yaml", "runs": [name]})
+    assert main(["figures", "--grid", "one", "--results", str(root), "--out", str(tmp_path / "f"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)[0]
+    missing = dict(line.split(": ", 1) for line in document["missing"])
+    assert missing["base-size"] == "grid one has one base size; a figure against base size needs two or more"
+    assert missing["plan"].endswith("suite plan one predicts it before a sweep")
+    assert not set(missing) & set(document["figures"])
+    assert {*missing, *document["figures"]} == set(CAPTIONS)
+
+
+def test_frame_writes_every_format(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for suffix in ("csv", "jsonl", "parquet"):
+        assert main(["frame", "--results", str(results), "--out", str(tmp_path / f"frame.{suffix}")]) == 0
+        assert (tmp_path / f"frame.{suffix}").stat().st_size > 1000
+    assert main(["frame", "--results", str(results), "--out", str(tmp_path / "frame.xls")]) == 2
+    assert "suffix is '.xls'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["frame", "fit", "figures", "report"])
+def test_no_results_is_one_line_and_exit_2(verb: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([verb, "--results", str(tmp_path)]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.count("\n") == 1
+    assert "suite sweep" in shown.err
+
+
+def test_trend_recovers_a_known_power_law(tmp_path: Path) -> None:
+    for base, size in (("w32", 42_000), ("w64", 182_000)):
+        for keys in (None, 16, 32, 64):
+            memory = (keys or 0) ** 2 * int(base[1:])
+            for seed in range(2):
+                e50 = 3000 * (1 + memory / size) ** -0.4 * size**-0.45
+                write_run(tmp_path, "memory_plus" if keys else "dense", base, seed, e50, half_keys=keys)
+    found = trends(runs.read_runs(tmp_path))[0]
+    assert found.estimates["ln(1 + M/N)"][0] == pytest.approx(-0.4, abs=1e-6)
+    assert found.estimates["ln N"][0] == pytest.approx(-0.45, abs=1e-6)
+    assert float(found.held_out["relative_error"]) == pytest.approx(0, abs=1e-6)
+
+
+def test_trend_leaves_out_what_one_base_cannot_tell(tmp_path: Path) -> None:
+    for keys in (None, 16, 32, 64):
+        write_run(tmp_path, "memory_plus" if keys else "dense", "w32", 0, 20.0 / (1 + (keys or 0) / 64), half_keys=keys)
+    found = trends(runs.read_runs(tmp_path))[0]
+    assert found.not_identified == ("ln N",)
+    assert math.isnan(found.estimates["constant"][1])
+
+
+def test_text_runs_are_compared_at_equal_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = tmp_path / "results"
+    names = []
+    for seed in range(5):
+        for family, keys, gain in (("dense", None, 0.0), ("memory_plus", 16, 0.1)):
+            name = write_run(root, family, "w32", seed, 20.0, half_keys=keys, stop_past=False)
+            folder = root / "runs" / name
+            lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+            for line in lines:
+                line.pop("probe", None)
+            (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+            scores = {"held_out": {"version": 1, "few_shot": 0, "n": 9, "metrics": {
+                "bits_per_byte": {"value": 2.0 - gain + 0.01 * np.sin(seed), "stderr": 0.01}}}}  # fmt: skip
+            right = np.random.default_rng(seed).random(400) < 0.4 + gain
+            scores["nq"] = {"n": 400, "prompt_hash": "p", "metrics": {"em": {"value": right.mean(), "stderr": 0.02}},
+                            "answers": {"em": "".join(str(int(one)) for one in right)}}  # fmt: skip
+            write_json(folder / "eval" / "0badcafe.json", {"step": 1, "tasks": scores})
+            names.append(name)
+    write_json(root / "grids" / "text" / "grid.json", {"grid": "text", "source": "grids/text.yaml", "runs": names})
+    assert main(["report", "--results", str(root), "--out", str(tmp_path / "f"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)[0]["failed"] == []
+    text = (root / "grids" / "text" / "report.md").read_text()
+    assert "| w32 | memory_plus k16 | dense | held_out/bits_per_byte | 5 | −0.100 [−0.100, −0.100] | – |" in text
+    crossed = re.search(r"nq/em \| 5 \| \S+ \[\S+, \S+\] \| \[(\S+), (\S+)\]", text)
+    assert crossed is not None
+    low, high = (float(end) for end in crossed.groups())
+    # the same 400 random numbers a seed: a question changes from wrong to right with chance 0.1, in 2,000 pairs
+    assert low < 0.1 < high
+    assert 0.5 < (high - low) / (4 * np.sqrt(0.1 * 0.9 / 2000)) < 3
+    assert (tmp_path / "f" / "final-scores.png").exists()
+    assert (tmp_path / "f" / "scores-rows.png").exists()
+
+
+def test_undecided_headline_says_so(tmp_path: Path) -> None:
+    for family, keys in (("dense", None), ("memory_plus", 16)):
+        write_run(tmp_path, family, "w32", 0, 900.0, half_keys=keys)
+    text = to_markdown(build(runs.read_runs(tmp_path), "late", [], [], []), tmp_path)
+    assert "is undecided, because 1 and 1 of the runs never reached half of N H" in text
+    assert "≥ 64.0 (1 of 1 censored)" in text
+
+
+def test_an_unsteady_machine_is_named(tmp_path: Path) -> None:
+    for seed in range(2):
+        name = write_run(tmp_path, "dense", "w32", seed, 9.0)
+    assert "machine was unsteady" not in to_markdown(build(runs.read_runs(tmp_path), "g", [], [], []), tmp_path)
+    path = tmp_path / "runs" / name / "train.jsonl"
+    path.write_text(path.read_text().replace('"tokens_per_s": 30000.0', '"tokens_per_s": 10000.0'))
+    text = to_markdown(build(runs.read_runs(tmp_path), "g", [], [], []), tmp_path)
+    assert "runs of one variant differ in speed by up to 3.0 times" in text
+
+
+def test_worlds_beyond_capacity_are_not_called_learning_speed(tmp_path: Path) -> None:
+    name = write_run(tmp_path, "dense", "w32", 0, 20.0)
+    run = runs.read_run(tmp_path / "runs" / name)
+    assert "learning speed" in runs.regime([run])
+    run.cell["data"]["people"] = 5000
+    assert runs.regime([run]) == "Worlds hold 4 to 4 bits per parameter (a dense model stores about 2)."
+
+
+def _budget_run(root: Path, family: str, seed: int, epochs: float, gain: float, keys: int | None = None) -> str:
+    """A run to the end of its budget, whose final loss is that of dense with `gain` times its compute."""
+    name = write_run(root, family, "w32", seed, 900.0, half_keys=keys, stop_past=False, last=epochs)
+    folder = root / "runs" / name
+    content = json.loads((folder / "cell.json").read_text())
+    content["cell"]["train"] = {"epochs": epochs}
+    write_json(folder / "cell.json", content)
+    lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    lines[-1]["eval_loss"] = 1.7 + 2e3 * (gain * lines[-1]["train_flops"]) ** -0.3
+    (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return name
+
+
+def test_compute_multiplier_along_dense_budgets(tmp_path: Path) -> None:
+    for seed, epochs in enumerate((2.0, 8.0, 32.0, 64.0)):
+        _budget_run(tmp_path, "dense", seed, epochs, 1.0)
+    _budget_run(tmp_path, "memory_plus", 1, 8.0, 3.0, keys=16)
+    found = to_markdown(multiplier_blocks(runs.read_runs(tmp_path)), tmp_path)
+    assert re.search(r"\| w32 \| memory_plus k16 \| 1 \| [\d,]+ \| [\d.]+ \| 3\.00 \| no \|", found)
+
+
+def test_compute_multiplier_says_what_it_lacks(tmp_path: Path) -> None:
+    for seed, epochs in enumerate((2.0, 8.0, 32.0)):
+        name = _budget_run(tmp_path, "dense", seed, epochs, 1.0)
+    found = to_markdown(multiplier_blocks(runs.read_runs(tmp_path)), tmp_path)
+    assert found == "None: compute multiplier: 3 dense compute budgets, needed: at least 4.\n"
+    path = tmp_path / "runs" / name / "cell.json"
+    content = json.loads(path.read_text())
+    content["cell"]["train"]["stop_past"] = 0.5
+    write_json(path, content)
+    assert "runs stop by what they have learned" in to_markdown(multiplier_blocks(runs.read_runs(tmp_path)), tmp_path)
