@@ -1,0 +1,110 @@
+"""`hashed_ngram`: a table read by hashes of the last two and three token ids, beside the feed-forward.
+
+Engram's recipe (arXiv 2601.07372) without what needs the tokenizer or a state between tokens: ids are not made
+canonical, and the depthwise convolution after the value (which starts at zero) is left out. Tables have a prime
+number of rows for each n-gram order and hash head.
+
+Shapes: B rows, T tokens, D model width, W = 3 ids, H = orders * heads, E width of a row, N = B*T.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from suite.models.accounting import Cost
+from suite.models.feedforward import SwiGLU
+from suite.models.memory_table import MemoryLayer, MemoryTable
+from suite.models.registry import Family, ModelConfig, register
+
+ORDERS = (2, 3)
+
+
+class NgramMemory(MemoryLayer):
+    """sigmoid(norm(x) . norm(W_K e) / sqrt(D)) * W_V e, where e is the hashed rows side by side."""
+
+    def __init__(self, table: MemoryTable, primes: list[int], dim: int) -> None:
+        super().__init__([table])
+        self.dim, self.primes = dim, primes
+        width = len(primes) * table.weight.shape[1]
+        self.key = nn.Linear(width, dim, bias=False)
+        self.value = nn.Linear(width, dim, bias=False)
+        self.x_norm, self.key_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+
+    def rows(self, ids_BTW: Tensor) -> Tensor:
+        """The row of each order and head, [B, T, H]; ids of -1 (nothing there) hash as zero."""
+        heads, first, found = len(self.primes) // len(ORDERS), 0, []
+        for index, prime in enumerate(self.primes):
+            mixed = torch.zeros_like(ids_BTW[..., 0])
+            for back in range(ORDERS[index // heads]):
+                # An odd multiplier of its own for every head and position (splitmix64's constant, below 2^31).
+                multiplier = (0x9E3779B9 * (16 * index + back + 1)) % 2**31 | 1
+                mixed = mixed ^ ((ids_BTW[..., -1 - back] + 1) * multiplier)
+            found.append(mixed % prime + first)
+            first += prime
+        return torch.stack(found, -1)
+
+    def forward(self, x_BTD: Tensor, ids_BTW: Tensor) -> Tensor:
+        rows_N1 = self.rows(ids_BTW).flatten().unsqueeze(1)
+        e_BTE = self.tables[0](rows_N1, torch.ones_like(rows_N1, dtype=x_BTD.dtype)).view(*x_BTD.shape[:2], -1)
+        match_BT1 = (self.x_norm(x_BTD) * self.key_norm(self.key(e_BTE))).sum(-1, keepdim=True)
+        return (match_BT1 / math.sqrt(self.dim)).sigmoid() * self.value(e_BTE)
+
+    def cost(self) -> Cost:
+        """Two projections; one row is read for each order and head."""
+        matrices = self.key.weight.numel() + self.value.weight.numel()
+        params = {"memory_projection": matrices, "norm": 2 * self.dim}
+        return Cost(params, params | {"memory_values": self.key.in_features}, {"memory_projection": matrices})
+
+
+class SwiGLUBesideNgrams(SwiGLU):
+    """A feed-forward with an n-gram memory beside it; `window` asks the transformer for the last three ids."""
+
+    window = max(ORDERS)
+
+    def __init__(self, dim: int, hidden: int, memory: NgramMemory) -> None:
+        super().__init__(dim, hidden)
+        self.memory = memory
+
+    def forward(self, x_BTD: Tensor, ids_BTW: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x_BTD) + self.memory(x_BTD, ids_BTW)
+
+    def cost(self) -> Cost:
+        return super().cost() + self.memory.cost()
+
+
+class NgramConfig(ModelConfig):
+    """Two layers read n-grams, each from a table of its own."""
+
+    ngram_rows: int = Field(default=4096, gt=100, description="rows of each order and head, about")
+    ngram_width: int = Field(default=8, gt=0, description="width of a row")
+    ngram_heads: int = Field(default=4, gt=0, description="hashes of each order; Engram: 8")
+    placement: tuple[int, ...] = Field(default=(1, 2), strict=False, description="layers; Engram: 2 and 15")
+
+
+def primes_below(limit: int, count: int) -> list[int]:
+    """The `count` largest primes below `limit`."""
+    found: list[int] = []
+    for number in range(limit - 1, 2, -1):
+        if len(found) < count and all(number % divisor for divisor in range(2, math.isqrt(number) + 1)):
+            found.append(number)
+    return found
+
+
+def feed_forwards(config: NgramConfig) -> list[nn.Module]:
+    """A SwiGLU in every layer, in those of the placement with n-grams beside it."""
+    size, primes = config.size, primes_below(config.ngram_rows, len(ORDERS) * config.ngram_heads)
+
+    def feed_forward(layer: int) -> nn.Module:
+        if layer not in config.placement:
+            return SwiGLU(size.dim, size.ffn_hidden)
+        table = MemoryTable(sum(primes), config.ngram_width)
+        return SwiGLUBesideNgrams(size.dim, size.ffn_hidden, NgramMemory(table, primes, size.dim))
+
+    return [feed_forward(layer) for layer in range(size.layers)]
+
+
+register(Family("hashed_ngram", NgramConfig, feed_forwards, has_memory=True))
