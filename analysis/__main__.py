@@ -24,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
     except InputError as error:
         print(f"analysis: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("analysis: interrupted", file=sys.stderr)
+        return 130
 
 
 def _parser() -> argparse.ArgumentParser:

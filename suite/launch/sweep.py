@@ -177,11 +177,11 @@ class Sweep:
     def _stop(self) -> None:
         """Stop our workers; a run that is cut resumes from its last checkpoint."""
         self.watcher.event("stopping; the same command resumes")
-        for active in self.active.values():
-            active.job.cancel()
         deadline = time.monotonic() + STOP_PATIENCE_S
         while time.monotonic() < deadline and any(not active.job.done() for active in self.active.values()):
-            time.sleep(POLL_S)
+            for active in self.active.values():
+                executors.stop(active.job)
+            time.sleep(TELL_S)
 
 
 def write_grid(results: Path, grid: Grid) -> None:

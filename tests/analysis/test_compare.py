@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BITS_MAX, EXPOSURES, curve, write_run
+from run_folders import BITS_MAX, EXPOSURES, curve, write_run
 from scipy import stats
 
 from analysis import compare, runs

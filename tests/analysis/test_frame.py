@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import BITS_MAX, EXPOSURES, curve, write_run
+from run_folders import BITS_MAX, EXPOSURES, curve, write_run
 
 from analysis import frame, runs
 from analysis.errors import InputError

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import write_json, write_run
+from run_folders import write_json, write_run
 
 from analysis import runs
 from analysis.__main__ import main

@@ -41,7 +41,7 @@ def suite(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]
 
 
 def start_sweep(grid: Path, results: Path, *options: str) -> subprocess.Popen[str]:
-    """A sweep in the background, its words in results/../sweep.log."""
+    """A sweep in the background, in a process group of its own as on a terminal; its words in results/../sweep.log."""
     command = [
         sys.executable,
         "-m",
@@ -54,7 +54,7 @@ def start_sweep(grid: Path, results: Path, *options: str) -> subprocess.Popen[st
         *options,
     ]
     with (grid.parent / "sweep.log").open("a") as log:
-        return subprocess.Popen(command, env=environment(), stdout=log, stderr=log, text=True)
+        return subprocess.Popen(command, env=environment(), stdout=log, stderr=log, text=True, start_new_session=True)
 
 
 def runs_of(results: Path) -> list[RunDir]:

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -71,15 +72,19 @@ def test_two_sweeps_at_once_train_every_run_once(tmp_path: Path) -> None:
         assert state_of(run) == "done"
 
 
-def test_ctrl_c_stops_the_workers_and_the_same_command_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("strike", [os.kill, os.killpg], ids=["the launcher alone", "all on its terminal"])
+def test_ctrl_c_stops_the_workers_and_the_same_command_goes_on(
+    tmp_path: Path, strike: Callable[[int, int], None]
+) -> None:
     grid, results = write(tmp_path, DENSE.replace("epochs: 2", "epochs: 30")), tmp_path / "results"
     sweep = start_sweep(grid, results)
     deadline = time.monotonic() + 120
     while not any(run.checkpoints.exists() and list(run.checkpoints.glob("step-*")) for run in runs_of(results)):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    sweep.send_signal(signal.SIGINT)
+    strike(sweep.pid, signal.SIGINT)
     assert sweep.wait(timeout=60) == 130
+    assert "Traceback" not in (tmp_path / "sweep.log").read_text()
     (run,) = runs_of(results)
     assert not run.is_locked()
     assert state_of(run) == "pending"
