@@ -39,16 +39,57 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--json", action="store_true", help="one JSON document on stdout")
     common.add_argument("--out", type=Path, help="where to write")
     verbs = parser.add_subparsers(required=True, metavar="frame|fit|figures|report|tuning|paper|kernels")
-    for name, function, words in (
-        ("frame", frame, "the tidy frame; --out FILE.csv, .jsonl or .parquet"),
-        ("fit", fit, "fits of a grid's outcomes against table and base size"),
-        ("figures", figures, "the figures of a grid; --out is their folder"),
-        ("report", report, "figures and report.md of a grid; --out is the figures' folder"),
-        ("tuning", tuning, "what a tuning grid chose, as Markdown; --out FILE.md"),
-        ("paper", paper, "the paper's figures and tables, published numbers and matching runs; --out is their folder"),
-        ("kernels", kernels, "the kernels' rooflines from RESULTS/bench; --out is their folder"),
+    for name, function, words, example in (
+        (
+            "frame",
+            frame,
+            "the tidy frame; --out FILE.csv, .jsonl or .parquet",
+            "--grid laptop --out laptop.csv",
+        ),
+        (
+            "fit",
+            fit,
+            "fits of a grid's outcomes against table and base size",
+            '--law chinchilla --data runs.csv --columns "N=params,D=tokens,L=loss" --json',
+        ),
+        (
+            "figures",
+            figures,
+            "the figures of a grid; --out is their folder",
+            "--grid laptop",
+        ),
+        (
+            "report",
+            report,
+            "figures and report.md of a grid; --out is the figures' folder",
+            "--grid laptop",
+        ),
+        (
+            "tuning",
+            tuning,
+            "what a tuning grid chose, as Markdown; --out FILE.md",
+            "--grid tune-laptop --out tune.md",
+        ),
+        (
+            "paper",
+            paper,
+            "the paper's figures and tables, published numbers and matching runs; --out is their folder",
+            "--out figures/paper",
+        ),
+        (
+            "kernels",
+            kernels,
+            "the kernels' rooflines from RESULTS/bench; --out is their folder",
+            "--results results",
+        ),
     ):
-        verb = verbs.add_parser(name, parents=[common], help=words, description=words)
+        verb = verbs.add_parser(
+            name,
+            parents=[common],
+            help=words,
+            description=words,
+            epilog=f"Example: python -m analysis {name} {example}",
+        )
         verb.set_defaults(verb=function)
         if name == "fit":
             add_options(verb)
