@@ -1,13 +1,15 @@
 """Programs that a model wrote, run where they can harm nothing and cannot pass by lying.
 
-Three kinds of walls, the strongest available first: - bubblewrap: own user, process, network, ipc and file
-name spaces; of the machine's files only the system libraries and the interpreter, read-only; one small
-writable folder in memory. - unshare: the same name spaces and the same few files, made with util-linux alone.
-- rlimits: limits and no walls. A program can read files, use the network and signal the evaluator: never
-chosen unless asked for by name.
+Three kinds of walls, the strongest available first:
+- bubblewrap: own user, process, network, ipc and file name spaces; of the machine's files only the system libraries
+  and the interpreter, read-only; one small writable folder in memory.
+- unshare: the same name spaces and the same few files, made with util-linux alone.
+- rlimits: limits and no walls. A program can read files, use the network and signal the evaluator: never chosen
+  unless asked for by name.
 
-In all of them CPU time, memory, file size, open files and wall time are bounded, the environment is empty,
-and the whole process group is killed at the end.
+In all of them CPU time, memory, file size, open files and wall time are bounded, the environment is empty, and the
+whole process group is killed at the end. A program is one process: an audit hook refuses to start others, and native
+code that is not Python's own. (The limit on processes stands behind that; it does not hold for root.)
 
 A program passes only if a random nonce comes out last. It waits in a pipe until all else of the program's
 text has been read, then lives only on the interpreter's value stack while program and tests run: exit(0),
@@ -30,7 +32,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import IO, Literal, get_args
 
 from suite.errors import UserError
 from suite.evaluate.sandbox_driver import NONCE_BYTES
@@ -40,6 +42,7 @@ RunCode = Literal["strongest", "bubblewrap", "unshare", "rlimits"]
 """Leave to run programs: in the strongest sandbox that works here (never rlimits), or in that kind."""
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32")
+_DEVICES = ("/dev/null", "/dev/urandom")
 _DRIVER = (Path(__file__).parent / "sandbox_driver.py").read_text()
 
 
@@ -76,25 +79,29 @@ class Sandbox:
         if kind is not None:
             if kind not in get_args(Kind):
                 raise UserError(f"--run-code: got {kind!r}, allowed: {', '.join(get_args(Kind))}")
-            if not self._works(kind):
-                raise UserError(f"--run-code: got {kind!r}, which does not work on this machine")
+            if trouble := self._trouble(kind):
+                raise UserError(f"--run-code: got {kind!r}, which does not work on this machine ({trouble})")
             return
-        if not self._works("bubblewrap") and not self._works("unshare"):
+        if (first := self._trouble("bubblewrap")) and (second := self._trouble("unshare")):
             raise UserError(
-                "--run-code: neither bubblewrap nor unshare works here; install bubblewrap, use a container without"
-                " network and name --run-code rlimits, or leave out the tasks that run code"
+                f"--run-code: neither bubblewrap ({first}) nor unshare ({second}) works here; install bubblewrap, use a"
+                " container without network and name --run-code rlimits, or leave out the tasks that run code"
             )
 
-    def _works(self, kind: Kind) -> bool:
-        """Take a kind and see whether a program passes in it."""
+    def _trouble(self, kind: Kind) -> str:
+        """Take a kind, and run a program in it that must pass; in a line why it does not, or nothing."""
         self.kind: Kind = kind
-        try:
-            return self.run("assert sum(range(10)) == 45").passed
-        except OSError:
-            return False
+        with tempfile.TemporaryFile() as errors:
+            try:
+                outcome = self.run("assert sum(range(10)) == 45", errors)
+            except OSError as error:
+                return f"{error.filename}: {error.strerror}"
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip().splitlines()
+        return "" if outcome.passed else [outcome.reason, *said][-1]
 
-    def run(self, program: str) -> Outcome:
-        """Run one program to its end or its limits."""
+    def run(self, program: str, errors: IO[bytes] | int = subprocess.DEVNULL) -> Outcome:
+        """Run one program to its end or its limits; `errors` takes what it says on standard error."""
         nonce = secrets.token_hex(NONCE_BYTES // 2).encode()
         source = program.encode()
         with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as output:
@@ -102,7 +109,7 @@ class Sandbox:
                 _COMMANDS[self.kind](scratch, self.limits),
                 stdin=subprocess.PIPE,
                 stdout=output,
-                stderr=subprocess.DEVNULL,
+                stderr=errors,
                 env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/tmp"},
                 cwd=scratch,
                 start_new_session=True,
@@ -170,8 +177,11 @@ def _bubblewrap(scratch: str, limits: Limits) -> list[str]:
         else:
             files += ["--ro-bind", str(path), str(path)]
     walls = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
-    memory = ["--dev", "/dev", "--size", str(limits.scratch_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    return [os.environ.get("BWRAP", "bwrap"), *walls, *files, *memory, *_python(limits)]
+    devices = [word for name in _DEVICES for word in ("--dev-bind", name, name)]
+    scratch_in_memory = ["--size", str(limits.scratch_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]
+    # bubblewrap's root, and its own /dev, are memory without a bound: nothing is writable but /tmp
+    rest = [*devices, *scratch_in_memory, "--remount-ro", "/"]
+    return [os.environ.get("BWRAP", "bwrap"), *walls, *files, *rest, *_python(limits)]
 
 
 # As root of a new user name space: build a root of read-only mounts on a memory file system, move into it, forget
@@ -194,7 +204,7 @@ done
 mkdir "$root/tmp" "$root/dev" "$root/old" "$root/proc"
 mount -t proc proc "$root/proc" || mount --rbind /proc "$root/proc"
 mount -t tmpfs -o "size=$size,mode=1777" none "$root/tmp"
-for node in null urandom; do touch "$root/dev/$node"; mount --bind "/dev/$node" "$root/dev/$node"; done
+for node in DEVICES; do touch "$root$node"; mount --bind "$node" "$root$node"; done
 cd "$root"
 pivot_root . old
 umount -l /old
@@ -202,7 +212,7 @@ umount -l /proc
 mount -o remount,ro /
 cd /tmp
 exec setpriv --no-new-privs --bounding-set=-all --inh-caps=-all --ambient-caps=-all "$@"
-"""
+""".replace("DEVICES", " ".join(_DEVICES))
 
 
 def _unshare(scratch: str, limits: Limits) -> list[str]:

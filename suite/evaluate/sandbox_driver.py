@@ -10,7 +10,8 @@ import sys
 from typing import Any
 
 NONCE_BYTES = 32
-BANNED = {"ctypes", "_ctypes", "_posixsubprocess", "_xxsubinterpreters", "_interpreters", "_testcapi", "_socket"}
+BANNED = ("ctypes", "_posixsubprocess", "_xxsubinterpreters", "_interpreters", "_testcapi", "_socket")
+"""modules by the end of their name: a loader may give them a package"""
 REFUSED = (
     "cpython.PyInterpreterState_New",
     "ctypes.",
@@ -49,11 +50,14 @@ def read(count: int) -> bytes:
 def guard() -> None:
     """Refuse, from now on, the ways out of the program and into the interpreter."""
 
+    native = tuple(path + "/" for path in sys.path if path.endswith("lib-dynload"))
+
     # what the hook needs is bound here: the program may rebind the names of this module
     def hook(
         event: str,
         args: tuple[Any, ...],
-        banned: frozenset[str] = frozenset(BANNED),
+        banned: tuple[str, ...] = BANNED,
+        native: tuple[str, ...] = native,
         refused: tuple[str, ...] = REFUSED,
         text: type[str] = str,
         names: tuple[type, ...] = (str, bytes),
@@ -63,7 +67,9 @@ def guard() -> None:
         missing: type[Exception] = ImportError,
     ) -> None:
         if event == "import":
-            if args[0] in banned:
+            name, path = args[:2]  # the path of native code, else None
+            strange = path is not None and (text.find(path, "..") >= 0 or not text.startswith(path, native))
+            if text.endswith(name, banned) or strange:
                 raise missing("not to be had in the sandbox")
         elif event == "open":
             if is_a(args[0], names) and "/proc" in decode(args[0]):

@@ -50,14 +50,28 @@ HOSTILE = {
 OUTSIDE = {
     "reading /etc/passwd": "assert open('/etc/passwd').read()",
     "writing beside itself": "open({path!r}, 'w').write('was here')",
+    "filling memory with files": (
+        "written = 0\nfor folder in ('/', '/dev', '/dev/shm', '/run', '/var/tmp', '/usr', '/tmp'):\n"
+        "    for n in range(40):\n        try:\n            open(f'{{folder}}/f{{n}}', 'wb').write(bytes(1_000_000))\n"
+        "        except OSError:\n            break\n        written += 1\nassert written > 16"
+    ),
 }
-# These try to look into the interpreter, and print what they find.
+NATIVE = """
+import importlib.util, pathlib, shutil, sys
+(folder,) = (path for path in sys.path if path.endswith('lib-dynload'))
+(source,) = pathlib.Path(folder).glob('{name}'.rpartition('.')[2] + '.*.so')
+spec = importlib.util.spec_from_file_location('{name}', str({path}))
+importlib.util.module_from_spec(spec)
+"""
+# These try to look into the interpreter, or to bring code of their own.
 INTERPRETER = {
     "garbage collector": "import gc, sys\ngc.get_referents(sys._getframe().f_back)",
     "ctypes": "import ctypes",
     "memory file": "open('/proc/self/mem', 'rb')",
     "tracing": "import sys\nsys.settrace(lambda *_: None)",
     "another interpreter": "import _xxsubinterpreters",
+    "a refused module under another name": NATIVE.format(name="other._posixsubprocess", path="source"),
+    "native code of its own": NATIVE.format(name="_bisect", path="shutil.copy(source, '_bisect.so')"),
 }
 
 
@@ -156,15 +170,14 @@ def test_failing_and_broken_programs_fail(box: Sandbox) -> None:
 
 
 def test_without_walls_it_refuses_unless_asked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(_scratch: str, _limits: Limits) -> list[str]:
-        return ["/nonexistent"]
-
-    monkeypatch.setitem(sandbox._COMMANDS, "bubblewrap", missing)
-    monkeypatch.setitem(sandbox._COMMANDS, "unshare", missing)
-    with pytest.raises(UserError, match="neither bubblewrap nor unshare works here"):
+    monkeypatch.setitem(sandbox._COMMANDS, "bubblewrap", lambda *_: ["/nonexistent"])
+    monkeypatch.setitem(sandbox._COMMANDS, "unshare", lambda *_: ["sh", "-c", "echo no spaces left >&2; exit 1"])
+    absent = r"\(/nonexistent: No such file or directory\)"
+    reasons = rf"neither bubblewrap {absent} nor unshare \(no spaces left\) works here"
+    with pytest.raises(UserError, match=reasons):
         Sandbox()
     assert Sandbox("rlimits").run("x = 1").passed
-    with pytest.raises(UserError, match="does not work on this machine"):
+    with pytest.raises(UserError, match=rf"does not work on this machine {absent}"):
         Sandbox("bubblewrap")
 
 
