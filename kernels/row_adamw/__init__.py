@@ -94,6 +94,11 @@ class RowAdamW:
         return self.history.step
 
     @property
+    def never_read(self) -> int:
+        """Rows that never had a gradient."""
+        return int(self.state.touched_R.logical_not().sum())
+
+    @property
     def bytes_per_row(self) -> int:
         """Memory held per row beside the table itself."""
         state = self.state

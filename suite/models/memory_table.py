@@ -59,6 +59,9 @@ class MemoryTable(nn.Module):
     def share_gradient(self) -> None:
         """Called when gradients are complete: a table that processes replicate adds up theirs."""
 
+    def share_reads(self, counts: Tensor) -> None:
+        """Called when counts of this table's reads are complete: a table that processes replicate adds up theirs."""
+
     def norm_of_columns(self, norm: Tensor) -> Tensor:
         """The norm of something of whole rows, given that of the columns held here: all of them."""
         return norm
@@ -72,8 +75,11 @@ class MemoryLayer(nn.Module):
     """A module that reads memory tables; `tables` may be shared with other layers of the same model.
 
     The tables stay out of the module's own parameters (a plain list is not a submodule): the Transformer owns
-    each distinct table once, under a name of its own.
+    each distinct table once, under a name of its own. The S rows of a read are `heads_per_read` heads' rows side by
+    side.
     """
+
+    heads_per_read = 1
 
     def __init__(self, tables: list[MemoryTable]) -> None:
         super().__init__()

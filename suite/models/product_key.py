@@ -54,6 +54,7 @@ class ProductKeyLayer(MemoryLayer):
         super().__init__(tables)
         self.dim, self.how = dim, how
         self.half_keys, self.heads, self.top_k, self.k_dim = how.half_keys, how.heads, how.top_k, how.k_dim
+        self.heads_per_read = how.heads
         self.query = nn.Linear(dim, how.heads * how.k_dim)
         self.keys = nn.Parameter(torch.empty(how.heads, 2, how.half_keys, how.k_dim // 2))
         self.query_norm = nn.RMSNorm(how.k_dim // 2, eps=1e-5) if how.qk_norm else None

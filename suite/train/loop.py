@@ -22,6 +22,7 @@ from suite.evaluate.probe import Prober
 from suite.models.accounting import account
 from suite.models.precision import at_least_fp32
 from suite.models.transformer import Transformer
+from suite.models.usage import Reads
 from suite.records import RunDir
 from suite.train import checkpoint
 from suite.train.optim import Optimizer
@@ -69,6 +70,7 @@ class Trainer:
         self.device = self.world.device
         self.model, self.forward = self._build()
         self.optimizer = Optimizer(self.model, self.config)
+        self.reads = Reads(self.model)
         self.loader = corpus.loader(cell.seed, self.config.batch_rows)
         self.steps = total_steps(self.config, self.loader, cell.data.seq_len)
         self.probes = probe_steps(self.config, self.steps)
@@ -227,6 +229,9 @@ class Trainer:
             telemetry.close()
 
     def _timed_step(self, telemetry: Telemetry) -> None:
+        is_logged = (self.step + 1) % self.config.log_every == 0 or self.step + 1 == self.steps
+        if is_logged:
+            self.reads.start()
         started = time.perf_counter()
         facts = self.train_step()
         seconds = time.perf_counter() - started
@@ -234,8 +239,17 @@ class Trainer:
         assert loss is not None
         telemetry.stepped(self.step, self.config.batch_rows * self.cell.data.seq_len, seconds, loss)
         self.train_s = telemetry.train_s
-        if self.step % self.config.log_every == 0 or self.step == self.steps:
-            self.record(facts | telemetry.speed())
+        if is_logged:
+            self.record(facts | telemetry.speed() | self._usage())
+
+    def _usage(self) -> dict[str, Any]:
+        """What the step just taken read of its tables, and how many of their rows no step has read yet."""
+        usage = self.reads.finish()
+        if not usage:
+            return {}
+        for found, table in zip(usage["tables"], self.reads.tables, strict=True):
+            found["never_read"] = self.optimizer.never_read(table)
+        return {"usage": usage}
 
 
 def train(

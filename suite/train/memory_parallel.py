@@ -71,6 +71,11 @@ class ColumnTable(MemoryTable):
         elif self.weight.grad is not None:
             dist.all_reduce(self.weight.grad, group=self.replicas)
 
+    def share_reads(self, counts: Tensor) -> None:
+        """Add up what the replicas' tokens read; within a group every process sees the reads of all."""
+        if self.replicas.size() > 1:
+            dist.all_reduce(counts, group=self.replicas)
+
     def norm_of_columns(self, norm: Tensor) -> Tensor:
         """The norm over the columns of all processes."""
         square = norm.square()

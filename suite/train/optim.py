@@ -87,6 +87,13 @@ class Optimizer:
             adamw.gradients.scale_(factor)
         return norm.item()
 
+    def never_read(self, table: MemoryTable) -> int | None:
+        """Rows of the table that no step has read yet; None where its gradients are dense, which do not say."""
+        for known, adamw in zip(self.tables, self.rows, strict=bool(self.rows)):
+            if known is table:
+                return adamw.never_read
+        return None
+
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Moments and step counts by parameter name: the tensors in use, made first where no step was taken yet.
 

@@ -1,6 +1,5 @@
 """Key usage against counting by hand."""
 
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from suite import models
 from suite.cells import Cell
 from suite.data import Corpus, prepare
-from suite.evaluate.usage import BATCH_ROWS, BATCHES, key_usage, measures
+from suite.evaluate.usage import BATCH_ROWS, BATCHES, key_usage
 
 
 def cell(family: str, **options: object) -> Cell:
@@ -26,15 +25,6 @@ def cell(family: str, **options: object) -> Cell:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return prepare(cell("dense").data, Path(tmp_path_factory.mktemp("usage")))
-
-
-def test_even_reads_diverge_by_nothing_and_one_row_by_all_bits() -> None:
-    assert measures(torch.full((64,), 3)) == {"rows": 64, "reads": 192, "used": 1.0, "kl_bits": 0.0}
-    one = torch.zeros(64, dtype=torch.int64)
-    one[5] = 7
-    assert measures(one) == {"rows": 64, "reads": 7, "used": 1 / 64, "kl_bits": 6.0}
-    halves = measures(torch.tensor([1, 3, 0, 0]))
-    assert halves["kl_bits"] == pytest.approx(2 + 0.25 * math.log2(0.25) + 0.75 * math.log2(0.75))
 
 
 def test_layers_and_shared_tables_are_counted_as_a_loop_counts_them(corpus: Corpus) -> None:

@@ -1,0 +1,153 @@
+"""Which rows of its tables a model reads, and how evenly: counts of reads, and the measures taken of them.
+
+The measures are those of Lample et al. 2019 (Large Memory Layers with Product Keys, arXiv 1907.05242, section 4.4),
+over counts of reads; training takes them of the steps it logs, evaluation of a sample of text.
+Shapes: N tokens, M heads, S rows of the table read per token, R rows of the table, U rows read at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from suite.models.memory_table import MemoryLayer, MemoryTable
+from suite.models.transformer import Transformer
+
+
+class Reads:
+    """Counts what every memory layer of a model reads, from `start` to `finish`; listens to the model until `detach`.
+
+    Nothing is kept while it does not count. While it does: 4 bytes a row for each head of each layer.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        self._layers = model.memory_layers()
+        self.tables = list({id(_table(layer)): _table(layer) for layer in self._layers.values()}.values())
+        self._counts: dict[int, Tensor] = {}
+        self._reading = -1
+        # Hooks stay for good, since a compiled model does not notice those that come and go.
+        self._handles = [
+            layer.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
+            for index, layer in self._layers.items()
+        ]
+        for table in self.tables:
+            table.before_read.append(self._count)
+
+    def start(self) -> None:
+        """Count from here, from zero."""
+        self._counts = {
+            index: _table(layer).weight.new_zeros(
+                layer.heads_per_read, len(_table(layer).weight), dtype=torch.int32, requires_grad=False
+            )
+            for index, layer in self._layers.items()
+        }
+
+    def finish(self) -> dict[str, Any]:
+        """What was read since `start`, and count no more; empty for a model without a memory.
+
+        Returns:
+            {"layers": {layer: measures and "head_entropy_bits", a list}, "tables": [measures, "layers" and
+            "overlap"]}, tables as in `self.tables`. The reads of all layers that share a table are taken together in
+            "tables"; "overlap" has for every two of them ("4-12") the share of their reads that is common to both.
+        """
+        counts, self._counts = self._counts, {}
+        for index, counts_MR in counts.items():
+            _table(self._layers[index]).share_reads(counts_MR)
+        if not counts:
+            return {}
+        sharing = [
+            [index for index, layer in self._layers.items() if _table(layer) is table] for table in self.tables
+        ]
+        by_layer = {index: _sum(counts_MR) for index, counts_MR in counts.items()}
+        return {
+            "layers": {
+                str(index): {
+                    **measures(by_layer[index]),
+                    "head_entropy_bits": [_entropy_bits(_shares(counts_R)[1]) for counts_R in counts_MR],
+                }
+                for index, counts_MR in counts.items()
+            },
+            "tables": [
+                {
+                    "layers": layers,
+                    **measures(_sum(torch.stack([by_layer[index] for index in layers]))),
+                    "overlap": {
+                        f"{one}-{other}": overlap(by_layer[one], by_layer[other])
+                        for one, other in itertools.combinations(layers, 2)
+                    },
+                }
+                for layers in sharing
+            ],
+        }
+
+    def detach(self) -> None:
+        """Listen no more."""
+        for handle in self._handles:
+            handle.remove()
+        for table in self.tables:
+            table.before_read.remove(self._count)
+
+    def _enter(self, index: int) -> None:
+        self._reading = index
+
+    def _count(self, indices_NS: Tensor) -> None:
+        if not self._counts:
+            return
+        counts_MR = self._counts[self._reading]
+        heads, rows = counts_MR.shape
+        first_M1 = torch.arange(0, heads * rows, rows, device=indices_NS.device).unsqueeze(1)
+        places_NMK = indices_NS.unflatten(1, (heads, -1)) + first_M1
+        one = counts_MR.new_ones(())
+        counts_MR.view(-1).index_add_(0, places_NMK.view(-1), one.expand(places_NMK.numel()))
+
+
+def measures(counts_R: Tensor) -> dict[str, float]:
+    """Of counts of reads, int: rows, reads, the share of rows read at least once (`used`) and the number of the others
+    (`dead`), the entropy of the reads over rows, and their divergence from even use, 0 to log2 rows bits."""
+    rows, shares_U = len(counts_R), _shares(counts_R)[1]
+    entropy = _entropy_bits(shares_U)
+    return {
+        "rows": rows,
+        "reads": int(counts_R.sum()),
+        "used": len(shares_U) / rows,
+        "dead": rows - len(shares_U),
+        "entropy_bits": entropy,
+        "kl_bits": max(0.0, math.log2(rows) - entropy),
+    }
+
+
+def overlap(counts_R: Tensor, others_R: Tensor) -> float:
+    """The part that two distributions of reads over rows have in common, 0 to 1 (Weitzman's coefficient): the sum
+    over rows of the smaller share."""
+    rows_U, shares_U = _shares(counts_R)
+    return float(torch.minimum(shares_U, others_R[rows_U].double() / others_R.sum()).sum())
+
+
+def _sum(counts_XR: Tensor) -> Tensor:
+    # torch sums int32 into int64 unless told otherwise, at twenty times the cost.
+    return counts_XR.sum(0, dtype=torch.int32)
+
+
+def _entropy_bits(shares_U: Tensor) -> float:
+    return max(0.0, -float((shares_U * shares_U.log2()).sum()))
+
+
+def _shares(counts_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows that were read, ascending, and their shares of the reads, float64."""
+    is_read_R = counts_R.ne(0)
+    if is_read_R.is_cuda:
+        rows_U = is_read_R.nonzero().squeeze(1)
+    else:  # three times faster than torch's on CPU
+        rows_U = torch.from_numpy(np.flatnonzero(is_read_R.numpy()))
+    read_U = counts_R.index_select(0, rows_U).double()
+    return rows_U, read_U / read_U.sum()
+
+
+def _table(layer: MemoryLayer) -> MemoryTable:
+    """The table a layer is counted by; where it has several, all are read at the same rows."""
+    return layer.tables[0]
