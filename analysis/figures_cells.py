@@ -1,4 +1,4 @@
-"""Figures with one point per variant: base size, cost, final scores, compute multiplier, key usage, fits, plans."""
+"""Figures with one point per variant: base size, cost, final scores, compute multiplier, fits, plans."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pandas as pd
 
 from analysis import style
 from analysis.compare import MIN_PAIRS, contrasts, final_scores
-from analysis.scene import POINT_NOTE, Missing, Scene, common_exposure, dot, equal_tokens
+from analysis.figures_usage import usage_figure, usage_in_training
+from analysis.scene import BESIDE, POINT_NOTE, Missing, Scene, common_exposure, dot, equal_tokens
 from analysis.trends import trends
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MANY = 24
-BESIDE = POINT_NOTE.replace("n in the legend", "n beside")
 NO_BITS = "no storage probes in grid {}; they come with bios data and train.probes > 0"
 
 
@@ -175,33 +175,6 @@ def multiplier_figure(found: Scene, folder: Path) -> list[Path]:
     return _ratios(found, folder, "compute-multiplier", "compute multiplier at E50", note, rows)
 
 
-def usage_figure(found: Scene, folder: Path) -> list[Path]:
-    """Share of rows read and unevenness of reads, of every model with a table."""
-    used: list[tuple[str, str, np.ndarray]] = []
-    uneven: list[tuple[str, str, np.ndarray]] = []
-    for base in found.bases:
-        for label, runs in found.variants(base):
-            tables = [table for run in runs for table in run.usage.get("tables", [])]
-            if tables:
-                used.append((f"{base} {label}", label, np.array([100 * table["used"] for table in tables])))
-                uneven.append((f"{base} {label}", label, np.array([table["kl_bits"] for table in tables])))
-    if not used:
-        raise Missing(
-            f"no usage.json in grid {found.grid}; suite sweep {found.grid} writes it for models with a memory"
-        )
-    with style.figure(1, 2, width=7.0, height=1.3 + 0.3 * len(used), sharey=True) as (drawn, axes):
-        for axis, rows, words in zip(
-            axes, (used, uneven), ("rows read at all, %", "KL from even use, bits"), strict=True
-        ):
-            for position, (_, label, values) in enumerate(rows):
-                dot(axis, position, values, found.looks[label], sideways=True)
-            axis.set_yticks(range(len(rows)), [f"{text} (n={len(values)})" for text, _, values in rows])
-            axis.set_ylim(len(rows) - 0.5, -0.5)
-            axis.set_xlabel(words)
-        note = "Reads of the finished model over a fixed sample of training text. " + BESIDE
-        return style.save(drawn, folder, "key-usage", found.note(note))
-
-
 def trend_figure(found: Scene, folder: Path) -> list[Path]:
     """The log-linear fits: fitted against observed by cell, the held-out cell open, and residuals below."""
     fits = [trend for trend in trends(list(found.runs.values())) if trend.points]
@@ -268,6 +241,7 @@ CELL_FIGURES: list[tuple[str, Callable[[Scene, Path], list[Path]]]] = [
     ("compute-multiplier", multiplier_figure),
     ("trend-fit", trend_figure),
     ("key-usage", usage_figure),
+    ("key-usage-training", usage_in_training),
     ("final-scores", final_scores_figure),
     ("plan", plan_figure),
 ]

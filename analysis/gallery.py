@@ -24,6 +24,7 @@ CAPTIONS = {
     "compute-multiplier": "Compute multiplier at E50",
     "trend-fit": "Fits against table and base size, with residuals and the held-out cell",
     "key-usage": "How evenly the memory's rows are read",
+    "key-usage-training": "How the use of the memory's rows changes in training",
     "final-scores": "Final scores",
     "scores-rows": "Final scores against memory rows, with published points",
     "plan": "Predicted against measured wall-clock",

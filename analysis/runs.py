@@ -76,6 +76,20 @@ class Run:
         return [line for line in self.lines if "loss" in line]
 
     @cached_property
+    def table_use(self) -> pd.DataFrame:
+        """Key usage in training, one row per logging step, the mean over tables: tokens, used and never_read (shares of
+        rows), kl_bits."""
+        rows = []
+        for line in self.lines:
+            for table in line.get("usage", {}).get("tables", []):
+                never = table.get("never_read")
+                share = float("nan") if never is None else never / table["rows"]
+                use = {"used": table["used"], "never_read": share, "kl_bits": table["kl_bits"]}
+                rows.append({"tokens": line["tokens"], **use})
+        frame = pd.DataFrame(rows, columns=["tokens", "used", "never_read", "kl_bits"], dtype=float)
+        return frame.groupby("tokens", as_index=False).mean()
+
+    @cached_property
     def probes(self) -> pd.DataFrame:
         """One row per probe: step, tokens, epoch, train_flops, wall_s, eval_loss, and `<kind>_<metric>`
         columns."""

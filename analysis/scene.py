@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 POINT_NOTE = f"Points: mean over seeds, 95 % t-interval from {MIN_PAIRS} runs on, n in the legend; faint: single runs."
-
+BESIDE = POINT_NOTE.replace("n in the legend", "n beside")
 
 LEGEND = 16
 

@@ -52,6 +52,12 @@ def account(base: str, half_keys: int | None, ffn_hidden: int | None) -> dict[st
     }
 
 
+def usage_line(rows: int, tokens: int) -> dict[str, Any]:
+    """What training says of a table whose rows come into use with tokens."""
+    unread = round(rows * float(np.exp(-tokens / 1e5)))
+    return {"tables": [{"layers": [1], "rows": rows, "used": 0.5, "kl_bits": 1.0, "never_read": unread}]}
+
+
 def write_run(
     results: Path,
     family: str,
@@ -131,6 +137,7 @@ def write_run(
                 "tokens_per_s": speed,
                 "memory_bytes": 10,
             }
+            | ({"usage": usage_line(half_keys**2, tokens)} if half_keys else {})
         )
         scores = {
             kind: {

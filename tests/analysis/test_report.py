@@ -32,7 +32,7 @@ def test_report_states_the_primary_contrast_failures_and_ratios(results: Path, t
     assert "pkm-w32-k64-s9-00000000: not started" in text
     drawn = {path.name for path in out.iterdir()}
     names = ("bits-exposures", "memory-rows", "bits-compute", "loss-curves", "base-size", "cost",
-             "compute-multiplier", "trend-fit", "key-usage")  # fmt: skip
+             "compute-multiplier", "trend-fit", "key-usage", "key-usage-training")  # fmt: skip
     assert {f"{name}.{kind}" for name in names for kind in ("png", "pdf", "svg")} == drawn
     page = (results / "grids" / "demo" / "report.html").read_text()
     assert "memory_plus k64 needs 0.510 [0.500, 0.520]" in page
