@@ -89,8 +89,8 @@ def score(
         raise UserError("RUN|GRID: got nothing, allowed: a run, a grid, or --oracle")
     asked = _asked(tasks, preset, num_fewshot, limit)
     grid, runs, results = _runs(target, results, set_, scale, baseline)
-    from suite.launch.scoring import score_runs
-    from suite.launch.status import grid_status
+    from suite.launch.scoring import score_runs, scores_of
+    from suite.launch.status import grid_status, status_json
 
     # Set here, so that one started in the background of a script can be stopped, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -101,7 +101,15 @@ def score(
     except KeyboardInterrupt:
         print("suite: stopped; the scores that are whole stay, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None
-    print_statuses(grid, grid_status(results, grid), as_json)
+    statuses = grid_status(results, grid)
+    scores = {run.name: scores_of(run, evaluations) for run, evaluations in wanted}
+    if as_json:
+        document = status_json(grid, statuses)
+        cells = [cell | {"scores": scores[cell["run"]]} for cell in document["cells"]]
+        print_json(document | {"cells": cells})
+    else:
+        print_statuses(grid, statuses, as_json=False)
+        print_table(_scores_table(scores))
     if untrained:
         print(f"not trained to their end, so not scored: {', '.join(untrained)}", file=sys.stderr)
         raise typer.Exit(1)
@@ -183,6 +191,18 @@ def _oracle(tasks: str | None, data_root: Path | None, run_code: str | None, lim
         print_json(report)
     else:
         print_table(_oracle_table(report))
+
+
+def _scores_table(scores: dict[str, list[dict[str, Any]]]) -> Table:
+    from rich.table import Table
+
+    table = Table("run", "task", "few-shot", "n", "cut", "metric", "value", "stderr")
+    for run, rows in scores.items():
+        for row in rows:
+            numbers = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("value", "stderr"))
+            counts = (str(row[key]) for key in ("few_shot", "n", "cut"))
+            table.add_row(run, row["task"], *counts, row["metric"], *numbers)
+    return table
 
 
 def _oracle_table(report: dict[str, Any]) -> Table:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from suite.cells import EvalConfig
 from suite.errors import UserError
 from suite.launch.worker import Scoring, also_asked, evaluate_run, refuse_unfit
 from suite.records import RunDir
+
+FACTS = ("few_shot", "n", "cut")
+"""What is told of a task beside its scores."""
 
 
 def score_runs(
@@ -28,3 +33,19 @@ def score_runs(
         tell(f"scoring {run.name} ({number} of {len(trained)})")
         evaluate_run(run.path, asked, scoring)
     return [run.name for run, _ in asked_of if not run.state().get("trained")]
+
+
+def scores_of(run: RunDir, asked: Iterable[EvalConfig]) -> list[dict[str, Any]]:
+    """The scores that a run has of evaluations: a row for each metric of each task asked for, a group's members apart.
+
+    Returns:
+        [{"eval", "task", "few_shot", "n", "cut", "metric", "value", "stderr"}]; "eval" is the evaluation's hash.
+    """
+    rows = []
+    for config in dict.fromkeys(asked):
+        if run.has_eval(config.hash8):
+            tasks = json.loads((run.path / "eval" / f"{config.hash8}.json").read_text())["tasks"]
+            for name in config.tasks:
+                facts = {"eval": config.hash8, "task": name, **{key: tasks[name][key] for key in FACTS}}
+                rows += [{**facts, "metric": metric, **score} for metric, score in tasks[name]["metrics"].items()]
+    return rows

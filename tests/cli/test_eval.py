@@ -36,14 +36,21 @@ def test_a_grid_is_given_the_scores_it_lacks_and_no_others(tmp_path: Path, suite
     told = suite("eval", "mine.yaml", "--tasks", "bios_storage,bios_qa", "--limit", "4", "--json")
     assert told.returncode == 1  # a cell is not trained
     assert f"not trained to their end, so not scored: {trained[1]}" in told.stderr
-    assert [cell["run"] for cell in json.loads(told.stdout)["cells"]] == trained
+    cells = json.loads(told.stdout)["cells"]
+    assert [cell["run"] for cell in cells] == trained
     (found,) = scores(tmp_path, trained[0])
     assert list(found["tasks"]) == ["bios_storage", "bios_qa"]
+    shown = {(row["task"], row["metric"]): row["value"] for row in cells[0]["scores"]}
+    metrics = {name: task["metrics"] for name, task in found["tasks"].items()}
+    assert shown == {(name, metric): score["value"] for name in metrics for metric, score in metrics[name].items()}
+    assert cells[1]["scores"] == []
     (path,) = (tmp_path / "results" / "runs" / trained[0] / "eval").iterdir()
     before = path.stat().st_mtime_ns
     again = suite("eval", trained[0], "--tasks", "bios_storage,bios_qa", "--limit", "4", "--json")
     assert (again.returncode, path.stat().st_mtime_ns) == (0, before)
-    json.loads(again.stdout)
+    assert json.loads(again.stdout)["cells"][0]["scores"] == cells[0]["scores"]
+    told = suite("eval", trained[0], "--tasks", "bios_storage,bios_qa", "--limit", "4")
+    assert f"{shown['bios_storage', 'nll']:.4f}" in told.stdout
 
 
 def test_what_cannot_be_scored_is_said_in_a_line_and_not_remembered(
@@ -146,7 +153,8 @@ def test_prefetch_of_what_is_there_downloads_nothing(suite: Suite, real_data: Pa
 def test_what_evaluation_takes_beside_the_model_is_measured(tmp_path: Path, suite: Suite, real_data: Path) -> None:
     told = suite("bench", "evaluate", "--data-root", real_data, "--json")
     assert told.returncode == 0, told.stderr
-    measured = {row["measure"]: row["seconds"] for row in json.loads(told.stdout)}
-    assert measured.keys() == {"mmlu_build_s", "quick_build_s", "quick_checkpoint_s"}
+    rows = json.loads(told.stdout)
+    assert [row["measure"] for row in rows] == ["mmlu_build_s", "quick_build_s", "quick_checkpoint_s"]
+    assert all(row["seconds"] > 0 and row["cpu_seconds"] > 0 for row in rows)
     assert (tmp_path / "results/bench/evaluate.csv").exists()
     assert suite("bench", "evaluate", "--data-root", "nowhere").returncode == 2
