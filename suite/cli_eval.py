@@ -20,6 +20,7 @@ from suite.cli_parts import (
     RunCodeOption,
     RunsCode,
     Scales,
+    allowed_runs,
     check_folders,
     load,
     print_json,
@@ -169,7 +170,7 @@ def _runs(
     target: str, results: Path, set_: list[str] | None, scale: list[str] | None, baseline: list[Path] | None
 ) -> tuple[Grid, list[RunDir], Path]:
     """A run as a grid of one cell, or a grid; their runs, and the folder of results."""
-    from suite.grids import Grid
+    from suite.grids import Grid, find_grid
     from suite.launch.status import run_dir
     from suite.records import RunDir
 
@@ -177,6 +178,10 @@ def _runs(
     if Path(target, "cell.json").is_file() or re.search(r"-[0-9a-f]{8}$", target):
         run = RunDir(run_path(target, results).resolve())
         return Grid(run.name, run.path, (run.read_cell(),)), [run], run.path.parent.parent
+    try:
+        find_grid(target)
+    except UserError as error:
+        raise UserError(f"RUN|{error}; or {allowed_runs(results)}") from None
     grid = load(target, set_, scale, baseline)
     return grid, [run_dir(results, cell) for cell in grid.cells], results
 

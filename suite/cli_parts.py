@@ -104,9 +104,14 @@ def run_path(run: str, results: Path) -> Path:
     """The folder of a run given by its path or its name. Raises UserError."""
     path = Path(run) if Path(run, "cell.json").is_file() else results / "runs" / run
     if not (path / "cell.json").is_file():
-        known = sorted(folder.parent.name for folder in results.glob("runs/*/cell.json"))
-        raise UserError(f"RUN: got {run!r}, allowed: a run's folder or one of {', '.join(known) or '(no runs yet)'}")
+        raise UserError(f"RUN: got {run!r}, allowed: {allowed_runs(results)}")
     return path
+
+
+def allowed_runs(results: Path) -> str:
+    """What may stand for a run, in words."""
+    known = sorted(path.parent.name for path in results.glob("runs/*/cell.json"))
+    return f"a run's folder or one of {', '.join(known) or '(no runs yet)'}"
 
 
 def check_folders(results: Path, data_root: Path | None, make: bool = True) -> None:
