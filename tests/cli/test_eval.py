@@ -71,7 +71,7 @@ def test_what_cannot_be_scored_is_said_in_a_line_and_not_remembered(
         (["mine.yaml", "--tasks", "piqa", "--data-root", "nowhere"], "--data-root: got nowhere, which is no folder"),
         (["dense-w32-s0-00000000"], "RUN: got 'dense-w32-s0-00000000', allowed: a run's folder or one of"),
         ([trained[1]], f"RUN: got '{trained[1]}', allowed: a run's folder"),
-        (["dense"], "RUN|GRID: got 'dense', allowed: a path to a .yaml file or one of factbook"),
+        (["dense"], "RUN|GRID: got 'dense', allowed: a path to a .yaml file or one of "),
         (["dense"], f"; or a run's folder or one of {trained[0]}"),
         ([], "RUN|GRID: got nothing"),
         (["mine.yaml", "--oracle"], "--oracle: got a run"),
