@@ -8,38 +8,69 @@ import pytest
 import torch
 
 from kernels import bench
-from kernels.bench_cases import Case, Forward, step
+from kernels.bench_cases import Case, Forward
+from kernels.bench_steps import DenseStep, RowStep, SparseStep, step
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "CPU_CASES", [Case(8, 64, 128, 8, use) for use in ("uniform", "zipf")])
     monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(bench, "ROUNDS", 2)
 
 
 def test_every_contender_is_right_and_reported(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--device", "cpu", "--json", "--rounds", "2", "--out", str(tmp_path)]) == 0
-    results = json.loads(capsys.readouterr().out)["results"]
+    assert bench.main(["--device", "cpu", "--json", "--out", str(tmp_path)]) == 0
+    captured = capsys.readouterr()
+    document = json.loads(captured.out)
+    results = document["results"]
     found = {(result["operator"], result["contender"]) for result in results}
     assert {operator for operator, _ in found} == {"forward", "step", "search"}
-    assert len(results) == 2 * (2 + 3 + 2)
+    assert len(results) == 2 * (3 + 4 + 3)
     for result in results:
         assert 0 < result["p20_ms"] <= result["p50_ms"] <= result["p80_ms"]
         assert result["bytes"] > 0
     assert len((tmp_path / "kernels-cpu.csv").read_text().splitlines()) == 1 + len(results)
+    of_steps = {(r["use"], r["contender"]): r for r in results if r["operator"] == "step"}
+    for row in document["step_against_dense"]:
+        assert row["ours_ms"] == of_steps[row["use"], "ours"]["p50_ms"]
+        assert row["dense_ms"] == of_steps[row["use"], "dense AdamW"]["p50_ms"]
+    assert len((tmp_path / "step-against-dense-cpu.csv").read_text().splitlines()) == 3
+    assert "Step against dense" in captured.err
 
 
 def test_what_is_wrong_is_not_reported(small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(Forward, "correct", lambda self: False)
-    bench.main(["--device", "cpu", "--rounds", "1"])
+    bench.main(["--device", "cpu"])
     captured = capsys.readouterr()
     assert "forward" not in captured.out
     assert "wrong, not reported: forward" in captured.err
 
 
+def test_rows_that_no_case_has_are_refused(small: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench.main(["--device", "cpu", "--rows", "63"])
+    assert "--rows: got 63, allowed: 64" in capsys.readouterr().err
+
+
+def test_what_does_not_fit_is_left_out_by_name(
+    small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "free_bytes", lambda device: 5000)
+    assert bench.main(["--device", "cpu"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("left out, does not fit") == 2
+    assert "step" not in captured.out.split("Step against dense")[0]
+
+
+def test_without_room_for_the_dense_path_rows_are_updated_alone() -> None:
+    case = Case(8, 64, 128, 8, "uniform")
+    assert [contender.name for contender in step(case, case.rows_bytes + case.dense_bytes - 1)] == ["ours"]
+
+
 def test_a_table_that_drifts_from_dense_is_found() -> None:
     case = Case(8, 64, 128, 8, "uniform")
-    ours, dense, _ = step(case)
+    ours, dense, *_ = step(case, 1e9)
     for turn in range(3):
         for contender in (ours, dense):
             contender.turn(case.inputs(turn))
@@ -47,3 +78,22 @@ def test_a_table_that_drifts_from_dense_is_found() -> None:
     with torch.no_grad():
         ours.table_RD[5] += 1e-4
     assert not ours.correct()
+
+
+@pytest.mark.parametrize("make", [lambda case: RowStep(case, True), lambda case: DenseStep(case, True), SparseStep])
+def test_a_contender_that_moves_rows_otherwise_than_float64_does_is_found(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(8, 256, 128, 8, "zipf")
+    contender = make(case)
+    contender.turn(case.inputs(0))
+    contender.prove(case.inputs(1))
+    assert contender.correct()
+    monkeypatch.setattr("kernels.bench_steps.BETAS", (0.8, 0.95))  # of what is expected; the optimizer has its own
+    contender.prove(case.inputs(2))
+    assert not contender.correct()
+
+
+def test_copying_is_timed_on_the_clock_of_the_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "seconds_of", lambda work, device: 2.0)
+    assert bench.copy_bandwidth("cpu", size=1000) == 2 * 4000 / 2.0
