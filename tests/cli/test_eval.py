@@ -8,6 +8,10 @@ from pathlib import Path
 import pytest
 from running import Suite
 
+from suite.errors import UserError
+from suite.evaluate import sandbox
+from suite.evaluate.sandbox import Sandbox
+
 GRID = """
 defaults:
   model: {family: dense, base: w32}
@@ -125,6 +129,26 @@ def test_the_oracle_speaks_json_alone(suite: Suite, real_data: Path) -> None:
     assert tasks["humaneval"] == {"n": 3, "metrics": {"pass@1": perfect}}
     shown = suite("eval", "--oracle", "--tasks", "nq_open_qa", "--limit", "3", "--data-root", real_data)
     assert "1.0000" in shown.stdout
+
+
+def test_the_oracles_programs_run_wherever_walls_can_be_made(
+    suite: Suite, real_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    try:
+        Sandbox()
+    except UserError as error:
+        pytest.skip(str(error))
+    asked = ("eval", "--oracle", "--limit", "2", "--data-root", real_data, "--json", "--tasks")
+    told = suite(*asked, "mbpp")
+    assert json.loads(told.stdout)["tasks"]["mbpp"]["metrics"]["pass@1"]["oracle"] == 1.0
+    for kind in ("bubblewrap", "unshare"):
+        monkeypatch.setitem(sandbox._COMMANDS, kind, lambda *_: ["/nonexistent"])
+    told = suite(*asked, "mbpp")
+    assert (told.returncode, told.stdout) == (2, "")
+    assert "neither bubblewrap (/nonexistent: No such file or directory) nor unshare" in told.stderr
+    told = suite(*asked, "all")
+    assert "mbpp" not in json.loads(told.stdout)["tasks"]
+    assert told.stderr.startswith("suite: left out: humaneval, humaneval_10, mbpp, mbpp_10: --run-code: neither")
 
 
 def test_what_cannot_be_scored_is_not_trained(tmp_path: Path, suite: Suite) -> None:
