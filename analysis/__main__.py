@@ -11,15 +11,15 @@ import math
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from analysis.errors import InputError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; gives the exit code."""
-    options = _parser().parse_args(arguments)
     try:
+        options = _parser().parse_args(arguments)
         return int(options.verb(options))
     except InputError as error:
         print(f"analysis: {error}", file=sys.stderr)
@@ -29,11 +29,18 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """An option that cannot be read is one line, as any other fault of the input is."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
 def _parser() -> argparse.ArgumentParser:
     from analysis.fitting import add_options
 
-    parser = argparse.ArgumentParser(prog="python -m analysis", description=__doc__)
-    common = argparse.ArgumentParser(add_help=False)
+    parser = _Parser(prog="python -m analysis", description=__doc__)
+    common = _Parser(add_help=False)
     common.add_argument("--results", type=Path, default=Path("results"), help="folder of runs/ and grids/")
     common.add_argument("--grid", help="one grid by name; otherwise all runs")
     common.add_argument("--json", action="store_true", help="one JSON document on stdout")

@@ -43,6 +43,11 @@ class Problem:
         return len(self.y)
 
     @property
+    def different(self) -> int:
+        """Number of different points: repeated runs of a cell say nothing about the law's form."""
+        return np.unique(np.stack(list(self.x.values())), axis=1).shape[1]
+
+    @property
     def w(self) -> np.ndarray:
         """Weights (n,), ones by default."""
         return np.ones(self.n) if self.weights is None else self.weights
@@ -131,11 +136,16 @@ class Fit:
 
 def fit(problem: Problem, seed: int = 0) -> Fit:
     """The global optimum as far as many starts can tell; InputError where there are too few points."""
-    need = len(problem.free) + 1
+    need, different = len(problem.free) + 1, problem.different
     if problem.n < need:
         raise InputError(
             f"{problem.n} points are too few for law {problem.law.name}: "
             f"it has {len(problem.free)} parameters, so at least {need} are needed"
+        )
+    if different < need - 1:
+        raise InputError(
+            f"{problem.n} points at {different} different {', '.join(problem.x)} are too few for law "
+            f"{problem.law.name}: it has {need - 1} parameters"
         )
     starts = _starts(problem, seed)
     weights = np.broadcast_to(problem.w, (len(starts), problem.n))
@@ -216,7 +226,7 @@ def _linear(problem: Problem, natural: Mapping[str, np.ndarray], count: int) -> 
 def _non_negative(columns: np.ndarray, target: np.ndarray, positive: np.ndarray) -> np.ndarray:
     """Least squares (B, n, k) @ (B, k) = (B, n), with some coefficients not below 0: the best feasible active set."""
     batch, _, k = columns.shape
-    norm = np.maximum(np.sqrt((columns**2).sum(1)), 1e-300)
+    norm = lengths(columns, 1)
     gram = np.einsum("bni,bnj->bij", columns / norm[:, None], columns / norm[:, None])
     right = np.einsum("bni,bn->bi", columns / norm[:, None], target)
     best, solution = np.zeros(batch), np.zeros((batch, k))
@@ -232,4 +242,12 @@ def _non_negative(columns: np.ndarray, target: np.ndarray, positive: np.ndarray)
             replaced = np.zeros((batch, k))
             replaced[:, chosen] = found
             solution = np.where(better[:, None], replaced, solution)
-    return solution / norm
+    with np.errstate(over="ignore"):  # a coefficient beyond the floats ranks its start last
+        return solution / norm
+
+
+def lengths(columns: np.ndarray, axis: int) -> np.ndarray:
+    """Euclidean lengths along an axis, above 0; scaled first, since squares in odd units would leave the floats."""
+    largest = np.maximum(np.abs(columns).max(axis), 1e-300)
+    squares = (columns / np.expand_dims(largest, axis)) ** 2
+    return np.maximum(largest * np.sqrt(squares.sum(axis)), 1e-300)

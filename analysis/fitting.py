@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis.errors import InputError
 from analysis.fit import Fit, Problem, fit
-from analysis.inputs import chosen, evaluate, expressions, numbers, prepared, problem
+from analysis.inputs import chosen, evaluate, expressions, groups, number, numbers, prepared, problem
 from analysis.laws import LAWS, Law, law
 from analysis.tables import read_table
 from analysis.uncertainty import (
@@ -31,6 +31,7 @@ from analysis.uncertainty import (
 )
 
 LEFT_OUT = 3000
+FEW_DRAWS = 100
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--holdout", type=float, default=0.1, metavar="SHARE", help="largest cells held out first; 0: none"
     )
-    verb.add_argument("--holdout-by", metavar="EXPR", help="what is large; default: the law's size")
+    verb.add_argument("--holdout-by", metavar="EXPR", help="what is large, or a condition: just those rows")
     verb.add_argument("--fix", action="append", default=[], metavar="NAME=VALUE", help="hold a parameter fixed")
     verb.add_argument(
         "--group", metavar="EXPR", help="isoflop: the compute budget; one parabola each, then the frontier"
@@ -96,9 +97,11 @@ def request(options: argparse.Namespace) -> Request:
             raise InputError(f"--{name}: missing; a fit to a file needs --law, --data and --columns")
     fixed = {}
     for item in options.fix:
-        name, _, value = item.partition("=")
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name in fixed:
+            raise InputError(f"--fix: {name} is given twice")
         try:
-            fixed[name.strip()] = float(value)
+            fixed[name] = float(value)
         except ValueError:
             raise InputError(f"--fix: got {item!r}, allowed: NAME=NUMBER") from None
     fields = {name: getattr(options, name) for name in Request.__dataclass_fields__ if name not in ("fix", "source")}
@@ -110,9 +113,12 @@ def _checked(asked: Request) -> None:
         raise InputError(f"--huber: got {asked.huber:g}, allowed: above 0")
     if not 0 <= asked.holdout < 1:
         raise InputError(f"--holdout: got {asked.holdout:g}, allowed: 0 to below 1")
-    for name in ("bootstrap", "drop_highest"):
+    for name in ("bootstrap", "drop_highest", "seed"):
         if getattr(asked, name) < 0:
             raise InputError(f"--{name.replace('_', '-')}: got {getattr(asked, name)}, allowed: 0 or more")
+    for name in ("cluster", "strata"):
+        if getattr(asked, name) is not None and not asked.bootstrap:
+            raise InputError(f"--{name}: says how the bootstrap resamples, and needs --bootstrap DRAWS")
 
 
 def run(table: pd.DataFrame, asked: Request) -> dict[str, Any]:
@@ -121,22 +127,27 @@ def run(table: pd.DataFrame, asked: Request) -> dict[str, Any]:
     table = prepared(table)
     columns = expressions(asked.columns)
     rows = chosen(table, asked.where, "--where")
-    if asked.law == "joint":
-        from analysis.select import select_joint
-
-        return select_joint(rows, columns, asked)
     if asked.group is not None:
         if asked.law != "isoflop":
             raise InputError(f"--group: got law {asked.law!r}, allowed: isoflop")
         from analysis.isoflop import isoflop_document
 
         return isoflop_document(rows, columns, asked)
-    return document(_law(asked.law, columns, asked), rows, table, columns, asked)
+    if asked.law == "joint":
+        from analysis.select import select_joint
+
+        return select_joint(rows, table, columns, asked)
+    return document(chosen_law(asked.law, columns, asked), rows, table, columns, asked)
 
 
-def _law(name: str, columns: Mapping[str, str], asked: Request) -> Law:
+def chosen_law(name: str, columns: Mapping[str, str], asked: Request) -> Law:
     """The law, with the scale of residuals asked for: Huber's loss is on logarithms unless said otherwise."""
     found = law(name, set(columns))
+    unknown = sorted(set(columns) - {*found.inputs, found.output})
+    if unknown:
+        raise InputError(
+            f"--columns: got {unknown[0]!r}, allowed for law {name}: {', '.join([*found.inputs, found.output])}"
+        )
     scale = asked.residuals or ("log" if asked.huber is not None else found.residuals)
     return replace(found, residuals=scale)  # type: ignore[arg-type]
 
@@ -151,7 +162,7 @@ def data(entry: Law, rows: pd.DataFrame, columns: Mapping[str, str], asked: Requ
     used = rows.loc[frame.index]
     weights = None
     if asked.weights is not None:
-        weights = evaluate(used, asked.weights, "--weights").to_numpy(float)
+        weights = number(used, asked.weights, "--weights")
     delta = math.inf if asked.huber is None else asked.huber
     return problem(entry, frame, delta, weights, asked.fix), used
 
@@ -195,21 +206,41 @@ def held_out(posed: Problem, used: pd.DataFrame, asked: Request) -> HeldOut:
     nothing = np.array([])
     if asked.holdout == 0:
         return HeldOut("", nothing, nothing, nothing, "--holdout 0")
+    share = asked.holdout
     if asked.holdout_by is None:
         size, rule = posed.law.size(posed.x), f"largest by the size of law {posed.law.name}"
+    elif evaluate(used, asked.holdout_by, "--holdout-by").dtype == bool:
+        declared = chosen(used, asked.holdout_by, "--holdout-by").index
+        size, rule, share = used.index.isin(declared).astype(float), f"where {asked.holdout_by}", 1 / len(used)
     else:
-        size, rule = evaluate(used, asked.holdout_by, "--holdout-by").to_numpy(float), f"largest {asked.holdout_by}"
-    return hold_out(posed, size, asked.holdout, rule, asked.seed)
+        size, rule = number(used, asked.holdout_by, "--holdout-by"), f"largest {asked.holdout_by}"
+        if not np.isfinite(size).all():
+            raise InputError(f"--holdout-by: {asked.holdout_by} is missing or infinite in some rows")
+    return hold_out(posed, size, share, rule, asked.seed)
 
 
 def _bootstrap(found: Fit, used: pd.DataFrame, asked: Request) -> Bootstrap | None:
     if not asked.bootstrap:
         return None
-    groups = [
-        None if text is None else evaluate(used, text, option).astype(str).to_numpy()
-        for text, option in ((asked.cluster, "--cluster"), (asked.strata, "--strata"))
-    ]
-    return bootstrap(found, asked.bootstrap, asked.seed, groups[0], groups[1])
+    clusters, strata = groups(used, asked.cluster, "--cluster"), groups(used, asked.strata, "--strata")
+    _check_resampling(found, clusters, strata)
+    return bootstrap(found, asked.bootstrap, asked.seed, clusters, strata)
+
+
+def _check_resampling(found: Fit, clusters: np.ndarray | None, strata: np.ndarray | None) -> None:
+    """More runs than parameters, each in one stratum, and strata in which there is something to draw."""
+    units = np.arange(found.problem.n) if clusters is None else clusters
+    free, known = len(found.problem.free), len(np.unique(units))
+    if known <= free:
+        raise InputError(f"--cluster: {known} groups are too few to resample for {free} parameters")
+    if strata is None:
+        return
+    pairs = pd.DataFrame({"unit": units, "stratum": strata}).drop_duplicates()
+    if pairs["unit"].duplicated().any():
+        name = pairs["unit"][pairs["unit"].duplicated()].iloc[0]
+        raise InputError(f"--strata: group {name!r} of --cluster lies in more than one stratum")
+    if (pairs["stratum"].value_counts() == 1).all():
+        raise InputError("--strata: every stratum holds a single run, so there is nothing to resample")
 
 
 def _held_json(held: HeldOut, entry: Law) -> dict[str, Any]:
@@ -227,11 +258,15 @@ def _warnings(found: Fit, known: Mapping[str, bool], draws: Bootstrap | None, he
     """What a reader must know before using the numbers."""
     lines = [f"{name}: not identified (its 95 % profile is open)" for name, closed in known.items() if not closed]
     n, free = found.problem.n, len(found.problem.free)
+    if found.problem.different == free:
+        lines.append(f"as many different points as parameters ({free}): nothing tests the law's form")
     if n < 2 * free:
         lines.append(f"{n} points for {free} parameters: intervals are wide or open, and a bootstrap says little")
+    if draws is not None and draws.asked < FEW_DRAWS:
+        lines.append(f"{draws.asked} bootstrap draws are too few for the ends of a 95 % interval; 1000 are usual")
     if draws is not None and draws.kept < draws.asked:
         lines.append(f"{draws.asked - draws.kept} of {draws.asked} bootstrap draws had too few distinct points")
-    if found.agreeing < 3:
+    if found.agreeing < min(3, len(found.bank)):
         lines.append(f"only {found.agreeing} of {len(found.bank)} starts reached the optimum: try other seeds")
     if not len(held.rows):
         lines.append(f"nothing held out: {held.reason}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -60,7 +61,7 @@ def prepared(table: pd.DataFrame) -> pd.DataFrame:
 def evaluate(table: pd.DataFrame, expression: str, option: str) -> pd.Series:
     """An expression over the table's columns, as pandas.eval reads it; InputError naming the option."""
     try:
-        result = table.eval(expression, engine="python")
+        result = table.eval(expression, engine="python", local_dict={}, global_dict={})
     except pd.errors.UndefinedVariableError as error:
         missing = re.findall(r"name '([^']*)'", str(error))
         name = missing[0].removeprefix("BACKTICK_QUOTED_STRING_").replace("_", " ") if missing else expression
@@ -71,6 +72,25 @@ def evaluate(table: pd.DataFrame, expression: str, option: str) -> pd.Series:
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"{option}: {expression!r} cannot be evaluated: {text}") from None
     return result if isinstance(result, pd.Series) else pd.Series(result, index=table.index)
+
+
+def number(table: pd.DataFrame, expression: str, option: str) -> np.ndarray:
+    """An expression's values as floats (n,), NaN where missing; InputError where it gives something else."""
+    series = evaluate(table, expression, option)
+    if not pd.api.types.is_numeric_dtype(series):
+        bad = next((value for value in series if not _is_number(value)), series.iloc[0] if len(series) else None)
+        raise InputError(f"{option}: {expression}: {bad!r} is not a number")
+    return series.to_numpy(float, na_value=np.nan)
+
+
+def groups(table: pd.DataFrame, expression: str | None, option: str) -> np.ndarray | None:
+    """An expression's values as labels (n,); None without one, InputError where one is missing."""
+    if expression is None:
+        return None
+    series = evaluate(table, expression, option)
+    if series.isna().any():
+        raise InputError(f"{option}: {expression} is missing in {int(series.isna().sum())} of {len(series)} rows")
+    return series.astype(str).to_numpy()
 
 
 def chosen(table: pd.DataFrame, condition: str | None, option: str) -> pd.DataFrame:
@@ -90,13 +110,7 @@ def numbers(table: pd.DataFrame, columns: Mapping[str, str], drop_missing: bool)
 
     Rows with a missing value are an InputError, unless they are to be dropped.
     """
-    values: dict[str, np.ndarray] = {}
-    for name, expression in columns.items():
-        series = evaluate(table, expression, f"--columns: {name}")
-        if not pd.api.types.is_numeric_dtype(series):
-            bad = next((value for value in series if not _is_number(value)), series.iloc[0] if len(series) else None)
-            raise InputError(f"--columns: {name}={expression}: {bad!r} is not a number")
-        values[name] = series.to_numpy(float, na_value=np.nan)
+    values = {name: number(table, expression, f"--columns: {name}") for name, expression in columns.items()}
     frame = pd.DataFrame(values, index=table.index)
     missing = frame.isna()
     if drop_missing:
@@ -134,15 +148,39 @@ def problem(
         raise InputError(f"--columns: no rows are left to fit law {law.name} to")
     for name in wanted:
         _check(law, name, frame[name])
-    unknown = sorted(set(fixed or {}) - set(law.names))
-    if unknown:
-        raise InputError(f"--fix: got {unknown[0]!r}, allowed for law {law.name}: {', '.join(law.names)}")
-    if len(fixed or {}) == len(law.names):
-        raise InputError(f"--fix: every parameter of law {law.name} is fixed, so nothing is left to fit")
+    if fixed:
+        _check_fixed(law, fixed)
+    elif len(frame) > 2:
+        _check_together(law, frame)
     if weights is not None and not (np.isfinite(weights).all() and (weights > 0).all()):
         raise InputError("--weights: allowed: finite numbers above 0")
     inputs = {name: frame[name].to_numpy(float) for name in law.inputs}
     return Problem(law, inputs, frame[law.output].to_numpy(float), delta, weights, dict(fixed or {}))
+
+
+def _check_fixed(law: Law, fixed: Mapping[str, float]) -> None:
+    """Known parameters at values they may have, and one left to fit."""
+    kinds = {parameter.name: parameter.kind for parameter in law.parameters}
+    for name, value in fixed.items():
+        if name not in kinds:
+            raise InputError(f"--fix: got {name!r}, allowed for law {law.name}: {', '.join(law.names)}")
+        low, high = {"positive": (0.0, np.inf), "unit": (0.0, 1.0), "free": (-np.inf, np.inf)}[kinds[name]]
+        if not (np.isfinite(value) and low <= value <= high):
+            bound = {"positive": "at least 0", "unit": "0 to 1", "free": "a finite number"}[kinds[name]]
+            raise InputError(f"--fix: got {name}={value:g}, allowed: {bound}")
+    if len(fixed) == len(law.names):
+        raise InputError(f"--fix: every parameter of law {law.name} is fixed, so nothing is left to fit")
+
+
+def _check_together(law: Law, frame: pd.DataFrame) -> None:
+    """No input is a power of another: a law's terms in them could not be told apart."""
+    needed = [name for name in law.inputs if name not in CONSTANT_ALLOWED.get(law.name, ())]
+    logs = {name: np.log(frame[name].to_numpy(float)) for name in needed if (frame[name] > 0).all()}
+    for first, second in combinations(logs, 2):
+        if 1 - abs(np.corrcoef(logs[first], logs[second])[0, 1]) < 1e-9:
+            raise InputError(
+                f"--columns: {second} is a power of {first} in all rows; law {law.name} cannot tell their terms apart"
+            )
 
 
 def _check(law: Law, name: str, series: pd.Series) -> None:
@@ -156,6 +194,8 @@ def _check(law: Law, name: str, series: pd.Series) -> None:
         bad = values < 0 if name in law.zero_allowed else values <= 0
         if bad.any():
             bound = "at least 0" if name in law.zero_allowed else "above 0"
+            if is_output:
+                bound += " for residuals of its logarithm (others: --residuals linear)"
             row = int(np.flatnonzero(bad)[0])
             raise InputError(
                 f"--columns: {name} is {values[row]:g} in row {series.index[row]} ({int(bad.sum())} such rows); "

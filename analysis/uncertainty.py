@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.fit import Fit, Problem, fit
+from analysis.fit import Fit, Problem, fit, lengths
 from analysis.solve import huber, minimise, objective
 
 OPEN_AFTER = 12.0
@@ -118,7 +118,7 @@ def _scaled_jacobian(found: Fit) -> tuple[np.ndarray, np.ndarray]:
     """Weighted derivatives of the residuals by theta at the optimum, in columns of unit length, and those lengths."""
     _, jacobian = found.problem.residual(found.theta[None])
     weighted = np.nan_to_num(jacobian[0], posinf=0, neginf=0) * np.sqrt(found.problem.w)[:, None]
-    unit = np.maximum(np.sqrt((weighted**2).sum(0)), 1e-300)
+    unit = lengths(weighted, 0)
     return weighted / unit, unit
 
 
@@ -272,7 +272,10 @@ class HeldOut:
     @property
     def rms(self) -> float:
         """Root mean square of predicted - observed."""
-        return float(np.sqrt(np.mean((self.predicted - self.observed) ** 2))) if len(self.rows) else math.nan
+        if not len(self.rows):
+            return math.nan
+        errors = self.predicted - self.observed
+        return float(lengths(errors, 0) / math.sqrt(len(errors)))
 
 
 def hold_out(problem: Problem, size: np.ndarray, share: float, rule: str, seed: int = 0) -> HeldOut:
@@ -291,7 +294,11 @@ def hold_out(problem: Problem, size: np.ndarray, share: float, rule: str, seed: 
     if rest < len(problem.free) + 1:
         reason = f"{rest} points would remain, too few for {len(problem.free)} parameters"
         return HeldOut(rule, nothing, nothing, nothing, reason)
-    found = fit(problem.restricted(~rows), seed)
+    remaining = problem.restricted(~rows)
+    if remaining.different < len(problem.free):
+        reason = f"{remaining.different} different points would remain, too few for {len(problem.free)} parameters"
+        return HeldOut(rule, nothing, nothing, nothing, reason)
+    found = fit(remaining, seed)
     predicted = found.predict({name: values[rows] for name, values in problem.x.items()})
     return HeldOut(rule, np.flatnonzero(rows), predicted, problem.y[rows])
 

@@ -13,9 +13,12 @@ from simulated import TRUTH, table
 
 from analysis.__main__ import main
 from analysis.errors import InputError
+from analysis.fit import Problem
 from analysis.fitting import Request, run
 from analysis.inputs import expressions
-from analysis.select import choose
+from analysis.laws import LAWS
+from analysis.select import cell_errors, choose
+from analysis.uncertainty import HeldOut
 
 
 def call(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:
@@ -129,6 +132,41 @@ def faults(frame: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, list[str], str]
         "bad where": (frame, [*law, "--where", "N > 1e99"], "no row satisfies"),
         "where not a condition": (frame, [*law, "--where", "N * 2"], "allowed: a condition"),
         "bad fix": (frame, [*law, "--fix", "zeta=1"], "--fix: got 'zeta'"),
+        "fixed beyond its range": (frame, [*law, "--fix", "alpha=-1"], "--fix: got alpha=-1, allowed: at least 0"),
+        "fixed twice": (frame, [*law, "--fix", "E=1", "--fix", "E=2"], "--fix: E is given twice"),
+        "few places": (
+            pd.concat([frame.iloc[[0, 9, 30, 50]]] * 20), law,
+            "80 points at 4 different N, D are too few for law chinchilla: it has 5 parameters",
+        ),
+        "D of N": (frame.assign(D=20 * frame["N"]), law, "D is a power of N in all rows; law chinchilla cannot tell"),
+        "column of no law": (
+            frame, ["--law", "chinchilla", "--columns", "N=N,D=D,L=L,M=N"],
+            "--columns: got 'M', allowed for law chinchilla: N, D, L",
+        ),
+        "not of the table": (frame, ["--law", "chinchilla", "--columns", "N=@frame.N,D=D,L=L"], "unknown column"),
+        "bad number": (frame, [*law, "--huber", "x"], "argument --huber: invalid float value: 'x'"),
+        "bad seed": (frame, [*law, "--seed", "-1"], "--seed: got -1, allowed: 0 or more"),
+        "weights of words": (words, [*law, "--weights", "L"], "'about 3' is not a number"),
+        "cluster without draws": (frame, [*law, "--cluster", "N"], "needs --bootstrap DRAWS"),
+        "missing cluster": (
+            frame.assign(c=np.where(frame.index < 4, np.nan, 1.0)), [*law, "--cluster", "c", "--bootstrap", "9"],
+            "--cluster: c is missing in 4 of 80 rows",
+        ),
+        "few clusters": (
+            frame.assign(c=frame.index % 5), [*law, "--cluster", "c", "--bootstrap", "9"],
+            "--cluster: 5 groups are too few to resample for 5 parameters",
+        ),
+        "lonely strata": (
+            frame.assign(s=frame.index), [*law, "--strata", "s", "--bootstrap", "9"],
+            "every stratum holds a single run",
+        ),
+        "cluster across strata": (
+            frame, [*law, "--cluster", "N", "--strata", "D", "--bootstrap", "9"], "lies in more than one stratum",
+        ),
+        "signed on logarithms": (
+            table("loglinear").assign(y=-1.0 * np.arange(30)),
+            ["--law", "loglinear", "--columns", "R=R,y=y", "--huber", "1"], "(others: --residuals linear)",
+        ),
         "bad holdout": (frame, [*law, "--holdout", "1.5"], "--holdout: got 1.5"),
         "drop all": (frame, [*law, "--drop-highest", "100"], "no rows are left"),
         "single D in a joint law": (
@@ -174,6 +212,29 @@ def test_joint_law_on_one_token_budget_has_no_token_term() -> None:
     found = run(frame, Request("joint", "N=N,M=M,L=L"))
     assert set(found["refused"]) == {"joint4"}
     assert "B" not in found["parameters"]
+
+
+def test_held_out_cells_can_be_declared_by_a_condition() -> None:
+    frame = table("chinchilla", 0.002, 0)
+    found = run(frame, Request("chinchilla", "N=N,D=D,L=L", holdout_by="N >= 5e9"))["holdout"]
+    assert (found["n"], found["rule"]) == (int((frame["N"] >= 5e9).sum()), "where N >= 5e9")
+
+
+def test_a_cell_counts_once_in_the_choice_however_many_runs_it_has() -> None:
+    x = {"N": np.array([1.0, 2.0, 2.0, 2.0]), "M": np.array([0.0, 3.0, 3.0, 3.0]), "D": np.full(4, 5.0)}
+    posed = Problem(LAWS["joint1"], x, np.ones(4))
+    held = HeldOut("", np.arange(4), np.exp([0.1, 0.2, -0.4, 0.6]), np.ones(4))
+    assert cell_errors(posed, held) == pytest.approx([0.1, 0.4])
+
+
+@pytest.mark.parametrize("unit", [1e-100, 1e100])
+def test_units_at_the_ends_of_the_floats_are_fitted(unit: float) -> None:
+    frame = table("chinchilla", 0.005, 1)
+    plain = run(frame, Request("chinchilla", "N=N,D=D,L=L"))
+    other = run(frame * unit, Request("chinchilla", "N=N,D=D,L=L"))
+    for name in ("alpha", "beta"):
+        assert other["parameters"][name] == pytest.approx(plain["parameters"][name], rel=1e-5)
+        assert other["intervals"][name] == pytest.approx(plain["intervals"][name], rel=1e-4)
 
 
 def test_fewest_parameters_within_one_standard_error_win() -> None:
