@@ -1,22 +1,49 @@
-"""Which implementation of an operator runs: by device, unless overridden."""
+"""Which implementation of an operator runs: by device and dtype, unless overridden."""
 
 from __future__ import annotations
 
+import importlib
 import os
+from types import ModuleType
 
 import torch
+from torch import Tensor
 
-BACKENDS = ("torch", "triton")
+from kernels import native
+
+BACKENDS = ("native", "torch", "triton")
 VARIABLE = "KERNELS_BACKEND"
 
 
-def choose(device: torch.device, override: str | None = None) -> str:
-    """`torch` on CPU, `triton` on CUDA; `override`, else the variable KERNELS_BACKEND, decides when given.
+def choose(tensor: Tensor, override: str | None = None, native_takes: bool = True) -> str:
+    """`native` (C) for float32 on CPU where there is a C compiler, `triton` on CUDA, else `torch`.
 
-    Raises ValueError for a name that is not in BACKENDS. The Triton kernels run on CPU tensors under
-    TRITON_INTERPRET=1, which must be set before triton is imported.
+    `override`, else the variable KERNELS_BACKEND, decides when given. `native_takes`: False where the operator's C
+    code cannot do what is asked. Raises ValueError for a name that is not in BACKENDS or for `native` where it cannot
+    be, native.Unavailable where nothing compiles it. The Triton kernels run on CPU tensors under TRITON_INTERPRET=1,
+    which must be set before triton is imported.
     """
-    name = override or os.environ.get(VARIABLE) or ("triton" if device.type == "cuda" else "torch")
+    name = override or os.environ.get(VARIABLE)
+    native_takes = native_takes and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    if not name:
+        if tensor.device.type == "cuda":
+            return "triton"
+        return "native" if native_takes and native.available() else "torch"
     if name not in BACKENDS:
         raise ValueError(f"kernel backend: got {name!r}, allowed: {', '.join(BACKENDS)}")
+    if name == "native":
+        if not native_takes:
+            allowed = "contiguous torch.float32 on cpu without row_second_moment"
+            raise ValueError(f"kernel backend native: got {tensor.dtype} on {tensor.device}, allowed: {allowed}")
+        native.library()
     return name
+
+
+def implementation(operator: str, tensor: Tensor, override: str | None = None, native_takes: bool = True) -> ModuleType:
+    """The operator's module that `choose` names: kernels.<operator>.reference (for torch), .native or .triton."""
+    return module(operator, choose(tensor, override, native_takes))
+
+
+def module(operator: str, backend: str) -> ModuleType:
+    """The operator's module of that backend."""
+    return importlib.import_module(f"kernels.{operator}.{'reference' if backend == 'torch' else backend}")

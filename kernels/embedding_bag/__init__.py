@@ -16,7 +16,6 @@ Source: `y = sum of softmax(score) * V` over the selected rows, "Memory Layers a
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Any
 
@@ -25,7 +24,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
-from kernels.embedding_bag import reference
 from kernels.embedding_bag.gradients import RowGradients
 from kernels.embedding_bag.reference import Groups, group_by_row
 
@@ -41,7 +39,8 @@ def embedding_bag(
     rows' gradients go to `sink` (and table_RD.grad stays None). A bag may hold a row more than once.
     """
     groups = _groups(table_RD, indices_NS, sink)
-    return _Bag.apply(table_RD, indices_NS, weights_NS, sink, groups, _implementation(table_RD, backend))
+    ops = dispatch.implementation("embedding_bag", table_RD, backend, table_RD.is_contiguous())
+    return _Bag.apply(table_RD, indices_NS, weights_NS, sink, groups, ops)
 
 
 def embedding_dot(
@@ -52,13 +51,8 @@ def embedding_dot(
     Autograd gives the gradient of x in its dtype; the rows' gradients go to `sink`.
     """
     groups = _groups(table_RD, indices_NS, sink)
-    return _Dot.apply(table_RD, indices_NS, x_ND, sink, groups, _implementation(table_RD, backend))
-
-
-def _implementation(table_RD: Tensor, backend: str | None) -> ModuleType:
-    if dispatch.choose(table_RD.device, backend) == "torch":
-        return reference
-    return importlib.import_module("kernels.embedding_bag.triton")
+    ops = dispatch.implementation("embedding_bag", table_RD, backend, table_RD.is_contiguous())
+    return _Dot.apply(table_RD, indices_NS, x_ND, sink, groups, ops)
 
 
 def _groups(table_RD: Tensor, indices_NS: Tensor, sink: RowGradients) -> Groups | None:

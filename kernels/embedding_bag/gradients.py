@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels import dispatch
 from kernels.embedding_bag import reference
 from kernels.embedding_bag.reference import Groups
 
@@ -23,6 +24,8 @@ class RowGradients:
         self.table_rows, self.width = table_RD.shape
         self.dtype = reference.accumulator(table_RD.dtype)
         self.device = table_RD.device
+        native = dispatch.choose(table_RD, native_takes=table_RD.is_contiguous()) == "native"
+        self._group_by_row = dispatch.module("embedding_bag", "native" if native else "torch").group_by_row
         self._rows: list[Tensor] = []
         self._sums: list[Tensor] = []
         self._last: tuple[Tensor, Groups] | None = None
@@ -30,7 +33,7 @@ class RowGradients:
     def groups(self, indices_NS: Tensor) -> Groups:
         """The lookups grouped by row; asked again with the same tensor object, nothing is computed."""
         if self._last is None or self._last[0] is not indices_NS:
-            self._last = (indices_NS, reference.group_by_row(indices_NS, self.table_rows))
+            self._last = (indices_NS, self._group_by_row(indices_NS, self.table_rows))
         return self._last[1]
 
     def add(self, rows_U: Tensor, sums_UD: Tensor) -> None:
@@ -45,8 +48,8 @@ class RowGradients:
     def merged(self) -> tuple[Tensor, Tensor]:
         """(rows_U int64 ascending without repeats, sums_UD); the sums are the buffer's own: edits stay."""
         if len(self._rows) > 1:
-            rows_U, sums_UD = reference.sum_pieces(self._rows, self._sums, self.table_rows)
-            self._rows, self._sums = [rows_U], [sums_UD]
+            groups = self._group_by_row(torch.cat(self._rows), self.table_rows)
+            self._rows, self._sums = [groups.rows_U], [reference.sum_pieces(self._sums, groups)]
         if self._rows:
             return self._rows[0], self._sums[0]
         empty = torch.zeros(0, dtype=torch.int64, device=self.device)

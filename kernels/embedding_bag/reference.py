@@ -86,12 +86,9 @@ def row_sums(source_ND: Tensor, weights_NS: Tensor, groups: Groups, wide: torch.
     return F.embedding_bag(bags_L, source_ND.to(wide), groups.offsets_U, mode="sum", per_sample_weights=weights_L)
 
 
-def sum_pieces(rows: list[Tensor], sums: list[Tensor], table_rows: int) -> tuple[Tensor, Tensor]:
-    """Compact row gradients of several reads of one table as one: rows ascending, sums in the order given."""
-    every_UD = torch.cat(sums)
-    groups = group_by_row(torch.cat(rows), table_rows)
-    merged_UD = F.embedding_bag(groups.order_L, every_UD, groups.offsets_U, mode="sum")
-    return groups.rows_U, merged_UD
+def sum_pieces(sums: list[Tensor], groups: Groups) -> Tensor:
+    """Compact row gradients of several reads of one table as one, in the order given; `groups` are of their rows."""
+    return F.embedding_bag(groups.order_L, torch.cat(sums), groups.offsets_U, mode="sum")
 
 
 def _gather(table_RD: Tensor, indices_CS: Tensor) -> Tensor:

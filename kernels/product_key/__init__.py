@@ -13,7 +13,6 @@ The pruning of pairs is exact (see reference.pairs).
 
 from __future__ import annotations
 
-import importlib
 from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
@@ -23,7 +22,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
-from kernels.product_key import reference
 
 __all__ = ["product_key"]
 
@@ -40,14 +38,8 @@ def product_key(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int, backend: str | No
         raise ValueError(f"top_k: got {top_k}, allowed: 1 to the half keys ({keys_M2nW.shape[2]})")
     kind = q_NM2W.device.type
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-        rows, scores = _Search.apply(q_NM2W, keys_M2nW, top_k, _implementation(q_NM2W, backend))
+        rows, scores = _Search.apply(q_NM2W, keys_M2nW, top_k, dispatch.implementation("product_key", q_NM2W, backend))
     return rows, scores
-
-
-def _implementation(q_NM2W: Tensor, backend: str | None) -> ModuleType:
-    if dispatch.choose(q_NM2W.device, backend) == "torch":
-        return reference
-    return importlib.import_module("kernels.product_key.triton")
 
 
 class _Search(torch.autograd.Function):

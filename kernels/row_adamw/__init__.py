@@ -30,7 +30,6 @@ Shapes: R table rows, D width, U rows with gradients.
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 from typing import Any, Literal
 
@@ -39,7 +38,7 @@ from torch import Tensor
 
 from kernels import dispatch
 from kernels.embedding_bag import RowGradients
-from kernels.row_adamw import reference
+from kernels.row_adamw import native
 from kernels.row_adamw.history import History, Hyper
 from kernels.row_adamw.rows import State
 
@@ -85,7 +84,7 @@ class RowAdamW:
         self.state = _new_state(self.table_RD, low_precision, row_second_moment, seed)
         self.history = History(Hyper(*betas, eps, weight_decay), self.state.mean_RD.dtype)
         self.has_master = self.state.values_RD is not self.table_RD
-        self._ops = _implementation(table_RD, backend)
+        self._ops = _implementation(self.state.values_RD, not row_second_moment, backend)
         self._blocks = self._ops.Blocks(self.state)
 
     @property
@@ -220,7 +219,6 @@ def _new_state(table_RD: Tensor, low_precision: str, row_second_moment: bool, se
     )
 
 
-def _implementation(table_RD: Tensor, backend: str | None) -> ModuleType:
-    if dispatch.choose(table_RD.device, backend) == "torch":
-        return reference
-    return importlib.import_module("kernels.row_adamw.triton")
+def _implementation(values_RD: Tensor, full_moments: bool, backend: str | None) -> ModuleType:
+    name = dispatch.choose(values_RD, backend, full_moments and values_RD.is_contiguous())
+    return dispatch.module("row_adamw", "torch" if name == "native" and not native.exact() else name)

@@ -1,18 +1,36 @@
 """Which implementation runs."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 
 from kernels import dispatch
 
+ON_CUDA: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
+"""What a choice looks at of a tensor that needs a device to exist."""
 
-def test_the_device_decides_unless_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
+
+def test_device_and_dtype_decide_unless_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
-    assert dispatch.choose(torch.device("cpu")) == "torch"
-    assert dispatch.choose(torch.device("cuda")) == "triton"
+    narrow, low = torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16)
+    assert dispatch.choose(narrow) == "native"
+    assert dispatch.choose(narrow, native_takes=False) == "torch"
+    assert dispatch.choose(low) == "torch"
+    assert dispatch.choose(narrow.to("meta")) == "torch"
+    assert dispatch.choose(ON_CUDA) == "triton"
     monkeypatch.setenv(dispatch.VARIABLE, "torch")
-    assert dispatch.choose(torch.device("cuda")) == "torch"
-    assert dispatch.choose(torch.device("cuda"), "triton") == "triton"
+    assert dispatch.choose(narrow) == "torch"
+    assert dispatch.choose(ON_CUDA) == "torch"
+    assert dispatch.choose(ON_CUDA, "triton") == "triton"
     monkeypatch.setenv(dispatch.VARIABLE, "cuda")
-    with pytest.raises(ValueError, match="allowed: torch, triton"):
-        dispatch.choose(torch.device("cpu"))
+    with pytest.raises(ValueError, match="got 'cuda', allowed: native, torch, triton"):
+        dispatch.choose(narrow)
+
+
+def test_native_by_name_takes_what_it_can_and_refuses_the_rest() -> None:
+    assert dispatch.choose(torch.zeros(2), "native") == "native"
+    for tensor in (torch.zeros(2, dtype=torch.float64), ON_CUDA):
+        with pytest.raises(ValueError, match=r"native: got torch.float\d\d on c\w+, allowed: contiguous torch.float32"):
+            dispatch.choose(tensor, "native")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.embedding_bag import RowGradients, embedding_bag, embedding_dot
+from kernels.embedding_bag import RowGradients, embedding_bag, embedding_dot, native, reference
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "native", "triton"]
 EPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
@@ -63,7 +64,7 @@ def dense(rows: int, found: RowGradients) -> Tensor:
 def test_outputs_and_gradients_equal_dense_autograd(
     backend: str, seed: int, rows: int, width: int, bags: int, size: int, dtype: torch.dtype
 ) -> None:
-    check(*case(rows, width, bags, size, dtype, seed), backend)
+    check(*case(rows, width, bags, size, torch.float32 if backend == "native" else dtype, seed), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -99,6 +100,41 @@ def check(table: Tensor, indices: Tensor, weights: Tensor, grad: Tensor, backend
     assert x.grad is not None
     torch.testing.assert_close(x.grad.double(), x64.grad, **tolerance)
     torch.testing.assert_close(dense(len(table), sink), table64.grad, rtol=1e-4, atol=1e-4)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    rows=st.sampled_from([1, 2, 40, 1 << 11, (1 << 11) + 1, 1 << 22, 1 << 40]),
+    lookups=st.sampled_from([0, 1, 7, 300]),
+    distinct=st.sampled_from([1, 3, 1 << 30]),
+    seed=st.integers(0, 999),
+)
+def test_lookups_are_grouped_as_a_stable_sort_does(rows: int, lookups: int, distinct: int, seed: int) -> None:
+    indices = torch.randint(rows, (lookups,), generator=torch.Generator().manual_seed(seed)) % distinct
+    indices[::7] = rows - 1
+    for ours, theirs in zip(native.group_by_row(indices, rows), reference.group_by_row(indices, rows), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize("wrong", [-1, 5, 1 << 40])
+@pytest.mark.parametrize("trained", [True, False])
+def test_an_index_out_of_range_is_refused(backend: str, wrong: int, trained: bool) -> None:
+    table, indices, weights, grad = case(5, 4, 3, 2, torch.float32)
+    indices[1, 1] = wrong
+    table.requires_grad_(trained)
+    for read, other in ((embedding_bag, weights), (embedding_dot, grad)):
+        with pytest.raises((IndexError, RuntimeError), match=r"range|index_size"):
+            read(table, indices, other, RowGradients(table), backend)
+
+
+def test_rows_that_are_not_read_may_hold_anything() -> None:
+    table, indices, weights, grad = case(40, 33, 4, 3, torch.float32)
+    unread = torch.ones(40, dtype=torch.bool)
+    unread[indices] = False
+    table[unread] = float("nan")
+    table[indices] = torch.randn(4, 3, 33)
+    check(table, indices, weights, grad, "native")
 
 
 def test_layers_and_micro_batches_sum_as_autograd_sums_them() -> None:
@@ -154,7 +190,7 @@ def test_a_replay_of_other_rows_between_forward_and_backward_is_allowed() -> Non
 
 def test_an_unknown_backend_is_refused() -> None:
     table, indices, weights, _ = case(2, 2, 1, 1, torch.float32)
-    with pytest.raises(ValueError, match="allowed: torch, triton"):
+    with pytest.raises(ValueError, match="allowed: native, torch, triton"):
         embedding_bag(table, indices, weights, RowGradients(table), backend="cuda")
 
 
@@ -168,13 +204,11 @@ def test_runs_of_a_hot_row_are_summed_level_by_level(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_past_two_to_the_31_elements_are_found(backend: str) -> None:
-    """On memory that is reserved and mostly never touched."""
-    torch_empty = torch.Tensor.new_empty
-    width = 1024
+def test_rows_past_two_to_the_31_elements_are_found(backend: str, tmp_path: Path) -> None:
+    """In a file that is almost all hole."""
+    width, dtype = 1024, torch.float32 if backend == "native" else torch.float16
     rows = (1 << 31) // width + 3
-    table = torch_empty(torch.zeros(0), (0,), dtype=torch.float16)
-    table.set_(torch.UntypedStorage(rows * width * 2), 0, (rows, width), (width, 1))
+    table = torch.from_file(str(tmp_path / "table"), shared=True, size=rows * width, dtype=dtype).view(rows, width)
     table[rows - 1] = 2.0
     table[1] = 1.0
     indices, weights = torch.tensor([[rows - 1, 1]]), torch.tensor([[1.0, 10.0]])

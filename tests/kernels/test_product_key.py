@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.product_key import product_key, reference
+from kernels.product_key import native, product_key, reference
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
-BACKENDS = ["torch", "triton"]
+BACKENDS = ["torch", "native", "triton"]
 
 
 def every_row(q: Tensor, keys: Tensor) -> Tensor:
@@ -75,7 +75,7 @@ def by_rank(q: Tensor, keys: Tensor, top_k: int) -> Tensor:
     return torch.tensor(found, dtype=torch.int64).reshape(len(halves), len(q), top_k)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_queries_are_summed_in_float32(backend: str, dtype: torch.dtype) -> None:
     q, keys = torch.randn(4, 2, 2, 16).to(dtype), torch.randn(2, 2, 12, 16).to(dtype)
@@ -83,6 +83,26 @@ def test_low_precision_queries_are_summed_in_float32(backend: str, dtype: torch.
     assert scores.dtype == torch.float32
     expected = every_row(q.double(), keys.double()).sort(-1, descending=True).values[..., :4]
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 999),
+    half_keys=st.sampled_from([1, 8, 24, 33, 130, 600]),
+    top_k=st.sampled_from([1, 3, 8, 32]),
+    step=st.sampled_from([0.0, 0.5, 4.0]),
+)
+def test_c_finds_the_rows_and_scores_of_the_pytorch_path_bit_for_bit(
+    seed: int, half_keys: int, top_k: int, step: float
+) -> None:
+    """Half scores are rounded to multiples of `step` (0: not), so that many tie."""
+    generator = torch.Generator().manual_seed(seed)
+    q, keys = torch.randn(6, 2, 2, 3, generator=generator), torch.randn(2, 2, half_keys, 3, generator=generator)
+    if step:
+        q, keys = (q / step).round() * step, keys.round()
+    results = [ops.search(q, keys, min(top_k, half_keys)) for ops in (native, reference)]
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_pairs_of_the_paper_are_119_and_never_lose_a_winner() -> None:

@@ -14,6 +14,8 @@ from kernels.row_adamw import RowAdamW
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
 
+ON_CPU = ["torch", "native"]
+
 
 class Dense:
     """torch's single-tensor AdamW on a table with dense gradients."""
@@ -44,7 +46,7 @@ def history(seed: int, steps: int, rows: int, width: int, share: float) -> list[
     return found
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 999),
     rows=st.integers(1, 60),
@@ -53,15 +55,16 @@ def history(seed: int, steps: int, rows: int, width: int, share: float) -> list[
     decay=st.sampled_from([0.0, 0.1]),
     path=st.sampled_from(["auto", "replay", "sweep"]),
     betas=st.sampled_from([(0.9, 0.95), (0.9, 0.999), (0.5, 0.9)]),
+    backend=st.sampled_from(ON_CPU),
 )
 def test_every_read_and_the_flushed_table_equal_dense_adamw_bit_for_bit(
-    seed: int, rows: int, width: int, share: float, decay: float, path: Any, betas: tuple[float, float]
+    seed: int, rows: int, width: int, share: float, decay: float, path: Any, betas: tuple[float, float], backend: str
 ) -> None:
     torch.set_num_threads(1)
     start = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
     dense, table = Dense(start, betas, decay), start.clone()
     sink = RowGradients(table)
-    ours = RowAdamW(table, sink, betas=betas, weight_decay=decay, replay_limit=None, path=path)
+    ours = RowAdamW(table, sink, betas=betas, weight_decay=decay, replay_limit=None, path=path, backend=backend)
     for touched, grads, lr in history(seed, 120, rows, width, share):
         ours.before_read(touched)
         assert torch.equal(table[touched], dense.table.detach()[touched])
@@ -75,19 +78,48 @@ def test_every_read_and_the_flushed_table_equal_dense_adamw_bit_for_bit(
     assert torch.equal(ours.state_dict()["v"], state["exp_avg_sq"])
 
 
-def test_hoisted_replay_is_dense_adamw_up_to_rounding() -> None:
+@pytest.mark.parametrize(
+    ("backend", "dtype", "allowed"),
+    [("torch", torch.float64, 1e-14), ("torch", torch.float32, 3e-6), ("native", torch.float32, 3e-6)],
+)
+def test_hoisted_replay_is_dense_adamw_up_to_rounding(backend: str, dtype: torch.dtype, allowed: float) -> None:
     """In float64 to 1e-14; in float32 to the roundings of p that dense AdamW makes, one a missed step."""
-    for dtype, allowed in ((torch.float64, 1e-14), (torch.float32, 3e-6)):
-        start = torch.randn(40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
-        dense, table = Dense(start, (0.9, 0.95), 0.1), start.clone()
-        ours = RowAdamW(table, sink := RowGradients(table), betas=(0.9, 0.95), weight_decay=0.1, path="replay")
-        for touched, grads, lr in history(5, 240, 40, 8, 0.05):
-            ours.before_read(touched)
-            sink.add(touched, grads.to(dtype))
-            ours.step(lr)
-            dense.step(touched, grads.to(dtype), lr)
-        ours.flush()
-        assert (table - dense.table.detach()).abs().max() < allowed
+    start = torch.randn(40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    dense, table = Dense(start, (0.9, 0.95), 0.1), start.clone()
+    options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "path": "replay", "backend": backend}
+    ours = RowAdamW(table, sink := RowGradients(table), **options)
+    for touched, grads, lr in history(5, 240, 40, 8, 0.05):
+        ours.before_read(touched)
+        sink.add(touched, grads.to(dtype))
+        ours.step(lr)
+        dense.step(touched, grads.to(dtype), lr)
+    saved = ours.state_dict()
+    assert (table - dense.table.detach()).abs().max() < allowed
+    state = dense.adamw.state[dense.table]
+    torch.testing.assert_close(saved["m"], state["exp_avg"], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(saved["v"], state["exp_avg_sq"], rtol=1e-4, atol=1e-18)
+
+
+@pytest.mark.parametrize("limit", [4, 300])
+def test_c_truncates_replay_as_pytorch_does(limit: int) -> None:
+    """Gaps beyond the limit, and beyond the powers that are kept at hand; reads without a gradient between."""
+    tables = [torch.randn(6, 3, generator=torch.Generator().manual_seed(0)) for _ in ON_CPU]
+    options: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.1, "replay_limit": limit, "path": "replay"}
+    saved = []
+    for table, backend in zip(tables, ON_CPU, strict=True):
+        ours = RowAdamW(table, sink := RowGradients(table), **options, backend=backend)
+        for step in range(620):
+            row = torch.tensor([0 if step in (0, 400) else 1 if step in (1, 610) else 2 + step % 3])
+            ours.before_read(row)
+            if step in (8, 500):
+                ours.before_read(torch.tensor([0, 1]))
+            sink.add(row, torch.ones(1, 3))
+            ours.step(1e-3 * (1 + step % 5))
+        saved.append(ours.state_dict())
+    torch.testing.assert_close(*tables, rtol=1e-6, atol=1e-6)
+    for moment in ("m", "v"):
+        torch.testing.assert_close(saved[0][moment], saved[1][moment], rtol=1e-5, atol=1e-30)
+    assert torch.equal(saved[0]["touched"], saved[1]["touched"])
 
 
 @pytest.mark.parametrize(("limit", "allowed"), [(256, 1e-8), (128, 1e-3), (16, None)])
@@ -118,13 +150,14 @@ def test_truncated_replay_is_within_its_bound(limit: int, allowed: float | None)
         assert error < allowed
 
 
-def test_a_saved_state_continues_bit_for_bit() -> None:
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_a_saved_state_continues_bit_for_bit(backend: str) -> None:
     start = torch.randn(30, 4, generator=torch.Generator().manual_seed(3))
     steps = history(3, 60, 30, 4, 0.1)
 
     def fresh(table: torch.Tensor) -> tuple[RowAdamW, RowGradients]:
         sink = RowGradients(table)
-        return RowAdamW(table, sink, weight_decay=0.1, replay_limit=None), sink
+        return RowAdamW(table, sink, weight_decay=0.1, replay_limit=None, backend=backend), sink
 
     def run(adamw: RowAdamW, sink: RowGradients, part: list[tuple[Any, Any, float]]) -> None:
         for touched, grads, lr in part:
@@ -160,10 +193,11 @@ def test_a_gradient_of_a_row_that_was_not_read_is_refused() -> None:
         adamw.step(0.1)
 
 
-def test_nothing_read_is_still_a_step() -> None:
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_nothing_read_is_still_a_step(backend: str) -> None:
     start = torch.randn(5, 3)
     dense, table = Dense(start, (0.9, 0.999), 0.1), start.clone()
-    ours = RowAdamW(table, RowGradients(table), weight_decay=0.1, replay_limit=None)
+    ours = RowAdamW(table, RowGradients(table), weight_decay=0.1, replay_limit=None, backend=backend)
     empty = torch.zeros(0, dtype=torch.int64)
     for _ in range(3):
         ours.before_read(empty)

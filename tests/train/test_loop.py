@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from tiny_cells import corpus_of, tiny_cell
 
+from kernels import dispatch
 from suite import models
 from suite.cells import Cell
 from suite.records import RunDir
@@ -170,8 +171,12 @@ def test_only_the_last_checkpoints_are_kept_and_a_torn_one_is_ignored(cache: Pat
     assert trainer_of(trainer.cell, cache, tmp_path).step == trainer.steps
 
 
+@pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("family", ["pkm", "memory_plus", "peer"])
-def test_row_wise_and_dense_optimizers_train_the_same_cell_alike(family: str, cache: Path, tmp_path: Path) -> None:
+def test_row_wise_and_dense_optimizers_train_the_same_cell_alike(
+    family: str, backend: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(dispatch.VARIABLE, backend)
     half_keys = {"half_keys": 24, "top_k": 2}  # most rows are read seldom, so that replay has something to do
     runs = {}
     for optimizer in ("row_wise", "dense"):

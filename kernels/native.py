@@ -1,0 +1,107 @@
+"""The C sources of the operators as one library: compiled once for this machine's CPU, kept in the user's cache.
+
+A library's name is a hash of the sources and of all that the compiler says of itself and of the CPU it compiles for
+(its predefined macros), so that machines sharing a home folder do not share code. The compiler is `cc`, or what CC
+names. Calls go through ctypes, which releases the GIL; the C code uses one thread, whatever torch's number of them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
+
+from torch import Tensor
+
+SOURCES = sorted(Path(__file__).parent.glob("*/native.c"))
+FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
+"""No operation is contracted or reordered: where torch's kernels round once, the sources say fmaf."""
+
+
+class Unavailable(RuntimeError):
+    """There is no library, for the reason given."""
+
+
+@functools.cache
+def available() -> bool:
+    """Whether there is a library; False with a warning where a compiler is there and fails."""
+    if shutil.which(_compiler()[0]) is None:
+        return False
+    try:
+        library()
+    except Unavailable as error:
+        warnings.warn(f"{error}; the PyTorch path is used", stacklevel=2)
+        return False
+    return True
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The library, compiled if it is not in the cache; Unavailable where that cannot be done."""
+    if shutil.which(_compiler()[0]) is None:
+        raise Unavailable(f"kernel backend native: no C compiler {_compiler()[0]!r} (CC names another)")
+    macros = _run(*_compiler(), *FLAGS, "-dM", "-E", "-x", "c", os.devnull)
+    identity = hashlib.sha256(macros + shlex.join(FLAGS).encode())
+    for source in SOURCES:
+        identity.update(source.read_bytes())
+    path = _cache() / f"{identity.hexdigest()[:32]}.so"
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _compile(path)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise Unavailable(f"kernel backend native: {error}") from error
+
+
+Argument = Tensor | int | ctypes.Structure | ctypes.c_void_p
+
+
+def call(name: str, *arguments: Argument) -> int:
+    """Run a C function that gives an int64_t; tensors and structures are passed as pointers, ints as int64_t.
+
+    Nothing is checked but that tensors are contiguous.
+    """
+    function = getattr(library(), name)
+    function.restype = ctypes.c_int64
+    return function(*(_as_c(argument) for argument in arguments))
+
+
+def _as_c(argument: Argument) -> object:
+    if isinstance(argument, Tensor):
+        assert argument.is_contiguous()
+        return ctypes.c_void_p(argument.data_ptr())
+    if isinstance(argument, ctypes.Structure):
+        return ctypes.byref(argument)
+    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
+
+
+def _compile(path: Path) -> None:
+    """Written beside and renamed: another process finds all of it or nothing."""
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        built = Path(folder) / path.name
+        _run(*_compiler(), *FLAGS, "-shared", "-fPIC", "-o", str(built), *map(str, SOURCES), "-lm")
+        built.replace(path)
+
+
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CC") or "cc")
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-parameter" / "kernels"
+
+
+def _run(*command: str) -> bytes:
+    done = subprocess.run(command, capture_output=True, check=False)
+    if done.returncode:
+        last = done.stderr.decode(errors="replace").strip().rpartition("\n")[2]
+        raise Unavailable(f"kernel backend native: {command[0]} failed: {last}")
+    return done.stdout
