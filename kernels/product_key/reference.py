@@ -16,9 +16,11 @@ try:
 except ImportError:  # torch does without; the searches below are then torch's own, and slower
     numpy = None  # type: ignore[assignment]
 
-CHUNK_SCORES = {"cpu": 1 << 20, "meta": 1 << 24}
-"""Half scores per chunk: 4 MiB in float32 (on meta more, where only the number of chunks takes time)."""
+CHUNK_SCORES = 1 << 20
+"""Half scores per chunk: 4 MiB in float32."""
 CHUNK_SCORES_GPU = 1 << 27
+CHUNKS_ON_META = 4
+"""Beyond so many chunks they are longer on the meta device, up to a GPU's: there every chunk takes the same time."""
 SORTED_WHOLE = 128
 """Longest row that is cheaper to sort than to select from (measured at 20 to 1,024 values)."""
 
@@ -76,8 +78,11 @@ def search_backward(grad_MNK: Tensor, rows_MNK: Tensor, q_NM2W: Tensor, keys_M2n
 
 def chunks(q_NM2W: Tensor, keys_M2nW: Tensor) -> Iterator[slice]:
     """Slices of tokens whose half scores are kept together."""
-    limit = CHUNK_SCORES.get(q_NM2W.device.type, CHUNK_SCORES_GPU)
-    step = max(1, limit // keys_M2nW.shape[:3].numel())
+    kind, side = q_NM2W.device.type, keys_M2nW.shape[:3].numel()
+    limit = CHUNK_SCORES if kind in ("cpu", "meta") else CHUNK_SCORES_GPU
+    if kind == "meta":
+        limit = min(max(limit, len(q_NM2W) * side // CHUNKS_ON_META), CHUNK_SCORES_GPU)
+    step = max(1, limit // side)
     return (slice(start, start + step) for start in range(0, len(q_NM2W), step))
 
 

@@ -20,7 +20,7 @@ from suite.grids import Grid
 from suite.launch.hardware import GPUS, USABLE, UTILISATION, Gpu
 from suite.models.accounting import Account, account_of, cost_of, meta_model
 from suite.models.external import needs_values
-from suite.models.memory import Part, StepMemory, parts
+from suite.models.memory import Parts, Seen, StepMemory, parts
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.transformer import Transformer
 from suite.train.loop import total_steps
@@ -112,7 +112,7 @@ def plan(grid: Grid, assumed: Assumptions, cache: Path) -> list[CellPlan]:
 
     Raises UserError for a corpus that is needed and cannot be read.
     """
-    seen: dict[object, Part] = {}
+    seen = Seen()
     read: dict[str, Reading] = {}
     plans = []
     for cell in grid.cells:
@@ -169,7 +169,7 @@ def reading(cell: Cell, cache: Path) -> Reading:
     return Reading(corpus.vocab_size, steps * cell.train.batch_rows * cell.data.seq_len)
 
 
-def _plan(cell: Cell, read: Reading, assumed: Assumptions, seen: dict[object, Part]) -> CellPlan:
+def _plan(cell: Cell, read: Reading, assumed: Assumptions, seen: Seen) -> CellPlan:
     gpu, tokens = assumed.gpu, read.tokens
     model = meta_model(cell.model, read.vocabulary)
     counted = account_of(model, cell.data.seq_len)
@@ -199,55 +199,62 @@ def _plan(cell: Cell, read: Reading, assumed: Assumptions, seen: dict[object, Pa
 
 
 def _smallest_mesh(
-    cell: Cell, model: Transformer, assumed: Assumptions, seen: dict[object, Part]
+    cell: Cell, model: Transformer, assumed: Assumptions, seen: Seen
 ) -> tuple[Mesh | None, str | None, str | None]:
     """The fewest GPUs on which the cell fits, with the largest micro-batch that does; or why none will do.
 
     Tables stay inside a node, unless dividing them over nodes takes fewer GPUs.
     """
     gpu, allowed = assumed.gpu, (assumed.nodes or MOST_NODES) * assumed.gpu.per_node
-    within = _search(cell, model, gpu, seen, allowed, lambda gpus: min(gpus, gpu.per_node))
-    over = _search(cell, model, gpu, seen, allowed, lambda gpus: gpus)
-    meshes = [mesh for mesh in (within, over) if mesh is not None]
-    if meshes:
-        return min(meshes, key=lambda mesh: mesh.gpus), None, None
-    rest, table = _state_bytes(cell, model, allowed, allowed)
+    meshes = _Meshes(cell, model, gpu, seen)
+    within = meshes.smallest(allowed, lambda gpus: min(gpus, gpu.per_node))
+    over = meshes.smallest(allowed, lambda gpus: gpus)
+    found = [mesh for mesh in (within, over) if mesh is not None]
+    if found:
+        return min(found, key=lambda mesh: mesh.gpus), None, None
+    rest, table = meshes.state_bytes(allowed, allowed)
     why = (
         f"on {allowed} GPUs of {gpu.memory * USABLE / 1e9:.0f} GB (usable) weights, gradients and moments take "
         f"{rest / 1e9:.1f} GB a GPU and the table's at least {table / 1e9:.1f} GB, divided among all of them"
     )
-    more = _search(cell, model, gpu, seen, MOST_NODES * gpu.per_node, lambda gpus: gpus)
+    more = meshes.smallest(MOST_NODES * gpu.per_node, lambda gpus: gpus)
     if more is None:
         return None, why, "a shorter row (data.seq_len) or a GPU with more memory"
     return None, why, f"{more.gpus} GPUs ({-(-more.gpus // gpu.per_node)} nodes)"
 
 
-def _search(
-    cell: Cell,
-    model: Transformer,
-    gpu: Gpu,
-    seen: dict[object, Part],
-    most: int,
-    table_shards: Callable[[int], int],
-) -> Mesh | None:
-    gpus, usable = 1, gpu.memory * USABLE
-    while gpus <= min(most, cell.train.batch_rows):
-        shards, rows = table_shards(gpus), cell.train.batch_rows // gpus
-        for micro in MICRO_ROWS:
-            if sum(_state_bytes(cell, model, gpus, shards)) > usable or micro > rows or rows % micro:
-                continue
-            found = parts(model, cell.data.seq_len, micro, cell.train.precision, seen=seen)
-            memory = found.step(gpus, shards, rows // micro, row_wise=cell.train.optimizer == "row_wise")
-            if memory.peak <= usable:
-                return Mesh(gpus, shards, micro, rows // micro, memory)
-        gpus *= 2
-    return None
+class _Meshes:
+    """The ways to divide a cell among GPUs of one kind. Its parts are traced once for every micro-batch tried."""
 
+    def __init__(self, cell: Cell, model: Transformer, gpu: Gpu, seen: Seen) -> None:
+        self.cell, self.model, self.gpu, self.seen = cell, model, gpu, seen
+        self.row_wise = cell.train.optimizer == "row_wise"
+        self._rest, self._values = _elements(model)
+        self._parts: dict[int, Parts] = {}
 
-def _state_bytes(cell: Cell, model: Transformer, gpus: int, shards: int) -> tuple[float, float]:
-    """Of weights, gradients and moments on one GPU, tables apart; row-wise gradients of tables left out."""
-    rest, values = _elements(model)
-    return 16 * rest / gpus, (12 if cell.train.optimizer == "row_wise" else 16) * values / shards
+    def smallest(self, most: int, table_shards: Callable[[int], int]) -> Mesh | None:
+        """The fewest GPUs, a power of two up to `most`, with the largest micro-batch that fits on them."""
+        gpus, usable = 1, self.gpu.memory * USABLE
+        while gpus <= min(most, self.cell.train.batch_rows):
+            shards, rows = table_shards(gpus), self.cell.train.batch_rows // gpus
+            for micro in MICRO_ROWS:
+                if sum(self.state_bytes(gpus, shards)) > usable or micro > rows or rows % micro:
+                    continue
+                memory = self._at(micro).step(gpus, shards, rows // micro, row_wise=self.row_wise)
+                if memory.peak <= usable:
+                    return Mesh(gpus, shards, micro, rows // micro, memory)
+            gpus *= 2
+        return None
+
+    def state_bytes(self, gpus: int, shards: int) -> tuple[float, float]:
+        """Of weights, gradients and moments on one GPU, tables apart; row-wise gradients of tables left out."""
+        return 16 * self._rest / gpus, (12 if self.row_wise else 16) * self._values / shards
+
+    def _at(self, micro: int) -> Parts:
+        if micro not in self._parts:
+            data, precision = self.cell.data, self.cell.train.precision
+            self._parts[micro] = parts(self.model, data.seq_len, micro, precision, seen=self.seen)
+        return self._parts[micro]
 
 
 def _elements(model: Transformer) -> tuple[int, int]:

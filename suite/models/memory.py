@@ -12,60 +12,26 @@ Shapes: B rows, T tokens a row, D model width, H heads, V vocabulary.
 from __future__ import annotations
 
 import math
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from suite.models.live_bytes import Layouts, MetaLiveBytes
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.moe import Experts
+from suite.models.product_key import Addressing
 from suite.models.transformer import Block, Transformer, as_bias, attention_mask
 
 STATE_BYTES = 4
 """Of a weight, a gradient or a moment: fp32, also where products are computed in bf16."""
 Precision = Literal["fp32", "bf16"]
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the storages that operations make while it is on, and those still alive.
-
-    Storages of `known` tensors are left out.
-    """
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.bytes, self.peak = 0, 0
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for made in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(made, Tensor):
-                self.add(made)
-        return result
-
-    def add(self, tensor: Tensor) -> None:
-        """Count a tensor's storage until it is freed; once, however many tensors share it."""
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        size = storage.nbytes()
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
-        weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.bytes -= size
 
 
 @dataclass(frozen=True)
@@ -83,6 +49,15 @@ class Part:
     copies: int = 0
     tables: tuple[int, ...] = ()
     lookups: tuple[int, ...] = ()
+
+
+@dataclass
+class Seen:
+    """What has been run before, of one model or of several: equal parts, and the layouts of operations' results."""
+
+    parts: dict[object, Part] = field(default_factory=dict)
+    layouts: Layouts = field(default_factory=dict)
+    signatures: WeakKeyDictionary[Transformer, list[object]] = field(default_factory=WeakKeyDictionary)
 
 
 @dataclass(frozen=True)
@@ -223,69 +198,74 @@ def parts(
     rows: int,
     precision: Precision = "fp32",
     busiest: float = 1.0,
-    seen: dict[object, Part] | None = None,
+    seen: Seen | None = None,
 ) -> Parts:
     """The parts of a model that lies on the meta device, on `rows` packed rows of `seq_len` tokens (B x T).
 
     `busiest`: tokens of the busiest expert over the mean, for families that route tokens to experts. `seen`: parts
     run before, of this model or others; those that are equal are not run again.
     """
-    seen = {} if seen is None else seen
+    seen = seen or Seen()
     tables = model.memory_tables()
     number = {id(table): index for index, table in enumerate(tables)}
     for module in model.modules():
         if isinstance(module, Experts):
             module.busiest = busiest
-    with torch.device("meta"):
+    with torch.device("meta"), MetaLiveBytes(seen.layouts):
         tokens_BT = torch.zeros(rows, seq_len, dtype=torch.int64)
-    rotation = model._rotation(0, seq_len, tokens_BT.device)
-    mask = attention_mask(tokens_BT, 0, tokens_BT, None)
-    assert mask is not None
-    bias = as_bias(mask, torch.bfloat16 if precision == "bf16" else torch.float32)
-
-    window = max(cast(Block, layer).window for layer in model.layers)
+        rotation = model._rotation(0, seq_len, tokens_BT.device)
+        mask = attention_mask(tokens_BT, 0, tokens_BT, None)
+        assert mask is not None
+        bias = as_bias(mask, torch.bfloat16 if precision == "bf16" else torch.float32)
+    layers = cast(list[Block], list(model.layers))
+    if model not in seen.signatures:
+        seen.signatures[model] = [_signature(layer) for layer in layers]
+    window = max(layer.window for layer in layers)
     ids_BTW = tokens_BT.unsqueeze(-1).expand(-1, -1, window) if window else None
 
-    def trace(run: Callable[[Tensor], Tensor], known: Iterable[Tensor], shape: object) -> Part:
+    def trace(run: Callable[[Tensor], Tensor], weights: list[Tensor], shape: object) -> Part:
         key = shape, rows, seq_len, precision, busiest
-        if key not in seen:
+        if key not in seen.parts:
             x_BTD = torch.empty(rows, seq_len, model.size.dim, device="meta", requires_grad=True)
-            copies = {id(weight): weight.bfloat16() for weight in known} if precision == "bf16" else {}
-            every = (x_BTD, tokens_BT, *rotation, bias, *known, *copies.values())
-            with LiveBytes(*every) as live, _Kernels(precision, copies):
+            copies = {id(weight): weight.bfloat16() for weight in weights} if precision == "bf16" else {}
+            known = (x_BTD, tokens_BT, *rotation, bias, *weights, *model.tables.parameters(), *copies.values())
+            with MetaLiveBytes(seen.layouts, *known) as live, _Kernels(precision, copies):
                 with _count_lookups(tables) as lookups:
                     y = run(x_BTD)
                 forward, saved = live.peak, live.bytes
                 live.peak = live.bytes
                 y.backward(None if y.dim() == 0 else torch.empty_like(y))
-                seen[key] = Part(forward, saved, live.peak, 0, lookups=tuple(lookups))
-            for parameter in known:
+            matrices = [weight for weight in weights if weight.dim() > 1] if precision == "bf16" else []
+            seen.parts[key] = Part(
+                forward, saved, live.peak, _elements(weights), 2 * _elements(matrices), lookups=tuple(lookups)
+            )
+            for parameter in (*weights, *model.tables.parameters()):
                 parameter.grad = None
-        return seen[key]
+        return seen.parts[key]
 
-    def copied(weights: Iterable[Tensor]) -> int:
-        return 2 * sum(weight.numel() for weight in weights if weight.dim() > 1) if precision == "bf16" else 0
-
-    def of_block(layer: Block) -> Part:
-        known = [*layer.parameters(), *model.tables.parameters()]
-        part = trace(lambda x_BTD: layer(x_BTD, rotation, bias, None, 0, ids_BTW), known, _signature(layer))
-        memory = [module for module in layer.modules() if isinstance(module, MemoryLayer)]
-        read = tuple(number[id(table)] for module in memory for table in module.tables)
-        weights = sum(parameter.numel() for parameter in layer.parameters())
-        return replace(part, weights=weights, copies=copied(layer.parameters()), tables=read)
+    def of_block(layer: Block, signature: object) -> Part:
+        read = [table for module in layer.modules() if isinstance(module, MemoryLayer) for table in module.tables]
+        part = trace(
+            lambda x_BTD: layer(x_BTD, rotation, bias, None, 0, ids_BTW), list(layer.parameters()), signature
+        )
+        return replace(part, tables=tuple(number[id(table)] for table in read))
 
     embedded = rows * seq_len * model.size.dim * STATE_BYTES
     matrix = model.embedding.weight.numel()
     embedding = Part(embedded, embedded, embedded + STATE_BYTES * matrix, matrix)
     with _one_row(tables):
-        blocks = [of_block(cast(Block, layer)) for layer in model.layers]
-    shape = model.vocab_size, model.size.dim, model.output is None
-    output = [model.norm.weight, model.embedding.weight if model.output is None else model.output.weight]
-    head = trace(lambda x_BTD: _loss(model, x_BTD, tokens_BT), output, shape)
-    own = model.norm.weight.numel() + (0 if model.output is None else matrix)
+        blocks = [of_block(*pair) for pair in zip(layers, seen.signatures[model], strict=True)]
+    tied = model.output is None
+    output: list[Tensor] = [model.norm.weight, model.embedding.weight if model.output is None else model.output.weight]
+    head = trace(lambda x_BTD: _loss(model, x_BTD, tokens_BT), output, (model.vocab_size, model.size.dim, tied))
+    head = replace(head, weights=head.weights - (matrix if tied else 0))
     shared = sum(t.untyped_storage().nbytes() for t in (*rotation, bias)) + 3 * tokens_BT.numel() * 8
     sizes = tuple((table.weight.shape[0], table.weight.shape[1]) for table in tables)
-    return Parts((embedding, *blocks, replace(head, weights=own, copies=copied(output))), sizes, shared)
+    return Parts((embedding, *blocks, head), sizes, shared)
+
+
+def _elements(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 @contextmanager
@@ -327,10 +307,23 @@ def _loss(model: Transformer, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
 
 
 def _signature(layer: Block) -> object:
-    """What makes two blocks need the same memory: their classes, shapes and costs."""
-    shapes = tuple((name, tuple(parameter.shape)) for name, parameter in layer.named_parameters())
-    cost = getattr(layer.feed_forward, "cost", None)
-    return type(layer.feed_forward), shapes, repr(cost() if cost else None)
+    """What makes two blocks need the same memory: their modules, the settings of each and its parameters' shapes."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((key, value) for key, value in vars(module).items() if _is_setting(value)),
+            tuple((key, weight.shape) for key, weight in module._parameters.items() if weight is not None),
+        )
+        for name, module in layer.named_modules()
+    )
+
+
+def _is_setting(value: object) -> bool:
+    """Whether a module's attribute is no tensor, no module and nothing of torch's."""
+    if isinstance(value, tuple):
+        return all(_is_setting(part) for part in value)
+    return isinstance(value, bool | int | float | str | Addressing)
 
 
 class _Kernels(TorchFunctionMode):
