@@ -245,6 +245,11 @@ class Cell(Frozen):
                 raise ValueError(f"{name}.{field}: got {given!r}, allowed: {allowed}")
         return self
 
+    def also_asked(self, configs: tuple[EvalConfig, ...]) -> Cell:
+        """The cell with further evaluations behind those it was asked before."""
+        new = tuple(config for config in configs if config not in self.evaluate)
+        return self.model_copy(update={"evaluate": self.evaluate + new})
+
     @property
     def hash8(self) -> str:
         """Eight hex digits of the run's identity."""

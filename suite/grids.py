@@ -16,6 +16,8 @@
       - {model.family: memory_plus, model.half_keys: 32, seed: [1]}
     launch: {gpus: 16}              # on a cluster, above its profile's fields (clusters/example.yaml)
 
+or, instead of all that but `launch`, `grids: [one, another]`: the cells of other grids, each once.
+
 The fields are those of `suite.cells.Cell`. A field may be written nested or dotted, and an axis' value may be a
 mapping that sets several fields together. What lies deeper in this list wins: defaults, families, set, axes, and
 then the command line's `--set field=value`. A `model` option that a cell's family does not have is dropped, be it
@@ -44,7 +46,9 @@ from suite.inputs import explain, meant, parse_value, read_mapping
 from suite.models import external, registry
 
 SECTIONS = ("model", "data", "train")
-GRID_FIELDS = {"defaults": dict, "families": dict, "blocks": list, "exclude": list, "launch": dict}
+GRID_FIELDS = {
+    "defaults": dict, "families": dict, "blocks": list, "exclude": list, "launch": dict, "grids": list,
+}  # fmt: skip
 
 Flat = dict[str, Any]
 """Dotted path -> value: `{"train.lr": 0.001}`."""
@@ -86,6 +90,30 @@ def load_grid(
     content = read_mapping(source)
     _check_shape(source, content)
     over = {path: parse_value(text, f"--set {path}") for path, text in (overrides or {}).items()}
+    cells = _cells_of_grids(source, content, over, read_data) or _cells(source, content, over, read_data)
+    for config in {cell.model.model_dump_json(): cell.model for cell in cells if cell.baseline}.values():
+        external.check(config)
+    return Grid(source.stem, source, cells, content.get("launch") or {})
+
+
+def _cells_of_grids(source: Path, content: dict[str, Any], over: Flat, read_data: bool) -> tuple[Cell, ...]:
+    """The cells of the grids that this one names, a cell of several with the evaluations of all of them."""
+    found: dict[str, Cell] = {}
+    for name in content.get("grids") or []:
+        beside = source.with_name(f"{name}.yaml")
+        inner = beside if beside.is_file() else find_grid(str(name), f"{source}: grids")
+        described = read_mapping(inner)
+        _check_shape(inner, described)
+        if described.get("grids"):
+            raise UserError(f"{source}: grids: got {name!r}, which names grids itself, allowed: grids with blocks")
+        for cell in _cells(inner, described, over, read_data):
+            known = found.get(cell.run_name)
+            found[cell.run_name] = cell if known is None else known.also_asked(cell.evaluate)
+    return tuple(found.values())
+
+
+def _cells(source: Path, content: dict[str, Any], over: Flat, read_data: bool) -> tuple[Cell, ...]:
+    """The cells of a grid's blocks but for those excluded."""
     points = _points(source, content, over)
     cells = [_cell(source, point, read_data) for point in points]
     kept = _excluded(source, content.get("exclude") or [], cells)
@@ -93,9 +121,7 @@ def load_grid(
     if not chosen:
         raise UserError(f"{source}: exclude: leaves no cell, allowed: exclusions that leave at least one")
     _refuse_duplicates(source, chosen)
-    for config in {cell.model.model_dump_json(): cell.model for cell, _ in chosen if cell.baseline}.values():
-        external.check(config)
-    return Grid(source.stem, source, tuple(cell for cell, _ in chosen), content.get("launch") or {})
+    return tuple(cell for cell, _ in chosen)
 
 
 def load_cell(path: Path) -> Cell:
@@ -118,18 +144,18 @@ def load_grid_or_cell(name_or_path: str, overrides: Mapping[str, str] | None = N
     return Grid(cell.run_name, path, (cell,))
 
 
-def find_grid(name_or_path: str) -> Path:
+def find_grid(name_or_path: str, where: str = "GRID") -> Path:
     """The file of a grid: a path, or a name in grids/ here or beside the package. Raises UserError."""
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
         if not path.is_file():
-            raise UserError(f"GRID: got {name_or_path!r}, which is no file; allowed: {_known_grids()}")
+            raise UserError(f"{where}: got {name_or_path!r}, which is no file; allowed: {_known_grids()}")
         return path
     for folder in _grid_folders():
         if (folder / f"{name_or_path}.yaml").is_file():
             return folder / f"{name_or_path}.yaml"
     names = [path.stem for folder in _grid_folders() for path in folder.glob("*.yaml")]
-    raise UserError(f"GRID: got {name_or_path!r}{meant(name_or_path, names)}, allowed: {_known_grids()}")
+    raise UserError(f"{where}: got {name_or_path!r}{meant(name_or_path, names)}, allowed: {_known_grids()}")
 
 
 def _grid_folders() -> list[Path]:
@@ -149,6 +175,11 @@ def _check_shape(source: Path, content: dict[str, Any]) -> None:
         if value is not None and not isinstance(value, GRID_FIELDS[field]):
             wanted = "a mapping" if GRID_FIELDS[field] is dict else "a list"
             raise UserError(f"{source}: {field}: got {value!r}, allowed: {wanted}")
+    if content.get("grids"):
+        beside = sorted(set(content) - {"grids", "launch"})
+        if beside:
+            raise UserError(f"{source}: {beside[0]}: given beside grids, allowed: launch alone")
+        return
     if not content.get("blocks"):
         raise UserError(f"{source}: blocks: got nothing, allowed: a list with at least one block")
 

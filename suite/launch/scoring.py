@@ -8,7 +8,7 @@ from typing import Any
 
 from suite.cells import EvalConfig
 from suite.errors import UserError
-from suite.launch.worker import Scoring, also_asked, evaluate_run, refuse_unfit
+from suite.launch.worker import Scoring, evaluate_run, refuse_unfit
 from suite.records import RunDir
 
 FACTS = ("few_shot", "n", "cut")
@@ -28,7 +28,7 @@ def score_runs(
     if not trained:
         raise UserError(f"{asked_of[0][0].path}: is not trained to its end, allowed: a run that is")
     for run, asked in trained:
-        refuse_unfit(run, also_asked(run.read_cell(), asked), scoring)
+        refuse_unfit(run, run.read_cell().also_asked(asked), scoring)
     for number, (run, asked) in enumerate(trained, start=1):
         tell(f"scoring {run.name} ({number} of {len(trained)})")
         evaluate_run(run.path, asked, scoring)
@@ -49,3 +49,18 @@ def scores_of(run: RunDir, asked: Iterable[EvalConfig]) -> list[dict[str, Any]]:
                 facts = {"eval": config.hash8, "task": name, **{key: tasks[name][key] for key in FACTS}}
                 rows += [{**facts, "metric": metric, **score} for metric, score in tasks[name]["metrics"].items()]
     return rows
+
+
+def of_other_data(run: RunDir, asked: Iterable[EvalConfig], data_root: Path) -> list[str]:
+    """A line for each evaluation whose scores were made from other data than is in `data_root` now."""
+    lines = []
+    for config in dict.fromkeys(asked):
+        path = run.path / "eval" / f"{config.hash8}.json"
+        if path.exists():
+            tasks = json.loads(path.read_text())["tasks"]
+            now = catalog.fingerprints(config, data_root)
+            changed = [name for name, fingerprint in now.items() if tasks[name]["data_fingerprint"] != fingerprint]
+            if changed:
+                lines.append(f"{path}: {', '.join(changed)}: scored on other data than {data_root} holds; "
+                             "to score again, delete that file")  # fmt: skip
+    return lines

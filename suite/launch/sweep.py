@@ -21,7 +21,7 @@ from suite.launch import executors
 from suite.launch.branching import must_wait
 from suite.launch.status import GRIDS, CellStatus, cell_status, grid_status, run_dir
 from suite.launch.versions import stale_because
-from suite.launch.worker import CELL_FACTS, Scoring, also_asked, missing_evals, refuse_unfit
+from suite.launch.worker import CELL_FACTS, Scoring, missing_evals, refuse_unfit
 from suite.records import Locked, RunDir, write_json
 
 POLL_S = 0.1
@@ -277,7 +277,7 @@ def prepare(results: Path, cell: Cell) -> RunDir:
         if run.cell_path.exists() and stale_because(run, cell) is None:
             record = run.read_record()
             facts = {name: value for name, value in record.items() if name not in CELL_FACTS}
-            cell = also_asked(run.read_cell(), cell.evaluate)
+            cell = run.read_cell().also_asked(cell.evaluate)
         run.write_cell(cell, **facts)
     return run
 

@@ -74,12 +74,6 @@ def missing_evals(run: RunDir, cell: Cell) -> list[str]:
     return [config.hash8 for config in cell.evaluate if not run.has_eval(config.hash8)]
 
 
-def also_asked(cell: Cell, configs: tuple[EvalConfig, ...]) -> Cell:
-    """The cell with further evaluations behind those it was asked before."""
-    new = tuple(config for config in configs if config not in cell.evaluate)
-    return cell.model_copy(update={"evaluate": cell.evaluate + new})
-
-
 def evaluate_run(run_path: Path, asked: tuple[EvalConfig, ...], scoring: Scoring) -> Cell:
     """Score a trained run on what lacks scores, `asked` added to it; gives its cell as it is recorded then.
 
@@ -93,7 +87,7 @@ def evaluate_run(run_path: Path, asked: tuple[EvalConfig, ...], scoring: Scoring
             if not run.state().get("trained"):
                 raise UserError(f"{run.path}: is not trained to its end, allowed: a run that is")
             recorded = run.read_cell()
-            cell = also_asked(recorded, asked)
+            cell = recorded.also_asked(asked)
             score_missing(run, cell, data.prepare(cell.data, cache=cache_of(run)), scoring)
             if cell != recorded:
                 # What could not be scored is not asked again by whoever comes next.
@@ -116,7 +110,7 @@ def refuse_unfit(run: RunDir, cell: Cell, scoring: Scoring) -> None:
         if config.hash8 in wanted:
             catalog.refuse_unfit(config.tasks, cell.data, scoring.run_code is not None)
             if scoring.data_root is not None:
-                catalog.refuse_missing(config.tasks, scoring.data_root)
+                catalog.refuse_missing(config, scoring.data_root)
 
 
 def _run(run: RunDir, scoring: Scoring) -> Outcome:

