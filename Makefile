@@ -42,7 +42,8 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Training steps; with DATA_ROOT=path/to/eval, what evaluation takes beside the model, too.
+# Kernels and whole training steps; with DATA_ROOT=path/to/eval, what evaluation takes beside the model, too.
 bench: setup
-	$(BIN)/suite bench $(ARGS)
+	$(BIN)/suite bench kernels
+	$(BIN)/suite bench step --half-keys 32,128,512 $(ARGS)
 	$(if $(DATA_ROOT),$(BIN)/suite bench evaluate --data-root $(DATA_ROOT))

@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis import style
 from analysis.errors import InputError
+from analysis.step_cost import step_cost
 from analysis.tables import read_table
 
 if TYPE_CHECKING:
@@ -30,16 +31,23 @@ LOOKS = [("#0072B2", "o"), ("#000000", "s"), ("#E69F00", "^"), ("#009E73", "D"),
 
 
 def draw(bench: Path, folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """A figure for every `kernels-<device>.csv` in `bench`, name -> files; and what is missing, with its command.
+    """A figure for every `kernels-<device>.csv` in `bench` and one for `step.csv`, name -> files; and what is missing,
+    with its command.
 
     Raises:
         InputError: a file without the columns needed, or with values that are not above 0.
     """
-    found = sorted(bench.glob("kernels-*.csv"))
+    found, steps = sorted(bench.glob("kernels-*.csv")), bench / "step.csv"
+    drawn = {f"kernel-roofline-{path.stem.removeprefix('kernels-')}": roofline(path, folder) for path in found}
+    missing = []
     if not found:
         make = f"python -m kernels.bench --out {bench}"
-        return {}, [f"kernel-roofline: no kernels-*.csv in {bench}; make it: {make}"]
-    return {f"kernel-roofline-{path.stem.removeprefix('kernels-')}": roofline(path, folder) for path in found}, []
+        missing.append(f"kernel-roofline: no kernels-*.csv in {bench}; make it: {make}")
+    if steps.exists():
+        drawn["step-cost"] = step_cost(steps, folder)
+    else:
+        missing.append(f"step-cost: no step.csv in {bench}; make it: suite bench step --results {bench.parent}")
+    return drawn, missing
 
 
 def roofline(path: Path, folder: Path) -> list[Path]:

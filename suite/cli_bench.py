@@ -13,6 +13,7 @@ app = typer.Typer(
     invoke_without_command=True, rich_markup_mode=None, help="Measure speeds on this machine, into results/bench/."
 )  # fmt: skip
 
+HalfKeys = Annotated[str | None, typer.Option(metavar="N,N..", help="sides of the tables; default: the grid's")]
 GridName = Annotated[str, typer.Option("--grid", help="the grid whose models train")]
 Results = Annotated[Path, typer.Option("--results", metavar="DIR", help="where tables are written, in bench/")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, everything else on stderr")]
@@ -29,18 +30,26 @@ def every(context: typer.Context) -> None:
 
 
 @app.command()
-def step(grid: GridName = "laptop", results: Results = Path("results"), as_json: AsJson = False) -> None:
-    """Tokens per second of whole training steps, every model of a grid's first base, beside dense.
+def step(
+    grid: GridName = "laptop",
+    half_keys: HalfKeys = None,
+    results: Results = Path("results"),
+    as_json: AsJson = False,
+) -> None:
+    """Speed and peak memory of whole training steps, every model of a grid's first base, beside dense.
 
-    The models take turns; ratios to dense are taken within a turn, since other work on the machine slows both.
+    Models with a table are trained by rows and with the dense optimizer. The models take turns; ratios to dense are
+    taken within a turn, since other work on the machine slows both.
 
-    Example: suite bench step --grid laptop
+    Example: suite bench step --grid laptop --half-keys 32,128,512
     """
     from suite import bench
     from suite.grids import load_grid
+    from suite.inputs import whole_numbers
 
-    loaded = load_grid(grid)
-    rows = bench.rows(bench.step_speeds(loaded.cells, results / "cache"))
+    sides = whole_numbers(half_keys, "--half-keys") if half_keys else ()
+    models = bench.contenders(load_grid(grid).cells, sides)
+    rows = bench.rows(bench.step_speeds(models, results / "cache"))
     _show(rows, results / "bench" / "step.csv", as_json)
 
 
@@ -48,6 +57,7 @@ def step(grid: GridName = "laptop", results: Results = Path("results"), as_json:
 def kernels(
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="default: cuda where there is one")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="only tables of that many rows; may be repeated")] = None,
+    every: Annotated[bool, typer.Option("--all", help="on CPU too: every table that memory holds")] = False,
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
@@ -59,6 +69,7 @@ def kernels(
 
     arguments = ["--out", str(results / "bench"), *(["--json"] if as_json else [])]
     arguments += ["--device", device] if device else []
+    arguments += ["--all"] if every else []
     arguments += ["--rows", *map(str, rows)] if rows else []
     raise typer.Exit(bench.main(arguments))
 

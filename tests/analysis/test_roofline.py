@@ -1,4 +1,4 @@
-"""The kernels' roofline from the file that kernels.bench writes."""
+"""The figures of speed from the files that the benches write."""
 
 from __future__ import annotations
 
@@ -32,12 +32,39 @@ def test_what_the_bench_writes_is_drawn(tmp_path: Path, capsys: pytest.CaptureFi
     write_csv(tmp_path / "bench" / "kernels-cpu.csv", results)
     assert main(["kernels", "--results", str(tmp_path), "--out", str(tmp_path / "f"), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    assert document["missing"] == []
+    assert [line.split(":")[0] for line in document["missing"]] == ["step-cost"]
     files = [Path(path) for path in document["figures"]["kernel-roofline-cpu"]]
     assert {path.suffix for path in files} == {".png", ".pdf", ".svg"}
     drawing = next(path for path in files if path.suffix == ".svg").read_text()
     for words in ("copy bandwidth", "ours", "other (step)", "zipf reads, width 64", "kernels-cpu.csv"):
         assert words in drawing
+
+
+STEPS = """family,base,half_keys,memory_rows,optimizer,step_ms,ratio_p50,peak_bytes
+dense,w32,,0,,30.0,1.0,28000000
+pkm,w32,32,1024,row_wise,36.0,0.8,27000000
+pkm,w32,512,262144,row_wise,50.0,0.6,130000000
+pkm,w32,32,1024,dense,37.0,0.8,27000000
+pkm,w32,512,262144,dense,90.0,0.4,150000000
+"""
+
+
+def test_training_steps_are_drawn_against_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "step.csv").write_text(STEPS)
+    assert main(["kernels", "--results", str(tmp_path), "--out", str(tmp_path / "f"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [line.split(":")[0] for line in document["missing"]] == ["kernel-roofline"]
+    drawing = next(Path(path) for path in document["figures"]["step-cost"] if path.endswith(".svg")).read_text()
+    for words in ("pkm, by rows", "pkm, dense optimizer", "table rows", "most tensor bytes alive, MiB", "step.csv"):
+        assert words in drawing
+
+
+def test_training_steps_without_a_needed_column_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "step.csv").write_text(STEPS.replace("peak_bytes", "memory"))
+    assert main(["kernels", "--results", str(tmp_path), "--out", str(tmp_path / "f")]) == 2
+    assert "step.csv: no column peak_bytes" in capsys.readouterr().err
 
 
 def test_a_missing_file_is_named_with_its_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
