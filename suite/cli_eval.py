@@ -90,7 +90,7 @@ def score(
         raise UserError("RUN|GRID: got nothing, allowed: a run, a grid, or --oracle")
     asked = _asked(tasks, preset, num_fewshot, limit)
     grid, runs, results = _runs(target, results, set_, scale, baseline)
-    from suite.launch.scoring import score_runs, scores_of
+    from suite.launch.scoring import of_other_data, score_runs, scores_of
     from suite.launch.status import grid_status, status_json
 
     # Set here, so that one started in the background of a script can be stopped, too.
@@ -102,6 +102,10 @@ def score(
     except KeyboardInterrupt:
         print("suite: stopped; the scores that are whole stay, the same command goes on", file=sys.stderr)
         raise typer.Exit(130) from None
+    if data_root is not None:
+        for run, evaluations in wanted:
+            for line in of_other_data(run, evaluations, data_root):
+                print(f"suite: {line}", file=sys.stderr)
     statuses = grid_status(results, grid)
     scores = {run.name: scores_of(run, evaluations) for run, evaluations in wanted}
     if as_json:

@@ -19,7 +19,7 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from suite.cells import DataConfig
+from suite.cells import DataConfig, EvalConfig
 from suite.data import Corpus
 from suite.errors import UserError
 from suite.evaluate import world_docs
@@ -134,14 +134,7 @@ def _load_mmlu(loaded: Loaded, sources: Sources, num_fewshot: int | None) -> Non
 
 def _add(loaded: Loaded, config: dict[str, Any], sources: Sources, num_fewshot: int | None) -> ConfigurableTask:
     name = config["task"]
-    stated = config.get("num_fewshot")
-    # a stock task that states 0 means it (humaneval)
-    config["num_fewshot"] = shots = (stated or 0) if num_fewshot is None or stated == 0 else num_fewshot
-    if not shots:
-        # only what is used is read: TriviaQA has 138,000 examples
-        config |= {"training_split": None, "fewshot_split": None}
-        if config.get("test_split"):
-            config["validation_split"] = None
+    config = _with_examples(config, num_fewshot)
     docs, fingerprint = _documents(config, sources)
     process = config.pop("process_docs", None)
     if process is not None:
@@ -153,6 +146,18 @@ def _add(loaded: Loaded, config: dict[str, Any], sources: Sources, num_fewshot: 
     task.set_fewshot_seed(FEWSHOT_SEED)
     loaded.tasks[name], loaded.fingerprints[name] = task, fingerprint
     return task
+
+
+def _with_examples(config: dict[str, Any], num_fewshot: int | None) -> dict[str, Any]:
+    """The configuration with so many examples, and without splits that are not used then."""
+    stated = config.get("num_fewshot")
+    # a stock task that states 0 means it (humaneval)
+    shots = (stated or 0) if num_fewshot is None or stated == 0 else num_fewshot
+    if shots:
+        return config | {"num_fewshot": shots}
+    # TriviaQA has 138,000 examples
+    unused = ["training_split", "fewshot_split", *(["validation_split"] if config.get("test_split") else [])]
+    return config | {"num_fewshot": 0, **dict.fromkeys(unused)}
 
 
 def _giving(docs: dict[str, Docs]) -> Callable[..., dict[str, Docs]]:
@@ -170,7 +175,7 @@ def _documents(config: dict[str, Any], sources: Sources) -> tuple[dict[str, Docs
     splits = _splits(config)
     docs = sources.root.load(repo, name, splits)
     for split in splits:
-        check(repo, docs[split], f"{repo} ({split})")
+        check(repo, docs[split], sources.root.where(repo, name, split))
     return docs, sources.root.fingerprint(repo, name, splits)
 
 
@@ -186,14 +191,28 @@ def files_of(name: str) -> list[tuple[str, str | None, str]]:
     return [*found, *((repo, config, "prompt") for repo, config, _ in found[:1] if name.startswith("mbpp"))]
 
 
-def refuse_missing(tasks: Iterable[str], root: Path) -> None:
-    """Raise UserError for a task whose documents are not in `root`; may be called before training."""
+def refuse_missing(config: EvalConfig, root: Path) -> None:
+    """Raise UserError for a task whose files are not in `root`; may be called before training."""
     have = DataRoot(root)
-    for name in tasks:
-        for config in _stated(name):
-            if config["dataset_path"] != "corpus":
-                split = config.get("test_split") or config["validation_split"]
-                have.files(config["dataset_path"], config.get("dataset_name"), split)
+    for _, repo, name, splits in _reads(config):
+        for split in splits:
+            have.files(repo, name, split)
+
+
+def fingerprints(config: EvalConfig, root: Path) -> dict[str, str]:
+    """Of the data in `root` as the evaluation's tasks read it now, the subjects of a group each. Raises UserError."""
+    have = DataRoot(root)
+    return {task: have.fingerprint(repo, name, splits) for task, repo, name, splits in _reads(config)}
+
+
+def _reads(config: EvalConfig) -> Iterator[tuple[str, str, str | None, list[str]]]:
+    """(task, repository, configuration, splits) of what the tasks that read files are made from."""
+    for name in config.tasks:
+        for stated in _stated(name):
+            if stated["dataset_path"] != "corpus":
+                asked = _with_examples(stated, config.num_fewshot)
+                task = name if name in code.TASKS else asked["task"]
+                yield task, asked["dataset_path"], asked.get("dataset_name"), _splits(asked)
 
 
 def _stated(name: str) -> list[dict[str, Any]]:

@@ -1,9 +1,8 @@
 """Evaluation data from a local folder in the hub's layout, or from the hub.
 
-`<root>/<org>/<name>/<config>/<split>.jsonl` (or .parquet, sharded as the hub does). Files are read as they
-are, every
-time: nothing is cached, so nothing can be stale. (`datasets.load_dataset` on a local folder keys its cache
-by the folder's name alone and has been seen to serve another folder's rows.)
+`<root>/<org>/<name>/<config>/<split>.jsonl` (or .parquet, sharded as the hub does). Files are read as they are, every
+time: nothing is cached, so nothing can be stale. (`datasets.load_dataset` on a local folder keys its cache by the
+folder's name alone and has been seen to serve another folder's rows.)
 """
 
 from __future__ import annotations
@@ -69,6 +68,13 @@ class DataRoot:
             wanted = (folder / f"{split}.jsonl").relative_to(self.path)
             raise UserError(f"{self.path}: no {wanted} (nor .parquet); get it with: suite eval prefetch {self.path}")
         return files
+
+    def where(self, repo: str, config: str | None, split: str) -> str:
+        """A split's place in words: its file, its shards, or its name on the hub."""
+        if self.path is None:
+            return f"{repo} ({split})"
+        first, *others = self.files(repo, config, split)
+        return str(first.with_name(f"{split}-*{first.suffix}") if others else first)
 
     def _folder(self, repo: str, config: str | None) -> Path:
         """The folder of a configuration; unnamed, it is the only one there is, or `default`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 from suite.cells import EvalConfig
@@ -53,6 +54,8 @@ def scores_of(run: RunDir, asked: Iterable[EvalConfig]) -> list[dict[str, Any]]:
 
 def of_other_data(run: RunDir, asked: Iterable[EvalConfig], data_root: Path) -> list[str]:
     """A line for each evaluation whose scores were made from other data than is in `data_root` now."""
+    from suite.evaluate import catalog
+
     lines = []
     for config in dict.fromkeys(asked):
         path = run.path / "eval" / f"{config.hash8}.json"

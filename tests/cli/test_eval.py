@@ -114,7 +114,11 @@ def test_data_cut_short_is_named_by_its_line_and_leaves_no_scores(
     target.write_bytes(source.read_bytes())
     # what failed is not asked again
     assert suite("eval", trained[0]).returncode == 0
-    assert suite("eval", trained[0], "--tasks", "piqa", "--limit", "3", "--data-root", "data").returncode == 0
+    asked = ("eval", trained[0], "--tasks", "piqa", "--limit", "3", "--data-root", "data")
+    assert suite(*asked).returncode == 0
+    assert "scored on other data" not in suite(*asked).stderr
+    target.write_bytes(b"".join(source.read_bytes().splitlines(keepends=True)[5:]))
+    assert "piqa: scored on other data than data holds; to score again, delete that file" in suite(*asked).stderr
 
 
 def test_the_oracle_speaks_json_alone(suite: Suite, real_data: Path) -> None:

@@ -49,7 +49,7 @@ def test_parquet_shards_equal_jsonl(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"question": "q"}, r"row 2: no field answer"),
+        ({"question": "q"}, r"nq_open/validation.jsonl: row 2: no field answer"),
         ({"question": "q", "answer": []}, r"row 2: answer: got \[\], allowed: a list of texts"),
         ({"question": "q", "answer": [""]}, r"row 2: answer: got \[''\], allowed"),
         ({"question": "q", "answer": [1988]}, r"row 2: answer: got \[1988\], allowed"),
@@ -87,6 +87,13 @@ def test_broken_parquet_is_named(tmp_path: Path) -> None:
     (folder / "validation.parquet").write_bytes(b"PAR1 and no more")
     with pytest.raises(UserError, match=r"validation.parquet: not whole parquet"):
         DataRoot(tmp_path).load(NQ, None, ["validation"])
+
+
+def test_files_of_the_examples_are_asked_for_before_training(tmp_path: Path) -> None:
+    write(tmp_path, [{"question": "q", "answer": ["a"]}])
+    catalog.refuse_missing(EvalConfig(tasks=("bios_storage", "nq_open_qa")), tmp_path)
+    with pytest.raises(UserError, match=r"no google-research-datasets/nq_open/nq_open/train.jsonl"):
+        catalog.refuse_missing(EvalConfig(tasks=("nq_open_qa",), num_fewshot=1), tmp_path)
 
 
 def test_a_missing_root_is_named(tmp_path: Path) -> None:
