@@ -33,7 +33,8 @@ def parse_scales(texts: list[str]) -> dict[str, float]:
 def scaled(grid: Grid, factors: Mapping[str, float]) -> Grid:
     """The grid with every cell's budget, batch or table side multiplied, under a name that says so.
 
-    `tokens` multiplies tokens or epochs, and warm-up steps with them, so that every phase keeps its share;
+    `tokens` multiplies tokens or epochs, warm-up steps with them, so that every phase keeps its share, and the tokens
+    taken of a hub data set;
     `batch_rows` multiplies rows per step (warm-up steps then shrink); `half_keys` the side of product-key tables.
     Raises UserError where a cell cannot be so scaled or two become one.
     """
@@ -55,12 +56,17 @@ def _scaled(grid: Grid, cell: Cell, factors: Mapping[str, float]) -> Cell:
     train["warmup"] = round(train["warmup"] * budget / batch)
     if train["tokens"] is not None:
         train["tokens"] = _whole(train["tokens"] * budget)
+        train["branches"] = [_whole(tokens * budget) for tokens in train["branches"]]
     else:
         train["epochs"] *= budget
     model = cell.model.model_dump()
     if "half_keys" in model:
         model["half_keys"] = _whole(model["half_keys"] * factors.get("half_keys", 1.0))
-    fields = cell.model_dump() | {"model": model, "train": train}
+    data = cell.data.model_dump()
+    for source in (data, *data.get("parts", {}).values()):
+        if source.get("tokens") is not None:
+            source["tokens"] = _whole(source["tokens"] * budget)
+    fields = cell.model_dump() | {"model": model, "data": data, "train": train}
     try:
         return Cell.model_validate(fields)
     except ValidationError as error:

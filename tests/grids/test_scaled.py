@@ -20,8 +20,30 @@ def test_budget_and_warmup_shrink_together_and_the_name_says_so() -> None:
     for before, after in zip(grid.cells, small.cells, strict=True):
         assert after.train.tokens == before.train.tokens // 100
         assert after.train.warmup == 40
+        assert after.data.tokens == before.data.tokens // 100
         assert after.model == before.model
         assert after.hash8 != before.hash8
+
+
+def test_parts_of_a_mixture_and_budgets_of_branches_shrink_too(tmp_path: Path) -> None:
+    path = tmp_path / "grid.yaml"
+    path.write_text("""
+defaults:
+  model: {base: w32}
+  data:
+    kind: mixture
+    tokenizer: {kind: bytes}
+    parts:
+      web: {kind: hub, name: a/b, tokens: 1000, weight: 0.8}
+      books: {kind: text, path: books, weight: 0.2}
+  train: {batch_rows: 8, lr: 1e-3, schedule: wsd, branches: [400, 800]}
+blocks:
+  - axes: {model.family: [dense], train.tokens: [400, 800]}
+""")
+    small = scaled(load_grid(str(path), read_data=False), {"tokens": 0.5})
+    assert [cell.train.tokens for cell in small.cells] == [200, 400]
+    assert {cell.train.branches for cell in small.cells} == {(200, 400)}
+    assert {cell.data.parts["web"].tokens for cell in small.cells} == {500}
 
 
 def test_tables_of_all_families_shrink_by_the_same_factor() -> None:
