@@ -6,7 +6,7 @@ ARGS ?=
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(if $(shell $(name) -c 'import sys; print(1 if (3, 11) <= sys.version_info < (3, 13) else "")' 2>/dev/null),$(name),)))
 BIN := .venv/bin
 
-.PHONY: setup sweep figures test test-slow test-slurm check bench
+.PHONY: setup sweep figures test test-slow test-slurm test-triton check bench
 
 setup: .venv/.installed
 
@@ -37,6 +37,19 @@ test-slow: setup
 # Against the Slurm that answers `sinfo`; tests/slurm/cluster.py starts one on this host.
 test-slurm: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m slurm tests/slurm $(ARGS)
+
+# The Triton kernels under the oldest triton they must run with, which is put before the installed one.
+OLD_TRITON := .venv/triton-3.6
+test-triton: $(OLD_TRITON)/.installed
+	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -c 'import sys, triton; print("triton", triton.__version__); \
+	sys.exit(None if triton.__version__.startswith("3.6.") else "make: not triton 3.6: " + triton.__file__)'
+	PYTHONPATH=$(OLD_TRITON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+	$(BIN)/pytest -q -n 2 -m 'not slow and not gpu' -k triton tests/kernels $(ARGS)
+
+$(OLD_TRITON)/.installed: .venv/.installed
+	rm -rf $(OLD_TRITON)
+	$(BIN)/python -m pip install --quiet --no-deps --target $(OLD_TRITON) 'triton==3.6.*'
+	touch $@
 
 check: setup
 	$(BIN)/ruff check .
