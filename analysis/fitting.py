@@ -328,10 +328,14 @@ def main(options: argparse.Namespace, finite: Any) -> int:
     if options.json:
         print(json.dumps(finite(result)))
     else:
-        candidates = result.get("candidates") or result.get("groups") or [result]
-        if "parameters" in result.get("frontier", {}):
-            candidates = [*candidates, result["frontier"]]
-        print("\n".join(text(item) for item in candidates))
+        candidates = result.get("candidates") or [result]
+        if "groups" in result:
+            from analysis.isoflop import isoflop_text
+
+            print(isoflop_text(result))
+            candidates = [result["frontier"]] if "parameters" in result["frontier"] else []
+        if candidates:
+            print("\n".join(text(item) for item in candidates))
         if "selected" in result:
             print(f"selected: {result['selected']} ({result['rule']})")
     return 0

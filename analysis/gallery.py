@@ -9,6 +9,7 @@ import pandas as pd
 
 from analysis import figures
 from analysis.figures_cells import CELL_FIGURES, NO_BITS
+from analysis.isoflop import isoflops_of_grid
 from analysis.runs import Run
 from analysis.scene import Missing, Scene, scene
 
@@ -21,6 +22,7 @@ CAPTIONS = {
     "loss-curves": "Loss in evaluation mode against training tokens",
     "base-size": "E50 and answer NLL against base size",
     "cost": "What is reached against training FLOPs and bytes read per token",
+    "isoflop": "IsoFLOP parabolas of dense, and the compute-optimal sizes",
     "compute-multiplier": "Compute multiplier at E50",
     "trend-fit": "Fits against table and base size, with residuals and the held-out cell",
     "key-usage": "How evenly the memory's rows are read",
@@ -48,7 +50,11 @@ def draw(
     ]
     drawn: dict[str, list[Path]] = {}
     missing: list[str] = []
-    for name, function, needs_bits in [*learning, *((name, function, False) for name, function in CELL_FIGURES)]:
+    for name, function, needs_bits in [
+        *learning,
+        *((name, function, False) for name, function in CELL_FIGURES),
+        ("isoflop", isoflops_of_grid, False),
+    ]:
         try:
             if needs_bits and not has_bits:
                 raise Missing(NO_BITS.format(grid))

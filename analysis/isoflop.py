@@ -18,34 +18,57 @@ from analysis import style
 from analysis.errors import InputError
 from analysis.fit import Fit, fit
 from analysis.fitting import Request, data, document
-from analysis.inputs import evaluate
+from analysis.inputs import number
 from analysis.laws import LAWS
+from analysis.scene import Missing, Scene
 from analysis.uncertainty import standard_errors
+
+SAME_BUDGET = 1.05
+"""Runs whose FLOPs differ by less than this ratio from the least of them share a budget."""
+NOT_BY_BUDGET = ("predict", "cluster", "strata", "holdout_by")
+
+
+def budgets(flops: np.ndarray) -> np.ndarray:
+    """Each run's budget, (n,): the geometric mean of the runs whose FLOPs are nearly the same."""
+    order = np.argsort(flops, kind="stable")
+    ranks, first, rank = np.empty(len(flops), int), 0.0, -1
+    for run in order:
+        if flops[run] > first * SAME_BUDGET:
+            first, rank = flops[run], rank + 1
+        ranks[run] = rank
+    shared = {rank: np.unique(flops[ranks == rank]) for rank in set(ranks.tolist())}
+    means = {rank: float(v[0] if len(v) == 1 else np.exp(np.log(v).mean())) for rank, v in shared.items()}
+    return np.array([means[rank] for rank in ranks.tolist()])
 
 
 def isoflop_document(rows: pd.DataFrame, columns: Mapping[str, str], asked: Request) -> dict[str, Any]:
     """Parabolas by `asked.group` (the compute budget) and the frontier; budgets with too few sizes are listed as
-    refused."""
+    refused, those whose optimum is not among their sizes as outside."""
     assert asked.group is not None
-    budgets = evaluate(rows, asked.group, "--group").to_numpy(float)
-    if not (np.isfinite(budgets).all() and (budgets > 0).all()):
-        raise InputError("--group: compute budgets must be numbers above 0")
-    alone = replace(asked, group=None, figure=None, predict=None, cluster=None, strata=None, bootstrap=0, holdout=0.0)
+    for name in NOT_BY_BUDGET:
+        if getattr(asked, name) is not None:
+            raise InputError(f"--{name.replace('_', '-')}: not with --group; fit one budget by --where")
+    flops = number(rows, asked.group, "--group")
+    if not (np.isfinite(flops).all() and (flops > 0).all()):
+        raise InputError(f"--group: {asked.group} is missing, infinite or not above 0 in some rows")
+    alone = replace(asked, group=None, figure=None, holdout=0.0)
     groups, fits, refused = [], [], {}
-    for budget in sorted(set(budgets.tolist())):
+    by_run = budgets(flops)
+    for budget in sorted(set(by_run.tolist())):
+        part = rows[by_run == budget]
         try:
-            posed, _ = data(LAWS["isoflop"], rows[budgets == budget], columns, alone)
-            found = fit(posed, asked.seed)
-            groups.append({"C": budget, **document(LAWS["isoflop"], rows[budgets == budget], rows, columns, alone)})
-            fits.append((budget, found))
+            posed, _ = data(LAWS["isoflop"], part, columns, alone)
+            fits.append((budget, fit(posed, asked.seed)))
+            groups.append({"C": budget, **document(LAWS["isoflop"], part, rows, columns, alone)})
         except InputError as error:
-            refused[f"{budget:g}"] = str(error)
+            refused[f"{budget:.4g}"] = str(error)
     if not groups:
-        raise InputError("--group: no budget can be fitted: " + next(iter(refused.values())))
-    result: dict[str, Any] = {"law": "isoflop", "n": sum(g["n"] for g in groups), "groups": groups, "refused": refused}
-    inside = [group for group, (_, found) in zip(groups, fits, strict=True) if _inside(found)]
-    result["outside"] = [group["C"] for group in groups if group not in inside]
-    result["frontier"] = _frontier(inside, asked)
+        raise InputError(f"--group: none of {len(refused)} budgets can be fitted: {next(iter(refused.values()))}")
+    result: dict[str, Any] = {
+        "law": "isoflop", "n": sum(group["n"] for group in groups), "groups": groups, "refused": refused,
+        "outside": [budget for budget, found in fits if not _inside(found)],
+        "frontier": _frontier([item for item in fits if _inside(item[1])], asked),
+    }  # fmt: skip
     if asked.figure is not None:
         result["figure"] = [str(path) for path in isoflop_figure(fits, result["frontier"], asked)]
     return result
@@ -57,18 +80,51 @@ def _inside(found: Fit) -> bool:
     return bool(sizes.min() < found.parameters["Nopt"] < sizes.max())
 
 
-def _frontier(groups: list[dict[str, Any]], asked: Request) -> dict[str, Any]:
+def _frontier(fits: list[tuple[float, Fit]], asked: Request) -> dict[str, Any]:
     """Nopt against C over budgets whose optimum is among their sizes."""
-    if len(groups) < 3:
-        return {"n": len(groups), "reason": "needs three budgets whose optimum lies among their sizes"}
-    optima = np.array([group["parameters"]["Nopt"] for group in groups])
-    spread = np.array([group["standard_errors"]["Nopt"] for group in groups]) / optima
-    weights = np.ones(len(groups))
+    if len(fits) < 3:
+        return {"n": len(fits), "reason": "needs three budgets whose optimum lies among their sizes"}
+    optima = np.array([found.parameters["Nopt"] for _, found in fits])
+    spread = np.array([standard_errors(found)["Nopt"] for _, found in fits]) / optima
+    weights = np.ones(len(fits))
     if (np.isfinite(spread) & (spread > 0)).all():
         weights = 1 / spread**2 / np.mean(1 / spread**2)
-    table = pd.DataFrame({"C": [group["C"] for group in groups], "y": optima, "weight": weights})
+    table = pd.DataFrame({"C": [budget for budget, _ in fits], "y": optima, "weight": weights})
     plain = Request("frontier", "C=C,y=y", weights="weight", holdout=asked.holdout, seed=asked.seed)
     return document(LAWS["frontier"], table, table, {"C": "C", "y": "y"}, plain)
+
+
+def isoflop_text(result: Mapping[str, Any]) -> str:
+    """The budgets as lines for a terminal; the frontier is printed as any law is."""
+    lines = [f"isoflop: {LAWS['isoflop'].formula}; n {result['n']}, {len(result['groups'])} budgets"]
+    for group in result["groups"]:
+        optimum, (low, high) = group["parameters"]["Nopt"], group["intervals"]["Nopt"]
+        words = f"  C {group['C']:<10.4g} n {group['n']:<3} Nopt {optimum:<10.4g} [{low:.4g}, {high:.4g}]"
+        loss = f" Lmin {group['parameters']['Lmin']:.5g}"
+        known = "" if group["identified"]["Nopt"] else "  not identified"
+        lines.append(words + loss + known + ("  outside its sizes" if group["C"] in result["outside"] else ""))
+    lines.append(f"  intervals: {result['groups'][0]['interval_kind']}")
+    lines += [f"  left out: budget {budget}: {reason}" for budget, reason in result["refused"].items()]
+    if "reason" in result["frontier"]:
+        lines.append(f"  no frontier: it {result['frontier']['reason']}")
+    return "\n".join(lines)
+
+
+def isoflops_of_grid(found: Scene, folder: Path) -> list[Path]:
+    """The dense runs of a grid at equal training FLOPs, sizes being non-embedding parameters."""
+    table = found.table[(found.table["family"] == "dense") & (found.table["train_flops"] > 0)]
+    table = table.assign(N=table["params_total"] - table["params_embedding"].fillna(0))
+    asked = Request("isoflop", "N=N,L=eval_loss", group="train_flops", figure=folder, drop_missing=True,
+                    source=f"our runs, grid {found.grid}")  # fmt: skip
+    try:
+        if table.empty:
+            raise InputError("no dense run")
+        return [Path(path) for path in isoflop_document(table, {"N": "N", "L": "eval_loss"}, asked)["figure"]]
+    except InputError as error:
+        raise Missing(
+            f"grid {found.grid} has no four sizes of dense at one training budget ({error}); from any table: "
+            "python -m analysis fit --law isoflop --group C --data FILE --columns N=...,L=... --figure FOLDER"
+        ) from None
 
 
 def isoflop_figure(fits: list[tuple[float, Fit]], frontier: Mapping[str, Any], asked: Request) -> list[Path]:
@@ -85,11 +141,11 @@ def isoflop_figure(fits: list[tuple[float, Fit]], frontier: Mapping[str, Any], a
             left.plot(
                 at, found.predict({"N": at}), color=color, linewidth=1, label=f"{budget:.2g} (n={found.problem.n})"
             )
-            optimum, error = found.parameters["Nopt"], standard_errors(found)["Nopt"]
-            left.plot([optimum], [found.parameters["Lmin"]], "*", color=color, markersize=8)
-            face = color if _inside(found) else "white"
-            reach = [1.96 * min(error, optimum / 2)]
-            right.errorbar([budget], [optimum], yerr=reach, fmt="o", color=color, markerfacecolor=face)
+            if _inside(found):
+                optimum, error = found.parameters["Nopt"], standard_errors(found)["Nopt"]
+                left.plot([optimum], [found.parameters["Lmin"]], "*", color=color, markersize=8)
+                reach = [1.96 * min(error, optimum / 2)]
+                right.errorbar([budget], [optimum], yerr=reach, fmt="o", color=color)
         if "parameters" in frontier:
             ends = np.array([fits[0][0], fits[-1][0]])
             k, a = frontier["parameters"]["k"], frontier["parameters"]["a"]
@@ -107,6 +163,7 @@ def isoflop_figure(fits: list[tuple[float, Fit]], frontier: Mapping[str, Any], a
         right.set_ylabel("optimal parameters")
         note = (
             "Left: runs and a parabola in ln N per budget, stars at the optima. Right: optima with 1.96 standard "
-            f"errors; open: outside the sizes tried and left out of the law. Source: {asked.source}."
+            "errors; budgets whose optimum is outside the sizes tried have no star and no part in the law. "
+            f"Source: {asked.source}."
         )
         return style.save(drawn, asked.figure, "isoflop", note)

@@ -291,6 +291,31 @@ def test_isoflop_parabolas_give_the_compute_optimal_exponent(tmp_path: Path) -> 
     assert (tmp_path / "isoflop.png").exists()
 
 
+def test_budgets_read_off_a_plot_are_one_within_five_percent() -> None:
+    frame = isoflops().iloc[:54]
+    blurred = frame.assign(C=frame["C"] * np.exp(np.random.default_rng(0).uniform(-0.02, 0.02, 54)))
+    found, exact = (run(table, Request("isoflop", "N=N,L=L", group="C")) for table in (blurred, frame))
+    assert [group["C"] for group in exact["groups"]] == pytest.approx(sorted(set(frame["C"])), rel=1e-12)
+    assert [group["n"] for group in found["groups"]] == [9] * 6
+    assert found["frontier"]["parameters"]["a"] == pytest.approx(exact["frontier"]["parameters"]["a"], abs=0.01)
+
+
+def test_isoflops_are_printed_a_line_per_budget(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    isoflops().to_csv(tmp_path / "runs.csv", index=False)
+    code, out, _ = call(tmp_path / "runs.csv", capsys, "--law", "isoflop", "--columns", "N=N,L=L", "--group", "C")
+    assert code == 0
+    assert out.count("\n  C ") == 6
+    assert "left out: budget 5e+21: 2 points are too few" in out
+    assert "frontier: y = k C^a" in out
+
+
+def test_an_isoflop_maximum_is_no_optimum() -> None:
+    frame = isoflops().iloc[:54]
+    found = run(frame.assign(L=10 - frame["L"]), Request("isoflop", "N=N,L=L", group="C"))
+    assert len(found["outside"]) == 6
+    assert "needs three budgets" in found["frontier"]["reason"]
+
+
 def test_groups_are_for_isoflops_only() -> None:
     with pytest.raises(InputError, match="--group: got law 'power', allowed: isoflop"):
         run(isoflops(), Request("power", "x=N,y=L", group="C"))
