@@ -151,7 +151,7 @@ def _own_config(model: Transformer, seq_len: int) -> dict[str, Any]:
         "architectures": ["NextParameterForCausalLM"], "model_type": "next_parameter", "vocab_size": model.vocab_size,
         "auto_map": {"AutoConfig": f"{MODELING}.NextParameterConfig",
                      "AutoModelForCausalLM": f"{MODELING}.NextParameterForCausalLM"},
-        "cell_model": model.config.model_dump(mode="json"), "max_position_embeddings": seq_len, "use_cache": False,
+        "cell_model": model.config.model_dump(mode="json"), "max_position_embeddings": seq_len, "use_cache": True,
         "hidden_size": model.size.dim, "num_hidden_layers": model.size.layers,
         "num_attention_heads": model.size.heads, "tie_word_embeddings": False, "dtype": "float32",
     }  # fmt: skip

@@ -1,7 +1,9 @@
 """Our models as transformers knows models; copied into exports, with the modules it needs beside it.
 
-Generation runs the whole text for every token: no key-value cache is kept between calls. Padding must be on the left
-or on the right of whole rows, as `attention_mask` says.
+Padding must be on the left or on the right of whole rows, as `attention_mask` says; beside a cache it covers the tokens
+that are kept, too. Caches are those that grow (DynamicCache, what `generate` takes unless told otherwise).
+
+Shapes: B rows, T tokens of the call, L tokens kept and of the call, G key-value heads, K head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutput
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from suite.models import feedforward, moe, peer, product_key
+from suite.models import feedforward, moe, peer, product_key, transformer
 from suite.models.registry import family
-from suite.models.transformer import Transformer
 
 FAMILIES = (feedforward, moe, peer, product_key)
 """The modules that register the families, imported for that."""
@@ -27,10 +29,32 @@ class NextParameterConfig(PreTrainedConfig):
 
     model_type = "next_parameter"
 
-    def __init__(self, cell_model: dict[str, Any] | None = None, vocab_size: int = 0, **kwargs: Any) -> None:
+    def __init__(
+        self, cell_model: dict[str, Any] | None = None, vocab_size: int = 0, use_cache: bool = True, **kwargs: Any
+    ) -> None:
         self.cell_model = cell_model or {}
-        self.vocab_size = vocab_size
+        self.vocab_size, self.use_cache = vocab_size, use_cache
         super().__init__(**kwargs)
+
+
+class KeptTokens(transformer.Cache):
+    """A cache of transformers', as our models ask for one. Ids of tokens are kept as a layer behind the others."""
+
+    def __init__(self, kept: Cache, layers: int) -> None:
+        self.kept, self.layers, self.length = kept, layers, kept.get_seq_length()
+
+    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep a layer's new keys and values; returns all of them, [B, G, L, K]."""
+        keys, values = self.kept.update(k_BGTK, v_BGTK, layer)
+        return keys, values
+
+    def remember(self, tokens_BT: Tensor) -> Tensor:
+        """Keep new tokens; returns all of them, [B, L]."""
+        if len(self.kept.layers) == self.layers:
+            self.kept.layers.append(DynamicLayer())
+        ids_B1T1 = tokens_BT[:, None, :, None]
+        known_B1L1 = self.kept.update(ids_B1T1, ids_B1T1, self.layers)[0]
+        return known_B1L1[:, 0, :, 0]
 
 
 class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
@@ -43,32 +67,39 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: NextParameterConfig) -> None:
         super().__init__(config)
         options = family(config.cell_model["family"]).config.model_validate(config.cell_model)
-        self.model = Transformer(options, config.vocab_size)
+        self.model = transformer.Transformer(options, config.vocab_size)
         self.post_init()
 
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
         labels: Tensor | None = None,
+        use_cache: bool | None = None,
         return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutput | tuple[Tensor, ...]:
-        """Logits of every position in `input_ids` [B, T], and the mean loss where there are `labels`."""
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits [B, T, V] of `input_ids`, which go on from what the cache holds, and the mean loss of `labels`.
+
+        ValueError: a cache of fixed size.
+        """
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            past_key_values = DynamicCache(config=self.config)
+        cache = None
+        if past_key_values is not None:
+            if past_key_values.is_compileable:
+                raise ValueError(f"past_key_values: got a {type(past_key_values).__name__}, allowed: a DynamicCache")
+            cache = KeptTokens(past_key_values, self.config.num_hidden_layers)
         pad_B = None
         if attention_mask is not None and not bool(attention_mask[:, 0].all()):
             pad_B = (attention_mask.cumsum(1) == 0).sum(1)
-        logits_BTV = self.model(input_ids, pad_B=pad_B)
+        logits_BTV = self.model(input_ids, cache=cache, pad_B=pad_B)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        if return_dict is False:
-            return (logits_BTV,) if loss is None else (loss, logits_BTV)
-        return CausalLMOutput(loss=loss, logits=logits_BTV)
-
-    def prepare_inputs_for_generation(self, input_ids: Tensor, **kwargs: Any) -> dict[str, Any]:
-        """The whole text so far, every time."""
-        return {"input_ids": input_ids, "attention_mask": kwargs.get("attention_mask")}
+        said = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
+        return said.to_tuple() if return_dict is False else said
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """The embedding of tokens."""

@@ -86,15 +86,53 @@ def test_transformers_loads_every_family_with_our_logits(name: str, tmp_path: Pa
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["dense", "memory_plus"])
-def test_greedy_generation_is_ours(name: str, tmp_path: Path) -> None:
+def exported(name: str, folder: Path) -> tuple[Transformer, Any]:
+    """A model, and its export as transformers loads it; `hashed_ngram` is the documentation's baseline."""
+    if name == "hashed_ngram":
+        external.load(ROOT / "docs" / "hashed_ngram.py")
+        model = models.build(registry.family(name).config(family=name, base="w32"), 50, 0).eval()
+    else:
+        model = built(name)
+    export(model, folder)
+    return model, loaded(folder)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "hashed_ngram"])
+def test_greedy_generation_is_ours_with_a_cache_and_without(name: str, tmp_path: Path) -> None:
     from suite.evaluate.scoring import generate
 
-    model = built(name)
-    export(model, tmp_path / "out")
-    prompt = tokens()[:1, :6]
-    said = loaded(tmp_path / "out").generate(prompt, max_new_tokens=8, do_sample=False, pad_token_id=0)
-    assert said[0, 6:].tolist() == generate(model, [prompt[0].tolist()], 8)[0]
+    model, theirs = exported(name, tmp_path / "out")
+    prompts = tokens()[:, :6]
+    ours = generate(model, prompts.tolist(), 8)
+    for use_cache in (True, False):
+        said = theirs.generate(prompts, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=use_cache)
+        assert said[:, 6:].tolist() == ours, use_cache
+    mask = torch.ones(2, 6, dtype=torch.int64)
+    mask[1, :3] = 0
+    padded = theirs.generate(prompts, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
+    assert padded[1, 6:].tolist() == generate(model, [prompts[1, 3:].tolist()], 8)[0]
+
+
+@pytest.mark.parametrize("name", ["memory_plus", "hashed_ngram"])
+def test_a_cache_of_transformers_is_filled_reordered_and_goes_on(name: str, tmp_path: Path) -> None:
+    model, theirs = exported(name, tmp_path / "out")
+    kept = transformers.DynamicCache(config=theirs.config)
+    with torch.no_grad():
+        whole = model(tokens())
+        first = theirs(tokens()[:, :5], past_key_values=kept)
+        assert first.past_key_values is kept
+        assert kept.get_seq_length() == 5
+        rest = theirs(tokens()[:, 5:], past_key_values=kept).logits
+        torch.testing.assert_close(torch.cat((first.logits, rest), 1), whole, rtol=0, atol=1e-5)
+        kept.reorder_cache(torch.tensor([1, 0]))
+        new = torch.tensor([[3], [4]])
+        expected = model(torch.cat((tokens().flip(0), new), 1))[:, -1]
+        torch.testing.assert_close(theirs(new, past_key_values=kept).logits[:, -1], expected, rtol=0, atol=1e-5)
+    beams = [theirs.generate(tokens()[:, :6], max_new_tokens=6, num_beams=3, do_sample=False, pad_token_id=0,
+                             use_cache=use_cache).tolist() for use_cache in (True, False)]  # fmt: skip
+    assert beams[0] == beams[1]
+    with pytest.raises(ValueError, match="past_key_values: got a StaticCache, allowed: a DynamicCache"):
+        theirs(new, past_key_values=transformers.StaticCache(config=theirs.config, max_cache_len=8))
 
 
 def test_an_export_needs_nothing_of_this_package(tmp_path: Path) -> None:
