@@ -105,7 +105,7 @@ def request(options: argparse.Namespace) -> Request:
         except ValueError:
             raise InputError(f"--fix: got {item!r}, allowed: NAME=NUMBER") from None
     fields = {name: getattr(options, name) for name in Request.__dataclass_fields__ if name not in ("fix", "source")}
-    return Request(**fields, fix=fixed, source=str(options.data))
+    return Request(**fields, fix=fixed, source=options.data.name)
 
 
 def _checked(asked: Request) -> None:

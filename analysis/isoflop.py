@@ -139,7 +139,11 @@ def isoflop_figure(fits: list[tuple[float, Fit]], frontier: Mapping[str, Any], a
             at = np.geomspace(sizes.min(), sizes.max(), 100)
             left.plot(sizes, found.problem.y, "o", color=color, markersize=3)
             left.plot(
-                at, found.predict({"N": at}), color=color, linewidth=1, label=f"{budget:.2g} (n={found.problem.n})"
+                at,
+                found.predict({"N": at}),
+                color=color,
+                linewidth=1,
+                label=f"{budget:.2g} FLOPs (n={found.problem.n})",
             )
             if _inside(found):
                 optimum, error = found.parameters["Nopt"], standard_errors(found)["Nopt"]
@@ -158,7 +162,7 @@ def isoflop_figure(fits: list[tuple[float, Fit]], frontier: Mapping[str, Any], a
         right.set_yscale("log")
         left.set_xlabel("parameters")
         left.set_ylabel("loss")
-        left.legend(title="training FLOPs", loc="best", fontsize=6, title_fontsize=6.5)
+        style.legend_above(drawn, [left])
         right.set_xlabel("training FLOPs")
         right.set_ylabel("optimal parameters")
         note = (
