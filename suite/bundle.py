@@ -13,10 +13,13 @@ PACKAGES = ("suite", "kernels")
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def bundle(entry: str, name: str, extra: dict[str, str] | None = None) -> dict[str, str]:
+def bundle(
+    entry: str, name: str, extra: dict[str, str] | None = None, instead: dict[str, str] | None = None
+) -> dict[str, str]:
     """File name -> source of module `entry` (as `name`.py) and of all modules of ours that it needs.
 
-    `extra`: further sources by file name, whose imports are rewritten, too; `entry` is made to import them.
+    `extra`: further sources by file name, whose imports are rewritten, too; `entry` is made to import them. `instead`:
+    modules whose place is taken by others.
     """
     files: dict[str, str] = {}
     waiting = [(entry, name, _path(entry).read_text())]
@@ -27,7 +30,7 @@ def bundle(entry: str, name: str, extra: dict[str, str] | None = None) -> dict[s
         files[f"{flat}.py"], needed = rewritten(source)
         for module in sorted(needed - done):
             done.add(module)
-            waiting.append((module, flat_name(module), _path(module).read_text()))
+            waiting.append((module, flat_name(module), _path((instead or {}).get(module, module)).read_text()))
     others = sorted(file.removesuffix(".py") for file in files if file != f"{name}.py")
     along = "".join(f"from .{other} import __name__ as _{other}  # noqa: F401\n" for other in others)
     files[f"{name}.py"] += f"\n# Imported by name, so that they are copied along.\n{along}"

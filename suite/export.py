@@ -161,7 +161,8 @@ def _write_sources(model: Transformer, target: Path) -> None:
     """The modelling file and what it imports; the file of a family from outside the package, too."""
     origin = registry.family(model.config.family).path
     extra = {} if origin is None else {"baseline.py": origin.read_text()}
-    for name, source in bundle("suite.export_modeling", MODELING, extra).items():
+    plain = {"kernels.dispatch": "suite.export_dispatch"}
+    for name, source in bundle("suite.export_modeling", MODELING, extra, instead=plain).items():
         (target / name).write_text(source)
 
 
