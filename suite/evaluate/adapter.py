@@ -104,7 +104,7 @@ class SuiteLM(TemplateLM):
         return results
 
     def _score(self, parts: list[scoring.Request]) -> list[tuple[float, bool]]:
-        return divided(parts, lambda mine, _: scoring.score(self.model, mine, self.token_budget))
+        return divided(self.model, parts, lambda mine, _: scoring.score(self.model, mine, self.token_budget))
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-probability in nats of whole texts, in windows with as much context as fits."""
@@ -161,7 +161,7 @@ class SuiteLM(TemplateLM):
                 self.model, mine, new_tokens, [self.eot_token_id], finished, self.token_budget, sampling, numbers
             )
 
-        generated = divided(prompts, generate)
+        generated = divided(self.model, prompts, generate)
         return [before_stop(tokenizer.decode(ids), stops) for ids in generated]
 
     def _check_stops(self, task: str | None, stops: list[str]) -> None:
@@ -175,19 +175,27 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def divided(items: list[Item], work: Callable[[list[Item], list[int]], list[Result]]) -> list[Result]:
+def divided(
+    model: Transformer, items: list[Item], work: Callable[[list[Item], list[int]], list[Result]]
+) -> list[Result]:
     """The results of `work(items, their numbers)`, shared by the processes of torch.distributed where there are any.
 
     Every process gives all items and gets all results. (lm-eval's own way divides documents, and then prompts with
-    examples depend on the number of processes.) Models whose forward pass is itself collective cannot be divided:
-    let one group of processes score everything.
+    examples depend on the number of processes.) Processes that hold a part of the model each (FSDP, divided tables)
+    must go through it together: there, all of them work on all items.
     """
-    if not torch.distributed.is_initialized():
+    if not torch.distributed.is_initialized() or _is_sharded(model):
         return work(items, list(range(len(items))))
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     shares: list[list[Result]] = [[] for _ in range(world)]
     torch.distributed.all_gather_object(shares, work(items[rank::world], list(range(rank, len(items), world))))
     return [shares[number % world][number // world] for number in range(len(items))]
+
+
+def _is_sharded(model: Transformer) -> bool:
+    from torch.distributed.fsdp import FSDPModule
+
+    return isinstance(model, FSDPModule)
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:

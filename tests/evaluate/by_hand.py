@@ -11,8 +11,12 @@ from suite.models.transformer import Transformer
 
 
 def small_model(corpus: Corpus, seed: int = 0) -> Transformer:
-    """A dense model with larger weights than initial ones, so that its predictions differ."""
-    model = models.build(ModelConfig(family="dense", base="w32"), corpus.vocab_size, seed)
+    """A dense model whose predictions differ."""
+    return sharpened(models.build(ModelConfig(family="dense", base="w32"), corpus.vocab_size, seed))
+
+
+def sharpened(model: Transformer) -> Transformer:
+    """The model with larger weights than initial ones, whose predictions differ little."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.0)

@@ -8,38 +8,60 @@ import sys
 from pathlib import Path
 
 import pytest
-from by_hand import small_model
+from by_hand import sharpened
 
+from suite import models
 from suite.cells import EvalConfig
 from suite.data import Corpus
 from suite.evaluate.harness import evaluate
+from suite.models import registry
 
 PROGRAM = """
 import json, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
-from by_hand import small_model
-from suite import data
+from by_hand import sharpened
+from suite import data, models
 from suite.cells import BiosData, EvalConfig
 from suite.evaluate.harness import evaluate
+from suite.models import registry
+from suite.train.parallel import Parallel, World
+from suite.train.sharding import build_sharded
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=2)
 corpus = data.prepare(BiosData(**json.loads({data!r})), folder / f"cache-{{rank}}")
-scores = evaluate(small_model(corpus), corpus, EvalConfig(tasks={tasks!r}, limit=15))
+config = registry.family("memory_plus").config(**json.loads({model!r}))
+if {sharded}:
+    world = World(rank, 2, Parallel(memory_parallel=2), joined=True, device=torch.device("cpu"))
+    model = build_sharded(config, corpus.vocab_size, 0, world, "fp32")
+else:
+    model = models.build(config, corpus.vocab_size, 0)
+scores = evaluate(sharpened(model), corpus, EvalConfig(tasks={tasks!r}, limit=15))
 (folder / f"scores-{{rank}}.json").write_text(json.dumps(scores))
 torch.distributed.destroy_process_group()
 """
 TASKS = ("bios_storage", "bios_qa", "bios_choice")
 
 
+MODEL = {"family": "memory_plus", "base": "w32", "half_keys": 16, "top_k": 4}
+
+
 @pytest.mark.slow
-def test_two_processes_give_the_scores_of_one(bios: Corpus, tmp_path: Path) -> None:
-    program = PROGRAM.format(tests=str(Path(__file__).parent), data=bios.config.model_dump_json(), tasks=TASKS)
+@pytest.mark.parametrize("sharded", [False, True], ids=["a model each", "a model between them"])
+def test_two_processes_give_the_scores_of_one(sharded: bool, bios: Corpus, tmp_path: Path) -> None:
+    program = PROGRAM.format(
+        tests=str(Path(__file__).parent),
+        data=bios.config.model_dump_json(),
+        model=json.dumps(MODEL),
+        sharded=sharded,
+        tasks=TASKS,
+    )
     processes = [subprocess.Popen([sys.executable, "-c", program, str(rank), str(tmp_path)]) for rank in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
-    alone = json.loads(json.dumps(evaluate(small_model(bios), bios, EvalConfig(tasks=TASKS, limit=15))))
+    whole = sharpened(models.build(registry.family("memory_plus").config(**MODEL), bios.vocab_size, 0))
+    alone = json.loads(json.dumps(evaluate(whole, bios, EvalConfig(tasks=TASKS, limit=15))))
     for rank in range(2):
         together = json.loads((tmp_path / f"scores-{rank}.json").read_text())
         for name, task in alone["tasks"].items():
