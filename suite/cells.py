@@ -144,6 +144,10 @@ class MixtureData(Frozen):
 DataConfig = Annotated[BiosData | TextData | HubData | MixtureData, Discriminator("kind")]
 
 
+ROW_WISE_OPTIONS = ("value_precision", "value_second_moment", "value_replay_limit", "value_lazy")
+"""Fields of TrainConfig that say how `optimizer: row_wise` updates value tables (docs/training.md)."""
+
+
 class TrainConfig(Frozen):
     """How long, how fast and how precisely. Exactly one of `tokens` and `epochs` is the budget."""
 
@@ -157,6 +161,16 @@ class TrainConfig(Frozen):
     optimizer: Literal["row_wise", "dense"] = Field(
         default="row_wise", description="of value tables: AdamW by touched rows, or on table-sized gradients"
     )
+    value_precision: Literal["fp32", "bf16", "bf16_master", "bf16_stochastic"] = Field(
+        default="fp32", description="of value tables; bf16: rounded to nearest, with an fp32 copy, or stochastically"
+    )
+    value_second_moment: Literal["element", "row"] = Field(
+        default="element", description="of value tables: one for each element, or one a row, of its mean square"
+    )
+    value_replay_limit: int | None = Field(
+        default=None, gt=0, description="most missed steps a row makes up for; None: all on a CPU, 256 on a GPU"
+    )
+    value_lazy: bool = Field(default=False, description="rows that are not read stand still (LazyAdam), not as AdamW")
     weight_decay: float = Field(default=0.1, ge=0)
     value_weight_decay: float | None = Field(default=None, ge=0, description="None: as weight_decay")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
@@ -190,6 +204,14 @@ class TrainConfig(Frozen):
             found.append(("tokens", self.tokens, "exactly one of tokens and epochs"))
         if self.batch_rows % self.accumulate:
             found.append(("accumulate", self.accumulate, f"a divisor of batch_rows ({self.batch_rows})"))
+        if self.optimizer == "dense":
+            for name in ROW_WISE_OPTIONS:
+                default = type(self).model_fields[name].default
+                if getattr(self, name) != default:
+                    found.append((name, getattr(self, name), f"{default} with optimizer dense: row_wise alone has it"))
+        limit = self.value_replay_limit
+        if self.value_lazy and limit is not None:
+            found.append(("value_replay_limit", limit, "nothing with value_lazy: it replays nothing"))
         if self.branches and (self.schedule != "wsd" or self.tokens not in self.branches):
             found.append(("branches", self.branches, "token budgets of wsd cells, train.tokens among them"))
         if self.branches and self.stop_past is not None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from kernels.embedding_bag import RowGradients, embedding_bag, embedding_dot
 from suite.models.accounting import Cost
+from suite.models.precision import at_least_fp32
 
 ROWS_AT_ONCE = 1 << 26
 """Elements of rows that `products` holds at a time."""
@@ -34,22 +35,27 @@ class MemoryTable(nn.Module):
         self.before_read: list[Callable[[Tensor], None]] = []
         self.gradients: RowGradients | None = None
 
+    @property
+    def wide(self) -> torch.dtype:
+        """What is computed in: the rows' dtype, fp32 where they are narrower."""
+        return at_least_fp32(self.weight.dtype)
+
     def forward(self, indices_NS: Tensor, weights_NS: Tensor) -> Tensor:
-        """The sums over S of weights x rows, [N, D], in the table's dtype; indices are int64 in [0, rows)."""
+        """The sums over S of weights x rows, [N, D], in fp32 (float64 of such a table); indices: int64 in [0, rows)."""
         for listener in self.before_read:
             listener(indices_NS)
-        weights_NS = weights_NS.to(self.weight.dtype)
+        weights_NS = weights_NS.to(self.wide)
         if self.gradients is not None:
-            return embedding_bag(self.weight, indices_NS, weights_NS, self.gradients)
-        return F.embedding_bag(indices_NS, self.weight, per_sample_weights=weights_NS, mode="sum")
+            return embedding_bag(self.weight, indices_NS, weights_NS, self.gradients).to(self.wide)
+        return F.embedding_bag(indices_NS, self.weight.to(self.wide), per_sample_weights=weights_NS, mode="sum")
 
     def products(self, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
-        """The inner products of each token's rows with the token, [N, S], in the table's dtype."""
+        """The inner products of each token's rows with the token, [N, S], in fp32 (float64 of such a table)."""
         for listener in self.before_read:
             listener(indices_NS)
         if self.gradients is not None:
-            return embedding_dot(self.weight, indices_NS, x_ND.to(self.weight.dtype), self.gradients)
-        products_NS: Tensor = _Products.apply(indices_NS, self.weight, x_ND.to(self.weight.dtype))
+            return embedding_dot(self.weight, indices_NS, x_ND.to(self.wide), self.gradients)
+        products_NS: Tensor = _Products.apply(indices_NS, self.weight.to(self.wide), x_ND.to(self.wide))
         return products_NS
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:

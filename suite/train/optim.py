@@ -7,6 +7,8 @@ likewise. Tables are updated by the rows that were read (kernels.row_adamw), whi
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,12 @@ VALUE_LR_RATIO = 10.0
 
 REPLAY_LIMIT_GPU = 256
 """Missed steps that a row replays on a GPU; on a CPU all of them, so that when a table is flushed changes no bit."""
+
+
+LOW_PRECISION: dict[str, Literal["nearest", "stochastic", "master"]] = {
+    "fp32": "nearest", "bf16": "nearest", "bf16_master": "master", "bf16_stochastic": "stochastic",
+}  # fmt: skip
+"""How RowAdamW rounds, by train.value_precision."""
 
 
 class Optimizer:
@@ -116,12 +124,18 @@ class Optimizer:
     def restored(self, state: dict[str, dict[str, Tensor]]) -> None:
         """To be called once the tensors of `state` have been filled from a checkpoint."""
         for table, adamw in zip(self.tables, self.rows, strict=bool(self.rows)):
-            step = int(state[self.names[id(table.weight)]]["step"])
-            adamw.load_state_dict({**adamw.state_dict(), "step": step})
+            saved = state[self.names[id(table.weight)]]
+            adamw.load_state_dict({**saved, "step": int(saved["step"])})
 
 
 def row_wise(table: MemoryTable, config: TrainConfig, weight_decay: float) -> RowAdamW:
-    """An optimizer of the table's rows, which from now on gathers compact gradients and is told of every read."""
+    """An optimizer of the table's rows, which from now on gathers compact gradients and is told of every read.
+
+    The table is made bfloat16 where the cell says so.
+    """
+    if config.value_precision != "fp32":
+        table.bfloat16()
+    limit = REPLAY_LIMIT_GPU if table.weight.is_cuda else None
     table.gradients = RowGradients(table.weight)
     adamw = RowAdamW(
         table.weight,
@@ -129,7 +143,10 @@ def row_wise(table: MemoryTable, config: TrainConfig, weight_decay: float) -> Ro
         betas=config.betas,
         eps=config.eps,
         weight_decay=weight_decay,
-        replay_limit=REPLAY_LIMIT_GPU if table.weight.is_cuda else None,
+        replay_limit=config.value_replay_limit or limit,
+        low_precision=LOW_PRECISION[config.value_precision],
+        row_second_moment=config.value_second_moment == "row",
+        lazy=config.value_lazy,
     )
     table.before_read.append(adamw.before_read)
     return adamw

@@ -86,6 +86,9 @@ class World:
         if micro != cell.train.accumulate and getattr(cell.model, "query_batchnorm", False):
             allowed = f"the cell's own ({cell.train.accumulate}): its queries are normed over a micro-batch"
             raise UserError(f"launch: parallel.accumulate: got {micro}, allowed: {allowed}")
+        if members > 1 and cell.train.value_second_moment == "row":
+            allowed = "1 with train.value_second_moment row: its mean squares are of whole rows"
+            raise UserError(f"launch: parallel.memory_parallel: got {members}, allowed: {allowed}")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", self.size)) if self.joined else 1
         if self.size % members or (local % members and members % local):
             allowed = f"a divisor of the node's processes ({local}), or whole nodes' that divide all {self.size}"
