@@ -233,7 +233,7 @@ def plan(
     Example: suite plan paper-fixed-memory --gpu h100
     """
     from suite.launch import plan as planning
-    from suite.launch.plan_table import measured, plan_notes, plan_table
+    from suite.launch.plan_table import measured, partners_table, plan_notes, plan_table
     from suite.records import write_json
 
     loaded = load(grid, set_, scale, baseline, read_data=False)
@@ -247,6 +247,7 @@ def plan(
         print_json(document)
     else:
         print_table(plan_table(loaded.name, plans, assumed))
+        print_table(partners_table(plans))
         print("\n".join(plan_notes(plans, document)))
 
 

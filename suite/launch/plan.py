@@ -18,7 +18,7 @@ from suite.data import prepare
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.hardware import GPUS, USABLE, UTILISATION, Gpu
-from suite.models.accounting import Account, account_of, cost_of, meta_model
+from suite.models.accounting import Account, account, account_of, cost_of, meta_model
 from suite.models.external import needs_values
 from suite.models.memory import Parts, Seen, StepMemory, parts
 from suite.models.memory_table import MemoryLayer, MemoryTable
@@ -30,6 +30,8 @@ MICRO_ROWS = (8, 4, 2, 1)
 MOST_NODES = 512
 EQUAL = 0.05
 """Largest deviation of a ratio from 1 that is still called equal."""
+MEASURES = {"flops": "macs_total", "params": "params_total", "bytes": "bytes_per_token"}
+"""What cells are matched in -> the account's name of it."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,14 @@ class Mesh:
 
 @dataclass(frozen=True)
 class CellPlan:
-    """The plan of one cell. Bytes, FLOPs, GPU-hours; `mesh` None: it fits nowhere, `why` and `would_fit` say more."""
+    """The plan of one cell. Bytes, FLOPs, GPU-hours; `mesh` None: it fits nowhere, `why` and `would_fit` say more.
+
+    `dense` is the account of the dense model of the base's feed-forward width, be it in the grid or not.
+    """
 
     cell: Cell
     account: Account
+    dense: Account
     tokens: int
     steps: int
     total_flops: float
@@ -70,6 +76,10 @@ class CellPlan:
     link_bytes_per_step: float
     table_hours: float
     partners: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def ratio(self, measure: str, other: Account) -> float:
+        """Of a measure of this cell's account to another's."""
+        return float(getattr(self.account, measure) / getattr(other, measure))
 
     def to_json(self, price: float) -> dict[str, Any]:
         """The cell's entry of `suite plan --json`."""
@@ -103,6 +113,7 @@ class CellPlan:
             "table_bytes_per_step": self.table_bytes_per_step,
             "link_bytes_per_step": self.link_bytes_per_step,
             "table_hours": self.table_hours,
+            "ratio_to_dense": {name: self.ratio(measure, self.dense) for name, measure in MEASURES.items()},
             "partners": self.partners,
         }
 
@@ -173,6 +184,8 @@ def _plan(cell: Cell, read: Reading, assumed: Assumptions, seen: Seen) -> CellPl
     gpu, tokens = assumed.gpu, read.tokens
     model = meta_model(cell.model, read.vocabulary)
     counted = account_of(model, cell.data.seq_len)
+    plain = cell.model.dense()
+    dense = counted if plain == cell.model else account(plain, read.vocabulary, cell.data.seq_len)
     steps = max(1, tokens // (cell.train.batch_rows * cell.data.seq_len))
     total = tokens * counted.flops_per_token
     try:
@@ -185,6 +198,7 @@ def _plan(cell: Cell, read: Reading, assumed: Assumptions, seen: Seen) -> CellPl
     return CellPlan(
         cell=cell,
         account=counted,
+        dense=dense,
         tokens=tokens,
         steps=steps,
         total_flops=total,
@@ -336,11 +350,10 @@ def partners(one: CellPlan, plans: list[CellPlan]) -> dict[str, dict[str, Any]]:
         and other.cell.model.family != one.cell.model.family
     ]
     found: dict[str, dict[str, Any]] = {}
-    measures = {"flops": "macs_total", "params": "params_total", "bytes": "bytes_per_token"}
-    for name, field_name in measures.items():
+    for name, measure in MEASURES.items():
         dense = [other for other in others if other.cell.model.family == "dense"]
         candidates = others if name == "params" or not dense else dense
-        ratios = [getattr(one.account, field_name) / getattr(other.account, field_name) for other in candidates]
+        ratios = [one.ratio(measure, other.account) for other in candidates]
         if ratios:
             index = min(range(len(ratios)), key=lambda i: max(ratios[i], 1 / ratios[i]))
             found[name] = {

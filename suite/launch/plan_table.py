@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from suite.cells import Cell
-from suite.launch.plan import Assumptions, CellPlan
+from suite.launch.plan import MEASURES, Assumptions, CellPlan
 from suite.launch.status import run_dir
 
 
@@ -22,7 +22,7 @@ def measured(results: Path, cell: Cell) -> dict[str, float] | None:
 
 
 def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
-    """One row a cell: size, work, mesh, memory, hours, nearest dense partner."""
+    """One row a cell: size, work and that over the base's dense model, mesh, memory, hours."""
     table = Table(title=f"{name} on {assumed.gpu.name}", title_justify="left")
     for column, justify in (
         ("run", "left"), ("params", "right"), ("MACs/dense", "right"), ("FLOPs", "right"), ("GPUs", "right"),
@@ -30,19 +30,33 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
     ):  # fmt: skip
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for one in plans:
-        near, mesh = one.partners.get("flops"), one.mesh
+        mesh = one.mesh
         table.add_row(
             one.cell.run_name,
             f"{one.account.params_total / 1e6:,.1f}m",
-            "" if near is None else f"{near['ratio']:.3f}",
+            f"{one.ratio(MEASURES['flops'], one.dense):.3f}",
             f"{one.total_flops:.2e}",
             "none" if mesh is None else str(mesh.gpus),
-            "" if mesh is None else f"{mesh.memory.peak / 1e9:.1f}",
+            "" if mesh is None else f"{mesh.memory.peak / 1e9:.3g}",
             f"{one.gpu_hours:,.0f}",
             f"${one.gpu_hours * assumed.price:,.0f}",
             f"{one.table_bytes_per_step / 1e9:,.0f}" if one.table_bytes_per_step else "",
         )
     return table
+
+
+def partners_table(plans: list[CellPlan]) -> Table:
+    """Each cell's nearest other in FLOPs, parameters and bytes, and this cell over it; `=` where within 5 %."""
+    table = Table(title="nearest other cells, and this cell over them (=: within 5 %)", title_justify="left")
+    for column in ("run", *(f"in {measure}" for measure in MEASURES)):
+        table.add_column(column)
+    for one in plans:
+        table.add_row(one.cell.run_name, *(_partner(one.partners.get(measure)) for measure in MEASURES))
+    return table
+
+
+def _partner(found: dict[str, Any] | None) -> str:
+    return "" if found is None else f"{found['run']} {found['ratio']:.3f}{' =' if found['equal'] else ''}"
 
 
 def plan_notes(plans: list[CellPlan], document: dict[str, Any]) -> list[str]:

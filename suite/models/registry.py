@@ -45,6 +45,11 @@ class ModelConfig(BaseModel):
         given = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
         return replace(SIZES[self.base], **given)
 
+    def dense(self) -> ModelConfig:
+        """The dense model of the same shape, with the base's feed-forward width."""
+        shape = ("base", "tie_embeddings", "layers", "dim", "heads", "kv_heads")
+        return ModelConfig(family="dense", **{name: getattr(self, name) for name in shape})
+
     def problems(self) -> list[Problem]:
         """What is wrong across fields: (field, value given, what is allowed).
 

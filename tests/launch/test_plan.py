@@ -114,6 +114,15 @@ def test_partners_are_the_nearest_and_say_by_how_much_they_miss(scaling: list[pl
     assert biggest["equal"] is False
 
 
+def test_every_cell_stands_beside_the_dense_model_of_its_base(scaling: list[planning.CellPlan]) -> None:
+    dense, plus = scaling[0], scaling[2]
+    assert set(dense.to_json(1.0)["ratio_to_dense"].values()) == {1.0}
+    ratio = plus.to_json(1.0)["ratio_to_dense"]["flops"]
+    assert ratio == plus.account.macs_total / dense.account.macs_total
+    wide = next(one for one in planned("paper-partners") if one.cell.model.ffn_hidden == 15872)
+    assert wide.to_json(1.0)["ratio_to_dense"]["flops"] == pytest.approx(2.0, rel=0.01)
+
+
 def test_table_traffic_by_hand(scaling: list[planning.CellPlan]) -> None:
     plus = scaling[2]
     read = 3 * 128 * 2048 * 4  # layers, rows a token, width, bytes
