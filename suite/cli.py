@@ -280,6 +280,7 @@ def train(
     data_root: DataRoot = None,
     run_code: RunCodeOption = None,
     results: Results = Path("results"),
+    baseline: Baselines = None,
     as_json: AsJson = False,
 ) -> None:
     """Train and evaluate one cell here, in this process, from where it stands.
@@ -291,7 +292,7 @@ def train(
     from suite.launch.worker import run_cell
     from suite.records import Locked
 
-    loaded = load_cell(cell)
+    loaded = load_cell(cell, baseline or ())
     check_folders(results, data_root)
     scoring = scoring_of(data_root, run_code)
     launch.refuse_stale(results, [loaded])
@@ -358,6 +359,7 @@ def data_prepare(
     grid: Annotated[str, typer.Argument(metavar="GRID_OR_CELL", help="a grid as for sweep, or a cell's file")],
     results: Results = Path("results"),
     set_: Overrides = None,
+    baseline: Baselines = None,
     as_json: AsJson = False,
 ) -> None:
     """Tokenize the data of a grid's cells, each corpus once, into DIR/cache.
@@ -369,7 +371,7 @@ def data_prepare(
     from suite.data.preparing import prepare_all, table
     from suite.grids import load_grid_or_cell
 
-    loaded = load_grid_or_cell(grid, overrides(set_))
+    loaded = load_grid_or_cell(grid, overrides(set_), baseline or ())
     reports = prepare_all(loaded.cells, results / "cache", console())
     if as_json:
         print_json({"grid": loaded.name, "corpora": reports})

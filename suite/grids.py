@@ -124,23 +124,31 @@ def _cells(source: Path, content: dict[str, Any], over: Flat, read_data: bool) -
     return tuple(cell for cell, _ in chosen)
 
 
-def load_cell(path: Path) -> Cell:
-    """One cell from a YAML or JSON file: its fields, or a run's cell.json. Raises UserError."""
-    external.load_all(path.parent.glob("baseline.py"))
+def load_cell(path: Path, baselines: Iterable[Path] = ()) -> Cell:
+    """One cell from a YAML or JSON file: its fields, or a run's cell.json. Raises UserError.
+
+    `baselines`: as for a grid.
+    """
+    external.load_all([*baselines, *path.parent.glob("baseline.py")])
     content = read_mapping(path)
     if isinstance(content.get("cell"), dict):
         content = content["cell"]
-    return _cell(path, _Point(_flatten(path, "", content), ""))
+    cell = _cell(path, _Point(_flatten(path, "", content), ""))
+    if cell.baseline:
+        external.check(cell.model)
+    return cell
 
 
-def load_grid_or_cell(name_or_path: str, overrides: Mapping[str, str] | None = None) -> Grid:
+def load_grid_or_cell(
+    name_or_path: str, overrides: Mapping[str, str] | None = None, baselines: Iterable[Path] = ()
+) -> Grid:
     """A grid, or the file of a cell as a grid of one; `overrides` are for grids. Raises UserError."""
     path = Path(name_or_path)
     if not path.is_file() or not {"model", "cell"} & set(read_mapping(path)):
-        return load_grid(name_or_path, overrides)
+        return load_grid(name_or_path, overrides, baselines=baselines)
     if overrides:
         raise UserError(f"--set: got {next(iter(overrides))!r} beside the cell {path}, allowed: beside a grid")
-    cell = load_cell(path)
+    cell = load_cell(path, baselines)
     return Grid(cell.run_name, path, (cell,))
 
 

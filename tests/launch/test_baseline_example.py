@@ -89,3 +89,15 @@ def test_a_baseline_that_looks_at_values_is_planned_without_its_memory(folder: P
     assert not cells["squared"]["fits"]
     assert "without values" in cells["squared"]["why"]
     assert cells["squared"]["gpu_hours"] > 0
+
+
+def test_a_single_cell_is_trained_scored_and_exported(folder: Path) -> None:
+    example = str(ROOT / "docs" / "hashed_ngram.py")
+    (folder / "cell.yaml").write_text(
+        "model: {family: hashed_ngram, base: w32}\ndata: {kind: bios, people: 20}\n"
+        "train: {batch_rows: 2, epochs: 0.2, lr: 1e-3}\n"
+    )
+    (trained,) = here("train", "cell.yaml", "--baseline", example)["cells"]
+    assert trained["state"] == "done"
+    here("eval", trained["run"], "--tasks", "bios_storage", "--limit", "3")
+    assert any(name.endswith("baseline.py") for name in here("export", trained["run"], "--to", "out")["files"])
