@@ -93,11 +93,15 @@ def sweep(
 
     Example: suite sweep laptop --jobs 2
     """
+    from suite.launch.sweep import refuse_unknown_tasks
+
     loaded = load(grid, set_, scale, baseline, read_data=not (dry_run and executor == "slurm"))
     if executor not in ("local", "slurm"):
         raise UserError(f"--executor: got {executor!r}, allowed: local, slurm")
     check_folders(results, data_root, make=not dry_run)
     scoring = scoring_of(data_root, run_code, here=executor == "local" and not dry_run)
+    if dry_run:
+        refuse_unknown_tasks(loaded)
     if executor == "slurm":
         if jobs is not None:
             raise UserError(f"--jobs: got {jobs} with --executor slurm, allowed: max_jobs in the profile")

@@ -67,10 +67,11 @@ class Grid:
 
 @dataclass(frozen=True)
 class _Point:
-    """A cell to be: its fields, and where in the file it comes from."""
+    """A cell to be: its fields, where in the file it comes from, and which fields come from outside its block."""
 
     fields: Flat
     label: str
+    origins: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def load_grid(
@@ -229,8 +230,12 @@ def _block_points(
             if label in seen:
                 continue
             seen.add(label)
-        merged = {**defaults, **families.get(str(name), {}), **fixed, **applied, **over}
-        yield _Point({path: value for path, value in merged.items() if _applies(path, options)}, label)
+        family = families.get(str(name), {})
+        merged = {**defaults, **family, **fixed, **applied, **over}
+        origins = dict.fromkeys(defaults, "defaults") | dict.fromkeys(family, f"families.{name}")
+        origins = {path: origin for path, origin in origins.items() if path not in fixed and path not in applied}
+        origins |= dict.fromkeys(over, "--set")
+        yield _Point({path: value for path, value in merged.items() if _applies(path, options)}, label, origins)
 
 
 def _families(source: Path, content: dict[str, Any]) -> dict[str, Flat]:
@@ -313,7 +318,9 @@ def _cell(source: Path, point: _Point, read_data: bool = True) -> Cell:
     try:
         cell = Cell.model_validate(nested)
     except ValidationError as error:
-        raise UserError(where + explain(error, Cell, nested)) from None
+        complaint = explain(error, Cell, nested)
+        origin = point.origins.get(complaint.partition(": ")[0])
+        raise UserError(f"{where}{f'from {origin}: ' if origin else ''}{complaint}") from None
     cell = cell.model_copy(update={"baseline": registry.family(cell.model.family).source})
     if not read_data:
         return cell

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import Grid
+from suite.inputs import meant
 from suite.launch import executors
 from suite.launch.branching import must_wait
 from suite.launch.status import GRIDS, CellStatus, cell_status, grid_status, run_dir
@@ -200,6 +201,17 @@ def refuse_unfit_tasks(grid: Grid, results: Path, scoring: Scoring) -> None:
             refuse_unfit(run, cell, scoring)
         except UserError as error:
             raise UserError(f"{grid.source}: {error}") from None
+
+
+def refuse_unknown_tasks(grid: Grid) -> None:
+    """Raise UserError for a task that nothing can be asked, whatever else a sweep would need."""
+    from suite.evaluate import catalog
+
+    known = catalog.names()
+    for name in dict.fromkeys(task for cell in grid.cells for config in cell.evaluate for task in config.tasks):
+        if name not in known:
+            allowed = ", ".join(known)
+            raise UserError(f"{grid.source}: evaluate.tasks: got {name!r}{meant(name, known)}, allowed: {allowed}")
 
 
 def refuse_stale(results: Path, cells: Iterable[Cell]) -> None:

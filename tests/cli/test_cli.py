@@ -33,6 +33,7 @@ def test_every_verb_has_help_with_an_example(verb: str, suite: Suite) -> None:
         (["sweep", "smoke", "--set", "train.lr"], "--set: got 'train.lr', allowed: field=value"),
         (["sweep", "smoke", "--set", "train.lr=fast"], "train.lr: got 'fast', allowed: a valid number"),
         (["sweep", "smoke", "--set", "train.lrr=1", "--dry-run"], "train.lrr: unknown field, did you mean lr?"),
+        (["sweep", "smoke", "--set", "evaluate=[{tasks: [bios_qaa]}]", "--dry-run"], "did you mean bios_qa?"),
         (["sweep", "smoke", "--data-root", "nowhere"], "--data-root: got nowhere, which is no folder"),
         (["sweep", "smoke", "--results", "/dev/null/here"], "--results: got /dev/null/here: Not a directory"),
         (["train", "missing.yaml"], "missing.yaml: No such file or directory"),

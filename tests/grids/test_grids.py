@@ -288,3 +288,9 @@ def test_grids_of_grids_are_named_and_hold_nothing_else(tmp_path: Path) -> None:
     assert "defaults: given beside grids, allowed: launch" in complaint(tmp_path, BASE + "grids: [smoke]\n")
     (tmp_path / "inner.yaml").write_text("grids: [smoke]\n")
     assert "grids: got 'inner', which names grids itself" in complaint(tmp_path, "grids: [inner]\n")
+
+
+def test_a_field_from_outside_the_block_says_so(tmp_path: Path) -> None:
+    block = "blocks:\n  - set: {data: {kind: text, path: words.txt}}\n    axes: {model.family: [dense]}\n"
+    assert "(model.family=dense): from defaults: data.people: unknown field" in complaint(tmp_path, BASE + block)
+    assert "from --set: train.lr: got -1" in complaint(tmp_path, ONE_BLOCK, train__lr="-1")
