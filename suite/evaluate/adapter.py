@@ -6,6 +6,7 @@ Every text is scored as the start of a document: the end-of-text token stands be
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -75,6 +76,10 @@ class SuiteLM(TemplateLM):
         """The token before every document."""
         return self.codec.tokenizer.eot_id
 
+    def refuse_diverged(self) -> None:
+        """Raise UserError for a model that gives no numbers; from its generated text one could not tell."""
+        self._score([([self.eot_token_id], [self.eot_token_id])])
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
         """Tokens of a text; with the end-of-text token first unless told otherwise."""
         ids = self.codec.encode(string)
@@ -104,7 +109,10 @@ class SuiteLM(TemplateLM):
         return results
 
     def _score(self, parts: list[scoring.Request]) -> list[tuple[float, bool]]:
-        return divided(self.model, parts, lambda mine, _: scoring.score(self.model, mine, self.token_budget))
+        scores = divided(self.model, parts, lambda mine, _: scoring.score(self.model, mine, self.token_budget))
+        if any(math.isnan(log_p) for log_p, _ in scores):
+            raise UserError("the model: got log-probabilities that are not numbers, allowed: one that has not diverged")
+        return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-probability in nats of whole texts, in windows with as much context as fits."""

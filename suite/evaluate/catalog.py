@@ -143,6 +143,7 @@ def _add(loaded: Loaded, config: dict[str, Any], sources: Sources, num_fewshot: 
     # lm-eval hands the metadata and the dataset's arguments to the loader
     config |= {"custom_dataset": _giving(docs), "dataset_kwargs": {}}
     task = ConfigurableTask(config=config)
+    _refuse_too_many_examples(task)
     task.set_fewshot_seed(FEWSHOT_SEED)
     loaded.tasks[name], loaded.fingerprints[name] = task, fingerprint
     return task
@@ -158,6 +159,17 @@ def _with_examples(config: dict[str, Any], num_fewshot: int | None) -> dict[str,
     # TriviaQA has 138,000 examples
     unused = ["training_split", "fewshot_split", *(["validation_split"] if config.get("test_split") else [])]
     return config | {"num_fewshot": 0, **dict.fromkeys(unused)}
+
+
+def _refuse_too_many_examples(task: ConfigurableTask) -> None:
+    shots = task.config.num_fewshot
+    if not shots:
+        return
+    # lm-eval's rule for leaving a question out of its own examples, which takes one more to draw from
+    leaves_out = task.fewshot_cfg.split == task.config.test_split
+    most = len(task.fewshot_docs()) - leaves_out
+    if shots > most:
+        raise UserError(f"task {task.config.task}: num_fewshot: got {shots}, allowed: at most {most}, all its data has")
 
 
 def _giving(docs: dict[str, Docs]) -> Callable[..., dict[str, Docs]]:

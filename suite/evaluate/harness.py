@@ -94,6 +94,7 @@ class Harness:
     def run(self, model: Transformer) -> dict[str, Any]:
         """Scores of one model, as `evaluate`."""
         lm = SuiteLM(model, self._codec, self._corpus.config.seq_len, TOKEN_BUDGET)
+        lm.refuse_diverged()
         entries = scores_of(lm, self._prepared)
         return {
             "eval": self._config.model_dump(mode="json"),

@@ -141,6 +141,33 @@ def test_a_tokenizer_without_the_stop_is_named(bios: Corpus, bios_model: Transfo
         evaluate(bios_model, bios, EvalConfig(tasks=("nq_open",), limit=2), real_data)
 
 
+def test_more_examples_than_there_are_is_refused(real_data: Path, bios: Corpus) -> None:
+    sources = catalog.Sources(bios, DataRoot(real_data))
+    people = len(catalog.load(["bios_choice"], sources).tasks["bios_choice"].eval_docs)
+    for task, most in (("mmlu", 5), ("hellaswag", 49), ("bios_choice", people - 1)):
+        prepare(EvalConfig(tasks=(task,), num_fewshot=most, limit=1), sources)
+        with pytest.raises(UserError, match=rf"num_fewshot: got {most + 1}, allowed: at most {most}"):
+            prepare(EvalConfig(tasks=(task,), num_fewshot=most + 1, limit=1), sources)
+
+
+@pytest.mark.parametrize("task", ["bios_qa", "bios_choice"])
+def test_a_model_that_diverged_has_no_scores(task: str, bios: Corpus) -> None:
+    model = small_model(bios)
+    with torch.no_grad():
+        model.norm.weight[0] = math.nan
+    with pytest.raises(UserError, match="log-probabilities that are not numbers"):
+        evaluate(model, bios, EvalConfig(tasks=(task,), limit=2))
+
+
+def test_examples_of_a_world_are_in_its_words_and_not_the_question(bios: Corpus, bios_model: Transformer) -> None:
+    config = EvalConfig(tasks=("bios_qa", "bios_choice"), num_fewshot=30)
+    scores = evaluate(bios_model, bios, config)
+    assert {task["few_shot"] for task in scores["tasks"].values()} == {30}
+    for task in prepare(config, catalog.Sources(bios, DataRoot(None))).loaded.tasks.values():
+        # no question is its own example
+        assert all(request.args[0].count(request.doc["prompt"]) == 1 for request in task.instances)
+
+
 def test_importing_probes_needs_no_evaluation_library() -> None:
     import subprocess
     import sys
