@@ -108,10 +108,10 @@ def sweep(
         if dry_run:
             _print_scripts(loaded, results, profile, scoring, report, as_json)
             return
-        statuses = _run_on_slurm(loaded, results, profile, scoring, retry_failed, rerun_stale, report, wait)
+        statuses, reported = _run_on_slurm(loaded, results, profile, scoring, retry_failed, rerun_stale, report, wait)
         print_statuses(loaded, statuses, as_json)
         complain_of_failures(statuses)
-        if wait and any(status.state != "done" for status in statuses):
+        if wait and not (reported and all(status.state == "done" for status in statuses)):
             raise typer.Exit(1)
         return
     if dry_run:
@@ -173,7 +173,8 @@ def _run_on_slurm(
     rerun_stale: bool,
     report: bool,
     wait: bool,
-) -> list[CellStatus]:
+) -> tuple[list[CellStatus], bool]:
+    """How the cells stand in the end, and whether the report did not fail."""
     from suite.launch import progress, slurm_queue
     from suite.launch.profiles import load_profile
     from suite.launch.slurm_sweep import SlurmSweep
@@ -186,12 +187,12 @@ def _run_on_slurm(
         launched.submit()
         if wait:
             try:
-                return launched.watch()
+                return launched.watch(), launched.reported
             except KeyboardInterrupt:
                 watcher.event("the jobs go on; the same command watches again, `suite cancel` ends them")
                 raise typer.Exit(130) from None
     runs = [run_dir(results, cell) for cell in grid.cells]
-    return slurm_queue.with_slurm(grid_status(results, grid), runs)
+    return slurm_queue.with_slurm(grid_status(results, grid), runs), True
 
 
 @app.command()

@@ -166,8 +166,9 @@ class SuiteLM(TemplateLM):
 
         def generate(mine: list[list[int]], numbers: list[int]) -> list[list[int]]:
             return scoring.generate(
-                self.model, mine, new_tokens, [self.eot_token_id], finished, self.token_budget, sampling, numbers
-            )
+                self.model, mine, new_tokens, [self.eot_token_id], finished, self.token_budget, sampling, numbers,
+                agree=first_says if goes_together(self.model) else None,
+            )  # fmt: skip
 
         generated = divided(self.model, prompts, generate)
         return [before_stop(tokenizer.decode(ids), stops) for ids in generated]
@@ -192,7 +193,7 @@ def divided(
     examples depend on the number of processes.) Processes that hold a part of the model each (FSDP, divided tables)
     must go through it together: there, all of them work on all items.
     """
-    if not torch.distributed.is_initialized() or _is_sharded(model):
+    if not torch.distributed.is_initialized() or goes_together(model):
         return work(items, list(range(len(items))))
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     shares: list[list[Result]] = [[] for _ in range(world)]
@@ -200,10 +201,20 @@ def divided(
     return [shares[number % world][number // world] for number in range(len(items))]
 
 
-def _is_sharded(model: Transformer) -> bool:
+def goes_together(model: Transformer) -> bool:
+    """Whether several processes hold the model together, and all must go through it."""
+    if not torch.distributed.is_initialized():
+        return False
     from torch.distributed.fsdp import FSDPModule
 
     return isinstance(model, FSDPModule)
+
+
+def first_says(tokens: list[int]) -> list[int]:
+    """The tokens that the first process chose."""
+    said = [tokens]
+    torch.distributed.broadcast_object_list(said, src=0)
+    return said[0]
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:

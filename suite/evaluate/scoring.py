@@ -250,6 +250,7 @@ def generate(
     token_budget: int = 16384,
     sampling: Sampling | None = None,
     numbers: Sequence[int] | None = None,
+    agree: Callable[[list[int]], list[int]] | None = None,
 ) -> list[list[int]]:
     """Continue each prompt with a key-value cache; rows that are done leave the batch.
 
@@ -263,6 +264,8 @@ def generate(
         token_budget: most tokens, prompts padded and new ones counted, held by the cache of a batch.
         sampling: None for greedy decoding.
         numbers: of the prompts, for their draws; None: their places.
+        agree: makes the same of the tokens chosen by processes that hold the model together, whose sums may
+            differ by roundings.
 
     Returns:
         The generated ids of each prompt, in their order.
@@ -273,7 +276,7 @@ def generate(
     stops = frozenset(stop_ids)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     sizes = [len(prompt) + max_new_tokens for prompt in prompts]
-    choose = _chooser(sampling, range(len(prompts)) if numbers is None else numbers)
+    choose = _chooser(sampling, range(len(prompts)) if numbers is None else numbers, agree)
     with evaluation_mode(model) as device:
         for batch in _batches(order, sizes, token_budget):
             _generate_batch(
@@ -293,7 +296,14 @@ Chooser = Callable[[Tensor, Sequence[int]], list[int]]
 """(logits_BV, the prompt index of each row) -> the next token of each row"""
 
 
-def _chooser(sampling: Sampling | None, numbers: Sequence[int]) -> Chooser:
+def _chooser(
+    sampling: Sampling | None, numbers: Sequence[int], agree: Callable[[list[int]], list[int]] | None
+) -> Chooser:
+    choose = _own_chooser(sampling, numbers)
+    return choose if agree is None else lambda logits_BV, rows: agree(choose(logits_BV, rows))
+
+
+def _own_chooser(sampling: Sampling | None, numbers: Sequence[int]) -> Chooser:
     if sampling is None or sampling.temperature == 0:
         return lambda logits_BV, _: logits_BV.argmax(-1).tolist()
     temperature = sampling.temperature

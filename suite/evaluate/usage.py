@@ -15,8 +15,11 @@ BATCHES, BATCH_ROWS = 8, 16
 
 
 @torch.no_grad()
-def key_usage(model: Transformer, corpus: Corpus) -> dict[str, Any]:
+def key_usage(model: Transformer, corpus: Corpus, processes: int = 1) -> dict[str, Any]:
     """Reads of every memory layer over fixed rows of the training text; the model is left in evaluation mode.
+
+    Args:
+        processes: how many hold the model together; all of them call this.
 
     Returns:
         {"tokens"} and what `Reads.finish` gives; empty without a memory.
@@ -30,7 +33,7 @@ def key_usage(model: Transformer, corpus: Corpus) -> dict[str, Any]:
         tokens = _read_text(model, corpus)
     finally:
         reads.detach()
-    return {"tokens": tokens, **reads.finish()}
+    return {"tokens": tokens, **reads.finish(processes)}
 
 
 def _read_text(model: Transformer, corpus: Corpus) -> int:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from suite.cells import Cell
     from suite.data import Corpus
     from suite.launch.worker import Scoring
+    from suite.train.parallel import World
 
 POLL_S = 0.2
 NICENESS = 10
@@ -80,23 +81,33 @@ def kept(run: RunDir) -> list[int]:
 
 
 def score_kept(
-    run: RunDir, cell: Cell, corpus: Corpus, scoring: Scoring, should_stop: Callable[[], bool] = lambda: False
+    run: RunDir,
+    cell: Cell,
+    corpus: Corpus,
+    scoring: Scoring,
+    world: World,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Score what waits, into eval/steps/<hash8>-<step>.json; `should_stop` is asked between checkpoints."""
-    import torch
+    """Score what waits, into eval/steps/<hash8>-<step>.json; `should_stop` is asked between checkpoints.
 
+    All processes of a `world` that are joined call this.
+    """
     for step in kept(run):
         if should_stop():
             return
         folder = run.path / "to_score" / f"step-{step}"
-        model = load_model(RunDir(folder), cell, corpus).to("cuda" if torch.cuda.is_available() else "cpu")
+        wanted = [config for config in cell.evaluate if not run.has_eval(step_name(config.hash8, step))]
+        world.wait()  # all have looked before one writes
+        model = load_model(RunDir(folder), cell, corpus, world)
         tokens = step * cell.train.batch_rows * cell.data.seq_len
-        for config in cell.evaluate:
-            name = step_name(config.hash8, step)
-            if not run.has_eval(name):
-                scores = scoring.evaluator.evaluate(model, corpus, config)
-                run.write_eval(name, scores | {"run": run.name, "step": step, "tokens": tokens})
-        shutil.rmtree(folder)
+        for config in wanted:
+            scores = scoring.evaluator.evaluate(model, corpus, config)
+            if world.is_first:
+                facts = {"run": run.name, "step": step, "tokens": tokens}
+                run.write_eval(step_name(config.hash8, step), scores | facts)
+        world.wait()
+        if world.is_first:
+            shutil.rmtree(folder)
 
 
 def step_name(hash8: str, step: int) -> str:
@@ -114,6 +125,7 @@ def main(run_path: str, data_root: str, run_code: str) -> None:
 
     from suite import data
     from suite.launch.worker import Scoring, cache_of
+    from suite.train.parallel import World
 
     os.nice(NICENESS)
     ended = threading.Event()
@@ -129,7 +141,7 @@ def main(run_path: str, data_root: str, run_code: str) -> None:
     scoring = Scoring(Path(data_root) if data_root else None, run_code or None)  # type: ignore[arg-type]
     corpus = data.prepare(cell.data, cache=cache_of(run))
     while True:
-        score_kept(run, cell, corpus, scoring, ended.is_set)
+        score_kept(run, cell, corpus, scoring, World(), ended.is_set)
         if ended.wait(POLL_S):
             return
 

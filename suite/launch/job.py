@@ -7,13 +7,16 @@ that and requeues the job. Nothing of a run is in the job: whoever starts reads 
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import submitit
 
@@ -23,12 +26,16 @@ from suite.train.parallel import Parallel, World, joined
 
 if TYPE_CHECKING:
     from suite.cells import Cell
+    from suite.data import Corpus
 
 Stage = Literal["train", "evaluate"]
 
 TO_BE_SCORED = "trained; to be scored"
-WARNED = "warned by Slurm and saved; goes on when it is scheduled again"
+WARNED = "its time limit is near: saved; goes on when it is scheduled again"
+PREEMPTED = "preempted: saved; goes on when it is scheduled again"
 ORPHAN_PATIENCE_S = 5.0
+HEED_S = 0.5
+"""How often the main thread looks for signals while another trains."""
 
 
 class CellJob:
@@ -45,11 +52,10 @@ class CellJob:
     def __call__(self) -> str:
         """Do the stage, from where the run stands; a failure is in the run's records. Gives the run's state."""
         run = RunDir(self.run_path)
-        if self.stage == "evaluate":
-            with _held(run):
-                return self._evaluate(run)
         if submitit.JobEnvironment().num_tasks > 1:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        if self.stage == "evaluate":
+            return self._evaluate(run)
         return self._in_thread(lambda: self._train(run))
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
@@ -58,8 +64,9 @@ class CellJob:
             self._stopping.set()
             self._ended.wait()
         run = RunDir(self.run_path)
-        if run.state()["state"] == "running":
-            run.set_state("pending", cause=WARNED, eta_s=None)
+        state = run.state()
+        if state["state"] == "running" or state["cause"] == WARNED:
+            run.set_state("pending", cause=PREEMPTED if _is_preempted() else WARNED, eta_s=None)
         return submitit.helpers.DelayedSubmission(CellJob(self.run_path, self.stage, self.scoring, self.parallel))
 
     def _in_thread(self, work: Callable[[], str]) -> str:
@@ -77,24 +84,43 @@ class CellJob:
 
         thread = threading.Thread(target=do, name="training")
         thread.start()
-        thread.join()
+        while thread.is_alive():
+            # Not for ever: a signal that the system hands to another thread is handled once this one wakes.
+            thread.join(HEED_S)
         if isinstance(outcome[0], BaseException):
             raise outcome[0]
         return outcome[0]
 
     def _train(self, run: RunDir) -> str:
+        def is_open(state: dict[str, Any]) -> bool:
+            return state["state"] != "failed" and not state.get("trained")
+
+        return self._together(run, is_open, self._train_to_end)
+
+    def _evaluate(self, run: RunDir) -> str:
+        def is_open(state: dict[str, Any]) -> bool:
+            return bool(
+                state.get("trained") and state["state"] != "failed" and worker.lacks_scores(run, run.read_cell())
+            )
+
+        return self._together(run, is_open, self._score)
+
+    def _together(
+        self, run: RunDir, is_open: Callable[[dict[str, Any]], bool], work: Callable[[RunDir, Cell, World], None]
+    ) -> str:
+        """Do `work` on a run that is open for it, all processes of the job together, the first holding the run."""
         with joined(self.parallel) as world, _held(run) if world.is_first else nullcontext():
             state = run.state()
-            if not world.any(world.is_first and state["state"] != "failed" and not state.get("trained")):
+            if not world.any(world.is_first and is_open(state)):
                 return str(state["state"])
             cell = run.read_cell()
             if not world.joined:
-                return worker.attempt(run, lambda: self._train_to_end(run, cell, world))
+                return worker.attempt(run, lambda: work(run, cell, world))
             try:
                 if world.is_first:
                     started = state.get("started") or time.time()
                     run.set_state("running", started=started, finished=None, log=worker.log_path())
-                self._train_to_end(run, cell, world)
+                work(run, cell, world)
             except Exception as error:
                 # Processes that lose one of their own fail, too: who came first knows the cause.
                 if world.is_first:
@@ -105,17 +131,10 @@ class CellJob:
             return "done"
 
     def _train_to_end(self, run: RunDir, cell: Cell, world: World) -> None:
-        from suite import data
         from suite.train.loop import train
 
         assert self._stopping is not None
-        if world.is_first:
-            worker.refuse_stale_run(run, cell)
-            corpus = data.prepare(cell.data, cache=worker.cache_of(run))
-            worker.begin(run, cell, corpus)
-        world.wait()
-        if not world.is_first:
-            corpus = data.prepare(cell.data, cache=worker.cache_of(run))
+        corpus = _corpus(run, cell, world, lambda corpus: worker.begin(run, cell, corpus))
         stopping = self._stopping.is_set
 
         def should_stop() -> bool:
@@ -135,20 +154,28 @@ class CellJob:
         else:
             worker.set_done(run)
 
-    def _evaluate(self, run: RunDir) -> str:
-        state, cell = run.state(), run.read_cell()
-        if not state.get("trained") or state["state"] == "failed" or not worker.lacks_scores(run, cell):
-            return str(state["state"])
-
-        def score() -> None:
-            from suite import data
-
-            worker.refuse_stale_run(run, cell)
-            corpus = data.prepare(cell.data, cache=worker.cache_of(run))
-            worker.score_missing(run, cell, corpus, self.scoring)
+    def _score(self, run: RunDir, cell: Cell, world: World) -> None:
+        worker.score_missing(run, cell, _corpus(run, cell, world), self.scoring, world)
+        if world.is_first:
             worker.set_done(run)
 
-        return worker.attempt(run, score)
+
+def _corpus(run: RunDir, cell: Cell, world: World, then: Callable[[Corpus], None] = lambda corpus: None) -> Corpus:
+    """The run's corpus, prepared by the first process, which then does more with it, before the others read it."""
+    from suite import data
+
+    if world.is_first:
+        worker.refuse_stale_run(run, cell)
+        corpus = data.prepare(cell.data, cache=worker.cache_of(run))
+        then(corpus)
+    world.wait()
+    return corpus if world.is_first else data.prepare(cell.data, cache=worker.cache_of(run))
+
+
+def _is_preempted() -> bool:
+    """Whether Slurm says that this job makes way for another; the signal is the same as before a time limit."""
+    asked = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
+    return re.search(r"PreemptTime=\d", subprocess.run(asked, capture_output=True, text=True).stdout) is not None
 
 
 @contextmanager

@@ -50,6 +50,12 @@ class Profile(BaseModel):
     gpu: str = Field(default="h100", description="which GPU, for the plan: a100, h100 or h200")
     gpus: int | None = Field(default=None, gt=0, description="GPUs of a cell; none: the smallest mesh of its plan")
     memory_parallel: int | None = Field(default=None, gt=0, description="processes that share a table; none: the plan")
+    checkpoint_activations: bool = Field(
+        default=False, description="compute blocks without memory again in the backward pass"
+    )
+    score_together: bool | None = Field(
+        default=None, description="score on the processes that trained; none: what fits no single GPU"
+    )
     processes: int = Field(default=1, gt=0, description="processes of a cell on CPUs")
     cpus_per_task: int | None = Field(default=None, gt=0, description="cores of a process; none: the cell's threads")
     mem_gb: float | None = Field(default=None, gt=0, description="memory of a job on each node; none: the default")

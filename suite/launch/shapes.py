@@ -12,9 +12,13 @@ from suite.cells import Cell, Frozen
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch import plan as planning
-from suite.launch.hardware import GPUS
+from suite.launch.hardware import GPUS, USABLE
 from suite.launch.profiles import Profile
+from suite.models.accounting import account_of, meta_model
 from suite.train.parallel import Parallel
+
+WEIGHTS = 0.9
+"""Share of a GPU's usable memory that the weights of a model scored on it may take."""
 
 
 class Shape(Frozen):
@@ -31,31 +35,51 @@ class Shape(Frozen):
 def shapes(grid: Grid, cells: Sequence[Cell], profile: Profile, cache: Path) -> list[Shape]:
     """The shape of each of the grid's `cells`. Raises UserError for a cell that fits on no mesh of the cluster."""
     per_node = profile.gpus_per_node
-    if not per_node:
-        parallel = Parallel(memory_parallel=profile.memory_parallel or 1)
-        return [_of_cpus(profile, cell, parallel) for cell in cells]
-    if profile.gpus is not None:
-        parallel = Parallel(memory_parallel=profile.memory_parallel or 1)
-        return [_of_gpus(profile, cell, profile.gpus, parallel) for cell in cells]
-    if profile.gpu not in GPUS:
+    if per_node and profile.gpu not in GPUS:
         raise UserError(f"profile: gpu: got {profile.gpu!r}, allowed: {', '.join(GPUS)}")
+    if not per_node:
+        return [_of_cpus(profile, cell, _parallel(profile, 1)) for cell in cells]
+    if profile.gpus is not None:
+        return [_of_gpus(profile, cell, profile.gpus, _parallel(profile, 1)) for cell in cells]
     assumed = planning.Assumptions(replace(GPUS[profile.gpu], per_node=per_node))
     plans = planning.plan(replace(grid, cells=tuple(cells)), assumed, cache)
     return [_planned(profile, one) for one in plans]
 
 
-def scoring_shape(profile: Profile, cell: Cell) -> Shape:
-    """Evaluation: one process, with one GPU where there are any, and a GPU's share of a node's memory."""
+def scoring_shape(profile: Profile, cell: Cell, training: Shape, cache: Path) -> Shape:
+    """Evaluation: one process, with one GPU where there are any, and a GPU's share of a node's memory.
+
+    A model whose weights fit no single GPU (or any, where the profile says so) is scored in the shape of its training.
+    """
+    together = profile.score_together
+    if together is None:
+        together = training.gpus * training.nodes > 1 and not _fits_one(profile, cell, cache)
+    if together:
+        return training
     share = None if profile.mem_gb is None else profile.mem_gb / max(1, profile.gpus_per_node)
     return Shape(gpus=min(1, profile.gpus_per_node), cpus=_cpus(profile, cell), mem_gb=share)
+
+
+def _fits_one(profile: Profile, cell: Cell, cache: Path) -> bool:
+    """Whether the weights, in fp32, leave a GPU room for what scoring computes beside them."""
+    vocabulary = planning.reading(cell, cache).vocabulary
+    weights = 4 * account_of(meta_model(cell.model, vocabulary), cell.data.seq_len).params_total
+    return weights <= WEIGHTS * USABLE * GPUS[profile.gpu].memory
+
+
+def _parallel(profile: Profile, members: int, accumulate: int | None = None) -> Parallel:
+    return Parallel(
+        memory_parallel=profile.memory_parallel or members,
+        accumulate=accumulate,
+        checkpoint_activations=profile.checkpoint_activations,
+    )
 
 
 def _planned(profile: Profile, one: planning.CellPlan) -> Shape:
     mesh = one.mesh
     if mesh is None:
         raise UserError(f"cell {one.cell.run_name}: fits nowhere: {one.why}, allowed: {one.would_fit}")
-    parallel = Parallel(memory_parallel=profile.memory_parallel or mesh.table_shards, accumulate=mesh.accumulate)
-    return _of_gpus(profile, one.cell, mesh.gpus, parallel)
+    return _of_gpus(profile, one.cell, mesh.gpus, _parallel(profile, mesh.table_shards, mesh.accumulate))
 
 
 def _of_gpus(profile: Profile, cell: Cell, gpus: int, parallel: Parallel) -> Shape:

@@ -24,7 +24,7 @@ from suite.launch.branching import must_wait
 from suite.launch.job import CellJob, Stage
 from suite.launch.profiles import Profile
 from suite.launch.shapes import Shape, scoring_shape, shapes
-from suite.launch.slurm_queue import record_job
+from suite.launch.slurm_queue import record_job, record_report
 from suite.launch.status import GRIDS, run_dir
 from suite.launch.worker import Scoring, lacks_scores
 from suite.records import RunDir
@@ -88,7 +88,7 @@ class Submitter:
     @property
     def folder(self) -> Path:
         """Where scripts, pickles and logs of this grid's jobs go."""
-        return (self.results / GRIDS / self.grid.name / "slurm").resolve()
+        return jobs_folder(self.results, self.grid)
 
     def entries(self, cells: Sequence[Cell]) -> list[Entry]:
         """What the cells need. Raises UserError for one that fits nowhere."""
@@ -98,12 +98,15 @@ class Submitter:
             run = run_dir(self.results, cell)
             scored = lacks_scores(run, cell)
             trained = bool(run.state().get("trained"))
-            scoring = scoring_shape(self.profile, cell) if scored else None
+            scoring = scoring_shape(self.profile, cell, shape, self.results / "cache") if scored else None
             entries.append(Entry(run, None if trained else shape, scoring))
         return entries
 
-    def submit(self, cells: Sequence[Cell], report: bool) -> dict[str, list[str]]:
-        """Send everything the cells need; gives their jobs by run, and the report's under "report"."""
+    def submit(self, cells: Sequence[Cell], report: bool, alive: Sequence[str] = ()) -> dict[str, list[str]]:
+        """Send everything the cells need; gives their jobs by run, and under "report" that which reports on all.
+
+        The report waits for these jobs and for those that are `alive`.
+        """
         jobs: dict[str, list[str]] = {}
         after: list[str] = []
         for wave in _waves(cells, self.results):
@@ -111,8 +114,7 @@ class Submitter:
             after = [job for ids in sent.values() for job in ids]
             jobs |= sent
         if report:
-            everything = [job for ids in jobs.values() for job in ids]
-            jobs["report"] = [self._report(everything)]
+            jobs["report"] = [self._report([job for ids in jobs.values() for job in ids] + [*alive])]
         return jobs
 
     def _wave(self, entries: list[Entry], after: list[str]) -> dict[str, list[str]]:
@@ -146,7 +148,10 @@ class Submitter:
         name = f"{self.grid.name}-report"
         call = Report(self.grid.name, self.results.resolve())
         parameters = self._parameters(shape, name, _afterany(after), 1)
-        return self._send([call], parameters)[0][0]
+        ((job, log),) = self._send([call], parameters)
+        if not self.dry:
+            record_report(self.folder, job, log)
+        return job
 
     def _send(self, calls: Sequence[Any], parameters: dict[str, Any]) -> list[tuple[str, Path]]:
         """One sbatch; gives each job's id and log."""
@@ -201,15 +206,27 @@ class Report:
     def __init__(self, grid: str, results: Path) -> None:
         self.grid, self.results = grid, results
 
-    def __call__(self) -> int:
-        """The report's exit code."""
+    def __call__(self) -> None:
+        """Raises CalledProcessError where there is no new report; its exit code tells of failed cells, too."""
         command = [sys.executable, "-m", "analysis", "report", "--grid", self.grid, "--results", str(self.results)]
         print(shlex.join(command), flush=True)
-        return subprocess.call(command)
+        before = self._written()
+        done = subprocess.run(command)
+        if self._written() == before:
+            done.check_returncode()
+
+    def _written(self) -> float | None:
+        path = self.results / GRIDS / self.grid / "report.md"
+        return path.stat().st_mtime if path.exists() else None
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """It starts again."""
         return submitit.helpers.DelayedSubmission(self)
+
+
+def jobs_folder(results: Path, grid: Grid) -> Path:
+    """Where a grid's jobs have their scripts, pickles and logs."""
+    return (results / GRIDS / grid.name / "slurm").resolve()
 
 
 def _variables(shape: Shape) -> list[str]:

@@ -31,6 +31,8 @@ WORDS = {
 RESUMABLE = {"TIMEOUT", "PREEMPTED", "NODE_FAIL", "CANCELLED", "BOOT_FAIL", "COMPLETED", ENDED}
 """Ends of a job that say nothing against its cell."""
 TAIL_LINES = 5
+KILLED_FOR_MEMORY = ("oom-kill", "out of memory", "exceeded memory limit")
+"""What Slurm writes in the log of a job whose process it killed for its memory; most of them it calls FAILED."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,17 @@ def recorded_jobs(run: RunDir) -> dict[str, dict[str, Any]]:
     return found
 
 
+def record_report(folder: Path, job: str, log: Path) -> None:
+    """Remember the newest job that reports on the grid whose jobs' files are in `folder`."""
+    write_json(folder / "report.json", {"job": job, "log": str(log)})
+
+
+def recorded_report(folder: Path) -> str | None:
+    """That job; None before the first."""
+    path = folder / "report.json"
+    return str(json.loads(path.read_text())["job"]) if path.exists() else None
+
+
 def record_cancelled(run: RunDir) -> None:
     """Remember that we cancelled the run's jobs: of those that never ran, a cluster may tell nothing any more."""
     write_json(_jobs_path(run), {stage: facts | {"cancelled": True} for stage, facts in recorded_jobs(run).items()})
@@ -162,12 +175,14 @@ def _with_jobs(status: CellStatus, run: RunDir, jobs: list[tuple[str, Job]]) -> 
         said = f"job {job} {facts.state.lower()}" + (f" ({facts.reason})" if facts.reason not in ("", "None") else "")
         return replace(status, state="pending", note=", ".join(filter(None, (status.note, said))))
     job, facts = jobs[-1]
-    said = f"job {job}: {WORDS.get(facts.state, facts.state.lower())}"
+    log = log_of(run)
+    how = of_memory(facts.state, log)
+    said = f"job {job}: {WORDS.get(how, how.lower())}"
     if status.state == "running":
         return status
-    if facts.state in RESUMABLE:
+    if how in RESUMABLE:
         return replace(status, note=f"{said}; the same sweep resumes it")
-    return replace(status, state="failed", cause=with_tail(said, log_of(run)), note=None, log=str(log_of(run) or ""))
+    return replace(status, state="failed", cause=with_tail(said, log), note=None, log=str(log or ""))
 
 
 def log_of(run: RunDir) -> Path | None:
@@ -177,12 +192,22 @@ def log_of(run: RunDir) -> Path | None:
     return max(written, key=lambda log: log.stat().st_mtime, default=None)
 
 
+def of_memory(state: str, log: Path | None) -> str:
+    """The state a job ended in: OUT_OF_MEMORY too where Slurm says FAILED and its last words in the log are of that."""
+    words = " ".join(_last_lines(log)).lower()
+    return "OUT_OF_MEMORY" if state == "FAILED" and any(said in words for said in KILLED_FOR_MEMORY) else state
+
+
 def with_tail(cause: str, log: Path | None) -> str:
     """The cause, and the last lines of the log behind it."""
+    last = _last_lines(log)
+    return f"{cause}; its last lines: {' / '.join(last)}" if last else cause
+
+
+def _last_lines(log: Path | None) -> list[str]:
     if log is None:
-        return cause
+        return []
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").splitlines()
-    last = [line.strip() for line in lines if line.strip()][-TAIL_LINES:]
-    return f"{cause}; its last lines: {' / '.join(last)}" if last else cause
+    return [line.strip() for line in lines if line.strip()][-TAIL_LINES:]

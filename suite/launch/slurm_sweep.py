@@ -6,7 +6,7 @@ Jobs go on without us: a sweep that is stopped or given again submits only what 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from suite.cells import Cell
 from suite.grids import Grid
 from suite.launch import slurm_queue
 from suite.launch.profiles import Profile
-from suite.launch.slurm import Submission, Submitter
+from suite.launch.slurm import Submission, Submitter, jobs_folder
 from suite.launch.slurm_queue import ENDED, WORDS, Job
 from suite.launch.status import GRIDS, CellStatus, cell_status, grid_status, run_dir
 from suite.launch.sweep import MAX_STARTS, Standing, Watcher, prepare, settled, write_grid
@@ -51,6 +51,7 @@ class SlurmSweep:
     watched: list[_Watched] = field(default_factory=list)
     dead: list[_Watched] = field(default_factory=list)
     report_job: str | None = None
+    reported: bool = True
     queue: dict[str, Job] = field(default_factory=dict)
 
     def submit(self) -> None:
@@ -64,13 +65,15 @@ class SlurmSweep:
             self.queue = slurm_queue.ask()
         new = []
         for cell in missing:
-            if any(job in self.queue and self.queue[job].alive for job in had[cell]):
+            if self._alive(had[cell]):
                 self.watched.append(_Watched(cell, runs[cell], had[cell], step=_step(runs[cell])))
             else:
                 new.append(cell)
         if self.watched:
             self.watcher.event(f"{len(self.watched)} cells have jobs already")
-        self._send(new, self.profile)
+            self.report_job = next(iter(self._alive([slurm_queue.recorded_report(self.folder)])), None)
+        if new or not self.watched:
+            self._send(new, self.profile)
 
     def watch(self) -> list[CellStatus]:
         """Wait until every cell is done or has failed; gives how they stand. Jobs outlive a KeyboardInterrupt."""
@@ -80,9 +83,16 @@ class SlurmSweep:
             self.watcher.progress(self._standing())
         return grid_status(self.results, self.grid)
 
+    @property
+    def folder(self) -> Path:
+        """Where the jobs have their files."""
+        return jobs_folder(self.results, self.grid)
+
+    def _alive(self, jobs: Iterable[str | None]) -> list[str]:
+        return [job for job in jobs if job in self.queue and self.queue[job].alive]
+
     def _send(self, cells: Sequence[Cell], profile: Profile, starts: dict[str, int] | None = None) -> None:
-        if not cells:
-            return
+        """Submit the cells, and a report behind all that is open, instead of the one that waits."""
         for cell in cells:
             try:
                 prepare(self.results, cell)
@@ -90,15 +100,19 @@ class SlurmSweep:
                 # Its job waits for whoever has it.
                 self.watcher.event(f"{cell.run_name}: another process runs it now")
         submitter = Submitter(self.grid, self.results, profile, self.scoring)
-        jobs = submitter.submit(cells, report=self.report)
+        others = [job for entry in self.watched for job in self._alive(entry.jobs)]
+        jobs = submitter.submit(cells, self.report, others)
         if self.report:
+            if superseded := self._alive([self.report_job]):
+                slurm_queue.cancel(superseded)
             (self.report_job,) = jobs["report"]
         for cell in cells:
             run = run_dir(self.results, cell)
             count = 1 + (starts or {}).get(run.name, 0)
             self.watched.append(_Watched(cell, run, jobs[run.name], starts=count, step=_step(run)))
         sent = [f"{len(one.jobs)} in job {one.jobs[0].partition('_')[0]}" for one in submitter.sent]
-        self.watcher.event(f"submitted: {', '.join(sent)}")
+        if sent:
+            self.watcher.event(f"submitted: {', '.join(sent)}")
 
     def _refresh(self) -> None:
         self.queue = slurm_queue.ask()
@@ -109,9 +123,10 @@ class SlurmSweep:
         for entry in lost:
             self._lost(entry, ended)
         self._send_again()
-        if self.report_job is not None and not self.queue.get(self.report_job, Job(ENDED)).alive:
+        if self.report_job is not None and not self._alive([self.report_job]):
             how = self.queue.get(self.report_job, Job(ENDED)).state
             self.watcher.event(f"report: {WORDS.get(how, how)}")
+            self.reported = how in ("COMPLETED", ENDED)
             self.report_job = None
 
     def _settle(self, entry: _Watched) -> bool:
@@ -132,7 +147,8 @@ class SlurmSweep:
             self._settle(entry)
             return
         states = [(self.queue.get(job) or ended.get(job) or Job(ENDED)).state for job in entry.jobs]
-        how = _how(states)
+        log = slurm_queue.log_of(entry.run)
+        how = slurm_queue.of_memory(_how(states), log)
         said = WORDS.get(how, how.lower())
         if how == "CANCELLED":
             entry.run.set_state("pending", cause=said, eta_s=None)
@@ -144,7 +160,6 @@ class SlurmSweep:
             self.watcher.event(f"cut: {entry.run.name}: {said}; submitting it again")
             self.dead.append(entry)
             return
-        log = slurm_queue.log_of(entry.run)
         cause = slurm_queue.with_tail(f"Slurm job {entry.jobs[0]}: {said}", log)
         with entry.run.lock():
             set_failed(entry.run, cause, log=None if log is None else str(log))
@@ -180,8 +195,7 @@ def dry_run(grid: Grid, results: Path, profile: Profile, scoring: Scoring, repor
     """Write the batch scripts that a sweep would send now to results/grids/<grid>/slurm-dry; gives their paths."""
     cells = [cell for cell in grid.cells if not settled(run_dir(results, cell), cell)]
     submitter = Submitter(grid, results, profile, scoring, dry=True)
-    if cells:
-        submitter.submit(cells, report)
+    submitter.submit(cells, report)
     folder = results / GRIDS / grid.name / "slurm-dry"
     for old in folder.glob("*.sh"):
         old.unlink()
@@ -195,14 +209,17 @@ def _write(folder: Path, number: int, one: Submission) -> Path:
 
 
 def cancel(results: Path, grid: Grid) -> list[str]:
-    """Cancel the jobs of a grid's cells that are alive; gives the runs they were of. Raises UserError."""
+    """Cancel the jobs of a grid that are alive, its report's too; gives the runs they were of. Raises UserError."""
     runs = [run_dir(results, cell) for cell in grid.cells]
     jobs = {run.name: slurm_queue.job_ids(run) for run in runs}
-    if not any(jobs.values()):
+    report = slurm_queue.recorded_report(jobs_folder(results, grid))
+    if report is None and not any(jobs.values()):
         return []
     queue = slurm_queue.ask()
     alive = {name: [job for job in ids if job in queue and queue[job].alive] for name, ids in jobs.items()}
     doomed = [job for ids in alive.values() for job in ids]
+    if report in queue and queue[report].alive:
+        doomed.append(report)
     if doomed:
         slurm_queue.cancel(doomed)
         for run in runs:

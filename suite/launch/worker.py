@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from suite.data import Corpus
     from suite.evaluate.harness import Evaluator
     from suite.evaluate.sandbox import RunCode
+    from suite.train.parallel import World
 
 CELL_FACTS = ("cell", "hash", "run")
 """What write_cell itself puts into cell.json; the rest are facts to carry over."""
@@ -191,14 +192,19 @@ def lacks_scores(run: RunDir, cell: Cell) -> bool:
     return bool(missing_evals(run, cell) or beside.kept(run)) or (has_memory and not run.usage_path.exists())
 
 
-def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scoring: Scoring) -> None:
+def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scoring: Scoring, world: World | None = None) -> None:
     """Score checkpoints that wait for it, then the final weights on every evaluation that has no scores yet.
 
-    Records how a memory is used, too.
+    Records how a memory is used, too. The processes of a `world` that are joined hold the model together, and all call
+    this.
     """
-    beside.score_kept(run, cell, corpus, scoring)
+    from suite.train.parallel import World
+
+    world = world or World()
+    beside.score_kept(run, cell, corpus, scoring, world)
     wanted = missing_evals(run, cell)
     lacks_usage = registry.family(cell.model.family).has_memory and not run.usage_path.exists()
+    world.wait()  # all have looked before one writes
     if not wanted and not lacks_usage:
         return
     import torch
@@ -207,15 +213,19 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scoring: Scoring) -> 
 
     # The cell's threads here, too: a run that was cut after training scores as one that was not.
     torch.set_num_threads(cell.threads)
-    model = load_model(run, cell, corpus).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(run, cell, corpus, world)
     facts = {"run": run.name, "step": steps_saved(run)[-1]}
     if lacks_usage:
         from suite.evaluate.usage import key_usage
 
-        run.write_usage(facts | key_usage(model, corpus))
+        usage = key_usage(model, corpus, world.size)
+        if world.is_first:
+            run.write_usage(facts | usage)
     for config in cell.evaluate:
         if config.hash8 in wanted:
-            run.write_eval(config.hash8, scoring.evaluator.evaluate(model, corpus, config) | facts)
+            scores = scoring.evaluator.evaluate(model, corpus, config)
+            if world.is_first:
+                run.write_eval(config.hash8, scores | facts)
 
 
 def describe(error: BaseException) -> str:

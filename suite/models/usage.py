@@ -47,8 +47,11 @@ class Reads:
             for index, layer in self._layers.items()
         }
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self, copies: int = 1) -> dict[str, Any]:
         """What was read since `start`, and count no more; empty for a model without a memory.
+
+        Args:
+            copies: processes that read the same, and count once.
 
         Returns:
             {"layers": {layer: measures and "head_entropy_bits", a list}, "tables": [measures, "layers" and
@@ -58,6 +61,7 @@ class Reads:
         counts, self._counts = self._counts, {}
         for index, counts_MR in counts.items():
             _table(self._layers[index]).share_reads(counts_MR)
+            counts_MR.floor_divide_(copies)
         if not counts:
             return {}
         sharing = [

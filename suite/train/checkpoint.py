@@ -129,13 +129,21 @@ def _copy(target: Tensors, source: Tensors) -> None:
             value.copy_(source[name])
 
 
-def load_model(run: RunDir, cell: Cell, corpus: Corpus) -> Transformer:
-    """The run's model with its newest weights, whole in this process, in evaluation mode.
+def load_model(run: RunDir, cell: Cell, corpus: Corpus, world: World | None = None) -> Transformer:
+    """The run's model with its newest weights, in fp32 and evaluation mode, on the world's device (None: the CPU).
 
+    Whole in this process, or, where processes are joined, divided among them as in training: each reads its part.
     FileNotFoundError where none were saved.
     """
-    model = models.build(cell.model, corpus.vocab_size, cell.seed)
-    if restore(run, {"model": model.state_dict()}) is None:
+    if world is not None and world.joined:
+        from suite.train.sharding import as_parts, build_sharded
+
+        model = build_sharded(cell.model, corpus.vocab_size, cell.seed, world, "fp32")
+        state = {"model": as_parts(model, {"model": model.state_dict(), "optimizer": {}})["model"]}
+    else:
+        model = models.build(cell.model, corpus.vocab_size, cell.seed).to("cpu" if world is None else world.device)
+        state = {"model": model.state_dict()}
+    if restore(run, state) is None:
         raise FileNotFoundError(f"{run.checkpoints}: no whole checkpoint")
     return model.eval()
 

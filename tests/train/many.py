@@ -35,7 +35,10 @@ WITH_MEMORY = [case for case in FAMILIES if case.split()[0] not in ("dense", "mo
 
 @dataclass(frozen=True)
 class Job:
-    """A cell to train in a folder until `stop_at`, the step after which `asks` (a rank) asks to stop; 0: to its end."""
+    """A cell to train in a folder until `stop_at`, the step after which `asks` (a rank) asks to stop; 0: to its end.
+
+    With `score`, what is there is scored instead.
+    """
 
     cell: dict[str, Any]
     folder: str
@@ -44,6 +47,7 @@ class Job:
     stop_at: int = 0
     asks: int = 0
     dtype: str = "float64"
+    score: bool = False
 
 
 def cell_of(case: str, steps: int, **train: Any) -> Cell:
@@ -84,6 +88,7 @@ def run_jobs(jobs: list[Job], cache: Path, processes: int, scratch: Path) -> Non
 def main(jobs: list[Job], cache: Path) -> None:
     import torch
 
+    from suite.launch.worker import Scoring, score_missing
     from suite.records import RunDir
     from suite.train.loop import Trainer
     from suite.train.parallel import Parallel, World, joined
@@ -96,6 +101,9 @@ def main(jobs: list[Job], cache: Path) -> None:
             cell, run = Cell.model_validate(todo.cell), RunDir(Path(todo.folder))
             run.path.mkdir(parents=True, exist_ok=True)
             world.wait()
+            if todo.score:
+                score_missing(run, cell, prepare(cell.data, cache), Scoring(), world)
+                continue
             trainer = Trainer(cell, prepare(cell.data, cache), run, world)
             outcome = trainer.run_to_end(
                 lambda: 0 < todo.stop_at <= trainer.step and world.rank == todo.asks  # noqa: B023

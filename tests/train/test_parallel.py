@@ -3,6 +3,8 @@
 Sums are then taken in another order and nothing else changes: losses and weights agree to a few roundings.
 """
 
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,13 @@ import pytest
 import torch
 from many import FAMILIES, WITH_MEMORY, Job, cell_of, job, run_jobs
 
-from suite.cells import Cell
+from suite.cells import Cell, EvalConfig
 from suite.data import prepare
 from suite.errors import UserError
+from suite.launch.beside import keep_due
+from suite.launch.worker import Scoring, score_missing
+from suite.models import moe
+from suite.models.ranking import best
 from suite.records import RunDir
 from suite.train import checkpoint
 from suite.train.loop import Trainer, train
@@ -133,6 +139,38 @@ def test_in_fp32_processes_drift_apart_by_roundings(
         assert losses < 0.05
 
 
+def losses_and_choices(cell: Cell, accumulate: int, folder: Path, cache: Path) -> list[tuple[float, list[list[int]]]]:
+    """Of each step the loss, and the tokens that experts choose: sorted, by layer, row and expert."""
+    folder.mkdir()
+    parts = World(parallel=Parallel(accumulate=accumulate))
+    trainer = Trainer(cell, prepare(cell.data, cache), RunDir(folder), parts)
+    chosen: list[torch.Tensor] = []
+    steps = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moe, "best", lambda x, k: chosen.append(best(x, k)) or chosen[-1])
+        for _ in range(STEPS):
+            chosen.clear()
+            loss = trainer.train_step()["loss"]
+            assert loss is not None
+            layers = len(chosen) // accumulate
+            rows = [torch.cat(chosen[layer::layers]).sort(-1).values.flatten(0, 1).tolist() for layer in range(layers)]
+            steps.append((loss, [tokens for layer in rows for tokens in layer]))
+    return steps
+
+
+@pytest.mark.slow
+def test_expert_choice_drifts_in_fp32_once_a_token_is_chosen_otherwise(cache: Path, tmp_path: Path) -> None:
+    """Experts that choose among nearly equal tokens turn a rounding into another choice; until then losses agree."""
+    cell = cell_of("moe", STEPS)
+    whole = losses_and_choices(cell, 1, tmp_path / "whole", cache)
+    parts = losses_and_choices(cell, 2, tmp_path / "parts", cache)
+    apart = [abs(one - other) for (one, _), (other, _) in zip(whole, parts, strict=True)]
+    others = [sum(a != b for a, b in zip(x, y, strict=True)) for (_, x), (_, y) in zip(whole, parts, strict=True)]
+    first = next((step for step, count in enumerate(others) if count), STEPS)
+    print(f"the same choices for {first} steps, losses within {max(apart[:first]):.1e}; then within {max(apart):.1e}")
+    assert max(apart[:first]) < 1e-5
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["memory_plus", "moe_topk", "pkm batchnorm"])
 def test_a_run_goes_on_with_another_number_of_processes(case: str, cache: Path, tmp_path: Path, wide: None) -> None:
@@ -179,6 +217,29 @@ def test_in_bf16_two_processes_stay_near_one(cache: Path, tmp_path: Path) -> Non
         two = lines(tmp_path / f"{case}-2")
         assert one[0]["loss"] == pytest.approx(two[0]["loss"], abs=1e-3)
         assert one[-1]["loss"] == pytest.approx(two[-1]["loss"], abs=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["memory_plus", "peer"])
+def test_processes_that_hold_a_model_together_give_the_scores_of_one(case: str, cache: Path, tmp_path: Path) -> None:
+    """Straight from the checkpoint: each process reads its columns alone."""
+    asked = EvalConfig(tasks=("bios_storage", "bios_qa"), limit=10)
+    cell = cell_of(case, 4, checkpoint_every=2, evaluate_every=2)
+    cell = cell.model_copy(update={"evaluate": (asked,)})
+    together, one = RunDir(tmp_path / "together"), RunDir(tmp_path / "one")
+    run_jobs([job(cell, together.path, memory_parallel=2, dtype="float32")], cache, 2, tmp_path)
+    assert keep_due(together, cell)
+    shutil.copytree(together.path, one.path)
+    run_jobs([job(cell, together.path, memory_parallel=2, dtype="float32", score=True)], cache, 2, tmp_path)
+    score_missing(one, cell, prepare(cell.data, cache), Scoring())
+    for name in (f"eval/{asked.hash8}.json", f"eval/steps/{asked.hash8}-2.json"):
+        found, expected = (json.loads((run.path / name).read_text()) for run in (together, one))
+        for task, scores in expected["tasks"].items():
+            for metric, value in scores["metrics"].items():
+                assert found["tasks"][task]["metrics"][metric]["value"] == pytest.approx(value["value"], rel=1e-5)
+            assert found["tasks"][task].get("answers") == scores.get("answers")
+    usage, expected = (json.loads(run.usage_path.read_text()) for run in (together, one))
+    assert usage == expected | {"run": "together"}
 
 
 def test_a_run_is_cut_between_steps_and_goes_on_bit_for_bit(cache: Path, tmp_path: Path) -> None:
