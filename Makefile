@@ -36,7 +36,7 @@ test-slow: setup
 
 # Against the Slurm that answers `sinfo`; tests/slurm/cluster.py starts one on this host.
 test-slurm: setup
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m slurm tests/slurm $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m 'slurm and not slow' tests/slurm $(ARGS)
 
 # The Triton kernels under the oldest triton they must run with, which is put before the installed one.
 OLD_TRITON := .venv/triton-3.6

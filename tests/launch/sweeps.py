@@ -24,7 +24,8 @@ blocks:
   - axes: {model.family: [dense, memory_plus]}
 """
 
-NOT_RECORDS = re.compile(r"^(logs/|\.lock$|checkpoints/)")
+NOT_RECORDS = re.compile(r"^(logs/|\.lock$|checkpoints/)|(^|/)\.[^/]+\.\d+$")
+"""The last: what a kill in the middle of a write leaves beside the file."""
 TIMES_AND_PROCESSES = re.compile(
     r'"(wall_s|tokens_per_s|memory_bytes|heartbeat|pid|host|started|finished|log)": ("[^"]*"|[^,\n}]*)'
 )
@@ -34,10 +35,10 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def suite(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def suite(*arguments: str | Path, cwd: Path, patience_s: float = 300) -> subprocess.CompletedProcess[str]:
     """The command line, run to its end."""
     command = [sys.executable, "-m", "suite.cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=patience_s)
 
 
 def start_sweep(grid: Path, results: Path, *options: str) -> subprocess.Popen[str]:
@@ -76,7 +77,7 @@ def records(results: Path) -> dict[str, str]:
 
 
 def _records(results: Path) -> Iterator[tuple[str, str]]:
-    for path in sorted((results / "grids").rglob("*.json")):
+    for path in sorted((results / "grids").glob("*/*.json")):
         yield path.relative_to(results).as_posix(), path.read_text()
     for run in runs_of(results):
         for path in sorted(run.path.rglob("*")):

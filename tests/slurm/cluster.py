@@ -8,8 +8,9 @@ Needs Debian's `slurmctld slurmd slurm-client munge` (22.05 or later), no root, 
 addresses are used. Everything lives in DIR, but for the link /etc/slurm/slurm.conf where root makes one: submitit drops
 SLURM_CONF from the environment of jobs. Started twice, it does nothing the second time.
 
-Partitions: `low` (default; its jobs are requeued for those of `high`), `high`, and `gpu`, of nodes with eight GPUs that
-exist in the configuration alone: nothing runs there, but sbatch checks requests against them.
+Partitions: `low` (default) and `spare`, whose jobs are requeued or cancelled for those of `high`; `high`; and `gpu`,
+of nodes with eight GPUs that exist in the configuration alone: nothing runs there, but sbatch checks requests against
+them.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo", "sbatch")
 # Names of nodes are loopback addresses, so that MASTER_ADDR, which is a node's name, resolves.
 # cred_expire: a requeued job waits one second longer than this; below 5 Slurm takes 120.
 # preempt_send_user_signal: without it a preempted job is not warned by the signal it asked for.
+# OverMemoryKill: without cgroups, nothing else holds a job to the memory it asked for.
 CONF = """
 ClusterName=virtual
 SlurmctldHost={host}(127.0.0.1)
@@ -59,11 +61,13 @@ LaunchParameters=disable_send_gids
 ReturnToService=2
 EnforcePartLimits=ALL
 SlurmctldParameters=preempt_send_user_signal
-JobAcctGatherType=jobacct_gather/none
+JobAcctGatherType=jobacct_gather/linux
+JobAcctGatherParams=OverMemoryKill
+JobAcctGatherFrequency=task=1
 AccountingStorageType=accounting_storage/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
-DefMemPerCPU=200
+DefMemPerCPU=2000
 GresTypes=gpu
 SchedulerType=sched/backfill
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,sched_min_interval=0,bf_interval=1,nohold_on_prolog_fail
@@ -81,10 +85,11 @@ PreemptMode=REQUEUE
 SuspendProgram=/bin/true
 ResumeProgram=/bin/true
 SuspendTime=INFINITE
-SuspendExcParts=low,high
+SuspendExcParts=low,spare,high
 {nodes}
 NodeName=gpu[1-64] NodeAddr=127.0.0.1 Port={far} CPUs=128 RealMemory=2000000 Gres=gpu:8 State=CLOUD
-PartitionName=low Nodes={names} Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=15
+PartitionName=low Nodes={names} Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
+PartitionName=spare Nodes={names} MaxTime=INFINITE PriorityTier=1 PreemptMode=CANCEL
 PartitionName=high Nodes={names} MaxTime=INFINITE DefaultTime=5 PriorityTier=10 PreemptMode=OFF
 PartitionName=gpu Nodes=gpu[1-64] MaxTime=INFINITE DefaultTime=5
 """

@@ -1,5 +1,34 @@
+"""Tests here are skipped where no Slurm answers, and leave its queue empty."""
+
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 # What sweeps as people start them have in common, here as in tests/launch.
 sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
+
+import pytest
+from queueing import PROFILE, answers, slurm
+
+
+@pytest.fixture(scope="session")
+def _slurm() -> None:
+    if not answers():
+        pytest.skip("no Slurm answers sinfo (tests/slurm/cluster.py starts one)")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, _slurm: None) -> Iterator[Path]:
+    """A folder with a profile; whatever a test leaves in the queue is cancelled."""
+    (tmp_path / "cpu.yaml").write_text(PROFILE)
+    yield tmp_path
+    for stage in ("train", "evaluate", "report"):
+        subprocess.run(["scancel", "--me", f"--name=tiny-{stage}"], capture_output=True)
+
+
+@pytest.fixture
+def ours(_slurm: None) -> None:
+    """For tests that take nodes away, which only the cluster of cluster.py may be asked to bear."""
+    if "virtual" not in slurm("scontrol", "show", "config").partition("ClusterName")[2].partition("\n")[0]:
+        pytest.skip("takes nodes down: only on the Slurm of tests/slurm/cluster.py")

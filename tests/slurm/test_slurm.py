@@ -6,84 +6,59 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from queueing import (
+    DENSE,
+    LONG,
+    PROFILE,
+    UNSCORED,
+    job_of,
+    log_of,
+    node_of,
+    on_slurm,
+    resume_nodes,
+    slurm,
+    start_on_slurm,
+    until,
+    urgent,
+    write,
+)
 from sweeps import TINY, final_weights, records, runs_of, start_sweep, suite
 
 from suite.records import RunDir
 
 GRIDS = Path(__file__).parents[2] / "grids"
-PROFILE = "{time: 20, warning_s: 30, max_jobs: 4, max_eval_jobs: 4, refresh_s: 1.5}\n"
-DENSE = TINY.replace("[dense, memory_plus]", "[dense]")
-LONG = DENSE.replace("epochs: 8", "epochs: 120").replace("log_every: 1", "log_every: 20")
-LONG = LONG.replace("checkpoint_every: 2", "checkpoint_every: 50")
+
+pytestmark = pytest.mark.slurm
 
 
-def slurm_answers() -> bool:
+def hold(runs: list[RunDir]) -> dict[Path, int]:
+    """Stop the processes that train, each at its first checkpoint: they are cut there however fast the machine is."""
+    held: dict[Path, int] = {}
+
+    def all_held() -> bool:
+        for run in runs:
+            if run.path not in held and list(run.checkpoints.glob("step-*")):
+                held[run.path] = run.state()["pid"]
+                os.kill(held[run.path], signal.SIGSTOP)
+        return len(held) == len(runs)
+
+    until(all_held)
+    assert not any(run.state().get("trained") for run in runs), "trained to its end before it could be held"
+    return held
+
+
+def is_warned(process: int) -> bool:
+    """Whether the signal that Slurm was asked for waits for a stopped process, or has moved it to its end."""
     try:
-        return subprocess.run(["sinfo"], capture_output=True, timeout=20).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        return False
-
-
-pytestmark = [
-    pytest.mark.slurm,
-    pytest.mark.skipif(not slurm_answers(), reason="no Slurm answers sinfo (tests/slurm/cluster.py starts one)"),
-]
-
-
-def slurm(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
-    """A folder with a profile; whatever a test leaves in the queue is cancelled."""
-    (tmp_path / "cpu.yaml").write_text(PROFILE)
-    yield tmp_path
-    for stage in ("train", "evaluate", "report"):
-        subprocess.run(["scancel", "--me", f"--name=tiny-{stage}"], capture_output=True)
-
-
-def write(folder: Path, text: str, name: str = "tiny") -> Path:
-    path = folder / f"{name}.yaml"
-    path.write_text(text)
-    return path
-
-
-def on_slurm(grid: Path, results: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    profile = grid.parent / "cpu.yaml"
-    return suite(
-        "sweep", grid, "--results", results, "--executor", "slurm", "--profile", profile, *options, cwd=grid.parent
-    )  # fmt: skip
-
-
-def start_on_slurm(grid: Path, results: Path) -> subprocess.Popen[str]:
-    return start_sweep(grid, results, "--executor", "slurm", "--profile", str(grid.parent / "cpu.yaml"))
-
-
-def until(what: Callable[[], object], patience_s: float = 120.0) -> None:
-    deadline = time.monotonic() + patience_s
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
-def job_of(run: RunDir, stage: str = "train") -> str:
-    return str(json.loads((run.path / "logs" / "slurm.json").read_text())[stage]["job"])
-
-
-def log_of(run: RunDir) -> str:
-    return Path(json.loads((run.path / "logs" / "slurm.json").read_text())["train"]["log"]).read_text()
-
-
-def resume_nodes() -> None:
-    """What an operator does: a node that was lost is drained when it is found to still run what it was lost with."""
-    for node in slurm("sinfo", "--noheader", "--Node", "--states=down,drain", "--format=%N").split():
-        subprocess.run(["scontrol", "update", f"NodeName={node}", "State=RESUME"], capture_output=True)
-    time.sleep(1)
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:
+        return True
+    status = dict(line.split(":", 1) for line in lines)
+    return bool((int(status["ShdPnd"], 16) | int(status["SigPnd"], 16)) >> (signal.SIGUSR2 - 1) & 1)
 
 
 def assert_equal_records(one: Path, other: Path) -> None:
@@ -99,10 +74,12 @@ def assert_equal_records(one: Path, other: Path) -> None:
 def test_an_array_leaves_the_records_of_the_local_executor_and_a_failing_cell_is_named(folder: Path) -> None:
     # Rows too short for the longest document: that cell fails by itself.
     grid = write(folder, TINY + "  - axes: {model.family: [dense], data.seq_len: [9]}\n")
-    done = on_slurm(grid, folder / "slurm", "--json", "--no-report")
+    done = on_slurm(grid, folder / "slurm", "--json")
     assert done.returncode == 1, done.stderr
     cells = json.loads(done.stdout)["cells"]
     assert [cell["state"] for cell in cells] == ["done", "done", "failed"]
+    assert "report: completed" in done.stderr
+    assert (folder / "slurm" / "grids" / "tiny" / "report.md").is_file()
     assert "data.seq_len: got 9" in cells[2]["cause"]
     assert cells[2]["cause"] in done.stderr
     assert Path(cells[2]["log"]).is_file()
@@ -119,26 +96,39 @@ def test_an_array_leaves_the_records_of_the_local_executor_and_a_failing_cell_is
     assert "submitted" not in again.stderr
 
 
-def test_cut_by_requeue_time_limit_lost_node_and_kill_records_are_those_of_an_unbroken_sweep(folder: Path) -> None:
-    (folder / "cpu.yaml").write_text(PROFILE.replace("time: 20, warning_s: 30", "time: 1, warning_s: 20"))
+def test_cut_by_requeue_time_limit_lost_node_and_kill_records_are_those_of_an_unbroken_sweep(
+    folder: Path, ours: None
+) -> None:
+    # The warning of a time limit comes up to half a minute after `warning_s` before it.
+    (folder / "cpu.yaml").write_text(PROFILE.replace("time: 20, warning_s: 30", "time: 10, warning_s: 90"))
     grid = write(folder, LONG.replace("[dense]", "[dense], seed: [0, 1, 2, 3]"))
-    launcher = start_on_slurm(grid, folder / "slurm")
-    runs = folder / "slurm"
-    until(lambda: len(runs_of(runs)) == 4 and all(list(run.checkpoints.glob("step-*")) for run in runs_of(runs)))
-    _, requeued, struck, lost = runs_of(runs)  # and the first meets its time limit alone, as they all do
+    results = folder / "slurm"
+    launcher = start_on_slurm(grid, results)
+    until(lambda: len(runs_of(results)) == 4)
+    held = hold(runs_of(results))
+    runs = sorted(runs_of(results), key=node_of)
+    timed, struck = (run for run in runs if node_of(run) == node_of(runs[0]))
+    requeued, lost = (run for run in runs if node_of(run) == node_of(runs[-1]))
+    job = job_of(timed)
+    slurm("scontrol", "update", f"JobId={job}", "EndTime=now+100")
     slurm("scontrol", "requeue", job_of(requeued))
-    os.kill(struck.state()["pid"], signal.SIGKILL)
-    node = slurm("squeue", "--noheader", "--format=%N", "--job", job_of(lost)).strip()
-    slurm("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=test")
-    until(lambda: resume_nodes() or launcher.poll() is not None, 300)
-    assert launcher.wait(timeout=420) == 0, (folder / "sweep.log").read_text()
-    for run in runs_of(runs):
+    os.kill(held[struck.path], signal.SIGKILL)
+    until(lambda: not slurm("squeue", "--noheader", "--states=running,completing", "--job", job_of(requeued)))
+    slurm("scontrol", "update", f"NodeName={node_of(lost)}", "State=DOWN", "Reason=test")
+    unbroken = start_sweep(grid, folder / "local")
+    until(lambda: is_warned(held[timed.path]))
+    slurm("scontrol", "update", f"JobId={job}", "TimeLimit=10")
+    with suppress(ProcessLookupError):  # Slurm may have let it go on itself
+        os.kill(held[timed.path], signal.SIGCONT)
+    until(lambda: resume_nodes() or launcher.poll() is not None, 480)
+    assert launcher.wait() == 0, (folder / "sweep.log").read_text()
+    for run in runs:
         starts = [line for line in log_of(run).splitlines() if "training from step" in line]
         assert len(starts) > 1, run.name
         assert not starts[-1].endswith(" step 0"), run.name
-    assert any("timed-out" in log_of(run) for run in runs_of(runs))
-    assert start_sweep(grid, folder / "local").wait(timeout=420) == 0
-    assert_equal_records(folder / "local", runs)
+    assert "timed-out" in log_of(timed)
+    assert unbroken.wait(timeout=300) == 0
+    assert_equal_records(folder / "local", results)
 
 
 def test_forty_cells_respect_the_cap_and_ask_slurm_once_a_refresh(
@@ -153,7 +143,7 @@ def test_forty_cells_respect_the_cap_and_ask_slurm_once_a_refresh(
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
     (folder / "cpu.yaml").write_text(PROFILE.replace("max_jobs: 4", "max_jobs: 3").replace("1.5", "5"))
     number = int(os.environ.get("SLURM_CELLS", "40"))
-    text = DENSE.replace("  evaluate: [{tasks: [bios_storage], limit: 20}]\n", "").replace("epochs: 8", "epochs: 0.5")
+    text = UNSCORED.replace("epochs: 8", "epochs: 0.5")
     grid = write(folder, text.replace("[dense]", f"[dense], seed: {list(range(number))}"))
     started = time.monotonic()
     done = on_slurm(grid, folder / "slurm", "--json", "--no-report")
@@ -171,15 +161,21 @@ def test_forty_cells_respect_the_cap_and_ask_slurm_once_a_refresh(
     assert set(said) == {"sbatch", "squeue"}
 
 
-def test_two_processes_warned_together_save_together_and_go_on(folder: Path) -> None:
-    (folder / "cpu.yaml").write_text(PROFILE.replace("{", "{processes: 2, memory_parallel: 2, "))
-    text = TINY.replace("[dense, memory_plus]", "[memory_plus]").replace("epochs: 8", "epochs: 20")
+@pytest.mark.slow
+def test_two_processes_preempted_save_together_and_go_on_afterwards(folder: Path, ours: None) -> None:
+    (folder / "cpu.yaml").write_text(PROFILE.replace("{", "{processes: 2, memory_parallel: 2, score_together: true, "))
+    text = TINY.replace("[dense, memory_plus]", "[memory_plus]").replace("epochs: 8", "epochs: 12")
     grid = write(folder, text.replace("checkpoint_every: 2", "checkpoint_every: 100000"))
     launcher = start_on_slurm(grid, folder / "slurm")
     until(lambda: any(len(run.train_lines()) > 5 for run in runs_of(folder / "slurm")))
     (run,) = runs_of(folder / "slurm")
-    slurm("scancel", "--signal=USR2", job_of(run))
-    assert launcher.wait(timeout=300) == 0, (folder / "sweep.log").read_text()
+    other = urgent(node_of(run), "sleep 600")
+    until(lambda: "preempted: saved" in (run.state()["cause"] or ""))
+    (status,) = json.loads(suite("status", grid, "--results", folder / "slurm", "--json", cwd=folder).stdout)["cells"]
+    assert status["state"] == "pending"
+    assert status["note"].startswith("preempted: saved; goes on when it is scheduled again, job ")
+    slurm("scancel", other)
+    assert launcher.wait(timeout=400) == 0, (folder / "sweep.log").read_text()
     resumed = [line for line in log_of(run).splitlines() if "training from step" in line]
     assert len(resumed) == 2
     # Nothing was saved but on the warning: nothing but that step's checkpoint can be behind this.
@@ -189,10 +185,10 @@ def test_two_processes_warned_together_save_together_and_go_on(folder: Path) -> 
 
 
 def test_status_tells_what_slurm_says_and_cancel_ends_it(folder: Path) -> None:
-    grid = write(folder, LONG.replace("[dense]", "[dense], seed: [0, 1]").replace("epochs: 120", "epochs: 4000"))
+    grid = write(folder, LONG.replace("[dense]", "[dense], seed: [0, 1]").replace("epochs: 40", "epochs: 4000"))
     (folder / "cpu.yaml").write_text(PROFILE.replace("max_jobs: 4", "max_jobs: 1"))
     results = folder / "slurm"
-    assert on_slurm(grid, results, "--no-wait", "--no-report").returncode == 0
+    assert on_slurm(grid, results, "--no-wait").returncode == 0
     until(lambda: any(run.train_lines() for run in runs_of(results)))
 
     def statuses() -> list[dict[str, str]]:
@@ -206,7 +202,9 @@ def test_status_tells_what_slurm_says_and_cancel_ends_it(folder: Path) -> None:
     assert running["note"].startswith("job ")
     assert waiting["state"] == "pending"
     assert "(JobArrayTaskLimit)" in waiting["note"]
-    twice = on_slurm(grid, results, "--no-wait", "--no-report")
+    waits_for_all = slurm("squeue", "--noheader", "--name=tiny-report", "--format=%T %r")
+    assert waits_for_all == "PENDING Dependency"
+    twice = on_slurm(grid, results, "--no-wait")
     assert "2 cells have jobs already" in twice.stderr
     assert "submitted" not in twice.stderr
     cancelled = suite("cancel", grid, "--results", results, "--json", cwd=folder)
