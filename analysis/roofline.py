@@ -1,7 +1,7 @@
 """Kernels beside what their memory can do: bytes that must move per second, against the measured copy bandwidth.
 
 Table reads and row updates do a few operations a byte, far left of any machine's ridge, so the roof is bandwidth alone.
-Product-key search moves little and computes much: it is drawn without a roof.
+Product-key search moves little and computes much: it, and a layer with it, is drawn without a roof.
 Input: the CSV files that `python -m kernels.bench --out DIR` writes, one per device. Above the roof means that a cache
 helps: bytes are counted as if each lookup came from memory.
 """
@@ -26,7 +26,11 @@ COLUMNS = (
     "operator", "contender", "device", "use", "width", "rows", "p20_ms", "p50_ms", "p80_ms", "bytes", "gb_per_s",
     "copy_share",
 )  # fmt: skip
-TITLES = {"forward": "weighted bags, forward", "step": "backward and update", "search": "product-key search"}
+TITLES = {
+    "forward": "weighted bags, forward", "step": "backward and update", "search": "product-key search",
+    "layer": "whole layer, both ways",
+}  # fmt: skip
+COMPUTE_BOUND = ("search", "layer")
 LOOKS = [("#0072B2", "o"), ("#000000", "s"), ("#E69F00", "^"), ("#009E73", "D"), ("#CC79A7", "v")]
 
 
@@ -109,6 +113,6 @@ def _panel(axis: Axes, part: pd.DataFrame, operator: str) -> None:
         named = "ours" if contender == "ours" else f"{contender} ({operator})"
         axis.errorbar(ordered["rows"], middle, yerr=[middle - low, high - middle], color=color, marker=marker,
                       capsize=2, label=named)  # fmt: skip
-    if len(part) and operator != "search":
+    if len(part) and operator not in COMPUTE_BOUND:
         roof = float((part["gb_per_s"] / part["copy_share"]).median())
         axis.axhline(roof, color="#888888", linewidth=1, linestyle="--", label="copy bandwidth")

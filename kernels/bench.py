@@ -10,6 +10,8 @@ measured, so that other processes count little; on CUDA, events; the copy bandwi
                + clip_grad_norm_ + AdamW(fused=True), and against sparse gradients + SparseAdam (another optimizer:
                no weight decay, no clipping, no decay of untouched moments)
 `search`       product keys (half_keys = sqrt(rows)), against torch.topk on both sides and on all pairs
+`layer`        search and bags, forward and backward without an update, against a whole layer of a package from PyPI
+               (product-key-memory) on the same weights, where it is installed
 `reference` is the plain PyTorch path of each, on any device.
 
 `bytes` counts what must move: a table row and an output gradient once per lookup, and per unique row the compact
@@ -41,6 +43,7 @@ from typing import Any, TextIO
 import torch
 
 from kernels.bench_cases import Case, Contender, forward, search, seconds_of
+from kernels.bench_peers import layers
 from kernels.bench_steps import step, stepper
 
 
@@ -94,9 +97,9 @@ class Against:
 
 
 QUANTILES = ("p20", "p50", "p80")
-PEAK_ROWS, PEAK_STEPS = 1 << 20, 3
-"""Peak memory is measured for tables of at least this many rows, over so many steps."""
-ROUNDS, FEWEST_ROUNDS, CASE_SECONDS = 15, 5, 4.0
+PEAK_ROWS, PEAK_STEPS, PEAK_OF = 1 << 20, 3, ("ours", "dense AdamW")
+"""Peak memory is measured for tables of at least this many rows, over so many steps, of these."""
+ROUNDS, FEWEST_ROUNDS, CASE_SECONDS = 15, 5, 3.0
 """Rounds of a case: the first unless they take longer than CASE_SECONDS, then at least the second."""
 
 STEP_CASES = [Case(64, 1 << power, 110_000, 32, use) for power in (14, 16, 18, 20) for use in ("uniform", "zipf")]
@@ -121,10 +124,15 @@ def run(cases: Sequence[Case]) -> Iterator[list[Result]]:
         copy = copy_bandwidth(case.device)
         found = list(_measure("forward", case, forward(case), copy))
         found += _measure("step", case, step(case, free), copy)
-        yield found + list(_measure("search", case, search(case), copy))
+        found += _measure("search", case, search(case), copy)
+        if case.rows_bytes + 2 * case.dense_bytes <= free:
+            found += _measure("layer", case, layers(case), copy)
+        yield found
 
 
 def _measure(operator: str, case: Case, contenders: list[Contender], copy: float) -> Iterator[Result]:
+    if not contenders:
+        return
     seconds: list[list[float]] = [[] for _ in contenders]
     warmup = case.settling if operator == "step" else 1
     for turn in range(warmup):
@@ -167,6 +175,7 @@ def _result(
         named[f"{name}_ms"] = round(1e3 * times[place], 3)
         named[f"ratio_{name}"] = None if ratios is None else round(ratios[place], 3)
     speed = contender.bytes / times[1]
+    is_peak = operator == "step" and contender.name in PEAK_OF and case.rows >= PEAK_ROWS
     return Result(
         operator=operator,
         contender=contender.name,
@@ -175,7 +184,7 @@ def _result(
         gb_per_s=round(speed / 1e9, 2),
         copy_share=round(speed / copy, 3),
         parts_ms=contender.parts(),
-        peak_bytes=peak_bytes(case, contender.name) if operator == "step" and case.rows >= PEAK_ROWS else 0,
+        peak_bytes=peak_bytes(case, contender.name) if is_peak else 0,
     )
 
 

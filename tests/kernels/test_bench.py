@@ -9,6 +9,7 @@ import torch
 
 from kernels import bench
 from kernels.bench_cases import Case, Forward
+from kernels.bench_peers import layers
 from kernels.bench_steps import DenseStep, RowStep, SparseStep, step
 
 
@@ -25,8 +26,8 @@ def test_every_contender_is_right_and_reported(small: None, tmp_path: Path, caps
     document = json.loads(captured.out)
     results = document["results"]
     found = {(result["operator"], result["contender"]) for result in results}
-    assert {operator for operator, _ in found} == {"forward", "step", "search"}
-    assert len(results) == 2 * (3 + 4 + 3)
+    assert {operator for operator, _ in found} >= {"forward", "step", "search"}
+    assert sum(result["operator"] != "layer" for result in results) == 2 * (3 + 4 + 3)
     for result in results:
         assert 0 < result["p20_ms"] <= result["p50_ms"] <= result["p80_ms"]
         assert result["bytes"] > 0
@@ -39,11 +40,24 @@ def test_every_contender_is_right_and_reported(small: None, tmp_path: Path, caps
     assert "Step against dense" in captured.err
 
 
+def test_layers_of_packages_that_are_installed_agree_with_ours() -> None:
+    pytest.importorskip("product_key_memory")
+    case = Case(16, 64, 128, 8, "uniform")
+    contenders = layers(case)
+    assert [contender.name for contender in contenders] == ["ours", "product-key-memory"]
+    for contender in contenders:
+        assert contender.turn(case.inputs(0)) > 0
+        assert contender.correct()
+    with torch.no_grad():
+        contenders[0].out_ND += 1e-2  # type: ignore[attr-defined]
+    assert not contenders[0].correct()
+
+
 def test_what_is_wrong_is_not_reported(small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(Forward, "correct", lambda self: False)
     bench.main(["--device", "cpu"])
     captured = capsys.readouterr()
-    assert "forward" not in captured.out
+    assert not [line for line in captured.out.splitlines() if line.startswith("forward")]
     assert "wrong, not reported: forward" in captured.err
 
 
