@@ -9,9 +9,9 @@ import numpy as np
 import pandas as pd
 
 from analysis import style
-from analysis.compare import MIN_PAIRS, final_scores, paired
+from analysis.compare import MIN_PAIRS, paired
 from analysis.runs import Run
-from analysis.scene import POINT_NOTE, Missing, Scene, common_exposure, dot, equal_tokens
+from analysis.scene import Scene, common_exposure, dot, face
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -150,8 +150,8 @@ def against_rows(found: Scene, folder: Path) -> list[Path]:
             part = found.table[found.table["base"] == base]
             points, exposure = common_exposure(found, part)
             top, bottom = axes[column], axes[len(bases) + column]
-            _rows_panel(top, found, points, "e50", "E50, exposures" if column == 0 else "")
-            _rows_panel(bottom, found, points, "nll", "answer NLL, nats" if column == 0 else "")
+            rows_panel(top, found, points, "e50", "E50, exposures" if column == 0 else "")
+            rows_panel(bottom, found, points, "nll", "answer NLL, nats" if column == 0 else "")
             bottom.set_xlabel("memory rows")
             top.set_title(f"base {base}", loc="left")
             notes.append(f"{base}: {exposure:.3g}")
@@ -165,62 +165,23 @@ def against_rows(found: Scene, folder: Path) -> list[Path]:
         return style.save(drawn, folder, "memory-rows", found.note(note))
 
 
-def scores_against_rows(found: Scene, folder: Path) -> list[Path]:
-    """Final task scores against memory rows, dense and MoE as references, published points of the same base beside."""
-    scores = {name: final_scores(run) for name, run in found.runs.items()}
-    bases = [base for base in equal_tokens(found) if found.table.query("base == @base")["memory_rows"].gt(0).any()]
-    named = {key for score in scores.values() for key in score if not key.endswith(("/bits_max", "/bits"))}
-    keys = sorted(named, key=lambda key: (key != "eval/nll", key))[:6]
-    if not bases or not keys:
-        raise Missing(f"grid {found.grid} has no model with a memory that ended at the same tokens as all others")
-    panels = [(base, key) for base in bases for key in keys]
-    columns = min(3, len(keys))
-    rows = -(-len(panels) // columns)
-    with style.figure(rows, columns, max(4.4, 2.6 * columns), 2.4 * rows + 0.6) as (drawn, axes):
-        for axis, (base, key) in zip(axes, panels, strict=False):
-            part = found.table[found.table["base"] == base]
-            points = part.assign(value=[scores[name].get(key, np.nan) for name in part["run"]])
-            points = points[points["value"].notna()]
-            _published(axis, found, base, key)
-            if len(points):
-                _rows_panel(axis, found, points, "value", key)
-            axis.set_title(f"base {base}", loc="left")
-            axis.set_xlabel("memory rows")
-        for axis in axes[len(panels) :]:
-            axis.set_axis_off()
-        style.legend_above(drawn, axes)
-        note = POINT_NOTE + " Grey crosses: published, as the source prints them; never fitted with ours."
-        return style.save(drawn, folder, "scores-rows", found.note(note))
-
-
-def _published(axis: Axes, found: Scene, base: str, key: str) -> None:
-    """Published values of the same base, task and metric, by memory rows."""
-    if found.published is None:
-        return
-    task, _, metric = key.partition("/")
-    same = found.published[(found.published["base"] == base) & (found.published["task"] == task)]
-    same = same[(same["metric"] == metric.split(",")[0]) & (same["memory_rows"] > 0)]
-    for source, group in same.groupby("source"):
-        axis.plot(group["memory_rows"], group["value"], "x", color="#777777", label=f"published: {source}")
-
-
-def _rows_panel(axis: Axes, found: Scene, points: pd.DataFrame, key: str, ylabel: str) -> None:
+def rows_panel(axis: Axes, found: Scene, points: pd.DataFrame, key: str, ylabel: str) -> None:
     """One outcome against memory rows: tables as joined points, families without a table as lines with a
     band."""
     for family, members in points.groupby("family", sort=False):
         with_table = members[members["memory_rows"] > 0]
         if len(with_table):
             _rows_family(axis, found, str(family), with_table, key)
-        for label, group in members[members["memory_rows"] == 0].groupby("label", sort=False):
-            look, middle = found.looks[str(label)], paired(group[key].to_numpy(float))
-            axis.axhline(
-                middle.mean, color=look.color, linestyle=look.linestyle, linewidth=1.2, label=found.named(str(label))
-            )
-            if key == "e50" and group["e50_state"].eq("censored").any():
-                axis.annotate(f"≥ {label}", (0.99, middle.mean), xycoords=("axes fraction", "data"), fontsize=6.5,
-                              ha="right", va="bottom", color=look.color)  # fmt: skip
-            if not np.isnan(middle.low):
-                axis.axhspan(middle.low, middle.high, color=look.color, alpha=0.10, linewidth=0)
+    bounds: list[tuple[float, str]] = []
+    for label, group in points[points["memory_rows"] == 0].groupby("label", sort=False):
+        look, middle = found.looks[str(label)], paired(group[key].to_numpy(float))
+        dashes = look.linestyle if group["family"].iloc[0] == "dense" else (0, (6, 3))  # none hides another
+        axis.axhline(middle.mean, color=look.color, linestyle=dashes, linewidth=1.2, label=found.named(str(label)))
+        if key == "e50" and group["e50_state"].eq("censored").any():
+            bounds.append((middle.mean, str(label)))
+        if not np.isnan(middle.low):
+            axis.axhspan(middle.low, middle.high, color=look.color, alpha=0.10, linewidth=0)
+    _bounds(axis, bounds)
     axis.set_xscale("log", base=2)
     rows = sorted(float(row) for row in points.loc[points["memory_rows"] > 0, "memory_rows"].unique())
     if rows:
@@ -228,6 +189,20 @@ def _rows_panel(axis: Axes, found: Scene, points: pd.DataFrame, key: str, ylabel
         axis.minorticks_off()
         axis.set_xlim(rows[0] / 2, rows[-1] * 2)
     axis.set_ylabel(ylabel)
+
+
+def _bounds(axis: Axes, bounds: list[tuple[float, str]]) -> None:
+    """Lines that are lower bounds, named at the right edge; those too close for a line of text each share one."""
+    low, high = axis.get_ylim()
+    rows: list[tuple[float, list[str]]] = []
+    for at, label in sorted(bounds):
+        if rows and at - rows[-1][0] < 0.05 * (high - low):
+            rows[-1][1].append(label)
+        else:
+            rows.append((at, [label]))
+    for at, names in rows:
+        axis.annotate(f"≥ {', '.join(names)}", (0.99, at), xycoords=("axes fraction", "data"), fontsize=6.5,
+                      ha="right", va="bottom", color="#555555")  # fmt: skip
 
 
 def _rows_family(axis: Axes, found: Scene, family: str, members: pd.DataFrame, key: str) -> None:
@@ -242,6 +217,4 @@ def _rows_family(axis: Axes, found: Scene, family: str, members: pd.DataFrame, k
     rows = [row for row, _ in groups]
     axis.plot(rows, [m.mean for m in middles], color=look.color, marker=look.marker, label=f"{family} (n={count})")
     for row, group in groups:
-        is_open = key == "e50" and bool(group["e50_state"].ne("reached").any())
-        face = "white" if is_open else look.color
-        dot(axis, row, group[key].to_numpy(float), look, markerfacecolor=face)
+        dot(axis, row, group[key].to_numpy(float), look, markerfacecolor=face(look, group, key))

@@ -49,7 +49,9 @@ def usage_in_training(found: Scene, folder: Path) -> list[Path]:
     """Rows read, rows never read and unevenness of reads against training tokens, a line of panels per base."""
     known = {base: variants for base in found.bases if (variants := _recorded(found, base))}
     if not known:
-        raise Missing(f"no usage in train.jsonl of grid {found.grid}; training writes it for models with a memory")
+        raise Missing(
+            f"no usage in train.jsonl of grid {found.grid}; suite sweep {found.grid} writes it for models with a memory"
+        )
     with style.figure(len(known), len(PANELS), width=7.4, height=2.5 * len(known), sharex="row") as (drawn, axes):
         for row, (base, variants) in enumerate(known.items()):
             for axis, (key, factor, words) in zip(axes[len(PANELS) * row :], PANELS, strict=False):

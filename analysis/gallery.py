@@ -8,10 +8,11 @@ from pathlib import Path
 import pandas as pd
 
 from analysis import figures
-from analysis.figures_cells import CELL_FIGURES, NO_BITS
+from analysis.figures_cells import CELL_FIGURES
+from analysis.figures_scores import SCORE_FIGURES
 from analysis.isoflop import isoflops_of_grid
 from analysis.runs import Run
-from analysis.scene import Missing, Scene, scene
+from analysis.scene import Missing, Scene, has_bits, no_bits, scene
 
 Draw = Callable[[Scene, Path], list[Path]]
 
@@ -29,6 +30,8 @@ CAPTIONS = {
     "key-usage-training": "How the use of the memory's rows changes in training",
     "final-scores": "Final scores",
     "scores-rows": "Final scores against memory rows, with published points",
+    "scores-base": "Final scores against base size",
+    "scores-cost": "Final scores against training FLOPs and bytes read per token",
     "plan": "Predicted against measured wall-clock",
 }
 
@@ -40,24 +43,22 @@ def draw(
     found = scene(runs, grid, published)
     if found.table.empty:
         return {}, [f"all figures: no run of grid {grid} is done; run: suite sweep {grid}"]
-    has_bits = found.table["e50_state"].ne("none").any()
     learning: list[tuple[str, Draw, bool]] = [
         ("bits-exposures", figures.bits_against_exposures, True),
         ("memory-rows", figures.against_rows, True),
         ("bits-compute", figures.bits_against_compute, True),
         ("loss-curves", figures.loss_curves, False),
-        ("scores-rows", figures.scores_against_rows, False),
     ]
     drawn: dict[str, list[Path]] = {}
     missing: list[str] = []
     for name, function, needs_bits in [
         *learning,
-        *((name, function, False) for name, function in CELL_FIGURES),
+        *((name, function, False) for name, function in [*CELL_FIGURES, *SCORE_FIGURES]),
         ("isoflop", isoflops_of_grid, False),
     ]:
         try:
-            if needs_bits and not has_bits:
-                raise Missing(NO_BITS.format(grid))
+            if needs_bits and not has_bits(found):
+                raise Missing(no_bits(grid))
             drawn[name] = function(found, folder)
         except Missing as reason:
             missing.append(f"{name}: {reason}")

@@ -2,7 +2,7 @@
 
 A power law with offset is fitted to dense runs, loss (or error, 1 - accuracy) against training FLOPs, and inverted at
 each cell of the family. The run is the unit: whole runs are resampled within cells, on both sides, and everything is
-fitted again. Where the family does better than any dense run the answer is an extrapolation and is marked so.
+fitted again. An outcome better or worse than every dense run's is answered by extrapolation and marked so.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from analysis.laws import LAWS
 from analysis.uncertainty import bootstrap
 
 DENSE_SIZES = 4
+SAME_BUDGET = 1.05
 BLOCK = 100
 
 
@@ -47,14 +48,14 @@ def multipliers(dense: pd.DataFrame, family: pd.DataFrame, draws: int = 1000, se
         InputError: fewer than four dense compute budgets, or values a law cannot be fitted to.
     """
     _check("dense", dense)
-    budgets = dense["C"].round(-int(math.log10(dense["C"].max())) + 3).nunique()
+    budgets = 1 + int((np.diff(np.sort(np.log(dense["C"].to_numpy(float)))) > math.log(SAME_BUDGET)).sum())
     if budgets < DENSE_SIZES:
         raise InputError(f"compute multiplier: {budgets} dense compute budgets, needed: at least {DENSE_SIZES}")
     _check("family", family)
     found = fit(Problem(LAWS["power"], {"x": dense["C"].to_numpy(float)}, dense["y"].to_numpy(float)), seed)
     repeats = dense.groupby("cell").size().min() > 1
     drawn = bootstrap(found, draws, seed, strata=dense["cell"].astype(str).to_numpy()) if repeats else None
-    best = float(dense["y"].min())
+    best, worst = float(dense["y"].min()), float(dense["y"].max())
     generator = np.random.default_rng(seed)
     answers = []
     for cell, group in family.groupby("cell", sort=False):
@@ -67,7 +68,8 @@ def multipliers(dense: pd.DataFrame, family: pd.DataFrame, draws: int = 1000, se
                 [_inverse({k: v[i] for k, v in drawn.values.items()}, mean) for i, mean in enumerate(means)]
             )
             low, high = (float(end) for end in np.percentile(spread / c, [2.5, 97.5], method="nearest"))
-        answers.append(Multiplier(str(cell), c, float(y.mean()), value, low, high, len(y), bool(y.mean() < best)))
+        outside = not best <= float(y.mean()) <= worst
+        answers.append(Multiplier(str(cell), c, float(y.mean()), value, low, high, len(y), outside))
     return answers
 
 

@@ -129,3 +129,60 @@ def equal_tokens(found: Scene) -> list[str]:
     """Bases whose finished runs all saw the same number of tokens, within 1 %."""
     spread = found.table.groupby("base")["tokens"].agg(lambda tokens: tokens.max() / tokens.min())
     return [base for base in found.bases if spread[base] <= 1.01]
+
+
+def has_bits(found: Scene) -> bool:
+    """Whether any finished run has storage probes."""
+    return bool(found.table["e50_state"].ne("none").any())
+
+
+def no_bits(grid: str) -> str:
+    """Why there is no figure of bits learned, and what would make it."""
+    return f"no storage probes in grid {grid}; they come with bios data and train.probes > 0: suite sweep {grid}"
+
+
+def base_sizes(found: Scene) -> dict[str, float]:
+    """Non-embedding parameters of the plain dense model of each base; of its smallest model where there is none."""
+    return {base: _base_parameters(found, base) for base in found.bases}
+
+
+def _base_parameters(found: Scene, base: str) -> float:
+    part = found.table[found.table["base"] == base]
+    plain = part[part["family"].eq("dense") & ~part["reshaped"]]
+    rest = plain if len(plain) else part
+    return float((rest["params_total"] - rest["params_embedding"].fillna(0)).min())
+
+
+def line_of(axis: Axes, found: Scene, label: str, part: pd.DataFrame, x: str, y: str) -> None:
+    """One variant over its base sizes: means joined, each with its interval and single runs; x from column `x`."""
+    look = found.looks[label]
+    groups = sorted(((float(group[x].mean()), group) for _, group in part.groupby("base")), key=lambda item: item[0])
+    axis.plot([at for at, _ in groups], [group[y].mean() for _, group in groups], color=look.color,
+              linestyle=look.linestyle, marker=look.marker, label=found.named(label))  # fmt: skip
+    for at, group in groups:
+        dot(axis, at, group[y].to_numpy(float), look, markerfacecolor=face(look, group, y))
+
+
+def face(look: style.Look, group: pd.DataFrame, key: str) -> str:
+    """White where the mean is of E50 and a run is censored, so that it is a bound."""
+    return "white" if key == "e50" and bool(group["e50_state"].ne("reached").any()) else look.color
+
+
+def variant_points(axis: Axes, found: Scene, part: pd.DataFrame, x: str, y: str) -> None:
+    """One point per variant; members of a family differ in size and are named beside the point."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    ranks: dict[str, int] = {}
+    for label, group in part.groupby("label", sort=False):
+        family, look, at = str(group["family"].iloc[0]), found.looks[str(label)], float(group[x].mean())
+        rank = ranks[family] = ranks.get(family, -1) + 1
+        marks: dict[str, Any] = {"color": look.color, "marker": look.marker, "markersize": 4 + 1.5 * rank}
+        axis.plot([], [], label=found.named(str(label)), linestyle="none", **marks)
+        beside: dict[str, Any] = {"xytext": (-6, -2), "ha": "right"} if family == "dense" else {"xytext": (6, -2)}
+        if np.isfinite(at):
+            dot(axis, at, group[y].to_numpy(float), look, markersize=marks["markersize"])
+            axis.annotate(str(label).removeprefix(family).strip(), (at, float(group[y].mean())), fontsize=6,
+                          color="#555555", textcoords="offset points", **beside)  # fmt: skip
+    axis.margins(x=0.12)
+    axis.xaxis.set_major_locator(MaxNLocator(5))
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -86,6 +86,8 @@ def legend_above(drawn: Figure, axes: list[Axes]) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
+    if not entries:
+        return
     columns = max(1, int(drawn.get_figwidth() * 12 / (4 + max((len(label) for label in entries), default=1))))
     rows = -(-len(entries) // columns)
     drawn.set_figheight(drawn.get_figheight() + 0.17 * rows)
