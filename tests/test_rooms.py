@@ -69,7 +69,7 @@ from kernels.product_key import product_key
 from kernels.embedding_bag import RowGradients, embedding_bag
 from kernels.row_adamw import RowAdamW
 torch.manual_seed(0)
-rows, _ = product_key(torch.randn(5, 2, 2, 4), torch.randn(2, 2, 200, 4), 7)
+rows, _ = product_key(torch.randn(5, 2, 2, 4), torch.randn(2, 2, 200, 4), 7, backend="torch")
 print(rows.sum().item())
 """
     answers = []

@@ -9,7 +9,6 @@
    done, but at least `floor`; touched [R]: it ever had a gradient. roots is scratch of B * D values. */
 #include <math.h>
 #include <stdint.h>
-#include <string.h>
 
 enum {
     AHEAD = 8,                        /* rows asked for from memory before they are needed, */
@@ -184,17 +183,17 @@ int64_t replay_every(State *state, const History *history, SquareRoot *torch_sqr
         if (u + AHEAD < count)
             ask_for(state, rows[u + AHEAD]);
         int64_t row = rows[u], step = done(state, state->last, row) + 1;
-        float *p = state->values + row * width, *m = state->mean + row * width, *v = state->square + row * width;
+        float *p = state->values + row * width, *m = state->mean + row * width;
+        float *restrict v = state->square + row * width;
         state->last[row] = state->moment[row] = (int32_t)now;
         if (!state->touched[row])
             for (; step <= now; step++)
                 scale(p, step_at(history, step).decay, width);
         for (; step <= now; step += block) {
             int64_t steps = now - step + 1 < block ? now - step + 1 : block;
-            for (int64_t s = 0; s < steps; s++) {
-                scale(v, (float)history->beta2, width);
-                memcpy(roots + s * width, v, sizeof(float) * width);
-            }
+            for (int64_t s = 0; s < steps; s++)
+                for (int64_t d = 0; d < width; d++)
+                    roots[s * width + d] = v[d] *= (float)history->beta2;
             take_roots(torch_sqrt, roots, steps * width);
             for (int64_t s = 0; s < steps; s++) {
                 Step scalars = step_at(history, step + s);

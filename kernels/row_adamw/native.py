@@ -91,7 +91,7 @@ def _probe(ops: ModuleType) -> tuple[Tensor, ...]:
     generator = torch.Generator().manual_seed(0)
     rows, width = 64, 67
     p_RD, m_RD, v_RD, g_RD = (torch.randn(rows, width, generator=generator) for _ in range(4))
-    magnitudes_R1 = 10.0 ** torch.linspace(-30, 2, rows).unsqueeze(1)
+    magnitudes_R1 = 10.0 ** torch.linspace(-44, 2, rows).unsqueeze(1)
     square_RD = (v_RD * magnitudes_R1.sqrt()).square()
     zeros_R = torch.zeros(rows, dtype=torch.int32)
     touched_R = torch.ones(rows, dtype=torch.bool)

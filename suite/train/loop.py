@@ -94,6 +94,9 @@ class Trainer:
             recompute_blocks(model)
         if not self.config.compile:
             return model, model
+        if self.device.type == "cpu":  # where memory layers are C code, of which the compiler sees nothing
+            for layer in model.memory_layers().values():
+                layer.forward = torch.compiler.disable(layer.forward)
         if not world.joined:
             return model, torch.compile(model)
         for block in model.layers:  # what FSDP does between blocks is not for the compiler
