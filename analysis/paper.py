@@ -16,34 +16,21 @@ import pandas as pd
 
 from analysis import style
 from analysis.errors import InputError
+from analysis.paper_tables import LETTERS, TRAPS, draw_tables, tables
 from analysis.runs import Run, read_runs
-from analysis.tables import markdown, number, read_table
+from analysis.tables import number, read_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 TABLES = ("figure1", "table1", "table2_8b", "ablations")
 BASES = ("134m", "373m", "720m", "1.3b")
-NAMES = {
-    "nq_open": "NQ", "triviaqa": "TQA", "hotpotqa": "HotpotQA", "piqa": "PIQA", "openbookqa": "OBQA",
-    "hellaswag": "HellaSwag", "mmlu": "MMLU", "humaneval": "HumanEval", "mbpp": "MBPP",
-}  # fmt: skip
 METRICS = {"em": "exact_match", "pass_at_1": "pass@1"}
 """Names of metrics in our evaluations -> in the published tables."""
-ABLATIONS = (
-    ("Table 3, left: placement", "Table 3 left"), ("Table 3, right: variants", "Table 3 right"),
-    ("Table 4, left: value width", "Table 4 left"), ("Table 4, right: key width", "Table 4 right"),
-)  # fmt: skip
 PANELS = (
     ("nq_open", "exact_match", "NQ, exact match, %"), ("triviaqa", "f1", "TriviaQA, F1, %"),
     ("nq_open", "nll", "NQ, answer NLL"), ("triviaqa", "nll", "TriviaQA, answer NLL"),
 )  # fmt: skip
-TRAPS = (
-    "Traps: the 2^20 point of the printed curve is the vanilla Memory row of table 1, not Memory+ (crosses: table 1's "
-    "Memory+). The printed total of Memory+ with 2^20 rows, 3.377b, looks copied from the Memory row: counted, 3.368b. "
-    "TriviaQA at 2^24 reads 59.0 in the figure, 58.67 in table 1."
-)
-LETTERS = "Letters: A two transcriptions agree, B one, C read off the figure (+-0.1 points, +-0.03 NLL)."
 
 
 def published(results: Path) -> pd.DataFrame:
@@ -103,6 +90,7 @@ def draw(results: Path, folder: Path) -> dict[str, list[Path]]:
         "figure1": _figure1(theirs, mine, folder),
         "accuracy-base-size": _figure4(theirs, mine, folder),
     }
+    files |= draw_tables(theirs, mine, folder)
     page = folder / "tables.md"
     page.write_text(tables(theirs, mine))
     return files | {"tables": [page]}
@@ -189,58 +177,3 @@ def _ours(axis: Axes, rows: pd.DataFrame, place: Callable[[Any], float], scale: 
         axis.plot([place(row) for row in group.to_dict("records")], group["value"] * scale, linestyle="none",
                   marker=style.MARKERS.get(family, "X"), color=style.COLOURS.get(family, style.SPARE[0]),
                   label=f"{family}, ours, {number(tokens / 1e9)}b tokens")  # fmt: skip
-
-
-def tables(theirs: pd.DataFrame, mine: pd.DataFrame) -> str:
-    """Tables 1 to 4 as Markdown: the published number with its letter, ours beside it where runs match."""
-    text = [
-        '# Tables of "Memory Layers at Scale" (arXiv:2412.09764)\n',
-        f"{LETTERS} Scores in %; NLL in nats. `–`: not found. Ours, where a run matches: value (n runs, tokens).\n",
-    ]
-    for title, name, wanted in (
-        ("Table 1", "Table 1", ["nq_open", "triviaqa", "piqa", "openbookqa", "hotpotqa"]),
-        ("Table 2, 8b", "Table 2",
-         ["hellaswag", "hotpotqa", "humaneval", "mbpp", "mmlu", "nq_open", "openbookqa", "piqa", "triviaqa"]),
-    ):  # fmt: skip
-        part = theirs[theirs["table"] == name]
-        text += [f"## {title}\n", _scores_table(part, mine, wanted)]
-    for title, start in ABLATIONS:
-        part = theirs[theirs["table"].str.startswith(start)]
-        text += [f"## {title}\n", _ablation_table(part, mine)]
-    return "\n".join([*text, f"{TRAPS}\n"])
-
-
-def _scores_table(part: pd.DataFrame, mine: pd.DataFrame, wanted: list[str]) -> str:
-    rows = []
-    keys = ["base", "family", "model", "memory_rows", "tokens"]
-    for values, group in part.groupby(keys, sort=False, dropna=False):
-        base, family, model, count, tokens = cast(tuple[str, str, str, float, float], values)
-        matching = mine[(mine["base"] == base) & (mine["family"] == family) & (mine["memory_rows"] == count)]
-        size = group["params_total"].iloc[0]
-        cells = [_cell(group[group["task"] == task], matching[matching["task"] == task], 100) for task in wanted]
-        rows.append([f"{base} {model}", number(count), f"{number(size / 1e6)}m" if size == size else "–",
-                     f"{number(tokens / 1e9)}b", *cells])  # fmt: skip
-    return markdown(["model", "rows", "parameters", "tokens", *(NAMES[task] for task in wanted)], rows)
-
-
-def _ablation_table(part: pd.DataFrame, mine: pd.DataFrame) -> str:
-    rows = []
-    for model, group in part.groupby("model", sort=False):
-        matching = mine[[model in names for names in mine["variant"]]] if len(mine) else mine
-        nll = matching[matching["metric"] == "nll"]
-        cells = [_cell(group[group["task"] == task], nll[nll["task"] == task], 1)
-                 for task in ("train", "nq_open", "triviaqa")]  # fmt: skip
-        rows.append([model, number(group["memory_rows"].iloc[0]), *cells])
-    return markdown(["model (373m)", "rows", "train NLL", "NQ NLL", "TQA NLL"], rows)
-
-
-def _cell(printed: pd.DataFrame, mine: pd.DataFrame, scale: float) -> str:
-    """`7.76 A`, and ours behind it for the same metric."""
-    if printed.empty:
-        return "–"
-    row = printed.iloc[0]
-    same = mine[mine["metric"] == row["metric"]]
-    own = ""
-    if len(same):
-        own = f"; ours {same['value'].mean() * scale:.2f} ({len(same)}, {number(same['tokens'].mean() / 1e9)}b)"
-    return f"{row['value'] * scale:.2f} {row['letter']}{own}"

@@ -31,7 +31,7 @@ def run(model: dict[str, Any], tasks: dict[str, dict[str, float]]) -> Run:
 
 def test_everything_is_drawn_without_any_run_of_ours(results: Path) -> None:
     files = paper.draw(results, results / "figures")
-    assert set(files) == {"figure1", "accuracy-base-size", "tables"}
+    assert set(files) == {"figure1", "accuracy-base-size", "table1", "table2", "table3", "table4", "tables"}
     for paths in files.values():
         assert all(path.stat().st_size > 0 for path in paths)
     page = files["tables"][0].read_text()
@@ -42,6 +42,12 @@ def test_everything_is_drawn_without_any_run_of_ours(results: Path) -> None:
     svg = next(path for path in files["figure1"] if path.suffix == ".svg").read_text()
     assert "vanilla" in svg
     assert "copied" in svg
+    drawn = {name: next(path for path in files[name] if path.suffix == ".svg").read_text() for name in files
+             if name.startswith("table") and name != "tables"}  # fmt: skip
+    for name, cell in {"table1": "20.78 A", "table2": "60.29 B", "table3": "11.32 A", "table4": "12.86 A"}.items():
+        assert f">{cell}<" in drawn[name]
+        assert "arXiv:2412.09764" in drawn[name]
+    assert "copied" in drawn["table1"]
 
 
 def test_a_matching_run_stands_beside_the_published_number_with_its_tokens(results: Path) -> None:
