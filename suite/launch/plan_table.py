@@ -78,6 +78,7 @@ def _against(entry: dict[str, Any]) -> str:
     """A cell's prediction beside what its run took, on whatever machine that ran."""
     took, seconds = entry["measured"], 3600 * entry["gpu_hours"] / entry["gpus"]
     return (
-        f"{entry['run']}: predicted {seconds:,.0f} s and {entry['memory_per_gpu'] / 1e9:.2f} GB on {entry['gpus']} of "
-        f"these GPUs; its run took {took['wall_s']:,.0f} s and {took['memory_bytes'] / 1e9:.2f} GB"
+        f"{entry['run']}: predicted {seconds:.3g} s and {entry['memory_per_gpu'] / 1e9:.3g} GB on {entry['gpus']} of "
+        f"these GPUs; its run took {took['wall_s']:.3g} s and {took['memory_bytes'] / 1e9:.3g} GB "
+        "(of its GPU, or of the process on a CPU)"
     )

@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def config(case: str, **more: Any) -> registry.ModelConfig:
     family = case.split()[0]
-    options = {"family": family, "base": "w32", **OPTIONS[case], **more}
+    options = {"family": family, "base": "w32", **OPTIONS.get(case, {}), **more}
     return registry.family(family).config.model_validate(options)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from model_families import OPTIONS, VOCAB, config, model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from suite.models import moe, registry
+from suite.models import external, moe, registry
 from suite.models.accounting import account
 from suite.models.registry import Family, ModelConfig
 from suite.models.transformer import Transformer
@@ -42,8 +44,18 @@ def test_parameter_totals_are_the_published_ones(family, base, options, millions
     assert account(size, size.size.vocab_size, 4096).params_total / 1e6 == pytest.approx(millions, abs=0.05)
 
 
+@pytest.fixture
+def _example() -> Iterator[None]:
+    """The documentation's baseline is registered."""
+    before = set(registry.families())
+    external.load(Path(__file__).resolve().parents[2] / "docs" / "hashed_ngram.py")
+    yield
+    registry.unregister(set(registry.families()) - before)
+
+
+@pytest.mark.usefixtures("_example")
 @pytest.mark.parametrize("seq_len", [32, 37])
-@pytest.mark.parametrize("case", list(OPTIONS))
+@pytest.mark.parametrize("case", [*OPTIONS, "hashed_ngram"])
 def test_the_account_and_torchs_count_differ_by_named_items_alone(case, seq_len):
     """On the meta device torch counts attention over all T*T pairs, and no weighted sum of rows.
 

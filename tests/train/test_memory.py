@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from tiny_cells import corpus_of
 
 from suite.cells import Cell
+from suite.models import external, registry
 from suite.models.accounting import meta_model
 from suite.models.live_bytes import LiveBytes
 from suite.models.memory import parts
@@ -29,8 +31,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "memory_plus": {"family": "memory_plus", "base": "w32", **SMALL},
     "memory_plus large": {"family": "memory_plus", "base": "w64", "half_keys": 256, "top_k": 8},
     "memory_plus beside": {"family": "memory_plus", "base": "w32", **SMALL, "keep_ffn": True},
+    "pkm batchnorm": {"family": "pkm", "base": "w32", **SMALL, "query_batchnorm": True},
     "peer": {"family": "peer", "base": "w48", **SMALL},
+    "hashed_ngram": {"family": "hashed_ngram", "base": "w32"},
 }
+
+
+@pytest.fixture(autouse=True)
+def _example() -> Iterator[None]:
+    """The documentation's baseline is registered."""
+    before = set(registry.families())
+    external.load(Path(__file__).resolve().parents[2] / "docs" / "hashed_ngram.py")
+    yield
+    registry.unregister(set(registry.families()) - before)
 
 
 @pytest.mark.parametrize(
