@@ -24,10 +24,10 @@ def search(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tenso
     (tokens, heads), half_keys = q_NM2W.shape[:2], keys_M2nW.shape[2]
     keys_M2Wn = keys_M2nW.float().mT
     first_P, second_P = pairs(top_k).int().contiguous()
-    rows_NMK = torch.empty(tokens, heads, top_k, dtype=torch.int64)
-    scores_NMK = torch.empty(tokens, heads, top_k)
+    rows_NMK = q_NM2W.new_empty(tokens, heads, top_k, dtype=torch.int64)
+    scores_NMK = q_NM2W.new_empty(tokens, heads, top_k)
     room = 7 * (max(half_keys, len(first_P)) + LANES) + 2 * top_k + LANES
-    scratch = torch.empty(room, dtype=torch.int32)
+    scratch = q_NM2W.new_empty(room, dtype=torch.int32)
     for part in chunks(q_NM2W, keys_M2nW):
         scores_M2Cn = (q_NM2W[part].permute(1, 2, 0, 3) @ keys_M2Wn).contiguous()
         call(
@@ -40,7 +40,7 @@ def search(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tenso
 def search_backward(grad_MNK: Tensor, rows_MNK: Tensor, q_NM2W: Tensor, keys_M2nW: Tensor) -> tuple[Tensor, Tensor]:
     """As reference.search_backward, and deterministic."""
     (tokens, heads, _, width), half_keys = q_NM2W.shape, keys_M2nW.shape[2]
-    grad_q_NM2W, grad_keys_M2nW = torch.zeros(q_NM2W.shape), torch.zeros(keys_M2nW.shape)
+    grad_q_NM2W, grad_keys_M2nW = q_NM2W.new_zeros(q_NM2W.shape), q_NM2W.new_zeros(keys_M2nW.shape)
     call(
         "search_backward", grad_MNK.transpose(0, 1).contiguous(), rows_MNK.transpose(0, 1).contiguous(),
         q_NM2W.contiguous(), keys_M2nW.float().contiguous(), grad_q_NM2W, grad_keys_M2nW, tokens, heads, half_keys,

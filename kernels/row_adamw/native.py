@@ -32,7 +32,8 @@ class Blocks:
     def __init__(self, state: State) -> None:
         width = state.values_RD.shape[1]
         self.rows = max(1, BLOCK_ELEMENTS // width)
-        self.roots_BD, self.zeros_D = torch.empty(self.rows, width), torch.zeros(width)
+        self.roots_BD = state.mean_RD.new_empty(self.rows, width)
+        self.zeros_D = state.mean_RD.new_zeros(width)
 
 
 class _State(ctypes.Structure):
