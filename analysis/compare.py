@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
+from analysis.crossed import crossed_difference
 from analysis.errors import InputError
-from analysis.multiplier import crossed_difference
 from analysis.runs import EQUAL, Run, at_exposure, summary
 
 MIN_PAIRS = 5
@@ -247,7 +247,7 @@ def _compare_finals(contrast: Contrast, joined: pd.DataFrame, runs: dict[str, Ru
         return
     ours, theirs = ([final_scores(runs[name]) for name in joined[key]] for key in ("run", "run_ref"))
     shared = set.intersection(*(set(scores) for scores in ours + theirs)) if ours else set()
-    for key in sorted(shared):
+    for key in sorted(shared, key=lambda key: (key != "eval/nll", key)):  # the first is what the contrast is tested on
         if not key.endswith("/bits_max"):
             contrast.finals[key] = paired(np.array([x[key] - y[key] for x, y in zip(ours, theirs, strict=True)]))
     if len(joined) >= MIN_PAIRS:

@@ -57,24 +57,25 @@ Block = Heading | Text | Items | Table | Figure
 STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
-body { font: 16px/1.55 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 76rem;
+body { font: 16px/1.55 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 84rem;
   margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 1rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; padding-top: .75rem; border-top: 1px solid #ddd; }
 p, li { max-width: 46rem; }
 p.lead { font-size: 1.12rem; padding: .75rem 1rem; background: #f0f5fa; border-left: 4px solid #0072B2; }
 .table { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .8rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .3rem .5rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e6e6e6; }
+table { border-collapse: collapse; font-size: .78rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .35rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e6e6e6; }
 th { vertical-align: bottom; white-space: normal; font-weight: 600; border-bottom: 2px solid #999; min-width: 3.5rem; }
 th.l, td.l { text-align: left; }
 tbody tr:hover { background: #f7f7f7; }
 nav { font-size: .9rem; margin: 1rem 0; }
 nav a { margin-right: 1rem; color: #0072B2; white-space: nowrap; display: inline-block; }
 figure { margin: 1.5rem 0; max-width: 58rem; }
+figure div { overflow-x: auto; }
 figure img { max-width: 100%; height: auto; border: 1px solid #eee; }
 figcaption { font-size: .9rem; color: #444; }
-@media (max-width: 40rem) { body { padding: 1rem .9rem 3rem; } table { font-size: .78rem; } }
+@media (max-width: 40rem) { body { padding: 1rem .9rem 3rem; } figure img { max-width: none; width: 36rem; } }
 """
 
 
@@ -135,7 +136,7 @@ def _element(block: Block) -> str:
             picture = base64.b64encode(png.read_bytes()).decode()
             words = html.escape(caption)
             return (
-                f'<figure><img src="data:image/png;base64,{picture}" alt="{words}">'
+                f'<figure><div><img src="data:image/png;base64,{picture}" alt="{words}"></div>'
                 f"<figcaption>{words}</figcaption></figure>"
             )
 

@@ -20,7 +20,6 @@ from analysis.uncertainty import bootstrap
 
 DENSE_SIZES = 4
 SAME_BUDGET = 1.05
-BLOCK = 100
 
 
 @dataclass(frozen=True)
@@ -82,29 +81,3 @@ def _check(name: str, table: pd.DataFrame) -> None:
 def _inverse(p: dict[str, float], y: float) -> float:
     """Compute at which E + A C^-alpha = y; infinite at or below E."""
     return float((p["A"] / (y - p["E"])) ** (1 / p["alpha"])) if y > p["E"] else math.inf
-
-
-def crossed_difference(
-    ours: np.ndarray, theirs: np.ndarray, draws: int = 2000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Mean difference of two (runs, questions) arrays of scores with its 95 % interval, runs and questions crossed.
-
-    Questions are shared; runs are paired by row (one seed each). Both are resampled at once, each draw taking the
-    product of the two weights (the pigeonhole bootstrap, Owen 2007), so that neither question nor run noise is
-    mistaken for the other.
-    """
-    if ours.shape != theirs.shape or ours.ndim != 2 or min(ours.shape) < 2:
-        raise InputError(
-            f"crossed scores: got {ours.shape} and {theirs.shape}, allowed: the same (runs, questions), 2 or more"
-        )
-    difference = ours - theirs
-    generator = np.random.default_rng(seed)
-    runs, questions = difference.shape
-    means = np.empty(draws)
-    for start in range(0, draws, BLOCK):  # a block's weights fit in memory for any benchmark
-        count = min(BLOCK, draws - start)
-        by_run = generator.multinomial(runs, np.full(runs, 1 / runs), count) / runs
-        by_question = generator.multinomial(questions, np.full(questions, 1 / questions), count) / questions
-        means[start : start + count] = np.einsum("bq,bq->b", by_run @ difference, by_question)
-    low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.mean()), float(low), float(high)

@@ -82,12 +82,10 @@ def _headline(found: list[Contrast]) -> list[Block]:
     primary = next((contrast for contrast in found if contrast.primary), None)
     if primary is None:
         return [Text("No primary contrast: it needs memory_plus and dense at one base size.")]
-    if primary.log_e50 is None:
-        return [
-            Text(f"Primary contrast: {primary.variant} against {primary.reference} at {primary.base}; no E50 here.")
-        ]
-    at = f"{len(primary.seeds)} pairs, at {_compute(primary)}"
     title = "Primary contrast (declared by the grid's plan, before any result)"
+    if primary.log_e50 is None:
+        return [Text(f"{title}: {_final_headline(primary)}.", lead=True)]
+    at = f"{len(primary.seeds)} pairs, at {_compute(primary)}"
     if primary.bound == "unknown":
         text = (
             f"{title}: {primary.variant} against {primary.reference} at {primary.base} is undecided, because "
@@ -103,6 +101,16 @@ def _headline(found: list[Contrast]) -> list[Block]:
         f"{primary.reference} to learn half of N H ({verdict}), {at}."
     )
     return [Text(text, lead=True)]
+
+
+def _final_headline(primary: Contrast) -> str:
+    """The difference of the first final score, evaluation-mode loss where there is one."""
+    against = f"{primary.variant} against {primary.reference} at {primary.base}"
+    if not primary.finals:
+        return f"{against}; no pair of finished runs ended at the same number of tokens"
+    key, found = next(iter(primary.finals.items()))
+    score = "final loss in evaluation mode, nats per token" if key == "eval/nll" else key
+    return f"{against}: {with_interval(found, sign=True)} in {score}, {found.n} pairs, at {_compute(primary)}"
 
 
 def _compute(contrast: Contrast) -> str:
@@ -224,7 +232,7 @@ def _crossed_cell(contrast: Contrast, key: str) -> str:
 
 _HOW_CROSSED = (
     "Differences have 95 % t-intervals over pairs of runs, for these questions. Over runs x questions: the same "
-    "difference with both resampled at once (pigeonhole bootstrap), for other questions of the kind, too; given from "
+    "difference with both as random effects, for other questions of the kind, too; given from "
     f"{MIN_PAIRS} pairs on, for scores of answers that are right or wrong."
 )
 

@@ -1,4 +1,4 @@
-"""The compute multiplier on families that are dense with known more compute; crossed runs x questions."""
+"""The compute multiplier on families that are dense with known more compute."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from analysis.errors import InputError
-from analysis.multiplier import crossed_difference, multipliers
+from analysis.multiplier import multipliers
 
 
 def runs(compute: np.ndarray, gain: float, noise: float, seed: int, repeats: int = 4) -> pd.DataFrame:
@@ -44,17 +44,3 @@ def test_beyond_the_dense_runs_is_marked_and_beyond_the_law_is_infinite() -> Non
 def test_too_few_dense_budgets_are_refused() -> None:
     with pytest.raises(InputError, match="3 dense compute budgets, needed: at least 4"):
         multipliers(runs(np.array([1e18, 1e19, 1e20]), 1.0, 0.0, 0), runs(np.array([1e19]), 2.0, 0.0, 0))
-
-
-def test_crossed_interval_is_as_wide_as_its_worse_side() -> None:
-    generator = np.random.default_rng(0)
-    questions = generator.normal(0, 1, 400)
-    by_question = np.tile(questions, (5, 1))
-    mean, low, high = crossed_difference(by_question, np.zeros((5, 400)))
-    assert mean == pytest.approx(questions.mean())
-    assert (high - low) / 3.92 == pytest.approx(questions.std() / 20, rel=0.1)
-    by_run = np.tile(generator.normal(0, 1, (8, 1)), (1, 400))
-    _, low, high = crossed_difference(by_run, np.zeros((8, 400)))
-    assert (high - low) / 3.92 == pytest.approx(by_run[:, 0].std() / np.sqrt(8), rel=0.2)
-    with pytest.raises(InputError, match="crossed scores"):
-        crossed_difference(np.zeros((1, 4)), np.zeros((1, 4)))
