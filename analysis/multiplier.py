@@ -8,15 +8,17 @@ fitted again. An outcome better or worse than every dense run's is answered by e
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.errors import InputError
-from analysis.fit import Problem, fit
+from analysis.fit import Fit, Problem, fit
 from analysis.laws import LAWS
-from analysis.uncertainty import bootstrap
+from analysis.uncertainty import Bootstrap, bootstrap
 
 DENSE_SIZES = 4
 SAME_BUDGET = 1.05
@@ -59,14 +61,11 @@ def multipliers(dense: pd.DataFrame, family: pd.DataFrame, draws: int = 1000, se
     answers = []
     for cell, group in family.groupby("cell", sort=False):
         y, c = group["y"].to_numpy(float), float(group["C"].mean())
-        value = _inverse(found.parameters, y.mean()) / c
+        value = float(_inverse(found.parameters, y.mean())) / c
         low = high = math.nan
         if drawn is not None and drawn.kept and len(y) > 1:
-            means = generator.choice(y, (drawn.kept, len(y))).mean(1)
-            spread = np.array(
-                [_inverse({k: v[i] for k, v in drawn.values.items()}, mean) for i, mean in enumerate(means)]
-            )
-            low, high = (float(end) for end in np.percentile(spread / c, [2.5, 97.5], method="nearest"))
+            means = generator.choice(y, (drawn.kept, len(y) - 1)).mean(1)
+            low, high = (end / c for end in _interval(found, drawn, y, means, len(dense) - dense["cell"].nunique()))
         outside = not best <= float(y.mean()) <= worst
         answers.append(Multiplier(str(cell), c, float(y.mean()), value, low, high, len(y), outside))
     return answers
@@ -78,6 +77,24 @@ def _check(name: str, table: pd.DataFrame) -> None:
         raise InputError(f"compute multiplier: {name} runs need finite C and y above 0")
 
 
-def _inverse(p: dict[str, float], y: float) -> float:
+def _interval(found: Fit, drawn: Bootstrap, y: np.ndarray, means: np.ndarray, beyond: int) -> tuple[float, float]:
+    """95 % interval of the compute dense needs for a family's mean outcome, over draws of both sides.
+
+    Percentiles are those of a t-quantile, its degrees of freedom Satterthwaite's of the two sides: the family's runs
+    but one, and the dense runs `beyond` one per cell.
+    """
+    from scipy.special import ndtr, stdtrit
+
+    with np.errstate(all="ignore"):
+        ours = np.log(_inverse(found.parameters, means)).var()
+        theirs = np.log(_inverse(drawn.values, y.mean())).var()
+        degrees = (ours + theirs) ** 2 / (ours**2 / (len(y) - 1) + theirs**2 / beyond)
+    tail = 100 * float(ndtr(-stdtrit(degrees if np.isfinite(degrees) else len(y) - 1, 0.975)))
+    low, high = np.percentile(_inverse(drawn.values, means), [tail, 100 - tail], method="nearest")
+    return float(low), float(high)
+
+
+def _inverse(p: Mapping[str, Any], y: Any) -> np.ndarray:
     """Compute at which E + A C^-alpha = y; infinite at or below E."""
-    return float((p["A"] / (y - p["E"])) ** (1 / p["alpha"])) if y > p["E"] else math.inf
+    with np.errstate(all="ignore"):
+        return np.where(y > p["E"], (p["A"] / (y - p["E"])) ** (1 / p["alpha"]), math.inf)

@@ -31,7 +31,7 @@ def trend_blocks(found: list[Trend]) -> list[Block]:
                "left out"]  # fmt: skip
     note = (
         "ln y = a + b ln(1 + M/N) + c ln N with M table parameters and N non-embedding base parameters, dense at "
-        "M = 0; least squares over runs, intervals from runs resampled within cells (cells themselves are few: the "
+        "M = 0; least squares over runs, t-intervals from the spread of runs within cells (cells are few: the "
         "interval is of this form on these cells, not of the form's truth). The cell with the largest table is "
         "predicted from the others before the fit printed."
     )

@@ -75,13 +75,19 @@ def bootstrap(
 def _counts(
     n: int, draws: int, generator: np.random.Generator, clusters: np.ndarray | None, strata: np.ndarray | None
 ) -> np.ndarray:
-    """How often each point is drawn, (draws, n)."""
+    """How often each point is drawn, (draws, n).
+
+    Within strata one unit fewer is drawn than there are and all are scaled up to their number: plain draws of a few
+    runs vary too little (Rao and Wu 1988, JASA 83(401)). A stratum of one unit keeps it.
+    """
     group = np.arange(n) if clusters is None else np.unique(clusters, return_inverse=True)[1].reshape(-1)
     layer = np.zeros(n, int) if strata is None else np.unique(strata, return_inverse=True)[1].reshape(-1)
     times = np.zeros((draws, group.max() + 1))
     for name in np.unique(layer):
         members = np.unique(group[layer == name])
-        times[:, members] = generator.multinomial(len(members), np.full(len(members), 1 / len(members)), draws)
+        drawn = len(members) if strata is None else max(len(members) - 1, 1)
+        picks = generator.multinomial(drawn, np.full(len(members), 1 / len(members)), draws)
+        times[:, members] = picks * (len(members) / drawn)
     return times[:, group]
 
 

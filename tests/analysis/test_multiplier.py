@@ -44,3 +44,13 @@ def test_beyond_the_dense_runs_is_marked_and_beyond_the_law_is_infinite() -> Non
 def test_too_few_dense_budgets_are_refused() -> None:
     with pytest.raises(InputError, match="3 dense compute budgets, needed: at least 4"):
         multipliers(runs(np.array([1e18, 1e19, 1e20]), 1.0, 0.0, 0), runs(np.array([1e19]), 2.0, 0.0, 0))
+
+
+@pytest.mark.slow
+def test_ninety_five_percent_intervals_cover() -> None:
+    hits = 0
+    for seed in range(200):
+        dense = runs(np.geomspace(1e18, 1e21, 7), 1.0, 0.003, 2 * seed, 5)
+        found = multipliers(dense, runs(np.array([1e19]), 3.0, 0.003, 2 * seed + 1, 5), 300, seed)[0]
+        hits += found.low <= 3 <= found.high
+    assert 0.92 <= hits / 200 <= 0.98
