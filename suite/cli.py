@@ -95,7 +95,7 @@ def sweep(
     """
     from suite.launch.sweep import refuse_unknown_tasks
 
-    loaded = load(grid, set_, scale, baseline, read_data=not (dry_run and executor == "slurm"))
+    loaded = load(grid, set_, scale, baseline, need_data=not (dry_run and executor == "slurm"))
     if executor not in ("local", "slurm"):
         raise UserError(f"--executor: got {executor!r}, allowed: local, slurm")
     check_folders(results, data_root, make=not dry_run)
@@ -210,7 +210,7 @@ def cancel(
     """
     from suite.launch import slurm_sweep
 
-    loaded = load(grid, set_, scale, baseline, read_data=False)
+    loaded = load(grid, set_, scale, baseline, need_data=False)
     cancelled = slurm_sweep.cancel(results, loaded)
     if as_json:
         print_json({"grid": loaded.name, "cancelled": cancelled})
@@ -241,7 +241,7 @@ def plan(
     from suite.launch.plan_table import measured, partners_table, plan_notes, plan_table
     from suite.records import write_json
 
-    loaded = load(grid, set_, scale, baseline, read_data=False)
+    loaded = load(grid, set_, scale, baseline, need_data=False)
     assumed = planning.assumptions(gpu, nodes, utilisation, price)
     plans = planning.plan(loaded, assumed, results / "cache")
     document = planning.document(loaded, plans, assumed)

@@ -79,14 +79,14 @@ def load(
     settings: list[str] | None,
     scales: list[str] | None = None,
     baselines: list[Path] | None = None,
-    read_data: bool = True,
+    need_data: bool = True,
 ) -> Grid:
     """The grid of a name or a path, changed as --set and --scale say. Raises UserError."""
     from suite.grids import load_grid
     from suite.scaled import parse_scales, scaled
 
     factors = parse_scales(scales or [])
-    return scaled(load_grid(grid, overrides(settings), read_data, baselines or ()), factors)
+    return scaled(load_grid(grid, overrides(settings), need_data, baselines or ()), factors)
 
 
 def overrides(settings: list[str] | None) -> dict[str, str]:

@@ -77,12 +77,13 @@ class _Point:
 def load_grid(
     name_or_path: str,
     overrides: Mapping[str, str] | None = None,
-    read_data: bool = True,
+    need_data: bool = True,
     baselines: Iterable[Path] = (),
 ) -> Grid:
     """The grid of that name in grids/ or at that path, `overrides` (dotted path -> YAML text) on top.
 
-    Without `read_data` a text corpus is not looked at, and need not be there: enough to plan, not to train.
+    Without `need_data` files that are not there are no mistake, and the cells are not known by their content: enough to
+    plan, not to train.
     `baselines`: files of families from outside the package, which are checked on every cell that uses them.
     Raises UserError, in one line, for whatever is wrong with it.
     """
@@ -91,13 +92,13 @@ def load_grid(
     content = read_mapping(source)
     _check_shape(source, content)
     over = {path: parse_value(text, f"--set {path}") for path, text in (overrides or {}).items()}
-    cells = _cells_of_grids(source, content, over, read_data) or _cells(source, content, over, read_data)
+    cells = _cells_of_grids(source, content, over, need_data) or _cells(source, content, over, need_data)
     for config in {cell.model.model_dump_json(): cell.model for cell in cells if cell.baseline}.values():
         external.check(config)
     return Grid(source.stem, source, cells, content.get("launch") or {})
 
 
-def _cells_of_grids(source: Path, content: dict[str, Any], over: Flat, read_data: bool) -> tuple[Cell, ...]:
+def _cells_of_grids(source: Path, content: dict[str, Any], over: Flat, need_data: bool) -> tuple[Cell, ...]:
     """The cells of the grids that this one names, a cell of several with the evaluations of all of them."""
     found: dict[str, Cell] = {}
     for name in content.get("grids") or []:
@@ -107,16 +108,16 @@ def _cells_of_grids(source: Path, content: dict[str, Any], over: Flat, read_data
         _check_shape(inner, described)
         if described.get("grids"):
             raise UserError(f"{source}: grids: got {name!r}, which names grids itself, allowed: grids with blocks")
-        for cell in _cells(inner, described, over, read_data):
+        for cell in _cells(inner, described, over, need_data):
             known = found.get(cell.run_name)
             found[cell.run_name] = cell if known is None else known.also_asked(cell.evaluate)
     return tuple(found.values())
 
 
-def _cells(source: Path, content: dict[str, Any], over: Flat, read_data: bool) -> tuple[Cell, ...]:
+def _cells(source: Path, content: dict[str, Any], over: Flat, need_data: bool) -> tuple[Cell, ...]:
     """The cells of a grid's blocks but for those excluded."""
     points = _points(source, content, over)
-    cells = [_cell(source, point, read_data) for point in points]
+    cells = [_cell(source, point, need_data) for point in points]
     kept = _excluded(source, content.get("exclude") or [], cells)
     chosen = [(cell, point) for cell, point, keep in zip(cells, points, kept, strict=True) if keep]
     if not chosen:
@@ -309,7 +310,7 @@ def _refuse_unknown_options(source: Path, where: str, paths: list[str], used: se
             )
 
 
-def _cell(source: Path, point: _Point, read_data: bool = True) -> Cell:
+def _cell(source: Path, point: _Point, need_data: bool = True) -> Cell:
     """The validated cell, environment variables filled in and files known by their content."""
     where = f"{source}: {point.label}: " if point.label else f"{source}: "
     nested: dict[str, Any] = {}
@@ -322,11 +323,11 @@ def _cell(source: Path, point: _Point, read_data: bool = True) -> Cell:
         origin = point.origins.get(complaint.partition(": ")[0])
         raise UserError(f"{where}{f'from {origin}: ' if origin else ''}{complaint}") from None
     cell = cell.model_copy(update={"baseline": registry.family(cell.model.family).source})
-    if not read_data:
-        return cell
     try:
         return cell.model_copy(update={"data": identified(cell.data)})
     except UserError as error:
+        if not need_data:
+            return cell
         raise UserError(f"{where}{error}") from None
 
 

@@ -96,7 +96,7 @@ _FAMILIES: dict[str, Family] = {}
 def register(entry: Family) -> Family:
     """Add a family; a name that is taken is refused."""
     if entry.name in _FAMILIES:
-        raise ValueError(f"family {entry.name!r} is registered already")
+        raise ValueError(f"family {entry.name!r} is registered already, allowed: another name")
     _FAMILIES[entry.name] = entry
     return entry
 

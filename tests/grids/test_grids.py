@@ -250,7 +250,7 @@ def test_every_grid_of_the_project_loads(path: Path, tmp_path: Path) -> None:
     corpus.write_text("Some words.\n")
     overrides = {"data.path": str(corpus)} if "kind: text" in path.read_text() else {}
     # what is on the hub comes with a tokenizer's file that the user puts in place
-    grid = load_grid(str(path), overrides, read_data=not path.stem.startswith("paper"))
+    grid = load_grid(str(path), overrides, need_data=not path.stem.startswith("paper"))
     assert all(isinstance(cell, Cell) for cell in grid.cells)
     assert len({cell.run_name for cell in grid.cells}) == len(grid.cells)
 
@@ -294,3 +294,15 @@ def test_a_field_from_outside_the_block_says_so(tmp_path: Path) -> None:
     block = "blocks:\n  - set: {data: {kind: text, path: words.txt}}\n    axes: {model.family: [dense]}\n"
     assert "(model.family=dense): from defaults: data.people: unknown field" in complaint(tmp_path, BASE + block)
     assert "from --set: train.lr: got -1" in complaint(tmp_path, ONE_BLOCK, train__lr="-1")
+
+
+def test_data_that_need_not_be_there_is_known_by_content_where_it_is(tmp_path: Path) -> None:
+    block = "blocks:\n  - set: {data: {kind: text, path: words.txt}}\n    axes: {model.family: [dense]}\n"
+    path = write(tmp_path, BASE.replace("  data: {kind: bios, people: 60}\n", "") + block)
+    (open_cell,) = load_grid(path, need_data=False).cells
+    assert open_cell.data.fingerprint is None
+    words = tmp_path / "words.txt"
+    words.write_text("Some words.\n")
+    over = {"data.path": str(words)}
+    assert load_grid(path, over, need_data=False) == load_grid(path, over)
+    assert load_grid(path, over).cells[0].data.fingerprint is not None

@@ -16,7 +16,7 @@ ORIGIN = re.compile(r"#.*\b(paper|fits|code|ours)\b")
 
 
 def grid(name: str) -> Grid:
-    return load_grid(str(GRIDS / f"{name}.yaml"), read_data=False)
+    return load_grid(str(GRIDS / f"{name}.yaml"), need_data=False)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -14,7 +14,7 @@ GRIDS = Path(__file__).resolve().parents[2] / "grids"
 
 
 def test_budget_and_warmup_shrink_together_and_the_name_says_so() -> None:
-    grid = load_grid(str(GRIDS / "paper-8b.yaml"), read_data=False)
+    grid = load_grid(str(GRIDS / "paper-8b.yaml"), need_data=False)
     small = scaled(grid, parse_scales(["tokens=0.01"]))
     assert small.name == "paper-8b-tokens-x0.01"
     for before, after in zip(grid.cells, small.cells, strict=True):
@@ -40,14 +40,14 @@ defaults:
 blocks:
   - axes: {model.family: [dense], train.tokens: [400, 800]}
 """)
-    small = scaled(load_grid(str(path), read_data=False), {"tokens": 0.5})
+    small = scaled(load_grid(str(path), need_data=False), {"tokens": 0.5})
     assert [cell.train.tokens for cell in small.cells] == [200, 400]
     assert {cell.train.branches for cell in small.cells} == {(200, 400)}
     assert {cell.data.parts["web"].tokens for cell in small.cells} == {500}
 
 
 def test_tables_of_all_families_shrink_by_the_same_factor() -> None:
-    grid = load_grid(str(GRIDS / "paper-fixed-memory.yaml"), read_data=False)
+    grid = load_grid(str(GRIDS / "paper-fixed-memory.yaml"), need_data=False)
     small = scaled(grid, {"half_keys": 0.125, "batch_rows": 0.25})
     sides = {cell.model.family: cell.model.half_keys for cell in small.cells if hasattr(cell.model, "half_keys")}
     assert sides == {"peer": 96, "pkm": 128, "memory_plus": 128}
@@ -67,7 +67,7 @@ def test_what_cannot_be_a_scale_is_refused(text: str) -> None:
 
 
 def test_tables_smaller_than_what_is_read_are_refused() -> None:
-    grid = load_grid(str(GRIDS / "paper-fixed-memory.yaml"), read_data=False)
+    grid = load_grid(str(GRIDS / "paper-fixed-memory.yaml"), need_data=False)
     with pytest.raises(UserError, match=r"half_keys: got 8, allowed: at least top_k"):
         scaled(grid, {"half_keys": 0.01})
 

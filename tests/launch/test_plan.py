@@ -29,7 +29,7 @@ PUBLISHED = {  # table 1, in millions, to 0.1m
 
 
 def planned(name: str, gpu: str = "h100", nodes: int | None = None) -> list[planning.CellPlan]:
-    grid = load_grid(str(GRIDS / f"{name}.yaml"), read_data=False)
+    grid = load_grid(str(GRIDS / f"{name}.yaml"), need_data=False)
     return planning.plan(grid, planning.assumptions(gpu, nodes, 0.4, None), Path("unused"))
 
 
