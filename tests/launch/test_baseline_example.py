@@ -71,10 +71,15 @@ def test_the_pages_shortest_baseline_works(folder: Path) -> None:
     page = (ROOT / "docs" / "adding-a-baseline.md").read_text()
     match = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert match
+    grid = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert grid
     (folder / "mine.py").write_text(match[1])
-    (folder / "grid.yaml").write_text(GRID.replace("hashed_ngram", "squared"))
-    planned = here("plan", "grid.yaml", "--baseline", "mine.py")
-    assert {cell["family"] for cell in planned["cells"]} == {"dense", "squared"}
+    (folder / "mygrid.yaml").write_text(grid[1])
+    planned = here("plan", "mygrid.yaml", "--baseline", "mine.py")
+    assert sorted(cell["family"] for cell in planned["cells"]) == ["dense"] * 2 + ["squared"] * 4
+    (folder / "mygrid.yaml").write_text(grid[1].replace("squared]", "squared, hashed_ngram]"))
+    both = here("plan", "mygrid.yaml", "--baseline", "mine.py", "--baseline", str(ROOT / "docs" / "hashed_ngram.py"))
+    assert {cell["family"] for cell in both["cells"]} == {"dense", "squared", "hashed_ngram"}
 
 
 def test_a_baseline_that_looks_at_values_is_planned_without_its_memory(folder: Path) -> None:
