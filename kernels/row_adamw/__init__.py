@@ -111,8 +111,7 @@ class RowAdamW:
         """Replay what the rows about to be read have missed; int64 indices of any shape, repeats allowed."""
         if self._current:
             return
-        rows_U = self.gradients.groups(indices).rows_U
-        self._catch_up(rows_U[self.state.last(rows_U) < self.steps], moments=False)
+        self._catch_up(self.gradients.groups(indices).rows_U, moments=False)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
@@ -188,8 +187,7 @@ class RowAdamW:
 
     def _catch_up(self, rows_U: Tensor, moments: bool) -> None:
         if rows_U.numel():
-            last_U = self.state.last(rows_U)
-            self._ops.replay(self.state, self._blocks, rows_U, last_U, self.history, self.replay_limit, moments)
+            self._ops.replay(self.state, self._blocks, rows_U, self.history, self.replay_limit, moments)
             self._publish(rows_U)
 
     def _all_done(self) -> None:

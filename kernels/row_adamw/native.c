@@ -58,14 +58,11 @@ static float lerp(float from, float to, float weight)
     return weight < 0.5f ? fmaf(weight, to - from, from) : fmaf(weight - 1.0f, to - from, to);
 }
 
-/* m.lerp_(g, weight); v = v * beta2 + rest2 * g * g, also to `roots`. */
-static void take_gradient(float *restrict m, float *restrict v, const float *restrict g, float *restrict roots,
-                          int64_t width, Step step)
+/* v = v * beta2 + rest2 * g * g, also to `roots`. */
+static void take_square(float *restrict v, const float *restrict g, float *restrict roots, int64_t width, Step step)
 {
-    for (int64_t d = 0; d < width; d++) {
-        m[d] = lerp(m[d], g[d], step.weight);
+    for (int64_t d = 0; d < width; d++)
         roots[d] = v[d] = fmaf(step.rest2 * g[d], g[d], v[d] * step.beta2);
-    }
 }
 
 static void take_roots(SquareRoot *torch_sqrt, float *roots, int64_t count)
@@ -77,15 +74,20 @@ static void take_roots(SquareRoot *torch_sqrt, float *roots, int64_t count)
             roots[d] = sqrtf(roots[d]);
 }
 
-/* p = p * decay + size * m / (roots / root + eps). */
-static void descend(float *restrict p, const float *restrict m, const float *restrict roots, int64_t width, Step step)
+/* m.lerp_(g, weight); p = p * decay + size * m / (roots / root + eps). */
+static void descend(float *restrict p, float *restrict m, const float *restrict g, const float *restrict roots,
+                    int64_t width, Step step)
 {
     if (step.root == 1.0f)
-        for (int64_t d = 0; d < width; d++)
+        for (int64_t d = 0; d < width; d++) {
+            m[d] = lerp(m[d], g[d], step.weight);
             p[d] = p[d] * step.decay + step.size * m[d] / (roots[d] + step.eps);
+        }
     else
-        for (int64_t d = 0; d < width; d++)
+        for (int64_t d = 0; d < width; d++) {
+            m[d] = lerp(m[d], g[d], step.weight);
             p[d] = p[d] * step.decay + step.size * m[d] / (roots[d] / step.root + step.eps);
+        }
 }
 
 static void scale(float *x, float factor, int64_t width)
@@ -136,13 +138,12 @@ int64_t update(State *state, const History *history, SquareRoot *torch_sqrt, flo
                 decay_moments(state, rows[u], kept[0][gap], kept[1][gap]);
             else if (gap > 0)
                 decay_moments(state, rows[u], (float)pow(history->kept1, gap), (float)pow(history->kept2, gap));
-            take_gradient(state->mean + at, state->square + at, grads + u * width, roots + (u - low) * width, width,
-                          step);
+            take_square(state->square + at, grads + u * width, roots + (u - low) * width, width, step);
         }
         take_roots(torch_sqrt, roots, (high - low) * width);
         for (int64_t u = low; u < high; u++) {
             int64_t row = rows[u], at = row * width;
-            descend(state->values + at, state->mean + at, roots + (u - low) * width, width, step);
+            descend(state->values + at, state->mean + at, grads + u * width, roots + (u - low) * width, width, step);
             state->last[row] = state->moment[row] = (int32_t)history->now;
             state->touched[row] = 1;
         }
@@ -156,35 +157,35 @@ int64_t sweep(State *state, const History *history, SquareRoot *torch_sqrt, floa
 {
     Step step = step_at(history, history->now);
     int64_t width = state->width;
-    for (int64_t low = 0, u = 0; low < table_rows; low += block) {
-        int64_t high = low + block < table_rows ? low + block : table_rows;
+    for (int64_t low = 0, first = 0; low < table_rows; low += block) {
+        int64_t high = low + block < table_rows ? low + block : table_rows, u = first;
         for (int64_t row = low; row < high; row++) {
-            const float *gradient = zeros;
-            if (u < count && rows[u] == row) {
-                gradient = grads + u++ * width;
-                state->touched[row] = 1;
-            }
-            take_gradient(state->mean + row * width, state->square + row * width, gradient,
-                          roots + (row - low) * width, width, step);
+            const float *gradient = u < count && rows[u] == row ? grads + u++ * width : zeros;
+            take_square(state->square + row * width, gradient, roots + (row - low) * width, width, step);
         }
         take_roots(torch_sqrt, roots, (high - low) * width);
-        int64_t at = low * width;
-        descend(state->values + at, state->mean + at, roots, (high - low) * width, step);
+        u = first;
+        for (int64_t row = low; row < high; row++) {
+            int64_t at = row * width, read = u < count && rows[u] == row;
+            const float *gradient = read ? grads + u++ * width : zeros;
+            descend(state->values + at, state->mean + at, gradient, roots + (row - low) * width, width, step);
+            state->touched[row] |= read;
+        }
+        first = u;
     }
     return 0;
 }
 
-/* Every step that rows have missed, one by one, the roots of `block` steps together. */
+/* Every step that rows have missed, with the gradient `zeros` [D], the roots of `block` steps together. */
 int64_t replay_every(State *state, const History *history, SquareRoot *torch_sqrt, float *roots, int64_t block,
-                     const int64_t *rows, int64_t count)
+                     const int64_t *rows, int64_t count, const float *zeros)
 {
     int64_t width = state->width, now = history->now;
     for (int64_t u = 0; u < count; u++) {
         if (u + AHEAD < count)
             ask_for(state, rows[u + AHEAD]);
         int64_t row = rows[u], step = done(state, state->last, row) + 1;
-        float *p = state->values + row * width, *m = state->mean + row * width;
-        float *restrict v = state->square + row * width;
+        float *p = state->values + row * width, *m = state->mean + row * width, *v = state->square + row * width;
         state->last[row] = state->moment[row] = (int32_t)now;
         if (!state->touched[row])
             for (; step <= now; step++)
@@ -192,15 +193,10 @@ int64_t replay_every(State *state, const History *history, SquareRoot *torch_sqr
         for (; step <= now; step += block) {
             int64_t steps = now - step + 1 < block ? now - step + 1 : block;
             for (int64_t s = 0; s < steps; s++)
-                for (int64_t d = 0; d < width; d++)
-                    roots[s * width + d] = v[d] *= (float)history->beta2;
+                take_square(v, zeros, roots + s * width, width, step_at(history, step + s));
             take_roots(torch_sqrt, roots, steps * width);
-            for (int64_t s = 0; s < steps; s++) {
-                Step scalars = step_at(history, step + s);
-                for (int64_t d = 0; d < width; d++)
-                    m[d] = lerp(m[d], 0.0f, scalars.weight);
-                descend(p, m, roots + s * width, width, scalars);
-            }
+            for (int64_t s = 0; s < steps; s++)
+                descend(p, m, zeros, roots + s * width, width, step_at(history, step + s));
         }
     }
     return 0;
@@ -222,6 +218,8 @@ int64_t replay_hoisted(State *state, const History *history, float *roots, const
         int64_t row = rows[u], last = done(state, state->last, row), moment = done(state, state->moment, row);
         float *restrict p = state->values + row * width;
         const float *restrict m = state->mean + row * width, *restrict v = state->square + row * width;
+        if (last == now && !moments)
+            continue;
         double decays = exp(log_decay[now - start] - log_decay[last - start]), power1 = 1, power2 = 1;
         scale(p, (float)decays, width);
         state->last[row] = (int32_t)now;

@@ -101,7 +101,7 @@ def _probe(ops: ModuleType) -> tuple[Tensor, ...]:
     every_U, half_U = torch.arange(rows), torch.arange(0, rows, 2)
     for lr in (3e-3, 1e-3):
         history.append(lr)
-    ops.replay(state, blocks, every_U, state.last(every_U), history, None, True)
+    ops.replay(state, blocks, every_U, history, None, True)
     history.append(2e-3)
     ops.update(state, blocks, half_U, (g_RD * magnitudes_R1)[half_U], history)
     ops.sweep(state, blocks, half_U, g_RD[half_U], history)
@@ -124,12 +124,10 @@ def sweep(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, histor
     )  # fmt: skip
 
 
-def replay(
-    state: State, blocks: Blocks, rows_U: Tensor, last_U: Tensor, history: History, limit: int | None, moments: bool
-) -> None:
+def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit: int | None, moments: bool) -> None:
     """As reference.replay."""
     both = _State.of(state), _History.of(history)
     if limit is None:
-        call("replay_every", *both, _torch_sqrt(), blocks.roots_BD, blocks.rows, rows_U, len(rows_U))
+        call("replay_every", *both, _torch_sqrt(), blocks.roots_BD, blocks.rows, rows_U, len(rows_U), blocks.zeros_D)
     else:
         call("replay_hoisted", *both, blocks.roots_BD, rows_U, len(rows_U), limit, int(moments))

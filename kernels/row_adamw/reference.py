@@ -90,14 +90,15 @@ def _descend(p_BD: Tensor, m_BD: Tensor, v_BX: Tensor, root_BX: Tensor, history:
     p_BD.addcdiv_(m_BD, root_BX, value=-history.size[at])
 
 
-def replay(
-    state: State, blocks: Blocks, rows_U: Tensor, last_U: Tensor, history: History, limit: int | None, moments: bool
-) -> None:
-    """Bring rows (each once, last_U <= history.step) up to the latest step, as if they had had zero gradients.
+def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit: int | None, moments: bool) -> None:
+    """Bring rows (each once) up to the latest step, as if they had had zero gradients since their last one.
 
     limit None: every missed step, in torch's operations, moments too. Otherwise hoisted.replay; `moments`: bring the
     moments up to date too, else leave them for `update`. Marks the rows done.
     """
+    if not moments:
+        rows_U = rows_U[state.last(rows_U) < history.step]
+    last_U = state.last(rows_U)
     state.last_R[rows_U] = history.step
     touched_U = state.touched_R[rows_U]
     if history.hyper.weight_decay != 0:

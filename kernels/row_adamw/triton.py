@@ -161,10 +161,13 @@ def _step(
     )  # fmt: skip
 
 
-def replay(
-    state: State, blocks: Blocks, rows_U: Tensor, last_U: Tensor, history: History, limit: int | None, moments: bool
-) -> None:
+def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit: int | None, moments: bool) -> None:
     """As reference.replay; moments are brought up to date in any case."""
+    if not moments:
+        rows_U = rows_U[state.last(rows_U) < history.step]
+    last_U = state.last(rows_U)
+    if not rows_U.numel():
+        return
     hyper, wide, device = history.hyper, state.mean_RD.dtype, state.mean_RD.device
     steps = history.table[:, : len(history.size)].clone()
     steps[3], steps[2] = history.log_decay[-1] - steps[2], steps[3].clone()
