@@ -1,4 +1,4 @@
-"""`python -m analysis frame|fit|figures|report|tuning|paper|kernels`: records in, frame, fits, figures and reports out.
+"""`python -m analysis frame|fit|compare|figures|report|tuning|paper|kernels`: records or tables in, laws, figures out.
 
 Exit codes: 0 done; 1 some runs of the grid failed, the rest is reported; 2 the input is wrong, said in one line.
 """
@@ -37,15 +37,16 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from analysis.fitting import add_options
+    from analysis import compare_file, fitting
 
+    own = {"fit": fitting.add_options, "compare": compare_file.add_options}
     parser = _Parser(prog="python -m analysis", description=__doc__)
     common = _Parser(add_help=False)
     common.add_argument("--results", type=Path, default=Path("results"), help="folder of runs/ and grids/")
     common.add_argument("--grid", help="one grid by name; otherwise all runs")
     common.add_argument("--json", action="store_true", help="one JSON document on stdout")
     common.add_argument("--out", type=Path, help="where to write")
-    verbs = parser.add_subparsers(required=True, metavar="frame|fit|figures|report|tuning|paper|kernels")
+    verbs = parser.add_subparsers(required=True, metavar="frame|fit|compare|figures|report|tuning|paper|kernels")
     for name, function, words, example in (
         (
             "frame",
@@ -58,6 +59,12 @@ def _parser() -> argparse.ArgumentParser:
             fit,
             "fits of a grid's outcomes against table and base size",
             '--law chinchilla --data runs.csv --columns "N=params,D=tokens,L=loss" --json',
+        ),
+        (
+            "compare",
+            compare,
+            "families of any table of runs against a reference",
+            '--data runs.csv --columns "family=family,cell=size,seed=seed,C=flops,y=loss" --json',
         ),
         (
             "figures",
@@ -98,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"Example: python -m analysis {name} {example}",
         )
         verb.set_defaults(verb=function)
-        if name == "fit":
-            add_options(verb)
+        if name in own:
+            own[name](verb)
     return parser
 
 
@@ -152,6 +159,13 @@ def fit(options: argparse.Namespace) -> int:
         open_terms = ", ".join(trend.not_identified) or "none"
         print(f"  not identified: {open_terms}; held out: {trend.held_out or 'too few cells'}")
     return 0
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Families of a file against a reference: paired differences and compute multipliers."""
+    from analysis.compare_file import main as compare_file
+
+    return compare_file(options, _finite)
 
 
 def figures(options: argparse.Namespace) -> int:
