@@ -212,13 +212,14 @@ def plan_figure(found: Scene, folder: Path) -> list[Path]:
         times = [(run.predicted_wall_s or 0.0, run.last("wall_s"), found.looks[named[run.name]]) for run in runs]
         for predicted, measured, look in times:
             axis.plot([predicted], [measured], look.marker, color=look.color)
-        ends = [min(t[0] for t in times), max(t[0] for t in times)]
+        seconds = [time for pair in times for time in pair[:2]]
+        ends = min(seconds) / 2, max(seconds) * 2
         axis.plot(ends, ends, color="#888888", linewidth=0.8, linestyle=":")
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+        axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
         axis.set_xlabel("predicted, seconds")
         axis.set_ylabel("measured, seconds")
-        return style.save(drawn, folder, "plan", found.note("One mark a run; dotted: as predicted."))
+        note = "One mark a run; dotted: as predicted for the GPU that was planned for, wherever the run was."
+        return style.save(drawn, folder, "plan", found.note(note))
 
 
 CELL_FIGURES: list[tuple[str, Callable[[Scene, Path], list[Path]]]] = [
