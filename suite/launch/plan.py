@@ -125,12 +125,17 @@ def plan(grid: Grid, assumed: Assumptions, cache: Path) -> list[CellPlan]:
     """
     seen = Seen()
     read: dict[str, Reading] = {}
+    dense: dict[tuple[str, int, int], Account] = {}
     plans = []
     for cell in grid.cells:
         key = cell.data.model_dump_json() + cell.train.model_dump_json()
         if key not in read:
             read[key] = reading(cell, cache)
-        plans.append(_plan(cell, read[key], assumed, seen))
+        plain, vocabulary, seq_len = cell.model.dense(), read[key].vocabulary, cell.data.seq_len
+        beside = plain.model_dump_json(), vocabulary, seq_len
+        if beside not in dense:
+            dense[beside] = account(plain, vocabulary, seq_len)
+        plans.append(_plan(cell, read[key], dense[beside], assumed, seen))
     return [replace(one, partners=partners(one, plans)) for one in plans]
 
 
@@ -180,12 +185,10 @@ def reading(cell: Cell, cache: Path) -> Reading:
     return Reading(corpus.vocab_size, steps * cell.train.batch_rows * cell.data.seq_len)
 
 
-def _plan(cell: Cell, read: Reading, assumed: Assumptions, seen: Seen) -> CellPlan:
+def _plan(cell: Cell, read: Reading, dense: Account, assumed: Assumptions, seen: Seen) -> CellPlan:
     gpu, tokens = assumed.gpu, read.tokens
     model = meta_model(cell.model, read.vocabulary)
     counted = account_of(model, cell.data.seq_len)
-    plain = cell.model.dense()
-    dense = counted if plain == cell.model else account(plain, read.vocabulary, cell.data.seq_len)
     steps = max(1, tokens // (cell.train.batch_rows * cell.data.seq_len))
     total = tokens * counted.flops_per_token
     try:
