@@ -95,7 +95,7 @@ def _moments(found: Fit) -> tuple[float, float]:
     """E psi^2, corrected by n/(n - p), and E psi', of Huber's psi at the optimum.
 
     Under Huber's loss with a small delta few points lie in the quadratic zone; E psi' = P(|r| <= delta) is then
-    estimated over a wider band around 0.
+    estimated over a wider band around 0, without the p points that such a fit goes through.
     """
     problem, r = found.problem, found.residuals
     free = max(problem.n - len(problem.free), 1)
@@ -104,8 +104,8 @@ def _moments(found: Fit) -> tuple[float, float]:
         return squared, 1.0
     spread = 1.4826 * float(np.median(np.abs(r)))
     band = max(problem.delta, 0.8 * spread * problem.n**-0.2)
-    share = float((np.abs(r) <= band).mean()) * problem.delta / band
-    return squared, max(share, 1 / problem.n)
+    near = int((np.abs(r) <= band).sum()) - len(problem.free)
+    return squared, max(near, 1) / free * problem.delta / band
 
 
 def noise_scale(found: Fit) -> float:

@@ -256,15 +256,3 @@ def test_ninety_five_percent_intervals_cover(name: str) -> None:
             hits[key] += low <= TRUTH[name][key] <= high
     assert np.mean(list(hits.values())) / 200 == pytest.approx(0.95, abs=0.03)
     assert all(0.90 <= count / 200 <= 0.99 for count in hits.values())
-
-
-@pytest.mark.slow
-def test_a_thousand_refits_take_seconds() -> None:
-    import time
-
-    table = shared("chinchilla_epoch/svg_extracted_data.csv").sort_values("loss").iloc[:240]
-    n, flops = table["Model Size"].to_numpy(), table["Training FLOP"].to_numpy()
-    found = fit(Problem(LAWS["chinchilla"], {"N": n, "D": flops / (6 * n)}, table["loss"].to_numpy(), 1e-3))
-    begun = time.perf_counter()
-    assert bootstrap(found, 1000).kept == 1000
-    assert time.perf_counter() - begun < 30
