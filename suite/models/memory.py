@@ -57,7 +57,10 @@ class Seen:
 
     parts: dict[object, Part] = field(default_factory=dict)
     layouts: Layouts = field(default_factory=dict)
-    signatures: WeakKeyDictionary[Transformer, list[object]] = field(default_factory=WeakKeyDictionary)
+    blocks: WeakKeyDictionary[Transformer, list[tuple[object, tuple[int, ...]]]] = field(
+        default_factory=WeakKeyDictionary
+    )
+    """Of each model's blocks: what makes two need the same memory, and which tables are read, by number."""
 
 
 @dataclass(frozen=True)
@@ -218,14 +221,15 @@ def parts(
         assert mask is not None
         bias = as_bias(mask, torch.bfloat16 if precision == "bf16" else torch.float32)
     layers = cast(list[Block], list(model.layers))
-    if model not in seen.signatures:
-        seen.signatures[model] = [_signature(layer) for layer in layers]
+    if model not in seen.blocks:
+        seen.blocks[model] = [(_signature(layer), _tables_read(layer, number)) for layer in layers]
     window = max(layer.window for layer in layers)
     ids_BTW = tokens_BT.unsqueeze(-1).expand(-1, -1, window) if window else None
 
-    def trace(run: Callable[[Tensor], Tensor], weights: list[Tensor], shape: object) -> Part:
+    def trace(run: Callable[[Tensor], Tensor], given: Iterable[Tensor], shape: object) -> Part:
         key = shape, rows, seq_len, precision, busiest
         if key not in seen.parts:
+            weights = list(given)
             x_BTD = torch.empty(rows, seq_len, model.size.dim, device="meta", requires_grad=True)
             copies = {id(weight): weight.bfloat16() for weight in weights} if precision == "bf16" else {}
             known = (x_BTD, tokens_BT, *rotation, bias, *weights, *model.tables.parameters(), *copies.values())
@@ -243,18 +247,15 @@ def parts(
                 parameter.grad = None
         return seen.parts[key]
 
-    def of_block(layer: Block, signature: object) -> Part:
-        read = [table for module in layer.modules() if isinstance(module, MemoryLayer) for table in module.tables]
-        part = trace(
-            lambda x_BTD: layer(x_BTD, rotation, bias, None, 0, ids_BTW), list(layer.parameters()), signature
-        )
-        return replace(part, tables=tuple(number[id(table)] for table in read))
+    def of_block(layer: Block, signature: object, read: tuple[int, ...]) -> Part:
+        part = trace(lambda x_BTD: layer(x_BTD, rotation, bias, None, 0, ids_BTW), layer.parameters(), signature)
+        return replace(part, tables=read)
 
     embedded = rows * seq_len * model.size.dim * STATE_BYTES
     matrix = model.embedding.weight.numel()
     embedding = Part(embedded, embedded, embedded + STATE_BYTES * matrix, matrix)
     with _one_row(tables):
-        blocks = [of_block(*pair) for pair in zip(layers, seen.signatures[model], strict=True)]
+        blocks = [of_block(layer, *known) for layer, known in zip(layers, seen.blocks[model], strict=True)]
     tied = model.output is None
     output: list[Tensor] = [model.norm.weight, model.embedding.weight if model.output is None else model.output.weight]
     head = trace(lambda x_BTD: _loss(model, x_BTD, tokens_BT), output, (model.vocab_size, model.size.dim, tied))
@@ -317,6 +318,12 @@ def _signature(layer: Block) -> object:
         )
         for name, module in layer.named_modules()
     )
+
+
+def _tables_read(layer: Block, number: dict[int, int]) -> tuple[int, ...]:
+    """The numbers of the tables that a block's memory reads."""
+    memory = (module for module in layer.modules() if isinstance(module, MemoryLayer))
+    return tuple(number[id(table)] for module in memory for table in module.tables)
 
 
 def _is_setting(value: object) -> bool:
