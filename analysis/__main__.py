@@ -155,9 +155,12 @@ def fit(options: argparse.Namespace) -> int:
     for trend in found:
         print(f"{trend.outcome}, {trend.family}: {trend.runs} runs, {trend.cells} cells")
         for term, (estimate, low, high) in trend.estimates.items():
-            print(f"  {term}: {estimate:.4g} [{low:.4g}, {high:.4g}]")
-        open_terms = ", ".join(trend.not_identified) or "none"
-        print(f"  not identified: {open_terms}; held out: {trend.held_out or 'too few cells'}")
+            known = "no interval: cells of one run" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"
+            print(f"  {term}: {estimate:.4g} {known}")
+        open_terms, score = ", ".join(trend.not_identified) or "none", "too few cells"
+        if trend.held_out:
+            score = f"{trend.held_out['cell']}, relative error {float(trend.held_out['relative_error']):+.2%}"
+        print(f"  not identified: {open_terms}; held out: {score}")
     return 0
 
 
