@@ -64,7 +64,7 @@ def keep_due(run: RunDir, cell: Cell) -> bool:
     if every is None or not cell.evaluate:
         return False
     for step in steps_saved(run):
-        folder = run.path / "to_score" / f"step-{step}"
+        folder = folder_of(run) / f"step-{step}"
         if step % every or folder.exists() or not _lacking(run, cell, step):
             continue
         beside = folder.with_name(f".step-{step}")
@@ -75,9 +75,14 @@ def keep_due(run: RunDir, cell: Cell) -> bool:
     return bool(kept(run))
 
 
+def folder_of(run: RunDir) -> Path:
+    """Where the checkpoints that wait to be scored are kept."""
+    return run.path / "to_score"
+
+
 def kept(run: RunDir) -> list[int]:
     """The steps whose checkpoints wait to be scored, ascending."""
-    return sorted(int(path.name.removeprefix("step-")) for path in (run.path / "to_score").glob("step-*"))
+    return sorted(int(path.name.removeprefix("step-")) for path in folder_of(run).glob("step-*"))
 
 
 def score_kept(
@@ -92,10 +97,12 @@ def score_kept(
 
     All processes of a `world` that are joined call this.
     """
-    for step in kept(run):
-        if should_stop():
+    while not should_stop():
+        waiting = kept(run) if world.is_first else []  # more may come meanwhile
+        step = int(world.total(waiting[0] if waiting else 0)[0])
+        if not step:
             return
-        folder = run.path / "to_score" / f"step-{step}"
+        folder = folder_of(run) / f"step-{step}"
         wanted = [config for config in cell.evaluate if not run.has_eval(step_name(config.hash8, step))]
         world.wait()  # all have looked before one writes
         model = load_model(RunDir(folder), cell, corpus, world)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from suite.cells import Cell
     from suite.data import Corpus
 
-Stage = Literal["train", "evaluate"]
+Stage = Literal["train", "evaluate", "score"]
+"""Train; score the end, and what is left of the checkpoints kept on the way; score those while training goes on."""
 
 TO_BE_SCORED = "trained; to be scored"
 WARNED = "its time limit is near: saved; goes on when it is scheduled again"
@@ -54,6 +55,8 @@ class CellJob:
         run = RunDir(self.run_path)
         if submitit.JobEnvironment().num_tasks > 1:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        if self.stage == "score":
+            return self._score_kept(run)
         if self.stage == "evaluate":
             return self._evaluate(run)
         return self._in_thread(lambda: self._train(run))
@@ -65,7 +68,7 @@ class CellJob:
             self._ended.wait()
         run = RunDir(self.run_path)
         state = run.state()
-        if state["state"] == "running" or state["cause"] == WARNED:
+        if self.stage != "score" and (state["state"] == "running" or state["cause"] == WARNED):
             run.set_state("pending", cause=PREEMPTED if _is_preempted() else WARNED, eta_s=None)
         return submitit.helpers.DelayedSubmission(CellJob(self.run_path, self.stage, self.scoring, self.parallel))
 
@@ -155,9 +158,19 @@ class CellJob:
             worker.set_done(run)
 
     def _score(self, run: RunDir, cell: Cell, world: World) -> None:
-        worker.score_missing(run, cell, _corpus(run, cell, world), self.scoring, world)
+        kept = beside.folder_of(run)
+        # Whoever scores what was kept on the way comes to its end first.
+        with _held(RunDir(kept)) if world.is_first and kept.exists() else nullcontext():
+            worker.score_missing(run, cell, _corpus(run, cell, world), self.scoring, world)
         if world.is_first:
             worker.set_done(run)
+
+    def _score_kept(self, run: RunDir) -> str:
+        """Another process trains the run meanwhile and holds it: nothing is written but scores."""
+        with joined(self.parallel) as world, _held(RunDir(beside.folder_of(run))) if world.is_first else nullcontext():
+            cell = run.read_cell()
+            beside.score_kept(run, cell, _corpus(run, cell, world), self.scoring, world)
+        return str(run.state()["state"])
 
 
 def _corpus(run: RunDir, cell: Cell, world: World, then: Callable[[Corpus], None] = lambda corpus: None) -> Corpus:

@@ -134,13 +134,29 @@ class Submitter:
         assert shape is not None
         waits = _afterany(after) + _behind(behind)
         cap = batch.cap if stage == "train" else batch.eval_cap
-        calls = [CellJob(entry.run.path.resolve(), stage, self.scoring, shape.parallel) for entry in batch.entries]
-        name = f"{self.grid.name}-{stage}"
-        sent = self._send(calls, self._parameters(shape, name, waits, cap))
-        for entry, (job, log) in zip(batch.entries, sent, strict=True):
+        sent = self._array([entry.run for entry in batch.entries], stage, shape, waits, cap)
+        for entry, job in zip(batch.entries, sent, strict=True):
             jobs[entry.run.name].append(job)
+        return sent
+
+    def score_kept(self, cells: Sequence[Cell], cap: int) -> dict[str, str]:
+        """Send what scores the checkpoints that cells in training have kept, at most `cap` at once; gives it by run."""
+        groups: dict[Shape, list[RunDir]] = {}
+        for entry in self.entries(cells):
+            if entry.scoring is not None:
+                groups.setdefault(entry.scoring, []).append(entry.run)
+        jobs: dict[str, str] = {}
+        for shape, runs in groups.items():
+            jobs |= zip([run.name for run in runs], self._array(runs, "score", shape, [], cap), strict=True)
+        return jobs
+
+    def _array(self, runs: Sequence[RunDir], stage: Stage, shape: Shape, waits: list[str], cap: int) -> list[str]:
+        """One stage of runs that need the same for it; gives its jobs."""
+        calls = [CellJob(run.path.resolve(), stage, self.scoring, shape.parallel) for run in runs]
+        sent = self._send(calls, self._parameters(shape, f"{self.grid.name}-{stage}", waits, cap))
+        for run, (job, log) in zip(runs, sent, strict=True):
             if not self.dry:
-                record_job(entry.run, stage, job, log)
+                record_job(run, stage, job, log)
         return [job for job, _ in sent]
 
     def _report(self, after: list[str]) -> str:

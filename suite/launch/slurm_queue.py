@@ -138,8 +138,8 @@ def last_states(runs: Iterable[RunDir], queue: dict[str, Job]) -> dict[str, Job]
 
 
 def job_ids(run: RunDir) -> list[str]:
-    """The run's jobs, training first."""
-    return [facts["job"] for facts in recorded_jobs(run).values()]
+    """The run's jobs that bring it to its end, training first."""
+    return [facts["job"] for stage, facts in recorded_jobs(run).items() if stage != "score"]
 
 
 def seen(jobs: Iterable[str], queue: dict[str, Job]) -> list[tuple[str, Job]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from suite.cells import Cell
 from suite.grids import Grid
-from suite.launch import slurm_queue
+from suite.launch import beside, slurm_queue
 from suite.launch.profiles import Profile
 from suite.launch.slurm import Submission, Submitter, jobs_folder
 from suite.launch.slurm_queue import ENDED, WORDS, Job
@@ -53,6 +53,7 @@ class SlurmSweep:
     report_job: str | None = None
     reported: bool = True
     queue: dict[str, Job] = field(default_factory=dict)
+    scorers: dict[str, str] = field(default_factory=dict)
 
     def submit(self) -> None:
         """Send what is missing and has no job yet. Raises UserError."""
@@ -123,6 +124,7 @@ class SlurmSweep:
         for entry in lost:
             self._lost(entry, ended)
         self._send_again()
+        self._score_kept()
         if self.report_job is not None and not self._alive([self.report_job]):
             how = self.queue.get(self.report_job, Job(ENDED)).state
             self.watcher.event(f"report: {WORDS.get(how, how)}")
@@ -174,6 +176,20 @@ class SlurmSweep:
         profile = _at_most(self.profile, room)
         self._send([entry.cell for entry in again], profile, {entry.run.name: entry.starts for entry in again})
 
+    def _score_kept(self) -> None:
+        """Submit what scores the checkpoints that cells keep while they train; training does not wait for it."""
+        due = [entry.cell for entry in self.watched if self._is_due(entry.run)]
+        room = self.profile.max_eval_jobs - len(self._alive(self.scorers.values()))
+        if due and room > 0:
+            submitter = Submitter(self.grid, self.results, self.profile, self.scoring)
+            self.scorers |= submitter.score_kept(due, room)
+
+    def _is_due(self, run: RunDir) -> bool:
+        last = self.scorers.get(run.name)
+        # Where one failed or was cancelled, what is kept is left to the scores of the end.
+        may_follow = last is None or self.queue.get(last, Job(ENDED)).state in ("COMPLETED", ENDED)
+        return may_follow and bool(beside.kept(run)) and not run.state().get("trained")
+
     def _standing(self) -> Standing:
         entries = self.watched + self.dead
         states = [(entry.run.name, entry.run.state()) for entry in entries]
@@ -211,7 +227,7 @@ def _write(folder: Path, number: int, one: Submission) -> Path:
 def cancel(results: Path, grid: Grid) -> list[str]:
     """Cancel the jobs of a grid that are alive, its report's too; gives the runs they were of. Raises UserError."""
     runs = [run_dir(results, cell) for cell in grid.cells]
-    jobs = {run.name: slurm_queue.job_ids(run) for run in runs}
+    jobs = {run.name: [facts["job"] for facts in slurm_queue.recorded_jobs(run).values()] for run in runs}
     report = slurm_queue.recorded_report(jobs_folder(results, grid))
     if report is None and not any(jobs.values()):
         return []

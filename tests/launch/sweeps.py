@@ -24,7 +24,7 @@ blocks:
   - axes: {model.family: [dense, memory_plus]}
 """
 
-NOT_RECORDS = re.compile(r"^(logs/|\.lock$|checkpoints/)|(^|/)\.[^/]+\.\d+$")
+NOT_RECORDS = re.compile(r"^(logs/|\.lock$|checkpoints/|to_score/)|(^|/)\.[^/]+\.\d+$")
 """The last: what a kill in the middle of a write leaves beside the file."""
 TIMES_AND_PROCESSES = re.compile(
     r'"(wall_s|tokens_per_s|memory_bytes|heartbeat|pid|host|started|finished|log)": ("[^"]*"|[^,\n}]*)'
