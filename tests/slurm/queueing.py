@@ -13,8 +13,8 @@ from suite.records import RunDir
 PROFILE = "{time: 20, warning_s: 30, max_jobs: 4, max_eval_jobs: 4, refresh_s: 1.5}\n"
 DENSE = TINY.replace("[dense, memory_plus]", "[dense]")
 UNSCORED = DENSE.replace("  evaluate: [{tasks: [bios_storage], limit: 20}]\n", "")
-LONG = UNSCORED.replace("epochs: 8", "epochs: 40").replace("log_every: 1", "log_every: 20")
-LONG = LONG.replace("checkpoint_every: 2", "checkpoint_every: 25")
+LONG = UNSCORED.replace("epochs: 8", "epochs: 24").replace("log_every: 1", "log_every: 20")
+LONG = LONG.replace("checkpoint_every: 2", "checkpoint_every: 10")
 
 
 def answers() -> bool:

@@ -28,6 +28,8 @@ from queueing import (
 )
 from sweeps import TINY, final_weights, records, runs_of, start_sweep, suite
 
+from suite.grids import load_grid
+from suite.launch import plan as planning
 from suite.records import RunDir
 
 GRIDS = Path(__file__).parents[2] / "grids"
@@ -73,20 +75,21 @@ def assert_equal_records(one: Path, other: Path) -> None:
 
 def test_an_array_leaves_the_records_of_the_local_executor_and_a_failing_cell_is_named(folder: Path) -> None:
     # Rows too short for the longest document: that cell fails by itself.
-    grid = write(folder, TINY + "  - axes: {model.family: [dense], data.seq_len: [9]}\n")
+    text = TINY.replace("[dense, memory_plus]", "[memory_plus]")
+    grid = write(folder, text + "  - axes: {model.family: [dense], data.seq_len: [9]}\n")
     done = on_slurm(grid, folder / "slurm", "--json")
     assert done.returncode == 1, done.stderr
     cells = json.loads(done.stdout)["cells"]
-    assert [cell["state"] for cell in cells] == ["done", "done", "failed"]
+    assert [cell["state"] for cell in cells] == ["done", "failed"]
     assert "report: completed" in done.stderr
     assert (folder / "slurm" / "grids" / "tiny" / "report.md").is_file()
-    assert "data.seq_len: got 9" in cells[2]["cause"]
-    assert cells[2]["cause"] in done.stderr
-    assert Path(cells[2]["log"]).is_file()
+    assert "data.seq_len: got 9" in cells[1]["cause"]
+    assert cells[1]["cause"] in done.stderr
+    assert Path(cells[1]["log"]).is_file()
     assert "Traceback" not in done.stderr
     suite("sweep", grid, "--results", folder / "local", "--no-report", cwd=folder)
-    shutil.rmtree(folder / "local" / "runs" / cells[2]["run"] / "checkpoints", ignore_errors=True)
-    failed = {name for name in records(folder / "local") if name.startswith(cells[2]["run"])}
+    shutil.rmtree(folder / "local" / "runs" / cells[1]["run"] / "checkpoints", ignore_errors=True)
+    failed = {name for name in records(folder / "local") if name.startswith(cells[1]["run"])}
     expected = {name: text for name, text in records(folder / "local").items() if name not in failed}
     found = records(folder / "slurm")
     assert {name: found[name] for name in expected} == expected
@@ -143,7 +146,7 @@ def test_forty_cells_respect_the_cap_and_ask_slurm_once_a_refresh(
     monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
     (folder / "cpu.yaml").write_text(PROFILE.replace("max_jobs: 4", "max_jobs: 3").replace("1.5", "5"))
     number = int(os.environ.get("SLURM_CELLS", "40"))
-    text = UNSCORED.replace("epochs: 8", "epochs: 0.5")
+    text = UNSCORED.replace("epochs: 8", "epochs: 0.5").replace("probes: 3", "probes: 0")
     grid = write(folder, text.replace("[dense]", f"[dense], seed: {list(range(number))}"))
     started = time.monotonic()
     done = on_slurm(grid, folder / "slurm", "--json", "--no-report")
@@ -159,6 +162,20 @@ def test_forty_cells_respect_the_cap_and_ask_slurm_once_a_refresh(
     assert said.count("sbatch") == 1
     assert said.count("squeue") <= refreshes + 1
     assert set(said) == {"sbatch", "squeue"}
+
+
+@pytest.mark.slow
+def test_checkpoints_are_scored_by_other_jobs_while_training_goes_on(folder: Path) -> None:
+    text = DENSE.replace("epochs: 8", "epochs: 120, evaluate_every: 50").replace("log_every: 1", "log_every: 20")
+    grid = write(folder, text.replace("checkpoint_every: 2", "checkpoint_every: 50"))
+    launcher = start_on_slurm(grid, folder / "slurm")
+    until(lambda: any(list(run.path.glob("eval/steps/*.json")) for run in runs_of(folder / "slurm")))
+    (run,) = runs_of(folder / "slurm")
+    assert not run.state().get("trained")
+    assert launcher.wait(timeout=600) == 0, (folder / "sweep.log").read_text()
+    assert start_sweep(grid, folder / "local").wait(timeout=600) == 0
+    assert_equal_records(folder / "local", folder / "slurm")
+    assert len(list(run.path.glob("eval/steps/*.json"))) == run.train_lines()[-1]["step"] // 50
 
 
 @pytest.mark.slow
@@ -185,7 +202,7 @@ def test_two_processes_preempted_save_together_and_go_on_afterwards(folder: Path
 
 
 def test_status_tells_what_slurm_says_and_cancel_ends_it(folder: Path) -> None:
-    grid = write(folder, LONG.replace("[dense]", "[dense], seed: [0, 1]").replace("epochs: 40", "epochs: 4000"))
+    grid = write(folder, LONG.replace("[dense]", "[dense], seed: [0, 1]").replace("epochs: 24", "epochs: 4000"))
     (folder / "cpu.yaml").write_text(PROFILE.replace("max_jobs: 4", "max_jobs: 1"))
     results = folder / "slurm"
     assert on_slurm(grid, results, "--no-wait").returncode == 0
@@ -242,6 +259,14 @@ def test_slurm_accepts_the_scripts_of_a_dry_launch_of_an_8b_cell_with_16m_rows(f
     for script in scripts:
         answer = subprocess.run(["sbatch", "--test-only", script], capture_output=True, text=True, cwd=folder)
         assert answer.returncode == 0, answer.stderr
-    training = (folder / scripts[0]).read_text()
-    assert "#SBATCH --array=0-1%2" in training
-    assert "#SBATCH --gpus-per-node=8" in training
+    loaded = load_grid(str(grid), read_data=False)
+    for one in planning.plan(loaded, planning.assumptions("h100", None, 0.4, None), folder / "cache"):
+        assert one.mesh is not None
+        parts = one.mesh.memory
+        assert parts.weights + parts.moments + parts.gradients + parts.activations <= 80e9
+        # All that training needs, and of scoring the weights, are too much for one: both get the same nodes.
+        for script in scripts[:2]:
+            asked = (folder / script).read_text()
+            assert "#SBATCH --array=0-1%2" in asked
+            assert f"#SBATCH --nodes={one.mesh.gpus // 8}" in asked
+            assert "#SBATCH --gpus-per-node=8" in asked
