@@ -225,7 +225,7 @@ def _log_ratio(pairs: pd.DataFrame, key: str) -> Difference | None:
 
 def _compare_bits(contrast: Contrast, pairs: list[tuple[Run, Run]]) -> None:
     """Bits learned at the last exposure that every run of the contrast reached."""
-    pairs = [(x, y) for x, y in pairs if "storage_bits" in x.probes and "storage_bits" in y.probes]
+    pairs = [pair for pair in pairs if all("storage_bits" in run.probes and run.steady for run in pair)]
     if not pairs:
         return
     contrast.exposure = min(float(run.probes["epoch"].iloc[-1]) for pair in pairs for run in pair)

@@ -13,15 +13,17 @@ from analysis.scene import BESIDE, Missing, Scene, dot
 
 
 def usage_figure(found: Scene, folder: Path) -> list[Path]:
-    """Share of rows read and unevenness of reads, of every model with a table."""
+    """Share of rows read and unevenness of reads, of every model with a table; the mean over a run's tables."""
     used: list[tuple[str, str, np.ndarray]] = []
     uneven: list[tuple[str, str, np.ndarray]] = []
     for base in found.bases:
         for label, runs in found.variants(base):
-            tables = [table for run in runs for table in run.usage.get("tables", [])]
-            if tables:
-                used.append((f"{base} {label}", label, np.array([100 * table["used"] for table in tables])))
-                uneven.append((f"{base} {label}", label, np.array([table["kl_bits"] for table in tables])))
+            known = [tables for run in runs if (tables := run.usage.get("tables"))]
+            if known:
+                shares = [100 * float(np.mean([table["used"] for table in tables])) for tables in known]
+                bits = [float(np.mean([table["kl_bits"] for table in tables])) for tables in known]
+                used.append((f"{base} {label}", label, np.array(shares)))
+                uneven.append((f"{base} {label}", label, np.array(bits)))
     if not used:
         raise Missing(
             f"no usage.json in grid {found.grid}; suite sweep {found.grid} writes it for models with a memory"
@@ -35,7 +37,7 @@ def usage_figure(found: Scene, folder: Path) -> list[Path]:
             axis.set_yticks(range(len(rows)), [f"{text} (n={len(values)})" for text, _, values in rows])
             axis.set_ylim(len(rows) - 0.5, -0.5)
             axis.set_xlabel(words)
-        note = "Reads of the finished model over a fixed sample of training text. " + BESIDE
+        note = "Reads of the finished model over a fixed sample of training text, mean over its tables. " + BESIDE
         return style.save(drawn, folder, "key-usage", found.note(note))
 
 

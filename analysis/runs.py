@@ -66,6 +66,11 @@ class Run:
         return json.dumps([self.model["base"], data], sort_keys=True)
 
     @property
+    def steady(self) -> bool:
+        """Whether the learning rate was constant after warm-up, so that a probe on the way stands for a shorter run."""
+        return (self.cell.get("train") or {}).get("schedule", "constant") == "constant"
+
+    @property
     def memory_rows(self) -> int:
         """Distinct rows of the memory table: half_keys squared, 0 without a memory."""
         return int(self.model.get("half_keys") or 0) ** 2
@@ -227,9 +232,9 @@ def at_exposure(epochs: np.ndarray, values: np.ndarray, epoch: float) -> float:
 
 
 def e50(run: Run) -> Crossing:
-    """E50: the exposures at which storage bits reach half of N H; Crossing(nan, "none") without storage
-    probes."""
-    if "storage_bits" not in run.probes:
+    """E50: the exposures at which storage bits reach half of N H; Crossing(nan, "none") without storage probes, or
+    where the learning rate decays, so that what was learned by then is no shorter run's."""
+    if "storage_bits" not in run.probes or not run.steady:
         return Crossing(float("nan"), "none")
     probes = run.probes.dropna(subset=["storage_bits"])
     if probes.empty:

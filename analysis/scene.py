@@ -132,13 +132,16 @@ def equal_tokens(found: Scene) -> list[str]:
 
 
 def has_bits(found: Scene) -> bool:
-    """Whether any finished run has storage probes."""
+    """Whether any finished run has storage probes at a constant learning rate."""
     return bool(found.table["e50_state"].ne("none").any())
 
 
 def no_bits(grid: str) -> str:
     """Why there is no figure of bits learned, and what would make it."""
-    return f"no storage probes in grid {grid}; they come with bios data and train.probes > 0: suite sweep {grid}"
+    return (
+        f"no storage probes at a constant learning rate in grid {grid}; they come with bios data, train.probes > 0 and "
+        f"train.schedule constant: suite sweep {grid}"
+    )
 
 
 def base_sizes(found: Scene) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -125,3 +126,17 @@ def test_unfinished_runs_take_no_part(tmp_path: Path) -> None:
     assert (contrast.planned, contrast.seeds) == (5, [0, 1, 2, 3])
     assert contrast.log_e50 is not None
     assert math.isnan(contrast.log_e50.low)
+
+
+def test_a_probe_under_a_decaying_rate_is_no_shorter_run(tmp_path: Path) -> None:
+    for seed in range(5):
+        for family, keys in (("dense", None), ("memory_plus", 16)):
+            name = write_run(tmp_path, family, "w32", seed, 20.0, half_keys=keys)
+            path = tmp_path / "runs" / name / "cell.json"
+            content = json.loads(path.read_text())
+            content["cell"]["train"]["schedule"] = "cosine"
+            path.write_text(json.dumps(content))
+    found = runs.read_runs(tmp_path)
+    contrast = find(compare.contrasts(found), "memory_plus k16")
+    assert (contrast.log_e50, contrast.bits) == (None, None)
+    assert set(runs.summary(found)["e50_state"]) == {"none"}

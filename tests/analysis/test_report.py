@@ -198,7 +198,8 @@ def test_text_grids_draw_scores_against_base_and_cost(tmp_path: Path) -> None:
             _without_probes(tmp_path, write_run(tmp_path, family, base, 0, 20.0, half_keys=keys, stop_past=False))
     drawn, missing = draw(runs.read_runs(tmp_path), "g", tmp_path / "figures")
     assert {"scores-rows", "scores-base", "scores-cost", "final-scores", "cost"} <= set(drawn)
-    assert any(line.startswith("memory-rows: no storage probes in grid g") for line in missing)
+    reason = "memory-rows: no storage probes at a constant learning rate in grid g"
+    assert any(line.startswith(reason) for line in missing)
 
 
 def test_text_grids_draw_the_compute_multiplier_along_dense_budgets(tmp_path: Path) -> None:
