@@ -6,9 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from suite.cells import Cell
 from suite.errors import UserError
+from suite.grids import load_grid
 from suite.launch.profiles import Profile, load_profile
-from suite.launch.shapes import Shape
+from suite.launch.shapes import Shape, scoring_shape
 from suite.launch.slurm import Entry, batches, shares
 from suite.records import RunDir
 
@@ -62,6 +64,17 @@ def test_a_grids_launch_is_above_the_profile() -> None:
     assert (
         load_profile(str(EXAMPLE), {"gpus": 16, "time": "30"}).model_dump().items() >= {"gpus": 16, "time": 30}.items()
     )
+
+
+def test_only_what_fits_no_gpu_is_scored_where_it_trained_unless_the_profile_says_so(tmp_path: Path) -> None:
+    training = Shape(nodes=8, tasks=8, gpus=8)
+    dense, *_, memory = load_grid("paper-8b", need_data=False).cells  # 8e9 and 77e9 weights of 4 bytes, on 80 GB
+
+    def shape(cell: Cell, **said: bool) -> Shape:
+        return scoring_shape(Profile(gpus_per_node=8, **said), cell, training, tmp_path)
+
+    assert shape(dense) == shape(memory, score_together=False) == Shape(gpus=1)
+    assert shape(memory) == shape(dense, score_together=True) == training
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(8, 100))

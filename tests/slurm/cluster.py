@@ -5,8 +5,8 @@
     python tests/slurm/cluster.py stop [--dir DIR]
 
 Needs Debian's `slurmctld slurmd slurm-client munge` (22.05 or later), no root, no systemd, no cgroups; only loopback
-addresses are used. Everything lives in DIR, but for the link /etc/slurm/slurm.conf where root makes one: submitit drops
-SLURM_CONF from the environment of jobs. Started twice, it does nothing the second time.
+addresses are used. Everything lives in DIR; several, each in a folder of its own, do not know of each other. Started
+twice, it does nothing the second time.
 
 Partitions: `low` (default) and `spare`, whose jobs are requeued or cancelled for those of `high`; `high`; and `gpu`,
 of nodes with eight GPUs that exist in the configuration alone: nothing runs there, but sbatch checks requests against
@@ -28,8 +28,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 DIR = Path("/tmp/next-parameter-slurm")
-PORT = 7300
-ETC = Path("/etc/slurm/slurm.conf")
+PORTS = range(7300, 9300, 100)
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo", "sbatch")
 
 # Names of nodes are loopback addresses, so that MASTER_ADDR, which is a node's name, resolves.
@@ -121,9 +120,6 @@ class Cluster:
             if not self._alive(f"slurmd-{name}"):
                 self._do("slurmd", "-N", name)
         _wait("the nodes", self._nodes_are_up)
-        if ETC.parent.is_dir() and os.access(ETC.parent, os.W_OK) and (ETC.is_symlink() or not ETC.exists()):
-            ETC.unlink(missing_ok=True)
-            ETC.symlink_to(self.folder / "slurm.conf")
         print(f"export SLURM_CONF={self.folder / 'slurm.conf'}")
 
     def stop(self) -> None:
@@ -135,8 +131,6 @@ class Cluster:
         for pid_file in (*self.folder.glob("slurmd-*.pid"), *self.folder.glob("slurmctld.pid")):
             self._end(pid_file)
         self._end(self.folder / "munged.pid")
-        if ETC.is_symlink() and ETC.readlink() == self.folder / "slurm.conf":
-            ETC.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _start_munge(self) -> None:
@@ -156,19 +150,29 @@ class Cluster:
         _wait("munge", lambda: self._answers("munge", "--no-input", f"--socket={socket_path}"))
 
     def _configure(self) -> None:
-        host = socket.gethostname().split(".")[0]
+        path = self.folder / "slurm.conf"
+        if path.exists():
+            return
+        host, port = socket.gethostname().split(".")[0], self._free_ports()
         nodes = "\n".join(
-            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={PORT + 10 + number} CPUs={self.cpus} "
+            f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port + 10 + number} CPUs={self.cpus} "
             f"RealMemory=8000 State=UNKNOWN"
             for number, name in enumerate(self.names)
         )
         conf = CONF.format(
-            host=host, port=PORT, far=PORT + 9, user=getpass.getuser(), dir=self.folder, nodes=nodes,
+            host=host, port=port, far=port + 9, user=getpass.getuser(), dir=self.folder, nodes=nodes,
             names=",".join(self.names),
         )  # fmt: skip
-        (self.folder / "slurm.conf").write_text(conf)
         (self.folder / "gres.conf").write_text("NodeName=gpu[1-64] Name=gpu Count=8\n")
         (self.folder / "plugstack.conf").touch()
+        path.write_text(conf)
+
+    def _free_ports(self) -> int:
+        """The first of as many ports as are needed, none of which anybody listens on."""
+        for first in PORTS:
+            if all(_is_free(first + number) for number in range(10 + len(self.names))):
+                return first
+        sys.exit(f"cluster: no free ports from {PORTS[0]} on")
 
     def _nodes_are_up(self) -> bool:
         states = dict(line.split() for line in self._says("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T").splitlines())
@@ -211,6 +215,16 @@ def _pid(pid_file: Path) -> int | None:
     except (OSError, ValueError):
         return None
     return None if state == "Z" else pid
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def _wait(what: str, ready: Callable[[], bool], patience_s: float = 60.0) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
 
 import pytest
-from queueing import PROFILE, answers, slurm
+from queueing import LAUNCHERS, PROFILE, answers, slurm
 
 
 @pytest.fixture(scope="session")
@@ -20,9 +20,11 @@ def _slurm() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, _slurm: None) -> Iterator[Path]:
-    """A folder with a profile; whatever a test leaves in the queue is cancelled."""
+    """A folder with a profile; whatever a test leaves running or in the queue is ended."""
     (tmp_path / "cpu.yaml").write_text(PROFILE)
     yield tmp_path
+    while LAUNCHERS:
+        LAUNCHERS.pop().kill()
     for stage in ("train", "evaluate", "report"):
         subprocess.run(["scancel", "--me", f"--name=tiny-{stage}"], capture_output=True)
 

@@ -13,8 +13,11 @@ from suite.records import RunDir
 PROFILE = "{time: 20, warning_s: 30, max_jobs: 4, max_eval_jobs: 4, refresh_s: 1.5}\n"
 DENSE = TINY.replace("[dense, memory_plus]", "[dense]")
 UNSCORED = DENSE.replace("  evaluate: [{tasks: [bios_storage], limit: 20}]\n", "")
-LONG = UNSCORED.replace("epochs: 8", "epochs: 24").replace("log_every: 1", "log_every: 20")
+LONG = UNSCORED.replace("epochs: 8", "epochs: 40").replace("log_every: 1", "log_every: 20")
 LONG = LONG.replace("checkpoint_every: 2", "checkpoint_every: 10")
+
+LAUNCHERS: list[subprocess.Popen[str]] = []
+"""Sweeps in the background; one that a failing test leaves would submit its jobs again."""
 
 
 def answers() -> bool:
@@ -45,10 +48,12 @@ def on_slurm(grid: Path, results: Path, *options: str) -> subprocess.CompletedPr
 
 def start_on_slurm(grid: Path, results: Path) -> subprocess.Popen[str]:
     """The same in the background, its words in sweep.log beside the grid."""
-    return start_sweep(grid, results, "--executor", "slurm", "--profile", str(grid.parent / "cpu.yaml"))
+    launcher = start_sweep(grid, results, "--executor", "slurm", "--profile", str(grid.parent / "cpu.yaml"))
+    LAUNCHERS.append(launcher)
+    return launcher
 
 
-def until(what: Callable[[], object], patience_s: float = 240.0) -> None:
+def until(what: Callable[[], object], patience_s: float = 600.0) -> None:
     """Wait for something to be so."""
     deadline = time.monotonic() + patience_s
     while not what():

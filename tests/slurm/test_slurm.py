@@ -53,6 +53,15 @@ def hold(runs: list[RunDir]) -> dict[Path, int]:
     return held
 
 
+def is_held(process: int) -> bool:
+    """Stop a process again, to which Slurm has told to go on, and then gives seconds to end; False: it has."""
+    try:
+        os.kill(process, signal.SIGSTOP)
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def is_warned(process: int) -> bool:
     """Whether the signal that Slurm was asked for waits for a stopped process, or has moved it to its end."""
     try:
@@ -114,23 +123,24 @@ def test_cut_by_requeue_time_limit_lost_node_and_kill_records_are_those_of_an_un
     requeued, lost = (run for run in runs if node_of(run) == node_of(runs[-1]))
     job = job_of(timed)
     slurm("scontrol", "update", f"JobId={job}", "EndTime=now+100")
+    unbroken = start_sweep(grid, folder / "local")
     slurm("scontrol", "requeue", job_of(requeued))
     os.kill(held[struck.path], signal.SIGKILL)
-    until(lambda: not slurm("squeue", "--noheader", "--states=running,completing", "--job", job_of(requeued)))
+    until(lambda: not is_held(held[requeued.path]))
     slurm("scontrol", "update", f"NodeName={node_of(lost)}", "State=DOWN", "Reason=test")
-    unbroken = start_sweep(grid, folder / "local")
+    until(lambda: not is_held(held[lost.path]))
     until(lambda: is_warned(held[timed.path]))
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=10")
     with suppress(ProcessLookupError):  # Slurm may have let it go on itself
         os.kill(held[timed.path], signal.SIGCONT)
-    until(lambda: resume_nodes() or launcher.poll() is not None, 480)
+    until(lambda: resume_nodes() or launcher.poll() is not None, 900)
     assert launcher.wait() == 0, (folder / "sweep.log").read_text()
     for run in runs:
         starts = [line for line in log_of(run).splitlines() if "training from step" in line]
         assert len(starts) > 1, run.name
         assert not starts[-1].endswith(" step 0"), run.name
     assert "timed-out" in log_of(timed)
-    assert unbroken.wait(timeout=300) == 0
+    assert unbroken.wait(timeout=900) == 0
     assert_equal_records(folder / "local", results)
 
 
@@ -172,8 +182,8 @@ def test_checkpoints_are_scored_by_other_jobs_while_training_goes_on(folder: Pat
     until(lambda: any(list(run.path.glob("eval/steps/*.json")) for run in runs_of(folder / "slurm")))
     (run,) = runs_of(folder / "slurm")
     assert not run.state().get("trained")
-    assert launcher.wait(timeout=600) == 0, (folder / "sweep.log").read_text()
-    assert start_sweep(grid, folder / "local").wait(timeout=600) == 0
+    assert launcher.wait(timeout=900) == 0, (folder / "sweep.log").read_text()
+    assert start_sweep(grid, folder / "local").wait(timeout=900) == 0
     assert_equal_records(folder / "local", folder / "slurm")
     assert len(list(run.path.glob("eval/steps/*.json"))) == run.train_lines()[-1]["step"] // 50
 
@@ -192,17 +202,17 @@ def test_two_processes_preempted_save_together_and_go_on_afterwards(folder: Path
     assert status["state"] == "pending"
     assert status["note"].startswith("preempted: saved; goes on when it is scheduled again, job ")
     slurm("scancel", other)
-    assert launcher.wait(timeout=400) == 0, (folder / "sweep.log").read_text()
+    assert launcher.wait(timeout=900) == 0, (folder / "sweep.log").read_text()
     resumed = [line for line in log_of(run).splitlines() if "training from step" in line]
     assert len(resumed) == 2
     # Nothing was saved but on the warning: nothing but that step's checkpoint can be behind this.
     assert not resumed[1].endswith(" step 0")
-    assert start_on_slurm(grid, folder / "unbroken").wait(timeout=300) == 0
+    assert start_on_slurm(grid, folder / "unbroken").wait(timeout=900) == 0
     assert records(folder / "slurm") == records(folder / "unbroken")
 
 
 def test_status_tells_what_slurm_says_and_cancel_ends_it(folder: Path) -> None:
-    grid = write(folder, LONG.replace("[dense]", "[dense], seed: [0, 1]").replace("epochs: 24", "epochs: 4000"))
+    grid = write(folder, LONG.replace("[dense]", "[dense], seed: [0, 1]").replace("epochs: 40", "epochs: 4000"))
     (folder / "cpu.yaml").write_text(PROFILE.replace("max_jobs: 4", "max_jobs: 1"))
     results = folder / "slurm"
     assert on_slurm(grid, results, "--no-wait").returncode == 0
@@ -259,7 +269,7 @@ def test_slurm_accepts_the_scripts_of_a_dry_launch_of_an_8b_cell_with_16m_rows(f
     for script in scripts:
         answer = subprocess.run(["sbatch", "--test-only", script], capture_output=True, text=True, cwd=folder)
         assert answer.returncode == 0, answer.stderr
-    loaded = load_grid(str(grid), read_data=False)
+    loaded = load_grid(str(grid), need_data=False)
     for one in planning.plan(loaded, planning.assumptions("h100", None, 0.4, None), folder / "cache"):
         assert one.mesh is not None
         parts = one.mesh.memory
