@@ -73,7 +73,7 @@ def test_only_what_fits_no_gpu_is_scored_where_it_trained_unless_the_profile_say
     def shape(cell: Cell, **said: bool) -> Shape:
         return scoring_shape(Profile(gpus_per_node=8, **said), cell, training, tmp_path)
 
-    assert shape(dense) == shape(memory, score_together=False) == Shape(gpus=1)
+    assert shape(dense) == shape(memory, score_together=False) == Shape(gpus=1, cpus=dense.threads)
     assert shape(memory) == shape(dense, score_together=True) == training
 
 
