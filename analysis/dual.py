@@ -81,9 +81,19 @@ def exp(x: Any) -> Any:
     return x._chain(value := np.exp(x.value), value) if isinstance(x, Dual) else np.exp(x)
 
 
+def expm1(x: Any) -> Any:
+    """exp(x) - 1 of a dual or an array, exact where x is tiny."""
+    return x._chain(np.expm1(x.value), np.exp(x.value)) if isinstance(x, Dual) else np.expm1(x)
+
+
 def log(x: Any) -> Any:
     """The natural logarithm of a dual or an array."""
     return x._chain(np.log(x.value), 1.0 / x.value) if isinstance(x, Dual) else np.log(x)
+
+
+def log1p(x: Any) -> Any:
+    """log(1 + x) of a dual or an array, exact where x is tiny."""
+    return x._chain(np.log1p(x.value), 1.0 / (1.0 + x.value)) if isinstance(x, Dual) else np.log1p(x)
 
 
 def minimum(x: Any, y: Any) -> Any:

@@ -21,6 +21,8 @@ from analysis.solve import minimise, objective
 
 STARTS = 512
 REFINED = 24
+AGREED = 3
+ROUNDS = 5
 RANKED = 1000
 """Points on which starts are ranked: evenly through the table where it has more."""
 
@@ -147,25 +149,56 @@ def fit(problem: Problem, seed: int = 0) -> Fit:
             f"{problem.n} points at {different} different {', '.join(problem.x)} are too few for law "
             f"{problem.law.name}: it has {need - 1} parameters"
         )
-    starts = _starts(problem, seed)
-    weights = np.broadcast_to(problem.w, (len(starts), problem.n))
-    theta, value = minimise(problem.residual, starts, weights, problem.delta)
-    order = np.argsort(value)
-    if not np.isfinite(value[order[0]]):
+    theta, value = _searched(problem, seed)
+    if not np.isfinite(value[0]):
         raise InputError(f"law {problem.law.name}: no start gives finite predictions on these data")
-    theta, value = _polish(problem, theta[order], value[order])
-    agreeing = int((value <= value[0] * (1 + 1e-6) + 1e-20 * problem.n).sum())
-    return Fit(problem, theta[0], float(value[0]), theta[np.isfinite(value)], agreeing)
+    return Fit(problem, theta[0], float(value[0]), theta[np.isfinite(value)], _agreeing(problem, value))
 
 
-def _polish(problem: Problem, theta: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A second descent of the best few from where they are, without smoothing again."""
+def _searched(problem: Problem, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Refined starts, best first, until AGREED of them end at the same optimum.
+
+    While they do not, every start moves on by a share of the way between two others, as in differential evolution
+    (Storn and Price 1997, Journal of Global Optimization 11): a small delta leaves many shallow optima close together.
+    """
+    theta, value = _refined(problem, _starts(problem, seed))
+    generator = np.random.default_rng(seed)
+    for _ in range(ROUNDS):
+        if not np.isfinite(value[0]) or _agreeing(problem, value) >= min(AGREED, len(value)):
+            break
+        kept = theta[:REFINED]
+        first, second = generator.integers(0, len(kept), (2, len(kept)))
+        way = generator.uniform(0.2, 1.0, (len(kept), 1)) * (kept[first] - kept[second])
+        more, reached = _refined(problem, kept + way)
+        theta, value = _best_first(np.concatenate([theta, more]), np.concatenate([value, reached]))
+        theta, value = theta[: 2 * REFINED], value[: 2 * REFINED]
+    return _polished(problem, theta, value)
+
+
+def _refined(problem: Problem, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Down from every start, both through smoothed losses, which lead far, and straight, which keeps optima apart."""
+    weights = np.broadcast_to(problem.w, (len(starts), problem.n))
+    ways = (True, False) if np.isfinite(problem.delta) else (False,)
+    found = [minimise(problem.residual, starts, weights, problem.delta, smooth=smooth) for smooth in ways]
+    return _best_first(np.concatenate([theta for theta, _ in found]), np.concatenate([value for _, value in found]))
+
+
+def _best_first(theta: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(value, kind="stable")
+    return theta[order], value[order]
+
+
+def _agreeing(problem: Problem, value: np.ndarray) -> int:
+    """How many end where the best does."""
+    return int((value <= value[0] * (1 + 1e-6) + 1e-20 * problem.n).sum())
+
+
+def _polished(problem: Problem, theta: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A longer descent of the best few from where they are."""
     few = min(4, len(theta))
     weights = np.broadcast_to(problem.w, (few, problem.n))
-    again, found = minimise(problem.residual, theta[:few], weights, problem.delta, iterations=400)
-    theta[:few], value[:few] = again, found
-    order = np.argsort(value)
-    return theta[order], value[order]
+    again, found = minimise(problem.residual, theta[:few], weights, problem.delta, iterations=400, smooth=False)
+    return _best_first(np.concatenate([again, theta[few:]]), np.concatenate([found, value[few:]]))
 
 
 def _starts(problem: Problem, seed: int) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.errors import InputError
-from analysis.fit import Fit, Problem, fit
+from analysis.fit import AGREED, Fit, Problem, fit
 from analysis.inputs import chosen, evaluate, expressions, groups, number, numbers, prepared, problem
 from analysis.laws import LAWS, Law, law
 from analysis.tables import read_table
@@ -266,7 +266,7 @@ def _warnings(found: Fit, known: Mapping[str, bool], draws: Bootstrap | None, he
         lines.append(f"{draws.asked} bootstrap draws are too few for the ends of a 95 % interval; 1000 are usual")
     if draws is not None and draws.kept < draws.asked:
         lines.append(f"{draws.asked - draws.kept} of {draws.asked} bootstrap draws had too few distinct points")
-    if found.agreeing < min(3, len(found.bank)):
+    if found.agreeing < min(AGREED, len(found.bank)):
         lines.append(f"only {found.agreeing} of {len(found.bank)} starts reached the optimum: try other seeds")
     if not len(held.rows):
         lines.append(f"nothing held out: {held.reason}")

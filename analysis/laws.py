@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from analysis.dual import exp, minimum
+from analysis.dual import exp, expm1, log, log1p, minimum
 from analysis.errors import InputError
 
 Inputs = Mapping[str, np.ndarray]
@@ -120,7 +120,7 @@ ISOFLOP = Law(
         _coefficient("Lmin", "loss at the optimum, nats per token"), _coefficient("k", "curvature, nats"),
         Parameter("Nopt", "parameters at the optimum", start=(0.01, 100.0)),
     ),
-    lambda p, x: p["Lmin"] + p["k"] * _square(np.log(x["N"]) - _log(p["Nopt"])), lambda x: x["N"],
+    lambda p, x: p["Lmin"] + p["k"] * _square(np.log(x["N"]) - log(p["Nopt"])), lambda x: x["N"],
     scales=lambda x: {"Nopt": _median(x["N"])},
 )  # fmt: skip
 
@@ -129,20 +129,17 @@ def _square(x: Any) -> Any:
     return x * x
 
 
-def _log(x: Any) -> Any:
-    from analysis.dual import log
-
-    return log(x)
-
-
 def _data_constrained(p: Values, x: Inputs) -> Any:
-    """Repeated tokens and surplus parameters are worth less, exponentially: effective D' and N'."""
+    """Repeated tokens and surplus parameters are worth less, exponentially: effective D' and N'.
+
+    expm1, because 1 - exp(-x) of a large Rn or Rd is rounding noise that a fit would follow.
+    """
     g = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1.0 / (p["alpha"] + p["beta"]))
-    best_n = minimum(g * exp(_log(g * x["U"]) * p["beta"] / p["alpha"]), x["N"])
+    best_n = minimum(g * exp(log(g * x["U"]) * p["beta"] / p["alpha"]), x["N"])
     surplus, repeats = x["N"] / best_n - 1.0, np.maximum(x["D"] / x["U"] - 1.0, 0.0)
-    n = best_n + best_n * p["Rn"] * (1.0 - exp(-surplus / p["Rn"]))
+    n = best_n - best_n * p["Rn"] * expm1(-surplus / p["Rn"])
     fresh = np.minimum(x["U"], x["D"])
-    d = fresh + fresh * p["Rd"] * (1.0 - exp(-repeats / p["Rd"]))
+    d = fresh - fresh * p["Rd"] * expm1(-repeats / p["Rd"])
     return p["E"] + p["A"] * n ** -p["alpha"] + p["B"] * d ** -p["beta"]
 
 
@@ -179,7 +176,7 @@ SATURATING = Law(
         Parameter("gain", "y at R to infinity, above base", "free", linear=True),
         Parameter("R0", "rows at which it bends", start=(1e-2, 1e2)), Parameter("gamma", "exponent", start=(0.1, 2.0)),
     ),
-    lambda p, x: p["base"] + p["gain"] * (1.0 - (1.0 + x["R"] / p["R0"]) ** -p["gamma"]), lambda x: x["R"],
+    lambda p, x: p["base"] - p["gain"] * expm1(-p["gamma"] * log1p(x["R"] / p["R0"])), lambda x: x["R"],
     residuals="linear", zero_allowed=frozenset({"R"}), scales=lambda x: {"R0": _median(x["R"])},
 )  # fmt: skip
 
@@ -239,7 +236,7 @@ def _joint_value(name: str, with_d: bool) -> Callable[[Values, Inputs], Any]:
         elif name == "joint3":
             a_term = a_term * (1.0 + p["kappa"] * (m / n) ** p["gamma"]) ** -p["alpha"]
         else:
-            share = exp(p["phi"] * _log(np.maximum(m / x["D"], 1e-300) / p["kappa"]))
+            share = exp(p["phi"] * log(np.maximum(m / x["D"], 1e-300) / p["kappa"]))
             a_term = a_term * (1.0 + m / n / p["rho"] * (1.0 + share) ** (-1.0 / p["phi"])) ** -p["gamma"]
         return p["E"] + a_term + (p["B"] * x["D"] ** -p["beta"] if with_d else 0.0)
 

@@ -37,19 +37,20 @@ def objective(residuals: np.ndarray, weights: np.ndarray, delta: float) -> np.nd
 
 def minimise(
     residual: Residual, theta: np.ndarray, weights: np.ndarray, delta: float, free: np.ndarray | None = None,
-    iterations: int = 200,
+    iterations: int = 200, smooth: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """Minimise from theta (B, p) under weights (B, n); `free` (B, p) masks parameters held fixed.
 
-    For a small delta the loss is first smoothed (delta at the residuals' size) and then sharpened step by step.
-    Returns theta and the objective (B,).
+    With `smooth` and a small delta the loss is first smoothed (delta at the residuals' size) and then sharpened step
+    by step. Returns theta and the objective (B,).
     """
+    way = _sharpen if smooth and np.isfinite(delta) else _descend
     parts = []
     chunk = max(8, POINTS_AT_ONCE // weights.shape[1])
     for start in range(0, len(theta), chunk):
         part = slice(start, start + chunk)
         mask = np.ones_like(theta[part], bool) if free is None else free[part]
-        parts.append(_sharpen(residual, theta[part], weights[part], delta, mask, iterations))
+        parts.append(way(residual, theta[part], weights[part], delta, mask, iterations))
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
@@ -57,8 +58,6 @@ def _sharpen(
     residual: Residual, theta: np.ndarray, weights: np.ndarray, delta: float, free: np.ndarray, iterations: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Minimise at a falling series of deltas that ends at the one asked for, keeping the best point for that one."""
-    if np.isinf(delta):
-        return _descend(residual, theta, weights, delta, free, iterations)
     first, _ = residual(theta)
     sizes = np.abs(first[np.isfinite(first)])
     width = 3.0 * float(np.median(sizes)) if sizes.size else delta

@@ -142,8 +142,9 @@ def standard_errors(found: Fit) -> dict[str, float]:
     moved = found.theta[None] + step * np.eye(len(found.theta))
     values = problem.natural(moved)
     slopes = [abs(float(values[p.name][i]) - found.parameters[p.name]) / step for i, p in enumerate(problem.free)]
-    with np.errstate(over="ignore"):  # a parameter near the end of the floats has an infinite error
-        return {p.name: float(slopes[i] * error[i]) for i, p in enumerate(problem.free)}
+    with np.errstate(over="ignore", invalid="ignore"):  # a parameter near an end of the floats has an infinite error
+        found = np.nan_to_num(np.array(slopes) * error, nan=np.inf, posinf=np.inf)
+    return {p.name: float(value) for p, value in zip(problem.free, found, strict=True)}
 
 
 def profile(found: Fit, level: float = 0.95) -> dict[str, tuple[float, float]]:

@@ -70,6 +70,36 @@ def test_optimum_is_not_above_scipys(name: str) -> None:
     assert found.objective <= rival.fun * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_optimum_is_global_where_the_robust_loss_has_many(seed: int) -> None:
+    """Repeats and surplus parameters under noise far beyond delta: the reference scans both on a grid."""
+    fixed = {name: TRUTH["data_constrained"][name] for name in ("A", "B", "E", "alpha", "beta")}
+    clean = simulated("data_constrained", 0.0, 0)
+    chosen = np.random.default_rng(seed).permutation(clean.n)[:60]
+    y = clean.y * np.exp(0.1 * np.random.default_rng(seed).standard_t(2, clean.n))
+    problem = replace(clean, y=y, delta=1e-3, fixed=fixed).restricted(chosen)
+
+    def value(theta: np.ndarray) -> float:
+        return float(huber(problem.residual(theta[None])[0], 1e-3).sum())
+
+    scan = np.stack(np.meshgrid(np.linspace(-4, 10, 60), np.linspace(-4, 10, 60)), -1).reshape(-1, 2)
+    best = scan[np.argsort(huber(problem.residual(scan)[0], 1e-3).sum(1))[:20]]
+    rivals = [optimize.minimize(value, start, method="Nelder-Mead").fun for start in best]
+    assert fit(problem).objective <= min(rivals) * (1 + 1e-6)
+
+
+def test_parameters_at_infinity_are_a_limit_and_not_rounding() -> None:
+    """Repeats worth as much as new tokens: Rd goes to infinity, where the law is smooth and says nothing of Rd."""
+    clean = simulated("data_constrained", 0.0, 0)
+    fixed = {name: TRUTH["data_constrained"][name] for name in ("A", "B", "E", "alpha", "beta", "Rn")}
+    limit = np.asarray(clean.law.value(fixed | {"Rd": 1e9}, clean.x))
+    noisy = limit * np.exp(np.random.default_rng(0).normal(0, 0.01, clean.n))
+    found = fit(replace(clean, y=noisy, fixed=fixed))
+    assert found.problem.predict(np.array([[40.0]]), clean.x)[0] == pytest.approx(limit, rel=1e-6)
+    assert found.parameters["Rd"] > 1e3
+    assert not identified(found, profile(found))["Rd"]
+
+
 def test_outliers_move_the_robust_fit_little() -> None:
     problem = simulated("chinchilla", 0.002, 0, delta=1e-3)
     y = problem.y.copy()
