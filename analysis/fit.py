@@ -206,11 +206,11 @@ def _starts(problem: Problem, seed: int) -> np.ndarray:
     if problem.n > RANKED:
         problem = problem.restricted(np.linspace(0, problem.n - 1, RANKED).astype(int))
     searched = [p for p in problem.free if not p.linear]
-    scales = problem.law.scales(problem.x)
+    ranges = problem.law.starts(problem.x)
     spread = _low_discrepancy(STARTS if searched else 1, len(searched), seed)
     natural = {name: np.full(len(spread), value) for name, value in problem.fixed.items()}
     for i, p in enumerate(searched):
-        low, high = (bound * scales.get(p.name, 1.0) for bound in p.start)
+        low, high = ranges.get(p.name, p.start)
         if p.kind == "positive":
             natural[p.name] = low * (high / low) ** spread[:, i]
         else:

@@ -1,7 +1,7 @@
 """The laws: formula, parameters with units, inputs, source. One entry per law; `LAWS` is the registry.
 
 Parameters that enter linearly are marked: they are solved for, not searched. A positive parameter is fitted by its
-logarithm. Start ranges are of the nonlinear parameters, in units of `scales` where a parameter has a scale.
+logarithm. Start ranges are of the nonlinear parameters; those that have units take theirs from the data (`starts`).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Law:
     residuals: Literal["log", "linear"] = "log"
     zero_allowed: frozenset[str] = frozenset()
     any_sign: frozenset[str] = frozenset()
-    scales: Callable[[Inputs], dict[str, float]] = lambda x: {}
+    starts: Callable[[Inputs], dict[str, tuple[float, float]]] = lambda x: {}
     dense: str | None = None
 
     @property
@@ -74,8 +74,16 @@ def _coefficient(name: str, meaning: str) -> Parameter:
     return Parameter(name, meaning, linear=True)
 
 
-def _median(x: np.ndarray) -> float:
-    return float(np.exp(np.median(np.log(x[x > 0])))) if (x > 0).any() else 1.0
+def _around(x: np.ndarray, factor: float = 100.0, power: float = 1.0) -> tuple[float, float]:
+    """From a factor below to a factor above a power of the median of the positive values."""
+    middle = float(np.exp(power * np.median(np.log(x[x > 0])))) if (x > 0).any() else 1.0
+    return middle / factor, middle * factor
+
+
+def _across(x: np.ndarray, low: float, high: float) -> tuple[float, float]:
+    """Per unit of x, from `low` to `high` over the range of its values."""
+    span = float(np.ptp(x))
+    return low / span, high / span
 
 
 POWER = Law(
@@ -118,10 +126,10 @@ ISOFLOP = Law(
     {"N": "parameters, all at one compute budget"}, "L",
     (
         _coefficient("Lmin", "loss at the optimum, nats per token"), _coefficient("k", "curvature, nats"),
-        Parameter("Nopt", "parameters at the optimum", start=(0.01, 100.0)),
+        Parameter("Nopt", "parameters at the optimum"),
     ),
     lambda p, x: p["Lmin"] + p["k"] * _square(np.log(x["N"]) - log(p["Nopt"])), lambda x: x["N"],
-    scales=lambda x: {"Nopt": _median(x["N"])},
+    starts=lambda x: {"Nopt": _around(x["N"])},
 )  # fmt: skip
 
 
@@ -150,15 +158,14 @@ DATA_CONSTRAINED = Law(
     "Muennighoff et al. 2023 (arXiv 2305.16264), equations 5 and 6",
     {"N": "parameters", "D": "training tokens, repeats included", "U": "unique tokens"}, "L",
     (
-        Parameter("A", "nats params^alpha", start=(1e-2, 1e2)),
-        Parameter("B", "nats tokens^beta", start=(1e-2, 1e2)), _e(),
+        Parameter("A", "nats params^alpha"), Parameter("B", "nats tokens^beta"), _e(),
         Parameter("alpha", "exponent of parameters", start=(0.15, 0.8)),
         Parameter("beta", "exponent of tokens", start=(0.15, 0.8)),
         Parameter("Rn", "surplus parameters worth having, in multiples", start=(1.0, 30.0)),
         Parameter("Rd", "repeats worth having", start=(1.0, 50.0)),
     ),
     _data_constrained, lambda x: x["N"] * x["D"],
-    scales=lambda x: {"A": _median(x["N"]) ** 0.35, "B": _median(x["D"]) ** 0.35},
+    starts=lambda x: {"A": _around(x["N"], power=0.35), "B": _around(x["D"], power=0.35)},
 )  # fmt: skip
 
 LOGLINEAR = Law(
@@ -174,22 +181,23 @@ SATURATING = Law(
     (
         Parameter("base", "y without a table", "free", linear=True),
         Parameter("gain", "y at R to infinity, above base", "free", linear=True),
-        Parameter("R0", "rows at which it bends", start=(1e-2, 1e2)), Parameter("gamma", "exponent", start=(0.1, 2.0)),
+        Parameter("R0", "rows at which it bends"), Parameter("gamma", "exponent", start=(0.1, 2.0)),
     ),
     lambda p, x: p["base"] - p["gain"] * expm1(-p["gamma"] * log1p(x["R"] / p["R0"])), lambda x: x["R"],
-    residuals="linear", zero_allowed=frozenset({"R"}), scales=lambda x: {"R0": _median(x["R"])},
+    residuals="linear", zero_allowed=frozenset({"R"}), starts=lambda x: {"R0": _around(x["R"])},
 )  # fmt: skip
 
 SIGMOID_LINK = Law(
     "sigmoid_link", "y = low + span / (1 + exp(k (L - L0)))",
     "loss to accuracy: Llama 3 (arXiv 2407.21783), section 3.2.1",
-    {"L": "loss, nats"}, "y",
+    {"L": "loss, nats, or another measure that falls as models get better"}, "y",
     (
         Parameter("low", "accuracy by chance", "free", linear=True), _coefficient("span", "accuracy from low to top"),
-        Parameter("k", "steepness, per nat", start=(0.3, 30.0)), Parameter("L0", "loss at half", start=(0.3, 3.0)),
+        Parameter("k", "steepness, per nat"), Parameter("L0", "loss at half", "free"),
     ),
     lambda p, x: p["low"] + p["span"] / (1.0 + exp(p["k"] * (x["L"] - p["L0"]))), lambda x: -x["L"],
-    residuals="linear", scales=lambda x: {"L0": _median(x["L"])},
+    residuals="linear", any_sign=frozenset({"L"}),
+    starts=lambda x: {"k": _across(x["L"], 1.0, 100.0), "L0": (2 * x["L"].min() - x["L"].max(), x["L"].max())},
 )  # fmt: skip
 
 EXPONENTIAL_LINK = Law(
@@ -199,9 +207,10 @@ EXPONENTIAL_LINK = Law(
     (
         Parameter("eps", "error at infinite loss", linear=True),
         _coefficient("k", "error removed at loss 0, extrapolated"),
-        Parameter("gamma", "per nat", start=(0.05, 5.0)),
+        Parameter("gamma", "per nat"),
     ),
     lambda p, x: p["eps"] - p["k"] * exp(-p["gamma"] * x["L"]), lambda x: -x["L"], residuals="linear",
+    starts=lambda x: {"gamma": _across(x["L"], 0.1, 20.0)},
 )  # fmt: skip
 
 CAPACITY = Law(
@@ -209,10 +218,11 @@ CAPACITY = Law(
     "ours, a smooth min(c P, H); c: Allen-Zhu and Li, part 3.3 (arXiv 2404.05405)",
     {"P": "parameters", "H": "bits the data hold"}, "B",
     (
-        Parameter("c", "bits per parameter", start=(0.05, 20.0)),
+        Parameter("c", "bits per parameter"),
         Parameter("k", "sharpness of the bend", start=(0.3, 10.0)),
     ),
     lambda p, x: x["H"] * (1.0 + (p["c"] * (x["P"] / x["H"])) ** -p["k"]) ** (-1.0 / p["k"]), lambda x: x["P"],
+    starts=lambda x: {"c": _around(x["H"] / x["P"], factor=1e3)},
 )  # fmt: skip
 
 JOINT = {
@@ -254,7 +264,7 @@ def _joint(name: str, with_d: bool = True) -> Law:
                    Parameter("gamma", "exponent of M/N", start=(0.1, 1.5))),
         "joint4": (Parameter("rho", "table parameters worth one of N", start=(0.02, 50.0)),
                    Parameter("gamma", "exponent of memory", start=(0.02, 1.0)),
-                   Parameter("kappa", "table parameters a token can fill", start=(0.05, 20.0)),
+                   Parameter("kappa", "table parameters a token can fill"),
                    Parameter("phi", "sharpness of the bend", start=(0.3, 5.0))),
     }[name]  # fmt: skip
     inputs = {"N": "non-embedding base parameters", "M": "distinct table parameters, rows x width; 0 without"}
@@ -265,7 +275,7 @@ def _joint(name: str, with_d: bool = True) -> Law:
     return Law(
         name, JOINT[name] if with_d else JOINT[name].replace(" + B D^-beta", ""), "ours", inputs, "L", dense + extra,
         _joint_value(name, with_d), lambda x: x["N"] + x["M"], zero_allowed=frozenset({"M"}),
-        scales=(lambda x: {"kappa": _median(x["M"]) / _median(x["D"])}) if name == "joint4" else (lambda x: {}),
+        starts=(lambda x: {"kappa": _around(x["M"] / x["D"], factor=20.0)}) if name == "joint4" else (lambda x: {}),
         dense="chinchilla",
     )  # fmt: skip
 

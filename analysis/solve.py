@@ -85,7 +85,7 @@ def _descend(
             if len(active) == 0:
                 break
             step, expected = _step(r[active], jacobian[active], weights[active], delta, damping[active], free[active])
-            trial = theta[active] + step
+            trial = theta[active] + _shortened(step, theta[active])
             trial_r, trial_jacobian = residual(trial)
             value = objective(trial_r, weights[active], delta)
             better = value < best[active]
@@ -121,9 +121,13 @@ def _step(
     except np.linalg.LinAlgError:
         solved = np.stack([np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(scaled, gradient * unit, strict=True)])
     step = -np.nan_to_num(solved * unit)
-    largest = np.abs(step).max(1, keepdims=True)
-    step *= np.minimum(1.0, LARGEST_STEP / np.maximum(largest, 1e-300))
     return step, -0.5 * (gradient * step).sum(1)
+
+
+def _shortened(step: np.ndarray, theta: np.ndarray) -> np.ndarray:
+    """The step, no longer than LARGEST_STEP in any parameter, or a share of the parameter where that is large."""
+    reach = LARGEST_STEP * np.maximum(1.0, np.abs(theta) / 10)
+    return step / np.maximum(1.0, (np.abs(step) / reach).max(1, keepdims=True))
 
 
 def _diagonal(values: np.ndarray) -> np.ndarray:

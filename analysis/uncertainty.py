@@ -143,8 +143,8 @@ def standard_errors(found: Fit) -> dict[str, float]:
     values = problem.natural(moved)
     slopes = [abs(float(values[p.name][i]) - found.parameters[p.name]) / step for i, p in enumerate(problem.free)]
     with np.errstate(over="ignore", invalid="ignore"):  # a parameter near an end of the floats has an infinite error
-        found = np.nan_to_num(np.array(slopes) * error, nan=np.inf, posinf=np.inf)
-    return {p.name: float(value) for p, value in zip(problem.free, found, strict=True)}
+        errors = np.nan_to_num(np.array(slopes) * error, nan=np.inf, posinf=np.inf)
+    return {p.name: float(value) for p, value in zip(problem.free, errors, strict=True)}
 
 
 def profile(found: Fit, level: float = 0.95) -> dict[str, tuple[float, float]]:

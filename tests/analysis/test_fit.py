@@ -120,6 +120,30 @@ def test_units_change_the_answer_as_they_must() -> None:
     assert b["B"] == pytest.approx(3 * a["B"] * 1e9 ** -a["beta"], rel=1e-4)
 
 
+SHARED_UNITS = {"data_constrained": [("D", "U")], "capacity": [("H", "B")]}
+
+
+@pytest.mark.parametrize("unit", [1e-6, 1e6])
+@pytest.mark.parametrize("name", LAWS)
+def test_every_law_fits_as_well_in_any_units(name: str, unit: float) -> None:
+    problem, law = simulated(name, 0.005, 1), LAWS[name]
+    best = fit(problem).objective
+    shared = SHARED_UNITS.get(name, [])
+    alone = [(key,) for key in [*law.inputs, law.output] if not any(key in group for group in shared)]
+    for keys in [*shared, *alone]:
+        x = {key: values * (unit if key in keys else 1.0) for key, values in problem.x.items()}
+        scale = unit if law.output in keys else 1.0
+        found = fit(replace(problem, x=x, y=problem.y * scale)).objective
+        assert found == pytest.approx(best * (scale**2 if law.residuals == "linear" else 1.0), rel=1e-5)
+
+
+def test_accuracy_may_be_linked_to_any_measure_that_falls() -> None:
+    flops = np.geomspace(1e20, 1e25, 40)
+    y = 0.25 + 0.6 / (1 + np.exp(-2.0 * (np.log10(flops) - 22.5)))
+    found = run(pd.DataFrame({"C": flops, "y": y}), Request("sigmoid_link", "L=-log10(C),y=y"))
+    assert found["parameters"] == pytest.approx({"low": 0.25, "span": 0.6, "k": 2.0, "L0": -22.5}, rel=1e-6)
+
+
 def test_row_order_and_repeated_points_do_not_matter() -> None:
     problem = simulated("chinchilla", 0.01, 2, delta=1e-3)
     order = np.random.default_rng(0).permutation(problem.n)
