@@ -40,12 +40,16 @@ def _parser() -> argparse.ArgumentParser:
     from analysis import compare_file, fitting
 
     own = {"fit": fitting.add_options, "compare": compare_file.add_options}
+    outputs = {
+        "frame": "the frame as .csv, .jsonl or .parquet", "tuning": "a Markdown file",
+        "fit": "with --data: the table with columns predicted and fitted, as .csv, .jsonl or .parquet",
+        **dict.fromkeys(("figures", "report", "paper", "kernels"), "the figures' folder"),
+    }  # fmt: skip
     parser = _Parser(prog="python -m analysis", description=__doc__)
     common = _Parser(add_help=False)
     common.add_argument("--results", type=Path, default=Path("results"), help="folder of runs/ and grids/")
     common.add_argument("--grid", help="one grid by name; otherwise all runs")
     common.add_argument("--json", action="store_true", help="one JSON document on stdout")
-    common.add_argument("--out", type=Path, help="where to write")
     verbs = parser.add_subparsers(required=True, metavar="frame|fit|compare|figures|report|tuning|paper|kernels")
     for name, function, words, example in (
         (
@@ -105,6 +109,8 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f"Example: python -m analysis {name} {example}",
         )
         verb.set_defaults(verb=function)
+        if name in outputs:
+            verb.add_argument("--out", type=Path, help=outputs[name])
         if name in own:
             own[name](verb)
     return parser
@@ -113,10 +119,11 @@ def _parser() -> argparse.ArgumentParser:
 def frame(options: argparse.Namespace) -> int:
     """Write the frame to a file, or to stdout as CSV or JSON."""
     from analysis.frame import load
+    from analysis.tables import write_table
 
     table = load(options.results, options.grid)
     if options.out is not None:
-        _write_table(table, options.out)
+        write_table(table, options.out)
         print(f"{options.out}: {len(table)} rows", file=sys.stderr)
     elif options.json:
         print(table.to_json(orient="records"))
@@ -125,26 +132,14 @@ def frame(options: argparse.Namespace) -> int:
     return 0
 
 
-def _write_table(table: Any, path: Path) -> None:
-    writers = {
-        ".csv": lambda: table.to_csv(path, index=False),
-        ".jsonl": lambda: table.to_json(path, orient="records", lines=True),
-        ".parquet": lambda: table.to_parquet(path, index=False),
-    }
-    if path.suffix not in writers:
-        raise InputError(f"--out {path}: suffix is {path.suffix!r}, allowed: {', '.join(writers)}")
-    try:
-        writers[path.suffix]()
-    except OSError as error:
-        raise InputError(f"--out {path}: cannot be written: {error.strerror or error}") from None
-
-
 def fit(options: argparse.Namespace) -> int:
     """A law on a file (--law, --data, --columns), or the fits of one grid's outcomes."""
     if options.law is not None or options.data is not None:
         from analysis.fitting import main as fit_file
 
         return fit_file(options, _finite)
+    if options.out is not None:
+        raise InputError("--out: only with --law, --data and --columns")
     from analysis.runs import read_runs
     from analysis.trends import trends
 
@@ -224,7 +219,10 @@ def tuning(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(_finite([asdict(choice) for choice in choices(runs)])))
     elif options.out is not None:
-        options.out.write_text(markdown(runs))
+        try:
+            options.out.write_text(markdown(runs))
+        except OSError as error:
+            raise InputError(f"--out {options.out}: cannot be written: {error.strerror}") from None
     else:
         print(markdown(runs), end="")
     return 0

@@ -17,7 +17,7 @@ from analysis.errors import InputError
 from analysis.fit import AGREED, Fit, Problem, fit
 from analysis.inputs import chosen, evaluate, expressions, groups, number, numbers, prepared, problem
 from analysis.laws import LAWS, Law, law
-from analysis.tables import read_table
+from analysis.tables import read_table, write_table
 from analysis.uncertainty import (
     Bootstrap,
     HeldOut,
@@ -58,6 +58,7 @@ class Request:
     diagnostics: bool = False
     figure: Path | None = None
     group: str | None = None
+    out: Path | None = None
     source: str = ""
 
 
@@ -127,6 +128,14 @@ def run(table: pd.DataFrame, asked: Request) -> dict[str, Any]:
     table = prepared(table)
     columns = expressions(asked.columns)
     rows = chosen(table, asked.where, "--where")
+    result = _documents(rows, table, columns, asked)
+    if asked.out is not None:
+        write_table(_with_predictions(result, rows, table, columns, asked), asked.out)
+    return result
+
+
+def _documents(rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, str], asked: Request) -> dict[str, Any]:
+    """One law's document; of isoFLOP groups all parabolas, of the joint laws the selected one among all."""
     if asked.group is not None:
         if asked.law != "isoflop":
             raise InputError(f"--group: got law {asked.law!r}, allowed: isoflop")
@@ -281,6 +290,19 @@ def _predictions(found: Fit, entry: Law, rows: pd.DataFrame, columns: Mapping[st
         {"row": row, "predicted": float(p), "observed": float(o), "relative_error": float(p / o - 1)}
         for row, p, o in zip(index, predicted, observed, strict=True)
     ]
+
+
+def _with_predictions(
+    result: Mapping[str, Any], rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, str], asked: Request
+) -> pd.DataFrame:
+    """The whole table with the law's `predicted`, missing where an input is, and whether a row was `fitted`."""
+    entry = chosen_law(result["law"], columns, asked)
+    _, used = data(entry, rows, columns, asked)
+    inputs = {name: number(table, columns[name], f"--columns: {name}") for name in entry.inputs}
+    with np.errstate(all="ignore"):
+        predicted = np.broadcast_to(entry.value(result["parameters"], inputs), len(table))
+    known = np.isfinite(np.stack(list(inputs.values()))).all(0)
+    return table.assign(predicted=np.where(known, predicted, np.nan), fitted=table.index.isin(used.index))
 
 
 def _diagnostics(found: Fit, used: pd.DataFrame) -> dict[str, Any]:

@@ -44,7 +44,12 @@ def expressions(text: str) -> dict[str, str]:
 
 def prepared(table: pd.DataFrame) -> pd.DataFrame:
     """A plain index, and numbers as floats: integers would overflow in products such as 6 N D."""
-    table = table.reset_index(drop=True).copy()
+    return _as_floats(table.reset_index(drop=True))
+
+
+def _as_floats(table: pd.DataFrame) -> pd.DataFrame:
+    """Columns that hold nothing but numbers, as text or not, as floats."""
+    table = table.copy()
     for column in table.columns:
         series = table[column]
         if pd.api.types.is_bool_dtype(series):
@@ -78,8 +83,8 @@ def number(table: pd.DataFrame, expression: str, option: str) -> np.ndarray:
     """An expression's values as floats (n,), NaN where missing; InputError where it gives something else."""
     series = evaluate(table, expression, option)
     if not pd.api.types.is_numeric_dtype(series):
-        bad = next((value for value in series if not _is_number(value)), series.iloc[0] if len(series) else None)
-        raise InputError(f"{option}: {expression}: {bad!r} is not a number")
+        row, bad = next((item for item in series.items() if not _is_number(item[1])), (0, None))
+        raise InputError(f"{option}: {expression}: {bad!r} is not a number (row {row})")
     return series.to_numpy(float, na_value=np.nan)
 
 
@@ -94,7 +99,7 @@ def groups(table: pd.DataFrame, expression: str | None, option: str) -> np.ndarr
 
 
 def chosen(table: pd.DataFrame, condition: str | None, option: str) -> pd.DataFrame:
-    """The rows for which a condition holds; all without one."""
+    """The rows for which a condition holds, numbers as floats where words are left out; all without one."""
     if condition is None:
         return table
     mask = evaluate(table, condition, option)
@@ -102,7 +107,7 @@ def chosen(table: pd.DataFrame, condition: str | None, option: str) -> pd.DataFr
         raise InputError(f"{option}: {condition!r} gives {mask.dtype}, allowed: a condition, true or false by row")
     if not mask.any():
         raise InputError(f"{option}: no row satisfies {condition!r}")
-    return table[mask]
+    return _as_floats(table[mask])
 
 
 def numbers(table: pd.DataFrame, columns: Mapping[str, str], drop_missing: bool) -> tuple[pd.DataFrame, list[int]]:

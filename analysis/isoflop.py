@@ -25,7 +25,7 @@ from analysis.uncertainty import standard_errors
 
 SAME_BUDGET = 1.05
 """Runs whose FLOPs differ by less than this ratio from the least of them share a budget."""
-NOT_BY_BUDGET = ("predict", "cluster", "strata", "holdout_by")
+NOT_BY_BUDGET = ("predict", "cluster", "strata", "holdout_by", "out")
 
 
 def budgets(flops: np.ndarray) -> np.ndarray:

@@ -3,37 +3,78 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import pandas as pd
 
 from analysis.errors import InputError
 
-FORMATS = ".csv, .tsv, .jsonl, .json (an array of objects) or .parquet, all but parquet also with .gz"
+FORMATS = ".csv, .tsv, .jsonl, .json or .parquet, all but parquet also with .gz, .bz2, .xz or .zip"
+COMPRESSED = (".gz", ".bz2", ".xz", ".zip")
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """The table in a file, by its suffix; InputError if it is absent, empty, of another kind or malformed."""
+    """The table in a file, by its suffix; InputError if it is absent, empty, of another kind or malformed.
+
+    A .csv may be separated by commas, semicolons, tabs or bars; a .json may hold an array of objects, or one a line.
+    Named indexes of parquet are columns.
+    """
     if not path.is_file():
-        raise InputError(f"{path}: no such file")
-    suffix = Path(path.name.removesuffix(".gz")).suffix
+        raise InputError(f"{path}: {'a folder, allowed: a file' if path.is_dir() else 'no such file'}")
+    suffix = Path(path.stem).suffix if path.suffix in COMPRESSED else path.suffix
     try:
         if suffix in (".csv", ".tsv"):
-            table = pd.read_csv(path, sep="," if suffix == ".csv" else "\t")
+            table = pd.read_csv(path, sep="\t" if suffix == ".tsv" else _separator(path))
         elif suffix in (".jsonl", ".json", ".ndjson"):
-            table = pd.read_json(path, lines=suffix != ".json")
-        elif suffix in (".parquet", ".pq"):
+            table = _read_json_table(path, suffix)
+        elif path.suffix in (".parquet", ".pq"):
             table = pd.read_parquet(path)
+            table = table.reset_index([name for name in table.index.names if name is not None])
         else:
             raise InputError(f"{path}: suffix is {suffix or 'missing'!r}, allowed: {FORMATS}")
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, EOFError, BadZipFile) as error:
         raise InputError(f"{path}: not readable as {suffix}: {str(error).splitlines()[0]}") from None
     if table.empty:
         raise InputError(f"{path}: no rows")
     return table
+
+
+def _separator(path: Path) -> str:
+    """Of the usual separators the one that cuts the header into the most columns; a comma where none does."""
+    return max(",;\t|", key=lambda separator: len(pd.read_csv(path, sep=separator, nrows=0).columns))
+
+
+def _read_json_table(path: Path, suffix: str) -> pd.DataFrame:
+    if suffix == ".json":
+        try:
+            return pd.read_json(path)
+        except ValueError as error:
+            if "Trailing data" not in str(error):
+                raise
+    return pd.read_json(path, lines=True)
+
+
+def write_table(table: pd.DataFrame, path: Path) -> None:
+    """The table as .csv, .jsonl or .parquet, whole or not at all; InputError if it cannot be written there."""
+    writers = {
+        ".csv": lambda beside: table.to_csv(beside, index=False),
+        ".jsonl": lambda beside: table.to_json(beside, orient="records", lines=True),
+        ".parquet": lambda beside: table.to_parquet(beside, index=False),
+    }
+    if path.suffix not in writers:
+        raise InputError(f"--out {path}: suffix is {path.suffix!r}, allowed: {', '.join(writers)}")
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        writers[path.suffix](beside)
+        beside.replace(path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(f"--out {path}: cannot be written: {error.strerror or error}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:

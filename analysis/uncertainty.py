@@ -12,6 +12,7 @@ from analysis.solve import huber, minimise, objective
 
 OPEN_AFTER = 12.0
 """A profile that has not risen enough this far from the optimum (in theta: a factor e^12) is open."""
+DRAWS_AT_ONCE = 1000
 
 
 @dataclass(frozen=True)
@@ -56,20 +57,25 @@ def bootstrap(
 
     Every refit starts from the two best of the fit's bank for its own draw, so another optimum can be reached.
     """
-    problem = found.problem
-    counts = _counts(problem.n, draws, np.random.default_rng(seed), clusters, strata)
+    problem, generator = found.problem, np.random.default_rng(seed)
     units = problem.n if clusters is None else len(np.unique(clusters))
-    counts = counts[(counts > 0).sum(1) > len(problem.free)]
-    if not len(counts):
-        return Bootstrap(
-            {name: np.array([]) for name in problem.law.names}, np.empty((0, len(found.theta))), draws, units
-        )
-    weights = counts * problem.w
+    parts = []
+    for start in range(0, draws, DRAWS_AT_ONCE):
+        counts = _counts(problem.n, min(DRAWS_AT_ONCE, draws - start), generator, clusters, strata)
+        counts = counts[(counts > 0).sum(1) > len(problem.free)]
+        if len(counts):
+            parts.append(_refitted(found, counts * problem.w))
+    theta = np.concatenate([np.empty((0, len(found.theta))), *parts])
+    return Bootstrap(problem.natural(theta), theta, draws, units)
+
+
+def _refitted(found: Fit, weights: np.ndarray) -> np.ndarray:
+    """The optimum under each row of weights (draws, n), as theta (draws, p)."""
+    problem = found.problem
     losses = huber(problem.residual(found.bank)[0], problem.delta)
     order = np.argsort(weights @ np.nan_to_num(losses, nan=np.inf, posinf=1e300).T, 1)[:, :2]
     tries = [minimise(problem.residual, found.bank[order[:, i]], weights, problem.delta) for i in range(order.shape[1])]
-    theta = np.where((tries[0][1] <= tries[-1][1])[:, None], tries[0][0], tries[-1][0])
-    return Bootstrap(problem.natural(theta), theta, draws, units)
+    return np.asarray(np.where((tries[0][1] <= tries[-1][1])[:, None], tries[0][0], tries[-1][0]))
 
 
 def _counts(
@@ -294,7 +300,7 @@ def hold_out(problem: Problem, size: np.ndarray, share: float, rule: str, seed: 
     order = np.unique(size)[::-1]
     rows = np.zeros(problem.n, bool)
     for value in order:
-        rows |= size >= value * (1 - 1e-9)
+        rows |= size >= value - 1e-9 * abs(value)
         if rows.sum() >= share * problem.n:
             break
     nothing = np.array([])

@@ -63,14 +63,64 @@ def test_text_prints_the_held_out_score_beside_the_law(data: Path, capsys: pytes
 
 def test_every_format_gives_the_same_fit(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frame = pd.read_csv(data)
-    frame.to_parquet(tmp_path / "runs.parquet")
-    frame.to_json(tmp_path / "runs.jsonl", orient="records", lines=True, double_precision=15)
-    found = [
-        json.loads(call(path, capsys, "--law", "chinchilla", "--columns", GOOD, "--json")[1])["parameters"]
-        for path in (data, tmp_path / "runs.parquet", tmp_path / "runs.jsonl")
-    ]
-    assert found[1] == pytest.approx(found[0], rel=1e-6)
-    assert found[2] == pytest.approx(found[0], rel=1e-6)
+    lines = {"orient": "records", "lines": True, "double_precision": 15}
+    frame.to_parquet(tmp_path / "plain.parquet")
+    frame.set_index("Training FLOP").to_parquet(tmp_path / "indexed.parquet")
+    frame.to_json(tmp_path / "runs.jsonl", **lines)
+    frame.to_json(tmp_path / "lines.json", **lines)
+    frame.to_json(tmp_path / "array.json", orient="records", double_precision=15)
+    frame.rename(columns={"run name": "run; name"}).to_csv(tmp_path / "indexed.csv")
+    frame.to_csv(tmp_path / "semicolons.csv", sep=";", encoding="utf-8-sig")
+    frame.to_csv(tmp_path / "tabs.csv", sep="\t")
+    for ending in (".gz", ".bz2", ".xz", ".zip"):
+        frame.to_csv(tmp_path / f"runs.csv{ending}", index=False)
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 13
+    found = [json.loads(call(path, capsys, "--law", "chinchilla", "--columns", GOOD, "--json")[1]) for path in files]
+    for path, document in zip(files, found, strict=True):
+        assert document["parameters"] == pytest.approx(found[0]["parameters"], rel=1e-6), path
+
+
+def test_words_among_numbers_can_be_left_out(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = pd.read_csv(data).astype(object)
+    frame.loc[3, "L"] = "diverged"
+    frame.to_csv(data, index=False)
+    options = ("--law", "chinchilla", "--columns", GOOD, "--json")
+    assert "'diverged' is not a number (row 3)" in call(data, capsys, *options)[2]
+    assert json.loads(call(data, capsys, *options, "--where", "L != 'diverged'")[1])["n"] == 79
+
+
+def test_one_laws_predictions_are_the_next_ones_input(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    frame = pd.read_csv(data)
+    frame["error"] = 0.9 - 2.2 * np.exp(-0.7 * frame["L"])
+    frame.to_csv(data, index=False)
+    large = "`Model Size` >= 5e9"
+    law = ("--law", "chinchilla", "--columns", GOOD, "--where", f"not ({large})")
+    fitted = json.loads(call(data, capsys, *law, "--out", str(tmp_path / "next.csv"), "--predict", large, "--json")[1])
+    written = pd.read_csv(tmp_path / "next.csv")
+    assert len(written) == len(frame)
+    assert (~written["fitted"]).equals(frame["Model Size"] >= 5e9)
+    asked = [item["row"] for item in fitted["predictions"]]
+    assert written["predicted"][asked].to_list() == pytest.approx([i["predicted"] for i in fitted["predictions"]])
+    link = ("--law", "exponential_link", "--columns", "L=L.where(fitted, predicted),y=error", "--where", "fitted")
+    document = json.loads(call(tmp_path / "next.csv", capsys, *link, "--predict", "not fitted", "--json")[1])
+    assert document["parameters"] == pytest.approx({"eps": 0.9, "k": 2.2, "gamma": 0.7}, rel=1e-6)
+    exact = [0.9 - 2.2 * np.exp(-0.7 * loss) for loss in written["predicted"][~written["fitted"]]]
+    assert [item["predicted"] for item in document["predictions"]] == pytest.approx(exact)
+
+
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = sorted(tmp_path.iterdir())
+    for out, message in (("no/folder/x.csv", "cannot be written"), ("x.xlsx", "allowed: .csv, .jsonl, .parquet")):
+        code, shown, error = call(data, capsys, "--law", "chinchilla", "--columns", GOOD, "--out", str(tmp_path / out))
+        assert (code, shown, error.count("\n")) == (2, "", 1)
+        assert message in error
+    assert sorted(tmp_path.iterdir()) == before
+    assert "a folder, allowed: a file" in call(tmp_path, capsys, "--law", "power", "--columns", "x=x,y=y")[2]
 
 
 def test_index_of_the_table_does_not_matter() -> None:
