@@ -174,13 +174,16 @@ def trend_figure(found: Scene, folder: Path) -> list[Path]:
                 [min(values), max(values)], [min(values), max(values)], color="#888888", linewidth=0.8, linestyle=":"
             )
             bottom.axhline(0, color="#888888", linewidth=0.8, linestyle=":")
-            for base, label, seen, fitted in trend.points:
+            for base, label, seen, low, high, fitted in trend.points:
                 look, fill = found.looks[label], FILLS[found.bases.index(base) % len(FILLS)]
-                tables = [other for other in found.looks if other.split()[0] == label.split()[0]]
-                marks: dict[str, Any] = {"color": look.color, "fillstyle": fill, "markersize": 5 + tables.index(label)}
+                marks: dict[str, Any] = {"color": look.color, "fillstyle": fill, "markersize": look.size}
                 named = f"{base} {label}" if len(found.looks) <= LEGEND else label.split()[0]
                 top.plot([seen], [fitted], look.marker, label=named, **marks)
                 bottom.plot([seen], [100 * (fitted / seen - 1)], look.marker, **marks)
+                top.plot([low, high], [fitted, fitted], color=look.color, linewidth=1)
+                bottom.plot(
+                    [seen, seen], [100 * (fitted / end - 1) for end in (low, high)], color=look.color, linewidth=1
+                )
             if trend.held_out:
                 seen, guess = float(trend.held_out["observed"]), float(trend.held_out["predicted"])
                 ring: dict[str, Any] = {"color": "#D55E00", "markerfacecolor": "none", "markersize": 11}
@@ -193,8 +196,9 @@ def trend_figure(found: Scene, folder: Path) -> list[Path]:
             bottom.set_ylabel("fitted − observed, %" if column == 0 else "")
             bottom.set_xlabel(trend.outcome)
         note = (
-            "ln y = a + b ln(1 + M/N) + c ln N, least squares over runs; points: geometric means of cells. Ring: the "
-            "cell with the largest table as predicted from the others before the fit drawn."
+            "ln y = a + b ln(1 + M/N) + c ln N, least squares over runs; points: geometric means of cells, 95 % "
+            f"t-intervals from {MIN_PAIRS} runs on. Ring: the cell with the largest table as predicted from the "
+            "others before the fit drawn."
         )
         style.legend_above(drawn, axes)
         return style.save(drawn, folder, "trend-fit", found.note(note))
@@ -210,8 +214,10 @@ def plan_figure(found: Scene, folder: Path) -> list[Path]:
     with style.figure(1, 1, width=4.2, height=3.8) as (drawn, (axis,)):
         named = dict(zip(found.table["run"], found.table["label"], strict=True))
         times = [(run.predicted_wall_s or 0.0, run.last("wall_s"), found.looks[named[run.name]]) for run in runs]
-        for predicted, measured, look in times:
-            axis.plot([predicted], [measured], look.marker, color=look.color)
+        for (predicted, measured, look), run in zip(times, runs, strict=True):
+            label = found.named(str(named[run.name]))
+            axis.plot([predicted], [measured], look.marker, color=look.color, markersize=look.size, label=label)
+        style.legend_above(drawn, [axis])
         seconds = [time for pair in times for time in pair[:2]]
         ends = min(seconds) / 2, max(seconds) * 2
         axis.plot(ends, ends, color="#888888", linewidth=0.8, linestyle=":")

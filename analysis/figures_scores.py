@@ -98,6 +98,8 @@ def final_scores_figure(found: Scene, folder: Path) -> list[Path]:
             f"side; all are in the table of: python -m analysis report --grid {found.grid}"
         )
 
+    from matplotlib.ticker import MaxNLocator
+
     def panel(axis: Axes, _: str, key: str) -> None:
         position = 0
         for base in bases:
@@ -109,6 +111,7 @@ def final_scores_figure(found: Scene, folder: Path) -> list[Path]:
                 position += 1
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.5, -0.5)
+        axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.set_xlabel(_named(key))
 
     panels, height = [("", key) for key in _keys(found)], 0.9 + 0.25 * len(names)

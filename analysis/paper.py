@@ -8,10 +8,11 @@ figure).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import pandas as pd
 
 from analysis import style
@@ -98,6 +99,7 @@ def draw(results: Path, folder: Path) -> dict[str, list[Path]]:
 
 def _figure1(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Path]:
     """Scores of the 1.3b base against memory rows."""
+    shown = _shown(mine[mine["base"] == "1.3b"], PANELS)
     with style.figure(1, 4, width=11.0, height=3.0) as (drawn, axes):
         for axis, (task, metric, title) in zip(axes, PANELS, strict=True):
             scale = 1 if metric == "nll" else 100
@@ -110,18 +112,19 @@ def _figure1(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
             for value in part[part["table"] == "Figure 1 (dashed)"]["value"]:
                 axis.axhline(value * scale, color="#777777", linestyle="--", linewidth=1,
                              label="Llama 2 7B, 2T tokens, published (C)")  # fmt: skip
-            matching = mine[(mine["base"] == "1.3b") & (mine["task"] == task) & (mine["metric"] == metric)]
+            matching = shown[(shown["task"] == task) & (shown["metric"] == metric)]
             _ours(axis, matching, lambda row: _place(row["memory_rows"]), scale)
             axis.set_xticks([18, 20, 22, 24, 26], ["0", "2$^{20}$", "2$^{22}$", "2$^{24}$", "2$^{26}$"])
             axis.set_xlabel("memory rows, 1.3b base, 1T tokens")
             axis.set_title(title, loc="left")
         style.legend_above(drawn, axes)
-        return style.save(drawn, folder, "figure1", f"{LETTERS} {TRAPS} Source: arXiv:2412.09764{_also(mine)}.")
+        return style.save(drawn, folder, "figure1", f"{LETTERS} {TRAPS} Source: arXiv:2412.09764{_also(shown)}.")
 
 
 def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Path]:
     """Scores against the base's size, from table 1; tables of about 2^20 rows."""
     at = {base: index for index, base in enumerate(BASES)}
+    shown = _shown(mine[mine["base"].isin(BASES) & (mine["memory_rows"] <= 2**20)], PANELS[:2])
     with style.figure(1, 2, width=7.6, height=3.4) as (drawn, axes):
         for axis, (task, metric, title) in zip(axes, PANELS[:2], strict=True):
             part = theirs[(theirs["table"] == "Table 1") & (theirs["task"] == task) & (theirs["metric"] == metric)]
@@ -133,8 +136,8 @@ def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
                     axis.plot(rows["place"], rows["value"] * 100, color=style.COLOURS[family], mfc="white", ls=":",
                               lw=1, marker=style.MARKERS[family], label=f"{family}, published")  # fmt: skip
                     _letters(axis, rows["place"], rows["value"] * 100, rows["letter"])
-            matching = mine[mine["base"].isin(BASES) & (mine["task"] == task) & (mine["metric"] == metric)]
-            _ours(axis, matching[matching["memory_rows"] <= 2**20], lambda row: at[row["base"]], 100)
+            matching = shown[(shown["task"] == task) & (shown["metric"] == metric)]
+            _ours(axis, matching, lambda row: at[row["base"]], 100)
             axis.set_xticks(list(at.values()), list(at))
             axis.set_xlabel("base, 1T tokens")
             axis.set_title(title, loc="left")
@@ -144,7 +147,13 @@ def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
             "base or of 373m Memory. Dotted lines lead the eye. Mixtures: expert choice in training, top-1 in "
             "evaluation. Source: arXiv:2412.09764"
         )
-        return style.save(drawn, folder, "accuracy-base-size", f"{note}{_also(mine)}.")
+        return style.save(drawn, folder, "accuracy-base-size", f"{note}{_also(shown)}.")
+
+
+def _shown(mine: pd.DataFrame, panels: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
+    """Our scores that have a panel."""
+    asked = [mine["task"].eq(task) & mine["metric"].eq(metric) for task, metric, _ in panels]
+    return mine[np.logical_or.reduce(asked)]
 
 
 def _also(mine: pd.DataFrame) -> str:

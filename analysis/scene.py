@@ -161,9 +161,9 @@ def line_of(axis: Axes, found: Scene, label: str, part: pd.DataFrame, x: str, y:
     look = found.looks[label]
     groups = sorted(((float(group[x].mean()), group) for _, group in part.groupby("base")), key=lambda item: item[0])
     axis.plot([at for at, _ in groups], [group[y].mean() for _, group in groups], color=look.color,
-              linestyle=look.linestyle, marker=look.marker, label=found.named(label))  # fmt: skip
+              linestyle=look.linestyle, marker=look.marker, markersize=look.size, label=found.named(label))  # fmt: skip
     for at, group in groups:
-        dot(axis, at, group[y].to_numpy(float), look, markerfacecolor=face(look, group, y))
+        dot(axis, at, group[y].to_numpy(float), look, markerfacecolor=face(look, group, y), markersize=look.size)
 
 
 def face(look: style.Look, group: pd.DataFrame, key: str) -> str:
@@ -175,17 +175,15 @@ def variant_points(axis: Axes, found: Scene, part: pd.DataFrame, x: str, y: str)
     """One point per variant; members of a family differ in size and are named beside the point."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    ranks: dict[str, int] = {}
     for label, group in part.groupby("label", sort=False):
         family, look, at = str(group["family"].iloc[0]), found.looks[str(label)], float(group[x].mean())
-        rank = ranks[family] = ranks.get(family, -1) + 1
-        marks: dict[str, Any] = {"color": look.color, "marker": look.marker, "markersize": 4 + 1.5 * rank}
+        marks: dict[str, Any] = {"color": look.color, "marker": look.marker, "markersize": look.size}
         axis.plot([], [], label=found.named(str(label)), linestyle="none", **marks)
         beside: dict[str, Any] = {"xytext": (-6, -2), "ha": "right"} if family == "dense" else {"xytext": (6, -2)}
         if np.isfinite(at):
-            dot(axis, at, group[y].to_numpy(float), look, markersize=marks["markersize"])
+            dot(axis, at, group[y].to_numpy(float), look, markersize=look.size)
             axis.annotate(str(label).removeprefix(family).strip(), (at, float(group[y].mean())), fontsize=6,
                           color="#555555", textcoords="offset points", **beside)  # fmt: skip
-    axis.margins(x=0.12)
+    axis.margins(x=0.2)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -43,11 +43,12 @@ class Look:
     marker: str
     linestyle: str
     alpha: float
+    size: float
 
 
 def looks(variants: list[tuple[str, str]]) -> dict[str, Look]:
     """Label -> look, for (family, label) pairs in drawing order: families by colour and marker, members by
-    line style."""
+    line style and the marker's size."""
     unknown = [family for family in dict.fromkeys(family for family, _ in variants) if family not in COLOURS]
     colours = COLOURS | {family: SPARE[i % len(SPARE)] for i, family in enumerate(unknown)}
     seen: dict[str, int] = {}
@@ -56,7 +57,9 @@ def looks(variants: list[tuple[str, str]]) -> dict[str, Look]:
         rank = seen.get(family, 0)
         seen[family] = rank + 1
         alpha = 1.0 if rank == 0 else max(0.5, 1 - 0.2 * rank)
-        found[label] = Look(colours[family], MARKERS.get(family, "X"), STYLES[rank % len(STYLES)], alpha)
+        found[label] = Look(
+            colours[family], MARKERS.get(family, "X"), STYLES[rank % len(STYLES)], alpha, 4 + 1.5 * min(rank, 5)
+        )
     return found
 
 
@@ -95,11 +98,23 @@ def legend_above(drawn: Figure, axes: list[Axes]) -> None:
 
 
 def log_axis(axis: Axes) -> None:
-    """A logarithmic x axis whose labels do not collide: decades, or 1-2-5 where there are few decades."""
-    from matplotlib.ticker import LogFormatterSciNotation, LogLocator, NullFormatter
+    """A logarithmic x axis whose labels do not collide: decades, 1-2-5 where there are few, plain steps within one."""
+    from matplotlib.ticker import (
+        EngFormatter,
+        LogFormatterSciNotation,
+        LogLocator,
+        MaxNLocator,
+        NullFormatter,
+        NullLocator,
+    )
 
     axis.set_xscale("log")
     low, high = axis.get_xlim()
+    if high / low < 5:
+        axis.xaxis.set_major_locator(MaxNLocator(3))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+        return
     few = high / low < 50
     axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if few else (1.0,)))
     if low >= 0.01 and high <= 1e4:

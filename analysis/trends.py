@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 
-from analysis.compare import bits_at, final_scores
+from analysis.compare import bits_at, final_scores, paired
 from analysis.runs import Run, partners, summary
 
 TERMS = ("constant", "ln(1 + M/N)", "ln N")
@@ -31,8 +31,8 @@ class Trend:
     estimates: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     not_identified: tuple[str, ...] = ()
     held_out: dict[str, float | str] = field(default_factory=dict)
-    points: tuple[tuple[str, str, float, float], ...] = ()
-    """By cell: base, label, and geometric means of the observed and fitted outcome."""
+    points: tuple[tuple[str, str, float, float, float, float], ...] = ()
+    """By cell: base, label, geometric mean of the outcome with its 95 % t-interval (NaN for few runs), and fitted."""
 
 
 def trends(runs: list[Run]) -> list[Trend]:
@@ -94,9 +94,13 @@ def _fit(outcome: str, family: str, table: pd.DataFrame, left_out: str) -> Trend
     found = {name: (float(e), float(a), float(b)) for name, e, a, b in zip(names, estimate, low, high, strict=True)}
     fitted = x[:, kept] @ estimate
     points = tuple(
-        (str(first["base"]), str(first["label"]), float(np.exp(y[rows].mean())), float(np.exp(fitted[rows].mean())))
+        (
+            str(first["base"]),
+            str(first["label"]),
+            *np.exp([seen.mean, seen.low, seen.high, fitted[rows].mean()]).tolist(),
+        )
         for rows in (cells == cell for cell in np.unique(cells))
-        for first in (table[rows].iloc[0],)
+        for first, seen in ((table[rows].iloc[0], paired(y[rows])),)
     )
     return Trend(outcome, family, len(y), unique, left_out, found, open_terms, _held_out(table, x, y, cells), points)
 
