@@ -188,7 +188,8 @@ def document(
     draws = _bootstrap(found, used, asked)
     divisor = posed.n if asked.minimize == "mean" else 1
     result: dict[str, Any] = {
-        "law": entry.name, "formula": entry.formula, "n": posed.n, "parameters": found.parameters,
+        "law": entry.name, "formula": entry.formula, "source": entry.source, "n": posed.n,
+        "parameters": found.parameters, "meaning": {p.name: p.meaning for p in entry.parameters},
         "objective": found.objective / divisor, "minimize": asked.minimize, "residuals": entry.residuals,
         "huber": asked.huber, "seed": asked.seed,
         "intervals": {p.name: list(draws.interval(p.name) if draws else profiles[p.name]) for p in posed.free},
@@ -322,14 +323,14 @@ def _diagnostics(found: Fit, used: pd.DataFrame) -> dict[str, Any]:
 def text(result: Mapping[str, Any]) -> str:
     """A document as lines for a terminal."""
     lines = [
-        f"{result['law']}: {result['formula']}",
+        f"{result['law']}: {result['formula']} (source: {result['source']})",
         f"n {result['n']}, objective {result['objective']:.7g} ({result['minimize']})",
     ]
     for name, value in result["parameters"].items():
         low, high = result["intervals"].get(name, (value, value))
         known = result["identified"].get(name)
-        note = "fixed" if known is None else "" if known else "not identified"
-        lines.append(f"  {name:8} {value:<12.6g} [{low:.6g}, {high:.6g}] {note}".rstrip())
+        note = " fixed" if known is None else "" if known else " not identified"
+        lines.append(f"  {name:8} {value:<12.6g} {f'[{low:.6g}, {high:.6g}]{note}':36} {result['meaning'][name]}")
     lines.append(f"  intervals: {result['interval_kind']}")
     held = result["holdout"]
     if held["n"]:
@@ -359,5 +360,6 @@ def main(options: argparse.Namespace, finite: Any) -> int:
         if candidates:
             print("\n".join(text(item) for item in candidates))
         if "selected" in result:
+            print("\n".join(f"left out: {name}: {reason}" for name, reason in result["refused"].items()))
             print(f"selected: {result['selected']} ({result['rule']})")
     return 0
