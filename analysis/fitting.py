@@ -337,11 +337,24 @@ def text(result: Mapping[str, Any]) -> str:
         lines.append(
             f"  held out ({held['n']} {held['rule']}): mean |relative error| {held['mean_abs_relative_error']:.4%}"
         )
+    if "diagnostics" in result:
+        lines += _diagnostics_text(result["diagnostics"])
     lines += [f"  warning: {line}" for line in result["warnings"]]
     for item in result.get("predictions", []):
         words = f"predicted {item['predicted']:.6g}, observed {item['observed']:.6g}"
         lines.append(f"  row {item['row']}: {words}, error {item['relative_error']:+.4%}")
     return "\n".join(lines)
+
+
+def _diagnostics_text(found: Mapping[str, Any]) -> list[str]:
+    """The points that say most, and how far each parameter moves when one point is left out."""
+    most, worst = int(np.argmax(found["leverage"])), int(np.argmax(np.abs(found["left_out_residual"])))
+    ranges = (f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in found["parameters_without_a_point"].items())
+    return [
+        f"  largest leverage: {found['leverage'][most]:.3g} (row {found['row'][most]}); "
+        f"largest residual when left out: {found['left_out_residual'][worst]:+.3g} (row {found['row'][worst]})",
+        f"  without any one point: {', '.join(ranges)}",
+    ]
 
 
 def main(options: argparse.Namespace, finite: Any) -> int:

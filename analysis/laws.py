@@ -142,11 +142,11 @@ def _data_constrained(p: Values, x: Inputs) -> Any:
 
     expm1, because 1 - exp(-x) of a large Rn or Rd is rounding noise that a fit would follow.
     """
-    g = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1.0 / (p["alpha"] + p["beta"]))
-    best_n = minimum(g * exp(log(g * x["U"]) * p["beta"] / p["alpha"]), x["N"])
-    surplus, repeats = x["N"] / best_n - 1.0, np.maximum(x["D"] / x["U"] - 1.0, 0.0)
-    n = best_n - best_n * p["Rn"] * expm1(-surplus / p["Rn"])
     fresh = np.minimum(x["U"], x["D"])
+    g = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1.0 / (p["alpha"] + p["beta"]))
+    best_n = minimum(g * exp(log(g * fresh) * p["beta"] / p["alpha"]), x["N"])
+    surplus, repeats = x["N"] / best_n - 1.0, x["D"] / fresh - 1.0
+    n = best_n - best_n * p["Rn"] * expm1(-surplus / p["Rn"])
     d = fresh - fresh * p["Rd"] * expm1(-repeats / p["Rd"])
     return p["E"] + p["A"] * n ** -p["alpha"] + p["B"] * d ** -p["beta"]
 
@@ -156,7 +156,7 @@ DATA_CONSTRAINED = Law(
     "L = E + A N'^-alpha + B D'^-beta, D' = U + U Rd (1 - exp(-(D/U - 1)/Rd)), "
     "N' likewise with Rn above the N that is optimal for U",
     "Muennighoff et al. 2023 (arXiv 2305.16264), equations 5 and 6",
-    {"N": "parameters", "D": "training tokens, repeats included", "U": "unique tokens"}, "L",
+    {"N": "parameters", "D": "training tokens, repeats included", "U": "unique tokens available"}, "L",
     (
         Parameter("A", "nats params^alpha"), Parameter("B", "nats tokens^beta"), _e(),
         Parameter("alpha", "exponent of parameters", start=(0.15, 0.8)),

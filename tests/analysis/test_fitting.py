@@ -147,6 +147,18 @@ def test_column_expressions_split_where_they_should(text: str, parsed: dict[str,
     assert expressions(text) == parsed
 
 
+def test_diagnostics_are_told_in_text_too(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = pd.read_csv(data)
+    frame.loc[11, "L"] *= 1.3
+    frame.to_csv(data, index=False)
+    out = call(data, capsys, "--law", "chinchilla", "--columns", GOOD, "--diagnostics")[1]
+    assert "largest residual when left out: -0.2" in out
+    assert "(row 11)" in out
+    assert "without any one point: A " in out
+    assert "Hoffmann et al. 2022" in out
+    assert "exponent of tokens" in out
+
+
 def test_fixed_parameters_stay(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--law", "chinchilla", "--columns", GOOD, "--fix", "beta=0.4", "--json")
     document = json.loads(call(data, capsys, *options)[1])

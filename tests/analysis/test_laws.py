@@ -62,6 +62,8 @@ def test_data_constrained_is_chinchilla_for_one_epoch_of_an_optimal_model() -> N
     n = np.array([1e7, 1e8])
     ours = LAWS["data_constrained"].value(p, {"N": n, "D": d, "U": d})
     np.testing.assert_allclose(ours, LAWS["chinchilla"].value(p, {"N": n, "D": d}), rtol=1e-12)
+    plenty = LAWS["data_constrained"].value(p, {"N": n, "D": d, "U": 7 * d})
+    np.testing.assert_array_equal(plenty, ours)
     repeated = LAWS["data_constrained"].value(p, {"N": n, "D": 100 * d, "U": d})
     fresh = LAWS["chinchilla"].value(p, {"N": n, "D": d * (1 + p["Rd"])})
     assert (repeated > fresh).all()
