@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,13 +21,18 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; gives the exit code."""
     try:
         options = _parser().parse_args(arguments)
-        return int(options.verb(options))
+        code = int(options.verb(options))
+        sys.stdout.flush()
+        return code
     except InputError as error:
         print(f"analysis: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("analysis: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, as `head`, has had enough; what Python flushes at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 class _Parser(argparse.ArgumentParser):

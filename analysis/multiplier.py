@@ -46,13 +46,21 @@ def multipliers(dense: pd.DataFrame, family: pd.DataFrame, draws: int = 1000, se
     0).
 
     Raises:
-        InputError: fewer than four dense compute budgets, or values a law cannot be fitted to.
+        InputError: fewer than four dense compute budgets, values a law cannot be fitted to, or a cell of the family
+            that spans more than one budget.
     """
     _check("dense", dense)
     budgets = 1 + int((np.diff(np.sort(np.log(dense["C"].to_numpy(float)))) > math.log(SAME_BUDGET)).sum())
     if budgets < DENSE_SIZES:
         raise InputError(f"compute multiplier: {budgets} dense compute budgets, needed: at least {DENSE_SIZES}")
     _check("family", family)
+    for cell, group in family.groupby("cell", sort=False):
+        low, high = float(group["C"].min()), float(group["C"].max())
+        if high > low * SAME_BUDGET:
+            raise InputError(
+                f"compute multiplier: cell {cell} spans {low:.3g} to {high:.3g} FLOPs, allowed: one budget a cell, "
+                f"within {SAME_BUDGET - 1:.0%}"
+            )
     found = fit(Problem(LAWS["power"], {"x": dense["C"].to_numpy(float)}, dense["y"].to_numpy(float)), seed)
     repeats = dense.groupby("cell").size().min() > 1
     drawn = bootstrap(found, draws, seed, strata=dense["cell"].astype(str).to_numpy()) if repeats else None

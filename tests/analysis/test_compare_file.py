@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,27 @@ def test_runs_of_one_budget_are_a_cell_without_being_told(
     assert out.count("compute multiplier of memory") == 6
     assert "extrapolated" in out
     assert "pairs" not in out.rsplit("\n95 %", 1)[0]
+
+
+def test_a_cell_of_several_budgets_has_no_multiplier(
+    table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their mean compute and mean loss lie on no curve."""
+    assert call(table, tmp_path, "--columns", "family=kind,cell=kind,C=flops,y=loss") == 0
+    assert (
+        "no compute multiplier: compute multiplier: cell memory spans 1e+18 to 1e+21 FLOPs" in capsys.readouterr().out
+    )
+
+
+def test_a_reader_that_leaves_early_is_no_error(table: pd.DataFrame, tmp_path: Path) -> None:
+    table.to_csv(tmp_path / "runs.csv", index=False)
+    command = [sys.executable, "-m", "analysis", "compare", "--data", str(tmp_path / "runs.csv"), "--columns", COLUMNS]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141
 
 
 @pytest.mark.parametrize(("options", "message"), [
