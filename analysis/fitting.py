@@ -125,12 +125,12 @@ def _checked(asked: Request) -> None:
 def run(table: pd.DataFrame, asked: Request) -> dict[str, Any]:
     """Fit, and say how far it can be trusted: the document `fit --json` prints."""
     _checked(asked)
-    table = prepared(table)
+    given, table = table.reset_index(drop=True), prepared(table)
     columns = expressions(asked.columns)
     rows = chosen(table, asked.where, "--where")
     result = _documents(rows, table, columns, asked)
     if asked.out is not None:
-        write_table(_with_predictions(result, rows, table, columns, asked), asked.out)
+        write_table(given.assign(**_predicted(result, rows, table, columns, asked)), asked.out)
     return result
 
 
@@ -293,17 +293,17 @@ def _predictions(found: Fit, entry: Law, rows: pd.DataFrame, columns: Mapping[st
     ]
 
 
-def _with_predictions(
+def _predicted(
     result: Mapping[str, Any], rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, str], asked: Request
-) -> pd.DataFrame:
-    """The whole table with the law's `predicted`, missing where an input is, and whether a row was `fitted`."""
+) -> dict[str, np.ndarray]:
+    """By row of the whole table: `predicted` by the law, missing where an input is, and whether it was `fitted`."""
     entry = chosen_law(result["law"], columns, asked)
     _, used = data(entry, rows, columns, asked)
     inputs = {name: number(table, columns[name], f"--columns: {name}") for name in entry.inputs}
     with np.errstate(all="ignore"):
         predicted = np.broadcast_to(entry.value(result["parameters"], inputs), len(table))
     known = np.isfinite(np.stack(list(inputs.values()))).all(0)
-    return table.assign(predicted=np.where(known, predicted, np.nan), fitted=table.index.isin(used.index))
+    return {"predicted": np.where(known, predicted, np.nan), "fitted": table.index.isin(used.index)}
 
 
 def _diagnostics(found: Fit, used: pd.DataFrame) -> dict[str, Any]:

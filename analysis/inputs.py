@@ -49,18 +49,14 @@ def prepared(table: pd.DataFrame) -> pd.DataFrame:
 
 def _as_floats(table: pd.DataFrame) -> pd.DataFrame:
     """Columns that hold nothing but numbers, as text or not, as floats."""
-    table = table.copy()
-    for column in table.columns:
-        series = table[column]
-        if pd.api.types.is_bool_dtype(series):
-            continue
-        if pd.api.types.is_numeric_dtype(series):
-            table[column] = series.astype(float)
-        else:
-            converted = pd.to_numeric(series, errors="coerce")
-            if converted.notna().equals(series.notna()):
-                table[column] = converted.astype(float)
-    return table
+    return pd.DataFrame({column: _floats(series) for column, series in table.items()}, index=table.index)
+
+
+def _floats(series: pd.Series) -> pd.Series:
+    if pd.api.types.is_bool_dtype(series):
+        return series
+    converted = pd.to_numeric(series, errors="coerce")
+    return converted.astype(float) if converted.notna().equals(series.notna()) else series
 
 
 def evaluate(table: pd.DataFrame, expression: str, option: str) -> pd.Series:

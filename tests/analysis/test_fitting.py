@@ -95,12 +95,13 @@ def test_one_laws_predictions_are_the_next_ones_input(
 ) -> None:
     frame = pd.read_csv(data)
     frame["error"] = 0.9 - 2.2 * np.exp(-0.7 * frame["L"])
+    frame["seed"] = np.arange(len(frame))
     frame.to_csv(data, index=False)
     large = "`Model Size` >= 5e9"
     law = ("--law", "chinchilla", "--columns", GOOD, "--where", f"not ({large})")
     fitted = json.loads(call(data, capsys, *law, "--out", str(tmp_path / "next.csv"), "--predict", large, "--json")[1])
     written = pd.read_csv(tmp_path / "next.csv")
-    assert len(written) == len(frame)
+    pd.testing.assert_frame_equal(written[frame.columns], frame)
     assert (~written["fitted"]).equals(frame["Model Size"] >= 5e9)
     asked = [item["row"] for item in fitted["predictions"]]
     assert written["predicted"][asked].to_list() == pytest.approx([i["predicted"] for i in fitted["predictions"]])
