@@ -120,9 +120,9 @@ def isoflops_of_grid(found: Scene, folder: Path) -> list[Path]:
         if table.empty:
             raise InputError("no dense run")
         return [Path(path) for path in isoflop_document(table, {"N": "N", "L": "eval_loss"}, asked)["figure"]]
-    except InputError as error:
+    except InputError:
         raise Missing(
-            f"grid {found.grid} has no four sizes of dense at one training budget ({error}); from any table: "
+            f"grid {found.grid} has no four sizes of dense at one training budget; from any table: "
             "python -m analysis fit --law isoflop --group C --data FILE --columns N=...,L=... --figure FOLDER"
         ) from None
 

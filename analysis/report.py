@@ -85,7 +85,7 @@ def _headline(found: list[Contrast]) -> list[Block]:
     title = "Primary contrast (declared by the grid's plan, before any result)"
     if primary.log_e50 is None:
         return [Text(f"{title}: {_final_headline(primary)}.", lead=True)]
-    at = f"{len(primary.seeds)} pairs, at {_compute(primary)}"
+    at = f"{_pairs(len(primary.seeds))}, at {_compute(primary)}"
     if primary.bound == "unknown":
         text = (
             f"{title}: {primary.variant} against {primary.reference} at {primary.base} is undecided, because "
@@ -93,9 +93,10 @@ def _headline(found: list[Contrast]) -> list[Block]:
         )
         return [Text(text, lead=True)]
     low, high = primary.log_e50.low, primary.log_e50.high
-    open_sign = low <= 0 <= high
     direction = "fewer" if primary.log_e50.mean < 0 else "more"
-    verdict = "no difference is inside the interval" if open_sign else direction
+    verdict = "no difference is inside the interval" if low <= 0 <= high else direction
+    if math.isnan(low) and not primary.bound:
+        verdict = f"no verdict below {MIN_PAIRS} pairs"
     text = (
         f"{title}: at {primary.base}, {primary.variant} needs {_ratio_cell(primary)} times the exposures of "
         f"{primary.reference} to learn half of N H ({verdict}), {at}."
@@ -110,7 +111,11 @@ def _final_headline(primary: Contrast) -> str:
         return f"{against}; no pair of finished runs ended at the same number of tokens"
     key, found = next(iter(primary.finals.items()))
     score = "final loss in evaluation mode, nats per token" if key == "eval/nll" else key
-    return f"{against}: {with_interval(found, sign=True)} in {score}, {found.n} pairs, at {_compute(primary)}"
+    return f"{against}: {with_interval(found, sign=True)} in {score}, {_pairs(found.n)}, at {_compute(primary)}"
+
+
+def _pairs(count: int) -> str:
+    return f"{count} pair{'' if count == 1 else 's'}"
 
 
 def _compute(contrast: Contrast) -> str:

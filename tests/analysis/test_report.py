@@ -127,6 +127,14 @@ def test_text_runs_are_compared_at_equal_tokens(tmp_path: Path, capsys: pytest.C
     assert (tmp_path / "f" / "scores-rows.png").exists()
 
 
+def test_a_headline_of_few_pairs_has_no_verdict(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path, "dense", "w32", seed, 30.0 + seed)
+        write_run(tmp_path, "memory_plus", "w32", seed, 20.0 + seed, half_keys=32)
+    text = to_markdown(build(runs.read_runs(tmp_path), "few", [], [], []), tmp_path)
+    assert "times the exposures of dense to learn half of N H (no verdict below 5 pairs), 2 pairs, at" in text
+
+
 def test_undecided_headline_says_so(tmp_path: Path) -> None:
     for family, keys in (("dense", None), ("memory_plus", 16)):
         write_run(tmp_path, family, "w32", 0, 900.0, half_keys=keys)
