@@ -67,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         (
             "fit",
             fit,
-            "fits of a grid's outcomes against table and base size",
+            "a law fitted to any table of runs; or, without --law, the fits of a grid's outcomes",
             '--law chinchilla --data runs.csv --columns "N=params,D=tokens,L=loss" --json',
         ),
         (
