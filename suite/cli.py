@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from suite import cli_bench, cli_eval
+from suite import cli_bench, cli_eval, cli_sweep
 from suite.cli_parts import (
     AsJson,
     Baselines,
@@ -36,16 +34,15 @@ from suite.cli_parts import (
 from suite.errors import UserError
 
 if TYPE_CHECKING:
-    from suite.grids import Grid
-    from suite.launch.progress import BarWatcher, PlainWatcher
-    from suite.launch.status import CellStatus
-    from suite.launch.worker import Scoring
+    pass
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Train, evaluate and compare models: where should the next parameter go?",
 )  # fmt: skip
 data_app = typer.Typer(no_args_is_help=True, help="Corpora: prepare what cells train on.")
+app.command(cls=RunsCode)(cli_sweep.sweep)
+app.command()(cli_sweep.cancel)
 app.add_typer(data_app, name="data")
 app.add_typer(cli_bench.app, name="bench")
 app.add_typer(cli_eval.app, name="eval")
@@ -59,163 +56,6 @@ def main() -> NoReturn:
         print(f"suite: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(0)
-
-
-@app.command(cls=RunsCode)
-def sweep(
-    grid: GridName,
-    jobs: Annotated[int | None, typer.Option(min=1, help="cells at once; default: as cores or GPUs allow")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the cells and do nothing")] = False,
-    data_root: DataRoot = None,
-    run_code: RunCodeOption = None,
-    results: Results = Path("results"),
-    set_: Overrides = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="let failed cells go on, too")] = False,
-    rerun_stale: Annotated[
-        bool, typer.Option("--rerun-stale", help="set runs made by other code aside and train again")
-    ] = False,
-    report: Annotated[bool, typer.Option(help="fit and draw at the end")] = True,
-    executor: Annotated[str, typer.Option(help="local: processes of this machine; slurm: jobs of a cluster")] = "local",
-    profile: Annotated[
-        str, typer.Option(metavar="NAME", help="slurm: a name in clusters/, or a path to a .yaml file")
-    ] = "default",
-    wait: Annotated[bool, typer.Option(help="slurm: watch until all is done; Ctrl-C leaves the jobs alone")] = True,
-    scale: Scales = None,
-    baseline: Baselines = None,
-    as_json: AsJson = False,
-) -> None:
-    """Train and evaluate what a grid is missing, then fit and draw.
-
-    Cells that are done are skipped, cells that were cut go on from their last checkpoint, and Ctrl-C loses
-    nothing: give the same command again.
-
-    With --executor slurm the cells become jobs of a cluster (docs/cluster.md); --dry-run then writes their scripts.
-
-    Example: suite sweep laptop --jobs 2
-    """
-    from suite.launch.sweep import refuse_unknown_tasks
-
-    loaded = load(grid, set_, scale, baseline, need_data=not (dry_run and executor == "slurm"))
-    if executor not in ("local", "slurm"):
-        raise UserError(f"--executor: got {executor!r}, allowed: local, slurm")
-    check_folders(results, data_root, make=not dry_run)
-    scoring = scoring_of(data_root, run_code, here=executor == "local" and not dry_run)
-    if dry_run:
-        refuse_unknown_tasks(loaded)
-    if executor == "slurm":
-        if jobs is not None:
-            raise UserError(f"--jobs: got {jobs} with --executor slurm, allowed: max_jobs in the profile")
-        if dry_run:
-            _print_scripts(loaded, results, profile, scoring, report, as_json)
-            return
-        statuses, reported = _run_on_slurm(loaded, results, profile, scoring, retry_failed, rerun_stale, report, wait)
-        print_statuses(loaded, statuses, as_json)
-        complain_of_failures(statuses)
-        if wait and not (reported and all(status.state == "done" for status in statuses)):
-            raise typer.Exit(1)
-        return
-    if dry_run:
-        _print_dry_run(loaded, results, as_json)
-        return
-    statuses = _run_sweep(loaded, results, jobs, scoring, retry_failed, rerun_stale)
-    print_statuses(loaded, statuses, as_json)
-    reported = _report(loaded, results, as_json) if report else True
-    complain_of_failures(statuses)
-    if not reported or any(status.state != "done" for status in statuses):
-        raise typer.Exit(1)
-
-
-def _run_sweep(
-    grid: Grid, results: Path, jobs: int | None, scoring: Scoring, retry_failed: bool, rerun_stale: bool
-) -> list[CellStatus]:
-    from suite.launch import progress
-    from suite.launch import sweep as launch
-
-    with progress.watcher(console()) as watcher:
-        _make_ready(grid, results, scoring, retry_failed, rerun_stale, watcher)
-        gpus = _gpus()
-        jobs = jobs or launch.default_jobs(grid.cells, gpus)
-        # Set here, so that a sweep started in the background of a script can be stopped, too.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            return launch.Sweep(grid, results, jobs, scoring, watcher, gpus).run()
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-
-
-def _make_ready(
-    grid: Grid,
-    results: Path,
-    scoring: Scoring,
-    retry_failed: bool,
-    rerun_stale: bool,
-    watcher: BarWatcher | PlainWatcher,
-) -> None:
-    """What is decided before a sweep starts anything."""
-    from suite.launch import sweep as launch
-
-    if rerun_stale:
-        for path in launch.set_stale_aside(results, grid.cells):
-            watcher.event(f"set aside: {path}")
-    launch.refuse_stale(results, grid.cells)
-    if retry_failed:
-        launch.retry_failed(results, grid.cells)
-    launch.refuse_unfit_tasks(grid, results, scoring)
-
-
-def _run_on_slurm(
-    grid: Grid,
-    results: Path,
-    profile: str,
-    scoring: Scoring,
-    retry_failed: bool,
-    rerun_stale: bool,
-    report: bool,
-    wait: bool,
-) -> tuple[list[CellStatus], bool]:
-    """How the cells stand in the end, and whether the report did not fail."""
-    from suite.launch import progress, slurm_queue
-    from suite.launch.profiles import load_profile
-    from suite.launch.slurm_sweep import SlurmSweep
-    from suite.launch.status import grid_status, run_dir
-
-    loaded = load_profile(profile, grid.launch)
-    with progress.watcher(console()) as watcher:
-        _make_ready(grid, results, scoring, retry_failed, rerun_stale, watcher)
-        launched = SlurmSweep(grid, results, loaded, scoring, watcher, report)
-        launched.submit()
-        if wait:
-            try:
-                return launched.watch(), launched.reported
-            except KeyboardInterrupt:
-                watcher.event("the jobs go on; the same command watches again, `suite cancel` ends them")
-                raise typer.Exit(130) from None
-    runs = [run_dir(results, cell) for cell in grid.cells]
-    return slurm_queue.with_slurm(grid_status(results, grid), runs), True
-
-
-@app.command()
-def cancel(
-    grid: GridName,
-    results: Results = Path("results"),
-    set_: Overrides = None,
-    scale: Scales = None,
-    baseline: Baselines = None,
-    as_json: AsJson = False,
-) -> None:
-    """Cancel the Slurm jobs of a grid's cells; what they have saved stays, and a sweep resumes it.
-
-    Example: suite cancel paper-fixed-memory
-    """
-    from suite.launch import slurm_sweep
-
-    loaded = load(grid, set_, scale, baseline, need_data=False)
-    cancelled = slurm_sweep.cancel(results, loaded)
-    if as_json:
-        print_json({"grid": loaded.name, "cancelled": cancelled})
-    else:
-        print("\n".join(f"cancelled: {name}" for name in cancelled) or f"no job of {loaded.name} is in Slurm")
 
 
 @app.command()
@@ -382,45 +222,6 @@ def data_prepare(
         print_json({"grid": loaded.name, "corpora": reports})
     else:
         print_table(table(reports))
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
-
-
-def _report(grid: Grid, results: Path, as_json: bool) -> bool:
-    """Fit and draw, in a process of its own: analysis never loads torch."""
-    command = [sys.executable, "-m", "analysis", "report", "--grid", grid.name, "--results", str(results)]
-    done = subprocess.run(command, stdout=sys.stderr if as_json else None)
-    if done.returncode:
-        print(f"suite: the report failed; again: {' '.join(command)}", file=sys.stderr)
-    return done.returncode == 0
-
-
-def _print_dry_run(grid: Grid, results: Path, as_json: bool) -> None:
-    from suite.launch.status import grid_status, status_json, table
-
-    statuses = grid_status(results, grid)
-    if as_json:
-        document = status_json(grid, statuses)
-        for entry, cell in zip(document["cells"], grid.cells, strict=True):
-            entry["config"] = cell.model_dump(mode="json")
-        print_json(document)
-    else:
-        print_table(table(grid, statuses))
-
-
-def _print_scripts(grid: Grid, results: Path, profile: str, scoring: Scoring, report: bool, as_json: bool) -> None:
-    from suite.launch.profiles import load_profile
-    from suite.launch.slurm_sweep import dry_run
-
-    scripts = [str(path) for path in dry_run(grid, results, load_profile(profile, grid.launch), scoring, report)]
-    if as_json:
-        print_json({"grid": grid.name, "scripts": scripts})
-    else:
-        print("\n".join(scripts) or f"{grid.name} needs nothing")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 from running import Suite
 
-VERBS = ("sweep", "status", "train", "eval", "baselines")
+VERBS = (
+    "sweep", "cancel", "plan", "status", "train", "export", "baselines", "data prepare", "eval", "bench step",
+    "bench kernels", "bench decode", "bench evaluate",
+)  # fmt: skip
 CELL = """
 model: {family: dense, base: w32}
 data: {kind: bios, people: 30}
@@ -20,7 +23,7 @@ GRID = f"defaults:{CELL.replace(chr(10), chr(10) + '  ')}\nblocks:\n  - axes: {{
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_has_help_with_an_example(verb: str, suite: Suite) -> None:
-    shown = suite(verb, "--help")
+    shown = suite(*verb.split(), "--help")
     assert shown.returncode == 0
     assert f"Example: suite {verb}" in shown.stdout
     assert "--json" in shown.stdout
@@ -36,6 +39,8 @@ def test_every_verb_has_help_with_an_example(verb: str, suite: Suite) -> None:
         (["sweep", "smoke", "--set", "evaluate=[{tasks: [bios_qaa]}]", "--dry-run"], "did you mean bios_qa?"),
         (["sweep", "smoke", "--data-root", "nowhere"], "--data-root: got nowhere, which is no folder"),
         (["sweep", "smoke", "--results", "/dev/null/here"], "--results: got /dev/null/here: Not a directory"),
+        (["sweep", "smoke", "--no-wait"], "--no-wait: got it with --executor local, allowed: with --executor slurm"),
+        (["sweep", "smoke", "--executor", "slurm", "--jobs", "2"], "--jobs: got 2 with --executor slurm, allowed: "),
         (["train", "missing.yaml"], "missing.yaml: No such file or directory"),
         (["eval", "missing"], "GRID: got 'missing'"),
     ],
