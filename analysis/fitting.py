@@ -75,7 +75,7 @@ def add_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--drop-highest", type=int, default=0, metavar="K", help="leave out the K highest outputs")
     verb.add_argument("--drop-missing", action="store_true", help="leave out rows with missing values")
     verb.add_argument("--weights", metavar="EXPR", help="weight of each point")
-    verb.add_argument("--cluster", metavar="EXPR", help="resample whole groups (runs) in the bootstrap")
+    verb.add_argument("--cluster", metavar="EXPR", help="resample, and hold out, whole groups (runs)")
     verb.add_argument("--strata", metavar="EXPR", help="resample within these groups (cells)")
     verb.add_argument("--bootstrap", type=int, default=0, metavar="DRAWS")
     verb.add_argument(
@@ -226,6 +226,9 @@ def held_out(posed: Problem, used: pd.DataFrame, asked: Request) -> HeldOut:
         size, rule = number(used, asked.holdout_by, "--holdout-by"), f"largest {asked.holdout_by}"
         if not np.isfinite(size).all():
             raise InputError(f"--holdout-by: {asked.holdout_by} is missing or infinite in some rows")
+    clusters = groups(used, asked.cluster, "--cluster")
+    if clusters is not None:  # a run whose other checkpoints are fitted to is not held out
+        size, rule = pd.Series(size).groupby(clusters).transform("max").to_numpy(), f"{rule}, whole {asked.cluster}"
     return hold_out(posed, size, share, rule, asked.seed)
 
 

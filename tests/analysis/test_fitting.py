@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +282,18 @@ def test_held_out_cells_can_be_declared_by_a_condition() -> None:
     frame = table("chinchilla", 0.002, 0)
     found = run(frame, Request("chinchilla", "N=N,D=D,L=L", holdout_by="N >= 5e9"))["holdout"]
     assert (found["n"], found["rule"]) == (int((frame["N"] >= 5e9).sum()), "where N >= 5e9")
+
+
+def test_a_run_is_held_out_with_all_its_checkpoints() -> None:
+    frame = table("chinchilla", 0.005, 1)
+    frame["run"] = frame["N"].rank(method="dense")  # one run a size, its checkpoints at every D
+    plain = Request("chinchilla", "N=N,D=D,L=L", bootstrap=20, holdout=0.15)
+    rows = run(frame, plain)["holdout"]["n"]
+    whole = run(frame, replace(plain, cluster="run"))["holdout"]
+    largest = int((frame["N"] == frame["N"].max()).sum())
+    assert rows % largest
+    assert whole["n"] % largest == 0
+    assert whole["rule"] == "largest by the size of law chinchilla, whole run"
 
 
 def test_a_cell_counts_once_in_the_choice_however_many_runs_it_has() -> None:
