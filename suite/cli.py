@@ -30,6 +30,7 @@ from suite.cli_parts import (
     print_table,
     run_path,
     scoring_of,
+    uncollected,
 )
 from suite.errors import UserError
 
@@ -59,6 +60,7 @@ def main() -> NoReturn:
 
 
 @app.command()
+@uncollected()
 def plan(
     grid: GridName,
     gpu: Annotated[str, typer.Option(help="a100, h100 or h200")] = "h100",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -72,6 +75,18 @@ def scoring_of(data_root: Path | None, run_code: str | None, here: bool = True) 
     if here:
         sandbox_of(checked)
     return Scoring(None if data_root is None else data_root.resolve(), checked)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """No search for cyclic garbage: among the objects of torch, which all stay, it is a tenth of a plan's time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def load(

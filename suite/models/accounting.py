@@ -10,9 +10,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 from suite.models.registry import ModelConfig
 
@@ -89,18 +88,17 @@ def meta_model(config: ModelConfig, vocab_size: int) -> Transformer:
     """The model of this configuration on the meta device, where any size fits."""
     from suite.models.transformer import Transformer
 
-    with torch.device("meta"), _NoInitialValues():
+    with _MetaDevice("meta"):
         return Transformer(config, vocab_size)
 
 
-class _NoInitialValues(TorchFunctionMode):
-    """Leaves out what torch's modules draw when they are made: on the meta device it is half of the time they take."""
+class _MetaDevice(DeviceContext):
+    """`torch.device("meta")` without the values that torch's modules draw when made: half of the time they take."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
         if getattr(func, "__module__", None) == "torch.nn.init":
             return kwargs["tensor"]
-        return func(*args, **kwargs)
+        return super().__torch_function__(func, types, args, kwargs)
 
 
 def account_of(model: Transformer, seq_len: int) -> Account:

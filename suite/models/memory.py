@@ -15,14 +15,14 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from typing import cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
+from suite.models.fused import Kernels, Precision
 from suite.models.live_bytes import Layouts, MetaLiveBytes
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.moe import Experts
@@ -31,7 +31,6 @@ from suite.models.transformer import Block, Transformer, as_bias, attention_mask
 
 STATE_BYTES = 4
 """Of a weight, a gradient or a moment: fp32, also where products are computed in bf16."""
-Precision = Literal["fp32", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,41 @@ class Part:
     tables: tuple[int, ...] = ()
     lookups: tuple[int, ...] = ()
 
+    def then(self, after: Part) -> Part:
+        """Both as one part: what the first saved, and the gradients of the second's weights, stay to the end of it."""
+        return Part(
+            max(self.forward, self.saved + after.forward),
+            self.saved + after.saved,
+            max(self.saved + after.backward, self.backward + STATE_BYTES * after.weights),
+            self.weights + after.weights,
+            self.copies + after.copies,
+            self.tables + after.tables,
+            self.lookups + after.lookups,
+        )
+
+
+Halves = tuple[int, int, tuple[int, ...]]
+"""A block as far as memory goes: the kinds of its halves, and the tables that are read, by number."""
+
+
+Beside = tuple[Tensor, tuple[Tensor, Tensor], Tensor]
+"""What a model's blocks are given beside the residual stream: tokens [B, T], rotation, bias of attention scores."""
+
 
 @dataclass
 class Seen:
-    """What has been run before, of one model or of several: equal parts, and the layouts of operations' results."""
+    """What has been met before, of one model or of several: halves of blocks, and layouts of operations' results."""
 
     parts: dict[object, Part] = field(default_factory=dict)
     layouts: Layouts = field(default_factory=dict)
-    blocks: WeakKeyDictionary[Transformer, list[tuple[object, tuple[int, ...]]]] = field(
-        default_factory=WeakKeyDictionary
-    )
-    """Of each model's blocks: what makes two need the same memory, and which tables are read, by number."""
+    kinds: dict[object, int] = field(default_factory=dict)
+    """What makes two halves need the same memory -> their kind."""
+    blocks: WeakKeyDictionary[Transformer, list[Halves]] = field(default_factory=WeakKeyDictionary)
+    beside: dict[object, Beside] = field(default_factory=dict)
+
+    def kind(self, *modules: nn.Module) -> int:
+        """The kind of the half that is made of these modules."""
+        return self.kinds.setdefault(tuple(map(_signature, modules)), len(self.kinds))
 
 
 @dataclass(frozen=True)
@@ -214,15 +237,13 @@ def parts(
     for module in model.modules():
         if isinstance(module, Experts):
             module.busiest = busiest
-    with torch.device("meta"), MetaLiveBytes(seen.layouts):
-        tokens_BT = torch.zeros(rows, seq_len, dtype=torch.int64)
-        rotation = model._rotation(0, seq_len, tokens_BT.device)
-        mask = attention_mask(tokens_BT, 0, tokens_BT, None)
-        assert mask is not None
-        bias = as_bias(mask, torch.bfloat16 if precision == "bf16" else torch.float32)
+    beside = model.size.heads, model.size.head_dim, rows, seq_len, precision
+    if beside not in seen.beside:
+        seen.beside[beside] = _beside(model, rows, seq_len, precision, seen.layouts)
+    tokens_BT, rotation, bias = seen.beside[beside]
     layers = cast(list[Block], list(model.layers))
     if model not in seen.blocks:
-        seen.blocks[model] = [(_signature(layer), _tables_read(layer, number)) for layer in layers]
+        seen.blocks[model] = [_block(layer, number, seen) for layer in layers]
     window = max(layer.window for layer in layers)
     ids_BTW = tokens_BT.unsqueeze(-1).expand(-1, -1, window) if window else None
 
@@ -233,7 +254,7 @@ def parts(
             x_BTD = torch.empty(rows, seq_len, model.size.dim, device="meta", requires_grad=True)
             copies = {id(weight): weight.bfloat16() for weight in weights} if precision == "bf16" else {}
             known = (x_BTD, tokens_BT, *rotation, bias, *weights, *model.tables.parameters(), *copies.values())
-            with MetaLiveBytes(seen.layouts, *known) as live, _Kernels(precision, copies):
+            with MetaLiveBytes(seen.layouts, *known) as live, Kernels(precision, copies):
                 with _count_lookups(tables) as lookups:
                     y = run(x_BTD)
                 forward, saved = live.peak, live.bytes
@@ -247,22 +268,41 @@ def parts(
                 parameter.grad = None
         return seen.parts[key]
 
-    def of_block(layer: Block, signature: object, read: tuple[int, ...]) -> Part:
-        part = trace(lambda x_BTD: layer(x_BTD, rotation, bias, None, 0, ids_BTW), layer.parameters(), signature)
-        return replace(part, tables=read)
+    def of_block(layer: Block, attention: int, feed_forward: int, read: tuple[int, ...]) -> Part:
+        first = trace(
+            lambda x_BTD: layer.attend(x_BTD, rotation, bias, None, 0),
+            [*layer.attention_norm.parameters(), *layer.attention.parameters()],
+            attention,
+        )
+        second = trace(
+            lambda x_BTD: layer.feed(x_BTD, ids_BTW),
+            [*layer.feed_forward_norm.parameters(), *layer.feed_forward.parameters()],
+            feed_forward,
+        )
+        return first.then(replace(second, tables=read))
 
     embedded = rows * seq_len * model.size.dim * STATE_BYTES
     matrix = model.embedding.weight.numel()
     embedding = Part(embedded, embedded, embedded + STATE_BYTES * matrix, matrix)
-    with _one_row(tables):
-        blocks = [of_block(layer, *known) for layer, known in zip(layers, seen.blocks[model], strict=True)]
+    distinct = dict(zip(seen.blocks[model], layers, strict=True))
+    with one_row(tables):
+        blocks = {known: of_block(layer, *known) for known, layer in distinct.items()}
     tied = model.output is None
     output: list[Tensor] = [model.norm.weight, model.embedding.weight if model.output is None else model.output.weight]
     head = trace(lambda x_BTD: _loss(model, x_BTD, tokens_BT), output, (model.vocab_size, model.size.dim, tied))
     head = replace(head, weights=head.weights - (matrix if tied else 0))
     shared = sum(t.untyped_storage().nbytes() for t in (*rotation, bias)) + 3 * tokens_BT.numel() * 8
     sizes = tuple((table.weight.shape[0], table.weight.shape[1]) for table in tables)
-    return Parts((embedding, *blocks, head), sizes, shared)
+    return Parts((embedding, *(blocks[known] for known in seen.blocks[model]), head), sizes, shared)
+
+
+def _beside(model: Transformer, rows: int, seq_len: int, precision: Precision, layouts: Layouts) -> Beside:
+    with torch.device("meta"), MetaLiveBytes(layouts):
+        tokens_BT = torch.zeros(rows, seq_len, dtype=torch.int64)
+        mask = attention_mask(tokens_BT, 0, tokens_BT, None)
+        assert mask is not None
+        bias = as_bias(mask, torch.bfloat16 if precision == "bf16" else torch.float32)
+        return tokens_BT, model._rotation(0, seq_len, tokens_BT.device), bias
 
 
 def _elements(parameters: Iterable[Tensor]) -> int:
@@ -287,7 +327,7 @@ def _count_lookups(tables: list[MemoryTable]) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _one_row(tables: list[MemoryTable]) -> Iterator[None]:
+def one_row(tables: list[MemoryTable]) -> Iterator[None]:
     """Tables of one row for a while: their gradients are put in by `Parts.step`, which knows how they lie."""
     whole = [table.weight for table in tables]
     try:
@@ -307,23 +347,30 @@ def _loss(model: Transformer, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
     return loss
 
 
-def _signature(layer: Block) -> object:
-    """What makes two blocks need the same memory: their modules, the settings of each and its parameters' shapes."""
+def _block(layer: Block, number: dict[int, int], seen: Seen) -> Halves:
+    memory = (module for module in layer.modules() if isinstance(module, MemoryLayer))
+    return (
+        seen.kind(layer.attention_norm, layer.attention),
+        seen.kind(layer.feed_forward_norm, layer.feed_forward),
+        tuple(number[id(table)] for module in memory for table in module.tables),
+    )
+
+
+def _signature(part: nn.Module) -> object:
+    """What makes two parts need the same memory: their modules, the settings of each and its parameters' shapes."""
     return tuple(
         (
             name,
             type(module),
-            tuple((key, value) for key, value in vars(module).items() if _is_setting(value)),
+            tuple((key, value) for key, value in vars(module).items() if key not in _INTERNAL and _is_setting(value)),
             tuple((key, weight.shape) for key, weight in module._parameters.items() if weight is not None),
         )
-        for name, module in layer.named_modules()
+        for name, module in part.named_modules()
     )
 
 
-def _tables_read(layer: Block, number: dict[int, int]) -> tuple[int, ...]:
-    """The numbers of the tables that a block's memory reads."""
-    memory = (module for module in layer.modules() if isinstance(module, MemoryLayer))
-    return tuple(number[id(table)] for module in memory for table in module.tables)
+_INTERNAL = vars(nn.Module()).keys() - {"training"}
+"""Attributes of any module that say nothing of what it computes."""
 
 
 def _is_setting(value: object) -> bool:
@@ -331,43 +378,3 @@ def _is_setting(value: object) -> bool:
     if isinstance(value, tuple):
         return all(_is_setting(part) for part in value)
     return isinstance(value, bool | int | float | str | Addressing)
-
-
-class _Kernels(TorchFunctionMode):
-    """Attention as fused kernels keep it and, for bf16, products in bf16 as autocast makes them."""
-
-    PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm)
-
-    def __init__(self, precision: Precision, copies: dict[int, Tensor]) -> None:
-        super().__init__()
-        self.bf16, self.copies = precision == "bf16", copies
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return _FusedAttention.apply(*(self._low(x) for x in args), kwargs.get("attn_mask"))
-        if self.bf16 and func in self.PRODUCTS:
-            args, kwargs = tuple(self._low(x) for x in args), {key: self._low(x) for key, x in kwargs.items()}
-        return func(*args, **kwargs)
-
-    def _low(self, x: Any) -> Any:
-        """The tensor in bf16; of a parameter the copy there is."""
-        if not self.bf16 or not isinstance(x, Tensor) or not x.is_floating_point():
-            return x
-        return self.copies[id(x)] if id(x) in self.copies else x.bfloat16()
-
-
-class _FusedAttention(torch.autograd.Function):
-    """What fused attention allocates and keeps, without its arithmetic."""
-
-    @staticmethod
-    def forward(ctx: Any, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, bias: Tensor | None) -> Tensor:
-        # Laid out as queries come, token by token, so that heads are joined without a copy.
-        y_BHTK = torch.empty_like(q_BHTK.transpose(1, 2).contiguous()).transpose(1, 2)
-        ctx.save_for_backward(q_BHTK, k_BGTK, v_BGTK, y_BHTK, q_BHTK.new_empty(q_BHTK.shape[:3], dtype=torch.float32))
-        return y_BHTK
-
-    @staticmethod
-    def backward(ctx: Any, grad_BHTK: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHTK, k_BGTK, v_BGTK, *_ = ctx.saved_tensors
-        return torch.empty_like(q_BHTK), torch.empty_like(k_BGTK), torch.empty_like(v_BGTK), None

@@ -123,7 +123,21 @@ class Block(nn.Module):
         layer: int,
         ids_BTW: Tensor | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask_BHTL, cache, layer)
+        return self.feed(self.attend(x_BTD, rotation, mask_BHTL, cache, layer), ids_BTW)
+
+    def attend(
+        self,
+        x_BTD: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        mask_BHTL: Tensor | None,
+        cache: Cache | None,
+        layer: int,
+    ) -> Tensor:
+        """The first half: x + attention(norm x)."""
+        return x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask_BHTL, cache, layer)
+
+    def feed(self, x_BTD: Tensor, ids_BTW: Tensor | None = None) -> Tensor:
+        """The second half: x + feed_forward(norm x)."""
         h_BTD = self.feed_forward_norm(x_BTD)
         if ids_BTW is None or not self.window:
             return x_BTD + self.feed_forward(h_BTD)

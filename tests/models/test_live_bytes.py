@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from suite.models.accounting import meta_model
+from suite.models.fused import Kernels, Precision
 from suite.models.live_bytes import LiveBytes, MetaLiveBytes
-from suite.models.memory import Seen, parts
+from suite.models.memory import Seen, one_row, parts
 
 
 def test_live_bytes_are_those_of_storages_alive() -> None:
@@ -65,3 +66,36 @@ def test_blocks_that_differ_in_a_setting_alone_are_told_apart() -> None:
     seen = Seen()
     plain, drawing = (parts(meta_model(config("pkm", random_rows=n), VOCAB), 16, 2, seen=seen) for n in (0, 8))
     assert [part.lookups for part in plain.parts] != [part.lookups for part in drawing.parts]
+
+
+def test_what_models_of_a_base_have_in_common_is_run_once() -> None:
+    seen = Seen()
+    parts(meta_model(config("dense"), VOCAB), 16, 2, seen=seen)
+    attention, feed_forward, head = 1, 1, 1
+    assert len(seen.parts) == attention + feed_forward + head
+    parts(meta_model(config("pkm"), VOCAB), 16, 2, seen=seen)
+    memory = 1
+    assert len(seen.parts) == attention + feed_forward + head + memory
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", list(OPTIONS))
+def test_two_halves_need_what_their_block_does(case: str, precision: Precision) -> None:
+    """But for the gradient a block is given, which a whole block holds to its end: training and halves do not."""
+    model = meta_model(config(case), VOCAB)
+    x_BTD = torch.empty(2, 16, model.size.dim, device="meta", requires_grad=True)
+    with torch.device("meta"):
+        rotation = model._rotation(0, 16, x_BTD.device)
+        bias = torch.zeros(2, 1, 16, 16, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    for found, block in zip(parts(model, 16, 2, precision).parts[1:-1], model.layers, strict=True):
+        copies = {id(weight): weight.bfloat16() for weight in block.parameters()} if precision == "bf16" else {}
+        with one_row(model.memory_tables()):
+            known = (x_BTD, *rotation, bias, *model.parameters(), *copies.values())
+            with LiveBytes(*known) as live, Kernels(precision, copies):
+                y_BTD = block(x_BTD, rotation, bias, None, 0)
+                assert (found.forward, found.saved) == (live.peak, live.bytes)
+                live.peak = live.bytes
+                y_BTD.backward(torch.empty_like(y_BTD))
+        assert found.backward <= live.peak <= found.backward + 4 * x_BTD.numel()
+        model.zero_grad()
+        del y_BTD
