@@ -57,6 +57,10 @@ class KeptTokens(transformer.Cache):
         return known_B1L1[:, 0, :, 0]
 
 
+CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"
+"""What this release of transformers calls the keys and values of earlier tokens."""
+
+
 class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
     """A language model of any family."""
 
@@ -78,27 +82,29 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Logits [B, T, V] of `input_ids`, which go on from what the cache holds, and the mean loss of `labels`.
 
-        ValueError: a cache of fixed size.
+        The cache may be given as `cache` or as `past_key_values`. ValueError: a cache of fixed size.
         """
-        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
-            past_key_values = DynamicCache(config=self.config)
-        cache = None
-        if past_key_values is not None:
-            if past_key_values.is_compileable:
-                raise ValueError(f"past_key_values: got a {type(past_key_values).__name__}, allowed: a DynamicCache")
-            cache = KeptTokens(past_key_values, self.config.num_hidden_layers)
+        given = past_key_values if cache is None else cache
+        if given is None and (self.config.use_cache if use_cache is None else use_cache):
+            given = DynamicCache(config=self.config)
+        kept = None
+        if given is not None:
+            if given.is_compileable:
+                raise ValueError(f"{CACHE}: got a {type(given).__name__}, allowed: a DynamicCache")
+            kept = KeptTokens(given, self.config.num_hidden_layers)
         pad_B = None
         if attention_mask is not None and not bool(attention_mask[:, 0].all()):
             pad_B = (attention_mask.cumsum(1) == 0).sum(1)
-        logits_BTV = self.model(input_ids, cache=cache, pad_B=pad_B)
+        logits_BTV = self.model(input_ids, cache=kept, pad_B=pad_B)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        said = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, past_key_values=past_key_values)
+        said = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **{CACHE: given})
         return said.to_tuple() if return_dict is False else said
 
     def get_input_embeddings(self) -> torch.nn.Module:
