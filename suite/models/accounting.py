@@ -146,8 +146,11 @@ def _refuse_uncounted(name: str, part: nn.Module, cost: Cost) -> None:
 
 
 def cost_of(name: str, part: nn.Module) -> Cost:
-    """The part's own account; TypeError naming it if it has none."""
+    """The part's own account; TypeError naming it if it has none, or something else."""
     cost = getattr(part, "cost", None)
     if cost is None:
         raise TypeError(f"{name} ({type(part).__name__}) has no cost(): what it costs cannot be counted")
-    return cost()
+    counted = cost()
+    if not isinstance(counted, Cost):
+        raise TypeError(f"{name} ({type(part).__name__}): cost() gives {type(counted).__name__}, allowed: a Cost")
+    return counted

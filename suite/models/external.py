@@ -6,9 +6,12 @@ content's hash goes into the identity of every cell of its families.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.metadata
 import importlib.util
+import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import cast
@@ -41,9 +44,9 @@ def load(path: Path, where: str = "--baseline") -> list[str]:
     before = registry.families()
     try:
         _execute(path, source)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         registry.unregister(set(registry.families()) - set(before))
-        raise UserError(f"{where} {path}: {type(error).__name__}: {error}") from None
+        raise UserError(f"{where} {path}: {_told(error, path)}") from None
     added = [name for name in registry.families() if name not in before]
     if not added:
         raise UserError(f"{where} {path}: registers no family, allowed: a file that calls registry.register")
@@ -64,11 +67,12 @@ def load_all(paths: Iterable[Path] = ()) -> None:
 
 
 def check(config: ModelConfig) -> None:
-    """Raise UserError, by name, if a family's modules are of the wrong shape or leave parameters uncounted.
+    """Raise UserError, by name, if a family's modules give another shape or dtype, leave parameters uncounted or fail.
 
     Run on the meta device; a small model whose operations need values, on the CPU.
     """
-    family = registry.family(config.family)
+    path = registry.family(config.family).path
+    assert path is not None, f"{config.family} comes from no file"
     try:
         model = meta_model(config, config.size.vocab_size or TOKENS)
         account_of(model, TOKENS)
@@ -79,8 +83,18 @@ def check(config: ModelConfig) -> None:
                 raise
             if sum(parameter.numel() for parameter in model.parameters()) <= SMALL:
                 _run(build(config, model.vocab_size, seed=0))
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"{family.path}: family {config.family}: {error}") from None
+    except Exception as error:
+        raise UserError(f"{path}: family {config.family}: {_told(error, path)}") from None
+
+
+def _told(error: BaseException, path: Path) -> str:
+    """The error in one line; with its kind and the line of the baseline's file where that is what raised it."""
+    said = " ".join(str(error).split())
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno or 1}: {error.msg}, allowed: Python"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename) == path.absolute()]
+    return f"line {lines[-1]}: {type(error).__name__}: {said}" if lines else said
 
 
 def needs_values(error: RuntimeError) -> bool:
@@ -92,26 +106,31 @@ def _run(model: Transformer) -> None:
     """Two rows through the model in evaluation mode, every feed-forward's result checked."""
     tokens_BT = torch.zeros(2, TOKENS, dtype=torch.int64, device=model.norm.weight.device)
     for index, block in enumerate(cast(list[Block], list(model.layers))):
-        block.feed_forward.register_forward_hook(_shape_check(index))
+        block.feed_forward.register_forward_hook(_result_check(index))
     with torch.no_grad():
         model.eval()(tokens_BT)
 
 
-def _shape_check(layer: int) -> Callable[..., None]:
+def _result_check(layer: int) -> Callable[..., None]:
     def look(module: nn.Module, given: tuple[Tensor, ...], result: object) -> None:
-        shape = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-        if shape != tuple(given[0].shape):
+        wanted = _described(given[0])
+        if _described(result) != wanted:
             name = f"layers.{layer}.feed_forward ({type(module).__name__})"
-            raise ValueError(
-                f"{name}: forward gives {shape} for {tuple(given[0].shape)}, allowed: the shape it is given"
-            )
+            raise ValueError(f"{name}: forward gives {_described(result)} for {wanted}, allowed: what it is given")
 
     return look
+
+
+def _described(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
 
 
 def _execute(path: Path, source: str) -> None:
     spec = importlib.util.spec_from_file_location(f"baseline_{source[:12]}", path)
     if spec is None or spec.loader is None:
-        raise ImportError("no Python file")
+        raise ImportError("no Python file, allowed: a name that ends in .py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+        spec.loader.exec_module(module)

@@ -94,7 +94,13 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register(entry: Family) -> Family:
-    """Add a family; a name that is taken is refused."""
+    """Add a family. ValueError: a name that is taken or no name, options that are none, no maker of modules."""
+    if not (isinstance(entry.name, str) and entry.name.isidentifier()):
+        raise ValueError(f"name: got {entry.name!r}, allowed: letters, digits and _, e.g. my_model")
+    if not (isinstance(entry.config, type) and issubclass(entry.config, ModelConfig)):
+        raise ValueError(f"config: got {entry.config!r}, allowed: a subclass of ModelConfig")
+    if not callable(entry.feed_forwards):
+        raise ValueError(f"feed_forwards: got {entry.feed_forwards!r}, allowed: config -> one module per layer")
     if entry.name in _FAMILIES:
         raise ValueError(f"family {entry.name!r} is registered already, allowed: another name")
     _FAMILIES[entry.name] = entry

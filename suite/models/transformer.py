@@ -162,9 +162,9 @@ class Transformer(nn.Module):
             raise ValueError(f"{field}: got {value!r}, allowed: {allowed}")
         self.config, self.size, self.vocab_size = config, config.size, vocab_size
         feed_forwards = registry.family(config.family).feed_forwards(config)
-        if len(feed_forwards) != self.size.layers:
-            given = len(feed_forwards)
-            raise ValueError(f"family {config.family}: {given} feed-forwards, allowed: {self.size.layers}")
+        given = len(feed_forwards) if isinstance(feed_forwards, list) else type(feed_forwards).__name__
+        if given != self.size.layers:
+            raise ValueError(f"feed_forwards: got {given}, allowed: a list of {self.size.layers} modules, one a layer")
         self.embedding = nn.Embedding(vocab_size, self.size.dim)
         self.layers = nn.ModuleList(Block(self.size, feed_forward) for feed_forward in feed_forwards)
         self.norm = nn.RMSNorm(self.size.dim, eps=NORM_EPS)

@@ -13,7 +13,7 @@ from suite.models import build, external, registry
 from suite.models.transformer import token_windows
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "hashed_ngram.py"
-FILE = '''
+FILE = """
 from torch import Tensor, nn
 from suite.models.accounting import Cost, dense_cost
 from suite.models.registry import Family, ModelConfig, register
@@ -33,7 +33,7 @@ def feed_forwards(config: ModelConfig) -> list[nn.Module]:
     return [Squared(config.size.dim, config.size.ffn_hidden) for _ in range(config.size.layers)]
 
 register(Family("{name}", ModelConfig, feed_forwards))
-'''
+"""
 GOOD = {
     "result": "self.down(self.up(x_BTD).relu().square())",
     "params": "2 * self.up.weight.numel() + self.up.bias.numel()",
@@ -75,13 +75,70 @@ def test_a_wrong_shape_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_shape_that_would_broadcast_is_refused_too(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"forward gives \(2, 8, 1\) for \(2, 8, 32\)"):
+    with pytest.raises(UserError, match=r"forward gives \(2, 8, 1\) float32 for \(2, 8, 32\) float32"):
         checked(baseline(tmp_path, result="x_BTD[..., :1]"))
 
 
 def test_a_product_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"family squared: .*(shape|size|dim)"):
         checked(baseline(tmp_path, result="self.down(x_BTD)"))
+
+
+def test_another_dtype_is_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"\(Squared\): forward gives \(2, 8, 32\) float64 for \(2, 8, 32\) float32, allowed"
+    ):
+        checked(baseline(tmp_path, result="x_BTD.double()"))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"result": "1 / 0"}, r"family squared: line 12: ZeroDivisionError: division by zero"),
+        ({"result": "x_BTD if unknown else x_BTD"}, r"line 12: NameError: name 'unknown' is not defined"),
+        ({"params": "{}['no']"}, r"line 15: KeyError: 'no'"),
+        ({"params": "1, 1) and (0"}, r"layers\.0\.feed_forward \(Squared\): cost\(\) gives tuple, allowed: a Cost"),
+        ({"params": "sum(1)"}, r"line 15: TypeError: 'int' object is not iterable"),
+    ],
+)
+def test_whatever_a_baseline_raises_is_one_line_with_its_place(
+    tmp_path: Path, wrong: dict[str, str], words: str
+) -> None:
+    with pytest.raises(UserError, match=words) as refused:
+        checked(baseline(tmp_path, **wrong))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("register(Family(7, ModelConfig, feed_forwards))", r"name: got 7, allowed: letters"),
+        ('register(Family("a/b", ModelConfig, feed_forwards))', r"name: got 'a/b', allowed: letters"),
+        ('register(Family("other", int, feed_forwards))', r"config: got <class 'int'>, allowed: a subclass"),
+        ('register(Family("other", ModelConfig, []))', r"feed_forwards: got \[\], allowed: config -> one module"),
+    ],
+)
+def test_what_is_no_family_is_refused_by_field(tmp_path: Path, line: str, words: str) -> None:
+    path = baseline(tmp_path)
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match=rf"mine\.py: line 21: ValueError: {words}"):
+        external.load(path)
+    assert "squared" not in registry.families()
+
+
+def test_too_few_modules_are_refused(tmp_path: Path) -> None:
+    path = baseline(tmp_path)
+    path.write_text(path.read_text().replace("range(config.size.layers)", "range(1)"))
+    with pytest.raises(UserError, match=r"family squared: feed_forwards: got 1, allowed: a list of 4 modules"):
+        checked(path)
+
+
+def test_what_a_file_prints_is_kept_from_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = baseline(tmp_path)
+    path.write_text('print("hello")\n' + path.read_text())
+    external.load(path)
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "hello\n")
 
 
 def test_a_module_that_looks_at_values_is_checked_on_the_cpu(tmp_path: Path) -> None:
@@ -98,7 +155,7 @@ def test_a_parameter_missing_from_the_accounting_is_refused_by_name(tmp_path: Pa
 
 
 def test_a_name_that_is_taken_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"mine\.py: ValueError: family 'dense' is registered already"):
+    with pytest.raises(UserError, match=r"mine\.py: line 20: ValueError: family 'dense' is registered already"):
         external.load(baseline(tmp_path, name="dense"))
     external.load(baseline(tmp_path))
     other = tmp_path / "other.py"
@@ -109,7 +166,13 @@ def test_a_name_that_is_taken_is_refused_and_leaves_nothing_behind(tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("text", "words"), [("x = 1\n", "registers no family"), ("import nothing_like_it\n", "ModuleNotFoundError")]
+    ("text", "words"),
+    [
+        ("x = 1\n", "registers no family"),
+        ("import nothing_like_it\n", "line 1: ModuleNotFoundError"),
+        ("x = 1\ndef f(:\n", "line 2: invalid syntax, allowed: Python"),
+        ("raise SystemExit(3)\n", "line 1: SystemExit: 3"),
+    ],
 )
 def test_a_file_that_is_no_baseline_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "mine.py"
