@@ -85,6 +85,7 @@ def plan(
 
     loaded = load(grid, set_, scale, baseline, need_data=False)
     assumed = planning.assumptions(gpu, nodes, utilisation, price)
+    check_folders(results, None)
     plans = planning.plan(loaded, assumed, results / "cache")
     document = planning.document(loaded, plans, assumed)
     for entry, cell in zip(document["cells"], loaded.cells, strict=True):

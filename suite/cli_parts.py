@@ -22,8 +22,20 @@ if TYPE_CHECKING:
     from suite.launch.status import CellStatus
     from suite.launch.worker import Scoring
 
+
+
+def _folder(results: Path) -> Path:
+    """As it is, if it is a folder or can become one. Raises UserError."""
+    there = next(path for path in (results, *results.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"--results: got {results}, but {there} is a file, allowed: a folder")
+    return results
+
+
 GridName = Annotated[str, typer.Argument(metavar="GRID", help="a name in grids/, or a path to a .yaml file")]
-Results = Annotated[Path, typer.Option("--results", metavar="DIR", help="where runs and records live")]
+Results = Annotated[
+    Path, typer.Option("--results", metavar="DIR", callback=_folder, help="where runs and records live")
+]
 DataRoot = Annotated[
     Path | None, typer.Option("--data-root", metavar="DIR", help="local data sets for evaluation, in hub layout")
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 from pydantic import ValidationError
@@ -13,6 +12,7 @@ from suite.grids import Grid
 from suite.inputs import explain
 
 SCALES = ("tokens", "batch_rows", "half_keys")
+LEAST, MOST = 1e-9, 1e6
 
 
 def parse_scales(texts: list[str]) -> dict[str, float]:
@@ -24,8 +24,13 @@ def parse_scales(texts: list[str]) -> dict[str, float]:
             factor = float(value)
         except ValueError:
             factor = 0.0
-        if name not in SCALES or not (factor > 0 and math.isfinite(factor)):
-            raise UserError(f"--scale: got {text!r}, allowed: {', '.join(SCALES)} = a factor above 0, e.g. tokens=0.01")
+        if name not in SCALES or not LEAST <= factor <= MOST:
+            raise UserError(
+                f"--scale: got {text!r}, allowed: {', '.join(SCALES)} = a factor from {LEAST:g} to {MOST:g}, "
+                "e.g. tokens=0.01"
+            )
+        if name in factors:
+            raise UserError(f"--scale: got {name} twice, allowed: once")
         factors[name] = factor
     return factors
 

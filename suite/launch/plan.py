@@ -156,9 +156,11 @@ def document(grid: Grid, plans: list[CellPlan], assumed: Assumptions) -> dict[st
 
 
 def assumptions(gpu: str, nodes: int | None, utilisation: float, price: float | None) -> Assumptions:
-    """The assumptions a command line asks for. Raises UserError for an unknown GPU."""
+    """The assumptions a command line asks for. Raises UserError for an unknown GPU or a price that is no number."""
     if gpu not in GPUS:
         raise UserError(f"--gpu: got {gpu!r}, allowed: {', '.join(GPUS)}")
+    if price is not None and not (price >= 0 and math.isfinite(price)):
+        raise UserError(f"--price: got {price}, allowed: dollars an hour, 0 or more")
     return Assumptions(GPUS[gpu], nodes, utilisation, GPUS[gpu].price if price is None else price)
 
 
@@ -187,7 +189,7 @@ def reading(cell: Cell, cache: Path) -> Reading:
 
 def _plan(cell: Cell, read: Reading, dense: Account, assumed: Assumptions, seen: Seen) -> CellPlan:
     gpu, tokens = assumed.gpu, read.tokens
-    model = meta_model(cell.model, read.vocabulary)
+    model = _model(cell, read.vocabulary)
     counted = account_of(model, cell.data.seq_len)
     steps = max(1, tokens // (cell.train.batch_rows * cell.data.seq_len))
     total = tokens * counted.flops_per_token
@@ -213,6 +215,16 @@ def _plan(cell: Cell, read: Reading, dense: Account, assumed: Assumptions, seen:
         link_bytes_per_step=0.0 if mesh is None else link_bytes(model, cell, mesh),
         table_hours=steps * traffic / gpu.bandwidth / 3600,
     )
+
+
+def _model(cell: Cell, vocabulary: int) -> Transformer:
+    """The cell's model on the meta device. Raises UserError for sizes that no tensor can have."""
+    try:
+        return meta_model(cell.model, vocabulary)
+    except (RuntimeError, TypeError) as error:
+        if "overflow" not in str(error).lower():
+            raise
+        raise UserError(f"cell {cell.run_name}: model: got a tensor of 2^63 bytes or more, allowed: fewer") from None
 
 
 def _smallest_mesh(

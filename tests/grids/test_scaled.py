@@ -60,10 +60,17 @@ def test_exposures_of_a_world_shrink() -> None:
     assert {cell.train.epochs for cell in scaled(grid, {"tokens": 0.5}).cells} == {6.0}
 
 
-@pytest.mark.parametrize("text", ["tokens", "tokens=0", "tokens=x", "layers=0.5", "tokens=-1", "tokens=inf"])
+@pytest.mark.parametrize(
+    "text", ["tokens", "tokens=0", "tokens=x", "layers=0.5", "tokens=-1", "tokens=inf", "tokens=1e300", "tokens=1e-300"]
+)
 def test_what_cannot_be_a_scale_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"--scale: got .*allowed: tokens, batch_rows, half_keys"):
         parse_scales([text])
+
+
+def test_a_scale_given_twice_is_refused() -> None:
+    with pytest.raises(UserError, match="--scale: got tokens twice, allowed: once"):
+        parse_scales(["tokens=2", "tokens=3"])
 
 
 def test_tables_smaller_than_what_is_read_are_refused() -> None:
