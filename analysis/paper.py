@@ -129,13 +129,14 @@ def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
         for axis, (task, metric, title) in zip(axes, PANELS[:2], strict=True):
             part = theirs[(theirs["table"] == "Table 1") & (theirs["task"] == task) & (theirs["metric"] == metric)]
             part = part[part["base"].isin(BASES) & (part["memory_rows"] <= 2**20)]
-            for family in style.COLOURS:
+            axis.margins(0.12, 0.1)  # room for letters
+            for number, family in enumerate(family for family in style.COLOURS if family in set(part["family"])):
+                colour = style.COLOURS[family]
                 rows = part[part["family"] == family]
-                if len(rows):
-                    rows = rows.assign(place=rows["base"].map(at)).sort_values("place")
-                    axis.plot(rows["place"], rows["value"] * 100, color=style.COLOURS[family], mfc="white", ls=":",
-                              lw=1, marker=style.MARKERS[family], label=f"{family}, published")  # fmt: skip
-                    _letters(axis, rows["place"], rows["value"] * 100, rows["letter"])
+                rows = rows.assign(place=rows["base"].map(at)).sort_values("place")
+                axis.plot(rows["place"], rows["value"] * 100, color=colour, mfc="white", ls=":", lw=1,
+                          marker=style.MARKERS[family], label=f"{family}, published")  # fmt: skip
+                _letters(axis, rows["place"], rows["value"] * 100, rows["letter"], number, colour)
             matching = shown[(shown["task"] == task) & (shown["metric"] == metric)]
             _ours(axis, matching, lambda row: at[row["base"]], 100)
             axis.set_xticks(list(at.values()), list(at))
@@ -174,9 +175,13 @@ def _line(axis: Axes, rows: pd.DataFrame, scale: float, look: str, label: str) -
     _letters(axis, pd.Series(place), rows["value"] * scale, rows["letter"])
 
 
-def _letters(axis: Axes, places: pd.Series, values: pd.Series, letters: pd.Series) -> None:
+def _letters(
+    axis: Axes, places: pd.Series, values: pd.Series, letters: pd.Series, number: int = 0, colour: str = "#666666"
+) -> None:
+    """A letter below each point; those of the `number`-th line beside those of the lines before."""
     for place, value, letter in zip(places, values, letters, strict=True):
-        axis.annotate(letter, (place, value), xytext=(4, -8), textcoords="offset points", fontsize=6, color="#666666")
+        offset = (4 + 4.5 * number, -8)
+        axis.annotate(letter, (place, value), xytext=offset, textcoords="offset points", fontsize=6, color=colour)
 
 
 def _ours(axis: Axes, rows: pd.DataFrame, place: Callable[[Any], float], scale: float) -> None:

@@ -27,6 +27,7 @@ ABLATIONS = (
     ("Table 3, left: placement", "Table 3 left"), ("Table 3, right: variants", "Table 3 right"),
     ("Table 4, left: value width", "Table 4 left"), ("Table 4, right: key width", "Table 4 right"),
 )  # fmt: skip
+COUNTED = "*: the total is our arithmetic, not printed."
 TRAPS = (
     "Traps: the 2^20 point of the printed curve is the vanilla Memory row of table 1, not Memory+ (crosses: table 1's "
     "Memory+). The printed total of Memory+ with 2^20 rows, 3.377b, looks copied from the Memory row: counted, 3.368b. "
@@ -54,7 +55,7 @@ def tables(theirs: pd.DataFrame, mine: pd.DataFrame) -> str:
     for parts in filled(theirs, mine).values():
         for part in parts:
             text += [f"## {part.title}\n", markdown(part.heads, part.rows)]
-    return "\n".join([*text, f"{TRAPS}\n", f"Tables 3 and 4: {MISALIGNED[0].lower()}{MISALIGNED[1:]}\n"])
+    return "\n".join([*text, f"{COUNTED} {TRAPS}\n", f"Tables 3 and 4: {MISALIGNED[0].lower()}{MISALIGNED[1:]}\n"])
 
 
 def draw_tables(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> dict[str, list[Path]]:
@@ -94,7 +95,7 @@ def _draw(name: str, parts: list[Table], with_ours: bool, folder: Path) -> list[
             for (row, column), cell in table.get_celld().items():
                 cell.set_edgecolor("#dddddd")
                 cell.set_text_props(ha="left" if column == 0 else "right", weight="bold" if row == 0 else "normal")
-        traps = {"table1": f" {TRAPS}", "table3": f" {MISALIGNED}", "table4": f" {MISALIGNED}"}.get(name, "")
+        traps = {"table1": f" {COUNTED} {TRAPS}", "table3": f" {MISALIGNED}", "table4": f" {MISALIGNED}"}.get(name, "")
         note = f"{LETTERS} Scores in %, NLL in nats; –: not found.{traps} Source: arXiv:2412.09764"
         return style.save(drawn, folder, name, f"{note}; ours: value (n runs, tokens)." if with_ours else f"{note}.")
 
@@ -107,7 +108,8 @@ def _scores_table(title: str, part: pd.DataFrame, mine: pd.DataFrame, wanted: li
         matching = mine[(mine["base"] == base) & (mine["family"] == family) & (mine["memory_rows"] == count)]
         size = group["params_total"].iloc[0]
         cells = [_cell(group[group["task"] == task], matching[matching["task"] == task], 100) for task in wanted]
-        rows.append([f"{base} {model}", number(count), f"{number(size / 1e6)}m" if size == size else "–",
+        counted = COUNTED[0] if group["note"].str.contains("our arithmetic").any() else ""
+        rows.append([f"{base} {model}", number(count), f"{number(size / 1e6)}m{counted}" if size == size else "–",
                      f"{number(tokens / 1e9)}b", *cells])  # fmt: skip
     return Table(title, ["model", "rows", "parameters", "tokens", *(NAMES[task] for task in wanted)], rows)
 

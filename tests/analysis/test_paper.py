@@ -38,6 +38,9 @@ def test_everything_is_drawn_without_any_run_of_ours(results: Path) -> None:
     assert "| 1.3b Memory+ | 67,108,864 | 138,748m | 1,000b | 20.78 A | 62.14 A | 77.31 B | 30.00 B | 20.47 A |" in page
     assert "| PK layers 4,12,20 | 1,048,576 | 2.06 A | 11.32 A | 7.20 A |" in page
     assert "| 8b Memory+ | 16,777,216 | – | 1,000b | 60.29 B |" in page
+    assert "| 373m Memory+ | 1,048,576 | 1,441m* | 1,000b |" in page
+    assert page.count("m* |") == 4
+    assert "*: the total is our arithmetic, not printed." in page
     assert page.count("\n## ") == 6
     svg = next(path for path in files["figure1"] if path.suffix == ".svg").read_text()
     assert "vanilla" in svg
