@@ -47,9 +47,14 @@ def export(model: Transformer, target: Path, corpus: Corpus | None = None, seq_l
 
     Raises UserError if the folder holds something already.
     """
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--to: got {target}, which is a file, allowed: a new or an empty folder")
     if target.exists() and any(target.iterdir()):
         raise UserError(f"--to: got {target}, which holds files, allowed: a new or an empty folder")
-    target.mkdir(parents=True, exist_ok=True)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--to: got {target}: {error.strerror}, allowed: a new or an empty folder") from None
     if model.config.family == "dense":
         weights = {llama_name(name): value for name, value in model.state_dict().items()}
         config = llama_config(model, seq_len)

@@ -208,6 +208,14 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
         export(built("dense"), tmp_path)
 
 
+@pytest.mark.parametrize(("folder", "words"), [("kept", "which is a file"), ("kept/below", "Not a directory")])
+def test_a_folder_that_cannot_be_is_refused(folder: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "kept").write_text("as before")
+    with pytest.raises(UserError, match=rf"--to: got .*{folder}.*{words}, allowed: a new or an empty folder"):
+        export(built("dense"), tmp_path / folder)
+    assert (tmp_path / "kept").read_text() == "as before"
+
+
 @pytest.mark.parametrize("kind", [{"kind": "word"}, {"kind": "bytes"}, {"kind": "bpe", "vocab_size": 400}])
 def test_tokenizers_give_the_same_ids_in_transformers(kind: dict[str, Any], corpus: Corpus, tmp_path: Path) -> None:
     data = corpus.config.model_copy(update={"tokenizer": TokenizerConfig.model_validate(kind)})
