@@ -15,10 +15,12 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from suite import models
 from suite.errors import UserError
-from suite.models import Transformer, registry
+from suite.inputs import explain
+from suite.models import Transformer, external, registry
 from suite.models.accounting import account_of
 from suite.models.registry import ModelConfig
 from suite.models.sizes import SIZES
@@ -51,7 +53,7 @@ class DecodeSpeed:
 def configurations(base: str, half_keys: Iterable[int]) -> list[ModelConfig]:
     """Every registered family at the base, dense first, those with product keys at every table size.
 
-    Raises UserError for an unknown base or a table a family cannot have.
+    Raises UserError for an unknown base, a table a family cannot have, a baseline that is wrong or that wants options.
     """
     if base not in SIZES:
         raise UserError(f"--base: got {base!r}, allowed: {', '.join(SIZES)}")
@@ -62,9 +64,15 @@ def configurations(base: str, half_keys: Iterable[int]) -> list[ModelConfig]:
             [{"half_keys": n} for n in half_keys] if "half_keys" in options.model_fields else [{}]
         )
         for side in sides:
-            config = options.model_validate({"family": name, "base": base, **side})
+            fields = {"family": name, "base": base, **side}
+            try:
+                config = options.model_validate(fields)
+            except ValidationError as error:
+                raise UserError(f"family {name}: {explain(error, options, fields)}") from None
             for field, given, allowed in config.problems():
                 raise UserError(f"--half-keys: {name}: {field}: got {given!r}, allowed: {allowed}")
+            if registry.family(name).source:
+                external.check(config)
             found.append(config)
     return found
 

@@ -18,10 +18,11 @@ from suite.data import prepare
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.hardware import GPUS, USABLE, UTILISATION, Gpu
-from suite.models.accounting import Account, account, account_of, cost_of, meta_model
+from suite.models.accounting import Account, account_of, cost_of, meta_model
 from suite.models.external import needs_values
 from suite.models.memory import Parts, Seen, StepMemory, parts
 from suite.models.memory_table import MemoryLayer, MemoryTable
+from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
 from suite.train.loop import total_steps
 
@@ -134,7 +135,7 @@ def plan(grid: Grid, assumed: Assumptions, cache: Path) -> list[CellPlan]:
         plain, vocabulary, seq_len = cell.model.dense(), read[key].vocabulary, cell.data.seq_len
         beside = plain.model_dump_json(), vocabulary, seq_len
         if beside not in dense:
-            dense[beside] = account(plain, vocabulary, seq_len)
+            dense[beside] = account_of(_model(cell, plain, vocabulary), seq_len)
         plans.append(_plan(cell, read[key], dense[beside], assumed, seen))
     return [replace(one, partners=partners(one, plans)) for one in plans]
 
@@ -189,7 +190,7 @@ def reading(cell: Cell, cache: Path) -> Reading:
 
 def _plan(cell: Cell, read: Reading, dense: Account, assumed: Assumptions, seen: Seen) -> CellPlan:
     gpu, tokens = assumed.gpu, read.tokens
-    model = _model(cell, read.vocabulary)
+    model = _model(cell, cell.model, read.vocabulary)
     counted = account_of(model, cell.data.seq_len)
     steps = max(1, tokens // (cell.train.batch_rows * cell.data.seq_len))
     total = tokens * counted.flops_per_token
@@ -217,10 +218,10 @@ def _plan(cell: Cell, read: Reading, dense: Account, assumed: Assumptions, seen:
     )
 
 
-def _model(cell: Cell, vocabulary: int) -> Transformer:
-    """The cell's model on the meta device. Raises UserError for sizes that no tensor can have."""
+def _model(cell: Cell, config: ModelConfig, vocabulary: int) -> Transformer:
+    """A cell's model, or its dense one, on the meta device. Raises UserError for sizes that no tensor can have."""
     try:
-        return meta_model(cell.model, vocabulary)
+        return meta_model(config, vocabulary)
     except (RuntimeError, TypeError) as error:
         if "overflow" not in str(error).lower():
             raise

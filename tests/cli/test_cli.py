@@ -45,6 +45,7 @@ def test_every_verb_has_help_with_an_example(verb: str, suite: Suite) -> None:
         ),
         (["plan", "smoke", "--results", "/proc/here"], "--results: got /proc/here: No such file"),
         (["plan", "smoke", "--price", "inf"], "--price: got inf, allowed: dollars an hour, 0 or more"),
+        (["plan", "paper-8b", "--set", "model.dim=1000000000000"], "got a tensor of 2^63 bytes or more"),
         (["plan", "paper-memory-scaling", "--scale", "half_keys=1e6"], "got a tensor of 2^63 bytes or more"),
         (["sweep", "smoke", "--no-wait"], "--no-wait: got it with --executor local, allowed: with --executor slurm"),
         (["sweep", "smoke", "--executor", "slurm", "--jobs", "2"], "--jobs: got 2 with --executor slurm, allowed: "),

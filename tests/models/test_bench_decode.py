@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from suite import bench_decode
 from suite.cli import app
 from suite.errors import UserError
-from suite.models import registry
+from suite.models import external, registry
 from suite.models.accounting import account
 
 
@@ -54,3 +54,28 @@ def test_the_command_writes_a_table(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     written = list(csv.DictReader((tmp_path / "bench" / "decode.csv").open()))
     assert [row["family"] for row in written] == [row["family"] for row in json.loads(done.stdout)]
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "words"),
+    [
+        ("1 / 0", "pass", r"family mine: line 4: ZeroDivisionError"),
+        ("x", "widen: float", r"family mine: widen: got nothing, allowed: "),
+    ],
+)
+def test_a_baseline_that_is_wrong_is_refused_before_anything_is_measured(
+    body: str, options: str, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from torch import nn\nfrom suite.models import accounting, registry\n"
+        f"class M(nn.Module):\n    def forward(self, x): return {body}\n    def cost(self): return accounting.Cost()\n"
+        f"class C(registry.ModelConfig):\n    {options}\n"
+        'registry.register(registry.Family("mine", C, lambda c: [M() for _ in range(c.size.layers)]))\n'
+    )
+    external.load(path)
+    try:
+        with pytest.raises(UserError, match=words):
+            bench_decode.configurations("w32", [32])
+    finally:
+        registry.unregister(["mine"])
