@@ -1,5 +1,6 @@
-"""One thread and one cache of prepared corpora for the trainer's tests."""
+"""One thread, one cache of prepared corpora and, where asked for, float64 for the trainer's tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,3 +15,11 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def wide() -> Iterator[None]:
+    """Models of float64, in this process too."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)

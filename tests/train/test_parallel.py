@@ -5,7 +5,6 @@ Sums are then taken in another order and nothing else changes: losses and weight
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +27,6 @@ from suite.train.parallel import Parallel, World
 STEPS = 50
 EXACT = 1e-9
 TIMES = {"tokens_per_s", "memory_bytes", "wall_s"}
-
-
-@pytest.fixture
-def wide() -> Iterator[None]:
-    """Models of float64, in this process too."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
 
 
 def alone(cell: Cell, folder: Path, cache: Path) -> Path:
