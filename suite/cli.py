@@ -52,11 +52,18 @@ app.add_typer(cli_eval.app, name="eval")
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except UserError as error:
         print(f"suite: {error}", file=sys.stderr)
         sys.exit(2)
-    sys.exit(0)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        # typer's own complaints have no public base class; its help, where arguments are missing, is one of them.
+        said = error.format_message()
+        print(said if "\n" in said else f"suite: {said}", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(code)
 
 
 @app.command()

@@ -51,6 +51,11 @@ def test_every_verb_has_help_with_an_example(verb: str, suite: Suite) -> None:
         (["sweep", "smoke", "--executor", "slurm", "--jobs", "2"], "--jobs: got 2 with --executor slurm, allowed: "),
         (["train", "missing.yaml"], "missing.yaml: No such file or directory"),
         (["eval", "missing"], "GRID: got 'missing'"),
+        (["sweep", "smoke", "--jobs", "0"], "suite: Invalid value for '--jobs'"),
+        (["plan", "smoke", "--price", "much"], "suite: Invalid value for '--price'"),
+        (["sweeep", "smoke"], "No such command 'sweeep'"),
+        (["status", "smoke", "--jsonn"], "suite: No such option"),
+        (["plan"], "suite: Missing argument 'GRID'"),
     ],
 )
 def test_a_users_mistake_is_one_line_and_exit_code_2(arguments: list[str], expected: str, suite: Suite) -> None:
@@ -76,9 +81,10 @@ def test_a_task_nobody_knows_is_refused_before_anything_trains(tmp_path: Path, s
     assert not (tmp_path / "results" / "runs").exists()
 
 
-def test_unknown_options_and_verbs_exit_with_2(suite: Suite) -> None:
-    assert suite("sweep", "smoke", "--jobs", "0").returncode == 2
-    assert suite("sweeep", "smoke").returncode == 2
+def test_without_arguments_there_is_help(suite: Suite) -> None:
+    told = suite()
+    assert told.returncode == 2
+    assert "Train and evaluate what a grid is missing" in told.stdout + told.stderr
 
 
 def test_a_dry_run_lists_the_cells_and_leaves_nothing_behind(tmp_path: Path, suite: Suite) -> None:
