@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 TABLES = ("figure1", "table1", "table2_8b", "ablations")
 BASES = ("134m", "373m", "720m", "1.3b")
+BESIDE = 0.11
+"""Between the families of a base, as a share of the way to the next."""
 METRICS = {"em": "exact_match", "pass_at_1": "pass@1"}
 """Names of metrics in our evaluations -> in the published tables."""
 PANELS = (
@@ -103,6 +105,7 @@ def _figure1(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
     with style.figure(1, 4, width=11.0, height=3.0) as (drawn, axes):
         for axis, (task, metric, title) in zip(axes, PANELS, strict=True):
             scale = 1 if metric == "nll" else 100
+            axis.margins(y=0.12)  # room for letters
             part = theirs[(theirs["task"] == task) & (theirs["metric"] == metric)]
             curve = part[part["table"] == "Figure 1"].sort_values("memory_rows")
             _line(axis, curve, scale, "dense", "published, figure 1")
@@ -125,28 +128,29 @@ def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
     """Scores against the base's size, from table 1; tables of about 2^20 rows."""
     at = {base: index for index, base in enumerate(BASES)}
     shown = _shown(mine[mine["base"].isin(BASES) & (mine["memory_rows"] <= 2**20)], PANELS[:2])
+    families = [family for family in style.COLOURS if family in set(theirs["family"][theirs["table"] == "Table 1"])]
+    beside = {family: BESIDE * (number - (len(families) - 1) / 2) for number, family in enumerate(families)}
     with style.figure(1, 2, width=7.6, height=3.4) as (drawn, axes):
         for axis, (task, metric, title) in zip(axes, PANELS[:2], strict=True):
             part = theirs[(theirs["table"] == "Table 1") & (theirs["task"] == task) & (theirs["metric"] == metric)]
             part = part[part["base"].isin(BASES) & (part["memory_rows"] <= 2**20)]
-            axis.margins(0.12, 0.1)  # room for letters
-            for number, family in enumerate(family for family in style.COLOURS if family in set(part["family"])):
-                colour = style.COLOURS[family]
+            axis.margins(y=0.12)  # room for letters
+            for family in families:
                 rows = part[part["family"] == family]
-                rows = rows.assign(place=rows["base"].map(at)).sort_values("place")
-                axis.plot(rows["place"], rows["value"] * 100, color=colour, mfc="white", ls=":", lw=1,
+                rows = rows.assign(place=rows["base"].map(at) + beside[family]).sort_values("place")
+                axis.plot(rows["place"], rows["value"] * 100, color=style.COLOURS[family], mfc="white", ls=":", lw=1,
                           marker=style.MARKERS[family], label=f"{family}, published")  # fmt: skip
-                _letters(axis, rows["place"], rows["value"] * 100, rows["letter"], number, colour)
+                _letters(axis, rows["place"], rows["value"] * 100, rows["letter"])
             matching = shown[(shown["task"] == task) & (shown["metric"] == metric)]
-            _ours(axis, matching, lambda row: at[row["base"]], 100)
+            _ours(axis, matching, lambda row: at[row["base"]] + beside.get(row["family"], 0.0), 100)
             axis.set_xticks(list(at.values()), list(at))
             axis.set_xlabel("base, 1T tokens")
             axis.set_title(title, loc="left")
         style.legend_above(drawn, axes)
         note = (
             f"{LETTERS} Numbers of table 1; the values of the paper's figure 4 were not found, nor any of the 720m "
-            "base or of 373m Memory. Dotted lines lead the eye. Mixtures: expert choice in training, top-1 in "
-            "evaluation. Source: arXiv:2412.09764"
+            "base or of 373m Memory. Families of a base stand side by side; dotted lines lead the eye. Mixtures: "
+            "expert choice in training, top-1 in evaluation. Source: arXiv:2412.09764"
         )
         return style.save(drawn, folder, "accuracy-base-size", f"{note}{_also(shown)}.")
 
@@ -175,13 +179,11 @@ def _line(axis: Axes, rows: pd.DataFrame, scale: float, look: str, label: str) -
     _letters(axis, pd.Series(place), rows["value"] * scale, rows["letter"])
 
 
-def _letters(
-    axis: Axes, places: pd.Series, values: pd.Series, letters: pd.Series, number: int = 0, colour: str = "#666666"
-) -> None:
-    """A letter below each point; those of the `number`-th line beside those of the lines before."""
+def _letters(axis: Axes, places: pd.Series, values: pd.Series, letters: pd.Series) -> None:
+    """A letter below each point."""
     for place, value, letter in zip(places, values, letters, strict=True):
-        offset = (4 + 4.5 * number, -8)
-        axis.annotate(letter, (place, value), xytext=offset, textcoords="offset points", fontsize=6, color=colour)
+        axis.annotate(letter, (place, value), xytext=(0, -11), textcoords="offset points", ha="center", fontsize=6,
+                      color="#444444")  # fmt: skip
 
 
 def _ours(axis: Axes, rows: pd.DataFrame, place: Callable[[Any], float], scale: float) -> None:
