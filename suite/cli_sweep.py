@@ -95,7 +95,8 @@ def sweep(
     if report and not on_slurm:
         reported = _report(loaded, results, as_json)
     complain_of_failures(statuses)
-    if wait and not (reported and all(status.state == "done" for status in statuses)):
+    states = {status.state for status in statuses}
+    if "failed" in states or (wait and not (reported and states <= {"done"})):
         raise typer.Exit(1)
 
 

@@ -82,6 +82,11 @@ class CellPlan:
         """Of a measure of this cell's account to another's."""
         return float(getattr(self.account, measure) / getattr(other, measure))
 
+    @property
+    def days(self) -> float | None:
+        """How long the cell takes on its mesh; None where it fits nowhere."""
+        return None if self.mesh is None else self.gpu_hours / self.mesh.gpus / 24
+
     def to_json(self, price: float) -> dict[str, Any]:
         """The cell's entry of `suite plan --json`."""
         counted, mesh = self.account, self.mesh
@@ -103,6 +108,7 @@ class CellPlan:
             "memory_per_gpu": None if mesh is None else round(mesh.memory.peak),
             "gpus": None if mesh is None else mesh.gpus,
             "gpu_hours": self.gpu_hours,
+            "days": self.days,
             "steps": self.steps,
             "total_flops": self.total_flops,
             "cost": self.gpu_hours * price,

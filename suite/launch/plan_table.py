@@ -26,7 +26,7 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
     table = Table(title=f"{name} on {assumed.gpu.name}", title_justify="left")
     for column, justify in (
         ("run", "left"), ("params", "right"), ("MACs/dense", "right"), ("FLOPs", "right"), ("GPUs", "right"),
-        ("GB/GPU", "right"), ("GPU-hours", "right"), ("cost", "right"), ("table GB/step", "right"),
+        ("GB/GPU", "right"), ("GPU-hours", "right"), ("days", "right"), ("cost", "right"), ("table GB/step", "right"),
     ):  # fmt: skip
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for one in plans:
@@ -39,6 +39,7 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
             "none" if mesh is None else str(mesh.gpus),
             "" if mesh is None else f"{mesh.memory.peak / 1e9:.3g}",
             f"{one.gpu_hours:,.0f}",
+            "" if one.days is None else f"{one.days:,.3g}",
             f"${one.gpu_hours * assumed.price:,.0f}",
             f"{one.table_bytes_per_step / 1e9:,.0f}" if one.table_bytes_per_step else "",
         )
@@ -68,6 +69,7 @@ def plan_notes(plans: list[CellPlan], document: dict[str, Any]) -> list[str]:
         f"${assumed['price']:g} an hour, "
         f"{assumed['usable_memory']:.0%} of {assumed['gpu']['memory'] / 1e9:.0f} GB usable;"
         " reading and updating tables is not in the hours",
+        "days: on the fewest GPUs that hold the cell; more (`gpus` in a profile or a grid's `launch`) take less long",
     ]
     lines += [_against(entry) for entry in document["cells"] if entry.get("measured") and entry["gpus"]]
     lines += [f"{one.cell.run_name}: fits nowhere: {one.why}; fits on: {one.would_fit}" for one in plans if one.why]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from suite.errors import UserError
 from suite.inputs import explain, meant, read_mapping
@@ -58,10 +58,18 @@ class Profile(BaseModel):
     )
     processes: int = Field(default=1, gt=0, description="processes of a cell on CPUs")
     cpus_per_task: int | None = Field(default=None, gt=0, description="cores of a process; none: the cell's threads")
-    mem_gb: float | None = Field(default=None, gt=0, description="memory of a job on each node; none: the default")
+    mem_gb: float | None = Field(
+        default=None, gt=0, description="memory of a node, of which a job gets its GPUs' share; none: the default"
+    )
     setup: tuple[str, ...] = Field(default=(), description="shell lines before a job: modules, variables")
     sbatch: dict[str, str | int | bool] = Field(default={}, description="any other option of sbatch, without dashes")
     refresh_s: float = Field(default=30.0, gt=0, description="seconds between two questions to Slurm")
+
+    @model_validator(mode="after")
+    def _warned_in_time(self) -> Profile:
+        if self.warning_s >= 60 * self.time:
+            raise ValueError(f"warning_s: got {self.warning_s}, allowed: less than time, {60 * self.time} seconds")
+        return self
 
 
 def load_profile(name_or_path: str, over: Mapping[str, Any] | None = None) -> Profile:

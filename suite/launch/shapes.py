@@ -56,8 +56,8 @@ def scoring_shape(profile: Profile, cell: Cell, training: Shape, cache: Path) ->
         together = training.gpus * training.nodes > 1 and not _fits_one(profile, cell, cache)
     if together:
         return training
-    share = None if profile.mem_gb is None else profile.mem_gb / max(1, profile.gpus_per_node)
-    return Shape(gpus=min(1, profile.gpus_per_node), cpus=_cpus(profile, cell), mem_gb=share)
+    gpus = min(1, profile.gpus_per_node)
+    return Shape(gpus=gpus, cpus=_cpus(profile, cell), mem_gb=_memory(profile, gpus))
 
 
 def _fits_one(profile: Profile, cell: Cell, cache: Path) -> bool:
@@ -91,9 +91,16 @@ def _of_gpus(profile: Profile, cell: Cell, gpus: int, parallel: Parallel) -> Sha
         tasks=per_node,
         gpus=per_node,
         cpus=_cpus(profile, cell),
-        mem_gb=profile.mem_gb,
+        mem_gb=_memory(profile, per_node),
         parallel=parallel,
     )
+
+
+def _memory(profile: Profile, gpus: int) -> float | None:
+    """Of a job on a node: the share of its GPUs, so that a node's other GPUs keep theirs."""
+    if profile.mem_gb is None or not profile.gpus_per_node:
+        return profile.mem_gb
+    return profile.mem_gb * gpus / profile.gpus_per_node
 
 
 def _of_cpus(profile: Profile, cell: Cell, parallel: Parallel) -> Shape:

@@ -7,6 +7,7 @@ report waits for all. How many run at once is bounded over all arrays together.
 from __future__ import annotations
 
 import shlex
+import shutil
 import subprocess
 import sys
 import uuid
@@ -182,9 +183,12 @@ class Submitter:
         try:
             with executor.batch():
                 jobs = [executor.submit(call) for call in calls]
+        except FileNotFoundError:
+            raise UserError("--executor slurm: got no sbatch here, allowed: a node that submits to Slurm") from None
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
             said = [line for line in str(error).splitlines() if "sbatch" in line] or [str(error)]
-            raise UserError(f"sbatch: {said[-1].strip()}") from None
+            raise UserError(f"sbatch: {said[-1].strip().removeprefix('sbatch: ')}") from None
         sent = [(str(job.job_id), Path(job.paths.stdout)) for job in jobs]
         self.sent.append(Submission(executor.script(len(calls)), tuple(job for job, _ in sent)))
         return sent
@@ -232,12 +236,17 @@ class Report:
             done.check_returncode()
 
     def _written(self) -> float | None:
-        path = self.results / GRIDS / self.grid / "report.md"
+        path = report_path(self.results, self.grid)
         return path.stat().st_mtime if path.exists() else None
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """It starts again."""
         return submitit.helpers.DelayedSubmission(self)
+
+
+def report_path(results: Path, grid: str) -> Path:
+    """Where a grid's report is, once there is one."""
+    return results / GRIDS / grid / "report.md"
 
 
 def jobs_folder(results: Path, grid: Grid) -> Path:

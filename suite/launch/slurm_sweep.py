@@ -14,7 +14,7 @@ from suite.cells import Cell
 from suite.grids import Grid
 from suite.launch import beside, slurm_queue
 from suite.launch.profiles import Profile
-from suite.launch.slurm import Submission, Submitter, jobs_folder
+from suite.launch.slurm import Submission, Submitter, jobs_folder, report_path
 from suite.launch.slurm_queue import ENDED, WORDS, Job
 from suite.launch.status import GRIDS, CellStatus, cell_status, grid_status, run_dir
 from suite.launch.sweep import MAX_STARTS, Standing, Watcher, prepare, settled, write_grid
@@ -54,6 +54,7 @@ class SlurmSweep:
     reported: bool = True
     queue: dict[str, Job] = field(default_factory=dict)
     scorers: dict[str, str] = field(default_factory=dict)
+    cancelled: int = 0
 
     def submit(self) -> None:
         """Send what is missing and has no job yet. Raises UserError."""
@@ -73,15 +74,18 @@ class SlurmSweep:
         if self.watched:
             self.watcher.event(f"{len(self.watched)} cells have jobs already")
             self.report_job = next(iter(self._alive([slurm_queue.recorded_report(self.folder)])), None)
-        if new or not self.watched:
+        if new or not (self.watched or report_path(self.results, self.grid.name).exists()):
             self._send(new, self.profile)
 
     def watch(self) -> list[CellStatus]:
         """Wait until every cell is done or has failed; gives how they stand. Jobs outlive a KeyboardInterrupt."""
         while self.watched or self.dead or self.report_job:
             time.sleep(self.profile.refresh_s)
+            had_cells = bool(self.watched or self.dead)
             self._refresh()
             self.watcher.progress(self._standing())
+            if had_cells and not (self.watched or self.dead) and self.report_job:
+                self.watcher.event(f"waiting for the report, job {self.report_job}")
         return grid_status(self.results, self.grid)
 
     @property
@@ -154,6 +158,7 @@ class SlurmSweep:
         said = WORDS.get(how, how.lower())
         if how == "CANCELLED":
             entry.run.set_state("pending", cause=said, eta_s=None)
+            self.cancelled += 1
             self.watcher.event(f"cancelled: {entry.run.name}: left alone; the same command resumes")
             return
         if _step(entry.run) > entry.step:
@@ -198,7 +203,7 @@ class SlurmSweep:
             for name, state in states
             if state["state"] == "running"
         ]
-        return Standing(len(self.grid.cells), len(self.grid.cells) - len(entries), running)
+        return Standing(len(self.grid.cells), len(self.grid.cells) - len(entries) - self.cancelled, running)
 
 
 def _at_most(profile: Profile, room: int) -> Profile:
@@ -225,17 +230,16 @@ def _write(folder: Path, number: int, one: Submission) -> Path:
 
 
 def cancel(results: Path, grid: Grid) -> list[str]:
-    """Cancel the jobs of a grid that are alive, its report's too; gives the runs they were of. Raises UserError."""
+    """Cancel the jobs of a grid that are alive; gives the runs they were of, and "report". Raises UserError."""
     runs = [run_dir(results, cell) for cell in grid.cells]
     jobs = {run.name: [facts["job"] for facts in slurm_queue.recorded_jobs(run).values()] for run in runs}
     report = slurm_queue.recorded_report(jobs_folder(results, grid))
     if report is None and not any(jobs.values()):
         return []
     queue = slurm_queue.ask()
+    jobs["report"] = [] if report is None else [report]
     alive = {name: [job for job in ids if job in queue and queue[job].alive] for name, ids in jobs.items()}
     doomed = [job for ids in alive.values() for job in ids]
-    if report in queue and queue[report].alive:
-        doomed.append(report)
     if doomed:
         slurm_queue.cancel(doomed)
         for run in runs:

@@ -229,9 +229,9 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scoring: Scoring, wor
 
 
 def describe(error: BaseException) -> str:
-    """A cause in one line: the exception's type and the last line of its message."""
+    """A cause in one line: the exception's type and the first line of its message; advice comes behind."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def log_path() -> str | None:

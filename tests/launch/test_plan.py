@@ -58,6 +58,7 @@ def test_the_document_has_the_agreed_fields(scaling: list[planning.CellPlan]) ->
     assert entry["params"].keys() == {"total", "active", "memory", "embedding"}
     assert entry["flops_per_token"].keys() == {"train", "forward"}
     assert entry["cost"] == 2.0 * entry["gpu_hours"]
+    assert entry["days"] == entry["gpu_hours"] / entry["gpus"] / 24
     json.dumps(entry, allow_nan=False)
 
 

@@ -10,7 +10,7 @@ from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import load_grid
 from suite.launch.profiles import Profile, load_profile
-from suite.launch.shapes import Shape, scoring_shape
+from suite.launch.shapes import Shape, scoring_shape, shapes
 from suite.launch.slurm import Entry, batches, shares
 from suite.records import RunDir
 
@@ -48,6 +48,7 @@ def test_times_are_read_as_slurm_writes_them(tmp_path: Path, written: str, minut
         ("partitoin: gpu\n", "partitoin"),
         ("time: soon\n", "time: got 'soon'"),
         ("max_jobs: 0\n", "max_jobs: got 0"),
+        ("{time: 1, warning_s: 300}\n", "warning_s: got 300, allowed: less than time, 60 seconds"),
     ],
 )
 def test_a_mistake_is_one_line_with_file_and_field(tmp_path: Path, text: str, complaint: str) -> None:
@@ -75,6 +76,15 @@ def test_only_what_fits_no_gpu_is_scored_where_it_trained_unless_the_profile_say
 
     assert shape(dense) == shape(memory, score_together=False) == Shape(gpus=1, cpus=dense.threads)
     assert shape(memory) == shape(dense, score_together=True) == training
+
+
+def test_a_job_gets_the_share_of_a_nodes_memory_that_its_gpus_are_of_the_nodes(tmp_path: Path) -> None:
+    grid, profile = load_grid("paper-8b", need_data=False), Profile(gpus_per_node=8, mem_gb=800)
+    dense, *_, memory = grid.cells
+    asked = shapes(grid, [dense, memory], profile, tmp_path)
+    assert [(one.nodes, one.gpus, one.mem_gb) for one in asked] == [(1, 4, 400.0), (8, 8, 800.0)]
+    assert scoring_shape(profile, dense, asked[0], tmp_path).mem_gb == 100.0
+    assert [one.mem_gb for one in shapes(grid, [dense], Profile(mem_gb=8), tmp_path)] == [8]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(8, 100))

@@ -13,7 +13,7 @@ from sweeps import TINY, records, runs_of, start_sweep, state_of, suite
 from suite.grids import load_grid
 from suite.launch.status import cell_status
 from suite.launch.sweep import Sweep, prepare, refuse_stale, set_stale_aside
-from suite.launch.worker import run_cell
+from suite.launch.worker import describe, run_cell
 from suite.records import RunDir
 
 FAST = TINY.replace("  evaluate: [{tasks: [bios_storage], limit: 20}]\n", "").replace("epochs: 8", "epochs: 2")
@@ -177,3 +177,9 @@ def test_runs_on_disk_say_what_they_need_without_side_effects(tmp_path: Path) ->
     assert (status.state, status.progress, status.cause) == ("pending", 0.0, None)
     assert not (tmp_path / "results").exists()
     assert RunDir(tmp_path / "results" / "runs" / cell.run_name).name == status.run
+
+
+def test_a_cause_is_the_first_line_of_its_message() -> None:
+    error = RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA ...\n")
+    assert describe(error) == "RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert describe(KeyError()) == "KeyError"
