@@ -11,7 +11,7 @@ import pandas as pd
 from analysis import style
 from analysis.compare import MIN_PAIRS, paired
 from analysis.runs import Run
-from analysis.scene import Scene, common_exposure, dot, face
+from analysis.scene import Missing, Scene, common_exposure, dot, face
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -141,6 +141,11 @@ def loss_curves(found: Scene, folder: Path) -> list[Path]:
 def against_rows(found: Scene, folder: Path) -> list[Path]:
     """The paper's figure 1 form: E50 and NLL against memory rows, dense and MoE as horizontal references."""
     bases = found.bases
+    if not (found.table["memory_rows"] > 0).any():
+        raise Missing(
+            f"grid {found.grid} has no model with a memory; add a family with half_keys to it, then: "
+            f"suite sweep {found.grid}"
+        )
     with style.figure(2, len(bases), width=max(4.4, 3.6 * len(bases)), height=6.2, sharex="col") as (
         drawn,
         axes,

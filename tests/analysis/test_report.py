@@ -217,3 +217,11 @@ def test_text_grids_draw_the_compute_multiplier_along_dense_budgets(tmp_path: Pa
     paths = multiplier_figure(scene(runs.read_runs(tmp_path), "g"), tmp_path)
     assert "compute multiplier at the final loss" in paths[2].read_text()
     assert "w32 memory_plus k16 (n=1)" in paths[2].read_text()
+
+
+def test_without_a_memory_nothing_is_drawn_against_rows(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path, "dense", "w32", seed, 20.0)
+    drawn, missing = draw(runs.read_runs(tmp_path), "g", tmp_path / "figures")
+    assert "memory-rows" not in drawn
+    assert any(line.startswith("memory-rows: grid g has no model with a memory") for line in missing)
