@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -48,6 +50,7 @@ app.add_typer(cli_eval.app, name="eval")
 
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    atexit.register(gc.freeze)  # else Python ends with half a second's search for garbage among the objects of torch
     try:
         code = app(standalone_mode=False)
     except UserError as error:

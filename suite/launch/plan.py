@@ -132,17 +132,23 @@ def plan(grid: Grid, assumed: Assumptions, cache: Path) -> list[CellPlan]:
     """
     seen = Seen()
     read: dict[str, Reading] = {}
-    dense: dict[tuple[str, int, int], Account] = {}
+    models: dict[tuple[str, int, int], tuple[Transformer, Account]] = {}
+
+    def model_of(cell: Cell, config: ModelConfig, vocabulary: int) -> tuple[Transformer, Account]:
+        key = config.model_dump_json(), vocabulary, cell.data.seq_len
+        if key not in models:
+            model = _model(cell, config, vocabulary)
+            models[key] = model, account_of(model, cell.data.seq_len)
+        return models[key]
+
     plans = []
     for cell in grid.cells:
         key = cell.data.model_dump_json() + cell.train.model_dump_json()
         if key not in read:
             read[key] = reading(cell, cache)
-        plain, vocabulary, seq_len = cell.model.dense(), read[key].vocabulary, cell.data.seq_len
-        beside = plain.model_dump_json(), vocabulary, seq_len
-        if beside not in dense:
-            dense[beside] = account_of(_model(cell, plain, vocabulary), seq_len)
-        plans.append(_plan(cell, read[key], dense[beside], assumed, seen))
+        model, counted = model_of(cell, cell.model, read[key].vocabulary)
+        _, dense = model_of(cell, cell.model.dense(), read[key].vocabulary)
+        plans.append(_plan(cell, read[key].tokens, model, counted, dense, assumed, seen))
     return [replace(one, partners=partners(one, plans)) for one in plans]
 
 
@@ -194,14 +200,14 @@ def reading(cell: Cell, cache: Path) -> Reading:
     return Reading(corpus.vocab_size, steps * cell.train.batch_rows * cell.data.seq_len)
 
 
-def _plan(cell: Cell, read: Reading, dense: Account, assumed: Assumptions, seen: Seen) -> CellPlan:
-    gpu, tokens = assumed.gpu, read.tokens
-    model = _model(cell, cell.model, read.vocabulary)
-    counted = account_of(model, cell.data.seq_len)
+def _plan(
+    cell: Cell, tokens: int, model: Transformer, counted: Account, dense: Account, assumed: Assumptions, seen: Seen
+) -> CellPlan:
+    gpu = assumed.gpu
     steps = max(1, tokens // (cell.train.batch_rows * cell.data.seq_len))
     total = tokens * counted.flops_per_token
     try:
-        mesh, why, would_fit = _smallest_mesh(cell, model, assumed, seen)
+        mesh, why, would_fit = _smallest_mesh(cell, model, counted, assumed, seen)
     except RuntimeError as error:
         if not needs_values(error):
             raise
@@ -219,7 +225,7 @@ def _plan(cell: Cell, read: Reading, dense: Account, assumed: Assumptions, seen:
         why=why,
         would_fit=would_fit,
         table_bytes_per_step=traffic,
-        link_bytes_per_step=0.0 if mesh is None else link_bytes(model, cell, mesh),
+        link_bytes_per_step=0.0 if mesh is None else link_bytes(model, counted, cell, mesh),
         table_hours=steps * traffic / gpu.bandwidth / 3600,
     )
 
@@ -235,14 +241,14 @@ def _model(cell: Cell, config: ModelConfig, vocabulary: int) -> Transformer:
 
 
 def _smallest_mesh(
-    cell: Cell, model: Transformer, assumed: Assumptions, seen: Seen
+    cell: Cell, model: Transformer, counted: Account, assumed: Assumptions, seen: Seen
 ) -> tuple[Mesh | None, str | None, str | None]:
     """The fewest GPUs on which the cell fits, with the largest micro-batch that does; or why none will do.
 
     Tables stay inside a node, unless dividing them over nodes takes fewer GPUs.
     """
     gpu, allowed = assumed.gpu, (assumed.nodes or MOST_NODES) * assumed.gpu.per_node
-    meshes = _Meshes(cell, model, gpu, seen)
+    meshes = _Meshes(cell, model, counted, gpu, seen)
     within = meshes.smallest(allowed, lambda gpus: min(gpus, gpu.per_node))
     over = meshes.smallest(allowed, lambda gpus: gpus)
     found = [mesh for mesh in (within, over) if mesh is not None]
@@ -262,10 +268,9 @@ def _smallest_mesh(
 class _Meshes:
     """The ways to divide a cell among GPUs of one kind. Its parts are traced once for every micro-batch tried."""
 
-    def __init__(self, cell: Cell, model: Transformer, gpu: Gpu, seen: Seen) -> None:
-        self.cell, self.model, self.gpu, self.seen = cell, model, gpu, seen
+    def __init__(self, cell: Cell, model: Transformer, counted: Account, gpu: Gpu, seen: Seen) -> None:
+        self.cell, self.model, self.counted, self.gpu, self.seen = cell, model, counted, gpu, seen
         self.row_wise = cell.train.optimizer == "row_wise"
-        self._rest, self._values = _elements(model)
         self._parts: dict[int, Parts] = {}
 
     def smallest(self, most: int, table_shards: Callable[[int], int]) -> Mesh | None:
@@ -284,7 +289,8 @@ class _Meshes:
 
     def state_bytes(self, gpus: int, shards: int) -> tuple[float, float]:
         """Of weights, gradients and moments on one GPU, tables apart; row-wise gradients of tables left out."""
-        return 16 * self._rest / gpus, (12 if self.row_wise else 16) * self._values / shards
+        rest, table = _rest(self.counted), self.counted.params_memory
+        return 16 * rest / gpus, (12 if self.row_wise else 16) * table / shards
 
     def _at(self, micro: int) -> Parts:
         if micro not in self._parts:
@@ -293,10 +299,9 @@ class _Meshes:
         return self._parts[micro]
 
 
-def _elements(model: Transformer) -> tuple[int, int]:
-    """Parameters outside tables, and in them."""
-    values = sum(table.weight.numel() for table in model.memory_tables())
-    return sum(parameter.numel() for parameter in model.parameters()) - values, values
+def _rest(counted: Account) -> int:
+    """Parameters outside tables."""
+    return counted.params_total - counted.params_memory
 
 
 def table_bytes(model: Transformer, cell: Cell) -> float:
@@ -314,7 +319,7 @@ def table_bytes(model: Transformer, cell: Cell) -> float:
     return moved
 
 
-def link_bytes(model: Transformer, cell: Cell, mesh: Mesh) -> float:
+def link_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> float:
     """Bytes a GPU sends in a step.
 
     Divided weights: gathered in every forward and backward, gradients reduced once per micro-batch (bf16 weights
@@ -325,7 +330,7 @@ def link_bytes(model: Transformer, cell: Cell, mesh: Mesh) -> float:
     if gpus == 1:
         return 0.0
     weight_bytes = 2 if cell.train.precision == "bf16" else 4
-    sent = mesh.accumulate * (gpus - 1) / gpus * _elements(model)[0] * (2 * weight_bytes + 4)
+    sent = mesh.accumulate * (gpus - 1) / gpus * _rest(counted) * (2 * weight_bytes + 4)
     tokens, replicas = mesh.micro_rows * mesh.accumulate * cell.data.seq_len, gpus // shards
     for layer in model.memory_layers().values():
         columns = sum(table.weight.shape[1] for table in layer.tables)

@@ -234,14 +234,14 @@ def parts(
     seen = seen or Seen()
     tables = model.memory_tables()
     number = {id(table): index for index, table in enumerate(tables)}
-    for module in model.modules():
-        if isinstance(module, Experts):
-            module.busiest = busiest
     beside = model.size.heads, model.size.head_dim, rows, seq_len, precision
     if beside not in seen.beside:
         seen.beside[beside] = _beside(model, rows, seq_len, precision, seen.layouts)
     tokens_BT, rotation, bias = seen.beside[beside]
     layers = cast(list[Block], list(model.layers))
+    for module in (module for layer in layers for module in layer.feed_forward.modules()):
+        if isinstance(module, Experts):
+            module.busiest = busiest
     if model not in seen.blocks:
         seen.blocks[model] = [_block(layer, number, seen) for layer in layers]
     window = max(layer.window for layer in layers)
@@ -252,7 +252,8 @@ def parts(
         if key not in seen.parts:
             weights = list(given)
             x_BTD = torch.empty(rows, seq_len, model.size.dim, device="meta", requires_grad=True)
-            copies = {id(weight): weight.bfloat16() for weight in weights} if precision == "bf16" else {}
+            with MetaLiveBytes(seen.layouts):
+                copies = {id(weight): weight.bfloat16() for weight in weights} if precision == "bf16" else {}
             known = (x_BTD, tokens_BT, *rotation, bias, *weights, *model.tables.parameters(), *copies.values())
             with MetaLiveBytes(seen.layouts, *known) as live, Kernels(precision, copies):
                 with _count_lookups(tables) as lookups:

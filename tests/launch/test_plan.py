@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,17 @@ def test_the_papers_grids_are_planned_at_once_with_the_published_totals(tmp_path
         seen.setdefault((cell["family"], cell["base"], cell["half_keys"]), []).append(millions)
     for key, millions in PUBLISHED.items():
         assert min(abs(total - millions) for total in seen[key]) < 0.05, key
+
+
+def test_no_family_of_the_paper_needs_torchs_compiler_to_be_planned(tmp_path: Path) -> None:
+    code = (
+        "import sys; from suite.cli import app; "
+        f"app(['plan', 'paper-fixed-memory', '--json', '--results', {str(tmp_path)!r}], standalone_mode=False); "
+        "print('torch._dynamo' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "False\n"
+    assert len(json.loads(done.stdout)["cells"]) == 24
 
 
 def test_the_document_has_the_agreed_fields(scaling: list[planning.CellPlan]) -> None:
