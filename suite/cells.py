@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, SerializeAsAny, model_validator
@@ -306,6 +308,41 @@ def _identity_of(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return identity(value)
     return {name: _identity_of(part) for name, part in value.items()} if isinstance(value, dict) else value
+
+
+def variants(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
+    """Run name -> the settings in which the cell is not as most cells of its family and base: what tells them apart.
+
+    Dotted, without `model.`. Where no value is the most frequent each cell's own is given. Half keys and seeds stand in
+    the run's name.
+    """
+    groups: dict[tuple[str, str], list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell.model.family, cell.model.base), []).append(cell)
+    found: dict[str, dict[str, Any]] = {cell.run_name: {} for cell in cells}
+    for members in groups.values():
+        settings = {cell.run_name: _flat(cell.model_dump(mode="json")) for cell in members}
+        makes_weights = dict.fromkeys(key for cell in members for key in _flat(identity(cell)))
+        for key in makes_weights.keys() - {"model.half_keys", "seed"}:
+            counts = Counter(json.dumps(flat.get(key)) for flat in settings.values()).most_common(2)
+            usual = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else None
+            for run, flat in settings.items():
+                if json.dumps(flat.get(key)) != usual:
+                    found[run][key.removeprefix("model.")] = flat.get(key)
+    return {run: dict(sorted(settings.items())) for run, settings in found.items()}
+
+
+def described(run: str, variant: dict[str, Any]) -> str:
+    """A run's name with what tells it apart on a line below, for tables."""
+    said = " ".join(f"{key}={value}" for key, value in variant.items())
+    return f"{run}\n  {said}" if said else run
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -50,7 +50,7 @@ app.add_typer(cli_eval.app, name="eval")
 
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
-    atexit.register(gc.freeze)  # else Python ends with half a second's search for garbage among the objects of torch
+    atexit.register(_leave)
     try:
         code = app(standalone_mode=False)
     except UserError as error:
@@ -64,6 +64,15 @@ def main() -> NoReturn:
         print(said if "\n" in said else f"suite: {said}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code)
+
+
+def _leave() -> None:
+    """Spare the end of Python half a second's search for garbage among the objects of torch.
+
+    Not with triton, which would report all that is left as leaks.
+    """
+    if "triton" not in sys.modules:
+        gc.freeze()
 
 
 @app.command()

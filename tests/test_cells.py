@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 import suite.models  # noqa: F401  (registers the families)
-from suite.cells import Cell, EvalConfig
+from suite.cells import Cell, EvalConfig, described, variants
 
 
 def fields(**changes: Any) -> dict[str, Any]:
@@ -84,3 +84,26 @@ def test_what_cannot_be_is_refused_by_name(change: dict[str, Any], words: str) -
 def test_a_cell_is_frozen() -> None:
     with pytest.raises(ValidationError):
         cell().seed = 3  # type: ignore[misc]
+
+
+def memory(**changes: Any) -> Cell:
+    return cell(model={"family": "memory_plus", "base": "w32", "half_keys": 32, **changes})
+
+
+def test_what_tells_cells_apart_is_what_most_of_their_family_and_base_have_not() -> None:
+    cells = [
+        memory(), memory(half_keys=64), memory(qk_norm=True), memory(placement=[0], k_dim=32),
+        cell(train__log_every=3), cell(seed=1), cell(train__lr=2e-3), cell(train__lr=2e-3, seed=1),
+        cell(model__base="w64", train__lr=5e-3), cell(model__base="w64", train__lr=5e-3, data__people=51),
+    ]  # fmt: skip
+    found = variants(cells)
+    assert [found[each.run_name] for each in cells] == [
+        {}, {}, {"qk_norm": True}, {"k_dim": 32, "placement": [0]},
+        {"train.lr": 1e-3}, {"train.lr": 1e-3}, {"train.lr": 2e-3}, {"train.lr": 2e-3},
+        {"data.people": 50}, {"data.people": 51},
+    ]  # fmt: skip
+
+
+def test_a_run_is_described_by_its_name_and_on_a_line_below_by_its_variant() -> None:
+    assert described("run", {}) == "run"
+    assert described("run", {"k_dim": 32, "placement": [0]}) == "run\n  k_dim=32 placement=[0]"

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from suite.cells import Cell
+from suite.cells import Cell, variants
 from suite.data import prepare
 from suite.errors import UserError
 from suite.grids import Grid
@@ -60,7 +60,8 @@ class Mesh:
 class CellPlan:
     """The plan of one cell. Bytes, FLOPs, GPU-hours; `mesh` None: it fits nowhere, `why` and `would_fit` say more.
 
-    `dense` is the account of the dense model of the base's feed-forward width, be it in the grid or not.
+    `dense` is the account of the dense model of the base's feed-forward width, be it in the grid or not. `variant`:
+    what tells the cell from others of its family and base.
     """
 
     cell: Cell
@@ -76,6 +77,7 @@ class CellPlan:
     table_bytes_per_step: float
     link_bytes_per_step: float
     table_hours: float
+    variant: dict[str, Any] = field(default_factory=dict)
     partners: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def ratio(self, measure: str, other: Account) -> float:
@@ -96,6 +98,7 @@ class CellPlan:
             "family": self.cell.model.family,
             "base": self.cell.model.base,
             "half_keys": getattr(self.cell.model, "half_keys", None),
+            "variant": self.variant,
             "params": {
                 "total": counted.params_total,
                 "active": counted.params_active,
@@ -149,7 +152,8 @@ def plan(grid: Grid, assumed: Assumptions, cache: Path) -> list[CellPlan]:
         model, counted = model_of(cell, cell.model, read[key].vocabulary)
         _, dense = model_of(cell, cell.model.dense(), read[key].vocabulary)
         plans.append(_plan(cell, read[key].tokens, model, counted, dense, assumed, seen))
-    return [replace(one, partners=partners(one, plans)) for one in plans]
+    apart = variants(grid.cells)
+    return [replace(one, variant=apart[one.cell.run_name], partners=partners(one, plans)) for one in plans]
 
 
 def document(grid: Grid, plans: list[CellPlan], assumed: Assumptions) -> dict[str, Any]:

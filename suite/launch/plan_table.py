@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from suite.cells import Cell
+from suite.cells import Cell, described
 from suite.launch.plan import MEASURES, Assumptions, CellPlan
 from suite.launch.status import run_dir
 
@@ -32,7 +32,7 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
     for one in plans:
         mesh = one.mesh
         table.add_row(
-            one.cell.run_name,
+            described(one.cell.run_name, one.variant),
             f"{one.account.params_total / 1e6:,.1f}m",
             f"{one.ratio(MEASURES['flops'], one.dense):.3f}",
             f"{one.total_flops:.2e}",

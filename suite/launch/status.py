@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
-from suite.cells import Cell
+from suite.cells import Cell, described, variants
 from suite.grids import Grid
 from suite.launch.versions import stale_because
 from suite.launch.worker import missing_evals
@@ -88,7 +88,8 @@ def grid_status(results: Path, grid: Grid) -> list[CellStatus]:
 
 def status_json(grid: Grid, statuses: Iterable[CellStatus]) -> dict[str, Any]:
     """The document `suite status --json` prints."""
-    return {"grid": grid.name, "cells": [status.to_json() for status in statuses]}
+    apart = variants(grid.cells)
+    return {"grid": grid.name, "cells": [status.to_json() | {"variant": apart[status.run]} for status in statuses]}
 
 
 def headline(run: RunDir, last: dict[str, Any]) -> str | None:
@@ -116,12 +117,13 @@ def table(grid: Grid, statuses: list[CellStatus]) -> Table:
     columns = Table(title=f"{grid.name}: {summary(statuses)}", title_justify="left")
     for name in ("run", "state", "done", "steps", "tokens", "training", "headline"):
         columns.add_column(name, justify="right" if name in ("done", "steps", "tokens", "training") else "left")
+    apart = variants(grid.cells)
     for status in statuses:
         style = {"failed": "red", "done": "green", "running": "cyan"}.get(status.state, "")
         said = " ".join(filter(None, (status.headline, f"({status.note})" if status.note else None)))
         columns.add_row(
-            status.run, status.state, f"{status.progress:.0%}", _number(status.step), _number(status.tokens),
-            duration(status.wall_s), said, style=style,
+            described(status.run, apart[status.run]), status.state, f"{status.progress:.0%}", _number(status.step),
+            _number(status.tokens), duration(status.wall_s), said, style=style,
         )  # fmt: skip
     return columns
 

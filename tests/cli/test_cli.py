@@ -106,6 +106,7 @@ def test_one_cell_is_trained_here_shown_and_found_again(tmp_path: Path, suite: S
     assert trained.returncode == 0, trained.stderr
     (cell,) = json.loads(trained.stdout)["cells"]
     assert (cell["state"], cell["progress"], cell["eta_s"], cell["cause"]) == ("done", 1.0, 0.0, None)
+    assert cell["variant"] == {}
     (tmp_path / "mine.yaml").write_text(GRID)
     told = suite("status", "mine.yaml", "--json")
     assert told.returncode == 0
@@ -124,3 +125,10 @@ def test_the_families_are_listed_with_their_options(suite: Suite) -> None:
     assert {"dense", "moe", "moe_topk", "pkm", "memory_plus"} <= families.keys()
     assert "half_keys" in families["memory_plus"]["options"]
     assert "half_keys" not in families["dense"]["options"]
+
+
+def test_a_process_that_has_triton_ends_in_silence(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    code = "import sys, triton; from suite.cli import main; sys.argv = ['suite', 'baselines', '--json']; main()"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert ended.stderr == ""

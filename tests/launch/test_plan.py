@@ -64,6 +64,16 @@ def test_no_family_of_the_paper_needs_torchs_compiler_to_be_planned(tmp_path: Pa
     assert len(json.loads(done.stdout)["cells"]) == 24
 
 
+def test_cells_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    asked = ["plan", "paper-ablations", "--results", str(tmp_path)]
+    shown = CliRunner().invoke(app, asked).stdout
+    for setting in ("placement=[4, 12, 20]", "value_dim=2048", "scalar_gate=True", "qk_norm=True", "share=False"):
+        assert shown.count(f"  {setting} ") == 1, setting
+    cells = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)["cells"]
+    names = [(cell["run"].rpartition("-")[0], json.dumps(cell["variant"])) for cell in cells]
+    assert len(set(names)) == len(names) == 19
+
+
 def test_the_document_has_the_agreed_fields(scaling: list[planning.CellPlan]) -> None:
     entry = scaling[2].to_json(price=2.0)
     assert {"cell", "family", "base", "half_keys", "params", "flops_per_token", "bytes_per_token", "tokens",
