@@ -118,7 +118,7 @@ def _is_on_slurm(executor: str, jobs: int | None, profile: str | None, wait: boo
 def _profile(name: str | None, grid: Grid) -> Profile:
     from suite.launch.profiles import load_profile
 
-    return load_profile(name or "default", grid.launch)
+    return load_profile(name, grid.launch)
 
 
 def _make_ready(
@@ -237,3 +237,5 @@ def _print_scripts(grid: Grid, results: Path, profile: Profile, scoring: Scoring
         print_json({"grid": grid.name, "scripts": scripts})
     else:
         print("\n".join(scripts) or f"{grid.name} needs nothing")
+        if scripts:
+            print(f"{grid.name}: {len(scripts)} scripts written, nothing submitted", file=sys.stderr)

@@ -13,6 +13,8 @@ from suite.errors import UserError
 from suite.inputs import explain, meant, read_mapping
 
 CLUSTERS = "clusters"
+DEFAULT = "default"
+"""The profile that is taken where none is named."""
 
 
 def _minutes(value: Any) -> Any:
@@ -72,8 +74,11 @@ class Profile(BaseModel):
         return self
 
 
-def load_profile(name_or_path: str, over: Mapping[str, Any] | None = None) -> Profile:
-    """The profile of that name in clusters/ or at that path, `over` (a grid's `launch`) on top. Raises UserError."""
+def load_profile(name_or_path: str | None, over: Mapping[str, Any] | None = None) -> Profile:
+    """The profile of that name in clusters/ or at that path, `over` (a grid's `launch`) on top; None: `default`.
+
+    Raises UserError.
+    """
     path = _find(name_or_path)
     fields = read_mapping(path) | dict(over or {})
     try:
@@ -82,14 +87,16 @@ def load_profile(name_or_path: str, over: Mapping[str, Any] | None = None) -> Pr
         raise UserError(f"{path}: {explain(error, Profile, fields)}") from None
 
 
-def _find(name_or_path: str) -> Path:
-    path = Path(name_or_path)
+def _find(name_or_path: str | None) -> Path:
+    path = Path(name_or_path or DEFAULT)
     if path.is_file():
         return path
     folders = [Path(CLUSTERS), Path(__file__).parents[2] / CLUSTERS]
     for folder in folders:
-        if (named := folder / f"{name_or_path}.yaml").is_file():
+        if (named := folder / f"{path}.yaml").is_file():
             return named
     known = sorted({found.stem for folder in folders for found in folder.glob("*.yaml")})
     allowed = f"a path to a .yaml file, or one of {', '.join(known)}" if known else "a path to a .yaml file"
+    if name_or_path is None:
+        raise UserError(f"--profile: got none, and there is no {CLUSTERS}/{DEFAULT}.yaml, allowed: {allowed}")
     raise UserError(f"--profile: got {name_or_path!r}{meant(name_or_path, known)}, allowed: {allowed}")

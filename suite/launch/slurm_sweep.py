@@ -131,8 +131,9 @@ class SlurmSweep:
         self._score_kept()
         if self.report_job is not None and not self._alive([self.report_job]):
             how = self.queue.get(self.report_job, Job(ENDED)).state
-            self.watcher.event(f"report: {WORDS.get(how, how)}")
             self.reported = how in ("COMPLETED", ENDED)
+            where = f", {report_path(self.results, self.grid.name)}" if self.reported else ""
+            self.watcher.event(f"report: {WORDS.get(how, how)}{where}")
             self.report_job = None
 
     def _settle(self, entry: _Watched) -> bool:

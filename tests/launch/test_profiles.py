@@ -61,6 +61,18 @@ def test_a_mistake_is_one_line_with_file_and_field(tmp_path: Path, text: str, co
     assert "\n" not in str(caught.value)
 
 
+def test_without_a_name_the_default_is_taken_and_missed_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    missing = r"--profile: got none, and there is no clusters/default\.yaml, allowed: .*example"
+    with pytest.raises(UserError, match=missing):
+        load_profile(None)
+    (tmp_path / "clusters").mkdir()
+    (tmp_path / "clusters" / "default.yaml").write_text("time: 7\n")
+    assert load_profile(None).time == 7
+
+
 def test_a_grids_launch_is_above_the_profile() -> None:
     assert (
         load_profile(str(EXAMPLE), {"gpus": 16, "time": "30"}).model_dump().items() >= {"gpus": 16, "time": 30}.items()

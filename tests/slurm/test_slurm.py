@@ -90,8 +90,9 @@ def test_an_array_leaves_the_records_of_the_local_executor_and_a_failing_cell_is
     assert done.returncode == 1, done.stderr
     cells = json.loads(done.stdout)["cells"]
     assert [cell["state"] for cell in cells] == ["done", "failed"]
-    assert "report: completed" in done.stderr
-    assert (folder / "slurm" / "grids" / "tiny" / "report.md").is_file()
+    report = folder / "slurm" / "grids" / "tiny" / "report.md"
+    assert f"report: completed, {report}\n" in done.stderr
+    assert report.is_file()
     assert "data.seq_len: got 9" in cells[1]["cause"]
     assert cells[1]["cause"] in done.stderr
     assert Path(cells[1]["log"]).is_file()
