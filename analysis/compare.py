@@ -168,9 +168,11 @@ def _references(table: pd.DataFrame, pairing: str, members: pd.DataFrame) -> lis
 def _contrast(ours: pd.DataFrame, theirs: pd.DataFrame, control: bool, runs: dict[str, Run]) -> Contrast:
     """All outcomes of one variant against one reference."""
     a, b = ours.iloc[0], theirs.iloc[0]
+    for part in (ours, theirs):
+        if (twice := part["seed"].duplicated(keep=False)).any():
+            names = ", ".join(part.loc[twice, "run"])
+            raise InputError(f"{part['label'].iloc[0]}: {names}: of one seed, and equal in all else that is compared")
     joined = ours.merge(theirs, on="seed", suffixes=("", "_ref"))
-    if joined["seed"].duplicated().any():
-        raise InputError(f"runs of {a['label']} or {b['label']}: two runs share a seed and all else that is compared")
     contrast = Contrast(
         base=a["base"], variant=a["label"], reference=b["label"], family=a["family"], primary=False,
         control=control, planned=len(joined), macs_ratio=_ratio(a, b, "macs"),

@@ -120,11 +120,13 @@ def _tested(differences: list[dict[str, Any]], primary: str | None) -> None:
 
 def _difference(ours: pd.DataFrame, theirs: pd.DataFrame, family: str, cell: str) -> list[dict[str, Any]]:
     """A family against the reference at one cell; empty where no seed is shared."""
+    for part in (ours, theirs):
+        if (twice := part["seed"].duplicated()).any():
+            name, seed = part["family"].iloc[0], part.loc[twice, "seed"].iloc[0]
+            raise InputError(f"--columns: got two runs of {name} at cell {cell} and seed {seed}, allowed: one")
     joined = ours.merge(theirs, on="seed", suffixes=("", "_ref"))
     if joined.empty:
         return []
-    if joined["seed"].duplicated().any():
-        raise InputError(f"--columns: two runs of {family} or the reference share cell {cell} and a seed")
     found = paired((joined["y"] - joined["y_ref"]).to_numpy())
     ratios = {
         name: float((joined[name] / joined[f"{name}_ref"]).mean()) for name in ("C", "params", "bytes") if name in ours
