@@ -193,9 +193,9 @@ def print_table(table: Table) -> None:
     """A table on stdout."""
     from rich.console import Console
 
-    plain = Console()
-    # Wide enough for whole run names where nobody looks at the width: in files and pipes.
-    (plain if plain.is_terminal else Console(width=200)).print(table)
+    # As wide as the table is: a terminal that is narrower wraps lines, where rich would cut numbers.
+    wide = Console(width=10_000)
+    Console(width=max(Console().width, wide.measure(table).maximum)).print(table)
 
 
 def console() -> Any:

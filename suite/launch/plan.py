@@ -1,14 +1,11 @@
 """What a grid would cost before anything runs: parameters, FLOPs, memory per GPU, GPU-hours, partners.
 
-Everything is counted on the meta device: no data, no GPU and no memory for tables is needed. The sharding is the one
-training has: weights, gradients and moments of the rest divided among all GPUs, tables by columns among those of a
-node (over nodes where they do not fit there), rows of a batch among all, in micro-batches of at most 8 rows.
+Everything is counted on the meta device: no data, no GPU and no memory for tables is needed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,17 +15,16 @@ from suite.data import prepare
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.hardware import GPUS, USABLE, UTILISATION, Gpu
+from suite.launch.mesh import MICRO_ROWS, Mesh, Unfit, smallest_mesh
 from suite.models.accounting import Account, account_of, cost_of, meta_model
 from suite.models.external import needs_values
-from suite.models.memory import Parts, Seen, StepMemory, parts
+from suite.models.memory import STATE_BYTES, Seen
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
 from suite.train.loop import total_steps
+from suite.train.optim import table_state
 
-MICRO_ROWS = (8, 4, 2, 1)
-"""Rows of a micro-batch that are tried; the released template's is the largest."""
-MOST_NODES = 512
 EQUAL = 0.05
 """Largest deviation of a ratio from 1 that is still called equal."""
 MEASURES = {"flops": "macs_total", "params": "params_total", "bytes": "bytes_per_token"}
@@ -43,17 +39,6 @@ class Assumptions:
     nodes: int | None = None
     utilisation: float = UTILISATION
     price: float = 0.0
-
-
-@dataclass(frozen=True)
-class Mesh:
-    """A cell on some GPUs: how its table and rows are divided, and the bytes each GPU needs."""
-
-    gpus: int
-    table_shards: int
-    micro_rows: int
-    accumulate: int
-    memory: StepMemory
 
 
 @dataclass(frozen=True)
@@ -211,11 +196,12 @@ def _plan(
     steps = max(1, tokens // (cell.train.batch_rows * cell.data.seq_len))
     total = tokens * counted.flops_per_token
     try:
-        mesh, why, would_fit = _smallest_mesh(cell, model, counted, assumed, seen)
+        found = smallest_mesh(cell, model, counted, gpu, assumed.nodes, seen)
     except RuntimeError as error:
         if not needs_values(error):
             raise
-        mesh, why, would_fit = None, f"what it needs cannot be counted without values ({error})"[:200], "unknown"
+        found = Unfit(f"what it needs cannot be counted without values ({error})"[:200], "unknown")
+    mesh, unfit = (None, found) if isinstance(found, Unfit) else (found, None)
     traffic = table_bytes(model, cell)
     return CellPlan(
         cell=cell,
@@ -226,8 +212,8 @@ def _plan(
         total_flops=total,
         gpu_hours=total / (gpu.flops * assumed.utilisation) / 3600,
         mesh=mesh,
-        why=why,
-        would_fit=would_fit,
+        why=None if unfit is None else unfit.why,
+        would_fit=None if unfit is None else unfit.would_fit,
         table_bytes_per_step=traffic,
         link_bytes_per_step=0.0 if mesh is None else link_bytes(model, counted, cell, mesh),
         table_hours=steps * traffic / gpu.bandwidth / 3600,
@@ -244,82 +230,20 @@ def _model(cell: Cell, config: ModelConfig, vocabulary: int) -> Transformer:
         raise UserError(f"cell {cell.run_name}: model: got a tensor of 2^63 bytes or more, allowed: fewer") from None
 
 
-def _smallest_mesh(
-    cell: Cell, model: Transformer, counted: Account, assumed: Assumptions, seen: Seen
-) -> tuple[Mesh | None, str | None, str | None]:
-    """The fewest GPUs on which the cell fits, with the largest micro-batch that does; or why none will do.
-
-    Tables stay inside a node, unless dividing them over nodes takes fewer GPUs.
-    """
-    gpu, allowed = assumed.gpu, (assumed.nodes or MOST_NODES) * assumed.gpu.per_node
-    meshes = _Meshes(cell, model, counted, gpu, seen)
-    within = meshes.smallest(allowed, lambda gpus: min(gpus, gpu.per_node))
-    over = meshes.smallest(allowed, lambda gpus: gpus)
-    found = [mesh for mesh in (within, over) if mesh is not None]
-    if found:
-        return min(found, key=lambda mesh: mesh.gpus), None, None
-    rest, table = meshes.state_bytes(allowed, allowed)
-    why = (
-        f"on {allowed} GPUs of {gpu.memory * USABLE / 1e9:.0f} GB (usable) weights, gradients and moments take "
-        f"{rest / 1e9:.1f} GB a GPU and the table's at least {table / 1e9:.1f} GB, divided among all of them"
-    )
-    more = meshes.smallest(MOST_NODES * gpu.per_node, lambda gpus: gpus)
-    if more is None:
-        return None, why, "a shorter row (data.seq_len) or a GPU with more memory"
-    return None, why, f"{more.gpus} GPUs ({-(-more.gpus // gpu.per_node)} nodes)"
-
-
-class _Meshes:
-    """The ways to divide a cell among GPUs of one kind. Its parts are traced once for every micro-batch tried."""
-
-    def __init__(self, cell: Cell, model: Transformer, counted: Account, gpu: Gpu, seen: Seen) -> None:
-        self.cell, self.model, self.counted, self.gpu, self.seen = cell, model, counted, gpu, seen
-        self.row_wise = cell.train.optimizer == "row_wise"
-        self._parts: dict[int, Parts] = {}
-
-    def smallest(self, most: int, table_shards: Callable[[int], int]) -> Mesh | None:
-        """The fewest GPUs, a power of two up to `most`, with the largest micro-batch that fits on them."""
-        gpus, usable = 1, self.gpu.memory * USABLE
-        while gpus <= min(most, self.cell.train.batch_rows):
-            shards, rows = table_shards(gpus), self.cell.train.batch_rows // gpus
-            for micro in MICRO_ROWS:
-                if sum(self.state_bytes(gpus, shards)) > usable or micro > rows or rows % micro:
-                    continue
-                memory = self._at(micro).step(gpus, shards, rows // micro, row_wise=self.row_wise)
-                if memory.peak <= usable:
-                    return Mesh(gpus, shards, micro, rows // micro, memory)
-            gpus *= 2
-        return None
-
-    def state_bytes(self, gpus: int, shards: int) -> tuple[float, float]:
-        """Of weights, gradients and moments on one GPU, tables apart; row-wise gradients of tables left out."""
-        rest, table = _rest(self.counted), self.counted.params_memory
-        return 16 * rest / gpus, (12 if self.row_wise else 16) * table / shards
-
-    def _at(self, micro: int) -> Parts:
-        if micro not in self._parts:
-            data, precision = self.cell.data, self.cell.train.precision
-            self._parts[micro] = parts(self.model, data.seq_len, micro, precision, seen=self.seen)
-        return self._parts[micro]
-
-
-def _rest(counted: Account) -> int:
-    """Parameters outside tables."""
-    return counted.params_total - counted.params_memory
-
-
 def table_bytes(model: Transformer, cell: Cell) -> float:
-    """Bytes of tables that a step moves in the memory of all GPUs together, in fp32.
+    """Bytes of tables that a step moves in the memory of all GPUs together.
 
-    Forward: every row read. Backward: rows read again for the gradients of scores, gradient rows read and written.
-    Optimizer, on the rows that have gradients: weights, gradients and two moments read, all but gradients written,
-    gradients cleared.
+    Forward: every row read. Backward: rows read again for the gradients of scores, gradient rows (fp32) read and
+    written. Optimizer, on the rows that have gradients: weights, moments and fp32 copies read and written, gradients
+    read and cleared.
     """
-    tokens = cell.train.batch_rows * cell.data.seq_len
+    tokens, state = cell.train.batch_rows * cell.data.seq_len, table_state(cell.train)
+    lookup = 2 * state.value + 2 * STATE_BYTES
+    update = 2 * (state.value + state.moments) + 2 * STATE_BYTES
     moved = 0.0
     for table, reads in _reads_per_token(model):
         rows, width = table.weight.shape
-        moved += 4.0 * width * (4 * tokens * reads + 8 * _touched(cell, rows, tokens * reads))
+        moved += width * (lookup * tokens * reads + update * _touched(cell, rows, tokens * reads))
     return moved
 
 
@@ -334,7 +258,8 @@ def link_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> 
     if gpus == 1:
         return 0.0
     weight_bytes = 2 if cell.train.precision == "bf16" else 4
-    sent = mesh.accumulate * (gpus - 1) / gpus * _rest(counted) * (2 * weight_bytes + 4)
+    rest = counted.params_total - counted.params_memory
+    sent = mesh.accumulate * (gpus - 1) / gpus * rest * (2 * weight_bytes + 4)
     tokens, replicas = mesh.micro_rows * mesh.accumulate * cell.data.seq_len, gpus // shards
     for layer in model.memory_layers().values():
         columns = sum(table.weight.shape[1] for table in layer.tables)

@@ -27,6 +27,7 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
     for column, justify in (
         ("run", "left"), ("params", "right"), ("MACs/dense", "right"), ("FLOPs", "right"), ("GPUs", "right"),
         ("GB/GPU", "right"), ("GPU-hours", "right"), ("days", "right"), ("cost", "right"), ("table GB/step", "right"),
+        ("table hours", "right"),
     ):  # fmt: skip
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for one in plans:
@@ -38,12 +39,18 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
             f"{one.total_flops:.2e}",
             "none" if mesh is None else str(mesh.gpus),
             "" if mesh is None else f"{mesh.memory.peak / 1e9:.3g}",
-            f"{one.gpu_hours:,.0f}",
-            "" if one.days is None else f"{one.days:,.3g}",
-            f"${one.gpu_hours * assumed.price:,.0f}",
-            f"{one.table_bytes_per_step / 1e9:,.0f}" if one.table_bytes_per_step else "",
+            _rounded(one.gpu_hours),
+            "" if one.days is None else _rounded(one.days),
+            f"${_rounded(one.gpu_hours * assumed.price)}",
+            _rounded(one.table_bytes_per_step / 1e9) if one.table_bytes_per_step else "",
+            _rounded(one.table_hours) if one.table_bytes_per_step else "",
         )
     return table
+
+
+def _rounded(value: float) -> str:
+    """Whole numbers from 100, three digits below."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def partners_table(plans: list[CellPlan]) -> Table:
@@ -64,15 +71,20 @@ def plan_notes(plans: list[CellPlan], document: dict[str, Any]) -> list[str]:
     """The sums, the assumptions, and for each cell that fits nowhere why, and what would make it fit."""
     totals, assumed = document["totals"], document["assumed"]
     lines = [
-        f"total: {totals['gpu_hours']:,.0f} GPU-hours, ${totals['cost']:,.0f}, {totals['total_flops']:.2e} FLOPs",
+        f"total: {_rounded(totals['gpu_hours'])} GPU-hours, ${_rounded(totals['cost'])}, "
+        f"{totals['total_flops']:.2e} FLOPs",
         f"assumed: {assumed['utilisation']:.0%} of {assumed['gpu']['flops'] / 1e12:.0f} TFLOPS, "
         f"${assumed['price']:g} an hour, "
         f"{assumed['usable_memory']:.0%} of {assumed['gpu']['memory'] / 1e9:.0f} GB usable;"
-        " reading and updating tables is not in the hours",
+        " reading and updating tables (table hours, of all GPUs at full memory bandwidth) is not in the GPU-hours",
         "days: on the fewest GPUs that hold the cell; more (`gpus` in a profile or a grid's `launch`) take less long",
     ]
     lines += [_against(entry) for entry in document["cells"] if entry.get("measured") and entry["gpus"]]
-    lines += [f"{one.cell.run_name}: fits nowhere: {one.why}; fits on: {one.would_fit}" for one in plans if one.why]
+    unfit = [one for one in plans if one.why]
+    if unfit:
+        hours = _rounded(sum(one.gpu_hours for one in unfit))
+        lines.append(f"of the total, {hours} GPU-hours are of cells that do not fit:")
+    lines += [f"{one.cell.run_name}: does not fit: {one.why}; what would do: {one.would_fit}" for one in unfit]
     return lines
 
 

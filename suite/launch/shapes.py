@@ -78,7 +78,7 @@ def _parallel(profile: Profile, members: int, accumulate: int | None = None) -> 
 def _planned(profile: Profile, one: planning.CellPlan) -> Shape:
     mesh = one.mesh
     if mesh is None:
-        raise UserError(f"cell {one.cell.run_name}: fits nowhere: {one.why}, allowed: {one.would_fit}")
+        raise UserError(f"cell {one.cell.run_name}: does not fit: {one.why}, allowed: {one.would_fit}")
     return _of_gpus(profile, one.cell, mesh.gpus, _parallel(profile, mesh.table_shards, mesh.accumulate))
 
 

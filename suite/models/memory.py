@@ -87,6 +87,24 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class TableState:
+    """Bytes of tables while they train: of a value, of its moments (and its fp32 copy, if any), of a row's marks.
+
+    `row_wise`: only rows that were read have gradients, else all. Gradients are fp32.
+    """
+
+    row_wise: bool = True
+    value: int = STATE_BYTES
+    moments: int = 2 * STATE_BYTES
+    row: int = 9
+
+    @property
+    def kept(self) -> int:
+        """Of a value from step to step; dense gradients stay, too."""
+        return self.value + self.moments + (0 if self.row_wise else STATE_BYTES)
+
+
+@dataclass(frozen=True)
 class StepMemory:
     """Bytes of a training step on one device. `saved`: kept from forward to backward; `peak`: most alive at once."""
 
@@ -115,33 +133,35 @@ class Parts:
         rest_shards: int = 1,
         value_shards: int = 1,
         micro_batches: int = 1,
-        row_wise: bool = True,
+        state: TableState = TableState(),
         use: float = 1.0,
     ) -> StepMemory:
         """The step on one of `rest_shards` devices that divide weights, moments and gradients among them.
 
         Columns of tables are divided among `value_shards`. A part's weights and gradients are whole while it runs,
         where they are divided at all. `micro_batches`: how many make a step; the gradients of earlier ones are there
-        from the start. `row_wise`: tables have gradients for the rows that were read, else dense ones; `use`: how
-        many rows are read at least once, over what even reading would give.
+        from the start. `state`: how tables are kept; `use`: how many rows are read at least once, over what even
+        reading would give.
         """
-        tables = _Tables(self.tables, value_shards, row_wise, use)
+        tables = _Tables(self.tables, value_shards, state, use)
         rest, values = sum(part.weights for part in self.parts) / rest_shards, tables.elements
-        weights, moments = STATE_BYTES * (rest + values), 2 * STATE_BYTES * (rest + values) + tables.marks
+        weights = STATE_BYTES * rest + state.value * values
+        moments = 2 * STATE_BYTES * rest + state.moments * values + tables.marks
         pieces = [tables.gradient(part) for part in self.parts]
         buffer = tables.buffer(pieces, micro_batches)
         gradients = STATE_BYTES * rest + buffer
-        state, whole = weights + moments + self.shared, rest_shards == 1
+        always, whole = weights + moments + self.shared, rest_shards == 1
         early = 0.0 if micro_batches == 1 else STATE_BYTES * rest + tables.buffer(pieces, micro_batches - 1)
-        saved, peak = 0.0, state + gradients + tables.merging(buffer)
+        saved, peak = 0.0, always + gradients + tables.merging(buffer)
         for part in self.parts:
-            peak = max(peak, state + early + saved + part.forward + tables.grouping(part) + self._gathered(part, whole))
+            running = part.forward + tables.grouping(part) + self._gathered(part, whole)
+            peak = max(peak, always + early + saved + running)
             saved += part.saved + (part.copies if whole else 0) + tables.groups(part)
         kept, arrived = saved, 0.0
         for part, piece in zip(reversed(self.parts), reversed(pieces), strict=True):
             kept -= part.saved + (part.copies if whole else 0)
             running = part.backward + piece + self._gathered(part, whole)
-            peak = max(peak, state + early + kept + arrived + running)
+            peak = max(peak, always + early + kept + arrived + running)
             kept -= tables.groups(part)
             arrived += tables.arriving(part, piece)
             arrived += 0.0 if micro_batches > 1 else STATE_BYTES * part.weights / rest_shards
@@ -161,7 +181,7 @@ class _Tables:
 
     sizes: tuple[tuple[int, int], ...]
     shards: int
-    row_wise: bool
+    state: TableState
     use: float
 
     def __post_init__(self) -> None:
@@ -175,7 +195,7 @@ class _Tables:
     @property
     def marks(self) -> int:
         """When each row was last brought up to date, its moments too, and whether it was ever read."""
-        return sum(9 * rows for rows, _ in self.sizes) if self.row_wise else 0
+        return sum(self.state.row * rows for rows, _ in self.sizes)
 
     def gradient(self, part: Part) -> float:
         """Bytes of what the part's backward pass makes."""
@@ -186,13 +206,13 @@ class _Tables:
 
     def arriving(self, part: Part, piece: float) -> float:
         """Bytes that stay of what the part made: all, but for a dense gradient that is summed into an earlier one."""
-        first = self.row_wise or not self._met.issuperset(part.tables)
+        first = self.state.row_wise or not self._met.issuperset(part.tables)
         self._met.update(part.tables)
         return piece if first else 0.0
 
     def buffer(self, pieces: list[float], micro_batches: int) -> float:
         """Bytes of all gradients at the end of that many micro-batches."""
-        if not self.row_wise:
+        if not self.state.row_wise:
             return STATE_BYTES * self.elements
         most = sum(2 * rows * self._row_bytes(table) for table, (rows, _) in enumerate(self.sizes))
         return min(sum(pieces) * micro_batches, most)
@@ -200,22 +220,22 @@ class _Tables:
     def merging(self, buffer: float) -> float:
         """Beside the pieces, all of them side by side and their sums by row, while they become one."""
         once = sum(rows * self._row_bytes(table) for table, (rows, _) in enumerate(self.sizes))
-        return buffer + min(buffer, once) if self.row_wise else 0.0
+        return buffer + min(buffer, once) if self.state.row_wise else 0.0
 
     def groups(self, part: Part) -> float:
         """Lookups in the order of their rows, kept from forward to backward."""
-        return sum(8 * lookups for lookups in part.lookups) if self.row_wise else 0.0
+        return sum(8 * lookups for lookups in part.lookups) if self.state.row_wise else 0.0
 
     def grouping(self, part: Part) -> float:
         """The same while it is made: rows in narrow integers, as they come and sorted."""
-        return sum((8 + 4 + 4) * lookups for lookups in part.lookups) if self.row_wise else 0.0
+        return sum((8 + 4 + 4) * lookups for lookups in part.lookups) if self.state.row_wise else 0.0
 
     def _rows(self, table: int, lookups: int) -> float:
         rows = self.sizes[table][0]
-        return self.use * rows * -math.expm1(-lookups / rows) if self.row_wise else rows
+        return self.use * rows * -math.expm1(-lookups / rows) if self.state.row_wise else rows
 
     def _row_bytes(self, table: int) -> float:
-        return STATE_BYTES * self.sizes[table][1] / self.shards + (8 if self.row_wise else 0)
+        return STATE_BYTES * self.sizes[table][1] / self.shards + (8 if self.state.row_wise else 0)
 
 
 def parts(

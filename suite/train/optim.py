@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kernels.embedding_bag import RowGradients
 from kernels.row_adamw import RowAdamW
 from suite.cells import TrainConfig
+from suite.models.memory import STATE_BYTES, TableState
 from suite.models.memory_table import MemoryTable
 from suite.models.transformer import Transformer
 
@@ -126,6 +127,20 @@ class Optimizer:
         for table, adamw in zip(self.tables, self.rows, strict=bool(self.rows)):
             saved = state[self.names[id(table.weight)]]
             adamw.load_state_dict({**saved, "step": int(saved["step"])})
+
+
+def table_state(config: TrainConfig) -> TableState:
+    """What is kept of value tables, in bytes (docs/training.md)."""
+    if config.optimizer == "dense":
+        return TableState(row_wise=False, row=0)
+    value = STATE_BYTES if config.value_precision == "fp32" else 2
+    copy = STATE_BYTES if config.value_precision == "bf16_master" else 0
+    by_row = config.value_second_moment == "row"
+    return TableState(
+        value=value,
+        moments=(1 if by_row else 2) * STATE_BYTES + copy,
+        row=TableState.row + (STATE_BYTES if by_row else 0),
+    )
 
 
 def row_wise(table: MemoryTable, config: TrainConfig, weight_decay: float) -> RowAdamW:

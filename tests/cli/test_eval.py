@@ -146,10 +146,10 @@ def test_the_oracles_programs_run_wherever_walls_can_be_made(
     told = suite(*asked, "mbpp")
     assert json.loads(told.stdout)["tasks"]["mbpp"]["metrics"]["pass@1"]["oracle"] == 1.0
     for kind in ("bubblewrap", "unshare"):
-        monkeypatch.setitem(sandbox._COMMANDS, kind, lambda *_: ["/nonexistent"])
+        monkeypatch.setitem(sandbox._COMMANDS, kind, lambda *_: ["/nowhere/bwrap"])
     told = suite(*asked, "mbpp")
     assert (told.returncode, told.stdout) == (2, "")
-    assert "neither bubblewrap (/nonexistent: No such file or directory) nor unshare" in told.stderr
+    assert "neither bubblewrap (/nowhere/bwrap: No such file or directory) nor unshare" in told.stderr
     told = suite(*asked, "all")
     assert "mbpp" not in json.loads(told.stdout)["tasks"]
     assert told.stderr.startswith("suite: left out: humaneval, humaneval_10, mbpp, mbpp_10: --run-code: neither")

@@ -169,10 +169,10 @@ def test_failing_and_broken_programs_fail(box: Sandbox) -> None:
     assert [outcome.passed for outcome in outcomes] == [False, False, False, True, True]
 
 
-def test_without_walls_it_refuses_unless_asked_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sandbox._COMMANDS, "bubblewrap", lambda *_: ["/nonexistent"])
+def test_without_walls_it_refuses_unless_asked_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sandbox._COMMANDS, "bubblewrap", lambda *_: [str(tmp_path / "bwrap")])
     monkeypatch.setitem(sandbox._COMMANDS, "unshare", lambda *_: ["sh", "-c", "echo no spaces left >&2; exit 1"])
-    absent = r"\(/nonexistent: No such file or directory\)"
+    absent = rf"\({tmp_path}/bwrap: No such file or directory\)"
     reasons = rf"neither bubblewrap {absent} nor unshare \(no spaces left\) works here"
     with pytest.raises(UserError, match=reasons):
         Sandbox()

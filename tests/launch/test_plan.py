@@ -17,6 +17,7 @@ from suite.errors import UserError
 from suite.grids import load_grid
 from suite.launch import plan as planning
 from suite.launch.hardware import GPUS, USABLE
+from suite.launch.mesh import MICRO_ROWS
 from suite.models.accounting import meta_model
 from suite.models.memory import parts
 
@@ -30,8 +31,9 @@ PUBLISHED = {  # table 1, in millions, to 0.1m
 }  # fmt: skip
 
 
-def planned(name: str, gpu: str = "h100", nodes: int | None = None) -> list[planning.CellPlan]:
-    grid = load_grid(str(GRIDS / f"{name}.yaml"), need_data=False)
+def planned(name: str, gpu: str = "h100", nodes: int | None = None, **over: str) -> list[planning.CellPlan]:
+    changes = {path.replace("__", "."): value for path, value in over.items()}
+    grid = load_grid(str(GRIDS / f"{name}.yaml"), changes, need_data=False)
     return planning.plan(grid, planning.assumptions(gpu, nodes, 0.4, None), Path("unused"))
 
 
@@ -101,7 +103,7 @@ def test_a_mesh_fits_and_half_of_it_does_not() -> None:
         assert mesh.gpus * mesh.micro_rows * mesh.accumulate == one.cell.train.batch_rows
         if mesh.gpus > 1:
             model, half = meta_model(one.cell.model, 32000), mesh.gpus // 2
-            for micro in planning.MICRO_ROWS:
+            for micro in MICRO_ROWS:
                 found = parts(model, 4096, micro, "bf16").step(half, half, 2048 // half // micro)
                 assert found.peak > usable
 
@@ -125,6 +127,59 @@ def test_a_cell_that_fits_nowhere_says_why_and_what_would_do() -> None:
     more = planned("paper-memory-scaling", "h200")[-1].mesh
     assert more is not None
     assert str(tight.would_fit).startswith(f"{more.gpus} GPUs")
+
+
+@pytest.mark.parametrize(("rows", "most"), [(48, 16), (24, 8), (7, 1)])
+def test_a_mesh_divides_the_rows_of_a_batch_as_training_must(rows: int, most: int) -> None:
+    plans = planned("paper-memory-scaling", train__batch_rows=str(rows))
+    for one in plans:
+        if one.mesh is not None:
+            assert one.mesh.gpus * one.mesh.micro_rows * one.mesh.accumulate == rows
+    huge = plans[-1]
+    assert huge.mesh is None
+    assert str(huge.why).startswith(f"on {most} GPUs (no more divide its {rows} rows) a GPU needs ")
+    assert str(huge.would_fit).startswith("a train.batch_rows that more GPUs divide, ")
+
+
+def test_queries_normed_over_a_micro_batch_keep_the_cells_number_of_them() -> None:
+    (one,) = (one for one in planned("paper-fixed-memory", model__query_batchnorm="true", train__accumulate="64")
+              if (one.cell.model.family, one.cell.model.base) == ("pkm", "1.3b"))  # fmt: skip
+    assert one.mesh is not None
+    assert one.mesh.accumulate == 64
+    assert one.mesh.gpus * 64 * one.mesh.micro_rows == one.cell.train.batch_rows
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "weight", "moments", "row"),
+    [("precision", "bf16", 2, 8, 9), ("precision", "bf16_master", 2, 12, 9), ("second_moment", "row", 4, 4, 13)],
+)
+def test_tables_are_counted_as_they_are_kept(option: str, value: str, weight: int, moments: int, row: int) -> None:
+    """Bytes of a value and of a row as docs/training.md lists them."""
+    one = planned("paper-memory-scaling", **{f"train__value_{option}": value})[2]
+    assert one.mesh is not None
+    values, rows, memory = one.account.params_memory, 2**20, one.mesh.memory
+    rest = (one.account.params_total - values) / one.mesh.gpus
+    assert memory.weights == pytest.approx(4 * rest + weight * values / one.mesh.table_shards)
+    assert memory.moments == pytest.approx(8 * rest + moments * values / one.mesh.table_shards + row * rows)
+    lookups, touched = 2048 * 4096 * 3 * 4 * 32, 2**20  # three layers, four heads, top 32; every row is read
+    assert one.table_bytes_per_step == pytest.approx(
+        2048 * (lookups * (2 * weight + 8) + touched * (2 * weight + 2 * moments + 8)), rel=1e-6
+    )
+
+
+def test_a_rows_own_moment_leaves_tables_whole() -> None:
+    one = planned("paper-memory-scaling", train__value_second_moment="row")[2]
+    assert one.mesh is not None
+    assert one.mesh.table_shards == 1
+
+
+def test_the_total_says_what_of_it_does_not_fit(tmp_path: Path) -> None:
+    asked = ["plan", "paper-memory-scaling", "--nodes", "1", "--results", str(tmp_path)]
+    shown = CliRunner().invoke(app, asked).stdout
+    cells = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)["cells"]
+    unfit = sum(cell["gpu_hours"] for cell in cells if not cell["fits"])
+    assert unfit > 0
+    assert f"of the total, {unfit:,.0f} GPU-hours are of cells that do not fit:" in shown
 
 
 def test_partners_are_the_nearest_and_say_by_how_much_they_miss(scaling: list[planning.CellPlan]) -> None:

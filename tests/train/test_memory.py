@@ -20,6 +20,7 @@ from suite.models.moe import TokenChoice
 from suite.models.product_key import MemoryPlusConfig
 from suite.records import RunDir
 from suite.train.loop import Trainer
+from suite.train.optim import table_state
 
 SMALL = {"half_keys": 64, "top_k": 8}
 MODELS: dict[str, dict[str, Any]] = {
@@ -30,6 +31,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "pkm": {"family": "pkm", "base": "w32", **SMALL},
     "memory_plus": {"family": "memory_plus", "base": "w32", **SMALL},
     "memory_plus large": {"family": "memory_plus", "base": "w64", "half_keys": 256, "top_k": 8},
+    "pkm large": {"family": "pkm", "base": "w64", "half_keys": 256, "top_k": 8},
     "memory_plus beside": {"family": "memory_plus", "base": "w32", **SMALL, "keep_ffn": True},
     "pkm batchnorm": {"family": "pkm", "base": "w32", **SMALL, "query_batchnorm": True},
     "peer": {"family": "peer", "base": "w48", **SMALL},
@@ -47,25 +49,29 @@ def _example() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("name", "accumulate", "optimizer"),
+    ("name", "accumulate", "tables"),
     [
-        *((name, 1, "row_wise") for name in MODELS),
-        ("dense", 2, "row_wise"),
-        ("moe_topk", 2, "row_wise"),
-        ("memory_plus large", 2, "row_wise"),
-        ("memory_plus large", 1, "dense"),
-        ("memory_plus large", 2, "dense"),
-        ("peer", 1, "dense"),
+        *((name, 1, {}) for name in MODELS),
+        ("dense", 2, {}),
+        ("moe_topk", 2, {}),
+        ("memory_plus large", 2, {}),
+        ("memory_plus large", 1, {"optimizer": "dense"}),
+        ("memory_plus large", 2, {"optimizer": "dense"}),
+        ("peer", 1, {"optimizer": "dense"}),
+        *(("memory_plus large", 1, {"value_precision": kind}) for kind in ("bf16", "bf16_master", "bf16_stochastic")),
+        ("memory_plus large", 1, {"value_second_moment": "row"}),
+        ("pkm large", 2, {"value_second_moment": "row", "value_precision": "bf16_master"}),
+        ("peer", 1, {"value_second_moment": "row", "value_precision": "bf16"}),
     ],
 )
 def test_prediction_is_within_ten_percent_of_the_peak_of_a_real_step(
-    name: str, accumulate: int, optimizer: str, cache: Path, tmp_path: Path
+    name: str, accumulate: int, tables: dict[str, str], cache: Path, tmp_path: Path
 ) -> None:
     cell = Cell.model_validate(
         {
             "model": MODELS[name],
             "data": {"kind": "bios", "people": 60, "questions": 0.5},
-            "train": {"batch_rows": 10, "epochs": 9.0, "lr": 5e-3, "accumulate": accumulate, "optimizer": optimizer},
+            "train": {"batch_rows": 10, "epochs": 9.0, "lr": 5e-3, "accumulate": accumulate, **tables},
         }
     )
     corpus = corpus_of(cell, cache)
@@ -86,9 +92,9 @@ def test_prediction_is_within_ten_percent_of_the_peak_of_a_real_step(
     found = parts(
         meta_model(cell.model, corpus.vocab_size), cell.data.seq_len, 10 // accumulate, busiest=max(busiest, default=1)
     )
-    predicted = found.step(micro_batches=accumulate, row_wise=optimizer == "row_wise", use=use)
+    predicted = found.step(micro_batches=accumulate, state=table_state(cell.train), use=use)
     assert predicted.peak == pytest.approx(live.peak, rel=0.1)
-    assert predicted.weights == 4 * sum(parameter.numel() for parameter in trainer.model.parameters())
+    assert predicted.weights == sum(parameter.nbytes for parameter in trainer.model.parameters())
 
 
 def watch_busiest(model: torch.nn.Module, tokens: int) -> list[float]:
