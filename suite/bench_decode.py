@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import torch
 from pydantic import ValidationError
+from rich.console import Console
+from rich.progress import track
 
 from suite import models
 from suite.errors import UserError
@@ -27,11 +29,15 @@ from suite.models.sizes import SIZES
 
 VOCAB = 4096
 """Entries of the vocabulary, where the base has none of its own."""
+QUANTILES = (0.2, 0.5, 0.8)
 
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """One model at one batch: milliseconds of a decoding step, tokens a second, and the ratio of times to dense."""
+    """One model at one batch: milliseconds of a decoding step, tokens a second, and the ratio of times to dense.
+
+    Quantiles are over rounds.
+    """
 
     family: str
     base: str
@@ -45,7 +51,9 @@ class DecodeSpeed:
     ms_p50: float
     ms_p80: float
     tokens_per_s: float
+    time_ratio_p20: float
     time_ratio_p50: float
+    time_ratio_p80: float
     params_total: int
     bytes_per_token: float
 
@@ -85,7 +93,8 @@ def decode_speeds(
     measured = []
     for batch in batches:
         built = [_built(config, device) for config in configs]
-        seconds = [[_seconds(model, batch, context, steps) for model in built] for _ in range(rounds + 1)][1:]
+        turns = track(range(rounds + 1), f"batch {batch}, {len(built)} models", console=Console(stderr=True))
+        seconds = [[_seconds(model, batch, context, steps) for model in built] for _ in turns][1:]  # the first warms up
         times = np.array(seconds) / steps
         for index, (config, model) in enumerate(zip(configs, built, strict=True)):
             measured.append(_result(config, model, batch, context, times[:, index], times[:, 0]))
@@ -126,7 +135,8 @@ def _wait(device: torch.device) -> None:
 def _result(
     config: ModelConfig, model: Transformer, batch: int, context: int, times: np.ndarray, dense: np.ndarray
 ) -> DecodeSpeed:
-    low, middle, high = (float(value) for value in np.quantile(times, (0.2, 0.5, 0.8)))
+    low, middle, high = (float(value) for value in np.quantile(times, QUANTILES))
+    ratios = [round(float(value), 3) for value in np.quantile(times / dense, QUANTILES)]
     counted, device = account_of(model, context), next(model.parameters()).device
     half_keys = getattr(config, "half_keys", None)
     return DecodeSpeed(
@@ -142,7 +152,9 @@ def _result(
         ms_p50=round(middle * 1e3, 4),
         ms_p80=round(high * 1e3, 4),
         tokens_per_s=round(batch / middle, 1),
-        time_ratio_p50=round(float(np.median(times / dense)), 3),
+        time_ratio_p20=ratios[0],
+        time_ratio_p50=ratios[1],
+        time_ratio_p80=ratios[2],
         params_total=counted.params_total,
         bytes_per_token=counted.bytes_per_token,
     )

@@ -133,10 +133,11 @@ def _show(rows: list[dict[str, Any]], path: Path, as_json: bool) -> None:
         print(json.dumps(rows))
         return
     print(f"{path}: {len(rows)} rows", file=sys.stderr)
-    from rich.console import Console
     from rich.table import Table
+
+    from suite.cli_parts import print_table
 
     table = Table(*rows[0])
     for row in rows:
         table.add_row(*("" if value is None else str(value) for value in row.values()))
-    (Console() if sys.stdout.isatty() else Console(width=200)).print(table)
+    print_table(table)

@@ -92,11 +92,15 @@ def llama_config(model: Transformer, seq_len: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def import_llama(folder: Path) -> Transformer:
+def import_llama(folder: Path | str) -> Transformer:
     """The dense model of a Llama checkpoint (config.json and safetensors, one file or several with an index).
 
-    Raises UserError for what our dense model has no place for.
+    Raises UserError for what is not there and for what our dense model has no place for.
     """
+    folder = Path(folder)
+    for name in (CONFIG, INDEX if (folder / INDEX).exists() else WEIGHTS):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {name}: missing, allowed: a folder with {CONFIG} and {WEIGHTS}")
     config = json.loads((folder / CONFIG).read_text())
     model = Transformer(_imported_config(folder / CONFIG, config), config["vocab_size"])
     ours = {llama_name(name): name for name in model.state_dict()}

@@ -7,6 +7,7 @@ as multiply-adds: reading rows of a value table, like reading an embedding, is b
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -153,4 +154,9 @@ def cost_of(name: str, part: nn.Module) -> Cost:
     counted = cost()
     if not isinstance(counted, Cost):
         raise TypeError(f"{name} ({type(part).__name__}): cost() gives {type(counted).__name__}, allowed: a Cost")
+    for kind in ("params", "read", "macs"):
+        for group, count in getattr(counted, kind).items():
+            if not (math.isfinite(count) and count >= 0):
+                said = f"{name} ({type(part).__name__}): cost() gives {kind} {group} {count}"
+                raise ValueError(f"{said}, allowed: a number of 0 or more")
     return counted

@@ -30,6 +30,8 @@ ENTRY_POINTS = "next_parameter.baselines"
 TOKENS = 8
 SMALL = 20_000_000
 """Parameters of a model that may be built for a check."""
+FORESIGHT = 1e-3
+"""Standard deviations of the logits that later tokens may move them by: other shapes of products round otherwise."""
 
 
 def load(path: Path, where: str = "--baseline") -> list[str]:
@@ -67,9 +69,10 @@ def load_all(paths: Iterable[Path] = ()) -> None:
 
 
 def check(config: ModelConfig) -> None:
-    """Raise UserError, by name, if a family's modules give another shape or dtype, leave parameters uncounted or fail.
+    """Raise UserError, by name, for modules that give another shape or dtype, leave parameters uncounted, see or fail.
 
-    Run on the meta device; a small model whose operations need values, on the CPU.
+    Run on the meta device, and a small model on the CPU: there it may not see tokens that come later (in evaluation
+    mode).
     """
     path = registry.family(config.family).path
     assert path is not None, f"{config.family} comes from no file"
@@ -81,8 +84,10 @@ def check(config: ModelConfig) -> None:
         except RuntimeError as error:
             if not needs_values(error):
                 raise
-            if sum(parameter.numel() for parameter in model.parameters()) <= SMALL:
-                _run(build(config, model.vocab_size, seed=0))
+        if sum(parameter.numel() for parameter in model.parameters()) <= SMALL:
+            small = build(config, model.vocab_size, seed=0)
+            _run(small)
+            _refuse_foresight(small)
     except Exception as error:
         raise UserError(f"{path}: family {config.family}: {_told(error, path)}") from None
 
@@ -109,6 +114,23 @@ def _run(model: Transformer) -> None:
         block.feed_forward.register_forward_hook(_result_check(index))
     with torch.no_grad():
         model.eval()(tokens_BT)
+
+
+@torch.no_grad()
+def _refuse_foresight(model: Transformer) -> None:
+    """ValueError if what follows a token changes its logits, with weights that hide nothing by being zero."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.05, generator=generator))
+    tokens_BT = torch.randint(model.vocab_size, (2, TOKENS), generator=generator)
+    other_BT = tokens_BT.clone()
+    half = TOKENS // 2
+    other_BT[:, half:] = (tokens_BT[:, half:] + 1) % model.vocab_size
+    one_BTV, other_BTV = (model.eval()(tokens)[:, :half] for tokens in (tokens_BT, other_BT))
+    change = float((one_BTV - other_BTV).abs().max() / one_BTV.std())
+    if not change < FORESIGHT:
+        raise ValueError(f"tokens that come later change a token's logits by {change:.2g} standard deviations, "
+                         "allowed: none (in evaluation mode)")  # fmt: skip
 
 
 def _result_check(layer: int) -> Callable[..., None]:

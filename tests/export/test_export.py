@@ -202,6 +202,15 @@ def test_a_llama_we_have_no_place_for_is_refused_by_field(field: str, value: obj
         import_llama(tmp_path / "out")
 
 
+def test_a_llama_that_is_not_all_there_is_refused_by_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"away: config\.json: missing, allowed: a folder with"):
+        import_llama(str(tmp_path / "away"))
+    export(built("dense"), tmp_path / "out")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"out: model\.safetensors: missing"):
+        import_llama(tmp_path / "out")
+
+
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("")
     with pytest.raises(UserError, match="allowed: a new or an empty folder"):

@@ -154,6 +154,40 @@ def test_a_parameter_missing_from_the_accounting_is_refused_by_name(tmp_path: Pa
         checked(baseline(tmp_path, params="2 * self.up.weight.numel()"))
 
 
+@pytest.mark.parametrize("macs", ["float('nan')", "-5", "float('inf')"])
+def test_a_count_that_is_no_number_of_anything_is_refused_by_name(tmp_path: Path, macs: str) -> None:
+    wrong = baseline(tmp_path)
+    wrong.write_text(wrong.read_text().replace("2 * self.up.weight.numel())\n\n", f"{macs})\n\n"))
+    with pytest.raises(
+        UserError, match=r"layers\.0\.feed_forward \(Squared\): cost\(\) gives macs ffn (nan|-5|inf), allowed"
+    ):
+        checked(wrong)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [
+        "self.down(self.up(x_BTD).relu()).mean(1, keepdim=True).expand_as(x_BTD)",
+        "self.down(self.up(x_BTD)).flip(1)",
+        "self.down(self.up(x_BTD)) * x_BTD.std((1, 2), keepdim=True)",
+    ],
+)
+def test_a_family_that_sees_later_tokens_is_refused(tmp_path: Path, result: str) -> None:
+    path = baseline(tmp_path, result=result)
+    with pytest.raises(
+        UserError, match=r"family squared: tokens that come later change a token's logits by \S+ standard"
+    ):
+        checked(path)
+
+
+def test_foresight_that_initial_zeros_would_hide_is_seen(tmp_path: Path) -> None:
+    path = baseline(tmp_path, result="self.down(self.up(x_BTD).cumsum(1).flip(1))")
+    initial = "    def init_parameter(self, name, parameter, generator):\n        parameter.zero_()\n\n"
+    path.write_text(path.read_text().replace("    def cost(self)", initial + "    def cost(self)"))
+    with pytest.raises(UserError, match="tokens that come later"):
+        checked(path)
+
+
 def test_a_name_that_is_taken_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"mine\.py: line 20: ValueError: family 'dense' is registered already"):
         external.load(baseline(tmp_path, name="dense"))
