@@ -15,6 +15,7 @@ import pandas as pd
 from analysis import style
 from analysis.compare import final_scores
 from analysis.figures import rows_panel
+from analysis.published import printed_as
 from analysis.scene import BESIDE, POINT_NOTE, Missing, Scene, base_sizes, dot, equal_tokens, line_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ def scores_against_rows(found: Scene, folder: Path) -> list[Path]:
         axis.set_title(f"base {base}", loc="left")
         axis.set_xlabel("memory rows")
 
-    note = POINT_NOTE + " Grey crosses: published, as the source prints them; never fitted with ours."
+    note = f"{POINT_NOTE} Grey crosses: published, as the source prints them (confidence: A two transcriptions or the "
+    note += "paper's text, B one, C read off a figure); never fitted with ours."
     return _panels(found, folder, "scores-rows", [(base, key) for base in bases for key in _keys(found)], panel, note)
 
 
@@ -171,14 +173,19 @@ def _panels(
 
 
 def _published(axis: Axes, found: Scene, base: str, key: str) -> None:
-    """Published values of the same base, task and metric, by memory rows."""
+    """Published values of the same base, task and metric, by memory rows; each with its family and confidence."""
     if found.published is None:
         return
     task, _, metric = key.partition("/")
+    task, metric = printed_as(task, metric)
     same = found.published[(found.published["base"] == base) & (found.published["task"] == task)]
-    same = same[(same["metric"] == metric.split(",")[0]) & (same["memory_rows"] > 0)]
+    same = same[(same["metric"] == metric) & (same["memory_rows"] > 0)]
     for source, group in same.groupby("source"):
         axis.plot(group["memory_rows"], group["value"], "x", color="#777777", label=f"published: {source}")
+        for row in group.drop_duplicates(["memory_rows", "family"]).to_dict("records"):
+            text = f"{row['family']} {row['confidence'][:1]}"
+            axis.annotate(text, (row["memory_rows"], row["value"]), xytext=(4, -2), textcoords="offset points",
+                          fontsize=6, color="#777777")  # fmt: skip
 
 
 SCORE_FIGURES: list[tuple[str, Callable[[Scene, Path], list[Path]]]] = [

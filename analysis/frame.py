@@ -141,7 +141,8 @@ def amount(text: object) -> float:
     match = re.fullmatch(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbt]?)\s*", str(text).lower())
     if not match:
         return float("nan")
-    return float(match[1].replace(",", "")) * {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2]]
+    scale = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "t": 1e12}[match[2]]
+    return round(float(match[1].replace(",", "")) * scale, 6)  # 4.1b is no 4,099,999,999.9999995
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:

@@ -1,9 +1,10 @@
 """The figures and tables of "Memory Layers at Scale" from its published numbers, and from our runs that match.
 
-A run matches a published number if base, family and table rows (in the ablations: the variant) are the paper's and the
-task and metric are the same; how many tokens it saw is said beside it. Every published number carries the first letter
-of its confidence: A (two or more transcriptions agree, or the paper's text), B (one transcription), C (read off a
-figure).
+A run matches a published number if its model is the paper's of that base, family and table rows (in the ablations: the
+variant), whatever else it could be, and the task and metric are the same; how many tokens it saw is said beside it. A
+widened dense model, a Memory+ with a feed-forward beside it and the like match nothing.
+Every published number carries the first letter of its confidence: A (two or more transcriptions agree, or the paper's
+text), B (one transcription), C (read off a figure).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import pandas as pd
 from analysis import style
 from analysis.errors import InputError
 from analysis.paper_tables import LETTERS, TRAPS, draw_tables, tables
+from analysis.published import printed_as
 from analysis.runs import Run, read_runs
 from analysis.tables import number, read_table
 
@@ -26,10 +28,19 @@ if TYPE_CHECKING:
 
 TABLES = ("figure1", "table1", "table2_8b", "ablations")
 BASES = ("134m", "373m", "720m", "1.3b")
+SHAPES = {"134m": (12, 768, 4), "373m": (24, 1024, 8), "720m": (22, 1536, 8), "1.3b": (22, 2048, 8),
+          "8b": (32, 4096, 8)}  # fmt: skip
+"""Base -> layers, width, and layers from one memory of Memory+ to the next."""
+EXPERTS = {"134m": 16, "373m": 8, "720m": 6, "1.3b": 4}
+FAMILIES = ("dense", "moe", "peer", "pkm", "memory_plus")
+HALF_KEYS = {None: 1024, 64: 4096, 256: 2048, 2048: 724}
+"""Ablations: width of a value -> half keys; None: the model's width. 724 x 724 is as near to 512k as a square comes."""
 BESIDE = 0.11
 """Between the families of a base, as a share of the way to the next."""
-METRICS = {"em": "exact_match", "pass_at_1": "pass@1"}
-"""Names of metrics in our evaluations -> in the published tables."""
+FILLS = ("full", "left", "bottom", "right", "top")
+KEY_DIM = "key_dim={} (sum of both sub-keys)"
+LAST = 10
+"""Logged steps at the end whose mean loss stands beside the paper's training NLL."""
 PANELS = (
     ("nq_open", "exact_match", "NQ, exact match, %"), ("triviaqa", "f1", "TriviaQA, F1, %"),
     ("nq_open", "nll", "NQ, answer NLL"), ("triviaqa", "nll", "TriviaQA, answer NLL"),
@@ -44,46 +55,67 @@ def published(results: Path) -> pd.DataFrame:
 
 
 def ours(results: Path) -> pd.DataFrame:
-    """Our runs' final scores, one row per run and score, under the paper's names of tasks and variants."""
+    """Final scores of our runs of the paper's models, one row per run and score, under the paper's names of tasks and
+    variants."""
     try:
         runs = read_runs(results)
     except InputError:
         runs = []
     rows = [row for run in runs for row in _scores(run)]
-    columns = ["run", "family", "base", "memory_rows", "variant", "tokens", "task", "metric", "value"]
+    columns = ["run", "family", "base", "memory_rows", "plain", "variant", "tokens", "task", "metric", "value"]
     return pd.DataFrame(rows, columns=columns)
 
 
 def _scores(run: Run) -> list[dict[str, Any]]:
-    common = {"run": run.name, "family": run.model["family"], "base": run.model["base"],
-              "memory_rows": run.memory_rows, "variant": variants(run.model), "tokens": run.last("tokens")}  # fmt: skip
-    rows = []
-    for evaluation in run.evals:
-        for task, scored in evaluation.get("tasks", {}).items():
-            name = task.removesuffix("_nll").removesuffix("_qa")
-            for metric, score in scored.get("metrics", {}).items():
-                rows.append(common | {"task": name, "metric": METRICS.get(metric, metric), "value": score["value"]})
-    return rows
+    model = run.model
+    if model["family"] not in FAMILIES or model["base"] not in SHAPES:
+        return []
+    common = {"run": run.name, "family": model["family"], "base": model["base"], "memory_rows": run.memory_rows,
+              "plain": not own_options(model), "variant": variants(model), "tokens": run.last("tokens")}  # fmt: skip
+    found: dict[tuple[str, str], float] = {}
+    if run.training:  # one step's loss is noisy
+        found["train", "nll"] = float(np.mean([line["loss"] for line in run.training[-LAST:]]))
+    asked = [(task, scored) for evaluation in run.evals for task, scored in evaluation.get("tasks", {}).items()]
+    # Of two tasks that are one in the paper, lm-eval's own counts: the released template's.
+    for task, scored in sorted(asked, key=lambda item: not item[0].endswith("_qa")):
+        for metric, score in scored.get("metrics", {}).items():
+            found[printed_as(task, metric)] = score["value"]
+    return [common | {"task": task, "metric": metric, "value": value} for (task, metric), value in found.items()]
+
+
+def own_options(model: dict[str, Any]) -> dict[str, Any]:
+    """The options by which a model differs from the paper's of its family and base, table rows apart."""
+    layers, width, stride = SHAPES[model["base"]]
+    middle, plus = layers // 2, model["family"] == "memory_plus"
+    papers = {
+        "top_k": 32, "memory_heads": 4, "share": True, "experts": EXPERTS.get(model["base"]), "value_dim": width,
+        "k_dim": width // 2 if plus else 256,
+        "placement": [middle - stride, middle, middle + stride] if plus else [middle],
+    }  # fmt: skip
+    given = {name: value for name, value in model.items() if name not in ("family", "base", "half_keys")}
+    return {name: value for name, value in given.items() if value is not None and value != papers.get(name, False)}
 
 
 def variants(model: dict[str, Any]) -> tuple[str, ...]:
     """What tables 3 and 4 call a model of the 373m base; nothing if they do not have it."""
     if model["base"] != "373m" or model["family"] not in ("pkm", "memory_plus"):
         return ()
-    placement = tuple(model.get("placement") or ((12,) if model["family"] == "pkm" else (4, 12, 20)))
-    k_dim = model.get("k_dim") or (256 if model["family"] == "pkm" else 512)
-    set_ = {name for name in ("scalar_gate", "sink", "random_rows", "qk_norm", "query_batchnorm", "keep_ffn")
-            if model.get(name)} | {"value_dim" for _ in [0] if model.get("value_dim")}  # fmt: skip
+    own = own_options(model)
+    if model["half_keys"] != HALF_KEYS.get(own.get("value_dim")):
+        return ()
     if model["family"] == "memory_plus":
-        return ("+swilu",) if placement == (12,) and k_dim == 256 and not set_ else ()
-    if placement != (12,):
-        return (f"PK layers {','.join(map(str, placement))}",) if k_dim == 256 and not set_ else ()
-    if set_:
-        names = {"scalar_gate": "+gated", "sink": "+softmax sink", "random_rows": "+random values",
-                 "value_dim": f"v_dim={model.get('value_dim')}"}  # fmt: skip
-        return tuple(names[name] for name in set_ if name in names) if len(set_) == 1 and k_dim == 256 else ()
-    key = f"key_dim={k_dim} (sum of both sub-keys)"
-    return ("PK layers 12", "PK base", "v_dim=1024", key) if k_dim == 256 else (key,)
+        return ("+swilu",) if own == {"placement": [12], "k_dim": 256} else ()
+    if not own:
+        return ("PK layers 12", "PK base", "v_dim=1024", KEY_DIM.format(256))
+    if len(own) > 1:
+        return ()
+    ((option, value),) = own.items()
+    names = {
+        "placement": f"PK layers {','.join(map(str, value))}" if option == "placement" else "",
+        "k_dim": KEY_DIM.format(value), "value_dim": f"v_dim={value}",
+        "scalar_gate": "+gated", "sink": "+softmax sink", "random_rows": "+random values",
+    }  # fmt: skip
+    return (names[option],) if option in names else ()
 
 
 def draw(results: Path, folder: Path) -> dict[str, list[Path]]:
@@ -101,7 +133,7 @@ def draw(results: Path, folder: Path) -> dict[str, list[Path]]:
 
 def _figure1(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Path]:
     """Scores of the 1.3b base against memory rows."""
-    shown = _shown(mine[mine["base"] == "1.3b"], PANELS)
+    shown = _shown(mine[(mine["base"] == "1.3b") & mine["family"].isin(["dense", "pkm", "memory_plus"])], PANELS)
     with style.figure(1, 4, width=11.0, height=3.0) as (drawn, axes):
         for axis, (task, metric, title) in zip(axes, PANELS, strict=True):
             scale = 1 if metric == "nll" else 100
@@ -142,7 +174,7 @@ def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
                           marker=style.MARKERS[family], label=f"{family}, published")  # fmt: skip
                 _letters(axis, rows["place"], rows["value"] * 100, rows["letter"])
             matching = shown[(shown["task"] == task) & (shown["metric"] == metric)]
-            _ours(axis, matching, lambda row: at[row["base"]] + beside.get(row["family"], 0.0), 100)
+            _ours(axis, matching, lambda row: at[row["base"]] + beside[row["family"]], 100)
             axis.set_xticks(list(at.values()), list(at))
             axis.set_xlabel("base, 1T tokens")
             axis.set_title(title, loc="left")
@@ -156,13 +188,14 @@ def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
 
 
 def _shown(mine: pd.DataFrame, panels: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
-    """Our scores that have a panel."""
+    """Our scores that have a panel, of the paper's models."""
+    mine = mine[mine["plain"].astype(bool)]
     asked = [mine["task"].eq(task) & mine["metric"].eq(metric) for task, metric, _ in panels]
     return mine[np.logical_or.reduce(asked)]
 
 
 def _also(mine: pd.DataFrame) -> str:
-    return f"; filled: our runs ({mine['run'].nunique()}), tokens in the legend" if len(mine) else ""
+    return f"; filled or half filled: our runs ({mine['run'].nunique()}), tokens in the legend" if len(mine) else ""
 
 
 def _place(rows: float) -> float:
@@ -187,9 +220,11 @@ def _letters(axis: Axes, places: pd.Series, values: pd.Series, letters: pd.Serie
 
 
 def _ours(axis: Axes, rows: pd.DataFrame, place: Callable[[Any], float], scale: float) -> None:
-    """Our runs: filled marks, one legend entry per family and budget."""
+    """Our runs: one legend entry per family and budget, filled at the largest budget, half filled at the next ones."""
+    budgets = sorted(rows["tokens"].unique(), reverse=True)
     for key, group in rows.groupby(["family", "tokens"]):
         family, tokens = cast(tuple[str, float], key)
         axis.plot([place(row) for row in group.to_dict("records")], group["value"] * scale, linestyle="none",
-                  marker=style.MARKERS.get(family, "X"), color=style.COLOURS.get(family, style.SPARE[0]),
+                  marker=style.MARKERS[family], color=style.COLOURS[family], markerfacecoloralt="white",
+                  fillstyle=FILLS[budgets.index(tokens) % len(FILLS)],
                   label=f"{family}, ours, {number(tokens / 1e9)}b tokens")  # fmt: skip

@@ -1,9 +1,9 @@
 """Named sets of evaluations of real tasks.
 
-`paper` is the protocol of "Memory Layers at Scale" (arXiv 2412.09764, section 4.1) as far as it is stated: EM or F1
+`paper` is the protocol of "Memory Layers at Scale" (arXiv 2412.09764, section 4.2) as far as it is stated: EM or F1
 for questions, pass@1 for programs, accuracy for choices, and the likelihood of the right answer. The numbers of
-examples are our choice (the paper gives none): 5 for questions and MMLU, 0 for the other choices and HumanEval, 3 for
-MBPP as in the stock prompt.
+examples are our choice (the paper gives none, the released template 5 for NQ): 5 for questions and MMLU, 0 for other
+choices and HumanEval, 3 for MBPP as in the stock prompt.
 
 `quick` asks the first documents of each task, the same ones always. With 200 documents an accuracy of p has a
 standard error of sqrt(p (1 - p) / 200), at most 0.035; the one found is stored beside every score.

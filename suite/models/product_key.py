@@ -33,7 +33,7 @@ class Addressing:
 
     `qk_norm`: half queries and half keys are RMS-normed with a gain and their products divided by sqrt(k_dim / 2),
     as in attention (the paper states the norms only). `query_batchnorm`: queries are batch-normed over all heads'
-    k_dim (Lample et al. 2019, section 3.2); in training the batch is every token of the call, padding included.
+    k_dim (Lample et al. 2019, section 3.1); in training the batch is every token of the call, padding included.
     `random_rows`: in training only, each head reads that many rows drawn uniformly, at their true scores, beside
     its best ("Memory Layers at Scale", section 5.4; their number is not stated).
     """

@@ -1,8 +1,10 @@
-"""Base shapes by name: the paper's five and the laptop's.
+"""Base shapes by name: the five of "Memory Layers at Scale" (arXiv 2412.09764) and the laptop's.
 
-Sources: 134m and 1.3b follow uniquely from the published parameter totals; 373m is the released template;
-720m is one of several shapes that fit; 8b is Llama-3-8B's. Heads of 134m, 720m and 1.3b are our choice (head
-width 64 or 128, multi-head). The w* shapes are ours.
+Where the paper's come from. 134m and 1.3b: layers and feed-forward follow uniquely from the published totals, given
+width, full multi-head attention, untied embeddings and a vocabulary of 32,000. 373m: the released template. 720m: one
+of several shapes that fit, as no total of it is published. 8b: "the Llama3 8B architecture" (section 5.3), as Meta
+released it. Heads of 134m, 720m and 1.3b (64 or 128 wide) and their rope_theta (Llama 2's) are our choice: no total
+tells them apart. Strides: section 5.1. The w* shapes are ours.
 """
 
 from __future__ import annotations

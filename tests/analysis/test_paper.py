@@ -21,11 +21,12 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(model: dict[str, Any], tasks: dict[str, dict[str, float]]) -> Run:
+def run(model: dict[str, Any], tasks: dict[str, dict[str, float]], tokens: float = 1e10) -> Run:
     scored = {name: {"metrics": {m: {"value": v} for m, v in metrics.items()}} for name, metrics in tasks.items()}
     return Run(
         name="r", cell={"model": model, "data": {}, "seed": 0}, hash="h", account={}, versions={},
-        lines=[{"step": 1, "tokens": 1e10}], evals=[{"tasks": scored}], state={"state": "done"}, usage={},
+        lines=[{"step": 1, "tokens": tokens, "loss": 2.5}], evals=[{"tasks": scored}], state={"state": "done"},
+        usage={},
     )  # fmt: skip
 
 
@@ -37,7 +38,7 @@ def test_everything_is_drawn_without_any_run_of_ours(results: Path) -> None:
     page = files["tables"][0].read_text()
     assert "| 1.3b Memory+ | 67,108,864 | 138,748m | 1,000b | 20.78 A | 62.14 A | 77.31 B | 30.00 B | 20.47 A |" in page
     assert "| PK layers 4,12,20 | 1,048,576 | 2.06 A | 11.32 A | 7.20 A |" in page
-    assert "| 8b Memory+ | 16,777,216 | – | 1,000b | 60.29 B |" in page
+    assert "| 8b Memory+ | 16,777,216 | 8b + 64b memory | 1,000b | 60.29 B |" in page
     assert "| 373m Memory+ | 1,048,576 | 1,441m* | 1,000b |" in page
     assert page.count("m* |") == 4
     assert "*: the total is our arithmetic, not printed." in page
@@ -63,6 +64,73 @@ def test_a_matching_run_stands_beside_the_published_number_with_its_tokens(resul
     assert page.count("ours 5.00") == 1
 
 
+def test_a_run_of_another_model_than_the_papers_matches_nothing(results: Path) -> None:
+    """The partners of the paper's grids have its families, bases and rows, but are not its models."""
+    plus = {"family": "memory_plus", "base": "1.3b", "half_keys": 1024, "top_k": 32, "memory_heads": 4, "share": True}
+    others = [
+        {"family": "dense", "base": "1.3b", "ffn_hidden": 15872}, {"family": "dense", "base": "1.3b", "layers": 24},
+        plus | {"keep_ffn": True}, plus | {"qk_norm": True}, plus | {"share": False}, plus | {"placement": [11]},
+        plus | {"family": "pkm", "query_batchnorm": True}, {"family": "moe", "base": "1.3b", "experts": 8},
+        {"family": "moe_topk", "base": "1.3b", "experts": 64}, {"family": "dense", "base": "w32"},
+    ]  # fmt: skip
+    rows = [row for model in others for row in paper._scores(run(model, {"nq_open": {"exact_match": 0.01}}))]
+    rows += paper._scores(run(plus | {"k_dim": 1024, "placement": [3, 11, 19]}, {"nq_open": {"exact_match": 0.05}}))
+    mine = pd.DataFrame(rows)
+    page = paper.tables(paper.published(results), mine)
+    assert page.count("; ours") == 1
+    assert "13.68 A; ours 5.00 (1, 10.0b)" in page
+    assert paper._shown(mine, paper.PANELS)["value"].tolist() == [0.05]
+
+
+def test_a_run_stands_beside_the_nearest_budget_and_budgets_are_not_averaged(results: Path) -> None:
+    model = {"family": "dense", "base": "8b"}
+    budgets = {2e11: 0.1, 1e12: 0.2, 9e11: 0.3}
+    rows = [row for tokens, value in budgets.items()
+            for row in paper._scores(run(model, {"nq_open": {"exact_match": value}}, tokens))]  # fmt: skip
+    page = paper.tables(paper.published(results), pd.DataFrame(rows))
+    assert "18.61 A; ours 10.00 (1, 200b) |" in page
+    assert "25.24 B; ours 30.00 (1, 900b); ours 20.00 (1, 1,000b) |" in page
+    assert page.count("; ours") == 3
+
+
+def test_a_score_of_ours_is_the_papers_once() -> None:
+    tasks = {"nq_open": {"exact_match": 0.1}, "nq_open_qa": {"em": 0.2, "f1": 0.3}, "nq_open_nll": {"nll": 6.0},
+             "triviaqa_qa": {"em": 0.4, "f1": 0.5}}  # fmt: skip
+    rows = paper._scores(run({"family": "dense", "base": "1.3b"}, tasks))
+    found = {(row["task"], row["metric"]): row["value"] for row in rows}
+    assert len(found) == len(rows)
+    assert found == {("nq_open", "exact_match"): 0.1, ("nq_open", "f1"): 0.3, ("triviaqa", "exact_match"): 0.4,
+                     ("triviaqa", "f1"): 0.5, ("nq_open", "nll"): 6.0, ("train", "nll"): 2.5}  # fmt: skip
+
+
+def test_training_loss_stands_beside_the_papers_training_nll(results: Path) -> None:
+    rows = paper._scores(run({"family": "pkm", "base": "373m", "half_keys": 1024, "sink": True}, {}))
+    page = paper.tables(paper.published(results), pd.DataFrame(rows))
+    assert "| +softmax sink | 1,048,576 | 2.11 A; ours 2.50 (1, 10.0b) | 12.19 A | 8.04 A |" in page
+    assert page.count("; ours") == 1
+
+
+def test_the_papers_models_are_those_of_its_grids_and_of_the_suite() -> None:
+    from suite.grids import load_grid
+    from suite.models import moe, product_key, registry
+    from suite.models.sizes import SIZES
+
+    sizes = {base: size for base, size in SIZES.items() if size.vocab_size}
+    assert {base: (size.layers, size.dim, size.memory_stride) for base, size in sizes.items()} == paper.SHAPES
+    assert paper.EXPERTS == moe.PAPER_EXPERTS
+    for base in paper.SHAPES:
+        for family in ("pkm", "memory_plus"):
+            model = {"family": family, "base": base, "half_keys": 1024}
+            config = registry.family(family).config.model_validate(model)
+            assert isinstance(config, product_key.MemoryConfig)
+            stated = model | {"k_dim": config.key_dim, "placement": list(config.memory_placement)}
+            assert not paper.own_options(stated)
+    for name in ("fixed-memory", "memory-scaling", "8b"):
+        for cell in load_grid(str(PUBLISHED.parents[1] / "grids" / f"paper-{name}.yaml"), need_data=False).cells:
+            own = paper.own_options(cell.model.model_dump(mode="json"))
+            assert bool(own) == (cell.model.family == "moe_topk"), own
+
+
 @pytest.mark.parametrize(
     ("options", "names"),
     [
@@ -72,6 +140,11 @@ def test_a_matching_run_stands_beside_the_published_number_with_its_tokens(resul
         ({"family": "pkm", "placement": [12], "sink": True}, {"+softmax sink"}),
         ({"family": "pkm", "random_rows": 8}, {"+random values"}),
         ({"family": "pkm", "value_dim": 64, "half_keys": 4096}, {"v_dim=64"}),
+        ({"family": "pkm", "value_dim": 2048, "half_keys": 724}, {"v_dim=2048"}),
+        ({"family": "pkm", "value_dim": 64}, set()),
+        ({"family": "pkm", "half_keys": 4096}, set()),
+        ({"family": "pkm", "top_k": 16}, set()),
+        ({"family": "pkm", "placement": [12, 16, 20], "share": False}, set()),
         ({"family": "pkm", "k_dim": 2048}, {"key_dim=2048 (sum of both sub-keys)"}),
         ({"family": "memory_plus", "placement": [12], "k_dim": 256}, {"+swilu"}),
         ({"family": "memory_plus"}, set()),
@@ -81,7 +154,7 @@ def test_a_matching_run_stands_beside_the_published_number_with_its_tokens(resul
     ],
 )
 def test_variants_have_the_papers_names(options: dict[str, Any], names: set[str]) -> None:
-    found = set(paper.variants({"base": "373m", **options}))
+    found = set(paper.variants({"base": "373m", "half_keys": 1024, **options}))
     assert found == names
     printed = set(pd.read_csv(PUBLISHED / "memory_layers_ablations.csv")["model"])
     assert found <= printed

@@ -61,6 +61,16 @@ def test_the_traps_are_noted_on_their_rows() -> None:
     first = figure1[figure1["note"].fillna("").str.contains("vanilla")]
     assert set(first["memory_rows"]) == {2**20}
     assert set(first["family"]) == {"pkm"}
+    for table, value in ((table1, 0.5867), (figure1, 0.59)):
+        read = table[table["note"].fillna("").str.contains("58.67")]
+        assert read[["task", "memory_rows", "value"]].to_numpy().tolist() == [["triviaqa", 2**24, value]]
+    ablations = pd.read_csv(FOLDER / "memory_layers_ablations.csv")
+    assert ablations["note"].str.contains("misalign").all()
+
+
+def test_what_a_source_says_of_a_memory_in_words_is_kept() -> None:
+    notes = set(pd.read_csv(FOLDER / "ultramemv2.csv")["note"].dropna())
+    assert "memory: knum 1138, 4 layers shared" in notes
 
 
 def test_the_committed_tables_are_what_the_collected_ones_give() -> None:

@@ -15,6 +15,7 @@ from analysis import runs
 from analysis.__main__ import main
 from analysis.document import to_markdown
 from analysis.figures_cells import multiplier_figure
+from analysis.frame import read_published
 from analysis.gallery import CAPTIONS, draw
 from analysis.report import build
 from analysis.report_fits import multiplier_blocks
@@ -203,8 +204,20 @@ def _without_probes(root: Path, name: str) -> None:
 def test_text_grids_draw_scores_against_base_and_cost(tmp_path: Path) -> None:
     for base in ("w32", "w64"):
         for family, keys in (("dense", None), ("memory_plus", 16)):
-            _without_probes(tmp_path, write_run(tmp_path, family, base, 0, 20.0, half_keys=keys, stop_past=False))
-    drawn, missing = draw(runs.read_runs(tmp_path), "g", tmp_path / "figures")
+            name = write_run(tmp_path, family, base, 0, 20.0, half_keys=keys, stop_past=False)
+            _without_probes(tmp_path, name)
+            scores = {"triviaqa_qa": {"n": 9, "metrics": {"f1": {"value": 0.3}}}}
+            write_json(tmp_path / "runs" / name / "eval" / "0badcafe.json", {"step": 1, "tasks": scores})
+    table = tmp_path / "published.csv"
+    table.write_text(
+        "source,base,family,memory_rows,task,metric,value,confidence\n"
+        "a paper,w32,memory_plus,256,triviaqa,f1,0.4,B: one\na paper,w32,pkm,256,triviaqa,exact_match,0.4,C: read off\n"
+    )
+    drawn, missing = draw(runs.read_runs(tmp_path), "g", tmp_path / "figures", read_published(table))
+    points = next(path for path in drawn["scores-rows"] if path.suffix == ".svg").read_text()
+    assert ">memory_plus B<" in points
+    assert ">published: a paper<" in points
+    assert ">pkm C<" not in points
     assert {"scores-rows", "scores-base", "scores-cost", "final-scores", "cost"} <= set(drawn)
     reason = "memory-rows: no storage probes at a constant learning rate in grid g"
     assert any(line.startswith(reason) for line in missing)

@@ -59,8 +59,13 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def built(name: str, vocab: int = 50) -> Transformer:
+    """A model whose buffers (statistics of a batch norm, balances of experts) are not the initial ones any more."""
     options = FAMILIES[name]
-    return models.build(registry.family(options["family"]).config.model_validate(options), vocab, 0).eval()
+    model = models.build(registry.family(options["family"]).config.model_validate(options), vocab, 0)
+    with torch.no_grad():
+        model.train()(tokens(vocab))
+    model.after_step()
+    return model.eval()
 
 
 def loaded(folder: Path) -> Any:

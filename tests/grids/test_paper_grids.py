@@ -12,7 +12,7 @@ from suite.grids import Grid, load_grid
 
 GRIDS = Path(__file__).resolve().parents[2] / "grids"
 NAMES = sorted(path.stem for path in GRIDS.glob("paper-*.yaml"))
-ORIGIN = re.compile(r"#.*\b(paper|fits|code|ours)\b")
+ORIGIN = re.compile(r"#.*\b(paper|fits|code|ours)\b(?!['-])")
 
 
 def grid(name: str) -> Grid:
@@ -27,6 +27,40 @@ def test_every_default_says_where_it_comes_from(name: str) -> None:
     assert len(fields) > 15
     for line in fields:
         assert ORIGIN.search(line), line
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_family_and_block_says_where_it_comes_from(name: str) -> None:
+    """On its line, or in the comment above it."""
+    text = (GRIDS / f"{name}.yaml").read_text()
+    above, said = "", False
+    for line in text[text.index("\nfamilies:") :].splitlines():
+        if line.lstrip().startswith("#"):
+            above, said = ("" if said else above) + line, False
+            continue
+        said = True
+        if re.search(r"\w: [^#\s]", line):
+            assert ORIGIN.search(line) or ORIGIN.search(above), line
+
+
+@pytest.mark.parametrize(
+    ("name", "table"),
+    [("fixed-memory", "table1"), ("memory-scaling", "figure1"), ("8b", "table2_8b"), ("ablations", "ablations")],
+)
+def test_what_is_asked_gives_every_score_that_the_paper_prints(name: str, table: str) -> None:
+    import pandas as pd
+
+    from analysis.published import printed_as
+
+    printed = pd.read_csv(GRIDS.parent / "results" / "published" / f"memory_layers_{table}.csv")
+    wanted = {(task, metric) for task, metric in zip(printed["task"], printed["metric"], strict=True)}
+    for cell in grid(f"paper-{name}").cells:
+        given = {("train", "nll")}  # the loss of training
+        for task in (task for config in cell.evaluate for task in config.tasks):
+            metrics = {"pass@1"} if task in ("humaneval", "mbpp") else {
+                entry["metric"] for stated in catalog._stated(task) for entry in stated["metric_list"]}  # fmt: skip
+            given |= {printed_as(task, metric) for metric in metrics}
+        assert wanted <= given, cell.run_name
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,6 +102,9 @@ def test_ablations_are_those_of_tables_3_and_4_under_the_papers_names() -> None:
     names = {name for cell in cells for name in variants(cell.model.model_dump(mode="json"))}
     published = pd.read_csv(GRIDS.parent / "results" / "published" / "memory_layers_ablations.csv")
     assert names == set(published["model"])
+    rows = {name: cell.model.half_keys**2 for cell in cells for name in variants(cell.model.model_dump(mode="json"))}
+    for model, printed in published.groupby("model")["memory_rows"].first().items():
+        assert rows[model] == pytest.approx(printed, rel=3e-4), model  # 512k is no square
     others = [cell.model for cell in cells if not variants(cell.model.model_dump(mode="json"))]
     assert {(m.qk_norm, m.share, m.keep_ffn) for m in others} == {
         (False, True, False), (True, True, False), (False, False, False), (False, True, True)}  # fmt: skip

@@ -53,7 +53,7 @@ def assert_same(first: Any, second: Any) -> None:
         assert first == second
 
 
-@pytest.mark.parametrize("family", ["dense", "moe", "moe_topk", "pkm", "memory_plus"])
+@pytest.mark.parametrize("family", ["dense", "moe", "moe_topk", "pkm", "pkm query_batchnorm", "memory_plus"])
 @pytest.mark.parametrize("dies_after", [2, 6])
 def test_a_killed_run_resumes_bit_for_bit(family: str, dies_after: int, cache: Path, tmp_path: Path) -> None:
     cell = tiny_cell(family, probes=3)

@@ -8,7 +8,8 @@ from suite.data import Corpus, prepare
 
 
 def tiny_cell(family: str = "dense", seed: int = 0, **train: Any) -> Cell:
-    model = {"family": family, "base": "w32"}
+    family, *options = family.split()
+    model: dict[str, Any] = {"family": family, "base": "w32"} | dict.fromkeys(options, True)
     if family in ("pkm", "memory_plus"):
         model |= {"half_keys": 16, "top_k": 4}
     fields = {
