@@ -30,13 +30,14 @@ from suite.models.sizes import SIZES
 VOCAB = 4096
 """Entries of the vocabulary, where the base has none of its own."""
 QUANTILES = (0.2, 0.5, 0.8)
+CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
 @dataclass(frozen=True)
 class DecodeSpeed:
     """One model at one batch: milliseconds of a decoding step, tokens a second, and the ratio of times to dense.
 
-    Quantiles are over rounds.
+    Quantiles are over rounds. `clock`: what was measured, `cpu` time of one thread or the time on the `wall`.
     """
 
     family: str
@@ -47,6 +48,7 @@ class DecodeSpeed:
     context: int
     device: str
     threads: int
+    clock: str
     ms_p20: float
     ms_p50: float
     ms_p80: float
@@ -119,12 +121,16 @@ def _seconds(model: Transformer, batch: int, context: int, steps: int) -> float:
     cache = model.new_cache(batch, context + steps + 1)
     token_B1 = model(tokens_BT, cache=cache)[:, -1:].argmax(-1)
     _wait(device)
-    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = CLOCKS[_clock(device)]
     started = clock()
     for _ in range(steps):
         token_B1 = model(token_B1, cache=cache)[:, -1:].argmax(-1)
     _wait(device)
     return clock() - started
+
+
+def _clock(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
 def _wait(device: torch.device) -> None:
@@ -148,6 +154,7 @@ def _result(
         context=context,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
+        clock=_clock(device),
         ms_p20=round(low * 1e3, 4),
         ms_p50=round(middle * 1e3, 4),
         ms_p80=round(high * 1e3, 4),

@@ -236,7 +236,11 @@ def data_prepare(
     from suite.grids import load_grid_or_cell
 
     loaded = load_grid_or_cell(grid, overrides(set_), baseline or ())
-    reports = prepare_all(loaded.cells, results / "cache", console())
+    try:
+        reports = prepare_all(loaded.cells, results / "cache", console())
+    except KeyboardInterrupt:
+        print("suite: stopped; the same command goes on where it stood", file=sys.stderr)
+        raise typer.Exit(130) from None
     if as_json:
         print_json({"grid": loaded.name, "corpora": reports})
     else:

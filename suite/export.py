@@ -199,7 +199,8 @@ def fast_tokenizer(tokenizer: Tokenizer) -> RustTokenizer:
     content = json.loads(tokenizer.to_json())
     if tokenizer.kind == "word":
         words = {word: index for index, word in enumerate(content["words"], start=1)}
-        made = RustTokenizer(models.WordLevel({EOT: 0, **words}, unk_token=EOT))
+        # A word outside the vocabulary is refused, as by our own tokenizer: what would stand for it is no token.
+        made = RustTokenizer(models.WordLevel({EOT: 0, **words}, unk_token="<unknown>"))
         made.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"), pre_tokenizers.Split(Regex(r"[\n.?]"), "isolated"),
         ])  # fmt: skip

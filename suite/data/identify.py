@@ -27,7 +27,7 @@ def identified(config: DataConfig) -> DataConfig:
         updates["fingerprint"] = _text_content(config.path)
     if isinstance(config, MixtureData):
         updates["parts"] = {
-            name: part.model_copy(update={"fingerprint": _text_content(part.path)})
+            name: part.model_copy(update={"fingerprint": _part_content(name, part.path)})
             if isinstance(part, TextPart) and part.fingerprint is None
             else part
             for name, part in config.parts.items()
@@ -61,6 +61,13 @@ def changed(where: str, path: Path, content: str, named: str) -> UserError:
 
 def _text_content(path: str) -> str:
     return _read_once(corpora.fingerprint, Path(path), _stamps(corpora.files(Path(path))))
+
+
+def _part_content(name: str, path: str) -> str:
+    try:
+        return _text_content(path)
+    except UserError as error:
+        raise UserError(str(error).replace("data.path", f"data.parts.{name}.path", 1)) from None
 
 
 def _tokenizer_content(path: Path) -> str:

@@ -20,6 +20,7 @@ from suite.data.corpora import is_held_out
 from suite.data.identify import identified
 from suite.data.loader import Loader, MixturePacking, WindowPacking, quotas
 from suite.data.shards import Round
+from suite.errors import UserError
 
 EOT = 0
 BYTES = Tokenizer(kind="bytes")
@@ -159,6 +160,12 @@ def test_a_cell_s_hash_follows_the_parts_contents_and_weights(config: MixtureDat
     heavier = known.parts["web"].model_copy(update={"weight": 4.0})
     assert cell(known.model_copy(update={"parts": {**known.parts, "web": heavier}})).hash8 != first
     assert Cell.model_validate_json(cell(known).model_dump_json()) == cell(known)
+
+
+def test_a_part_that_is_not_there_is_named(config: MixtureData, tmp_path: Path) -> None:
+    gone = config.parts["web"].model_copy(update={"path": str(tmp_path / "gone.jsonl")})
+    with pytest.raises(UserError, match=r"^data\.parts\.web\.path: got '.*gone\.jsonl', which does not exist"):
+        identified(config.model_copy(update={"parts": {**config.parts, "web": gone}}))
 
 
 def test_mixtures_that_cannot_be_are_refused_by_name(config: MixtureData) -> None:

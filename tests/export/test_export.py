@@ -240,6 +240,14 @@ def test_tokenizers_give_the_same_ids_in_transformers(kind: dict[str, Any], corp
         assert made.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
 
 
+def test_a_word_that_is_none_of_the_worlds_is_refused_by_both(corpus: Corpus) -> None:
+    assert corpus.tokenizer.kind == "word"
+    with pytest.raises(UserError, match="'unheard-of'"):
+        corpus.tokenizer.encode("unheard-of")
+    with pytest.raises(Exception, match="WordLevel error"):
+        fast_tokenizer(corpus.tokenizer).encode("unheard-of")
+
+
 def test_lm_eval_scores_an_export_as_we_score_the_model(corpus: Corpus, tmp_path: Path) -> None:
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from suite.evaluate import catalog, harness

@@ -30,6 +30,8 @@ def test_every_family_and_table_size_is_measured_beside_dense() -> None:
         (32, 1), (32, 3), (64, 1), (64, 3)}  # fmt: skip
     for speed in speeds:
         assert speed.ms_p20 <= speed.ms_p50 <= speed.ms_p80
+        assert speed.time_ratio_p20 <= speed.time_ratio_p50 <= speed.time_ratio_p80
+        assert (speed.threads, speed.clock) == (1, "cpu")
         assert speed.tokens_per_s == pytest.approx(speed.batch / speed.ms_p50 * 1e3, rel=0.01)
         assert speed.memory_rows == (speed.half_keys or 0) ** 2
     dense = next(speed for speed in speeds if speed.family == "dense")
