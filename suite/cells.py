@@ -270,9 +270,14 @@ class Cell(Frozen):
         return self
 
     def also_asked(self, configs: tuple[EvalConfig, ...]) -> Cell:
-        """The cell with further evaluations behind those it was asked before."""
-        new = tuple(config for config in configs if config not in self.evaluate)
-        return self.model_copy(update={"evaluate": self.evaluate + new})
+        """The cell with further evaluations behind those it was asked before, less the tasks that are among them."""
+        asked = self.evaluate
+        for config in configs:
+            terms = config.num_fewshot, config.limit
+            known = {task for one in asked for task in one.tasks if (one.num_fewshot, one.limit) == terms}
+            if new := tuple(task for task in config.tasks if task not in known):
+                asked += (config.model_copy(update={"tasks": new}),)
+        return self.model_copy(update={"evaluate": asked})
 
     @property
     def hash8(self) -> str:

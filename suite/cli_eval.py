@@ -97,7 +97,7 @@ def score(
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        wanted = [(run, cell.evaluate + asked) for run, cell in zip(runs, grid.cells, strict=True)]
+        wanted = [(run, cell.also_asked(asked).evaluate) for run, cell in zip(runs, grid.cells, strict=True)]
         untrained = score_runs(wanted, scoring, lambda text: print(text, file=sys.stderr))
     except KeyboardInterrupt:
         print("suite: stopped; the scores that are whole stay, the same command goes on", file=sys.stderr)

@@ -58,6 +58,18 @@ def test_an_evaluation_has_a_hash_of_its_own() -> None:
     assert EvalConfig(tasks=("bios_qa",)).hash8 != EvalConfig(tasks=("bios_qa",), limit=3).hash8
 
 
+def test_a_task_is_asked_once_on_the_same_terms() -> None:
+    first = EvalConfig(tasks=("a", "b"), limit=3)
+    asked = cell(evaluate=[first.model_dump()]).also_asked((
+        EvalConfig(tasks=("b",), limit=3), EvalConfig(tasks=("b",)), EvalConfig(tasks=("c", "a"), limit=3),
+        EvalConfig(tasks=("a",), limit=3, num_fewshot=2), EvalConfig(tasks=("c", "b")),
+    ))  # fmt: skip
+    assert asked.evaluate == (
+        first, EvalConfig(tasks=("b",)), EvalConfig(tasks=("c",), limit=3),
+        EvalConfig(tasks=("a",), limit=3, num_fewshot=2), EvalConfig(tasks=("c",)),
+    )  # fmt: skip
+
+
 def test_a_cell_survives_json() -> None:
     before = cell(evaluate=[{"tasks": ["bios_qa"]}], train__betas=[0.9, 0.99])
     assert Cell.model_validate_json(before.model_dump_json()) == before
