@@ -214,4 +214,8 @@ def _open_vocabulary(config: cells.Tokenizer, texts: Iterable[str]) -> Tokenizer
     if config.kind == "bytes":
         return tokenizers.BytesTokenizer()
     assert config.vocab_size is not None, "cells.Tokenizer demands it of bpe"
-    return tokenizers.BPETokenizer.train(texts, config.vocab_size)
+    trained = tokenizers.BPETokenizer.train(texts, config.vocab_size)
+    if trained.vocab_size < config.vocab_size:
+        allowed = f"at most {trained.vocab_size}, all that this corpus has pairs for"
+        raise UserError(f"data.tokenizer.vocab_size: got {config.vocab_size}, allowed: {allowed}")
+    return trained

@@ -141,7 +141,8 @@ def _from_hub(repo: str, config: str | None, split: str) -> Docs:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{repo} ({config or 'default'}, {split}): not from the hub ({reason}); give --data-root"
+            f"{repo} ({config or 'default'}, {split}): not from the hub ({reason}), allowed: a network, or --data-root "
+            "with its files (`suite eval prefetch` makes them where there is one)"
         ) from None
 
 

@@ -21,13 +21,17 @@ from torch import Tensor, nn
 
 from suite.errors import UserError
 from suite.models import registry
-from suite.models.accounting import account_of, meta_model
+from suite.models.accounting import account_of, cost_of, meta_model
+from suite.models.live_bytes import without_compiler
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Block, Transformer, build
 
 ENTRY_POINTS = "next_parameter.baselines"
 """The group of entry points whose modules are read as baselines."""
 TOKENS = 8
+MANY_TOKENS = 1024
+UNCOUNTED = 1.1
+"""Matrix products over those that are counted, up to which they are let pass: experts are filled to whole numbers."""
 SMALL = 20_000_000
 """Parameters of a model that may be built for a check."""
 FORESIGHT = 1e-3
@@ -69,7 +73,7 @@ def load_all(paths: Iterable[Path] = ()) -> None:
 
 
 def check(config: ModelConfig) -> None:
-    """Raise UserError, by name, for modules that give another shape or dtype, leave parameters uncounted, see or fail.
+    """Raise UserError, by name, for modules that give another shape or dtype, leave parameters or products uncounted.
 
     Run on the meta device, and a small model on the CPU: there it may not see tokens that come later (in evaluation
     mode).
@@ -79,11 +83,13 @@ def check(config: ModelConfig) -> None:
     try:
         model = meta_model(config, config.size.vocab_size or TOKENS)
         account_of(model, TOKENS)
-        try:
-            _run(model)
-        except RuntimeError as error:
-            if not needs_values(error):
-                raise
+        with without_compiler():
+            try:
+                _run(model)
+                _refuse_uncounted_products(model)
+            except RuntimeError as error:
+                if not needs_values(error):
+                    raise
         if sum(parameter.numel() for parameter in model.parameters()) <= SMALL:
             small = build(config, model.vocab_size, seed=0)
             _run(small)
@@ -114,6 +120,27 @@ def _run(model: Transformer) -> None:
         block.feed_forward.register_forward_hook(_result_check(index))
     with torch.no_grad():
         model.eval()(tokens_BT)
+
+
+@torch.no_grad()
+def _refuse_uncounted_products(model: Transformer) -> None:
+    """ValueError where a feed-forward's matrix products are more than its cost() counts.
+
+    Over many tokens, so that experts of a whole number of them count as they would in training.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # imports sympy, which most commands do without
+
+    tokens_BT = torch.zeros(1, MANY_TOKENS, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(tokens_BT)
+    for index, block in enumerate(cast(list[Block], list(model.layers))):
+        name = f"layers.{index}.feed_forward"
+        made = sum(counter.get_flop_counts().get(f"Transformer.{name}", {}).values()) / 2 / MANY_TOKENS
+        counted = sum(cost_of(name, block.feed_forward).macs.values())
+        if made > UNCOUNTED * counted:
+            module = type(block.feed_forward).__name__
+            raise ValueError(f"{name} ({module}): cost() counts {counted:,.0f} multiply-adds a token, "
+                             f"allowed: the {made:,.0f} of its matrix products")  # fmt: skip
 
 
 @torch.no_grad()

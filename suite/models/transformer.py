@@ -165,6 +165,8 @@ class Transformer(nn.Module):
         given = len(feed_forwards) if isinstance(feed_forwards, list) else type(feed_forwards).__name__
         if given != self.size.layers:
             raise ValueError(f"feed_forwards: got {given}, allowed: a list of {self.size.layers} modules, one a layer")
+        if len({id(module) for module in feed_forwards}) < given:
+            raise ValueError("feed_forwards: got a module twice, allowed: one for each layer (what they share: tables)")
         self.embedding = nn.Embedding(vocab_size, self.size.dim)
         self.layers = nn.ModuleList(Block(self.size, feed_forward) for feed_forward in feed_forwards)
         self.norm = nn.RMSNorm(self.size.dim, eps=NORM_EPS)

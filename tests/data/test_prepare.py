@@ -115,6 +115,15 @@ def _prepare_many(cache: Path, gate: object) -> None:
         prepare(WORLD.model_copy(update={"world": world}), cache)
 
 
+def test_a_vocabulary_that_the_corpus_cannot_fill_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("one fish two fish\n\nred fish blue fish\n" * 20)
+    config = TextData(kind="text", path=str(path), tokenizer=Tokenizer(kind="bpe", vocab_size=5000))
+    with pytest.raises(UserError, match=r"data\.tokenizer\.vocab_size: got 5000, allowed: at most 2\d\d, all that"):
+        prepare(config, tmp_path / "cache")
+    assert not [file for file in (tmp_path / "cache").rglob("*") if file.is_file() and file.suffix != ".lock"]
+
+
 def test_processes_that_prepare_at_once_agree(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     gate = context.Barrier(4)

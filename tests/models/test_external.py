@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -162,6 +163,21 @@ def test_a_count_that_is_no_number_of_anything_is_refused_by_name(tmp_path: Path
         UserError, match=r"layers\.0\.feed_forward \(Squared\): cost\(\) gives macs ffn (nan|-5|inf), allowed"
     ):
         checked(wrong)
+
+
+def test_products_that_are_not_counted_are_refused_by_name(tmp_path: Path) -> None:
+    half = baseline(tmp_path)
+    half.write_text(half.read_text().replace("2 * self.up.weight.numel())\n\n", "self.up.weight.numel())\n\n"))
+    with pytest.raises(UserError, match=r"\(Squared\): cost\(\) counts 3,072 multiply-adds a token, allowed: the 6,14"):
+        checked(half)
+
+
+def test_a_module_in_two_layers_is_refused(tmp_path: Path) -> None:
+    path = baseline(tmp_path)
+    once = "[Squared(config.size.dim, config.size.ffn_hidden)] * config.size.layers"
+    path.write_text(re.sub(r"return \[Squared.*\]", f"return {once}", path.read_text()))
+    with pytest.raises(UserError, match="feed_forwards: got a module twice, allowed: one for each layer"):
+        checked(path)
 
 
 @pytest.mark.parametrize(
