@@ -177,12 +177,13 @@ def figures(options: argparse.Namespace) -> int:
     from analysis.frame import load_published
     from analysis.gallery import draw
     from analysis.report import grids
-    from analysis.runs import read_runs
+    from analysis.runs import read_runs, read_source
 
     documents = []
     for grid in grids(options.results, options.grid):
         runs, folder = read_runs(options.results, grid), options.out or _figures(options) / grid
-        drawn, missing = draw(runs, grid, folder, load_published(options.results))
+        source = read_source(options.results, grid)
+        drawn, missing = draw(runs, grid, folder, load_published(options.results), source)
         paths = {name: [str(path) for path in files] for name, files in drawn.items()}
         documents.append({"grid": grid, "figures": paths, "missing": missing})
         for line in [*(files[0] for files in paths.values()), *(f"missing: {line}" for line in missing)]:

@@ -144,7 +144,7 @@ def against_rows(found: Scene, folder: Path) -> list[Path]:
     if not (found.table["memory_rows"] > 0).any():
         raise Missing(
             f"grid {found.grid} has no model with a memory; add a family with half_keys to it, then: "
-            f"suite sweep {found.grid}"
+            f"suite sweep {found.source}"
         )
     with style.figure(2, len(bases), width=max(4.4, 3.6 * len(bases)), height=6.2, sharex="col") as (
         drawn,

@@ -40,11 +40,11 @@ FILLS: tuple[Any, ...] = ("full", "none", "left", "right", "bottom", "top")
 def against_base(found: Scene, folder: Path) -> list[Path]:
     """E50 and answer NLL against base size, a line per variant that stands at two base sizes or more."""
     if not has_bits(found):
-        raise Missing(no_bits(found.grid))
+        raise Missing(no_bits(found))
     if len(found.bases) < 2:
         raise Missing(
             f"grid {found.grid} has one base size; a figure against base size needs two: add a model.base to it, "
-            f"then: suite sweep {found.grid}"
+            f"then: suite sweep {found.source}"
         )
     table, exposure = common_exposure(found, found.table)
     table = table.assign(size=table["base"].map(base_sizes(found)))
@@ -71,7 +71,7 @@ def against_cost(found: Scene, folder: Path) -> list[Path]:
     if not bases:
         raise Missing(
             f"runs of grid {found.grid} ended at different numbers of tokens; without train.stop_past they end "
-            f"alike: suite sweep {found.grid}"
+            f"alike: suite sweep {found.source}"
         )
     with style.figure(len(bases), 2, width=7.0, height=2.9 * len(bases), sharey="row") as (drawn, axes):
         for row, base in enumerate(bases):
@@ -108,7 +108,7 @@ def multiplier_figure(found: Scene, folder: Path) -> list[Path]:
     if not rows:
         raise Missing(
             f"no variant of grid {found.grid} has pairs with dense whose E50 was reached by both; with more "
-            f"train.epochs they are: suite sweep {found.grid}"
+            f"train.epochs they are: suite sweep {found.source}"
         )
     note = (
         "Training FLOPs plain dense needs for half of N H over those the variant needs, one tick a seed pair; point: "
@@ -128,7 +128,7 @@ def _multipliers_at_loss(found: Scene, folder: Path) -> list[Path]:
     if not known:
         raise Missing(
             f"{'; '.join(reasons) or 'every loss is beyond the dense law'}; with dense at more train.tokens or "
-            f"model.base, each to the end of its budget: suite sweep {found.grid}"
+            f"model.base, each to the end of its budget: suite sweep {found.source}"
         )
     note = (
         "FLOPs a dense run would need for the variant's final loss over the variant's own, along a power law with "
@@ -163,7 +163,7 @@ def trend_figure(found: Scene, folder: Path) -> list[Path]:
     if not fits:
         raise Missing(
             f"grid {found.grid} has too few cells for a fit against table and base size; add values of model.half_keys "
-            f"or model.base to it, then: suite sweep {found.grid}"
+            f"or model.base to it, then: suite sweep {found.source}"
         )
     with style.figure(2, len(fits), width=max(4.2, 3.2 * len(fits)), height=5.2, sharex="col",
                       gridspec_kw={"height_ratios": [2, 1]}) as (drawn, axes):  # fmt: skip

@@ -33,7 +33,7 @@ def scores_against_rows(found: Scene, folder: Path) -> list[Path]:
     if not bases:
         raise Missing(
             f"grid {found.grid} has no model with a memory that ended at the same tokens as all others; "
-            f"add a family with half_keys to it, then: suite sweep {found.grid}"
+            f"add a family with half_keys to it, then: suite sweep {found.source}"
         )
 
     def panel(axis: Axes, base: str, key: str) -> None:
@@ -55,7 +55,7 @@ def scores_against_base(found: Scene, folder: Path) -> list[Path]:
     if len(bases) < 2:
         raise Missing(
             f"grid {found.grid} has {len(bases)} base size whose runs ended at equal tokens; a figure against base "
-            f"size needs two: add a model.base to it, then: suite sweep {found.grid}"
+            f"size needs two: add a model.base to it, then: suite sweep {found.source}"
         )
     table = found.table.assign(size=found.table["base"].map(sizes))
 
@@ -126,7 +126,7 @@ def _bases(found: Scene) -> list[str]:
     if not bases:
         raise Missing(
             f"runs of grid {found.grid} ended at different numbers of tokens; without train.stop_past they end "
-            f"alike: suite sweep {found.grid}"
+            f"alike: suite sweep {found.source}"
         )
     return bases
 

@@ -26,7 +26,7 @@ def usage_figure(found: Scene, folder: Path) -> list[Path]:
                 uneven.append((f"{base} {label}", label, np.array(bits)))
     if not used:
         raise Missing(
-            f"no usage.json in grid {found.grid}; suite sweep {found.grid} writes it for models with a memory"
+            f"no usage.json in grid {found.grid}; suite sweep {found.source} writes it for models with a memory"
         )
     with style.figure(1, 2, width=7.0, height=1.3 + 0.3 * len(used), sharey=True) as (drawn, axes):
         for axis, rows, words in zip(
@@ -52,7 +52,7 @@ def usage_in_training(found: Scene, folder: Path) -> list[Path]:
     known = {base: variants for base in found.bases if (variants := _recorded(found, base))}
     if not known:
         raise Missing(
-            f"no usage in train.jsonl of grid {found.grid}; suite sweep {found.grid} writes it for models with a memory"
+            f"no usage in train.jsonl of grid {found.grid}; suite sweep {found.source} writes it for memories"
         )
     with style.figure(len(known), len(PANELS), width=7.4, height=2.5 * len(known), sharex="row") as (drawn, axes):
         for row, (base, variants) in enumerate(known.items()):

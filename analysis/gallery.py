@@ -37,12 +37,12 @@ CAPTIONS = {
 
 
 def draw(
-    runs: list[Run], grid: str, folder: Path, published: pd.DataFrame | None = None
+    runs: list[Run], grid: str, folder: Path, published: pd.DataFrame | None = None, source: str | None = None
 ) -> tuple[dict[str, list[Path]], list[str]]:
     """Every figure the runs allow, name -> files; and for each that is missing a line with what it needs."""
-    found = scene(runs, grid, published)
+    found = scene(runs, grid, published, source)
     if found.table.empty:
-        return {}, [f"all figures: no run of grid {grid} is done; run: suite sweep {grid}"]
+        return {}, [f"all figures: no run of grid {grid} is done; run: suite sweep {found.source}"]
     learning: list[tuple[str, Draw, bool]] = [
         ("bits-exposures", figures.bits_against_exposures, True),
         ("memory-rows", figures.against_rows, True),
@@ -58,7 +58,7 @@ def draw(
     ]:
         try:
             if needs_bits and not has_bits(found):
-                raise Missing(no_bits(grid))
+                raise Missing(no_bits(found))
             drawn[name] = function(found, folder)
         except Missing as reason:
             missing.append(f"{name}: {reason}")

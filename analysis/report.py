@@ -17,7 +17,7 @@ from analysis.errors import InputError
 from analysis.frame import load_published
 from analysis.gallery import CAPTIONS, draw
 from analysis.report_fits import multiplier_blocks, trend_blocks
-from analysis.runs import EQUAL, Run, missing_runs, read_grids, read_runs, regime, summary
+from analysis.runs import EQUAL, Run, missing_runs, read_grids, read_runs, read_source, regime, summary
 from analysis.scene import ordered
 from analysis.tables import number, signed
 from analysis.trends import trends
@@ -30,7 +30,7 @@ UNSTEADY = 1.25
 def write(results: Path, grid: str, figures: Path) -> dict[str, Any]:
     """Draw the figures and write results/grids/<grid>/report.md; gives the paths and what is missing."""
     runs = read_runs(results, grid)
-    drawn, missing = draw(runs, grid, figures, load_published(results))
+    drawn, missing = draw(runs, grid, figures, load_published(results), read_source(results, grid))
     folder = results / "grids" / grid
     pictures = [Figure(paths[0], CAPTIONS.get(name, name)) for name, paths in drawn.items()]
     blocks = build(runs, grid, missing_runs(results, grid), pictures, missing)

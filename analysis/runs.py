@@ -160,6 +160,15 @@ def read_grids(results: Path) -> dict[str, list[str]]:
     return grids
 
 
+def read_source(results: Path, grid: str) -> str:
+    """What `suite sweep` was given for the grid: its name, or its path, and the baselines its runs keep."""
+    source = Path(str(read_json(results / "grids" / grid / "grid.json").get("source", grid)))
+    given = [grid if source.parent.name == "grids" and source.stem == grid else str(source)]
+    kept = {path.read_bytes(): path for path in sorted(results.glob("runs/*/baseline.py"), reverse=True)
+            if path.parent.name in read_grids(results)[grid]}  # fmt: skip
+    return " --baseline ".join([*given, *(str(path) for path in kept.values())])
+
+
 def read_runs(results: Path, grid: str | None = None) -> list[Run]:
     """All runs under `results`, or those of one grid that have a directory, in the grid's order."""
     folders = {path.parent.name: path.parent for path in sorted(results.glob("runs/*/cell.json"))}

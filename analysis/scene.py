@@ -28,12 +28,13 @@ class Missing(Exception):
 @dataclass(frozen=True)
 class Scene:
     """What every figure of a grid draws from: its finished runs, their table, looks, and the words of the
-    footnote."""
+    footnote. `source`: what `suite sweep` makes the grid's runs from."""
 
     runs: dict[str, Run]
     table: pd.DataFrame
     looks: dict[str, style.Look]
     grid: str
+    source: str
     regime: str
     published: pd.DataFrame | None = None
 
@@ -69,14 +70,16 @@ class Scene:
         return " ".join(filter(None, [text, source, self.regime]))
 
 
-def scene(runs: list[Run], grid: str, published: pd.DataFrame | None = None) -> Scene:
+def scene(
+    runs: list[Run], grid: str, published: pd.DataFrame | None = None, source: str | None = None
+) -> Scene:
     """The scene of a grid's finished runs, with published numbers to draw beside them."""
     table = summary(runs)
     table = table[table["state"] == "done"]
     table = ordered(table)
     pairs = [(str(family), str(label)) for family, label in zip(table["family"], table["label"], strict=True)]
     kept = {run.name: run for run in runs if run.name in set(table["run"])}
-    return Scene(kept, table, style.looks(pairs), grid, regime(list(kept.values())), published)
+    return Scene(kept, table, style.looks(pairs), grid, source or grid, regime(list(kept.values())), published)
 
 
 def ordered(table: pd.DataFrame) -> pd.DataFrame:
@@ -136,11 +139,11 @@ def has_bits(found: Scene) -> bool:
     return bool(found.table["e50_state"].ne("none").any())
 
 
-def no_bits(grid: str) -> str:
+def no_bits(found: Scene) -> str:
     """Why there is no figure of bits learned, and what would make it."""
     return (
-        f"no storage probes at a constant learning rate in grid {grid}; they come with bios data, train.probes > 0 and "
-        f"train.schedule constant: suite sweep {grid}"
+        f"no storage probes at a constant learning rate in grid {found.grid}; they come with bios data, "
+        f"train.probes > 0 and train.schedule constant: suite sweep {found.source}"
     )
 
 

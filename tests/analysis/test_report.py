@@ -238,3 +238,16 @@ def test_without_a_memory_nothing_is_drawn_against_rows(tmp_path: Path) -> None:
     drawn, missing = draw(runs.read_runs(tmp_path), "g", tmp_path / "figures")
     assert "memory-rows" not in drawn
     assert any(line.startswith("memory-rows: grid g has no model with a memory") for line in missing)
+
+
+def test_what_would_make_a_figure_is_said_as_the_grid_was_given(tmp_path: Path) -> None:
+    name = write_run(tmp_path, "dense", "w32", 0, 20.0)
+    grid = {"grid": "g", "source": "/else/g.yaml", "runs": [name]}
+    write_json(tmp_path / "grids" / "g" / "grid.json", grid)
+    assert runs.read_source(tmp_path, "g") == "/else/g.yaml"
+    kept = tmp_path / "runs" / name / "baseline.py"
+    kept.write_text("pass\n")
+    _, missing = draw(runs.read_runs(tmp_path), "g", tmp_path, source=runs.read_source(tmp_path, "g"))
+    assert any(line.endswith(f"suite sweep /else/g.yaml --baseline {kept}") for line in missing)
+    write_json(tmp_path / "grids" / "g" / "grid.json", {**grid, "source": "/clone/grids/g.yaml"})
+    assert runs.read_source(tmp_path, "g") == f"g --baseline {kept}"
