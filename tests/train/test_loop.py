@@ -195,9 +195,10 @@ def test_row_wise_and_dense_optimizers_train_the_same_cell_alike(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("wide")  # in float32 roundings of gradients near Adam's eps grow to 2e-4 in three steps
 def test_a_compiled_model_trains_as_it_does_uncompiled(cache: Path, tmp_path: Path) -> None:
     losses = []
     for compiled in (False, True):
         trainer = trainer_of(tiny_cell("memory_plus", compile=compiled), cache, tmp_path / str(compiled))
         losses.append([trainer.train_step()["loss"] for _ in range(4)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-8)
