@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
-import gc
 import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -50,7 +48,6 @@ app.add_typer(cli_eval.app, name="eval")
 
 def main() -> NoReturn:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
-    atexit.register(_leave)
     try:
         code = app(standalone_mode=False)
     except UserError as error:
@@ -64,15 +61,6 @@ def main() -> NoReturn:
         print(said if "\n" in said else f"suite: {said}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code)
-
-
-def _leave() -> None:
-    """Spare the end of Python half a second's search for garbage among the objects of torch.
-
-    Not with triton, which would report all that is left as leaks.
-    """
-    if "triton" not in sys.modules:
-        gc.freeze()
 
 
 @app.command()
