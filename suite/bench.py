@@ -30,11 +30,12 @@ class StepSpeed:
     """One model's training step: median milliseconds, tokens (positions) a second and their ratio to dense in the same
     round, and the most bytes of tensors alive at once, weights and moments included.
 
-    `optimizer` is that of the table, None where there is none.
+    `ffn_hidden` is None where it is the base's own; `optimizer` is that of the table, None where there is none.
     """
 
     family: str
     base: str
+    ffn_hidden: int | None
     half_keys: int | None
     memory_rows: int
     optimizer: str | None
@@ -108,6 +109,7 @@ def step_speeds(models: Sequence[Cell], cache: Path, rounds: int = 8, steps: int
         StepSpeed(
             family=cell.model.family,
             base=cell.model.base,
+            ffn_hidden=cell.model.ffn_hidden,
             half_keys=(half_keys := getattr(cell.model, "half_keys", None)),
             memory_rows=(half_keys or 0) ** 2,
             optimizer=cell.train.optimizer if half_keys else None,
