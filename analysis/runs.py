@@ -6,6 +6,8 @@ Exposures: in a `bios` world every epoch holds each fact once, so a run's `epoch
 from __future__ import annotations
 
 import json
+import re
+import shlex
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +21,8 @@ from analysis.tables import read_json, read_lines
 
 EQUAL = 0.05
 """Largest deviation of a ratio from 1 that is still called equal."""
+GRID_FOLDERS = (Path("grids"), Path(__file__).resolve().parents[1] / "grids")
+"""Where a grid is found by its name."""
 BITS_PER_PERSON = 39.6116
 """Entropy of a person's attributes in a `bios` world: sum of log2 of 200, 100, 50, 300, 100 and 28 values."""
 BITS_PER_PARAMETER = 2.0
@@ -161,12 +165,15 @@ def read_grids(results: Path) -> dict[str, list[str]]:
 
 
 def read_source(results: Path, grid: str) -> str:
-    """What `suite sweep` was given for the grid: its name, or its path, and the baselines its runs keep."""
-    source = Path(str(read_json(results / "grids" / grid / "grid.json").get("source", grid)))
-    given = [grid if source.parent.name == "grids" and source.stem == grid else str(source)]
-    kept = {path.read_bytes(): path for path in sorted(results.glob("runs/*/baseline.py"), reverse=True)
-            if path.parent.name in read_grids(results)[grid]}  # fmt: skip
-    return " --baseline ".join([*given, *(str(path) for path in kept.values())])
+    """What makes `suite sweep` go on with the grid: its name, or its path, scales, and the baselines its runs keep."""
+    path = Path(str(read_json(results / "grids" / grid / "grid.json").get("source", grid)))
+    runs = read_grids(results)[grid]
+    known = any((folder / path.name).resolve() == path.resolve() for folder in GRID_FOLDERS)
+    scales = re.findall(r"-([a-z_]+)-x([^-]+(?:-\d+)?)", grid.removeprefix(path.stem))
+    kept = {one.read_bytes(): one for one in sorted(results.glob("runs/*/baseline.py"), reverse=True)
+            if one.parent.name in runs}  # fmt: skip
+    given = [path.stem if known else str(path), *(f"--scale={name}={factor}" for name, factor in scales)]
+    return shlex.join([*given, *(f"--baseline={one}" for one in kept.values())])
 
 
 def read_runs(results: Path, grid: str | None = None) -> list[Run]:

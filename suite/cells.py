@@ -275,7 +275,7 @@ class Cell(Frozen):
         for config in configs:
             terms = config.num_fewshot, config.limit
             known = {task for one in asked for task in one.tasks if (one.num_fewshot, one.limit) == terms}
-            if new := tuple(task for task in config.tasks if task not in known):
+            if new := tuple(task for task in dict.fromkeys(config.tasks) if task not in known):
                 asked += (config.model_copy(update={"tasks": new}),)
         return self.model_copy(update={"evaluate": asked})
 
@@ -331,9 +331,11 @@ def variants(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
         for key in makes_weights.keys() - {"model.half_keys", "seed"}:
             counts = Counter(json.dumps(flat.get(key)) for flat in settings.values()).most_common(2)
             usual = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else None
+            # A file is told by its place, which says more than what identifies its content.
+            shown = key.replace("fingerprint", "path")
             for run, flat in settings.items():
                 if json.dumps(flat.get(key)) != usual:
-                    found[run][key.removeprefix("model.")] = flat.get(key)
+                    found[run][shown.removeprefix("model.")] = flat.get(shown)
     return {run: dict(sorted(settings.items())) for run, settings in found.items()}
 
 

@@ -98,9 +98,9 @@ def import_llama(folder: Path | str) -> Transformer:
     Raises UserError for what is not there and for what our dense model has no place for.
     """
     folder = Path(folder)
-    for name in (CONFIG, INDEX if (folder / INDEX).exists() else WEIGHTS):
+    for name in (CONFIG, *_weight_files(folder)):
         if not (folder / name).is_file():
-            raise UserError(f"{folder}: {name}: missing, allowed: a folder with {CONFIG} and {WEIGHTS}")
+            raise UserError(f"{folder}: {name}: missing, allowed: a folder with {CONFIG} and all safetensors")
     config = json.loads((folder / CONFIG).read_text())
     model = Transformer(_imported_config(folder / CONFIG, config), config["vocab_size"])
     ours = {llama_name(name): name for name in model.state_dict()}
@@ -148,11 +148,15 @@ def _is_plain(rope: object) -> bool:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    if (folder / INDEX).exists():
-        files = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
-    else:
-        files = [WEIGHTS]
-    return {name: value.to(torch.float32) for file in files for name, value in load_file(folder / file).items()}
+    files = [load_file(folder / name) for name in _weight_files(folder)]
+    return {name: value.to(torch.float32) for file in files for name, value in file.items()}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    """The names of a checkpoint's safetensors: those of its index, if it has one."""
+    if not (folder / INDEX).exists():
+        return [WEIGHTS]
+    return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
 
 
 def _own_config(model: Transformer, seq_len: int) -> dict[str, Any]:

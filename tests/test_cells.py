@@ -62,7 +62,7 @@ def test_a_task_is_asked_once_on_the_same_terms() -> None:
     first = EvalConfig(tasks=("a", "b"), limit=3)
     asked = cell(evaluate=[first.model_dump()]).also_asked((
         EvalConfig(tasks=("b",), limit=3), EvalConfig(tasks=("b",)), EvalConfig(tasks=("c", "a"), limit=3),
-        EvalConfig(tasks=("a",), limit=3, num_fewshot=2), EvalConfig(tasks=("c", "b")),
+        EvalConfig(tasks=("a",), limit=3, num_fewshot=2), EvalConfig(tasks=("c", "b", "c")),
     ))  # fmt: skip
     assert asked.evaluate == (
         first, EvalConfig(tasks=("b",)), EvalConfig(tasks=("c",), limit=3),
@@ -114,6 +114,14 @@ def test_what_tells_cells_apart_is_what_most_of_their_family_and_base_have_not()
         {"train.lr": 1e-3}, {"train.lr": 1e-3}, {"train.lr": 2e-3}, {"train.lr": 2e-3},
         {"data.people": 50}, {"data.people": 51},
     ]  # fmt: skip
+
+
+def test_files_are_told_apart_by_their_places() -> None:
+    def on(path: str, content: str) -> Cell:
+        return cell(data={"kind": "text", "path": path, "fingerprint": content * 64}, train__epochs=1.0)
+
+    found = variants([on("here/a", "a"), on("b", "b")])
+    assert list(found.values()) == [{"data.path": "here/a"}, {"data.path": "b"}]
 
 
 def test_a_run_is_described_by_its_name_and_on_a_line_below_by_its_variant() -> None:

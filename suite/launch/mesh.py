@@ -55,8 +55,17 @@ def smallest_mesh(
     more = meshes.smallest(MOST_NODES * gpu.per_node, meshes.over_nodes)
     if more is not None:
         return Unfit(meshes.why(allowed), f"{more.gpus} GPUs ({-(-more.gpus // gpu.per_node)} nodes)")
-    rows = "" if meshes.most(allowed) == allowed else "a train.batch_rows that more GPUs divide, "
-    return Unfit(meshes.why(allowed), f"{rows}a shorter row (data.seq_len) or a GPU with more memory")
+    ways_out = ["a shorter row (data.seq_len)", "a GPU with more memory"]
+    if meshes.most(allowed) < max(meshes.numbers(allowed)):
+        ways_out.insert(0, "a train.batch_rows that more GPUs divide")
+    if cell.train.value_second_moment == "row":
+        ways_out.insert(0, "train.value_second_moment: element, whose tables are divided")
+    return Unfit(meshes.why(allowed), " or ".join(ways_out))
+
+
+def table_values(model: Transformer) -> int:
+    """Values of all tables: what is divided by columns, whatever a module calls it in its account."""
+    return sum(table.weight.numel() for table in model.memory_tables())
 
 
 class _Meshes:
@@ -64,7 +73,8 @@ class _Meshes:
 
     def __init__(self, cell: Cell, model: Transformer, counted: Account, gpu: Gpu, seen: Seen) -> None:
         self.cell, self.model, self.counted, self.gpu, self.seen = cell, model, counted, gpu, seen
-        self.usable, self.tables = gpu.memory * USABLE, table_state(cell.train)
+        self.usable, self.tables, self.values = gpu.memory * USABLE, table_state(cell.train), table_values(model)
+        self.widths = {table.weight.shape[1] for table in model.memory_tables()}
         # Queries that are normed over a micro-batch keep the cell's number of them.
         self.accumulate = cell.train.accumulate if getattr(cell.model, "query_batchnorm", False) else None
         self._parts: dict[int, Parts] = {}
@@ -77,25 +87,36 @@ class _Meshes:
         """How many divide the columns of tables, among all GPUs; none where a row's moment is of all its columns."""
         return 1 if self.cell.train.value_second_moment == "row" else gpus
 
+    def numbers(self, allowed: int) -> list[int]:
+        """GPUs that can be had, up to `allowed`: powers of two of one node, of whole nodes beyond."""
+        found, size = [], 1
+        while size < self.gpu.per_node:
+            found.append(size)
+            size *= 2
+        size = self.gpu.per_node
+        while size <= allowed:
+            found.append(size)
+            size *= 2
+        return found
+
     def most(self, allowed: int) -> int:
-        """GPUs, a power of two up to `allowed`, that divide the rows of a batch."""
-        gpus, rows = 1, self.cell.train.batch_rows // (self.accumulate or 1)
-        while gpus * 2 <= allowed and rows % (gpus * 2) == 0:
-            gpus *= 2
-        return gpus
+        """The most of them that divide the rows of a batch."""
+        rows = self.cell.train.batch_rows // (self.accumulate or 1)
+        return max(gpus for gpus in self.numbers(allowed) if rows % gpus == 0)
 
     def smallest(self, allowed: int, table_shards: Callable[[int], int]) -> Mesh | None:
-        """The fewest GPUs, a power of two up to `allowed`, with the largest micro-batch that fits on them."""
-        gpus = 1
-        while gpus <= self.most(allowed):
+        """The fewest GPUs on which the cell fits, with the largest micro-batch that does."""
+        rows = self.cell.train.batch_rows // (self.accumulate or 1)
+        for gpus in self.numbers(allowed):
             shards = table_shards(gpus)
+            if rows % gpus or any(width % shards for width in self.widths):
+                continue
             for micro in self.micro_rows(gpus):
                 if self.state_bytes(gpus, shards) > self.usable:
                     break
                 mesh = self.mesh(gpus, shards, micro)
                 if mesh.memory.peak <= self.usable:
                     return mesh
-            gpus *= 2
         return None
 
     def micro_rows(self, gpus: int) -> list[int]:
@@ -116,16 +137,17 @@ class _Meshes:
 
     def state_bytes(self, gpus: int, shards: int) -> float:
         """Of weights, gradients and moments on one GPU; row-wise gradients of tables left out."""
-        rest = self.counted.params_total - self.counted.params_memory
-        return 4 * STATE_BYTES * rest / gpus + self.tables.kept * self.counted.params_memory / shards
+        rest = self.counted.params_total - self.values
+        return 4 * STATE_BYTES * rest / gpus + self.tables.kept * self.values / shards
 
     def why(self, allowed: int) -> str:
         """What a GPU would need where all are used that there are, or that divide the rows."""
         gpus = self.most(allowed)
         shards = self.over_nodes(gpus)
         mesh = self.mesh(gpus, shards, self.micro_rows(gpus)[-1])
-        peak, table = mesh.memory.peak, self.tables.kept * self.counted.params_memory / shards
-        limit = "" if gpus == allowed else f" (no more divide its {self.cell.train.batch_rows} rows)"
+        peak, table = mesh.memory.peak, self.tables.kept * self.values / shards
+        all_there_are = gpus == max(self.numbers(allowed))
+        limit = "" if all_there_are else f" (no more divide its {self.cell.train.batch_rows} rows)"
         return (
             f"on {gpus} GPUs{limit} a GPU needs {peak / 1e9:.1f} of {self.usable / 1e9:.0f} GB (usable): weights, "
             f"gradients and moments {(peak - mesh.memory.activations) / 1e9:.1f} GB, the table's at least "

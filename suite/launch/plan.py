@@ -15,7 +15,7 @@ from suite.data import prepare
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.hardware import GPUS, USABLE, UTILISATION, Gpu
-from suite.launch.mesh import MICRO_ROWS, Mesh, Unfit, smallest_mesh
+from suite.launch.mesh import MICRO_ROWS, Mesh, Unfit, smallest_mesh, table_values
 from suite.models.accounting import Account, account_of, cost_of, meta_model
 from suite.models.external import needs_values
 from suite.models.memory import STATE_BYTES, Seen
@@ -119,7 +119,7 @@ def plan(grid: Grid, assumed: Assumptions, cache: Path) -> list[CellPlan]:
     Raises UserError for a corpus that is needed and cannot be read.
     """
     seen = Seen()
-    read: dict[str, Reading] = {}
+    read: dict[tuple[object, ...], Reading] = {}
     models: dict[tuple[str, int, int], tuple[Transformer, Account]] = {}
 
     def model_of(cell: Cell, config: ModelConfig, vocabulary: int) -> tuple[Transformer, Account]:
@@ -131,7 +131,7 @@ def plan(grid: Grid, assumed: Assumptions, cache: Path) -> list[CellPlan]:
 
     plans = []
     for cell in grid.cells:
-        key = cell.data.model_dump_json() + cell.train.model_dump_json()
+        key = cell.data.model_dump_json(), cell.train.model_dump_json(), cell.seed, cell.model.size.vocab_size
         if key not in read:
             read[key] = reading(cell, cache)
         model, counted = model_of(cell, cell.model, read[key].vocabulary)
@@ -258,7 +258,7 @@ def link_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> 
     if gpus == 1:
         return 0.0
     weight_bytes = 2 if cell.train.precision == "bf16" else 4
-    rest = counted.params_total - counted.params_memory
+    rest = counted.params_total - table_values(model)
     sent = mesh.accumulate * (gpus - 1) / gpus * rest * (2 * weight_bytes + 4)
     tokens, replicas = mesh.micro_rows * mesh.accumulate * cell.data.seq_len, gpus // shards
     for layer in model.memory_layers().values():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from suite.cells import Cell, described
@@ -33,7 +34,7 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
     for one in plans:
         mesh = one.mesh
         table.add_row(
-            described(one.cell.run_name, one.variant),
+            escape(described(one.cell.run_name, one.variant)),
             f"{one.account.params_total / 1e6:,.1f}m",
             f"{one.ratio(MEASURES['flops'], one.dense):.3f}",
             f"{one.total_flops:.2e}",

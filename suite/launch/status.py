@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from suite.cells import Cell, described, variants
@@ -122,8 +123,8 @@ def table(grid: Grid, statuses: list[CellStatus]) -> Table:
         style = {"failed": "red", "done": "green", "running": "cyan"}.get(status.state, "")
         said = " ".join(filter(None, (status.headline, f"({status.note})" if status.note else None)))
         columns.add_row(
-            described(status.run, apart[status.run]), status.state, f"{status.progress:.0%}", _number(status.step),
-            _number(status.tokens), duration(status.wall_s), said, style=style,
+            escape(described(status.run, apart[status.run])), status.state, f"{status.progress:.0%}",
+            _number(status.step), _number(status.tokens), duration(status.wall_s), said, style=style,
         )  # fmt: skip
     return columns
 

@@ -156,7 +156,7 @@ def cost_of(name: str, part: nn.Module) -> Cost:
         raise TypeError(f"{name} ({type(part).__name__}): cost() gives {type(counted).__name__}, allowed: a Cost")
     for kind in ("params", "read", "macs"):
         for group, count in getattr(counted, kind).items():
-            if not (math.isfinite(count) and count >= 0):
-                said = f"{name} ({type(part).__name__}): cost() gives {kind} {group} {count}"
+            if not (isinstance(count, int | float) and math.isfinite(count) and count >= 0):
+                said = f"{name} ({type(part).__name__}): cost() gives {kind} {group} {count!r}"
                 raise ValueError(f"{said}, allowed: a number of 0 or more")
     return counted

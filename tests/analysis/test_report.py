@@ -240,7 +240,9 @@ def test_without_a_memory_nothing_is_drawn_against_rows(tmp_path: Path) -> None:
     assert any(line.startswith("memory-rows: grid g has no model with a memory") for line in missing)
 
 
-def test_what_would_make_a_figure_is_said_as_the_grid_was_given(tmp_path: Path) -> None:
+def test_what_would_make_a_figure_is_said_as_the_grid_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     name = write_run(tmp_path, "dense", "w32", 0, 20.0)
     grid = {"grid": "g", "source": "/else/g.yaml", "runs": [name]}
     write_json(tmp_path / "grids" / "g" / "grid.json", grid)
@@ -248,6 +250,14 @@ def test_what_would_make_a_figure_is_said_as_the_grid_was_given(tmp_path: Path) 
     kept = tmp_path / "runs" / name / "baseline.py"
     kept.write_text("pass\n")
     _, missing = draw(runs.read_runs(tmp_path), "g", tmp_path, source=runs.read_source(tmp_path, "g"))
-    assert any(line.endswith(f"suite sweep /else/g.yaml --baseline {kept}") for line in missing)
-    write_json(tmp_path / "grids" / "g" / "grid.json", {**grid, "source": "/clone/grids/g.yaml"})
-    assert runs.read_source(tmp_path, "g") == f"g --baseline {kept}"
+    assert any(line.endswith(f"suite sweep /else/g.yaml --baseline={kept}") for line in missing)
+    kept.unlink()
+    write_json(tmp_path / "grids" / "g" / "grid.json", {**grid, "source": "/else/grids/g.yaml"})
+    assert runs.read_source(tmp_path, "g") == "/else/grids/g.yaml"  # no grid of that name is found from here
+    write_json(tmp_path / "grids" / "g" / "grid.json", {**grid, "source": "with space/g.yaml"})
+    assert runs.read_source(tmp_path, "g") == "'with space/g.yaml'"
+    monkeypatch.chdir(tmp_path)
+    scaled = "g-tokens-x0.01-batch_rows-x1e-05"
+    for name, words in (("g", "g"), (scaled, "g --scale=tokens=0.01 --scale=batch_rows=1e-05")):
+        write_json(tmp_path / "grids" / name / "grid.json", {"grid": name, "source": "grids/g.yaml", "runs": []})
+        assert runs.read_source(tmp_path, name) == words

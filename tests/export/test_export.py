@@ -214,6 +214,10 @@ def test_a_llama_that_is_not_all_there_is_refused_by_file(tmp_path: Path) -> Non
     (tmp_path / "out" / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"out: model\.safetensors: missing"):
         import_llama(tmp_path / "out")
+    index = {"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}
+    (tmp_path / "out" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"out: one\.safetensors: missing"):
+        import_llama(tmp_path / "out")
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -138,7 +139,42 @@ def test_a_mesh_divides_the_rows_of_a_batch_as_training_must(rows: int, most: in
     huge = plans[-1]
     assert huge.mesh is None
     assert str(huge.why).startswith(f"on {most} GPUs (no more divide its {rows} rows) a GPU needs ")
-    assert str(huge.would_fit).startswith("a train.batch_rows that more GPUs divide, ")
+    assert str(huge.would_fit).startswith("a train.batch_rows that more GPUs divide or ")
+
+
+def test_the_rows_of_three_nodes_are_not_blamed() -> None:
+    (tight,) = (one for one in planned("paper-memory-scaling", nodes=3) if one.account.params_memory == 2**26 * 2048)
+    assert str(tight.why).startswith("on 16 GPUs a GPU needs ")
+    assert re.fullmatch(r"\d+ GPUs \(\d+ nodes\)", str(tight.would_fit))
+
+
+def test_nodes_of_six_gpus_get_whole_nodes() -> None:
+    grid = load_grid(str(GRIDS / "paper-memory-scaling.yaml"), {"train.batch_rows": "3072"}, need_data=False)
+    assumed = planning.Assumptions(dataclasses.replace(GPUS["h100"], per_node=6))
+    plans = planning.plan(grid, assumed, Path("unused"))
+    found = [(one.mesh.gpus, one.mesh.table_shards) for one in plans if one.mesh is not None]
+    assert all(gpus < 6 or gpus % 6 == 0 for gpus, _ in found)
+    widths = [2048 % shards for _, shards in found]
+    assert set(widths) == {0}
+    assert {gpus for gpus, _ in found} >= {1, 2, 4}
+
+
+def test_a_table_that_no_gpus_divide_is_named() -> None:
+    (huge,) = (one for one in planned("paper-memory-scaling", train__value_second_moment="row")
+               if one.account.params_memory == 2**24 * 2048)  # fmt: skip
+    assert str(huge.would_fit).startswith("train.value_second_moment: element, whose tables are divided or ")
+
+
+def test_a_base_has_its_own_vocabulary_whatever_stands_before_it(tmp_path: Path) -> None:
+    (tmp_path / "g.yaml").write_text(
+        "defaults:\n  model: {family: dense}\n"
+        "  data: {kind: text, path: gone, seq_len: 64, tokenizer: {kind: file, path: gone}}\n"
+        "  train: {batch_rows: 8, tokens: 100000, lr: 1e-3}\n"
+        "blocks: [{axes: {model.base: [134m, 8b]}}]\n"
+    )
+    plans = planning.plan(load_grid(str(tmp_path / "g.yaml"), need_data=False),
+                          planning.assumptions("h100", None, 0.4, None), Path("unused"))  # fmt: skip
+    assert [one.account.params_embedding // one.cell.model.size.dim for one in plans] == [2 * 32000, 2 * 128256]
 
 
 def test_queries_normed_over_a_micro_batch_keep_the_cells_number_of_them() -> None:

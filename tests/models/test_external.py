@@ -150,17 +150,53 @@ def test_a_module_that_looks_at_values_is_checked_on_the_cpu(tmp_path: Path) -> 
         checked(baseline(tmp_path, result=by_value.replace("self.down(self.up(x_BTD).relu())", "self.up(x_BTD)")))
 
 
+MASKED = "self.down(self.up(x_BTD).relu()).index_put((x_BTD[..., 0] > 0,), x_BTD[x_BTD[..., 0] > 0])"
+
+
+@pytest.mark.parametrize(
+    "by_value", ["x_BTD if x_BTD.sum().item() > 1e9 else self.down(self.up(x_BTD).relu())", MASKED]
+)
+def test_what_needs_values_is_checked_as_everything_else_on_the_cpu(tmp_path: Path, by_value: str) -> None:
+    path = baseline(tmp_path, result=by_value)
+    checked(path)
+    registry.unregister(["squared"])
+    path.write_text(path.read_text().replace("2 * self.up.weight.numel())\n\n", "1)\n\n"))
+    with pytest.raises(UserError, match=r"cost\(\) counts 1 multiply-adds a token, allowed: the 6,14"):
+        checked(path)
+
+
+def test_an_operation_that_no_cpu_has_is_checked_by_shape_alone(tmp_path: Path) -> None:
+    path = baseline(tmp_path, result="torch.ops.elsewhere.twice(self.down(self.up(x_BTD)))")
+    with torch.library._scoped_library("elsewhere", "DEF") as library:
+        library.define("twice(Tensor x) -> Tensor")
+        library.impl("twice", torch.empty_like, "Meta")
+        path.write_text("import torch\n" + path.read_text())
+        checked(path)
+
+
+def test_a_look_far_ahead_is_seen_and_integers_are_no_obstacle(tmp_path: Path) -> None:
+    ahead = "self.down(self.up(x_BTD)) + x_BTD.roll(-30, 1)"
+    path = baseline(tmp_path, result=ahead)
+    whole = (
+        "        self.whole = nn.Parameter(torch.zeros(1, dtype=torch.int64), requires_grad=False)\n\n    def forward"
+    )
+    path.write_text("import torch\n" + path.read_text().replace("\n    def forward", "\n" + whole, 1)
+                    .replace("self.up.bias.numel()", "self.up.bias.numel() + 1"))  # fmt: skip
+    with pytest.raises(UserError, match="tokens that come later"):
+        checked(path)
+
+
 def test_a_parameter_missing_from_the_accounting_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"squared: layers\.0\.feed_forward .* counts 6144 .* up\.bias 96"):
         checked(baseline(tmp_path, params="2 * self.up.weight.numel()"))
 
 
-@pytest.mark.parametrize("macs", ["float('nan')", "-5", "float('inf')"])
+@pytest.mark.parametrize("macs", ["float('nan')", "-5", "float('inf')", "'many'"])
 def test_a_count_that_is_no_number_of_anything_is_refused_by_name(tmp_path: Path, macs: str) -> None:
     wrong = baseline(tmp_path)
     wrong.write_text(wrong.read_text().replace("2 * self.up.weight.numel())\n\n", f"{macs})\n\n"))
     with pytest.raises(
-        UserError, match=r"layers\.0\.feed_forward \(Squared\): cost\(\) gives macs ffn (nan|-5|inf), allowed"
+        UserError, match=r"layers\.0\.feed_forward \(Squared\): cost\(\) gives macs ffn (nan|-5|inf|'many'), allowed"
     ):
         checked(wrong)
 

@@ -142,6 +142,19 @@ print(torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(2)).tolist())
     assert run_python(BEGIN + code).splitlines() == ["False", "torch._dynamo.config", "True", "[1.0, 1.0]"]
 
 
+def test_a_function_that_is_to_be_disabled_is_left_to_the_real_compiler() -> None:
+    code = """
+with without_compiler():
+    torch.ones(3, device="meta").add(1)
+    assert sys.modules["torch._dynamo"].__class__.__name__ == "_Compiler"
+    factory = torch.compiler.disable(recursive=False)
+    disabled = torch.compiler.disable(lambda x: x + 1)
+print(factory(lambda x: x + 2)(torch.zeros(1)).tolist(), disabled(torch.zeros(1)).tolist())
+print(sys.modules["torch._dynamo"].is_dynamo_supported() is not None)
+"""
+    assert run_python(BEGIN + code).splitlines() == ["[2.0] [1.0]", "True"]
+
+
 def test_functions_called_without_the_compiler_still_compile() -> None:
     code = """
 with without_compiler():
