@@ -77,6 +77,7 @@ class _Meshes:
         self.widths = {table.weight.shape[1] for table in model.memory_tables()}
         # Queries that are normed over a micro-batch keep the cell's number of them.
         self.accumulate = cell.train.accumulate if getattr(cell.model, "query_batchnorm", False) else None
+        self.rows = cell.train.batch_rows // (self.accumulate or 1)
         self._parts: dict[int, Parts] = {}
 
     def within_nodes(self, gpus: int) -> int:
@@ -89,27 +90,18 @@ class _Meshes:
 
     def numbers(self, allowed: int) -> list[int]:
         """GPUs that can be had, up to `allowed`: powers of two of one node, of whole nodes beyond."""
-        found, size = [], 1
-        while size < self.gpu.per_node:
-            found.append(size)
-            size *= 2
-        size = self.gpu.per_node
-        while size <= allowed:
-            found.append(size)
-            size *= 2
-        return found
+        node, powers = self.gpu.per_node, [2**exponent for exponent in range(allowed.bit_length())]
+        return [size for size in powers if size < node] + [node * count for count in powers if node * count <= allowed]
 
     def most(self, allowed: int) -> int:
         """The most of them that divide the rows of a batch."""
-        rows = self.cell.train.batch_rows // (self.accumulate or 1)
-        return max(gpus for gpus in self.numbers(allowed) if rows % gpus == 0)
+        return max(gpus for gpus in self.numbers(allowed) if self.rows % gpus == 0)
 
     def smallest(self, allowed: int, table_shards: Callable[[int], int]) -> Mesh | None:
         """The fewest GPUs on which the cell fits, with the largest micro-batch that does."""
-        rows = self.cell.train.batch_rows // (self.accumulate or 1)
         for gpus in self.numbers(allowed):
             shards = table_shards(gpus)
-            if rows % gpus or any(width % shards for width in self.widths):
+            if self.rows % gpus or any(width % shards for width in self.widths):
                 continue
             for micro in self.micro_rows(gpus):
                 if self.state_bytes(gpus, shards) > self.usable:
