@@ -326,17 +326,17 @@ def variants(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
         groups.setdefault((cell.model.family, cell.model.base), []).append(cell)
     found: dict[str, dict[str, Any]] = {cell.run_name: {} for cell in cells}
     for members in groups.values():
-        settings = {cell.run_name: _flat(cell.model_dump(mode="json")) for cell in members}
-        makes_weights = dict.fromkeys(key for cell in members for key in _flat(identity(cell)))
-        for key in makes_weights.keys() - {"model.half_keys", "seed"}:
-            counts = Counter(json.dumps(flat.get(key)) for flat in settings.values()).most_common(2)
+        settings = {cell.run_name: flat(cell.model_dump(mode="json")) for cell in members}
+        for key in {key for cell in members for key in flat(identity(cell))} - {"model.half_keys", "seed"}:
+            values = {run: json.dumps(fields.get(key)) for run, fields in settings.items()}
+            counts = Counter(values.values()).most_common(2)
             usual = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else None
             # A file is told by its place, which says more than what identifies its content.
             shown = key.replace("fingerprint", "path")
-            for run, flat in settings.items():
-                if json.dumps(flat.get(key)) != usual:
-                    found[run][shown.removeprefix("model.")] = flat.get(shown)
-    return {run: dict(sorted(settings.items())) for run, settings in found.items()}
+            for run, value in values.items():
+                if value != usual:
+                    found[run][shown.removeprefix("model.")] = settings[run].get(shown)
+    return {run: dict(sorted(variant.items())) for run, variant in found.items()}
 
 
 def described(run: str, variant: dict[str, Any]) -> str:
@@ -345,11 +345,12 @@ def described(run: str, variant: dict[str, Any]) -> str:
     return f"{run}\n  {said}" if said else run
 
 
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as dotted paths; lists and scalars are values."""
+    found: dict[str, Any] = {}
     for key, value in nested.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
 
 
 def _digest(content: dict[str, Any]) -> str:

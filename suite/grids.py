@@ -39,7 +39,7 @@ from typing import Any
 from pydantic import ValidationError
 
 import suite.models  # noqa: F401  (registers the families)
-from suite.cells import Cell
+from suite.cells import Cell, flat
 from suite.data.identify import identified
 from suite.errors import UserError
 from suite.inputs import explain, meant, parse_value, read_mapping
@@ -364,16 +364,16 @@ def _expand(value: Any, where: str) -> Any:
 
 def _excluded(source: Path, exclude: list[Any], cells: list[Cell]) -> list[bool]:
     """For every cell, whether no exclusion matches it; an exclusion that matches none is an error."""
-    flats = [_flatten(source, "cell", cell.model_dump(mode="json")) for cell in cells]
+    flats = [flat(cell.model_dump(mode="json")) for cell in cells]
     keep = [True] * len(cells)
     for number, entry in enumerate(exclude, start=1):
         where = f"exclude[{number}]"
         wanted = _flatten(source, where, entry)
         for path in wanted:
-            paths = {known for flat in flats for known in flat}
+            paths = {known for fields in flats for known in fields}
             if path not in paths:
                 raise UserError(f"{source}: {where}.{path}: unknown field{meant(path, paths)}, allowed: a cell's field")
-        matches = [all(_matches(flat, path, value) for path, value in wanted.items()) for flat in flats]
+        matches = [all(_matches(fields, path, value) for path, value in wanted.items()) for fields in flats]
         if not any(matches):
             raise UserError(f"{source}: {where}: got {entry!r}, which matches no cell, allowed: one that matches some")
         keep = [kept and not match for kept, match in zip(keep, matches, strict=True)]
