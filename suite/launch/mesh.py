@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from suite.cells import Cell
 from suite.launch.hardware import USABLE, Gpu
 from suite.models.accounting import Account
-from suite.models.memory import STATE_BYTES, Parts, Seen, StepMemory, parts
+from suite.models.memory import Seen, parts
+from suite.models.step_memory import STATE_BYTES, Parts, StepMemory
 from suite.models.transformer import Transformer
 from suite.train.optim import table_state
 
@@ -63,17 +64,19 @@ def smallest_mesh(
     return Unfit(meshes.why(allowed), " or ".join(ways_out))
 
 
-def table_values(model: Transformer) -> int:
-    """Values of all tables: what is divided by columns, whatever a module calls it in its account."""
-    return sum(table.weight.numel() for table in model.memory_tables())
+def divided(model: Transformer, counted: Account) -> tuple[int, int]:
+    """Parameters outside tables, and the values in them, which are divided by columns."""
+    values = sum(table.weight.numel() for table in model.memory_tables())
+    return counted.params_total - values, values
 
 
 class _Meshes:
     """The ways to divide a cell among GPUs of one kind. Its parts are traced once for every micro-batch tried."""
 
     def __init__(self, cell: Cell, model: Transformer, counted: Account, gpu: Gpu, seen: Seen) -> None:
-        self.cell, self.model, self.counted, self.gpu, self.seen = cell, model, counted, gpu, seen
-        self.usable, self.tables, self.values = gpu.memory * USABLE, table_state(cell.train), table_values(model)
+        self.cell, self.model, self.gpu, self.seen = cell, model, gpu, seen
+        self.usable, self.tables = gpu.memory * USABLE, table_state(cell.train)
+        self.rest, self.values = divided(model, counted)
         self.widths = {table.weight.shape[1] for table in model.memory_tables()}
         # Queries that are normed over a micro-batch keep the cell's number of them.
         self.accumulate = cell.train.accumulate if getattr(cell.model, "query_batchnorm", False) else None
@@ -129,8 +132,7 @@ class _Meshes:
 
     def state_bytes(self, gpus: int, shards: int) -> float:
         """Of weights, gradients and moments on one GPU; row-wise gradients of tables left out."""
-        rest = self.counted.params_total - self.values
-        return 4 * STATE_BYTES * rest / gpus + self.tables.kept * self.values / shards
+        return 4 * STATE_BYTES * self.rest / gpus + self.tables.kept * self.values / shards
 
     def why(self, allowed: int) -> str:
         """What a GPU would need where all are used that there are, or that divide the rows."""

@@ -15,12 +15,14 @@ from suite.data import prepare
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.hardware import GPUS, USABLE, UTILISATION, Gpu
-from suite.launch.mesh import MICRO_ROWS, Mesh, Unfit, smallest_mesh, table_values
+from suite.launch.mesh import MICRO_ROWS, Mesh, Unfit, divided, smallest_mesh
 from suite.models.accounting import Account, account_of, cost_of, meta_model
+from suite.models.compiler import without_compiler
 from suite.models.external import needs_values
-from suite.models.memory import STATE_BYTES, Seen
+from suite.models.memory import Seen
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.registry import ModelConfig
+from suite.models.step_memory import STATE_BYTES
 from suite.models.transformer import Transformer
 from suite.train.loop import total_steps
 from suite.train.optim import table_state
@@ -136,7 +138,8 @@ def plan(grid: Grid, assumed: Assumptions, cache: Path) -> list[CellPlan]:
             read[key] = reading(cell, cache)
         model, counted = model_of(cell, cell.model, read[key].vocabulary)
         _, dense = model_of(cell, cell.model.dense(), read[key].vocabulary)
-        plans.append(_plan(cell, read[key].tokens, model, counted, dense, assumed, seen))
+        with without_compiler():
+            plans.append(_plan(cell, read[key].tokens, model, counted, dense, assumed, seen))
     apart = variants(grid.cells)
     return [replace(one, variant=apart[one.cell.run_name], partners=partners(one, plans)) for one in plans]
 
@@ -258,8 +261,7 @@ def link_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> 
     if gpus == 1:
         return 0.0
     weight_bytes = 2 if cell.train.precision == "bf16" else 4
-    rest = counted.params_total - table_values(model)
-    sent = mesh.accumulate * (gpus - 1) / gpus * rest * (2 * weight_bytes + 4)
+    sent = mesh.accumulate * (gpus - 1) / gpus * divided(model, counted)[0] * (2 * weight_bytes + 4)
     tokens, replicas = mesh.micro_rows * mesh.accumulate * cell.data.seq_len, gpus // shards
     for layer in model.memory_layers().values():
         columns = sum(table.weight.shape[1] for table in layer.tables)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from suite.errors import UserError
 from suite.models import registry
 from suite.models.accounting import account_of, cost_of, meta_model
-from suite.models.live_bytes import without_compiler
+from suite.models.compiler import without_compiler
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Block, Transformer, build
 

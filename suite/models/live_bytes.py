@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 import weakref
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
-from types import ModuleType
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -78,14 +74,12 @@ class MetaLiveBytes(LiveBytes):
     def compute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An empty tensor of the layout that is known for such arguments, else the operation's own result."""
         if func._schema.is_mutable:
-            with without_compiler():
-                return func(*args, **kwargs)
+            return func(*args, **kwargs)
         key = func, _described(args), _described(kwargs.items()) if kwargs else ()
         layout = self._layouts.get(key)
         if layout is not None:
             return torch.empty_strided(layout[0], layout[1], dtype=layout[2], device="meta")
-        with without_compiler():
-            result = func(*args, **kwargs)
+        result = func(*args, **kwargs)
         if isinstance(result, Tensor) and result.is_meta and not _shares_storage(result, args):
             self._layouts[key] = tuple(result.shape), result.stride(), result.dtype
         return result
@@ -105,38 +99,3 @@ def _shares_storage(result: Tensor, args: Any) -> bool:
     if isinstance(args, Tensor):
         return args.untyped_storage()._cdata == result.untyped_storage()._cdata
     return isinstance(args, tuple | list) and any(_shares_storage(result, part) for part in args)
-
-
-@contextmanager
-def without_compiler() -> Iterator[None]:
-    """Operations on the meta device without the import of torch's compiler, which takes longer than to plan a grid.
-
-    Their kernels import it when first called, only to be marked as not to be compiled (torch/_compile.py). Those called
-    in here are not marked. Whatever else is asked of the compiler is answered by the real one.
-    """
-    if _Compiler.NAME in sys.modules:
-        yield
-        return
-    sys.modules[_Compiler.NAME] = stand_in = _Compiler(_Compiler.NAME)
-    try:
-        yield
-    finally:
-        if sys.modules.get(_Compiler.NAME) is stand_in:
-            del sys.modules[_Compiler.NAME]
-
-
-class _Compiler(ModuleType):
-    """Stands for torch's compiler until more is asked of it than to leave a function alone."""
-
-    NAME = "torch._dynamo"
-
-    def disable(self, *args: Any, **kwargs: Any) -> Any:
-        """As torch/_compile.py calls it: the function as it is. Any other call is for the real compiler."""
-        if args and callable(args[0]) and kwargs == {"wrapping": False}:
-            return args[0]
-        return self.__getattr__("disable")(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if sys.modules.get(self.NAME) is self:
-            del sys.modules[self.NAME]
-        return getattr(importlib.import_module(self.NAME), name)

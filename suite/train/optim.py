@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from kernels.embedding_bag import RowGradients
 from kernels.row_adamw import RowAdamW
 from suite.cells import TrainConfig
-from suite.models.memory import STATE_BYTES, TableState
 from suite.models.memory_table import MemoryTable
+from suite.models.step_memory import STATE_BYTES, TableState
 from suite.models.transformer import Transformer
 
 VALUE_LR_RATIO = 10.0
