@@ -43,9 +43,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    from analysis import compare_file, fitting
+    from analysis.comparisons import table_file
+    from analysis.fits import fitting
 
-    own = {"fit": fitting.add_options, "compare": compare_file.add_options}
+    own = {"fit": fitting.add_options, "compare": table_file.add_options}
     outputs = {
         "frame": "the frame as .csv, .jsonl or .parquet", "tuning": "a Markdown file",
         "fit": "with --data: the table with columns predicted and fitted, as .csv, .jsonl or .parquet",
@@ -124,8 +125,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def frame(options: argparse.Namespace) -> int:
     """Write the frame to a file, or to stdout as CSV or JSON."""
-    from analysis.frame import load
-    from analysis.tables import write_table
+    from analysis.records.frame import load
+    from analysis.records.tables import write_table
 
     table = load(options.results, options.grid)
     if options.out is not None:
@@ -141,13 +142,13 @@ def frame(options: argparse.Namespace) -> int:
 def fit(options: argparse.Namespace) -> int:
     """A law on a file (--law, --data, --columns), or the fits of one grid's outcomes."""
     if options.law is not None or options.data is not None:
-        from analysis.fitting import main as fit_file
+        from analysis.fits.fitting import main as fit_file
 
         return fit_file(options, _finite)
     if options.out is not None:
         raise InputError("--out: only with --law, --data and --columns")
-    from analysis.runs import read_runs
-    from analysis.trends import trends
+    from analysis.comparisons.trends import trends
+    from analysis.records.runs import read_runs
 
     found = trends(read_runs(options.results, options.grid))
     if options.json:
@@ -167,17 +168,17 @@ def fit(options: argparse.Namespace) -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Families of a file against a reference: paired differences and compute multipliers."""
-    from analysis.compare_file import main as compare_file
+    from analysis.comparisons.table_file import main as compare_file
 
     return compare_file(options, _finite)
 
 
 def figures(options: argparse.Namespace) -> int:
     """Draw every figure of the grids asked for, and say what is missing."""
-    from analysis.frame import load_published
-    from analysis.gallery import draw
-    from analysis.report import grids
-    from analysis.runs import read_runs, read_source
+    from analysis.figures.gallery import draw
+    from analysis.records.frame import load_published
+    from analysis.records.runs import read_runs, read_source
+    from analysis.report.build import grids
 
     documents = []
     for grid in grids(options.results, options.grid):
@@ -195,7 +196,7 @@ def figures(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     """Figures and report of the grids asked for; 1 if any of their runs failed."""
-    from analysis.report import grids, write
+    from analysis.report.build import grids, write
 
     documents = []
     for grid in grids(options.results, options.grid):
@@ -219,8 +220,8 @@ def _figures(options: argparse.Namespace) -> Path:
 
 def tuning(options: argparse.Namespace) -> int:
     """The best setting of each family of a tuning grid, whether it is interior, and every setting tried."""
-    from analysis.runs import read_runs
-    from analysis.tuning import choices, markdown
+    from analysis.comparisons.tuning import choices, markdown
+    from analysis.records.runs import read_runs
 
     runs = read_runs(options.results, options.grid)
     if options.json:
@@ -237,7 +238,7 @@ def tuning(options: argparse.Namespace) -> int:
 
 def paper(options: argparse.Namespace) -> int:
     """The figures and tables of "Memory Layers at Scale", its numbers and ours."""
-    from analysis.paper import draw
+    from analysis.paper.figures import draw
 
     folder = options.out or _figures(options) / "paper"
     files = {name: [str(path) for path in paths] for name, paths in draw(options.results, folder).items()}
@@ -250,7 +251,7 @@ def paper(options: argparse.Namespace) -> int:
 
 def kernels(options: argparse.Namespace) -> int:
     """The kernels' speed beside copy bandwidth, from what was measured on any machine."""
-    from analysis.roofline import draw
+    from analysis.figures.roofline import draw
 
     drawn, missing = draw(options.results / "bench", options.out or _figures(options) / "bench")
     files = {name: [str(path) for path in paths] for name, paths in drawn.items()}

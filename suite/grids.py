@@ -39,11 +39,12 @@ from typing import Any
 from pydantic import ValidationError
 
 import suite.models  # noqa: F401  (registers the families)
+from suite.baselines import loading
 from suite.cells import Cell, flat
 from suite.data.identify import identified
 from suite.errors import UserError
-from suite.inputs import explain, meant, parse_value, read_mapping
-from suite.models import external, registry
+from suite.models import registry
+from suite.yaml_input import explain, meant, parse_value, read_mapping
 
 SECTIONS = ("model", "data", "train")
 GRID_FIELDS = {
@@ -87,14 +88,14 @@ def load_grid(
     `baselines`: files of families from outside the package, which are checked on every cell that uses them.
     Raises UserError, in one line, for whatever is wrong with it.
     """
-    external.load_all(baselines)
+    loading.load_all(baselines)
     source = find_grid(name_or_path)
     content = read_mapping(source)
     _check_shape(source, content)
     over = {path: parse_value(text, f"--set {path}") for path, text in (overrides or {}).items()}
     cells = _cells_of_grids(source, content, over, need_data) or _cells(source, content, over, need_data)
     for config in {cell.model.model_dump_json(): cell.model for cell in cells if cell.baseline}.values():
-        external.check(config)
+        loading.check(config)
     return Grid(source.stem, source, cells, content.get("launch") or {})
 
 
@@ -131,13 +132,13 @@ def load_cell(path: Path, baselines: Iterable[Path] = ()) -> Cell:
 
     `baselines`: as for a grid.
     """
-    external.load_all([*baselines, *path.parent.glob("baseline.py")])
+    loading.load_all([*baselines, *path.parent.glob("baseline.py")])
     content = read_mapping(path)
     if isinstance(content.get("cell"), dict):
         content = content["cell"]
     cell = _cell(path, _Point(_flatten(path, "", content), ""))
     if cell.baseline:
-        external.check(cell.model)
+        loading.check(cell.model)
     return cell
 
 

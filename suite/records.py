@@ -16,8 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from suite.baselines import loading
 from suite.cells import Cell
-from suite.models import external, registry
+from suite.models import registry
 
 State = Literal["pending", "running", "done", "failed"]
 
@@ -77,7 +78,7 @@ class RunDir:
     def read_cell(self) -> Cell:
         """The cell this run is of; the baseline it keeps is read first, if it keeps one. Raises UserError for it."""
         if self.baseline_path.exists():
-            external.load(self.baseline_path)
+            loading.load(self.baseline_path)
         return Cell.model_validate(self.read_record()["cell"])
 
     def write_cell(self, cell: Cell, **facts: Any) -> None:

@@ -20,7 +20,7 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from kernels.row_adamw import hoisted
+from kernels.row_adamw import fast_replay
 from kernels.row_adamw.history import History
 from kernels.row_adamw.rows import Blocks, State, decay_moments, even, kept
 
@@ -106,7 +106,7 @@ def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit
     last_U, order_U = last_U[touched_U].sort(stable=True)
     rows_U = rows_U[touched_U][order_U]
     if limit is not None:
-        hoisted.replay(state, blocks, rows_U, last_U, history, limit, moments)
+        fast_replay.replay(state, blocks, rows_U, last_U, history, limit, moments)
         return
     state.moment_R[rows_U] = history.step
     lasts = last_U.tolist()

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from suite.cells import BiosData
-from suite.data import streams
+from suite.data import seeded_random
 from suite.data.bios_text import (
     ATTRIBUTES,
     FIRST_NAME_ENDING,
@@ -69,12 +69,15 @@ class World:
         self._side = math.isqrt(NAMES_PER_PERSON * self.people - 1) + 1
         self._first = invented_words(self._side, FIRST_NAME_ENDING)
         self._last = invented_words(self._side, LAST_NAME_ENDING)
-        self._pairs = streams.permutation(self.name_space, config.world, _NAMES)[: self.people]
+        self._pairs = seeded_random.permutation(self.name_space, config.world, _NAMES)[: self.people]
         self.values: NDArray[np.int64] = np.stack(
-            [streams.integers(self.people, k, config.world, _VALUES, attribute) for attribute, k in enumerate(self.K)],
+            [
+                seeded_random.integers(self.people, k, config.world, _VALUES, attribute)
+                for attribute, k in enumerate(self.K)
+            ],
             axis=1,
         )
-        order = streams.permutation(self.people, config.world, _ASKED)
+        order = seeded_random.permutation(self.people, config.world, _ASKED)
         self.asked: NDArray[np.int64] = np.sort(order[: round(config.questions * self.people)])
         self.unasked: NDArray[np.int64] = np.sort(order[len(self.asked) :])
 
@@ -134,8 +137,8 @@ class World:
         self, round_index: int, prompts: list[tuple[str, ...]], people: NDArray[np.int64], stream: int
     ) -> Iterator[str]:
         seed = self.config.world
-        shifts = streams.integers(self.people, ROUNDS, seed, _COPIES) if self.config.zipf else None
-        rotations = [streams.integers(self.people, len(p), seed, stream, a) for a, p in enumerate(prompts)]
+        shifts = seeded_random.integers(self.people, ROUNDS, seed, _COPIES) if self.config.zipf else None
+        rotations = [seeded_random.integers(self.people, len(p), seed, stream, a) for a, p in enumerate(prompts)]
         for person in people.tolist():
             name = self.name(person)
             first = round_index if shifts is None else (round_index - int(shifts[person])) % ROUNDS

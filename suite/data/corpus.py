@@ -13,14 +13,14 @@ from typing import Any
 
 from suite import cells
 from suite.cells import BiosData, DataConfig, HubData, MixtureData, TextData, TextPart, identity
-from suite.data import bios_text, corpora, pieces, shards, tokenizers
+from suite.data import bios_text, resumable_writer, shards, text_files, tokenizers
 from suite.data.bios import World
-from suite.data.corpora import FileReader, Reader
 from suite.data.hub import HubReader
 from suite.data.identify import check_text, identified, ready_tokenizer
 from suite.data.loader import DocumentPacking, Loader, MixturePacking, WindowPacking
-from suite.data.pieces import HELD_OUT, Tell
+from suite.data.resumable_writer import HELD_OUT, Tell
 from suite.data.shards import META, Round
+from suite.data.text_files import FileReader, Reader
 from suite.data.tokenizers import Tokenizer
 from suite.errors import UserError
 from suite.records import write_text
@@ -113,7 +113,7 @@ class Corpus:
         return Loader(packings[0], batch_rows)
 
 
-def prepare(config: DataConfig, cache: Path, tell: Tell = pieces.silent) -> Corpus:
+def prepare(config: DataConfig, cache: Path, tell: Tell = resumable_writer.silent) -> Corpus:
     """Tokenize the corpus into `cache/<fingerprint>/` unless it is there, and open it.
 
     A text corpus that is there and whose fingerprint the configuration names is opened without its files, a hub
@@ -193,7 +193,7 @@ def _write_stream(config: StreamData, tell: Tell, folder: Path) -> None:
     def beginning() -> Iterator[str]:
         characters = 0
         for text in reader_at(None):
-            if not corpora.is_held_out(text, config.held_out):
+            if not text_files.is_held_out(text, config.held_out):
                 characters += len(text)
                 yield text
             if characters >= BPE_CHARACTERS:
@@ -205,7 +205,7 @@ def _write_stream(config: StreamData, tell: Tell, folder: Path) -> None:
         tokenizer = _open_vocabulary(config.tokenizer, beginning())
         write_text(folder / TOKENIZER, tokenizer.to_json())
     most_tokens = config.tokens if isinstance(config, HubData) else None
-    pieces.write_stream(folder, reader_at, tokenizer, config.held_out, most_tokens, tell)
+    resumable_writer.write_stream(folder, reader_at, tokenizer, config.held_out, most_tokens, tell)
 
 
 def _open_vocabulary(config: cells.Tokenizer, texts: Iterable[str]) -> Tokenizer:

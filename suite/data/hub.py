@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from suite.cells import HubSource
-from suite.data.corpora import checked_text
+from suite.data.text_files import checked_text
 from suite.errors import UserError
 
 Result = TypeVar("Result")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from suite import cells
 from suite.cells import DataConfig, MixtureData, TextData, TextPart
-from suite.data import corpora, tokenizer_files
+from suite.data import text_files, tokenizer_files
 from suite.data.tokenizers import Tokenizer
 from suite.errors import UserError
 
@@ -46,7 +46,7 @@ def ready_tokenizer(config: cells.Tokenizer) -> Tokenizer:
 
 def check_text(config: TextData) -> None:
     """Raise UserError if the text's content is not the one named."""
-    content = corpora.fingerprint(Path(config.path))
+    content = text_files.fingerprint(Path(config.path))
     if config.fingerprint not in (None, content):
         raise changed("data", Path(config.path), content, str(config.fingerprint))
 
@@ -60,7 +60,7 @@ def changed(where: str, path: Path, content: str, named: str) -> UserError:
 
 
 def _text_content(path: str) -> str:
-    return _read_once(corpora.fingerprint, Path(path), _stamps(corpora.files(Path(path))))
+    return _read_once(text_files.fingerprint, Path(path), _stamps(text_files.files(Path(path))))
 
 
 def _part_content(name: str, path: str) -> str:

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from suite.cells import MIXTURE_BLOCK
-from suite.data import streams
+from suite.data import seeded_random
 from suite.data.shards import Round
 
 IGNORED = -100
@@ -93,7 +93,7 @@ class DocumentPacking:
             while len(self._orders) > 1:  # a batch may straddle two epochs
                 del self._orders[min(self._orders)]
             documents = self._rounds[epoch % len(self._rounds)]
-            permuted = streams.permutation(len(documents.lengths), self._seed, epoch, _DOCUMENTS)
+            permuted = seeded_random.permutation(len(documents.lengths), self._seed, epoch, _DOCUMENTS)
             self._orders[epoch] = _DocumentOrder.of(documents, permuted, self._stride)
         return self._orders[epoch]
 
@@ -133,7 +133,7 @@ class WindowPacking:
     def rows(self, epoch: int, first: int, last: int) -> Rows:
         """See Packing."""
         stream = self._tokens[epoch % len(self._tokens)]
-        order = streams.shuffled(np.arange(first, last), self.rows_per_epoch, *self._key, epoch, _WINDOWS)
+        order = seeded_random.shuffled(np.arange(first, last), self.rows_per_epoch, *self._key, epoch, _WINDOWS)
         index_BU = order[:, None] * self._seq_len + np.arange(self._seq_len + 1)  # U = T + 1
         read_BU = stream[np.minimum(index_BU, len(stream) - 1)].astype(np.int64)
         read_BU[index_BU >= len(stream)] = self._eot_id
@@ -187,7 +187,7 @@ class MixturePacking:
         if block not in self._blocks:
             while len(self._blocks) > 1:  # a batch may straddle two blocks
                 del self._blocks[min(self._blocks)]
-            order = streams.permutation(MIXTURE_BLOCK, self._seed, block, _MIXTURE)
+            order = seeded_random.permutation(MIXTURE_BLOCK, self._seed, block, _MIXTURE)
             part_of = np.repeat(np.arange(len(self.quotas)), self.quotas)[order]
             row_of = np.empty_like(part_of)
             for number, quota in enumerate(self.quotas.tolist()):

@@ -19,8 +19,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from suite.data.tokenizers import Tokenizer
 from suite.errors import UserError
-from suite.evaluate import scoring
-from suite.evaluate.scoring import encode_pair
+from suite.inference import loglikelihood as scoring
+from suite.inference.loglikelihood import encode_pair
 from suite.models.transformer import Transformer
 
 DEFAULT_NEW_TOKENS = 256

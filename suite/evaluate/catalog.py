@@ -22,12 +22,12 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from suite.cells import DataConfig, EvalConfig
 from suite.data import Corpus
 from suite.errors import UserError
-from suite.evaluate import world_docs
-from suite.evaluate.data import DataRoot, Docs
+from suite.evaluate import corpus_docs
+from suite.evaluate.datasets import DataRoot, Docs
 from suite.evaluate.sandbox import Sandbox
 from suite.evaluate.schemas import check
 from suite.evaluate.tasks import code
-from suite.inputs import meant
+from suite.yaml_input import meant
 
 OURS = Path(__file__).parent / "tasks"
 STOCK = Path(lm_eval.tasks.__file__).parent
@@ -60,7 +60,7 @@ def refuse_unfit(tasks: Iterable[str], data: DataConfig, run_code: bool = False)
             raise UserError(f"task {name}: runs programs that the model writes, allowed: with --run-code only")
         config = load_yaml(path) if (path := OURS / f"{name}.yaml").is_file() else {}
         if config.get("dataset_path") == "corpus":
-            world_docs.refuse_unfit(data, name, config["dataset_name"])
+            corpus_docs.refuse_unfit(data, name, config["dataset_name"])
         elif data.tokenizer.kind == "word":
             raise UserError(f"task {name}: data.tokenizer.kind: got 'word', which knows its own world's words alone, "
                             "allowed: bpe, bytes")  # fmt: skip
@@ -183,7 +183,7 @@ def _documents(config: dict[str, Any], sources: Sources) -> tuple[dict[str, Docs
         corpus = sources.corpus
         if corpus is None:
             raise UserError(f"task {config['task']}: asks about the corpus a run was trained on, and there is none")
-        return {"test": world_docs.documents(corpus, config["task"], config["dataset_name"])}, corpus.fingerprint
+        return {"test": corpus_docs.documents(corpus, config["task"], config["dataset_name"])}, corpus.fingerprint
     splits = _splits(config)
     docs = sources.root.load(repo, name, splits)
     for split in splits:

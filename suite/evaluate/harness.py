@@ -24,7 +24,7 @@ from suite.cells import EvalConfig
 from suite.data import Corpus
 from suite.evaluate import catalog
 from suite.evaluate.adapter import Codec, SuiteLM
-from suite.evaluate.data import DataRoot, Doc
+from suite.evaluate.datasets import DataRoot, Doc
 from suite.evaluate.sandbox import Sandbox
 from suite.models.transformer import Transformer
 

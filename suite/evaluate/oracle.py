@@ -19,7 +19,7 @@ from suite.cells import EvalConfig
 from suite.data import Corpus
 from suite.evaluate import catalog
 from suite.evaluate.adapter import before_stop
-from suite.evaluate.data import DataRoot, Doc
+from suite.evaluate.datasets import DataRoot, Doc
 from suite.evaluate.harness import prepare, scores_of
 from suite.evaluate.sandbox import Sandbox
 from suite.evaluate.tasks import answers, code

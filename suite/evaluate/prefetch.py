@@ -9,7 +9,7 @@ from pathlib import Path
 
 from suite.errors import UserError
 from suite.evaluate import catalog
-from suite.evaluate.data import DataRoot, Docs
+from suite.evaluate.datasets import DataRoot, Docs
 
 Download = Callable[[str, str | None, str], Docs]
 """(repository, configuration, split) -> rows"""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from suite.errors import UserError
-from suite.evaluate.data import Doc
+from suite.evaluate.datasets import Doc
 
 Check = tuple[Callable[[Any], bool], str]
 """(test of the field's value, what is allowed in words)"""

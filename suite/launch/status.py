@@ -13,7 +13,7 @@ from rich.table import Table
 
 from suite.cells import Cell, described, variants
 from suite.grids import Grid
-from suite.launch.versions import stale_because
+from suite.launch.provenance import stale_because
 from suite.launch.worker import missing_evals
 from suite.records import RunDir
 

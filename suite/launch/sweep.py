@@ -17,13 +17,13 @@ from typing import Any, Protocol
 from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import Grid
-from suite.inputs import meant
-from suite.launch import executors
-from suite.launch.branching import must_wait
+from suite.launch import local
+from suite.launch.branches import must_wait
+from suite.launch.provenance import stale_because
 from suite.launch.status import GRIDS, CellStatus, cell_status, grid_status, run_dir
-from suite.launch.versions import stale_because
 from suite.launch.worker import CELL_FACTS, Scoring, missing_evals, refuse_unfit
 from suite.records import Locked, RunDir, write_json
+from suite.yaml_input import meant
 
 POLL_S = 0.1
 TELL_S = 1.0
@@ -163,7 +163,7 @@ class Sweep:
                 continue
             slot = free.pop(0)
             gpu = slot % self.gpus if self.gpus else None
-            job = executors.start(entry.run.path, self.scoring, entry.cell.threads, gpu)
+            job = local.start(entry.run.path, self.scoring, entry.cell.threads, gpu)
             entry.starts += 1
             entry.log = str(job.paths.stdout)
             self.active[slot] = _Active(entry, job)
@@ -181,7 +181,7 @@ class Sweep:
         deadline = time.monotonic() + STOP_PATIENCE_S
         while time.monotonic() < deadline and any(not active.job.done() for active in self.active.values()):
             for active in self.active.values():
-                executors.stop(active.job)
+                local.stop(active.job)
             time.sleep(TELL_S)
 
 

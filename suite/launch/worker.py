@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from suite.errors import UserError
-from suite.launch import beside, branching
-from suite.launch.versions import stale_because, versions
+from suite.launch import background_scoring, branches
+from suite.launch.provenance import stale_because, versions
 from suite.models import registry
 from suite.records import Locked, RunDir
 
@@ -157,7 +157,7 @@ def _train_and_score(run: RunDir, cell: Cell, scoring: Scoring) -> None:
         from suite.train.loop import train
 
         begin(run, cell, corpus)
-        with beside.scored_beside(run, cell, scoring) as keep:
+        with background_scoring.scored_beside(run, cell, scoring) as keep:
             train(cell, corpus, run, should_stop=keep)
         run.set_state("running", trained=True)
     score_missing(run, cell, corpus, scoring)
@@ -182,14 +182,14 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     from suite.train.checkpoint import steps_saved
 
     accounted = account(cell.model, corpus.vocab_size, cell.data.seq_len).to_json()
-    branching.begin(run, cell, account=accounted, versions=versions(), data_fingerprint=corpus.fingerprint)
+    branches.begin(run, cell, account=accounted, versions=versions(), data_fingerprint=corpus.fingerprint)
     print(f"{run.name}: training from step {max(steps_saved(run), default=0)}", file=sys.stderr)
 
 
 def lacks_scores(run: RunDir, cell: Cell) -> bool:
     """Whether a trained run is still to be scored, or its memory's use recorded."""
     has_memory = registry.family(cell.model.family).has_memory
-    return bool(missing_evals(run, cell) or beside.kept(run)) or (has_memory and not run.usage_path.exists())
+    return bool(missing_evals(run, cell) or background_scoring.kept(run)) or (has_memory and not run.usage_path.exists())
 
 
 def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scoring: Scoring, world: World | None = None) -> None:
@@ -201,7 +201,7 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scoring: Scoring, wor
     from suite.train.parallel import World
 
     world = world or World()
-    beside.score_kept(run, cell, corpus, scoring, world)
+    background_scoring.score_kept(run, cell, corpus, scoring, world)
     wanted = missing_evals(run, cell)
     lacks_usage = registry.family(cell.model.family).has_memory and not run.usage_path.exists()
     world.wait()  # all have looked before one writes

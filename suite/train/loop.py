@@ -18,7 +18,6 @@ from suite import models
 from suite.cells import Cell, TrainConfig
 from suite.data import Corpus
 from suite.data.loader import IGNORED, Loader
-from suite.evaluate.probe import Prober
 from suite.models.accounting import account
 from suite.models.precision import at_least_fp32
 from suite.models.transformer import Transformer
@@ -27,6 +26,7 @@ from suite.records import RunDir
 from suite.train import checkpoint
 from suite.train.optim import Optimizer
 from suite.train.parallel import World, recompute_blocks
+from suite.train.probe import Prober
 from suite.train.schedules import branch_steps, lr_factor, steps_of
 from suite.train.telemetry import Telemetry
 

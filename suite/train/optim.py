@@ -16,8 +16,8 @@ from kernels.embedding_bag import RowGradients
 from kernels.row_adamw import RowAdamW
 from suite.cells import TrainConfig
 from suite.models.memory_table import MemoryTable
-from suite.models.step_memory import STATE_BYTES, TableState
 from suite.models.transformer import Transformer
+from suite.plan.step_memory import STATE_BYTES, TableState
 
 VALUE_LR_RATIO = 10.0
 """Value rate over base rate where a cell sets none: 1e-3 against 1e-4 in the released template."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.fit import Problem
-from analysis.laws import LAWS
+from analysis.fits.fit import Problem
+from analysis.fits.laws import LAWS
 
 TRUTH: dict[str, dict[str, float]] = {
     "power": {"E": 1.7, "A": 40.0, "alpha": 0.3},

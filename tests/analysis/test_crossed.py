@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from analysis.crossed import crossed_difference
+from analysis.comparisons.crossed import crossed_difference
 from analysis.errors import InputError
 
 

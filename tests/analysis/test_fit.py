@@ -15,11 +15,9 @@ from scipy import optimize
 from simulated import TRUTH, simulated
 
 from analysis.errors import InputError
-from analysis.fit import Problem, fit
-from analysis.fitting import Request, run
-from analysis.laws import LAWS
-from analysis.solve import huber
-from analysis.uncertainty import (
+from analysis.fits.fit import Problem, fit
+from analysis.fits.fitting import Request, run
+from analysis.fits.intervals import (
     bootstrap,
     hold_out,
     identified,
@@ -28,6 +26,8 @@ from analysis.uncertainty import (
     profile,
     standard_errors,
 )
+from analysis.fits.laws import LAWS
+from analysis.fits.solver import huber
 
 SHARED = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))
 

@@ -14,12 +14,12 @@ from simulated import TRUTH, table
 
 from analysis.__main__ import main
 from analysis.errors import InputError
-from analysis.fit import Problem
-from analysis.fitting import Request, run
-from analysis.inputs import expressions
-from analysis.laws import LAWS
-from analysis.select import cell_errors, choose
-from analysis.uncertainty import HeldOut
+from analysis.fits.columns import expressions
+from analysis.fits.fit import Problem
+from analysis.fits.fitting import Request, run
+from analysis.fits.intervals import HeldOut
+from analysis.fits.joint import cell_errors, choose
+from analysis.fits.laws import LAWS
 
 
 def call(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from run_folders import BITS_MAX, EXPOSURES, curve, write_run
 
-from analysis import frame, runs
 from analysis.errors import InputError
-from analysis.tables import read_lines, read_table
+from analysis.records import frame, runs
+from analysis.records.tables import read_lines, read_table
 
 
 def test_columns_are_the_designs(results: Path) -> None:

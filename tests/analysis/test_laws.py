@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from simulated import TRUTH, inputs, simulated, truth
 
-from analysis.fit import _theta
-from analysis.laws import JOINT, LAWS, law
+from analysis.fits.fit import _theta
+from analysis.fits.laws import JOINT, LAWS, law
 
 
 @pytest.mark.parametrize("name", LAWS)

@@ -8,8 +8,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.comparisons.multiplier import multipliers
 from analysis.errors import InputError
-from analysis.multiplier import multipliers
 
 
 def runs(compute: np.ndarray, gain: float, noise: float, seed: int, repeats: int = 4) -> pd.DataFrame:

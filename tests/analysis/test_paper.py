@@ -9,8 +9,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from analysis import paper
-from analysis.runs import Run
+from analysis.paper import figures
+from analysis.records.runs import Run
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published"
 
@@ -31,7 +31,7 @@ def run(model: dict[str, Any], tasks: dict[str, dict[str, float]], tokens: float
 
 
 def test_everything_is_drawn_without_any_run_of_ours(results: Path) -> None:
-    files = paper.draw(results, results / "figures")
+    files = figures.draw(results, results / "figures")
     assert set(files) == {"figure1", "accuracy-base-size", "table1", "table2", "table3", "table4", "tables"}
     for paths in files.values():
         assert all(path.stat().st_size > 0 for path in paths)
@@ -56,9 +56,9 @@ def test_everything_is_drawn_without_any_run_of_ours(results: Path) -> None:
 
 def test_a_matching_run_stands_beside_the_published_number_with_its_tokens(results: Path) -> None:
     model = {"family": "memory_plus", "base": "1.3b", "half_keys": 1024}
-    rows = paper._scores(run(model, {"nq_open": {"exact_match": 0.05}, "triviaqa_nll": {"nll": 6.5}}))
+    rows = figures._scores(run(model, {"nq_open": {"exact_match": 0.05}, "triviaqa_nll": {"nll": 6.5}}))
     mine = pd.DataFrame(rows)
-    page = paper.tables(paper.published(results), mine)
+    page = figures.tables(figures.published(results), mine)
     assert "13.68 A; ours 5.00 (1, 10.0b)" in page
     assert "14.43 A; ours" not in page  # another table size
     assert page.count("ours 5.00") == 1
@@ -73,21 +73,21 @@ def test_a_run_of_another_model_than_the_papers_matches_nothing(results: Path) -
         plus | {"family": "pkm", "query_batchnorm": True}, {"family": "moe", "base": "1.3b", "experts": 8},
         {"family": "moe_topk", "base": "1.3b", "experts": 64}, {"family": "dense", "base": "w32"},
     ]  # fmt: skip
-    rows = [row for model in others for row in paper._scores(run(model, {"nq_open": {"exact_match": 0.01}}))]
-    rows += paper._scores(run(plus | {"k_dim": 1024, "placement": [3, 11, 19]}, {"nq_open": {"exact_match": 0.05}}))
+    rows = [row for model in others for row in figures._scores(run(model, {"nq_open": {"exact_match": 0.01}}))]
+    rows += figures._scores(run(plus | {"k_dim": 1024, "placement": [3, 11, 19]}, {"nq_open": {"exact_match": 0.05}}))
     mine = pd.DataFrame(rows)
-    page = paper.tables(paper.published(results), mine)
+    page = figures.tables(figures.published(results), mine)
     assert page.count("; ours") == 1
     assert "13.68 A; ours 5.00 (1, 10.0b)" in page
-    assert paper._shown(mine, paper.PANELS)["value"].tolist() == [0.05]
+    assert figures._shown(mine, figures.PANELS)["value"].tolist() == [0.05]
 
 
 def test_a_run_stands_beside_the_nearest_budget_and_budgets_are_not_averaged(results: Path) -> None:
     model = {"family": "dense", "base": "8b"}
     budgets = {2e11: 0.1, 1e12: 0.2, 9e11: 0.3}
     rows = [row for tokens, value in budgets.items()
-            for row in paper._scores(run(model, {"nq_open": {"exact_match": value}}, tokens))]  # fmt: skip
-    page = paper.tables(paper.published(results), pd.DataFrame(rows))
+            for row in figures._scores(run(model, {"nq_open": {"exact_match": value}}, tokens))]  # fmt: skip
+    page = figures.tables(figures.published(results), pd.DataFrame(rows))
     assert "18.61 A; ours 10.00 (1, 200b) |" in page
     assert "25.24 B; ours 30.00 (1, 900b); ours 20.00 (1, 1,000b) |" in page
     assert page.count("; ours") == 3
@@ -96,7 +96,7 @@ def test_a_run_stands_beside_the_nearest_budget_and_budgets_are_not_averaged(res
 def test_a_score_of_ours_is_the_papers_once() -> None:
     tasks = {"nq_open": {"exact_match": 0.1}, "nq_open_qa": {"em": 0.2, "f1": 0.3}, "nq_open_nll": {"nll": 6.0},
              "triviaqa_qa": {"em": 0.4, "f1": 0.5}}  # fmt: skip
-    rows = paper._scores(run({"family": "dense", "base": "1.3b"}, tasks))
+    rows = figures._scores(run({"family": "dense", "base": "1.3b"}, tasks))
     found = {(row["task"], row["metric"]): row["value"] for row in rows}
     assert len(found) == len(rows)
     assert found == {("nq_open", "exact_match"): 0.1, ("nq_open", "f1"): 0.3, ("triviaqa", "exact_match"): 0.4,
@@ -104,8 +104,8 @@ def test_a_score_of_ours_is_the_papers_once() -> None:
 
 
 def test_training_loss_stands_beside_the_papers_training_nll(results: Path) -> None:
-    rows = paper._scores(run({"family": "pkm", "base": "373m", "half_keys": 1024, "sink": True}, {}))
-    page = paper.tables(paper.published(results), pd.DataFrame(rows))
+    rows = figures._scores(run({"family": "pkm", "base": "373m", "half_keys": 1024, "sink": True}, {}))
+    page = figures.tables(figures.published(results), pd.DataFrame(rows))
     assert "| +softmax sink | 1,048,576 | 2.11 A; ours 2.50 (1, 10.0b) | 12.19 A | 8.04 A |" in page
     assert page.count("; ours") == 1
 
@@ -116,18 +116,18 @@ def test_the_papers_models_are_those_of_its_grids_and_of_the_suite() -> None:
     from suite.models.sizes import SIZES
 
     sizes = {base: size for base, size in SIZES.items() if size.vocab_size}
-    assert {base: (size.layers, size.dim, size.memory_stride) for base, size in sizes.items()} == paper.SHAPES
-    assert paper.EXPERTS == moe.PAPER_EXPERTS
-    for base in paper.SHAPES:
+    assert {base: (size.layers, size.dim, size.memory_stride) for base, size in sizes.items()} == figures.SHAPES
+    assert figures.EXPERTS == moe.PAPER_EXPERTS
+    for base in figures.SHAPES:
         for family in ("pkm", "memory_plus"):
             model = {"family": family, "base": base, "half_keys": 1024}
             config = registry.family(family).config.model_validate(model)
             assert isinstance(config, product_key.MemoryConfig)
             stated = model | {"k_dim": config.key_dim, "placement": list(config.memory_placement)}
-            assert not paper.own_options(stated)
+            assert not figures.own_options(stated)
     for name in ("fixed-memory", "memory-scaling", "8b"):
         for cell in load_grid(str(PUBLISHED.parents[1] / "grids" / f"paper-{name}.yaml"), need_data=False).cells:
-            own = paper.own_options(cell.model.model_dump(mode="json"))
+            own = figures.own_options(cell.model.model_dump(mode="json"))
             assert bool(own) == (cell.model.family == "moe_topk"), own
 
 
@@ -154,7 +154,7 @@ def test_the_papers_models_are_those_of_its_grids_and_of_the_suite() -> None:
     ],
 )
 def test_variants_have_the_papers_names(options: dict[str, Any], names: set[str]) -> None:
-    found = set(paper.variants({"base": "373m", "half_keys": 1024, **options}))
+    found = set(figures.variants({"base": "373m", "half_keys": 1024, **options}))
     assert found == names
     printed = set(pd.read_csv(PUBLISHED / "memory_layers_ablations.csv")["model"])
     assert found <= printed

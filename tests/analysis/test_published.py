@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis import published
-from analysis.frame import COLUMNS, read_published
+from analysis.records import published
+from analysis.records.frame import COLUMNS, read_published
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "results" / "published"

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 from run_folders import write_json, write_run
 
-from analysis import runs
 from analysis.__main__ import main
-from analysis.document import to_markdown
-from analysis.figures_cells import multiplier_figure
-from analysis.frame import read_published
-from analysis.gallery import CAPTIONS, draw
-from analysis.report import build
-from analysis.report_fits import multiplier_blocks
-from analysis.scene import scene
-from analysis.trends import trends
+from analysis.comparisons.trends import trends
+from analysis.figures.gallery import CAPTIONS, draw
+from analysis.figures.scene import scene
+from analysis.figures.variants import multiplier_figure
+from analysis.records import runs
+from analysis.records.frame import read_published
+from analysis.report.blocks import to_markdown
+from analysis.report.build import build
+from analysis.report.fits import multiplier_blocks
 
 
 @pytest.mark.filterwarnings("error")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from analysis.__main__ import main
-from kernels.bench import Result, write_csv
+from kernels.bench.main import Result, write_csv
 
 
 def measured(operator: str, contender: str, rows: int, milliseconds: float) -> Result:

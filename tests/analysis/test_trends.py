@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.trends import _interval
+from analysis.comparisons.trends import _interval
 
 
 @pytest.mark.parametrize("runs", [2, 5])

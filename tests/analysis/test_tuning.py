@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from analysis.runs import Run
-from analysis.tuning import choices
+from analysis.comparisons.tuning import choices
+from analysis.records.runs import Run
 
 
 def run(family: str, seed: int, share: float, **train: Any) -> Run:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from running import Suite, Told
 
-from suite.cli import main
+from suite.cli.main import main
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)

@@ -129,6 +129,6 @@ def test_the_families_are_listed_with_their_options(suite: Suite) -> None:
 
 def test_a_process_that_has_triton_ends_in_silence(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    code = "import sys, triton; from suite.cli import main; sys.argv = ['suite', 'plan', 'smoke', '--json']; main()"
+    code = "import sys, triton; from suite.cli.main import main; sys.argv = ['suite', 'plan', 'smoke', '--json']; main()"
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ended.stderr == ""

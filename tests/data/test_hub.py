@@ -12,8 +12,8 @@ import pytest
 
 from suite.cells import HubData, Tokenizer
 from suite.data import prepare
-from suite.data.corpora import is_held_out
 from suite.data.hub import HubReader
+from suite.data.text_files import is_held_out
 from suite.errors import UserError
 from suite.grids import load_cell
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from suite.cells import BiosData
-from suite.data import Loader, prepare, streams
+from suite.data import Loader, prepare, seeded_random
 from suite.data.loader import DocumentPacking, Packing, WindowPacking
 from suite.data.shards import Round
 
@@ -156,15 +156,15 @@ def test_the_order_of_a_seed_is_pinned(tmp_path: Path) -> None:
 @given(st.integers(1, 3000), st.integers(0, 3))
 @settings(deadline=None, max_examples=50)
 def test_a_shuffle_is_a_permutation_whose_places_are_found_one_by_one(count: int, seed: int) -> None:
-    whole = streams.shuffled(np.arange(count), count, seed)
+    whole = seeded_random.shuffled(np.arange(count), count, seed)
     assert sorted(whole.tolist()) == list(range(count))
     some = np.arange(count)[:: max(1, count // 7)]
-    assert np.array_equal(streams.shuffled(some, count, seed), whole[some])
+    assert np.array_equal(seeded_random.shuffled(some, count, seed), whole[some])
 
 
 def test_a_shuffle_of_more_rows_than_memory_holds_takes_none() -> None:
     count = 10**12
-    places = streams.shuffled(np.arange(1000), count, 5)
+    places = seeded_random.shuffled(np.arange(1000), count, 5)
     assert len(set(places.tolist())) == 1000
     assert places.min() >= 0
     assert places.max() < count
@@ -173,7 +173,7 @@ def test_a_shuffle_of_more_rows_than_memory_holds_takes_none() -> None:
 
 def test_shuffles_are_uniform_over_places_and_over_neighbours() -> None:
     # Where item 0 lands and how far item 1 lands from it, over many seeds: both uniform (chi-square).
-    found = np.array([streams.shuffled(np.arange(2), 12, seed) for seed in range(6000)])
+    found = np.array([seeded_random.shuffled(np.arange(2), 12, seed) for seed in range(6000)])
     for values in (found[:, 0], (found[:, 1] - found[:, 0]) % 12 - 1):
         counts = np.bincount(values, minlength=12)
         kinds = np.count_nonzero(counts)
@@ -184,4 +184,4 @@ def test_shuffles_are_uniform_over_places_and_over_neighbours() -> None:
 
 def test_the_shuffle_is_pinned() -> None:
     # A resumed run must meet the rows it would have met.
-    assert streams.shuffled(np.arange(8), 1000, 11, 0).tolist() == [744, 156, 201, 885, 488, 440, 700, 260]
+    assert seeded_random.shuffled(np.arange(8), 1000, 11, 0).tolist() == [744, 156, 201, 885, 488, 440, 700, 260]

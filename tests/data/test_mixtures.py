@@ -16,10 +16,10 @@ from pydantic import ValidationError
 import suite.models  # noqa: F401  (registers the families)
 from suite.cells import MIXTURE_BLOCK, Cell, MixtureData, TextData, Tokenizer
 from suite.data import prepare
-from suite.data.corpora import is_held_out
 from suite.data.identify import identified
 from suite.data.loader import Loader, MixturePacking, WindowPacking, quotas
 from suite.data.shards import Round
+from suite.data.text_files import is_held_out
 from suite.errors import UserError
 
 EOT = 0

@@ -16,7 +16,7 @@ import pytest
 
 from suite.cells import BiosData, TextData, Tokenizer
 from suite.data import Corpus, prepare, shards
-from suite.data.corpora import fingerprint, is_held_out
+from suite.data.text_files import fingerprint, is_held_out
 from suite.errors import UserError
 
 BYTES = Tokenizer(kind="bytes")

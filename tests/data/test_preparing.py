@@ -40,7 +40,7 @@ train: {{batch_rows: 4, tokens: 1000, lr: 1e-3}}
 
 
 def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "suite.cli", "data", "prepare", *map(str, arguments)]
+    return [sys.executable, "-m", "suite.cli.main", "data", "prepare", *map(str, arguments)]
 
 
 def prepare(*arguments: object) -> tuple[dict[str, Any], str]:

@@ -16,7 +16,7 @@ from suite.cells import BiosData, TextData
 from suite.cells import Tokenizer as TokenizerConfig
 from suite.data import prepare, tokenizer_files, tokenizers
 from suite.errors import UserError
-from suite.evaluate.scoring import encode_pair
+from suite.inference.loglikelihood import encode_pair
 
 SHARED = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
 GPT2 = SHARED / "tokenizer"

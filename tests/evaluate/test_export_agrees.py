@@ -15,12 +15,12 @@ import pytest
 from stock import lm_eval, make_hub
 
 from suite.cells import EvalConfig
-from suite.cli import main
+from suite.cli.main import main
 from suite.data import prepare as prepare_corpus
 from suite.errors import UserError
 from suite.evaluate import catalog, harness
 from suite.evaluate.adapter import Codec, SuiteLM
-from suite.evaluate.data import DataRoot
+from suite.evaluate.datasets import DataRoot
 from suite.evaluate.sandbox import Sandbox
 from suite.records import RunDir
 from suite.train.checkpoint import load_model

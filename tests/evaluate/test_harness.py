@@ -14,10 +14,10 @@ from suite.cells import BiosData, EvalConfig
 from suite.data import Corpus
 from suite.errors import UserError
 from suite.evaluate import catalog
-from suite.evaluate.data import DataRoot
+from suite.evaluate.datasets import DataRoot
 from suite.evaluate.harness import Evaluator, Harness, evaluate, prepare
-from suite.evaluate.probe import Prober
 from suite.models.transformer import Transformer
+from suite.train.probe import Prober
 
 
 def test_probes_during_training_and_the_harness_agree(bios: Corpus, bios_model: Transformer) -> None:

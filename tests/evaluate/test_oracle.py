@@ -10,7 +10,7 @@ import pytest
 from suite.data import Corpus
 from suite.errors import UserError
 from suite.evaluate import catalog, oracle
-from suite.evaluate.data import DataRoot
+from suite.evaluate.datasets import DataRoot
 from suite.evaluate.sandbox import Sandbox
 from suite.evaluate.tasks import code
 

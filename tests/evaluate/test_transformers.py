@@ -14,7 +14,7 @@ from suite.data import Corpus
 from suite.data.tokenizers import BPETokenizer
 from suite.evaluate import catalog, harness
 from suite.evaluate.adapter import Codec, SuiteLM
-from suite.evaluate.data import DataRoot
+from suite.evaluate.datasets import DataRoot
 from suite.models.transformer import Transformer
 
 pytestmark = pytest.mark.slow

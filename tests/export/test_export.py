@@ -16,13 +16,14 @@ import torch
 from typer.testing import CliRunner
 
 from suite import models
+from suite.baselines import loading
 from suite.cells import Cell, EvalConfig
 from suite.cells import Tokenizer as TokenizerConfig
-from suite.cli import app
+from suite.cli.main import app
 from suite.data import Corpus, prepare
 from suite.errors import UserError
-from suite.export import export, fast_tokenizer, import_llama
-from suite.models import Transformer, external, registry
+from suite.export.export import export, fast_tokenizer, import_llama
+from suite.models import Transformer, registry
 
 transformers = pytest.importorskip("transformers", reason="transformers, an extra, is not installed")
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,7 +97,7 @@ def test_transformers_loads_every_family_with_our_logits(name: str, tmp_path: Pa
 def exported(name: str, folder: Path) -> tuple[Transformer, Any]:
     """A model, and its export as transformers loads it; `hashed_ngram` is the documentation's baseline."""
     if name == "hashed_ngram":
-        external.load(ROOT / "docs" / "hashed_ngram.py")
+        loading.load(ROOT / "docs" / "hashed_ngram.py")
         model = models.build(registry.family(name).config(family=name, base="w32"), 50, 0).eval()
     else:
         model = built(name)
@@ -106,7 +107,7 @@ def exported(name: str, folder: Path) -> tuple[Transformer, Any]:
 
 @pytest.mark.parametrize("name", [*FAMILIES, "hashed_ngram"])
 def test_greedy_generation_is_ours_with_a_cache_and_without(name: str, tmp_path: Path) -> None:
-    from suite.evaluate.scoring import generate
+    from suite.inference.loglikelihood import generate
 
     model, theirs = exported(name, tmp_path / "out")
     prompts = tokens()[:, :6]
@@ -163,7 +164,7 @@ model.train()(tokens_BT, labels=tokens_BT).loss.backward()
 
 
 def test_a_baseline_of_ones_own_is_exported_with_its_file(tmp_path: Path) -> None:
-    external.load(ROOT / "docs" / "hashed_ngram.py")
+    loading.load(ROOT / "docs" / "hashed_ngram.py")
     config = registry.family("hashed_ngram").config(family="hashed_ngram", base="w32")
     model = models.build(config, 50, 0).eval()
     export(model, tmp_path / "out")
@@ -255,7 +256,7 @@ def test_a_word_that_is_none_of_the_worlds_is_refused_by_both(corpus: Corpus) ->
 def test_lm_eval_scores_an_export_as_we_score_the_model(corpus: Corpus, tmp_path: Path) -> None:
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from suite.evaluate import catalog, harness
-    from suite.evaluate.data import DataRoot
+    from suite.evaluate.datasets import DataRoot
 
     tasks = EvalConfig(tasks=("bios_choice", "bios_storage"), limit=12)
     model = built("memory_plus", corpus.vocab_size)

@@ -50,7 +50,7 @@ def test_every_family_and_block_says_where_it_comes_from(name: str) -> None:
 def test_what_is_asked_gives_every_score_that_the_paper_prints(name: str, table: str) -> None:
     import pandas as pd
 
-    from analysis.published import printed_as
+    from analysis.records.published import printed_as
 
     printed = pd.read_csv(GRIDS.parent / "results" / "published" / f"memory_layers_{table}.csv")
     wanted = {(task, metric) for task, metric in zip(printed["task"], printed["metric"], strict=True)}
@@ -96,7 +96,7 @@ def test_memory_scaling_and_8b_have_the_papers_tables_and_budgets() -> None:
 def test_ablations_are_those_of_tables_3_and_4_under_the_papers_names() -> None:
     import pandas as pd
 
-    from analysis.paper import variants
+    from analysis.paper.figures import variants
 
     cells = grid("paper-ablations").cells
     names = {name for cell in cells for name in variants(cell.model.model_dump(mode="json"))}

@@ -7,21 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import bench
-from kernels.bench_cases import Case, Forward
-from kernels.bench_peers import layers
-from kernels.bench_steps import DenseStep, RowStep, SparseStep, step
+from kernels.bench import main
+from kernels.bench.cases import Case, Forward
+from kernels.bench.peers import layers
+from kernels.bench.steps import DenseStep, RowStep, SparseStep, step
 
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "CPU_CASES", [Case(8, 64, 128, 8, use) for use in ("uniform", "zipf")])
-    monkeypatch.setattr(bench, "copy_bandwidth", lambda device: 1e9)
-    monkeypatch.setattr(bench, "ROUNDS", 2)
+    monkeypatch.setattr(main, "CPU_CASES", [Case(8, 64, 128, 8, use) for use in ("uniform", "zipf")])
+    monkeypatch.setattr(main, "copy_bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(main, "ROUNDS", 2)
 
 
 def test_every_contender_is_right_and_reported(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert bench.main(["--device", "cpu", "--json", "--out", str(tmp_path)]) == 0
+    assert main.main(["--device", "cpu", "--json", "--out", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     document = json.loads(captured.out)
     results = document["results"]
@@ -55,7 +55,7 @@ def test_layers_of_packages_that_are_installed_agree_with_ours() -> None:
 
 def test_what_is_wrong_is_not_reported(small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(Forward, "correct", lambda self: False)
-    bench.main(["--device", "cpu"])
+    main.main(["--device", "cpu"])
     captured = capsys.readouterr()
     assert not [line for line in captured.out.splitlines() if line.startswith("forward")]
     assert "wrong, not reported: forward" in captured.err
@@ -63,15 +63,15 @@ def test_what_is_wrong_is_not_reported(small: None, monkeypatch: pytest.MonkeyPa
 
 def test_rows_that_no_case_has_are_refused(small: None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        bench.main(["--device", "cpu", "--rows", "63"])
+        main.main(["--device", "cpu", "--rows", "63"])
     assert "--rows: got 63, allowed: 64" in capsys.readouterr().err
 
 
 def test_what_does_not_fit_is_left_out_by_name(
     small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(bench, "free_bytes", lambda device: 5000)
-    assert bench.main(["--device", "cpu"]) == 0
+    monkeypatch.setattr(main, "free_bytes", lambda device: 5000)
+    assert main.main(["--device", "cpu"]) == 0
     captured = capsys.readouterr()
     assert captured.err.count("left out, does not fit") == 2
     assert "step" not in captured.out.split("Step against dense")[0]
@@ -103,11 +103,11 @@ def test_a_contender_that_moves_rows_otherwise_than_float64_does_is_found(
     contender.turn(case.inputs(0))
     contender.prove(case.inputs(1))
     assert contender.correct()
-    monkeypatch.setattr("kernels.bench_steps.BETAS", (0.8, 0.95))  # of what is expected; the optimizer has its own
+    monkeypatch.setattr("kernels.bench.steps.BETAS", (0.8, 0.95))  # of what is expected; the optimizer has its own
     contender.prove(case.inputs(2))
     assert not contender.correct()
 
 
 def test_copying_is_timed_on_the_clock_of_the_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "seconds_of", lambda work, device: 2.0)
-    assert bench.copy_bandwidth("cpu", size=1000) == 2 * 4000 / 2.0
+    monkeypatch.setattr(main, "seconds_of", lambda work, device: 2.0)
+    assert main.copy_bandwidth("cpu", size=1000) == 2 * 4000 / 2.0

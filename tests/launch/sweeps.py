@@ -37,7 +37,7 @@ def environment() -> dict[str, str]:
 
 def suite(*arguments: str | Path, cwd: Path, patience_s: float = 300) -> subprocess.CompletedProcess[str]:
     """The command line, run to its end."""
-    command = [sys.executable, "-m", "suite.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "suite.cli.main", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=patience_s)
 
 
@@ -46,7 +46,7 @@ def start_sweep(grid: Path, results: Path, *options: str) -> subprocess.Popen[st
     command = [
         sys.executable,
         "-m",
-        "suite.cli",
+        "suite.cli.main",
         "sweep",
         str(grid),
         "--results",

@@ -12,7 +12,7 @@ import pytest
 from sweeps import suite
 from typer.testing import CliRunner
 
-from suite.cli import app
+from suite.cli.main import app
 from suite.errors import UserError
 from suite.grids import load_grid
 from suite.models import registry

@@ -14,7 +14,8 @@ from model_families import OPTIONS, VOCAB, config, model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from suite.models import external, moe, registry
+from suite.baselines import loading
+from suite.models import moe, registry
 from suite.models.accounting import account
 from suite.models.registry import Family, ModelConfig
 from suite.models.transformer import Transformer
@@ -70,7 +71,7 @@ def test_parameter_totals_are_the_printed_ones_within_a_million():
 def _example() -> Iterator[None]:
     """The documentation's baseline is registered."""
     before = set(registry.families())
-    external.load(Path(__file__).resolve().parents[2] / "docs" / "hashed_ngram.py")
+    loading.load(Path(__file__).resolve().parents[2] / "docs" / "hashed_ngram.py")
     yield
     registry.unregister(set(registry.families()) - before)
 

@@ -29,7 +29,7 @@ from queueing import (
 from sweeps import TINY, final_weights, records, runs_of, start_sweep, suite
 
 from suite.grids import load_grid
-from suite.launch import plan as planning
+from suite.plan import plan as planning
 from suite.records import RunDir
 
 GRIDS = Path(__file__).parents[2] / "grids"

@@ -11,7 +11,7 @@ from queueing import DENSE, on_slurm, resume_nodes, slurm, until, urgent, write
 from sweeps import suite
 
 from suite.grids import load_grid
-from suite.launch import slurm_queue
+from suite.launch.slurm import queue
 from suite.launch.status import CellStatus, grid_status
 from suite.launch.sweep import prepare
 from suite.records import RunDir
@@ -37,7 +37,7 @@ def submit(run: RunDir, *how: str) -> str:
     log.parent.mkdir(exist_ok=True)
     command = ["sbatch", "--parsable", f"--output={log}", "--open-mode=append", "--job-name=tiny-train"]
     job = slurm(*command, *how)
-    slurm_queue.record_job(run, "train", job, log)
+    queue.record_job(run, "train", job, log)
     return job
 
 
@@ -99,7 +99,7 @@ def test_status_tells_every_way_a_job_waits_runs_and_ends_in_one_question(
     ]
 
     def said() -> list[str]:
-        return words(slurm_queue.with_slurm(grid_status(results, grid), runs))
+        return words(queue.with_slurm(grid_status(results, grid), runs))
 
     # Calls are counted where people ask.
     calls = folder / "calls"

@@ -15,7 +15,7 @@ from many import FAMILIES, WITH_MEMORY, Job, cell_of, job, run_jobs
 from suite.cells import Cell, EvalConfig
 from suite.data import prepare
 from suite.errors import UserError
-from suite.launch.beside import keep_due
+from suite.launch.background_scoring import keep_due
 from suite.launch.worker import Scoring, score_missing
 from suite.models import moe
 from suite.models.ranking import best

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from suite.data.bios import BitsResult, Probe, bits_learned
-from suite.evaluate.data import Doc
+from suite.evaluate.datasets import Doc
 
 
 class Scored(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Any
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from suite.errors import UserError
-from suite.evaluate.data import DataRoot, Doc
+from suite.evaluate.datasets import DataRoot, Doc
 from suite.evaluate.sandbox import Sandbox
 
 TASKS: dict[str, tuple[str, int]] = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from suite.evaluate.data import Doc
+from suite.evaluate.datasets import Doc
 
 
 def score_document(doc: Doc, results: Sequence[float]) -> dict[str, tuple[float, int]]:

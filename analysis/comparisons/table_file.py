@@ -1,0 +1,185 @@
+"""The `compare` verb: families of any table of runs against a reference, paired over seeds and by compute multiplier.
+
+The run is the unit. Pairs share cell and seed; one contrast may be declared primary, all others are adjusted by Holm's
+method.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.comparisons.multiplier import multipliers
+from analysis.comparisons.paired import MIN_PAIRS, holm, paired
+from analysis.errors import InputError
+from analysis.fits.columns import chosen, evaluate, expressions, number, prepared
+from analysis.fits.isoflop import budgets
+from analysis.records.runs import EQUAL
+from analysis.records.tables import read_table
+
+NEEDED = {"family": "names of families", "y": "loss or error, lower is better"}
+OPTIONAL = {
+    "C": "training FLOPs, for the compute multiplier", "cell": "what pairs share, as the base size; default: C",
+    "seed": "pairs runs", "params": "its ratio is stated", "bytes": "its ratio is stated",
+}  # fmt: skip
+
+
+def add_options(verb: argparse.ArgumentParser) -> None:
+    """The options of a comparison of families in a file."""
+    verb.add_argument("--data", type=Path, required=True, help="CSV, JSON lines or parquet of runs")
+    verb.add_argument("--columns", required=True, help=f"NAME=EXPRESSION,...: {', '.join([*NEEDED, *OPTIONAL])}")
+    verb.add_argument("--reference", default="dense", help="the family all others are held against; default: dense")
+    verb.add_argument(
+        "--primary", metavar="FAMILY:CELL", help="the one contrast whose p is not adjusted; default: none"
+    )
+    verb.add_argument("--where", help="compare rows that satisfy this condition")
+    verb.add_argument("--bootstrap", type=int, default=1000, metavar="DRAWS", help="of runs, for multipliers")
+    verb.add_argument("--seed", type=int, default=0)
+
+
+def main(options: argparse.Namespace, finite: Callable[[Any], Any]) -> int:
+    """Read, compare, print."""
+    if options.bootstrap < 1 or options.seed < 0:
+        raise InputError("--bootstrap: allowed: 1 or more; --seed: 0 or more")
+    runs = columns_of(prepared(read_table(options.data)), options.columns, options.where)
+    result = compare(runs, options.reference, options.primary, options.bootstrap, options.seed)
+    print(json.dumps(finite(result)) if options.json else text(result))
+    return 0
+
+
+def columns_of(table: pd.DataFrame, columns: str, where: str | None) -> pd.DataFrame:
+    """The named expressions as columns; family, cell and seed as labels, the rest as positive numbers."""
+    found, rows = expressions(columns), chosen(table, where, "--where")
+    unknown = [name for name in found if name not in NEEDED | OPTIONAL]
+    missing = [name for name in NEEDED if name not in found]
+    if unknown or missing:
+        word = f"got {unknown[0]!r}" if unknown else f"{missing[0]} is missing ({NEEDED[missing[0]]})"
+        raise InputError(f"--columns: {word}; allowed: {', '.join(NEEDED)} and, as there are, {', '.join(OPTIONAL)}")
+    if not {"C", "seed"} & found.keys():
+        raise InputError("--columns: C (for the compute multiplier) or seed (for paired differences) is needed")
+    if not {"C", "cell"} & found.keys():
+        raise InputError("--columns: cell is missing: what pairs share, as the base size")
+    values: dict[str, Any] = {}
+    for name, expression in found.items():
+        series = evaluate(rows, expression, f"--columns: {name}")
+        if series.isna().any():
+            raise InputError(f"--columns: {name} is missing in {int(series.isna().sum())} of {len(series)} rows")
+        if name in ("family", "cell", "seed"):
+            values[name] = series.astype(str).to_numpy()
+            continue
+        values[name] = number(rows, expression, f"--columns: {name}")
+        if not (np.isfinite(values[name]) & (values[name] > 0)).all():
+            raise InputError(f"--columns: {name} must be finite and above 0 in every row")
+    if "cell" not in values:
+        values["cell"] = [f"{budget:.3g}" for budget in budgets(values["C"])]
+    return pd.DataFrame(values)
+
+
+def compare(
+    runs: pd.DataFrame, reference: str, primary: str | None, draws: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Paired differences and compute multipliers of every family against the reference.
+
+    Raises:
+        InputError: no runs of the reference, none of another family, a primary contrast that is not there, or two runs
+            of a family that share cell and seed.
+    """
+    families = list(dict.fromkeys(runs["family"]))
+    if reference not in families:
+        raise InputError(f"--reference: got {reference!r}, families are {', '.join(families)}")
+    others = [name for name in families if name != reference]
+    if not others:
+        raise InputError(f"--columns: family is {reference!r} in every row, so there is nothing to compare")
+    dense = runs[runs["family"] == reference]
+    differences = []
+    if "seed" in runs:
+        for (family, cell), part in runs[runs["family"] != reference].groupby(["family", "cell"], sort=False):
+            differences += _difference(part, dense[dense["cell"] == cell], str(family), str(cell))
+    _tested(differences, primary)
+    return {"reference": reference, "differences": differences} | _multipliers(runs, dense, others, draws, seed)
+
+
+def _tested(differences: list[dict[str, Any]], primary: str | None) -> None:
+    """Mark the primary contrast, FAMILY:CELL, and adjust all others."""
+    named = {f"{item['family']}:{item['cell']}": item for item in differences}
+    if primary is not None:
+        if primary not in named:
+            raise InputError(f"--primary: got {primary!r}, allowed: {', '.join(named) or 'none, there are no pairs'}")
+        named[primary]["primary"] = True
+    rest = [item for item in differences if not item["primary"]]
+    for item, p in zip(rest, holm([item["p"] for item in rest]), strict=True):
+        item["p_holm"] = p
+
+
+def _difference(ours: pd.DataFrame, theirs: pd.DataFrame, family: str, cell: str) -> list[dict[str, Any]]:
+    """A family against the reference at one cell; empty where no seed is shared."""
+    for part in (ours, theirs):
+        if (twice := part["seed"].duplicated()).any():
+            name, seed = part["family"].iloc[0], part.loc[twice, "seed"].iloc[0]
+            raise InputError(f"--columns: got two runs of {name} at cell {cell} and seed {seed}, allowed: one")
+    joined = ours.merge(theirs, on="seed", suffixes=("", "_ref"))
+    if joined.empty:
+        return []
+    found = paired((joined["y"] - joined["y_ref"]).to_numpy())
+    ratios = {
+        name: float((joined[name] / joined[f"{name}_ref"]).mean()) for name in ("C", "params", "bytes") if name in ours
+    }
+    equal = abs(ratios["C"] - 1) <= EQUAL if "C" in ratios else None
+    return [{
+        "family": family, "cell": cell, "primary": False, "pairs": found.n, "difference": found.mean, "low": found.low,
+        "high": found.high, "p": found.p, "ratios": ratios, "equal_flop": equal,
+    }]  # fmt: skip
+
+
+def _multipliers(
+    runs: pd.DataFrame, dense: pd.DataFrame, others: list[str], draws: int, seed: int
+) -> dict[str, Any]:  # fmt: skip
+    """By family and cell; the reason where the reference does not allow them."""
+    if "C" not in runs:
+        return {"multipliers": [], "reason": "no column C"}
+    try:
+        found = [
+            {"family": name} | asdict(item)
+            for name in others
+            for item in multipliers(dense, runs[runs["family"] == name], draws, seed)
+        ]
+    except InputError as error:
+        return {"multipliers": [], "reason": str(error)}
+    for item in found:
+        if item["runs"] < MIN_PAIRS:
+            item["low"] = item["high"] = float("nan")
+    return {"multipliers": found, "reason": None}
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """A comparison as lines for a terminal."""
+    lines = []
+    for item in result["differences"]:
+        p = "" if np.isnan(item["p"]) else f", p {item['p']:.3g} (primary)"
+        if p and not item["primary"]:
+            p = f", p {item['p_holm']:.3g} (Holm)"
+        ratios = ", ".join(f"{value:.3g}x {name}" for name, value in item["ratios"].items())
+        flops = {None: "", True: ", equal-FLOP", False: ", not equal-FLOP"}[item["equal_flop"]]
+        found = f"{item['difference']:+.5g}{_ends(item)}, {item['pairs']} pairs{p}"
+        lines.append(
+            f"{item['family']} - {result['reference']} at {item['cell']}: {found}; {ratios}{flops}".rstrip("; ")
+        )
+    for item in result["multipliers"]:
+        note = ", extrapolated" if item["extrapolated"] else ""
+        value = f"{item['value']:.4g}{_ends(item)}"
+        lines.append(f"compute multiplier of {item['family']} at {item['cell']}: {value}, {item['runs']} runs{note}")
+    if result["reason"]:
+        lines.append(f"no compute multiplier: {result['reason']}")
+    lines.append(f"95 % intervals from {MIN_PAIRS} pairs or runs on")
+    return "\n".join(lines)
+
+
+def _ends(item: Mapping[str, Any]) -> str:
+    return "" if np.isnan(item["low"]) else f" [{item['low']:.4g}, {item['high']:.4g}]"

@@ -1,0 +1,178 @@
+"""A stream of documents written as one round, piece by piece: a kill costs the last piece, never the rest.
+
+A piece ends after a whole batch of documents. What is committed is in META: how long the files are, where the
+reader stands, and the content's fingerprint so far; on restart the files are cut back to it and the stream goes
+on from there, so that the bytes are those of a writer that was never killed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from suite.data import text_files
+from suite.data.shards import META, RoundFile, open_cut
+from suite.data.text_files import Reader
+from suite.data.tokenizers import Tokenizer
+from suite.errors import UserError
+from suite.records import write_json
+
+HELD_OUT = "held_out.jsonl"
+PIECE_TOKENS = 1 << 22
+BATCH_DOCUMENTS = 1024
+BATCH_CHARACTERS = 1 << 22
+MOST_HELD_OUT = 10_000
+"""Documents kept for evaluation; further ones of the held-out share are neither trained nor evaluated on."""
+
+
+@dataclass
+class Written:
+    """What is committed: counts, bytes of the held-out file, the content's sha256, and the reader's position.
+
+    `content` is a chain: the sha256 of the previous one, in hex, and the bytes of the piece's tokens.
+    """
+
+    rounds: int = 1
+    documents: int = 0
+    tokens: int = 0
+    held_out: int = 0
+    held_out_bytes: int = 0
+    pieces: int = 0
+    content: str = ""
+    position: Any = None
+
+
+Tell = Callable[[int, float | None], None]
+"""Told how a stream goes: tokens written so far, and the share of the whole, 0 to 1, None if unknown."""
+
+
+def silent(tokens: int, share: float | None) -> None:
+    """A Tell that says nothing."""
+
+
+def write_stream(
+    folder: Path,
+    reader_at: Callable[[Any], Reader],
+    tokenizer: Tokenizer,
+    held_out: float,
+    most_tokens: int | None = None,
+    tell: Tell = silent,
+) -> Written:
+    """Encode a stream into `folder`, from where an earlier call was cut; gives what is written.
+
+    Args:
+        folder: where round 0 and the held-out documents go.
+        reader_at: the reader that starts at a position; None is the beginning.
+        tokenizer: what encodes; the same on every call.
+        held_out: share of documents that go to HELD_OUT instead, at most MOST_HELD_OUT of them.
+        most_tokens: the stream ends with the document that reaches this; None: with the reader.
+        tell: called after every batch.
+
+    Raises UserError, before the last commit, if there is nothing to train on or nothing held out.
+    Memory: one batch of BATCH_DOCUMENTS documents or BATCH_CHARACTERS characters, and a document more.
+    """
+    with _Writer(folder, tokenizer, held_out, most_tokens) as writer:
+        reader = reader_at(writer.written.position)
+        stream = iter(reader)
+        while not writer.is_full and (texts := _batch(stream)):
+            writer.add(texts)
+            tell(writer.round.tokens, writer.share(reader))
+            if writer.round.tokens - writer.written.tokens >= PIECE_TOKENS:
+                writer.commit(reader.position)
+        writer.check()
+        if reader.position != writer.written.position:
+            writer.commit(reader.position)
+        return writer.written
+
+
+class _Writer:
+    """The files of a stream and what of them is committed."""
+
+    def __init__(self, folder: Path, tokenizer: Tokenizer, held_out: float, most_tokens: int | None) -> None:
+        self._meta, self._tokenizer, self._held_out, self._most = folder / META, tokenizer, held_out, most_tokens
+        self.written = Written(**json.loads(self._meta.read_text())) if self._meta.exists() else Written()
+        self.round = RoundFile(folder, 0, tokenizer.vocab_size, self.written.documents, self.written.tokens)
+        self._aside = open_cut(folder / HELD_OUT, self.written.held_out_bytes)
+        self._kept = self.written.held_out
+        self._digest = hashlib.sha256(self.written.content.encode())
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the tokens asked for are there."""
+        return self._most is not None and self.round.tokens >= self._most
+
+    def share(self, reader: Reader) -> float | None:
+        """How much of the whole is written."""
+        return reader.share if self._most is None else min(1.0, self.round.tokens / self._most)
+
+    def add(self, texts: list[str]) -> None:
+        """Write a batch of documents to where each belongs."""
+        trained = []
+        for text in texts:
+            if not text_files.is_held_out(text, self._held_out):
+                trained.append(text)
+            elif self._kept < MOST_HELD_OUT:
+                self._kept += 1
+                self._aside.write((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode())
+        encoded = [[self._tokenizer.eot_id, *tokens] for tokens in self._tokenizer.encode_batch(trained)]
+        self._digest.update(self.round.append(self._up_to_most(encoded)))
+
+    def _up_to_most(self, encoded: list[list[int]]) -> list[list[int]]:
+        if self._most is None:
+            return encoded
+        tokens = self.round.tokens
+        for count, document in enumerate(encoded, start=1):
+            tokens += len(document)
+            if tokens >= self._most:
+                return encoded[:count]
+        return encoded
+
+    def commit(self, position: Any) -> None:
+        """All that was added is on disk and known to be; the reader stands at `position`."""
+        self.round.flush()
+        self._aside.flush()
+        os.fsync(self._aside.fileno())
+        self.written = Written(
+            documents=self.round.documents,
+            tokens=self.round.tokens,
+            held_out=self._kept,
+            held_out_bytes=self._aside.tell(),
+            pieces=self.written.pieces + 1,
+            content=self._digest.hexdigest(),
+            position=position,
+        )
+        write_json(self._meta, asdict(self.written))
+        self._digest = hashlib.sha256(self.written.content.encode())
+
+    def check(self) -> None:
+        """Raise UserError unless there are documents on both sides."""
+        for count, purpose in ((self.round.documents, "train"), (self._kept, "evaluate")):
+            if not count:
+                raise UserError(
+                    f"data.held_out: got {self._held_out}, which leaves no document to {purpose} on, allowed: a share"
+                    " that leaves some to both"
+                )
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.round.__exit__()
+        self._aside.close()
+
+
+def _batch(stream: Iterator[str]) -> list[str]:
+    """The next documents; reads none ahead, so that the reader's position is that of the batch's end."""
+    texts: list[str] = []
+    characters = 0
+    for text in stream:
+        texts.append(text)
+        characters += len(text)
+        if len(texts) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            break
+    return texts

@@ -1,0 +1,206 @@
+"""What a Slurm job runs: one stage of a cell, given the path of its run directory and how to divide it.
+
+Training runs in a thread of its own, and the main one waits: submitit's signal handler, which runs there, then lets
+training come to the end of its step, where all processes agree, save together and are done; the handler waits for
+that and requeues the job. Nothing of a run is in the job: whoever starts reads the newest whole checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import submitit
+
+from suite.launch import background_scoring, worker
+from suite.records import Locked, RunDir
+from suite.train.parallel import Parallel, World, joined
+
+if TYPE_CHECKING:
+    from suite.cells import Cell
+    from suite.data import Corpus
+
+Stage = Literal["train", "evaluate", "score"]
+"""Train; score the end, and what is left of the checkpoints kept on the way; score those while training goes on."""
+
+TO_BE_SCORED = "trained; to be scored"
+WARNED = "its time limit is near: saved; goes on when it is scheduled again"
+PREEMPTED = "preempted: saved; goes on when it is scheduled again"
+ORPHAN_PATIENCE_S = 5.0
+HEED_S = 0.5
+"""How often the main thread looks for signals while another trains."""
+
+
+class CellJob:
+    """One stage of the cell at `run_path`, to be submitted through submitit, which asks it for `checkpoint`."""
+
+    def __init__(
+        self, run_path: Path, stage: Stage, scoring: worker.Scoring | None = None, parallel: Parallel | None = None
+    ) -> None:
+        self.run_path, self.stage, self.scoring = run_path, stage, scoring or worker.Scoring()
+        self.parallel = parallel or Parallel()
+        self._stopping: threading.Event | None = None
+        self._ended: threading.Event | None = None
+
+    def __call__(self) -> str:
+        """Do the stage, from where the run stands; a failure is in the run's records. Gives the run's state."""
+        run = RunDir(self.run_path)
+        if submitit.JobEnvironment().num_tasks > 1:
+            submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+        if self.stage == "score":
+            return self._score_kept(run)
+        if self.stage == "evaluate":
+            return self._evaluate(run)
+        return self._in_thread(lambda: self._train(run))
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """Called by submitit's handler in the first process when Slurm warns: gives what to run after the requeue."""
+        if self._stopping is not None and self._ended is not None:
+            self._stopping.set()
+            self._ended.wait()
+        run = RunDir(self.run_path)
+        state = run.state()
+        if self.stage != "score" and (state["state"] == "running" or state["cause"] == WARNED):
+            run.set_state("pending", cause=PREEMPTED if _is_preempted() else WARNED, eta_s=None)
+        return submitit.helpers.DelayedSubmission(CellJob(self.run_path, self.stage, self.scoring, self.parallel))
+
+    def _in_thread(self, work: Callable[[], str]) -> str:
+        self._stopping, self._ended = threading.Event(), threading.Event()
+        outcome: list[str | BaseException] = []
+
+        def do() -> None:
+            assert self._ended is not None
+            try:
+                outcome.append(work())
+            except BaseException as error:
+                outcome.append(error)
+            finally:
+                self._ended.set()
+
+        thread = threading.Thread(target=do, name="training")
+        thread.start()
+        while thread.is_alive():
+            # Not for ever: a signal that the system hands to another thread is handled once this one wakes.
+            thread.join(HEED_S)
+        if isinstance(outcome[0], BaseException):
+            raise outcome[0]
+        return outcome[0]
+
+    def _train(self, run: RunDir) -> str:
+        def is_open(state: dict[str, Any]) -> bool:
+            return state["state"] != "failed" and not state.get("trained")
+
+        return self._together(run, is_open, self._train_to_end)
+
+    def _evaluate(self, run: RunDir) -> str:
+        def is_open(state: dict[str, Any]) -> bool:
+            return bool(
+                state.get("trained") and state["state"] != "failed" and worker.lacks_scores(run, run.read_cell())
+            )
+
+        return self._together(run, is_open, self._score)
+
+    def _together(
+        self, run: RunDir, is_open: Callable[[dict[str, Any]], bool], work: Callable[[RunDir, Cell, World], None]
+    ) -> str:
+        """Do `work` on a run that is open for it, all processes of the job together, the first holding the run."""
+        with joined(self.parallel) as world, _held(run) if world.is_first else nullcontext():
+            state = run.state()
+            if not world.any(world.is_first and is_open(state)):
+                return str(state["state"])
+            cell = run.read_cell()
+            if not world.joined:
+                return worker.attempt(run, lambda: work(run, cell, world))
+            try:
+                if world.is_first:
+                    started = state.get("started") or time.time()
+                    run.set_state("running", started=started, finished=None, log=worker.log_path())
+                work(run, cell, world)
+            except Exception as error:
+                # Processes that lose one of their own fail, too: who came first knows the cause.
+                if world.is_first:
+                    time.sleep(2.0)
+                if run.state()["state"] != "failed":
+                    worker.set_failed(run, worker.describe(error))
+                raise
+            return "done"
+
+    def _train_to_end(self, run: RunDir, cell: Cell, world: World) -> None:
+        from suite.train.loop import train
+
+        assert self._stopping is not None
+        corpus = _corpus(run, cell, world, lambda corpus: worker.begin(run, cell, corpus))
+        stopping = self._stopping.is_set
+
+        def should_stop() -> bool:
+            if world.is_first:
+                background_scoring.keep_due(run, cell)  # for the job that scores
+            return stopping()
+
+        outcome = train(cell, corpus, run, world, should_stop)
+        if not world.is_first:
+            return
+        if outcome == "cut":
+            run.set_state("pending", cause=WARNED, eta_s=None)
+            return
+        run.set_state("running", trained=True)
+        if worker.lacks_scores(run, cell):
+            run.set_state("pending", cause=TO_BE_SCORED, eta_s=None)
+        else:
+            worker.set_done(run)
+
+    def _score(self, run: RunDir, cell: Cell, world: World) -> None:
+        kept = background_scoring.folder_of(run)
+        # Whoever scores what was kept on the way comes to its end first.
+        with _held(RunDir(kept)) if world.is_first and kept.exists() else nullcontext():
+            worker.score_missing(run, cell, _corpus(run, cell, world), self.scoring, world)
+        if world.is_first:
+            worker.set_done(run)
+
+    def _score_kept(self, run: RunDir) -> str:
+        """Another process trains the run meanwhile and holds it: nothing is written but scores."""
+        with joined(self.parallel) as world, _held(RunDir(background_scoring.folder_of(run))) if world.is_first else nullcontext():
+            cell = run.read_cell()
+            background_scoring.score_kept(run, cell, _corpus(run, cell, world), self.scoring, world)
+        return str(run.state()["state"])
+
+
+def _corpus(run: RunDir, cell: Cell, world: World, then: Callable[[Corpus], None] = lambda corpus: None) -> Corpus:
+    """The run's corpus, prepared by the first process, which then does more with it, before the others read it."""
+    from suite import data
+
+    if world.is_first:
+        worker.refuse_stale_run(run, cell)
+        corpus = data.prepare(cell.data, cache=worker.cache_of(run))
+        then(corpus)
+    world.wait()
+    return corpus if world.is_first else data.prepare(cell.data, cache=worker.cache_of(run))
+
+
+def _is_preempted() -> bool:
+    """Whether Slurm says that this job makes way for another; the signal is the same as before a time limit."""
+    asked = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
+    return re.search(r"PreemptTime=\d", subprocess.run(asked, capture_output=True, text=True).stdout) is not None
+
+
+@contextmanager
+def _held(run: RunDir) -> Iterator[None]:
+    """The run's lock, waited for: a node that was lost may still run what this job is a second start of."""
+    told = False
+    while True:
+        try:
+            with run.lock(patience_s=ORPHAN_PATIENCE_S):
+                yield
+                return
+        except Locked:
+            if not told:
+                print(f"{run.name}: another process holds it; waiting", file=sys.stderr)
+            told = True

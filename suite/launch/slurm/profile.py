@@ -1,0 +1,102 @@
+"""A cluster's profile: what is asked of its Slurm, from clusters/<name>.yaml or a path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from suite.errors import UserError
+from suite.yaml_input import explain, meant, read_mapping
+
+CLUSTERS = "clusters"
+DEFAULT = "default"
+"""The profile that is taken where none is named."""
+
+
+def _minutes(value: Any) -> Any:
+    """Slurm's ways to write a time (minutes, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS), in minutes."""
+    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", value) if isinstance(value, str) else None
+    if found is None:
+        return value
+    days, *parts = found.groups()
+    first, second, third = (int(part or 0) for part in parts)
+    if days is None and parts[1] is None:
+        return first
+    if days is None and parts[2] is None:  # MM:SS
+        return first + (second > 0)
+    return int(days or 0) * 24 * 60 + first * 60 + second + (third > 0)
+
+
+class Profile(BaseModel):
+    """What jobs ask of a cluster. clusters/example.yaml explains every field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    partition: str | None = Field(default=None, description="where jobs go; none: the cluster's default")
+    account: str | None = Field(default=None, description="who pays")
+    qos: str | None = Field(default=None, description="quality of service")
+    constraint: str | None = Field(default=None, description="features nodes must have")
+    time: Annotated[int, BeforeValidator(_minutes)] = Field(
+        default=24 * 60, gt=0, description="limit of one job, in minutes or as Slurm writes it (1-00:00:00)"
+    )
+    warning_s: int = Field(default=120, gt=0, description="seconds before the limit in which a job saves")
+    max_jobs: int = Field(default=32, gt=0, description="training jobs that run at once")
+    max_eval_jobs: int = Field(default=8, gt=0, description="evaluation jobs that run at once")
+    max_array: int = Field(default=1000, gt=1, description="jobs in one array; the cluster's MaxArraySize less one")
+    max_cuts: int = Field(default=1000, ge=0, description="time limits a cell may meet and be requeued")
+    gpus_per_node: int = Field(default=0, ge=0, description="GPUs in a node; 0: cells train on CPUs")
+    gpu: str = Field(default="h100", description="which GPU, for the plan: a100, h100 or h200")
+    gpus: int | None = Field(default=None, gt=0, description="GPUs of a cell; none: the smallest mesh of its plan")
+    memory_parallel: int | None = Field(default=None, gt=0, description="processes that share a table; none: the plan")
+    checkpoint_activations: bool = Field(
+        default=False, description="compute blocks without memory again in the backward pass"
+    )
+    score_together: bool | None = Field(
+        default=None, description="score on the processes that trained; none: what fits no single GPU"
+    )
+    processes: int = Field(default=1, gt=0, description="processes of a cell on CPUs")
+    cpus_per_task: int | None = Field(default=None, gt=0, description="cores of a process; none: the cell's threads")
+    mem_gb: float | None = Field(
+        default=None, gt=0, description="memory of a node, of which a job gets its GPUs' share; none: the default"
+    )
+    setup: tuple[str, ...] = Field(default=(), description="shell lines before a job: modules, variables")
+    sbatch: dict[str, str | int | bool] = Field(default={}, description="any other option of sbatch, without dashes")
+    refresh_s: float = Field(default=30.0, gt=0, description="seconds between two questions to Slurm")
+
+    @model_validator(mode="after")
+    def _warned_in_time(self) -> Profile:
+        if self.warning_s >= 60 * self.time:
+            raise ValueError(f"warning_s: got {self.warning_s}, allowed: less than time, {60 * self.time} seconds")
+        return self
+
+
+def load_profile(name_or_path: str | None, over: Mapping[str, Any] | None = None) -> Profile:
+    """The profile of that name in clusters/ or at that path, `over` (a grid's `launch`) on top; None: `default`.
+
+    Raises UserError.
+    """
+    path = _find(name_or_path)
+    fields = read_mapping(path) | dict(over or {})
+    try:
+        return Profile.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(f"{path}: {explain(error, Profile, fields)}") from None
+
+
+def _find(name_or_path: str | None) -> Path:
+    path = Path(name_or_path or DEFAULT)
+    if path.is_file():
+        return path
+    folders = [Path(CLUSTERS), Path(__file__).parents[3] / CLUSTERS]
+    for folder in folders:
+        if (named := folder / f"{path}.yaml").is_file():
+            return named
+    known = sorted({found.stem for folder in folders for found in folder.glob("*.yaml")})
+    allowed = f"a path to a .yaml file, or one of {', '.join(known)}" if known else "a path to a .yaml file"
+    if name_or_path is None:
+        raise UserError(f"--profile: got none, and there is no {CLUSTERS}/{DEFAULT}.yaml, allowed: {allowed}")
+    raise UserError(f"--profile: got {name_or_path!r}{meant(name_or_path, known)}, allowed: {allowed}")

@@ -1,0 +1,111 @@
+"""How many nodes and processes a cell gets: the smallest mesh of its plan, or as the profile says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pydantic import Field
+
+from suite.cells import Cell, Frozen
+from suite.errors import UserError
+from suite.grids import Grid
+from suite.launch.slurm.profile import Profile
+from suite.models.accounting import account_of, meta_model
+from suite.plan import plan as planning
+from suite.plan.gpus import GPUS, USABLE
+from suite.train.parallel import Parallel
+
+WEIGHTS = 0.9
+"""Share of a GPU's usable memory that the weights of a model scored on it may take."""
+
+
+class Shape(Frozen):
+    """What one job asks for: equal nodes, each with as many processes as GPUs, or `tasks` processes without."""
+
+    nodes: int = 1
+    tasks: int = Field(default=1, description="processes on each node")
+    gpus: int = Field(default=0, description="GPUs on each node")
+    cpus: int = Field(default=1, description="cores of each process")
+    mem_gb: float | None = Field(default=None, description="memory of each node")
+    parallel: Parallel = Field(default_factory=Parallel)
+
+
+def shapes(grid: Grid, cells: Sequence[Cell], profile: Profile, cache: Path) -> list[Shape]:
+    """The shape of each of the grid's `cells`. Raises UserError for a cell that fits on no mesh of the cluster."""
+    per_node = profile.gpus_per_node
+    if per_node and profile.gpu not in GPUS:
+        raise UserError(f"profile: gpu: got {profile.gpu!r}, allowed: {', '.join(GPUS)}")
+    if not per_node:
+        return [_of_cpus(profile, cell, _parallel(profile, 1)) for cell in cells]
+    if profile.gpus is not None:
+        return [_of_gpus(profile, cell, profile.gpus, _parallel(profile, 1)) for cell in cells]
+    assumed = planning.Assumptions(replace(GPUS[profile.gpu], per_node=per_node))
+    plans = planning.plan(replace(grid, cells=tuple(cells)), assumed, cache)
+    return [_planned(profile, one) for one in plans]
+
+
+def scoring_shape(profile: Profile, cell: Cell, training: Shape, cache: Path) -> Shape:
+    """Evaluation: one process, with one GPU where there are any, and a GPU's share of a node's memory.
+
+    A model whose weights fit no single GPU (or any, where the profile says so) is scored in the shape of its training.
+    """
+    together = profile.score_together
+    if together is None:
+        together = training.gpus * training.nodes > 1 and not _fits_one(profile, cell, cache)
+    if together:
+        return training
+    gpus = min(1, profile.gpus_per_node)
+    return Shape(gpus=gpus, cpus=_cpus(profile, cell), mem_gb=_memory(profile, gpus))
+
+
+def _fits_one(profile: Profile, cell: Cell, cache: Path) -> bool:
+    """Whether the weights, in fp32, leave a GPU room for what scoring computes beside them."""
+    vocabulary = planning.reading(cell, cache).vocabulary
+    weights = 4 * account_of(meta_model(cell.model, vocabulary), cell.data.seq_len).params_total
+    return weights <= WEIGHTS * USABLE * GPUS[profile.gpu].memory
+
+
+def _parallel(profile: Profile, members: int, accumulate: int | None = None) -> Parallel:
+    return Parallel(
+        memory_parallel=profile.memory_parallel or members,
+        accumulate=accumulate,
+        checkpoint_activations=profile.checkpoint_activations,
+    )
+
+
+def _planned(profile: Profile, one: planning.CellPlan) -> Shape:
+    mesh = one.mesh
+    if mesh is None:
+        raise UserError(f"cell {one.cell.run_name}: does not fit: {one.why}, allowed: {one.would_fit}")
+    return _of_gpus(profile, one.cell, mesh.gpus, _parallel(profile, mesh.table_shards, mesh.accumulate))
+
+
+def _of_gpus(profile: Profile, cell: Cell, gpus: int, parallel: Parallel) -> Shape:
+    per_node = min(gpus, profile.gpus_per_node)
+    if gpus % per_node:
+        raise UserError(f"profile: gpus: got {gpus}, allowed: up to {per_node}, or a multiple of it")
+    return Shape(
+        nodes=gpus // per_node,
+        tasks=per_node,
+        gpus=per_node,
+        cpus=_cpus(profile, cell),
+        mem_gb=_memory(profile, per_node),
+        parallel=parallel,
+    )
+
+
+def _memory(profile: Profile, gpus: int) -> float | None:
+    """Of a job on a node: the share of its GPUs, so that a node's other GPUs keep theirs."""
+    if profile.mem_gb is None or not profile.gpus_per_node:
+        return profile.mem_gb
+    return profile.mem_gb * gpus / profile.gpus_per_node
+
+
+def _of_cpus(profile: Profile, cell: Cell, parallel: Parallel) -> Shape:
+    return Shape(tasks=profile.processes, cpus=_cpus(profile, cell), mem_gb=profile.mem_gb, parallel=parallel)
+
+
+def _cpus(profile: Profile, cell: Cell) -> int:
+    return profile.cpus_per_task or cell.threads

@@ -1,0 +1,332 @@
+"""Submitting cells to Slurm through submitit: arrays of equal shape, evaluation and the report behind them.
+
+Array elements of one stage share a shape; each element of evaluation waits for its element of training, and the
+report waits for all. How many run at once is bounded over all arrays together.
+"""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import submitit
+
+from suite.cells import Cell
+from suite.errors import UserError
+from suite.grids import Grid
+from suite.launch.branches import must_wait
+from suite.launch.slurm.job import CellJob, Stage
+from suite.launch.slurm.profile import Profile
+from suite.launch.slurm.queue import record_job, record_report
+from suite.launch.slurm.resources import Shape, scoring_shape, shapes
+from suite.launch.status import GRIDS, run_dir
+from suite.launch.worker import Scoring, lacks_scores
+from suite.records import RunDir
+
+MAX_DEATHS = 3
+"""A job whose process is killed is requeued by its own script, so often less one."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A cell to be submitted: its run, and the shape of its training; None where it is trained."""
+
+    run: RunDir
+    shape: Shape | None
+    scoring: Shape | None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Cells whose jobs make one array for training, if they need it, and one for evaluation, if they need that."""
+
+    entries: tuple[Entry, ...]
+    cap: int
+    eval_cap: int
+
+
+@dataclass(frozen=True)
+class Submission:
+    """One call of sbatch: its text is `script`, and `jobs` are its jobs' ids; without any, it was not sent."""
+
+    script: str
+    jobs: tuple[str, ...] = ()
+
+
+class _Executor(submitit.SlurmExecutor):
+    """submitit's, which can also say what it would send."""
+
+    @classmethod
+    def affinity(cls) -> int:
+        # A script can be written where there is no Slurm.
+        return 1
+
+    def script(self, count: int) -> str:
+        """The exact batch script of `count` jobs."""
+        if count > 1:
+            self.parameters["map_count"] = count
+        text: str = self._make_submission_file_text(self._submitit_command_str, "")
+        return text
+
+
+class Submitter:
+    """Sends jobs to Slurm for a grid, or, with `dry`, only writes what it would send."""
+
+    def __init__(
+        self, grid: Grid, results: Path, profile: Profile, scoring: Scoring | None = None, dry: bool = False
+    ) -> None:
+        self.grid, self.results, self.profile, self.dry = grid, results, profile, dry
+        self.scoring = scoring or Scoring()
+        self.sent: list[Submission] = []
+
+    @property
+    def folder(self) -> Path:
+        """Where scripts, pickles and logs of this grid's jobs go."""
+        return jobs_folder(self.results, self.grid)
+
+    def entries(self, cells: Sequence[Cell]) -> list[Entry]:
+        """What the cells need. Raises UserError for one that fits nowhere."""
+        planned = shapes(self.grid, cells, self.profile, self.results / "cache")
+        entries = []
+        for cell, shape in zip(cells, planned, strict=True):
+            run = run_dir(self.results, cell)
+            scored = lacks_scores(run, cell)
+            trained = bool(run.state().get("trained"))
+            scoring = scoring_shape(self.profile, cell, shape, self.results / "cache") if scored else None
+            entries.append(Entry(run, None if trained else shape, scoring))
+        return entries
+
+    def submit(self, cells: Sequence[Cell], report: bool, alive: Sequence[str] = ()) -> dict[str, list[str]]:
+        """Send everything the cells need; gives their jobs by run, and under "report" that which reports on all.
+
+        The report waits for these jobs and for those that are `alive`.
+        """
+        jobs: dict[str, list[str]] = {}
+        after: list[str] = []
+        for wave in _waves(cells, self.results):
+            sent = self._wave(self.entries(wave), after)
+            after = [job for ids in sent.values() for job in ids]
+            jobs |= sent
+        if report:
+            jobs["report"] = [self._report([job for ids in jobs.values() for job in ids] + [*alive])]
+        return jobs
+
+    def _wave(self, entries: list[Entry], after: list[str]) -> dict[str, list[str]]:
+        jobs: dict[str, list[str]] = {entry.run.name: [] for entry in entries}
+        lanes: dict[int, list[str]] = {}
+        for lane, batch in batches(entries, self.profile):
+            before = after + lanes.get(lane, [])
+            trained = self._stage(batch, "train", before, [], jobs) if batch.entries[0].shape else []
+            scored = self._stage(batch, "evaluate", before, trained, jobs) if batch.entries[0].scoring else []
+            lanes[lane] = trained + scored
+        return jobs
+
+    def _stage(
+        self, batch: Batch, stage: Stage, after: list[str], behind: list[str], jobs: dict[str, list[str]]
+    ) -> list[str]:
+        shape = batch.entries[0].shape if stage == "train" else batch.entries[0].scoring
+        assert shape is not None
+        waits = _afterany(after) + _behind(behind)
+        cap = batch.cap if stage == "train" else batch.eval_cap
+        sent = self._array([entry.run for entry in batch.entries], stage, shape, waits, cap)
+        for entry, job in zip(batch.entries, sent, strict=True):
+            jobs[entry.run.name].append(job)
+        return sent
+
+    def score_kept(self, cells: Sequence[Cell], cap: int) -> dict[str, str]:
+        """Send what scores the checkpoints that cells in training have kept, at most `cap` at once; gives it by run."""
+        groups: dict[Shape, list[RunDir]] = {}
+        for entry in self.entries(cells):
+            if entry.scoring is not None:
+                groups.setdefault(entry.scoring, []).append(entry.run)
+        jobs: dict[str, str] = {}
+        for shape, runs in groups.items():
+            jobs |= zip([run.name for run in runs], self._array(runs, "score", shape, [], cap), strict=True)
+        return jobs
+
+    def _array(self, runs: Sequence[RunDir], stage: Stage, shape: Shape, waits: list[str], cap: int) -> list[str]:
+        """One stage of runs that need the same for it; gives its jobs."""
+        calls = [CellJob(run.path.resolve(), stage, self.scoring, shape.parallel) for run in runs]
+        sent = self._send(calls, self._parameters(shape, f"{self.grid.name}-{stage}", waits, cap))
+        for run, (job, log) in zip(runs, sent, strict=True):
+            if not self.dry:
+                record_job(run, stage, job, log)
+        return [job for job, _ in sent]
+
+    def _report(self, after: list[str]) -> str:
+        shape = Shape(cpus=1)
+        name = f"{self.grid.name}-report"
+        call = Report(self.grid.name, self.results.resolve())
+        parameters = self._parameters(shape, name, _afterany(after), 1)
+        ((job, log),) = self._send([call], parameters)
+        if not self.dry:
+            record_report(self.folder, job, log)
+        return job
+
+    def _send(self, calls: Sequence[Any], parameters: dict[str, Any]) -> list[tuple[str, Path]]:
+        """One sbatch; gives each job's id and log."""
+        folder = self.folder / uuid.uuid4().hex[:8]
+        executor = _Executor(folder, max_num_timeout=self.profile.max_cuts)
+        executor.update_parameters(**parameters, teardown=_teardown(folder))
+        if self.dry:
+            number = len(self.sent) + 1
+            self.sent.append(Submission(executor.script(len(calls))))
+            made_up = [str(number)] if len(calls) == 1 else [f"{number}_{index}" for index in range(len(calls))]
+            return [(job, folder) for job in made_up]
+        try:
+            with executor.batch():
+                jobs = [executor.submit(call) for call in calls]
+        except FileNotFoundError:
+            raise UserError("--executor slurm: got no sbatch here, allowed: a node that submits to Slurm") from None
+        except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            said = [line for line in str(error).splitlines() if "sbatch" in line] or [str(error)]
+            raise UserError(f"sbatch: {said[-1].strip().removeprefix('sbatch: ')}") from None
+        sent = [(str(job.job_id), Path(job.paths.stdout)) for job in jobs]
+        self.sent.append(Submission(executor.script(len(calls)), tuple(job for job, _ in sent)))
+        return sent
+
+    def _parameters(self, shape: Shape, name: str, waits: list[str], cap: int) -> dict[str, Any]:
+        """What submitit is told; nothing that the profile leaves to the cluster."""
+        profile = self.profile
+        asked = {
+            "job_name": name,
+            "partition": profile.partition,
+            "account": profile.account,
+            "qos": profile.qos,
+            "constraint": profile.constraint,
+            "time": profile.time,
+            "nodes": shape.nodes,
+            "ntasks_per_node": shape.tasks,
+            "cpus_per_task": shape.cpus,
+            "gpus_per_node": shape.gpus or None,
+            "mem": None if shape.mem_gb is None else f"{round(shape.mem_gb * 1024)}M",
+            "signal_delay_s": profile.warning_s,
+            "array_parallelism": cap,
+            "dependency": ",".join(waits) or None,
+            "stderr_to_stdout": True,
+            # A process that dies takes the job along: the others would wait for it.
+            "srun_args": ["--kill-on-bad-exit=1"],
+            "setup": [*profile.setup, *_variables(shape)],
+            "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **profile.sbatch},
+        }  # fmt: skip
+        return {field: value for field, value in asked.items() if value is not None}
+
+
+class Report:
+    """Fit and draw, as a job."""
+
+    def __init__(self, grid: str, results: Path) -> None:
+        self.grid, self.results = grid, results
+
+    def __call__(self) -> None:
+        """Raises CalledProcessError where there is no new report; its exit code tells of failed cells, too."""
+        command = [sys.executable, "-m", "analysis", "report", "--grid", self.grid, "--results", str(self.results)]
+        print(shlex.join(command), flush=True)
+        before = self._written()
+        done = subprocess.run(command)
+        if self._written() == before:
+            done.check_returncode()
+
+    def _written(self) -> float | None:
+        path = report_path(self.results, self.grid)
+        return path.stat().st_mtime if path.exists() else None
+
+    def checkpoint(self) -> submitit.helpers.DelayedSubmission:
+        """It starts again."""
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def report_path(results: Path, grid: str) -> Path:
+    """Where a grid's report is, once there is one."""
+    return results / GRIDS / grid / "report.md"
+
+
+def jobs_folder(results: Path, grid: Grid) -> Path:
+    """Where a grid's jobs have their scripts, pickles and logs."""
+    return (results / GRIDS / grid.name / "slurm").resolve()
+
+
+def _variables(shape: Shape) -> list[str]:
+    """The processes' threads; srun does not take its number of cores from the job since Slurm 22.05."""
+    return [f"export OMP_NUM_THREADS={shape.cpus}", "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"]
+
+
+def _teardown(folder: Path) -> list[str]:
+    """Lines after srun: a job whose process was killed (by kill -9, or for its memory) is requeued, a few times.
+
+    A job that was warned, submitit requeues, and one whose node was lost, Slurm: not these lines.
+    """
+    deaths = f"{shlex.quote(str(folder))}/$SLURM_JOB_ID.deaths"
+    return [
+        "code=$?",
+        f'if [ "$code" -gt 128 ] && [ "$code" -lt 255 ] && echo "$code" >> {deaths} && '
+        f'[ "$(wc -l < {deaths})" -lt {MAX_DEATHS} ]; then',
+        '  scontrol requeue "$SLURM_JOB_ID"',
+        "fi",
+        'exit "$code"',
+    ]
+
+
+def batches(entries: Sequence[Entry], profile: Profile) -> list[tuple[int, Batch]]:
+    """Arrays of equal needs, no longer than allowed, each with its lane and its share of the caps.
+
+    Where there are more arrays than jobs at once, some share a lane, in which one waits for the one before it.
+    """
+    groups: dict[tuple[Shape | None, Shape | None], list[Entry]] = {}
+    for entry in entries:
+        if entry.shape is not None or entry.scoring is not None:
+            groups.setdefault((entry.shape, entry.scoring), []).append(entry)
+    arrays = [
+        tuple(group[first : first + profile.max_array])
+        for group in groups.values()
+        for first in range(0, len(group), profile.max_array)
+    ]
+    lanes = max(1, min(len(arrays), profile.max_jobs, profile.max_eval_jobs))
+    sizes = [max((len(array) for array in arrays[lane::lanes]), default=0) for lane in range(lanes)]
+    caps, eval_caps = shares(sizes, profile.max_jobs), shares(sizes, profile.max_eval_jobs)
+    return [
+        (number % lanes, Batch(array, caps[number % lanes], eval_caps[number % lanes]))
+        for number, array in enumerate(arrays)
+    ]
+
+
+def shares(sizes: Sequence[int], cap: int) -> list[int]:
+    """`cap` divided among lanes of these sizes, one each at least, no more than its size, at most `cap` in all."""
+    given = [1] * len(sizes)
+    for _ in range(cap - len(sizes)):
+        hungriest = max(range(len(sizes)), key=lambda lane: sizes[lane] / given[lane])
+        if given[hungriest] >= sizes[hungriest]:
+            break
+        given[hungriest] += 1
+    return given
+
+
+def _waves(cells: Sequence[Cell], results: Path) -> Iterable[list[Cell]]:
+    """The cells, those that start from another's checkpoint behind it."""
+    left = list(cells)
+    while left:
+        waiting = [cell for cell in left if must_wait(cell, run_dir(results, cell), left)]
+        yield [cell for cell in left if cell not in waiting] if len(waiting) < len(left) else left
+        left = waiting if len(waiting) < len(left) else []
+
+
+def _afterany(jobs: Iterable[str]) -> list[str]:
+    """Wait for jobs to end; one array is named once."""
+    arrays = sorted({job.partition("_")[0] for job in jobs}, key=int)
+    return [f"afterany:{':'.join(arrays)}"] if arrays else []
+
+
+def _behind(jobs: Sequence[str]) -> list[str]:
+    """Each job behind its own: element by element, where they are arrays."""
+    if not jobs:
+        return []
+    array, is_array, _ = jobs[0].partition("_")
+    return [f"{'aftercorr' if is_array else 'afterok'}:{array}"]

@@ -1,0 +1,82 @@
+"""Smaller copies of a grid that keep its ratios: `--scale tokens=0.01`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import ValidationError
+
+from suite.cells import Cell
+from suite.errors import UserError
+from suite.grids import Grid
+from suite.yaml_input import explain
+
+SCALES = ("tokens", "batch_rows", "half_keys")
+LEAST, MOST = 1e-9, 1e6
+
+
+def parse_scales(texts: list[str]) -> dict[str, float]:
+    """`["tokens=0.01"]` as factors. Raises UserError."""
+    factors = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            factor = float(value)
+        except ValueError:
+            factor = 0.0
+        if name not in SCALES or not LEAST <= factor <= MOST:
+            raise UserError(
+                f"--scale: got {text!r}, allowed: {', '.join(SCALES)} = a factor from {LEAST:g} to {MOST:g}, "
+                "e.g. tokens=0.01"
+            )
+        if name in factors:
+            raise UserError(f"--scale: got {name} twice, allowed: once")
+        factors[name] = factor
+    return factors
+
+
+def scaled(grid: Grid, factors: Mapping[str, float]) -> Grid:
+    """The grid with every cell's budget, batch or table side multiplied, under a name that says so.
+
+    `tokens` multiplies tokens or epochs, warm-up steps with them, so that every phase keeps its share, and the tokens
+    taken of a hub data set;
+    `batch_rows` multiplies rows per step (warm-up steps then shrink); `half_keys` the side of product-key tables.
+    Raises UserError where a cell cannot be so scaled or two become one.
+    """
+    if not factors:
+        return grid
+    cells = tuple(_scaled(grid, cell, factors) for cell in grid.cells)
+    names = [cell.run_name for cell in cells]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{grid.source}: --scale: two cells become {name}, allowed: factors that keep cells apart")
+    suffix = "".join(f"-{name}-x{factor:g}" for name, factor in factors.items())
+    return Grid(grid.name + suffix, grid.source, cells, grid.launch)
+
+
+def _scaled(grid: Grid, cell: Cell, factors: Mapping[str, float]) -> Cell:
+    budget, batch = factors.get("tokens", 1.0), factors.get("batch_rows", 1.0)
+    train = cell.train.model_dump()
+    train["batch_rows"] = _whole(train["batch_rows"] * batch / train["accumulate"]) * train["accumulate"]
+    train["warmup"] = round(train["warmup"] * budget / batch)
+    if train["tokens"] is not None:
+        train["tokens"] = _whole(train["tokens"] * budget)
+        train["branches"] = [_whole(tokens * budget) for tokens in train["branches"]]
+    else:
+        train["epochs"] *= budget
+    model = cell.model.model_dump()
+    if "half_keys" in model:
+        model["half_keys"] = _whole(model["half_keys"] * factors.get("half_keys", 1.0))
+    data = cell.data.model_dump()
+    for source in (data, *data.get("parts", {}).values()):
+        if source.get("tokens") is not None:
+            source["tokens"] = _whole(source["tokens"] * budget)
+    fields = cell.model_dump() | {"model": model, "data": data, "train": train}
+    try:
+        return Cell.model_validate(fields)
+    except ValidationError as error:
+        raise UserError(f"{grid.source}: --scale: {cell.run_name}: {explain(error, Cell, fields)}") from None
+
+
+def _whole(value: float) -> int:
+    return max(1, round(value))

@@ -1,0 +1,116 @@
+"""The small scoring during training: bits learned of a fixed sample of people, and evaluation-mode loss.
+
+Scores directly, without an evaluation library: models train where only torch, numpy and pydantic are. The
+harness gives the same numbers for the same people (tests/evaluate/test_harness.py).
+
+Shapes: B rows, T positions, D model width, N scored positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from suite.data import Batch, Corpus, seeded_random
+from suite.data.bios import Probe, ProbeKind, World
+from suite.data.loader import IGNORED
+from suite.evaluate.tasks import bits
+from suite.inference import loglikelihood
+from suite.models.transformer import Transformer
+
+SAMPLE_SEED = 0
+PEOPLE = 100
+LOSS_TOKENS = 8192
+TOKEN_BUDGET = 16384
+
+
+class Prober:
+    """What a run is asked during training: the same for every model on the corpus.
+
+    Args:
+        corpus: a bios corpus (probes, and loss on training rows) or a text corpus (loss on held-out windows).
+        people: size of the fixed sample, for each kind of probe; all where the world is smaller.
+    """
+
+    def __init__(self, corpus: Corpus, people: int = PEOPLE) -> None:
+        self._probes: dict[ProbeKind, list[Probe]] = {}
+        self._requests: dict[ProbeKind, list[loglikelihood.Request]] = {}
+        if corpus.world is not None:
+            for kind in kinds(corpus.world):
+                probes = corpus.world.probes(kind, sample(corpus.world, kind, people))
+                self._probes[kind] = probes
+                self._requests[kind] = [
+                    loglikelihood.encode_pair(corpus.tokenizer, probe.prompt, probe.answer) for probe in probes
+                ]
+        self._rows = _loss_rows(corpus)
+
+    def run(self, model: Transformer) -> dict[str, Any]:
+        """Scores of the model: {"eval_loss": nats a token, "probe": {kind: {bits, bits_max, nll, recall, n}}}.
+
+        "probe" is absent for text. `n` counts probes. The model's mode is left as found.
+        """
+        scores: dict[str, Any] = {"eval_loss": loss(model, self._rows)}
+        if self._probes:
+            scores["probe"] = {kind: self._bits(model, kind) for kind in self._probes}
+        return scores
+
+    def _bits(self, model: Transformer, kind: ProbeKind) -> dict[str, float]:
+        results = loglikelihood.score(model, self._requests[kind], TOKEN_BUDGET)
+        items = [bits.Scored(probe, *result) for probe, result in zip(self._probes[kind], results, strict=True)]
+        wanted = {name: bits.METRICS[name](items) for name in ("bits", "bits_max", "nll", "recall")}
+        return {**wanted, "n": len(items)}
+
+
+def kinds(world: World) -> tuple[ProbeKind, ...]:
+    """What can be asked of a world: extraction only where questions are part of the training text."""
+    return ("storage", "paraphrase", "extraction") if len(world.asked) else ("storage", "paraphrase")
+
+
+def sample(world: World, kind: ProbeKind, people: int) -> list[int]:
+    """A fixed sample of the people who may be asked; extraction is asked of those never asked in training."""
+    allowed = world.unasked if kind == "extraction" else range(world.people)
+    order = seeded_random.permutation(len(allowed), SAMPLE_SEED, world.config.world)
+    return sorted(int(allowed[i]) for i in order[:people])
+
+
+def _loss_rows(corpus: Corpus) -> Batch:
+    """Fixed rows for the evaluation-mode loss."""
+    rows = max(1, LOSS_TOKENS // corpus.config.seq_len)
+    if corpus.world is not None:
+        loader = corpus.loader(SAMPLE_SEED, rows)
+        return corpus.loader(SAMPLE_SEED, min(rows, loader.rows_per_epoch)).batch(0)
+    return held_out_rows(corpus, rows)
+
+
+def held_out_rows(corpus: Corpus, rows: int) -> Batch:
+    """The first held-out documents packed in windows, as in training."""
+    eot, length = corpus.tokenizer.eot_id, corpus.config.seq_len
+    stream = (token for text in corpus.held_out for token in (eot, *corpus.tokenizer.encode(text)))
+    ids = list(itertools.islice(stream, rows * length + 1))
+    count = max(1, (len(ids) - 1) // length)
+    ids_T = torch.full((count * length + 1,), eot)
+    known = min(len(ids), len(ids_T))
+    ids_T[:known] = torch.tensor(ids[:known])
+    targets_T = ids_T[1:].clone()
+    targets_T[known - 1 :] = IGNORED
+    tokens_BT = ids_T[:-1].view(count, length)
+    return Batch(tokens_BT, targets_T.view(count, length), (tokens_BT == eot).cumsum(1))
+
+
+def loss(model: Transformer, rows: Batch) -> float:
+    """Mean cross-entropy in nats a target, in evaluation mode, fp32."""
+    total = 0.0
+    step = max(1, TOKEN_BUDGET // rows.tokens_BT.shape[1])
+    with loglikelihood.evaluation_mode(model) as device:
+        for start in range(0, len(rows.tokens_BT), step):
+            tokens_BT, targets_BT, segments_BT = (
+                part[start : start + step].to(device) for part in (rows.tokens_BT, rows.targets_BT, rows.segments_BT)
+            )
+            x_BTD = model.hidden(tokens_BT, segments_BT)
+            scored_BT = targets_BT != IGNORED
+            logits_NV = model.head(x_BTD[scored_BT]).float()
+            total += float(F.cross_entropy(logits_NV, targets_BT[scored_BT], reduction="sum"))
+    return total / int((rows.targets_BT != IGNORED).sum())

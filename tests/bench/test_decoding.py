@@ -1,0 +1,84 @@
+"""The decoding bench: every family at every table size, beside dense, and its command."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from suite.baselines import loading
+from suite.bench import decoding
+from suite.cli.main import app
+from suite.errors import UserError
+from suite.models import registry
+from suite.models.accounting import account
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def test_every_family_and_table_size_is_measured_beside_dense() -> None:
+    configs = decoding.configurations("w32", [32, 64])
+    speeds = decoding.decode_speeds(configs, batches=[1, 3], context=4, steps=2, rounds=2)
+    assert {speed.family for speed in speeds} == set(registry.families())
+    assert {(speed.half_keys, speed.batch) for speed in speeds if speed.family == "peer"} == {
+        (32, 1), (32, 3), (64, 1), (64, 3)}  # fmt: skip
+    for speed in speeds:
+        assert speed.ms_p20 <= speed.ms_p50 <= speed.ms_p80
+        assert speed.time_ratio_p20 <= speed.time_ratio_p50 <= speed.time_ratio_p80
+        assert (speed.threads, speed.clock) == (1, "cpu")
+        assert speed.tokens_per_s == pytest.approx(speed.batch / speed.ms_p50 * 1e3, rel=0.01)
+        assert speed.memory_rows == (speed.half_keys or 0) ** 2
+    dense = next(speed for speed in speeds if speed.family == "dense")
+    assert dense.time_ratio_p50 == 1.0
+    assert dense.bytes_per_token == account(configs[0], decoding.VOCAB, 4).bytes_per_token
+
+
+def test_what_cannot_be_measured_is_refused() -> None:
+    with pytest.raises(UserError, match="--base: got 'w7'"):
+        decoding.configurations("w7", [32])
+    with pytest.raises(UserError, match=r"--half-keys: .*half_keys: got 8, allowed: at least top_k"):
+        decoding.configurations("w32", [8])
+    done = CliRunner().invoke(app, ["bench", "decode", "--batches", "1,x"])
+    assert isinstance(done.exception, UserError)
+    assert "--batches: got '1,x'" in str(done.exception)
+
+
+@pytest.mark.slow
+def test_the_command_writes_a_table(tmp_path: Path) -> None:
+    arguments = ["bench", "decode", "--base", "w32", "--half-keys", "32", "--batches", "1", "--json"]
+    done = CliRunner().invoke(app, [*arguments, "--results", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    written = list(csv.DictReader((tmp_path / "bench" / "decode.csv").open()))
+    assert [row["family"] for row in written] == [row["family"] for row in json.loads(done.stdout)]
+
+
+@pytest.mark.parametrize(
+    ("body", "options", "words"),
+    [
+        ("1 / 0", "pass", r"family mine: line 4: ZeroDivisionError"),
+        ("x", "widen: float", r"family mine: widen: got nothing, allowed: "),
+    ],
+)
+def test_a_baseline_that_is_wrong_is_refused_before_anything_is_measured(
+    body: str, options: str, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from torch import nn\nfrom suite.models import accounting, registry\n"
+        f"class M(nn.Module):\n    def forward(self, x): return {body}\n    def cost(self): return accounting.Cost()\n"
+        f"class C(registry.ModelConfig):\n    {options}\n"
+        'registry.register(registry.Family("mine", C, lambda c: [M() for _ in range(c.size.layers)]))\n'
+    )
+    loading.load(path)
+    try:
+        with pytest.raises(UserError, match=words):
+            decoding.configurations("w32", [32])
+    finally:
+        registry.unregister(["mine"])

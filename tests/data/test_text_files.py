@@ -1,0 +1,145 @@
+"""Text on disk: what is read, what is held out, and what a user is told about input that cannot be used."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from suite.data import text_files
+from suite.errors import UserError
+
+SHARED = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
+
+
+def jsonl(*texts: str) -> bytes:
+    return "".join(json.dumps({"id": i, "text": text}) + "\n" for i, text in enumerate(texts)).encode()
+
+
+def test_kinds_of_files_and_folders_give_the_same_documents(tmp_path: Path) -> None:
+    texts = ["one", "two\nlines\u2028here", "drei — äöü", " "]
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.jsonl").write_bytes(jsonl(*texts))
+    (tmp_path / "sub" / "b.jsonl.gz").write_bytes(gzip.compress(jsonl("last")))
+    (tmp_path / "README.md").write_text("not part of it")
+    assert list(text_files.FileReader(tmp_path / "a.jsonl", "text")) == texts[:3], "blank ones are left out"
+    assert list(text_files.FileReader(tmp_path / "sub" / "b.jsonl.gz", "text")) == ["last"]
+    assert list(text_files.FileReader(tmp_path, "text")) == [*texts[:3], "last"]
+
+
+def test_a_text_file_is_cut_at_blank_lines_and_loses_only_those(tmp_path: Path) -> None:
+    paragraphs = [f"{i} " + "word " * (90 + i) + "\n" for i in range(40)]
+    path = tmp_path / "book.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + "\n \n".join(paragraphs).encode())
+    documents = list(text_files.FileReader(path, "text"))
+    assert 5 < len(documents) < 20
+    assert all(len(text) >= 2000 for text in documents[:-1])
+    assert "".join(documents).split() == "".join(paragraphs).split()
+    assert all(text.startswith(tuple("0123456789")) for text in documents)
+
+
+def test_the_held_out_share_depends_on_each_document_alone() -> None:
+    texts = [f"document {i}" for i in range(4000)]
+    held = {text for text in texts if text_files.is_held_out(text, 0.05)}
+    assert len(held) == pytest.approx(200, abs=60)
+    assert held <= {text for text in texts if text_files.is_held_out(text, 0.1)}
+
+
+def test_the_fingerprint_is_of_the_content_not_of_names_and_places(tmp_path: Path) -> None:
+    for name, content in (("a/x.txt", b"one"), ("b/y.txt", b"one"), ("c/x.txt", b"two"), ("d/x.jsonl", b"one")):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(content)
+    prints = {name: text_files.fingerprint(tmp_path / name) for name in "abcd"}
+    assert prints["a"] == prints["b"] == text_files.fingerprint(tmp_path / "a" / "x.txt")
+    assert len(set(prints.values())) == 3
+
+
+BROKEN = {
+    "none.jsonl": (None, r"data\.path: got '.*none\.jsonl', which does not exist, allowed: a \.txt"),
+    "data.csv": (b"a,b", r"data\.path: got '.*data\.csv', with no text in it, allowed: a \.txt"),
+    "empty.jsonl": (b"\n", r"which holds no text, allowed: at least one document"),
+    "empty.txt": (b" \n\n", r"which holds no text"),
+    "field.jsonl": (
+        jsonl("fine") + b'{"body": "x", "id": 3}\n',
+        r"field\.jsonl:2: data\.field 'text': got only body, id, allowed: a field with a text",
+    ),
+    "type.jsonl": (b'{"text": 3}\n', r"type\.jsonl:1: data\.field 'text': got a int"),
+    "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl:1: data\.field 'text': got half of a surrogate"),
+    "list.jsonl": (b'["x"]\n', r"list\.jsonl:1: got a list, allowed: one object a line"),
+    "cut.jsonl": (jsonl("fine") + b'{"text": "x', r"cut\.jsonl:2: got no JSON \(.*\), allowed: one object a line"),
+    "latin.txt": ("\nå".encode("latin-1"), r"latin\.txt:2: got the byte 0xe5, allowed: UTF-8 text"),
+    "latin.jsonl": (jsonl("fine") * 3 + b"\xff", r"latin\.jsonl:4: got the byte 0xff"),
+    "cut.jsonl.gz": (gzip.compress(jsonl("fine" * 50))[:-9], r"cut\.jsonl\.gz: got a broken gzip stream"),
+    "no.jsonl.gz": (jsonl("fine"), r"no\.jsonl\.gz: got a broken gzip stream"),
+    "flip.jsonl.gz": (gzip.compress(jsonl("fine"))[:10] + b"\x07junk", r"flip\.jsonl\.gz: got a broken gzip"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_input_that_cannot_be_used_is_one_line(name: str, tmp_path: Path) -> None:
+    content, message = BROKEN[name]
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as raised:
+        list(text_files.FileReader(tmp_path / name, "text"))
+    assert re.search(message, str(raised.value))
+    assert "\n" not in str(raised.value)
+
+
+def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="with no text in it"):
+        text_files.fingerprint(tmp_path)
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no real text: neither SHARED_DATA nor ../shared/data")
+def test_the_factbook_reads_as_its_index_says() -> None:
+    documents = text_files.FileReader(SHARED / "text" / "factbook" / "factbook_fields.jsonl.gz", "text")
+    assert sum(1 for _ in documents) == pytest.approx(66_335, rel=0.001)
+
+
+def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    texts = [f"document {i}" for i in range(700)] + [" "]
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.table({"id": range(701), "text": texts}), path, row_group_size=300)
+    assert list(text_files.FileReader(path, "text")) == texts[:-1]
+    with pytest.raises(UserError, match=r"a\.parquet: data\.field 'body': got only id, text, allowed: a column"):
+        list(text_files.FileReader(path, "body"))
+    with pytest.raises(UserError, match=r"a\.parquet:1: data\.field 'id': got a int"):
+        list(text_files.FileReader(path, "id"))
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(UserError, match=r"a\.parquet: got a broken file \(.*\), allowed: parquet") as raised:
+        list(text_files.FileReader(path, "text"))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_reader_goes_on_where_another_stood(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl("one", " ", "two"))
+    (tmp_path / "b.txt").write_text("three " * 400 + "\n\n" + "four " * 500 + "\n\nfive\n")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(jsonl("six", "seven")))
+    whole = list(text_files.FileReader(tmp_path, "text"))
+    assert len(whole) == 7
+    for count in range(1, len(whole) + 1):
+        first = text_files.FileReader(tmp_path, "text")
+        head = [text for text, _ in zip(first, range(count), strict=False)]
+        saved = json.loads(json.dumps(first.position))
+        # zip has asked for one document more than it gave, except at the end
+        ahead = whole[: min(count + 1, len(whole))]
+        assert head == whole[:count]
+        assert ahead + list(text_files.FileReader(tmp_path, "text", saved)) == whole
+
+
+def test_the_share_read_grows_to_one(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(jsonl(*(["text " * 2000] * 20)))
+    reader = text_files.FileReader(tmp_path, "text")
+    shares = [reader.share for _ in reader]
+    assert shares == sorted(shares)
+    assert 0 < shares[0] < 0.2
+    assert shares[-1] == pytest.approx(1.0)

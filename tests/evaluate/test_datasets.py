@@ -1,0 +1,132 @@
+"""Reading evaluation data: what is there now, and one clear line about what is wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from suite.cells import EvalConfig
+from suite.errors import UserError
+from suite.evaluate import catalog, oracle, presets
+from suite.evaluate.datasets import DataRoot, Docs
+from suite.evaluate.prefetch import prefetch
+
+NQ = "google-research-datasets/nq_open"
+
+
+def write(root: Path, rows: list[Any], split: str = "validation") -> Path:
+    path = root / NQ / "nq_open" / f"{split}.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_rewritten_files_are_read_again(tmp_path: Path) -> None:
+    data = DataRoot(tmp_path)
+    fingerprints = set()
+    for answer in ("one", "two"):
+        write(tmp_path, [{"question": "which", "answer": [answer]}])
+        assert data.load(NQ, None, ["validation"])["validation"][0]["answer"] == [answer]
+        fingerprints.add(data.fingerprint(NQ, None, ["validation"]))
+    assert len(fingerprints) == 2
+
+
+def test_parquet_shards_equal_jsonl(tmp_path: Path) -> None:
+    rows = [{"question": f"q{n}", "answer": [str(n)]} for n in range(5)]
+    write(tmp_path, rows, "train")
+    for shard, part in enumerate((rows[:3], rows[3:])):
+        path = tmp_path / NQ / "nq_open" / f"validation-0000{shard}-of-00002.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(part), path)
+    loaded = DataRoot(tmp_path).load(NQ, None, ["train", "validation"])
+    assert loaded["train"] == loaded["validation"] == rows
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "q"}, r"nq_open/validation.jsonl: row 2: no field answer"),
+        ({"question": "q", "answer": []}, r"row 2: answer: got \[\], allowed: a list of texts"),
+        ({"question": "q", "answer": [""]}, r"row 2: answer: got \[''\], allowed"),
+        ({"question": "q", "answer": [1988]}, r"row 2: answer: got \[1988\], allowed"),
+        ({"question": "q", "answer": "Paris"}, r"row 2: answer: got 'Paris', allowed: a list of texts"),
+        ({"question": None, "answer": ["a"]}, r"row 2: question: got None, allowed: text"),
+        ("not an object", r"validation.jsonl:2: got str, allowed: one JSON object a line"),
+    ],
+)
+def test_rows_that_do_not_fit_are_named(row: Any, message: str, tmp_path: Path) -> None:
+    write(tmp_path, [{"question": "q", "answer": ["a"]}, row])
+    with pytest.raises(UserError, match=message) as raised:
+        oracle.run(["nq_open"], tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_answers_that_are_years_are_text(tmp_path: Path) -> None:
+    write(tmp_path, [{"question": "when", "answer": ["1988"]}])
+    report = oracle.run(["nq_open", "nq_open_qa", "nq_open_nll"], tmp_path)
+    assert all(m["oracle"] == 1.0 for task in report["tasks"].values() for m in task["metrics"].values())
+
+
+def test_a_file_cut_short_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"question": "q", "answer": ["a"]}] * 2)
+    path.write_text(path.read_text()[:-10])
+    with pytest.raises(UserError, match=r"validation.jsonl:2: not whole JSON"):
+        oracle.run(["nq_open"], tmp_path)
+    path.write_text("")
+    with pytest.raises(UserError, match=r"validation.jsonl: got no rows"):
+        oracle.run(["nq_open"], tmp_path)
+
+
+def test_broken_parquet_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / NQ / "nq_open"
+    folder.mkdir(parents=True)
+    (folder / "validation.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"validation.parquet: not whole parquet"):
+        DataRoot(tmp_path).load(NQ, None, ["validation"])
+
+
+def test_files_of_the_examples_are_asked_for_before_training(tmp_path: Path) -> None:
+    write(tmp_path, [{"question": "q", "answer": ["a"]}])
+    catalog.refuse_missing(EvalConfig(tasks=("bios_storage", "nq_open_qa")), tmp_path)
+    with pytest.raises(UserError, match=r"no google-research-datasets/nq_open/nq_open/train.jsonl"):
+        catalog.refuse_missing(EvalConfig(tasks=("nq_open_qa",), num_fewshot=1), tmp_path)
+
+
+def test_a_missing_root_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--data-root: got .*nowhere"):
+        DataRoot(tmp_path / "nowhere")
+
+
+def test_the_hub_is_not_asked_when_offline() -> None:
+    with pytest.raises(UserError, match=r"google-research-datasets/nq_open \(default, validation\): not from the hub"):
+        DataRoot(None).load(NQ, None, ["validation"])
+
+
+def test_prefetch_writes_what_is_missing_and_only_that(tmp_path: Path) -> None:
+    asked = []
+
+    def download(repo: str, config: str | None, split: str) -> Docs:
+        asked.append((repo, config, split))
+        return Docs([{"question": "q", "answer": ["a"]}])
+
+    written = prefetch(tmp_path, ["nq_open", "nq_open_qa"], download)
+    assert sorted(asked) == [(NQ, None, "train"), (NQ, None, "validation")]
+    assert oracle.run(["nq_open_qa"], tmp_path)["tasks"]["nq_open_qa"]["n"] == 1
+    assert len(written) == 2
+    assert prefetch(tmp_path, ["nq_open"], download) == []
+
+
+def test_prefetch_knows_every_file_that_the_tasks_read(real_data: Path) -> None:
+    assert prefetch(real_data) == []
+
+
+def test_presets_ask_for_tasks_that_exist() -> None:
+    asked = {task for configs in presets.PRESETS.values() for config in configs for task in config.tasks}
+    assert asked <= set(catalog.names())
+    assert all(isinstance(config, EvalConfig) for config in presets.preset("quick"))
+    with pytest.raises(UserError, match="--preset: got 'fast', allowed: paper, quick"):
+        presets.preset("fast")

@@ -1,0 +1,136 @@
+"""The memory of a training step: predicted without running it, against the bytes that live while one runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_cells import corpus_of
+
+from suite.baselines import loading
+from suite.cells import Cell
+from suite.models import registry
+from suite.models.accounting import meta_model
+from suite.models.moe import TokenChoice
+from suite.models.product_key import MemoryPlusConfig
+from suite.plan.activation_memory import parts
+from suite.plan.live_bytes import LiveBytes
+from suite.records import RunDir
+from suite.train.loop import Trainer
+from suite.train.optim import table_state
+
+SMALL = {"half_keys": 64, "top_k": 8}
+MODELS: dict[str, dict[str, Any]] = {
+    "dense": {"family": "dense", "base": "w32"},
+    "dense w128 tied": {"family": "dense", "base": "w128", "tie_embeddings": True},
+    "moe": {"family": "moe", "base": "w32", "experts": 16},
+    "moe_topk": {"family": "moe_topk", "base": "w32", "shared_experts": 1},
+    "pkm": {"family": "pkm", "base": "w32", **SMALL},
+    "memory_plus": {"family": "memory_plus", "base": "w32", **SMALL},
+    "memory_plus large": {"family": "memory_plus", "base": "w64", "half_keys": 256, "top_k": 8},
+    "pkm large": {"family": "pkm", "base": "w64", "half_keys": 256, "top_k": 8},
+    "memory_plus beside": {"family": "memory_plus", "base": "w32", **SMALL, "keep_ffn": True},
+    "pkm batchnorm": {"family": "pkm", "base": "w32", **SMALL, "query_batchnorm": True},
+    "peer": {"family": "peer", "base": "w48", **SMALL},
+    "hashed_ngram": {"family": "hashed_ngram", "base": "w32"},
+}
+
+
+@pytest.fixture(autouse=True)
+def _example() -> Iterator[None]:
+    """The documentation's baseline is registered."""
+    before = set(registry.families())
+    loading.load(Path(__file__).resolve().parents[2] / "docs" / "hashed_ngram.py")
+    yield
+    registry.unregister(set(registry.families()) - before)
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulate", "tables"),
+    [
+        *((name, 1, {}) for name in MODELS),
+        ("dense", 2, {}),
+        ("moe_topk", 2, {}),
+        ("memory_plus large", 2, {}),
+        ("memory_plus large", 1, {"optimizer": "dense"}),
+        ("memory_plus large", 2, {"optimizer": "dense"}),
+        ("peer", 1, {"optimizer": "dense"}),
+        *(("memory_plus large", 1, {"value_precision": kind}) for kind in ("bf16", "bf16_master", "bf16_stochastic")),
+        ("memory_plus large", 1, {"value_second_moment": "row"}),
+        ("pkm large", 2, {"value_second_moment": "row", "value_precision": "bf16_master"}),
+        ("peer", 1, {"value_second_moment": "row", "value_precision": "bf16"}),
+    ],
+)
+def test_prediction_is_within_ten_percent_of_the_peak_of_a_real_step(
+    name: str, accumulate: int, tables: dict[str, str], cache: Path, tmp_path: Path
+) -> None:
+    cell = Cell.model_validate(
+        {
+            "model": MODELS[name],
+            "data": {"kind": "bios", "people": 60, "questions": 0.5},
+            "train": {"batch_rows": 10, "epochs": 9.0, "lr": 5e-3, "accumulate": accumulate, **tables},
+        }
+    )
+    corpus = corpus_of(cell, cache)
+    trainer = Trainer(cell, corpus, RunDir(tmp_path))
+    trainer.train_step()
+    busiest = watch_busiest(trainer.model, 10 // accumulate * cell.data.seq_len)
+    reads = watch_reads(trainer.model)
+    live = LiveBytes()
+    moments = [tensor for state in trainer.optimizer.adamw.state.values() for tensor in state.values()]
+    for adamw in trainer.optimizer.rows:
+        moments += [value for value in vars(adamw.state).values() if isinstance(value, torch.Tensor)]
+    for tensor in (*trainer.model.parameters(), *trainer.model.buffers(), *moments):
+        live.add(tensor)
+    with live:
+        trainer.train_step()
+    even = [rows * -math.expm1(-lookups / rows) for lookups, _, rows in reads]
+    use = sum(distinct for _, distinct, _ in reads) / sum(even) if reads else 1.0
+    found = parts(
+        meta_model(cell.model, corpus.vocab_size), cell.data.seq_len, 10 // accumulate, busiest=max(busiest, default=1)
+    )
+    predicted = found.step(micro_batches=accumulate, state=table_state(cell.train), use=use)
+    assert predicted.peak == pytest.approx(live.peak, rel=0.1)
+    assert predicted.weights == sum(parameter.nbytes for parameter in trainer.model.parameters())
+
+
+def watch_busiest(model: torch.nn.Module, tokens: int) -> list[float]:
+    """What each call of a mixture gives its busiest expert, over the mean: what a router does, no shape can say."""
+    seen: list[float] = []
+    for module in model.modules():
+        if isinstance(module, TokenChoice):
+            mean = tokens * module.top_k / module.experts.count
+            module.experts.register_forward_pre_hook(lambda _, args, mean=mean: seen.append(args[0].shape[1] / mean))
+    return seen
+
+
+def watch_reads(model: torch.nn.Module) -> list[tuple[int, int, int]]:
+    """Lookups, distinct rows and rows of the table, of every read."""
+    seen: list[tuple[int, int, int]] = []
+    for table in model.memory_tables():
+        rows = len(table.weight)
+        table.before_read.append(
+            lambda ids, rows=rows: seen.append((ids.numel(), len(set(ids.flatten().tolist())), rows))
+        )
+    return seen
+
+
+def test_sharding_divides_state_and_leaves_activations() -> None:
+    found = parts(meta_model(MemoryPlusConfig(**MODELS["memory_plus large"]), 500), 128, rows=4)
+    alone, shared = found.step(), found.step(rest_shards=4, value_shards=4)
+    assert shared.weights == alone.weights / 4
+    assert alone.moments / 4 < shared.moments < alone.moments / 3  # marks of rows are not divided
+    assert shared.saved == alone.saved
+    assert alone.weights + alone.moments < alone.peak
+    assert shared.peak < alone.peak
+
+
+def test_memory_of_a_table_no_machine_could_hold_is_predicted_from_shapes() -> None:
+    huge = MemoryPlusConfig(family="memory_plus", base="1.3b", half_keys=8192)
+    found = parts(meta_model(huge, 32000), 512, 1, "bf16").step()
+    assert found.weights / 4 == pytest.approx(138747.7e6, rel=1e-6)
+    assert found.moments == 2 * found.weights + 9 * 2**26

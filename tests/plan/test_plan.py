@@ -1,0 +1,276 @@
+"""Plans: totals counted by hand, the formulas by hand, and meshes that fit because nothing smaller does."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from suite.cli.main import app
+from suite.errors import UserError
+from suite.grids import load_grid
+from suite.models.accounting import meta_model
+from suite.plan import plan as planning
+from suite.plan.activation_memory import parts
+from suite.plan.gpus import GPUS, USABLE
+from suite.plan.mesh import MICRO_ROWS
+
+GRIDS = Path(__file__).resolve().parents[2] / "grids"
+COUNTED = {  # of table 1, in millions to 0.1m, by hand; tests/models/test_accounting.py has the printed ones
+    ("moe", "134m", None): 983.6, ("peer", "134m", 768): 1036.9, ("pkm", "134m", 1024): 936.5,
+    ("memory_plus", "134m", 1024): 937.1, ("moe", "1.3b", None): 3545.5, ("peer", "1.3b", 768): 3645.7,
+    ("pkm", "1.3b", 1024): 3377.6, ("memory_plus", "1.3b", 1024): 3368.1, ("dense", "373m", None): 373.9,
+    ("memory_plus", "1.3b", 2048): 9823.2, ("memory_plus", "1.3b", 4096): 35618.1,
+    ("memory_plus", "1.3b", 8192): 138747.7,
+}  # fmt: skip
+
+
+def planned(name: str, gpu: str = "h100", nodes: int | None = None, **over: str) -> list[planning.CellPlan]:
+    changes = {path.replace("__", "."): value for path, value in over.items()}
+    grid = load_grid(str(GRIDS / f"{name}.yaml"), changes, need_data=False)
+    return planning.plan(grid, planning.assumptions(gpu, nodes, 0.4, None), Path("unused"))
+
+
+@pytest.fixture(scope="module")
+def scaling() -> list[planning.CellPlan]:
+    return planned("paper-memory-scaling")
+
+
+def test_the_papers_grids_are_planned_at_once_with_the_totals_counted_by_hand(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["plan", "paper", "--json", "--results", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    document = json.loads(done.stdout)
+    assert json.loads((tmp_path / "plans" / "paper-h100.json").read_text()) == document
+    seen: dict[tuple[str, str, int | None], list[float]] = {}
+    for cell in document["cells"]:
+        millions = cell["params"]["total"] / 1e6
+        seen.setdefault((cell["family"], cell["base"], cell["half_keys"]), []).append(millions)
+    for key, millions in COUNTED.items():
+        assert min(abs(total - millions) for total in seen[key]) < 0.05, key
+
+
+def test_no_family_of_the_paper_needs_torchs_compiler_to_be_planned(tmp_path: Path) -> None:
+    code = (
+        "import sys; from suite.cli.main import app; "
+        f"app(['plan', 'paper-fixed-memory', '--json', '--results', {str(tmp_path)!r}], standalone_mode=False); "
+        "print('torch._dynamo' in sys.modules, file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "False\n"
+    assert len(json.loads(done.stdout)["cells"]) == 24
+
+
+def test_cells_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    asked = ["plan", "paper-ablations", "--results", str(tmp_path)]
+    shown = CliRunner().invoke(app, asked).stdout
+    for setting in ("placement=[4, 12, 20]", "value_dim=2048", "scalar_gate=True", "qk_norm=True", "share=False"):
+        assert shown.count(f"  {setting} ") == 1, setting
+    cells = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)["cells"]
+    names = [(cell["run"].rpartition("-")[0], json.dumps(cell["variant"])) for cell in cells]
+    assert len(set(names)) == len(names) == 19
+
+
+def test_the_document_has_the_agreed_fields(scaling: list[planning.CellPlan]) -> None:
+    entry = scaling[2].to_json(price=2.0)
+    assert {"cell", "family", "base", "half_keys", "params", "flops_per_token", "bytes_per_token", "tokens",
+            "memory_per_gpu", "gpus", "gpu_hours"} <= entry.keys()  # fmt: skip
+    assert entry["params"].keys() == {"total", "active", "memory", "embedding"}
+    assert entry["flops_per_token"].keys() == {"train", "forward"}
+    assert entry["cost"] == 2.0 * entry["gpu_hours"]
+    assert entry["days"] == entry["gpu_hours"] / entry["gpus"] / 24
+    json.dumps(entry, allow_nan=False)
+
+
+def test_hours_are_flops_over_the_stated_speed(scaling: list[planning.CellPlan]) -> None:
+    for one in scaling:
+        assert one.total_flops == 1e12 * one.account.flops_per_token
+        assert one.gpu_hours == pytest.approx(one.total_flops / (989e12 * 0.4) / 3600)
+        assert one.steps == int(1e12) // (2048 * 4096)
+
+
+def test_a_mesh_fits_and_half_of_it_does_not() -> None:
+    usable = GPUS["h100"].memory * USABLE
+    for one in planned("paper-memory-scaling")[:4]:
+        mesh = one.mesh
+        assert mesh is not None
+        assert mesh.memory.peak <= usable
+        assert mesh.gpus * mesh.micro_rows * mesh.accumulate == one.cell.train.batch_rows
+        if mesh.gpus > 1:
+            model, half = meta_model(one.cell.model, 32000), mesh.gpus // 2
+            for micro in MICRO_ROWS:
+                found = parts(model, 4096, micro, "bf16").step(half, half, 2048 // half // micro)
+                assert found.peak > usable
+
+
+def test_a_table_too_large_for_a_node_is_divided_over_nodes(scaling: list[planning.CellPlan]) -> None:
+    huge = scaling[-1]
+    assert huge.account.params_memory == 2**26 * 2048
+    assert huge.mesh is not None
+    assert huge.mesh.table_shards == huge.mesh.gpus
+    assert huge.mesh.gpus > GPUS["h100"].per_node
+    assert scaling[2].mesh is not None
+    assert scaling[2].mesh.table_shards <= GPUS["h100"].per_node
+
+
+def test_a_cell_that_fits_nowhere_says_why_and_what_would_do() -> None:
+    tight = planned("paper-memory-scaling", "h200", nodes=1)[-1]
+    assert tight.mesh is None
+    assert f"{12 * 2**26 * 2048 / 8 / 1e9:.1f} GB" in str(tight.why)
+    assert re.fullmatch(r"\d+ GPUs \(\d+ nodes\)", str(tight.would_fit))
+    assert tight.to_json(1.0)["fits"] is False
+    more = planned("paper-memory-scaling", "h200")[-1].mesh
+    assert more is not None
+    assert str(tight.would_fit).startswith(f"{more.gpus} GPUs")
+
+
+@pytest.mark.parametrize(("rows", "most"), [(48, 16), (24, 8), (7, 1)])
+def test_a_mesh_divides_the_rows_of_a_batch_as_training_must(rows: int, most: int) -> None:
+    plans = planned("paper-memory-scaling", train__batch_rows=str(rows))
+    for one in plans:
+        if one.mesh is not None:
+            assert one.mesh.gpus * one.mesh.micro_rows * one.mesh.accumulate == rows
+    huge = plans[-1]
+    assert huge.mesh is None
+    assert str(huge.why).startswith(f"on {most} GPUs (no more divide its {rows} rows) a GPU needs ")
+    assert str(huge.would_fit).startswith("a train.batch_rows that more GPUs divide or ")
+
+
+def test_the_rows_of_three_nodes_are_not_blamed() -> None:
+    (tight,) = (one for one in planned("paper-memory-scaling", nodes=3) if one.account.params_memory == 2**26 * 2048)
+    assert str(tight.why).startswith("on 16 GPUs a GPU needs ")
+    assert re.fullmatch(r"\d+ GPUs \(\d+ nodes\)", str(tight.would_fit))
+
+
+def test_nodes_of_six_gpus_get_whole_nodes() -> None:
+    grid = load_grid(str(GRIDS / "paper-memory-scaling.yaml"), {"train.batch_rows": "3072"}, need_data=False)
+    assumed = planning.Assumptions(dataclasses.replace(GPUS["h100"], per_node=6))
+    plans = planning.plan(grid, assumed, Path("unused"))
+    found = [(one.mesh.gpus, one.mesh.table_shards) for one in plans if one.mesh is not None]
+    assert all(gpus < 6 or gpus % 6 == 0 for gpus, _ in found)
+    widths = [2048 % shards for _, shards in found]
+    assert set(widths) == {0}
+    assert {gpus for gpus, _ in found} >= {1, 2, 4}
+
+
+def test_a_table_that_no_gpus_divide_is_named() -> None:
+    (huge,) = (one for one in planned("paper-memory-scaling", train__value_second_moment="row")
+               if one.account.params_memory == 2**24 * 2048)  # fmt: skip
+    assert str(huge.would_fit).startswith("train.value_second_moment: element, whose tables are divided or ")
+
+
+def test_a_base_has_its_own_vocabulary_whatever_stands_before_it(tmp_path: Path) -> None:
+    (tmp_path / "g.yaml").write_text(
+        "defaults:\n  model: {family: dense}\n"
+        "  data: {kind: text, path: gone, seq_len: 64, tokenizer: {kind: file, path: gone}}\n"
+        "  train: {batch_rows: 8, tokens: 100000, lr: 1e-3}\n"
+        "blocks: [{axes: {model.base: [134m, 8b]}}]\n"
+    )
+    plans = planning.plan(load_grid(str(tmp_path / "g.yaml"), need_data=False),
+                          planning.assumptions("h100", None, 0.4, None), Path("unused"))  # fmt: skip
+    assert [one.account.params_embedding // one.cell.model.size.dim for one in plans] == [2 * 32000, 2 * 128256]
+
+
+def test_queries_normed_over_a_micro_batch_keep_the_cells_number_of_them() -> None:
+    (one,) = (one for one in planned("paper-fixed-memory", model__query_batchnorm="true", train__accumulate="64")
+              if (one.cell.model.family, one.cell.model.base) == ("pkm", "1.3b"))  # fmt: skip
+    assert one.mesh is not None
+    assert one.mesh.accumulate == 64
+    assert one.mesh.gpus * 64 * one.mesh.micro_rows == one.cell.train.batch_rows
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "weight", "moments", "row"),
+    [("precision", "bf16", 2, 8, 9), ("precision", "bf16_master", 2, 12, 9), ("second_moment", "row", 4, 4, 13)],
+)
+def test_tables_are_counted_as_they_are_kept(option: str, value: str, weight: int, moments: int, row: int) -> None:
+    """Bytes of a value and of a row as docs/training.md lists them."""
+    one = planned("paper-memory-scaling", **{f"train__value_{option}": value})[2]
+    assert one.mesh is not None
+    values, rows, memory = one.account.params_memory, 2**20, one.mesh.memory
+    rest = (one.account.params_total - values) / one.mesh.gpus
+    assert memory.weights == pytest.approx(4 * rest + weight * values / one.mesh.table_shards)
+    assert memory.moments == pytest.approx(8 * rest + moments * values / one.mesh.table_shards + row * rows)
+    lookups, touched = 2048 * 4096 * 3 * 4 * 32, 2**20  # three layers, four heads, top 32; every row is read
+    assert one.table_bytes_per_step == pytest.approx(
+        2048 * (lookups * (2 * weight + 8) + touched * (2 * weight + 2 * moments + 8)), rel=1e-6
+    )
+
+
+def test_a_rows_own_moment_leaves_tables_whole() -> None:
+    one = planned("paper-memory-scaling", train__value_second_moment="row")[2]
+    assert one.mesh is not None
+    assert one.mesh.table_shards == 1
+
+
+def test_the_total_says_what_of_it_does_not_fit(tmp_path: Path) -> None:
+    asked = ["plan", "paper-memory-scaling", "--nodes", "1", "--results", str(tmp_path)]
+    shown = CliRunner().invoke(app, asked).stdout
+    cells = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)["cells"]
+    unfit = sum(cell["gpu_hours"] for cell in cells if not cell["fits"])
+    assert unfit > 0
+    assert f"of the total, {unfit:,.0f} GPU-hours are of cells that do not fit:" in shown
+
+
+def test_partners_are_the_nearest_and_say_by_how_much_they_miss(scaling: list[planning.CellPlan]) -> None:
+    dense, pkm, plus = scaling[0], scaling[1], scaling[2]
+    assert plus.partners["flops"]["run"] == dense.cell.run_name
+    assert plus.partners["flops"]["ratio"] == plus.account.macs_total / dense.account.macs_total
+    assert plus.partners["flops"]["equal"] is True
+    assert plus.partners["params"]["run"] == pkm.cell.run_name
+    biggest = scaling[-1].partners["params"]
+    assert biggest["ratio"] > 10
+    assert biggest["equal"] is False
+
+
+def test_every_cell_stands_beside_the_dense_model_of_its_base(scaling: list[planning.CellPlan]) -> None:
+    dense, plus = scaling[0], scaling[2]
+    assert set(dense.to_json(1.0)["ratio_to_dense"].values()) == {1.0}
+    ratio = plus.to_json(1.0)["ratio_to_dense"]["flops"]
+    assert ratio == plus.account.macs_total / dense.account.macs_total
+    wide = next(one for one in planned("paper-partners") if one.cell.model.ffn_hidden == 15872)
+    assert wide.to_json(1.0)["ratio_to_dense"]["flops"] == pytest.approx(2.0, rel=0.01)
+
+
+def test_table_traffic_by_hand(scaling: list[planning.CellPlan]) -> None:
+    plus = scaling[2]
+    read = 3 * 128 * 2048 * 4  # layers, rows a token, width, bytes
+    rows = 2048 * 4096
+    touched = 2**20 * -math.expm1(-rows * 3 * 128 / 2**20)
+    assert plus.table_bytes_per_step == pytest.approx(4 * rows * read + 8 * 4 * touched * 2048)
+    assert scaling[0].table_bytes_per_step == 0
+
+
+def test_partners_grid_matches_as_it_says() -> None:
+    plans = planned("paper-partners")
+    plus = {one.cell.model.base: one for one in plans
+            if one.cell.model.family == "memory_plus" and not one.cell.model.keep_ffn}  # fmt: skip
+    dense = {one.cell.model.base: one for one in plans
+             if one.cell.model.family == "dense" and one.cell.model.ffn_hidden is None}  # fmt: skip
+    for base, plain in dense.items():
+        wide = sorted(one.account.macs_total / plain.account.macs_total for one in plans
+                      if one.cell.model.family == "dense" and one.cell.model.base == base)  # fmt: skip
+        for factor in (2, 4):
+            assert min(abs(ratio / factor - 1) for ratio in wide) < 0.01
+        equal = [one.account.params_total / plus[base].account.params_total for one in plans
+                 if one.cell.model.base == base and one is not plus[base]]  # fmt: skip
+        assert sum(abs(ratio - 1) < 0.01 for ratio in equal) >= 2  # dense and the mixture
+
+
+def test_a_small_world_is_read_for_its_tokens(tmp_path: Path) -> None:
+    grid = load_grid(str(GRIDS / "smoke.yaml"))
+    one = planning.plan(grid, planning.assumptions("a100", 1, 0.4, None), tmp_path)[0]
+    assert one.tokens == one.steps * 8 * 128
+    assert one.mesh is not None
+    assert one.mesh.gpus == 1
+
+
+def test_an_unknown_gpu_is_refused_by_name() -> None:
+    with pytest.raises(UserError, match=r"--gpu: got 'b200', allowed: a100, h100, h200"):
+        planning.assumptions("b200", None, 0.4, None)
