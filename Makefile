@@ -53,6 +53,7 @@ $(OLD_TRITON)/.installed: .venv/.installed
 
 check: setup
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # Kernels and whole training steps; with DATA_ROOT=path/to/eval, what evaluation takes beside the model, too.

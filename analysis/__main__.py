@@ -48,10 +48,11 @@ def _parser() -> argparse.ArgumentParser:
 
     own = {"fit": fitting.add_options, "compare": table_file.add_options}
     outputs = {
-        "frame": "the frame as .csv, .jsonl or .parquet", "tuning": "a Markdown file",
+        "frame": "the frame as .csv, .jsonl or .parquet",
+        "tuning": "a Markdown file",
         "fit": "with --data: the table with columns predicted and fitted, as .csv, .jsonl or .parquet",
         **dict.fromkeys(("figures", "report", "paper", "kernels"), "the figures' folder"),
-    }  # fmt: skip
+    }
     parser = _Parser(prog="python -m analysis", description=__doc__)
     common = _Parser(add_help=False)
     common.add_argument("--results", type=Path, default=Path("results"), help="folder of runs/ and grids/")

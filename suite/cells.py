@@ -38,9 +38,10 @@ class Tokenizer(Frozen):
     kind: Literal["word", "bpe", "bytes", "file"]
     vocab_size: int | None = Field(default=None, gt=256, description="BPE only: entries, 256 bytes included")
     path: str | None = Field(
-        default=None, json_schema_extra=NOT_IDENTITY,
+        default=None,
+        json_schema_extra=NOT_IDENTITY,
         description="file only: a tokenizer.json, a GPT-2 vocab.json or encoder.json (merges beside), a .model",
-    )  # fmt: skip
+    )
     fingerprint: str | None = Field(default=None, description="file only: sha256 of the content; filled in")
     eot: str | None = Field(default=None, description="file only: its end-of-text token; None: found by its name")
 
@@ -183,9 +184,11 @@ class TrainConfig(Frozen):
     decay: float = Field(default=0.2, gt=0, le=1, description="wsd: share of the steps, at the end, in which lr falls")
     decay_shape: Literal["1-sqrt", "linear"] = Field(default="1-sqrt", description="wsd: how lr falls")
     branches: tuple[int, ...] = Field(
-        default=(), strict=False, json_schema_extra=NOT_IDENTITY,
+        default=(),
+        strict=False,
+        json_schema_extra=NOT_IDENTITY,
         description="wsd: the token budgets, this one among them, of the cells that share one stable phase",
-    )  # fmt: skip
+    )
     clip: float | None = Field(default=1.0, gt=0, description="largest norm, of the values and of the rest apart")
     accumulate: int = Field(default=1, gt=0, description="micro-batches per step; divides batch_rows")
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -196,9 +199,11 @@ class TrainConfig(Frozen):
     checkpoint_every: int = Field(default=200, gt=0, json_schema_extra=NOT_IDENTITY)
     keep_checkpoints: int = Field(default=2, gt=0, json_schema_extra=NOT_IDENTITY)
     evaluate_every: int | None = Field(
-        default=None, gt=0, json_schema_extra=NOT_IDENTITY,
+        default=None,
+        gt=0,
+        json_schema_extra=NOT_IDENTITY,
         description="steps between checkpoints that are asked the cell's evaluations too, beside training",
-    )  # fmt: skip
+    )
 
     def problems(self) -> list[tuple[str, object, str]]:
         found: list[tuple[str, object, str]] = []

@@ -48,8 +48,13 @@ from suite.yaml_input import explain, meant, parse_value, read_mapping
 
 SECTIONS = ("model", "data", "train")
 GRID_FIELDS = {
-    "defaults": dict, "families": dict, "blocks": list, "exclude": list, "launch": dict, "grids": list,
-}  # fmt: skip
+    "defaults": dict,
+    "families": dict,
+    "blocks": list,
+    "exclude": list,
+    "launch": dict,
+    "grids": list,
+}
 
 Flat = dict[str, Any]
 """Dotted path -> value: `{"train.lr": 0.001}`."""
@@ -217,9 +222,14 @@ def _points(source: Path, content: dict[str, Any], over: Flat) -> list[_Point]:
 
 
 def _block_points(
-    source: Path, where: str, defaults: Flat, families: dict[str, Flat], fixed: Flat, axes: dict[str, list[Flat]],
+    source: Path,
+    where: str,
+    defaults: Flat,
+    families: dict[str, Flat],
+    fixed: Flat,
+    axes: dict[str, list[Flat]],
     over: Flat,
-) -> Iterator[_Point]:  # fmt: skip
+) -> Iterator[_Point]:
     seen: set[str] = set()
     for values in itertools.product(*axes.values()):
         chosen: Flat = {path: value for part in values for path, value in part.items()}

@@ -60,14 +60,22 @@ def test_an_evaluation_has_a_hash_of_its_own() -> None:
 
 def test_a_task_is_asked_once_on_the_same_terms() -> None:
     first = EvalConfig(tasks=("a", "b"), limit=3)
-    asked = cell(evaluate=[first.model_dump()]).also_asked((
-        EvalConfig(tasks=("b",), limit=3), EvalConfig(tasks=("b",)), EvalConfig(tasks=("c", "a"), limit=3),
-        EvalConfig(tasks=("a",), limit=3, num_fewshot=2), EvalConfig(tasks=("c", "b", "c")),
-    ))  # fmt: skip
+    asked = cell(evaluate=[first.model_dump()]).also_asked(
+        (
+            EvalConfig(tasks=("b",), limit=3),
+            EvalConfig(tasks=("b",)),
+            EvalConfig(tasks=("c", "a"), limit=3),
+            EvalConfig(tasks=("a",), limit=3, num_fewshot=2),
+            EvalConfig(tasks=("c", "b", "c")),
+        )
+    )
     assert asked.evaluate == (
-        first, EvalConfig(tasks=("b",)), EvalConfig(tasks=("c",), limit=3),
-        EvalConfig(tasks=("a",), limit=3, num_fewshot=2), EvalConfig(tasks=("c",)),
-    )  # fmt: skip
+        first,
+        EvalConfig(tasks=("b",)),
+        EvalConfig(tasks=("c",), limit=3),
+        EvalConfig(tasks=("a",), limit=3, num_fewshot=2),
+        EvalConfig(tasks=("c",)),
+    )
 
 
 def test_a_cell_survives_json() -> None:
@@ -104,16 +112,30 @@ def memory(**changes: Any) -> Cell:
 
 def test_what_tells_cells_apart_is_what_most_of_their_family_and_base_have_not() -> None:
     cells = [
-        memory(), memory(half_keys=64), memory(qk_norm=True), memory(placement=[0], k_dim=32),
-        cell(train__log_every=3), cell(seed=1), cell(train__lr=2e-3), cell(train__lr=2e-3, seed=1),
-        cell(model__base="w64", train__lr=5e-3), cell(model__base="w64", train__lr=5e-3, data__people=51),
-    ]  # fmt: skip
+        memory(),
+        memory(half_keys=64),
+        memory(qk_norm=True),
+        memory(placement=[0], k_dim=32),
+        cell(train__log_every=3),
+        cell(seed=1),
+        cell(train__lr=2e-3),
+        cell(train__lr=2e-3, seed=1),
+        cell(model__base="w64", train__lr=5e-3),
+        cell(model__base="w64", train__lr=5e-3, data__people=51),
+    ]
     found = variants(cells)
     assert [found[each.run_name] for each in cells] == [
-        {}, {}, {"qk_norm": True}, {"k_dim": 32, "placement": [0]},
-        {"train.lr": 1e-3}, {"train.lr": 1e-3}, {"train.lr": 2e-3}, {"train.lr": 2e-3},
-        {"data.people": 50}, {"data.people": 51},
-    ]  # fmt: skip
+        {},
+        {},
+        {"qk_norm": True},
+        {"k_dim": 32, "placement": [0]},
+        {"train.lr": 1e-3},
+        {"train.lr": 1e-3},
+        {"train.lr": 2e-3},
+        {"train.lr": 2e-3},
+        {"data.people": 50},
+        {"data.people": 51},
+    ]
 
 
 def test_files_are_told_apart_by_their_places() -> None:

@@ -174,11 +174,18 @@ def _contrast(ours: pd.DataFrame, theirs: pd.DataFrame, control: bool, runs: dic
             raise InputError(f"{part['label'].iloc[0]}: {names}: of one seed, and equal in all else that is compared")
     joined = ours.merge(theirs, on="seed", suffixes=("", "_ref"))
     contrast = Contrast(
-        base=a["base"], variant=a["label"], reference=b["label"], family=a["family"], primary=False,
-        control=control, planned=len(joined), macs_ratio=_ratio(a, b, "macs"),
-        params_ratio=_ratio(a, b, "params_total"), bytes_ratio=_ratio(a, b, "bytes_per_token"),
+        base=a["base"],
+        variant=a["label"],
+        reference=b["label"],
+        family=a["family"],
+        primary=False,
+        control=control,
+        planned=len(joined),
+        macs_ratio=_ratio(a, b, "macs"),
+        params_ratio=_ratio(a, b, "params_total"),
+        bytes_ratio=_ratio(a, b, "bytes_per_token"),
         speed_ratio=float((joined["tokens_per_s"] / joined["tokens_per_s_ref"]).median()),
-    )  # fmt: skip
+    )
     joined = joined[(joined["state"] == "done") & (joined["state_ref"] == "done")]
     contrast.seeds = [int(seed) for seed in joined["seed"]]
     if len(joined):

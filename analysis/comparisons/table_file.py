@@ -26,9 +26,12 @@ from analysis.records.tables import read_table
 
 NEEDED = {"family": "names of families", "y": "loss or error, lower is better"}
 OPTIONAL = {
-    "C": "training FLOPs, for the compute multiplier", "cell": "what pairs share, as the base size; default: C",
-    "seed": "pairs runs", "params": "its ratio is stated", "bytes": "its ratio is stated",
-}  # fmt: skip
+    "C": "training FLOPs, for the compute multiplier",
+    "cell": "what pairs share, as the base size; default: C",
+    "seed": "pairs runs",
+    "params": "its ratio is stated",
+    "bytes": "its ratio is stated",
+}
 
 
 def add_options(verb: argparse.ArgumentParser) -> None:
@@ -132,15 +135,23 @@ def _difference(ours: pd.DataFrame, theirs: pd.DataFrame, family: str, cell: str
         name: float((joined[name] / joined[f"{name}_ref"]).mean()) for name in ("C", "params", "bytes") if name in ours
     }
     equal = abs(ratios["C"] - 1) <= EQUAL if "C" in ratios else None
-    return [{
-        "family": family, "cell": cell, "primary": False, "pairs": found.n, "difference": found.mean, "low": found.low,
-        "high": found.high, "p": found.p, "ratios": ratios, "equal_flop": equal,
-    }]  # fmt: skip
+    return [
+        {
+            "family": family,
+            "cell": cell,
+            "primary": False,
+            "pairs": found.n,
+            "difference": found.mean,
+            "low": found.low,
+            "high": found.high,
+            "p": found.p,
+            "ratios": ratios,
+            "equal_flop": equal,
+        }
+    ]
 
 
-def _multipliers(
-    runs: pd.DataFrame, dense: pd.DataFrame, others: list[str], draws: int, seed: int
-) -> dict[str, Any]:  # fmt: skip
+def _multipliers(runs: pd.DataFrame, dense: pd.DataFrame, others: list[str], draws: int, seed: int) -> dict[str, Any]:
     """By family and cell; the reason where the reference does not allow them."""
     if "C" not in runs:
         return {"multipliers": [], "reason": "no column C"}

@@ -149,6 +149,8 @@ def _held_out(table: pd.DataFrame, x: np.ndarray, y: np.ndarray, cells: np.ndarr
     predicted, seen = float(np.exp((x[out][:, kept] @ estimate).mean())), float(np.exp(y[out].mean()))
     first = table[out].iloc[0]
     return {
-        "cell": f"{first['base']} {first['label']}", "predicted": predicted, "observed": seen,
+        "cell": f"{first['base']} {first['label']}",
+        "predicted": predicted,
+        "observed": seen,
         "relative_error": predicted / seen - 1,
-    }  # fmt: skip
+    }

@@ -61,8 +61,16 @@ def curves(axis: Axes, found: Scene, base: str, x: str, y: str) -> None:
             continue
         for run in points:
             axis.plot(*zip(*run, strict=True), color=look.color, alpha=0.18, linewidth=0.6)
-        axis.plot(at, mean, color=look.color, linestyle=look.linestyle, marker=look.marker, alpha=look.alpha,
-                  markersize=3, label=found.named(label))  # fmt: skip
+        axis.plot(
+            at,
+            mean,
+            color=look.color,
+            linestyle=look.linestyle,
+            marker=look.marker,
+            alpha=look.alpha,
+            markersize=3,
+            label=found.named(label),
+        )
         if len(points) >= MIN_PAIRS:
             axis.fill_between(at, low, high, color=look.color, alpha=0.15, linewidth=0)
     axis.set_xlabel(AXES[x])
@@ -206,8 +214,15 @@ def _bounds(axis: Axes, bounds: list[tuple[float, str]]) -> None:
         else:
             rows.append((at, [label]))
     for at, names in rows:
-        axis.annotate(f"≥ {', '.join(names)}", (0.99, at), xycoords=("axes fraction", "data"), fontsize=6.5,
-                      ha="right", va="bottom", color="#555555")  # fmt: skip
+        axis.annotate(
+            f"≥ {', '.join(names)}",
+            (0.99, at),
+            xycoords=("axes fraction", "data"),
+            fontsize=6.5,
+            ha="right",
+            va="bottom",
+            color="#555555",
+        )
 
 
 def _rows_family(axis: Axes, found: Scene, family: str, members: pd.DataFrame, key: str) -> None:

@@ -23,13 +23,25 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLUMNS = (
-    "operator", "contender", "device", "use", "width", "rows", "p20_ms", "p50_ms", "p80_ms", "bytes", "gb_per_s",
+    "operator",
+    "contender",
+    "device",
+    "use",
+    "width",
+    "rows",
+    "p20_ms",
+    "p50_ms",
+    "p80_ms",
+    "bytes",
+    "gb_per_s",
     "copy_share",
-)  # fmt: skip
+)
 TITLES = {
-    "forward": "weighted bags, forward", "step": "backward and update", "search": "product-key search",
+    "forward": "weighted bags, forward",
+    "step": "backward and update",
+    "search": "product-key search",
     "layer": "whole layer, both ways",
-}  # fmt: skip
+}
 COMPUTE_BOUND = ("search", "layer")
 LOOKS = [("#0072B2", "o"), ("#000000", "s"), ("#E69F00", "^"), ("#009E73", "D"), ("#CC79A7", "v")]
 
@@ -111,8 +123,15 @@ def _panel(axis: Axes, part: pd.DataFrame, operator: str) -> None:
         ordered = group.sort_values("rows")
         low, middle, high = (1e-6 * ordered["bytes"] / ordered[f"{name}_ms"] for name in ("p80", "p50", "p20"))
         named = "ours" if contender == "ours" else f"{contender} ({operator})"
-        axis.errorbar(ordered["rows"], middle, yerr=[middle - low, high - middle], color=color, marker=marker,
-                      capsize=2, label=named)  # fmt: skip
+        axis.errorbar(
+            ordered["rows"],
+            middle,
+            yerr=[middle - low, high - middle],
+            color=color,
+            marker=marker,
+            capsize=2,
+            label=named,
+        )
     if len(part) and operator not in COMPUTE_BOUND:
         roof = float((part["gb_per_s"] / part["copy_share"]).median())
         axis.axhline(roof, color="#888888", linewidth=1, linestyle="--", label="copy bandwidth")

@@ -70,9 +70,7 @@ class Scene:
         return " ".join(filter(None, [text, source, self.regime]))
 
 
-def scene(
-    runs: list[Run], grid: str, published: pd.DataFrame | None = None, source: str | None = None
-) -> Scene:
+def scene(runs: list[Run], grid: str, published: pd.DataFrame | None = None, source: str | None = None) -> Scene:
     """The scene of a grid's finished runs, with published numbers to draw beside them."""
     table = summary(runs)
     table = table[table["state"] == "done"]
@@ -163,8 +161,15 @@ def line_of(axis: Axes, found: Scene, label: str, part: pd.DataFrame, x: str, y:
     """One variant over its base sizes: means joined, each with its interval and single runs; x from column `x`."""
     look = found.looks[label]
     groups = sorted(((float(group[x].mean()), group) for _, group in part.groupby("base")), key=lambda item: item[0])
-    axis.plot([at for at, _ in groups], [group[y].mean() for _, group in groups], color=look.color,
-              linestyle=look.linestyle, marker=look.marker, markersize=look.size, label=found.named(label))  # fmt: skip
+    axis.plot(
+        [at for at, _ in groups],
+        [group[y].mean() for _, group in groups],
+        color=look.color,
+        linestyle=look.linestyle,
+        marker=look.marker,
+        markersize=look.size,
+        label=found.named(label),
+    )
     for at, group in groups:
         dot(axis, at, group[y].to_numpy(float), look, markerfacecolor=face(look, group, y), markersize=look.size)
 
@@ -185,8 +190,14 @@ def variant_points(axis: Axes, found: Scene, part: pd.DataFrame, x: str, y: str)
         beside: dict[str, Any] = {"xytext": (-6, -2), "ha": "right"} if family == "dense" else {"xytext": (6, -2)}
         if np.isfinite(at):
             dot(axis, at, group[y].to_numpy(float), look, markersize=look.size)
-            axis.annotate(str(label).removeprefix(family).strip(), (at, float(group[y].mean())), fontsize=6,
-                          color="#555555", textcoords="offset points", **beside)  # fmt: skip
+            axis.annotate(
+                str(label).removeprefix(family).strip(),
+                (at, float(group[y].mean())),
+                fontsize=6,
+                color="#555555",
+                textcoords="offset points",
+                **beside,
+            )
     axis.margins(x=0.2)
     axis.xaxis.set_major_locator(MaxNLocator(5))
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))

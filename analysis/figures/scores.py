@@ -150,10 +150,17 @@ def _points(found: Scene, part: pd.DataFrame, key: str) -> pd.DataFrame:
 
 
 def _panels(
-    found: Scene, folder: Path, name: str, panels: Sequence[tuple[str, str]],
-    panel: Callable[[Axes, str, str], None], note: str, columns: int = 3, height: float = 2.4, margin: float = 0.0,
+    found: Scene,
+    folder: Path,
+    name: str,
+    panels: Sequence[tuple[str, str]],
+    panel: Callable[[Axes, str, str], None],
+    note: str,
+    columns: int = 3,
+    height: float = 2.4,
+    margin: float = 0.0,
     sharey: bool = False,
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """A figure of one panel per (where, score); scores beyond PANELS panels are named in the footnote."""
     keys = list(dict.fromkeys(key for _, key in panels))
     room = max(1, PANELS * len(keys) // len(panels))
@@ -184,8 +191,14 @@ def _published(axis: Axes, found: Scene, base: str, key: str) -> None:
         axis.plot(group["memory_rows"], group["value"], "x", color="#777777", label=f"published: {source}")
         for row in group.drop_duplicates(["memory_rows", "family"]).to_dict("records"):
             text = f"{row['family']} {row['confidence'][:1]}"
-            axis.annotate(text, (row["memory_rows"], row["value"]), xytext=(4, -2), textcoords="offset points",
-                          fontsize=6, color="#777777")  # fmt: skip
+            axis.annotate(
+                text,
+                (row["memory_rows"], row["value"]),
+                xytext=(4, -2),
+                textcoords="offset points",
+                fontsize=6,
+                color="#777777",
+            )
 
 
 SCORE_FIGURES: list[tuple[str, Callable[[Scene, Path], list[Path]]]] = [

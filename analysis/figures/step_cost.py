@@ -19,9 +19,10 @@ if TYPE_CHECKING:
 
 COLUMNS = ("family", "base", "memory_rows", "optimizer", "step_ms", "ratio_p50", "peak_bytes")
 PANELS = (
-    ("step_ms", 1.0, "a training step, ms"), ("slowdown", 1.0, "time over dense's"),
+    ("step_ms", 1.0, "a training step, ms"),
+    ("slowdown", 1.0, "time over dense's"),
     ("peak_bytes", 2**-20, "most tensor bytes alive, MiB"),
-)  # fmt: skip
+)
 OPTIMIZERS = {"row_wise": ("-", "by rows"), "dense": ("--", "dense optimizer")}
 
 
@@ -65,5 +66,11 @@ def _family(axis: Axes, family: str, group: pd.DataFrame, look: style.Look) -> N
         return
     for optimizer, (linestyle, words) in OPTIMIZERS.items():
         part = group[group["optimizer"] == optimizer].sort_values("memory_rows")
-        axis.plot(part["memory_rows"], part["y"], color=look.color, linestyle=linestyle, marker=look.marker,
-                  label=f"{family}, {words}")  # fmt: skip
+        axis.plot(
+            part["memory_rows"],
+            part["y"],
+            color=look.color,
+            linestyle=linestyle,
+            marker=look.marker,
+            label=f"{family}, {words}",
+        )

@@ -19,20 +19,39 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = {
-    "dense": "#000000", "moe": "#E69F00", "moe_topk": "#D55E00", "pkm": "#56B4E9",
-    "memory_plus": "#0072B2", "peer": "#009E73",
-}  # fmt: skip
+    "dense": "#000000",
+    "moe": "#E69F00",
+    "moe_topk": "#D55E00",
+    "pkm": "#56B4E9",
+    "memory_plus": "#0072B2",
+    "peer": "#009E73",
+}
 SPARE = ["#CC79A7", "#8C6D1F", "#7F7F7F", "#5D3A9B"]
 MARKERS = {"dense": "o", "moe": "s", "moe_topk": "D", "pkm": "^", "memory_plus": "v", "peer": "P"}
 STYLES = ["-", "--", "-.", ":"]
 FORMATS = ("png", "pdf", "svg")
 RC: Any = {
-    "font.size": 9, "axes.titlesize": 9, "axes.labelsize": 9, "legend.fontsize": 7.5, "xtick.labelsize": 8,
-    "ytick.labelsize": 8, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "grid.color": "#dddddd", "grid.linewidth": 0.5, "lines.linewidth": 1.5, "lines.markersize": 5,
-    "legend.frameon": False, "figure.dpi": 100, "savefig.dpi": 200, "pdf.fonttype": 42,
-    "svg.fonttype": "none", "svg.hashsalt": "analysis", "axes.axisbelow": True,
-}  # fmt: skip
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 7.5,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.5,
+    "lines.markersize": 5,
+    "legend.frameon": False,
+    "figure.dpi": 100,
+    "savefig.dpi": 200,
+    "pdf.fonttype": 42,
+    "svg.fonttype": "none",
+    "svg.hashsalt": "analysis",
+    "axes.axisbelow": True,
+}
 
 
 @dataclass(frozen=True)

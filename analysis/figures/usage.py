@@ -42,9 +42,10 @@ def usage_figure(found: Scene, folder: Path) -> list[Path]:
 
 
 PANELS = (
-    ("used", 100, "rows read by a step, %"), ("never_read", 100, "rows no step has read, %"),
+    ("used", 100, "rows read by a step, %"),
+    ("never_read", 100, "rows no step has read, %"),
     ("kl_bits", 1, "KL from even use, bits"),
-)  # fmt: skip
+)
 
 
 def usage_in_training(found: Scene, folder: Path) -> list[Path]:
@@ -62,8 +63,14 @@ def usage_in_training(found: Scene, folder: Path) -> list[Path]:
                     for table in tables:
                         axis.plot(table["tokens"], factor * table[key], color=look.color, alpha=0.18, linewidth=0.6)
                     mean = _mean(tables)
-                    axis.plot(mean["tokens"], factor * mean[key], color=look.color, linestyle=look.linestyle,
-                              alpha=look.alpha, label=found.named(label))  # fmt: skip
+                    axis.plot(
+                        mean["tokens"],
+                        factor * mean[key],
+                        color=look.color,
+                        linestyle=look.linestyle,
+                        alpha=look.alpha,
+                        label=found.named(label),
+                    )
                 style.log_axis(axis)
                 axis.set_ylim(bottom=0)
                 axis.set_xlabel("training tokens")

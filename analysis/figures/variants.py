@@ -141,8 +141,15 @@ def _multipliers_at_loss(found: Scene, folder: Path) -> list[Path]:
             look, reach = found.looks[variant], None
             if np.isfinite([item.low, item.high]).all():
                 reach = [[item.value - item.low], [item.high - item.value]]
-            axis.errorbar([item.value], [position], xerr=reach, color=look.color, marker=look.marker, capsize=2.5,
-                          markerfacecolor="white" if item.extrapolated else look.color)  # fmt: skip
+            axis.errorbar(
+                [item.value],
+                [position],
+                xerr=reach,
+                color=look.color,
+                marker=look.marker,
+                capsize=2.5,
+                markerfacecolor="white" if item.extrapolated else look.color,
+            )
         return style.save(drawn, folder, "compute-multiplier", found.note(note))
 
 
@@ -165,8 +172,9 @@ def trend_figure(found: Scene, folder: Path) -> list[Path]:
             f"grid {found.grid} has too few cells for a fit against table and base size; add values of model.half_keys "
             f"or model.base to it, then: suite sweep {found.source}"
         )
-    with style.figure(2, len(fits), width=max(4.2, 3.2 * len(fits)), height=5.2, sharex="col",
-                      gridspec_kw={"height_ratios": [2, 1]}) as (drawn, axes):  # fmt: skip
+    with style.figure(
+        2, len(fits), width=max(4.2, 3.2 * len(fits)), height=5.2, sharex="col", gridspec_kw={"height_ratios": [2, 1]}
+    ) as (drawn, axes):
         for column, trend in enumerate(fits):
             top, bottom = axes[column], axes[len(fits) + column]
             values = [point[2] for point in trend.points]

@@ -134,9 +134,12 @@ def _is_number(value: object) -> bool:
 
 
 def problem(
-    law: Law, frame: pd.DataFrame, delta: float = np.inf, weights: np.ndarray | None = None,
+    law: Law,
+    frame: pd.DataFrame,
+    delta: float = np.inf,
+    weights: np.ndarray | None = None,
     fixed: Mapping[str, float] | None = None,
-) -> Problem:  # fmt: skip
+) -> Problem:
     """A law's problem on a frame of its inputs and output, checked; InputError in one line for every fault."""
     wanted = [*law.inputs, law.output]
     absent = [name for name in wanted if name not in frame.columns]

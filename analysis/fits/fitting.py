@@ -188,17 +188,26 @@ def document(
     draws = _bootstrap(found, used, asked)
     divisor = posed.n if asked.minimize == "mean" else 1
     result: dict[str, Any] = {
-        "law": entry.name, "formula": entry.formula, "source": entry.source, "n": posed.n,
-        "parameters": found.parameters, "meaning": {p.name: p.meaning for p in entry.parameters},
-        "objective": found.objective / divisor, "minimize": asked.minimize, "residuals": entry.residuals,
-        "huber": asked.huber, "seed": asked.seed,
+        "law": entry.name,
+        "formula": entry.formula,
+        "source": entry.source,
+        "n": posed.n,
+        "parameters": found.parameters,
+        "meaning": {p.name: p.meaning for p in entry.parameters},
+        "objective": found.objective / divisor,
+        "minimize": asked.minimize,
+        "residuals": entry.residuals,
+        "huber": asked.huber,
+        "seed": asked.seed,
         "intervals": {p.name: list(draws.interval(p.name) if draws else profiles[p.name]) for p in posed.free},
         "interval_kind": f"95 %, from {draws.kept} bootstrap refits" if draws else "95 % profile",
         "profile": {name: list(ends) for name, ends in profiles.items()},
         "standard_errors": {n: draws.standard_error(n) for n in profiles} if draws else standard_errors(found),
-        "identified": known, "holdout": _held_json(held, entry),
-        "fixed": dict(posed.fixed), "warnings": _warnings(found, known, draws, held),
-    }  # fmt: skip
+        "identified": known,
+        "holdout": _held_json(held, entry),
+        "fixed": dict(posed.fixed),
+        "warnings": _warnings(found, known, draws, held),
+    }
     if asked.predict is not None:
         result["predictions"] = _predictions(found, entry, chosen(table, asked.predict, "--predict"), columns)
     if asked.diagnostics:
@@ -261,10 +270,14 @@ def _held_json(held: HeldOut, entry: Law) -> dict[str, Any]:
         return {"n": 0, "reason": held.reason}
     errors = held.relative_errors
     return {
-        "n": len(held.rows), "rule": held.rule, "rms_log_error": held.rms_log, "rms_error": held.rms,
-        "mean_relative_error": float(errors.mean()), "mean_abs_relative_error": float(np.abs(errors).mean()),
+        "n": len(held.rows),
+        "rule": held.rule,
+        "rms_log_error": held.rms_log,
+        "rms_error": held.rms,
+        "mean_relative_error": float(errors.mean()),
+        "mean_abs_relative_error": float(np.abs(errors).mean()),
         "max_abs_relative_error": float(np.abs(errors).max()),
-    }  # fmt: skip
+    }
 
 
 def _warnings(found: Fit, known: Mapping[str, bool], draws: Bootstrap | None, held: HeldOut) -> list[str]:
@@ -317,10 +330,12 @@ def _diagnostics(found: Fit, used: pd.DataFrame) -> dict[str, Any]:
         )
     values, residuals = leave_one_out(found)
     return {
-        "row": [int(row) for row in used.index], "residual": found.residuals.tolist(),
-        "leverage": leverage(found).tolist(), "left_out_residual": residuals.tolist(),
+        "row": [int(row) for row in used.index],
+        "residual": found.residuals.tolist(),
+        "leverage": leverage(found).tolist(),
+        "left_out_residual": residuals.tolist(),
         "parameters_without_a_point": {name: [float(v.min()), float(v.max())] for name, v in values.items()},
-    }  # fmt: skip
+    }
 
 
 def text(result: Mapping[str, Any]) -> str:

@@ -65,10 +65,13 @@ def isoflop_document(rows: pd.DataFrame, columns: Mapping[str, str], asked: Requ
     if not groups:
         raise InputError(f"--group: none of {len(refused)} budgets can be fitted: {next(iter(refused.values()))}")
     result: dict[str, Any] = {
-        "law": "isoflop", "n": sum(group["n"] for group in groups), "groups": groups, "refused": refused,
+        "law": "isoflop",
+        "n": sum(group["n"] for group in groups),
+        "groups": groups,
+        "refused": refused,
         "outside": [budget for budget, found in fits if not _inside(found)],
         "frontier": _frontier([item for item in fits if _inside(item[1])], asked),
-    }  # fmt: skip
+    }
     if asked.figure is not None:
         result["figure"] = [str(path) for path in isoflop_figure(fits, result["frontier"], asked)]
     return result
@@ -114,8 +117,14 @@ def isoflops_of_grid(found: Scene, folder: Path) -> list[Path]:
     """The dense runs of a grid at equal training FLOPs, sizes being non-embedding parameters."""
     table = found.table[(found.table["family"] == "dense") & (found.table["train_flops"] > 0)]
     table = table.assign(N=table["params_total"] - table["params_embedding"].fillna(0))
-    asked = Request("isoflop", "N=N,L=eval_loss", group="train_flops", figure=folder, drop_missing=True,
-                    source=f"our runs, grid {found.grid}")  # fmt: skip
+    asked = Request(
+        "isoflop",
+        "N=N,L=eval_loss",
+        group="train_flops",
+        figure=folder,
+        drop_missing=True,
+        source=f"our runs, grid {found.grid}",
+    )
     try:
         if table.empty:
             raise InputError("no dense run")

@@ -87,50 +87,76 @@ def _across(x: np.ndarray, low: float, high: float) -> tuple[float, float]:
 
 
 POWER = Law(
-    "power", "y = E + A x^-alpha", "Hestness et al. 2017 (arXiv 1712.00409)", {"x": "any size or compute"}, "y",
+    "power",
+    "y = E + A x^-alpha",
+    "Hestness et al. 2017 (arXiv 1712.00409)",
+    {"x": "any size or compute"},
+    "y",
     (_e("offset, units of y"), _coefficient("A", "units of y x^alpha"), Parameter("alpha", "exponent")),
-    lambda p, x: p["E"] + p["A"] * x["x"] ** -p["alpha"], lambda x: x["x"],
-)  # fmt: skip
+    lambda p, x: p["E"] + p["A"] * x["x"] ** -p["alpha"],
+    lambda x: x["x"],
+)
 
 FRONTIER = Law(
-    "frontier", "y = k C^a", "compute-optimal sizes: Hoffmann et al. 2022 (arXiv 2203.15556), approaches 1 and 2",
-    {"C": "training FLOPs"}, "y",
+    "frontier",
+    "y = k C^a",
+    "compute-optimal sizes: Hoffmann et al. 2022 (arXiv 2203.15556), approaches 1 and 2",
+    {"C": "training FLOPs"},
+    "y",
     (_coefficient("k", "units of y per FLOP^a"), Parameter("a", "exponent", "free", start=(-1, 1))),
-    lambda p, x: p["k"] * x["C"] ** p["a"], lambda x: x["C"],
-)  # fmt: skip
+    lambda p, x: p["k"] * x["C"] ** p["a"],
+    lambda x: x["C"],
+)
 
 CHINCHILLA = Law(
-    "chinchilla", "L = E + A N^-alpha + B D^-beta", "Hoffmann et al. 2022 (arXiv 2203.15556), approach 3",
-    {"N": "parameters", "D": "training tokens"}, "L",
+    "chinchilla",
+    "L = E + A N^-alpha + B D^-beta",
+    "Hoffmann et al. 2022 (arXiv 2203.15556), approach 3",
+    {"N": "parameters", "D": "training tokens"},
+    "L",
     (
-        _coefficient("A", "nats params^alpha"), _coefficient("B", "nats tokens^beta"), _e(),
-        Parameter("alpha", "exponent of parameters"), Parameter("beta", "exponent of tokens"),
+        _coefficient("A", "nats params^alpha"),
+        _coefficient("B", "nats tokens^beta"),
+        _e(),
+        Parameter("alpha", "exponent of parameters"),
+        Parameter("beta", "exponent of tokens"),
     ),
     lambda p, x: p["E"] + p["A"] * x["N"] ** -p["alpha"] + p["B"] * x["D"] ** -p["beta"],
     lambda x: x["N"] * x["D"],
-)  # fmt: skip
+)
 
 OVERTRAINING = Law(
-    "overtraining", "L = E + (a M^eta + b M^-eta) C^-eta", "Gadre et al. 2024 (arXiv 2403.08540), equation 4",
-    {"C": "training FLOPs, 6 N D", "M": "tokens per parameter, D / N"}, "L",
+    "overtraining",
+    "L = E + (a M^eta + b M^-eta) C^-eta",
+    "Gadre et al. 2024 (arXiv 2403.08540), equation 4",
+    {"C": "training FLOPs, 6 N D", "M": "tokens per parameter, D / N"},
+    "L",
     (
-        _e(), _coefficient("a", "nats FLOP^eta"), _coefficient("b", "nats FLOP^eta"),
+        _e(),
+        _coefficient("a", "nats FLOP^eta"),
+        _coefficient("b", "nats FLOP^eta"),
         Parameter("eta", "half the exponent of N and D"),
     ),
     lambda p, x: p["E"] + (p["a"] * x["M"] ** p["eta"] + p["b"] * x["M"] ** -p["eta"]) * x["C"] ** -p["eta"],
-    lambda x: x["C"], residuals="linear",
-)  # fmt: skip
+    lambda x: x["C"],
+    residuals="linear",
+)
 
 ISOFLOP = Law(
-    "isoflop", "L = Lmin + k (ln N - ln Nopt)^2", "Hoffmann et al. 2022 (arXiv 2203.15556), approach 2",
-    {"N": "parameters, all at one compute budget"}, "L",
+    "isoflop",
+    "L = Lmin + k (ln N - ln Nopt)^2",
+    "Hoffmann et al. 2022 (arXiv 2203.15556), approach 2",
+    {"N": "parameters, all at one compute budget"},
+    "L",
     (
-        _coefficient("Lmin", "loss at the optimum, nats per token"), _coefficient("k", "curvature, nats"),
+        _coefficient("Lmin", "loss at the optimum, nats per token"),
+        _coefficient("k", "curvature, nats"),
         Parameter("Nopt", "parameters at the optimum"),
     ),
-    lambda p, x: p["Lmin"] + p["k"] * _square(np.log(x["N"]) - log(p["Nopt"])), lambda x: x["N"],
+    lambda p, x: p["Lmin"] + p["k"] * _square(np.log(x["N"]) - log(p["Nopt"])),
+    lambda x: x["N"],
     starts=lambda x: {"Nopt": _around(x["N"])},
-)  # fmt: skip
+)
 
 
 def _square(x: Any) -> Any:
@@ -156,74 +182,103 @@ DATA_CONSTRAINED = Law(
     "L = E + A N'^-alpha + B D'^-beta, D' = U + U Rd (1 - exp(-(D/U - 1)/Rd)), "
     "N' likewise with Rn above the N that is optimal for U",
     "Muennighoff et al. 2023 (arXiv 2305.16264), equations 5 and 6",
-    {"N": "parameters", "D": "training tokens, repeats included", "U": "unique tokens available"}, "L",
+    {"N": "parameters", "D": "training tokens, repeats included", "U": "unique tokens available"},
+    "L",
     (
-        Parameter("A", "nats params^alpha"), Parameter("B", "nats tokens^beta"), _e(),
+        Parameter("A", "nats params^alpha"),
+        Parameter("B", "nats tokens^beta"),
+        _e(),
         Parameter("alpha", "exponent of parameters", start=(0.15, 0.8)),
         Parameter("beta", "exponent of tokens", start=(0.15, 0.8)),
         Parameter("Rn", "surplus parameters worth having, in multiples", start=(1.0, 30.0)),
         Parameter("Rd", "repeats worth having", start=(1.0, 50.0)),
     ),
-    _data_constrained, lambda x: x["N"] * x["D"],
+    _data_constrained,
+    lambda x: x["N"] * x["D"],
     starts=lambda x: {"A": _around(x["N"], power=0.35), "B": _around(x["D"], power=0.35)},
-)  # fmt: skip
+)
 
 LOGLINEAR = Law(
-    "loglinear", "y = a + b ln R", "the form of Memory Layers at Scale (arXiv 2412.09764), figure 1",
-    {"R": "memory rows, above 0"}, "y",
+    "loglinear",
+    "y = a + b ln R",
+    "the form of Memory Layers at Scale (arXiv 2412.09764), figure 1",
+    {"R": "memory rows, above 0"},
+    "y",
     (Parameter("a", "y at one row", "free", linear=True), Parameter("b", "gain per factor e", "free", linear=True)),
-    lambda p, x: p["a"] + p["b"] * np.log(x["R"]), lambda x: x["R"], residuals="linear",
-)  # fmt: skip
+    lambda p, x: p["a"] + p["b"] * np.log(x["R"]),
+    lambda x: x["R"],
+    residuals="linear",
+)
 
 SATURATING = Law(
-    "saturating", "y = base + gain (1 - (1 + R/R0)^-gamma)", "ours; at R = 0 it gives the model without a table",
-    {"R": "memory rows, 0 without a table"}, "y",
+    "saturating",
+    "y = base + gain (1 - (1 + R/R0)^-gamma)",
+    "ours; at R = 0 it gives the model without a table",
+    {"R": "memory rows, 0 without a table"},
+    "y",
     (
         Parameter("base", "y without a table", "free", linear=True),
         Parameter("gain", "y at R to infinity, above base", "free", linear=True),
-        Parameter("R0", "rows at which it bends"), Parameter("gamma", "exponent", start=(0.1, 2.0)),
+        Parameter("R0", "rows at which it bends"),
+        Parameter("gamma", "exponent", start=(0.1, 2.0)),
     ),
-    lambda p, x: p["base"] - p["gain"] * expm1(-p["gamma"] * log1p(x["R"] / p["R0"])), lambda x: x["R"],
-    residuals="linear", zero_allowed=frozenset({"R"}), starts=lambda x: {"R0": _around(x["R"])},
-)  # fmt: skip
+    lambda p, x: p["base"] - p["gain"] * expm1(-p["gamma"] * log1p(x["R"] / p["R0"])),
+    lambda x: x["R"],
+    residuals="linear",
+    zero_allowed=frozenset({"R"}),
+    starts=lambda x: {"R0": _around(x["R"])},
+)
 
 SIGMOID_LINK = Law(
-    "sigmoid_link", "y = low + span / (1 + exp(k (L - L0)))",
+    "sigmoid_link",
+    "y = low + span / (1 + exp(k (L - L0)))",
     "loss to accuracy: Llama 3 (arXiv 2407.21783), section 3.2.1",
-    {"L": "loss, nats, or another measure that falls as models get better"}, "y",
+    {"L": "loss, nats, or another measure that falls as models get better"},
+    "y",
     (
-        Parameter("low", "accuracy by chance", "free", linear=True), _coefficient("span", "accuracy from low to top"),
-        Parameter("k", "steepness, per nat"), Parameter("L0", "loss at half", "free"),
+        Parameter("low", "accuracy by chance", "free", linear=True),
+        _coefficient("span", "accuracy from low to top"),
+        Parameter("k", "steepness, per nat"),
+        Parameter("L0", "loss at half", "free"),
     ),
-    lambda p, x: p["low"] + p["span"] / (1.0 + exp(p["k"] * (x["L"] - p["L0"]))), lambda x: -x["L"],
-    residuals="linear", any_sign=frozenset({"L"}),
+    lambda p, x: p["low"] + p["span"] / (1.0 + exp(p["k"] * (x["L"] - p["L0"]))),
+    lambda x: -x["L"],
+    residuals="linear",
+    any_sign=frozenset({"L"}),
     starts=lambda x: {"k": _across(x["L"], 1.0, 100.0), "L0": (2 * x["L"].min() - x["L"].max(), x["L"].max())},
-)  # fmt: skip
+)
 
 EXPONENTIAL_LINK = Law(
-    "exponential_link", "y = eps - k exp(-gamma L)",
+    "exponential_link",
+    "y = eps - k exp(-gamma L)",
     "loss to error: Gadre et al. 2024 (arXiv 2403.08540), equation 5",
-    {"L": "loss, nats"}, "y",
+    {"L": "loss, nats"},
+    "y",
     (
         Parameter("eps", "error at infinite loss", linear=True),
         _coefficient("k", "error removed at loss 0, extrapolated"),
         Parameter("gamma", "per nat"),
     ),
-    lambda p, x: p["eps"] - p["k"] * exp(-p["gamma"] * x["L"]), lambda x: -x["L"], residuals="linear",
+    lambda p, x: p["eps"] - p["k"] * exp(-p["gamma"] * x["L"]),
+    lambda x: -x["L"],
+    residuals="linear",
     starts=lambda x: {"gamma": _across(x["L"], 0.1, 20.0)},
-)  # fmt: skip
+)
 
 CAPACITY = Law(
-    "capacity", "B = ((c P)^-k + H^-k)^(-1/k)",
+    "capacity",
+    "B = ((c P)^-k + H^-k)^(-1/k)",
     "ours, a smooth min(c P, H); c: Allen-Zhu and Li, part 3.3 (arXiv 2404.05405)",
-    {"P": "parameters", "H": "bits the data hold"}, "B",
+    {"P": "parameters", "H": "bits the data hold"},
+    "B",
     (
         Parameter("c", "bits per parameter"),
         Parameter("k", "sharpness of the bend", start=(0.3, 10.0)),
     ),
-    lambda p, x: x["H"] * (1.0 + (p["c"] * (x["P"] / x["H"])) ** -p["k"]) ** (-1.0 / p["k"]), lambda x: x["P"],
+    lambda p, x: x["H"] * (1.0 + (p["c"] * (x["P"] / x["H"])) ** -p["k"]) ** (-1.0 / p["k"]),
+    lambda x: x["P"],
     starts=lambda x: {"c": _around(x["H"] / x["P"], factor=1e3)},
-)  # fmt: skip
+)
 
 JOINT = {
     "joint1": "L = E + A N^-alpha (1 + M/(rho N))^-gamma + B D^-beta",
@@ -255,35 +310,60 @@ def _joint_value(name: str, with_d: bool) -> Callable[[Values, Inputs], Any]:
 
 def _joint(name: str, with_d: bool = True) -> Law:
     extra = {
-        "joint1": (Parameter("rho", "table parameters worth one of N", start=(0.02, 50.0)),
-                   Parameter("gamma", "exponent of memory", start=(0.02, 1.0))),
-        "joint2": (Parameter("rho", "table parameters worth one of N", start=(0.02, 50.0)),
-                   Parameter("gamma", "exponent of memory", start=(0.1, 2.0)),
-                   Parameter("s", "share of the A term memory can remove", "unit", start=(0.1, 0.9))),
-        "joint3": (Parameter("kappa", "worth of table parameters at M = N", start=(0.02, 5.0)),
-                   Parameter("gamma", "exponent of M/N", start=(0.1, 1.5))),
-        "joint4": (Parameter("rho", "table parameters worth one of N", start=(0.02, 50.0)),
-                   Parameter("gamma", "exponent of memory", start=(0.02, 1.0)),
-                   Parameter("kappa", "table parameters a token can fill"),
-                   Parameter("phi", "sharpness of the bend", start=(0.3, 5.0))),
-    }[name]  # fmt: skip
+        "joint1": (
+            Parameter("rho", "table parameters worth one of N", start=(0.02, 50.0)),
+            Parameter("gamma", "exponent of memory", start=(0.02, 1.0)),
+        ),
+        "joint2": (
+            Parameter("rho", "table parameters worth one of N", start=(0.02, 50.0)),
+            Parameter("gamma", "exponent of memory", start=(0.1, 2.0)),
+            Parameter("s", "share of the A term memory can remove", "unit", start=(0.1, 0.9)),
+        ),
+        "joint3": (
+            Parameter("kappa", "worth of table parameters at M = N", start=(0.02, 5.0)),
+            Parameter("gamma", "exponent of M/N", start=(0.1, 1.5)),
+        ),
+        "joint4": (
+            Parameter("rho", "table parameters worth one of N", start=(0.02, 50.0)),
+            Parameter("gamma", "exponent of memory", start=(0.02, 1.0)),
+            Parameter("kappa", "table parameters a token can fill"),
+            Parameter("phi", "sharpness of the bend", start=(0.3, 5.0)),
+        ),
+    }[name]
     inputs = {"N": "non-embedding base parameters", "M": "distinct table parameters, rows x width; 0 without"}
     dense: tuple[Parameter, ...] = (_coefficient("A", "nats params^alpha"), _e(), Parameter("alpha", "exponent of N"))
     if with_d:
         inputs["D"] = "training tokens"
         dense += (_coefficient("B", "nats tokens^beta"), Parameter("beta", "exponent of D"))
     return Law(
-        name, JOINT[name] if with_d else JOINT[name].replace(" + B D^-beta", ""), "ours", inputs, "L", dense + extra,
-        _joint_value(name, with_d), lambda x: x["N"] + x["M"], zero_allowed=frozenset({"M"}),
+        name,
+        JOINT[name] if with_d else JOINT[name].replace(" + B D^-beta", ""),
+        "ours",
+        inputs,
+        "L",
+        dense + extra,
+        _joint_value(name, with_d),
+        lambda x: x["N"] + x["M"],
+        zero_allowed=frozenset({"M"}),
         starts=(lambda x: {"kappa": _around(x["M"] / x["D"], factor=20.0)}) if name == "joint4" else (lambda x: {}),
         dense="chinchilla",
-    )  # fmt: skip
+    )
 
 
 LAWS: dict[str, Law] = {
     entry.name: entry
     for entry in (
-        POWER, FRONTIER, CHINCHILLA, OVERTRAINING, ISOFLOP, DATA_CONSTRAINED, LOGLINEAR, SATURATING, SIGMOID_LINK,
-        EXPONENTIAL_LINK, CAPACITY, *(_joint(name) for name in JOINT),
+        POWER,
+        FRONTIER,
+        CHINCHILLA,
+        OVERTRAINING,
+        ISOFLOP,
+        DATA_CONSTRAINED,
+        LOGLINEAR,
+        SATURATING,
+        SIGMOID_LINK,
+        EXPONENTIAL_LINK,
+        CAPACITY,
+        *(_joint(name) for name in JOINT),
     )
-}  # fmt: skip
+}

@@ -36,9 +36,14 @@ def objective(residuals: np.ndarray, weights: np.ndarray, delta: float) -> np.nd
 
 
 def minimise(
-    residual: Residual, theta: np.ndarray, weights: np.ndarray, delta: float, free: np.ndarray | None = None,
-    iterations: int = 200, smooth: bool = True,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
+    residual: Residual,
+    theta: np.ndarray,
+    weights: np.ndarray,
+    delta: float,
+    free: np.ndarray | None = None,
+    iterations: int = 200,
+    smooth: bool = True,
+) -> tuple[np.ndarray, np.ndarray]:
     """Minimise from theta (B, p) under weights (B, n); `free` (B, p) masks parameters held fixed.
 
     With `smooth` and a small delta the loss is first smoothed (delta at the residuals' size) and then sharpened step

@@ -28,8 +28,13 @@ if TYPE_CHECKING:
 
 TABLES = ("figure1", "table1", "table2_8b", "ablations")
 BASES = ("134m", "373m", "720m", "1.3b")
-SHAPES = {"134m": (12, 768, 4), "373m": (24, 1024, 8), "720m": (22, 1536, 8), "1.3b": (22, 2048, 8),
-          "8b": (32, 4096, 8)}  # fmt: skip
+SHAPES = {
+    "134m": (12, 768, 4),
+    "373m": (24, 1024, 8),
+    "720m": (22, 1536, 8),
+    "1.3b": (22, 2048, 8),
+    "8b": (32, 4096, 8),
+}
 """Base -> layers, width, and layers from one memory of Memory+ to the next."""
 EXPERTS = {"134m": 16, "373m": 8, "720m": 6, "1.3b": 4}
 FAMILIES = ("dense", "moe", "peer", "pkm", "memory_plus")
@@ -42,9 +47,11 @@ KEY_DIM = "key_dim={} (sum of both sub-keys)"
 LAST = 10
 """Logged steps at the end whose mean loss stands beside the paper's training NLL."""
 PANELS = (
-    ("nq_open", "exact_match", "NQ, exact match, %"), ("triviaqa", "f1", "TriviaQA, F1, %"),
-    ("nq_open", "nll", "NQ, answer NLL"), ("triviaqa", "nll", "TriviaQA, answer NLL"),
-)  # fmt: skip
+    ("nq_open", "exact_match", "NQ, exact match, %"),
+    ("triviaqa", "f1", "TriviaQA, F1, %"),
+    ("nq_open", "nll", "NQ, answer NLL"),
+    ("triviaqa", "nll", "TriviaQA, answer NLL"),
+)
 
 
 def published(results: Path) -> pd.DataFrame:
@@ -70,8 +77,15 @@ def _scores(run: Run) -> list[dict[str, Any]]:
     model = run.model
     if model["family"] not in FAMILIES or model["base"] not in SHAPES:
         return []
-    common = {"run": run.name, "family": model["family"], "base": model["base"], "memory_rows": run.memory_rows,
-              "plain": not own_options(model), "variant": variants(model), "tokens": run.last("tokens")}  # fmt: skip
+    common = {
+        "run": run.name,
+        "family": model["family"],
+        "base": model["base"],
+        "memory_rows": run.memory_rows,
+        "plain": not own_options(model),
+        "variant": variants(model),
+        "tokens": run.last("tokens"),
+    }
     found: dict[tuple[str, str], float] = {}
     if run.training:  # one step's loss is noisy
         found["train", "nll"] = float(np.mean([line["loss"] for line in run.training[-LAST:]]))
@@ -88,10 +102,14 @@ def own_options(model: dict[str, Any]) -> dict[str, Any]:
     layers, width, stride = SHAPES[model["base"]]
     middle, plus = layers // 2, model["family"] == "memory_plus"
     papers = {
-        "top_k": 32, "memory_heads": 4, "share": True, "experts": EXPERTS.get(model["base"]), "value_dim": width,
+        "top_k": 32,
+        "memory_heads": 4,
+        "share": True,
+        "experts": EXPERTS.get(model["base"]),
+        "value_dim": width,
         "k_dim": width // 2 if plus else 256,
         "placement": [middle - stride, middle, middle + stride] if plus else [middle],
-    }  # fmt: skip
+    }
     given = {name: value for name, value in model.items() if name not in ("family", "base", "half_keys")}
     return {name: value for name, value in given.items() if value is not None and value != papers.get(name, False)}
 
@@ -112,9 +130,12 @@ def variants(model: dict[str, Any]) -> tuple[str, ...]:
     ((option, value),) = own.items()
     names = {
         "placement": f"PK layers {','.join(map(str, value))}" if option == "placement" else "",
-        "k_dim": KEY_DIM.format(value), "value_dim": f"v_dim={value}",
-        "scalar_gate": "+gated", "sink": "+softmax sink", "random_rows": "+random values",
-    }  # fmt: skip
+        "k_dim": KEY_DIM.format(value),
+        "value_dim": f"v_dim={value}",
+        "scalar_gate": "+gated",
+        "sink": "+softmax sink",
+        "random_rows": "+random values",
+    }
     return (names[option],) if option in names else ()
 
 
@@ -142,11 +163,21 @@ def _figure1(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
             curve = part[part["table"] == "Figure 1"].sort_values("memory_rows")
             _line(axis, curve, scale, "dense", "published, figure 1")
             plus = part[(part["table"] == "Table 1") & (part["family"] == "memory_plus") & (part["base"] == "1.3b")]
-            axis.plot([_place(rows) for rows in plus["memory_rows"]], plus["value"] * scale, "x", color="#D55E00",
-                      label="published, table 1: Memory+ (A)")  # fmt: skip
+            axis.plot(
+                [_place(rows) for rows in plus["memory_rows"]],
+                plus["value"] * scale,
+                "x",
+                color="#D55E00",
+                label="published, table 1: Memory+ (A)",
+            )
             for value in part[part["table"] == "Figure 1 (dashed)"]["value"]:
-                axis.axhline(value * scale, color="#777777", linestyle="--", linewidth=1,
-                             label="Llama 2 7B, 2T tokens, published (C)")  # fmt: skip
+                axis.axhline(
+                    value * scale,
+                    color="#777777",
+                    linestyle="--",
+                    linewidth=1,
+                    label="Llama 2 7B, 2T tokens, published (C)",
+                )
             matching = shown[(shown["task"] == task) & (shown["metric"] == metric)]
             _ours(axis, matching, lambda row: _place(row["memory_rows"]), scale)
             axis.set_xticks([18, 20, 22, 24, 26], ["0", "2$^{20}$", "2$^{22}$", "2$^{24}$", "2$^{26}$"])
@@ -170,8 +201,16 @@ def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
             for family in families:
                 rows = part[part["family"] == family]
                 rows = rows.assign(place=rows["base"].map(at) + beside[family]).sort_values("place")
-                axis.plot(rows["place"], rows["value"] * 100, color=style.COLOURS[family], mfc="white", ls=":", lw=1,
-                          marker=style.MARKERS[family], label=f"{family}, published")  # fmt: skip
+                axis.plot(
+                    rows["place"],
+                    rows["value"] * 100,
+                    color=style.COLOURS[family],
+                    mfc="white",
+                    ls=":",
+                    lw=1,
+                    marker=style.MARKERS[family],
+                    label=f"{family}, published",
+                )
                 _letters(axis, rows["place"], rows["value"] * 100, rows["letter"])
             matching = shown[(shown["task"] == task) & (shown["metric"] == metric)]
             _ours(axis, matching, lambda row: at[row["base"]] + beside[row["family"]], 100)
@@ -207,16 +246,30 @@ def _line(axis: Axes, rows: pd.DataFrame, scale: float, look: str, label: str) -
     place = [_place(count) for count in rows["memory_rows"]]
     axis.plot(place, rows["value"] * scale, color=style.COLOURS[look], marker="o", mfc="white", label=f"{label} (C)")
     vanilla = rows[rows["family"] == "pkm"]
-    axis.plot([_place(count) for count in vanilla["memory_rows"]], vanilla["value"] * scale, "o", mfc="white",
-              color=style.COLOURS["pkm"], markersize=8, label="this point is vanilla Memory")  # fmt: skip
+    axis.plot(
+        [_place(count) for count in vanilla["memory_rows"]],
+        vanilla["value"] * scale,
+        "o",
+        mfc="white",
+        color=style.COLOURS["pkm"],
+        markersize=8,
+        label="this point is vanilla Memory",
+    )
     _letters(axis, pd.Series(place), rows["value"] * scale, rows["letter"])
 
 
 def _letters(axis: Axes, places: pd.Series, values: pd.Series, letters: pd.Series) -> None:
     """A letter below each point."""
     for place, value, letter in zip(places, values, letters, strict=True):
-        axis.annotate(letter, (place, value), xytext=(0, -11), textcoords="offset points", ha="center", fontsize=6,
-                      color="#444444")  # fmt: skip
+        axis.annotate(
+            letter,
+            (place, value),
+            xytext=(0, -11),
+            textcoords="offset points",
+            ha="center",
+            fontsize=6,
+            color="#444444",
+        )
 
 
 def _ours(axis: Axes, rows: pd.DataFrame, place: Callable[[Any], float], scale: float) -> None:
@@ -224,7 +277,13 @@ def _ours(axis: Axes, rows: pd.DataFrame, place: Callable[[Any], float], scale: 
     budgets = sorted(rows["tokens"].unique(), reverse=True)
     for key, group in rows.groupby(["family", "tokens"]):
         family, tokens = cast(tuple[str, float], key)
-        axis.plot([place(row) for row in group.to_dict("records")], group["value"] * scale, linestyle="none",
-                  marker=style.MARKERS[family], color=style.COLOURS[family], markerfacecoloralt="white",
-                  fillstyle=FILLS[budgets.index(tokens) % len(FILLS)],
-                  label=f"{family}, ours, {number(tokens / 1e9)}b tokens")  # fmt: skip
+        axis.plot(
+            [place(row) for row in group.to_dict("records")],
+            group["value"] * scale,
+            linestyle="none",
+            marker=style.MARKERS[family],
+            color=style.COLOURS[family],
+            markerfacecoloralt="white",
+            fillstyle=FILLS[budgets.index(tokens) % len(FILLS)],
+            label=f"{family}, ours, {number(tokens / 1e9)}b tokens",
+        )

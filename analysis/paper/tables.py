@@ -17,18 +17,30 @@ from analysis.figures import style
 from analysis.records.tables import markdown, number
 
 NAMES = {
-    "nq_open": "NQ", "triviaqa": "TQA", "hotpotqa": "HotpotQA", "piqa": "PIQA", "openbookqa": "OBQA",
-    "hellaswag": "HellaSwag", "mmlu": "MMLU", "humaneval": "HumanEval", "mbpp": "MBPP",
-}  # fmt: skip
+    "nq_open": "NQ",
+    "triviaqa": "TQA",
+    "hotpotqa": "HotpotQA",
+    "piqa": "PIQA",
+    "openbookqa": "OBQA",
+    "hellaswag": "HellaSwag",
+    "mmlu": "MMLU",
+    "humaneval": "HumanEval",
+    "mbpp": "MBPP",
+}
 SCORES = (
     ("Table 1", "Table 1", ["nq_open", "triviaqa", "piqa", "openbookqa", "hotpotqa"]),
-    ("Table 2, 8b", "Table 2",
-     ["hellaswag", "hotpotqa", "humaneval", "mbpp", "mmlu", "nq_open", "openbookqa", "piqa", "triviaqa"]),
-)  # fmt: skip
+    (
+        "Table 2, 8b",
+        "Table 2",
+        ["hellaswag", "hotpotqa", "humaneval", "mbpp", "mmlu", "nq_open", "openbookqa", "piqa", "triviaqa"],
+    ),
+)
 ABLATIONS = (
-    ("Table 3, left: placement", "Table 3 left"), ("Table 3, right: variants", "Table 3 right"),
-    ("Table 4, left: value width", "Table 4 left"), ("Table 4, right: key width", "Table 4 right"),
-)  # fmt: skip
+    ("Table 3, left: placement", "Table 3 left"),
+    ("Table 3, right: variants", "Table 3 right"),
+    ("Table 4, left: value width", "Table 4 left"),
+    ("Table 4, right: key width", "Table 4 right"),
+)
 COUNTED = "*: the total is our arithmetic, not printed."
 TRAPS = (
     "Traps: the 2^20 point of the printed curve is the vanilla Memory row of table 1, not Memory+ (crosses: table 1's "
@@ -92,9 +104,13 @@ def _draw(name: str, parts: list[Table], with_ours: bool, folder: Path) -> list[
             axis.axis("off")
             axis.set_title(part.title, loc="left")
             table = axis.table(
-                part.rows, colLabels=part.heads, colWidths=[width / sum(shares) for width in shares],
-                cellLoc="right", edges="horizontal", bbox=Bbox.unit(),
-            )  # fmt: skip
+                part.rows,
+                colLabels=part.heads,
+                colWidths=[width / sum(shares) for width in shares],
+                cellLoc="right",
+                edges="horizontal",
+                bbox=Bbox.unit(),
+            )
             table.auto_set_font_size(False)
             table.set_fontsize(7)
             for (row, column), cell in table.get_celld().items():
@@ -138,8 +154,10 @@ def _ablation_table(title: str, part: pd.DataFrame, mine: pd.DataFrame) -> Table
     for model, group in part.groupby("model", sort=False):
         matching = mine[[model in names for names in mine["variant"]]] if len(mine) else mine
         nll = matching[matching["metric"] == "nll"]
-        cells = [_cell(group[group["task"] == task], nll[nll["task"] == task], 1)
-                 for task in ("train", "nq_open", "triviaqa")]  # fmt: skip
+        cells = [
+            _cell(group[group["task"] == task], nll[nll["task"] == task], 1)
+            for task in ("train", "nq_open", "triviaqa")
+        ]
         rows.append([str(model), number(group["memory_rows"].iloc[0]), *cells])
     return Table(title, ["model (373m)", "rows", "train NLL", "NQ NLL", "TQA NLL"], rows)
 
@@ -150,6 +168,8 @@ def _cell(printed: pd.DataFrame, mine: pd.DataFrame, scale: float) -> str:
         return "–"
     row = printed.iloc[0]
     same = mine[mine["metric"] == row["metric"]]
-    own = [f"; ours {runs['value'].mean() * scale:.2f} ({len(runs)}, {number(cast(float, tokens) / 1e9)}b)"
-           for tokens, runs in same.groupby("tokens", dropna=False)]  # fmt: skip
+    own = [
+        f"; ours {runs['value'].mean() * scale:.2f} ({len(runs)}, {number(cast(float, tokens) / 1e9)}b)"
+        for tokens, runs in same.groupby("tokens", dropna=False)
+    ]
     return f"{row['value'] * scale:.2f} {row['letter']}{''.join(own)}"

@@ -23,11 +23,38 @@ from analysis.records.runs import Run, partners, ratios, read_grids, read_runs
 from analysis.records.tables import read_table
 
 COLUMNS = [
-    "cell", "family", "base", "seed", "half_keys", "memory_rows", "params_total", "params_memory",
-    "params_active", "flops_per_token", "bytes_per_token", "tokens", "train_flops", "wall_s", "tokens_per_s",
-    "step", "split", "task", "task_version", "few_shot", "metric", "value", "stderr", "n", "run", "grids",
-    "macs_ratio", "params_ratio", "predicted_wall_s", "source", "confidence",
-]  # fmt: skip
+    "cell",
+    "family",
+    "base",
+    "seed",
+    "half_keys",
+    "memory_rows",
+    "params_total",
+    "params_memory",
+    "params_active",
+    "flops_per_token",
+    "bytes_per_token",
+    "tokens",
+    "train_flops",
+    "wall_s",
+    "tokens_per_s",
+    "step",
+    "split",
+    "task",
+    "task_version",
+    "few_shot",
+    "metric",
+    "value",
+    "stderr",
+    "n",
+    "run",
+    "grids",
+    "macs_ratio",
+    "params_ratio",
+    "predicted_wall_s",
+    "source",
+    "confidence",
+]
 TEXT = {
     "cell",
     "family",
@@ -73,13 +100,23 @@ def from_runs(runs: list[Run], grids: dict[str, list[str]]) -> pd.DataFrame:
         member = ";".join(name for name, names in grids.items() if run.name in names)
         relative = ratios(run, partner.get(run.name))
         common = {
-            "cell": run.hash, "run": run.name, "family": run.model["family"], "base": run.model["base"],
-            "seed": run.cell["seed"], "half_keys": run.model.get("half_keys"), "memory_rows": run.memory_rows,
-            "grids": member, "macs_ratio": relative["macs_ratio"], "params_ratio": relative["params_ratio"],
-            "predicted_wall_s": run.predicted_wall_s, "source": "run",
-            **{key: run.account.get(key) for key in
-               ("params_total", "params_memory", "params_active", "flops_per_token", "bytes_per_token")},
-        }  # fmt: skip
+            "cell": run.hash,
+            "run": run.name,
+            "family": run.model["family"],
+            "base": run.model["base"],
+            "seed": run.cell["seed"],
+            "half_keys": run.model.get("half_keys"),
+            "memory_rows": run.memory_rows,
+            "grids": member,
+            "macs_ratio": relative["macs_ratio"],
+            "params_ratio": relative["params_ratio"],
+            "predicted_wall_s": run.predicted_wall_s,
+            "source": "run",
+            **{
+                key: run.account.get(key)
+                for key in ("params_total", "params_memory", "params_active", "flops_per_token", "bytes_per_token")
+            },
+        }
         rows += [common | row for row in _rows(run)]
     return _typed(pd.DataFrame(rows))
 
@@ -97,8 +134,13 @@ def _rows(run: Run) -> Iterator[dict[str, Any]]:
         for kind, scores in (line.get("probe") or {}).items():
             for metric in ("bits", "bits_max", "nll", "recall"):
                 if metric in scores:
-                    yield at | {"split": "probe", "task": f"bios_{kind}", "metric": metric,
-                                "value": scores[metric], "n": scores.get("n")}  # fmt: skip
+                    yield at | {
+                        "split": "probe",
+                        "task": f"bios_{kind}",
+                        "metric": metric,
+                        "value": scores[metric],
+                        "n": scores.get("n"),
+                    }
     end = {key: run.last(key) for key in ("tokens", "train_flops", "wall_s")} | {"tokens_per_s": run.tokens_per_s}
     for evaluation in run.evals:
         yield from (end | {"split": "final"} | score for score in _scores(evaluation))
@@ -113,10 +155,15 @@ def _scores(evaluation: dict[str, Any]) -> Iterator[dict[str, Any]]:
     for task, scored in evaluation.get("tasks", {}).items():
         for metric, score in scored.get("metrics", {}).items():
             yield {
-                "step": evaluation.get("step"), "task": task, "metric": metric,
-                "task_version": scored.get("version"), "few_shot": scored.get("few_shot"),
-                "n": scored.get("n"), "value": score.get("value"), "stderr": score.get("stderr"),
-            }  # fmt: skip
+                "step": evaluation.get("step"),
+                "task": task,
+                "metric": metric,
+                "task_version": scored.get("version"),
+                "few_shot": scored.get("few_shot"),
+                "n": scored.get("n"),
+                "value": score.get("value"),
+                "stderr": score.get("stderr"),
+            }
 
 
 def read_published(path: Path) -> pd.DataFrame:

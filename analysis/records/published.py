@@ -17,23 +17,53 @@ from analysis.records.frame import amount
 from analysis.records.tables import read_table
 
 COLUMNS = [
-    "source", "table", "model", "family", "base", "half_keys", "memory_rows", "params_total", "tokens", "task",
-    "few_shot", "metric", "value", "confidence", "note",
-]  # fmt: skip
+    "source",
+    "table",
+    "model",
+    "family",
+    "base",
+    "half_keys",
+    "memory_rows",
+    "params_total",
+    "tokens",
+    "task",
+    "few_shot",
+    "metric",
+    "value",
+    "confidence",
+    "note",
+]
 PAPER = "arXiv:2412.09764"
 TASKS = {
-    "NQ": "nq_open", "TQA": "triviaqa", "TriviaQA": "triviaqa", "HotpotQA": "hotpotqa", "PIQA": "piqa",
-    "OBQA": "openbookqa", "HellaSwag": "hellaswag", "MMLU": "mmlu", "HumanEval": "humaneval", "MBPP": "mbpp",
-}  # fmt: skip
-SHARES = {"exact_match": "exact_match", "EM": "exact_match", "F1": "f1", "accuracy": "acc", "acc": "acc",
-          "pass@1": "pass@1"}  # fmt: skip
+    "NQ": "nq_open",
+    "TQA": "triviaqa",
+    "TriviaQA": "triviaqa",
+    "HotpotQA": "hotpotqa",
+    "PIQA": "piqa",
+    "OBQA": "openbookqa",
+    "HellaSwag": "hellaswag",
+    "MMLU": "mmlu",
+    "HumanEval": "humaneval",
+    "MBPP": "mbpp",
+}
+SHARES = {
+    "exact_match": "exact_match",
+    "EM": "exact_match",
+    "F1": "f1",
+    "accuracy": "acc",
+    "acc": "acc",
+    "pass@1": "pass@1",
+}
 """Metrics that papers print out of 100 -> lm-eval's name of the share."""
 OURS = {"em": "exact_match"}
 """Metrics of our tasks that have another name here."""
 FAMILIES = [
-    (r"dense", "dense"), (r"MoE-EC", "moe"), (r"PEER", "peer"), (r"Memory\+|\+swilu", "memory_plus"),
+    (r"dense", "dense"),
+    (r"MoE-EC", "moe"),
+    (r"PEER", "peer"),
+    (r"Memory\+|\+swilu", "memory_plus"),
     (r"Memory |PK |\+|key_dim|v_dim", "pkm"),
-]  # fmt: skip
+]
 """Beginning of a model's name in "Memory Layers at Scale" -> our family. "+swilu" is Memory+'s projection."""
 
 COPIED_TOTAL = "total looks copied from the vanilla row: counted, it is 3.368b"
@@ -54,15 +84,22 @@ def _row(row: dict) -> dict[str, object]:
     rows = amount(_text(row["memory_keys"]).removesuffix(".0"))
     side = round(rows**0.5) if rows == rows else 0
     return {
-        "source": row["source"], "table": row["table"], "model": model, "base": _text(row["base_size"]) or None,
+        "source": row["source"],
+        "table": row["table"],
+        "model": model,
+        "base": _text(row["base_size"]) or None,
         "family": _family(model) if ours else "dense" if model.lower().startswith("dense") else model,
-        "half_keys": side if side and side * side == rows else None, "memory_rows": rows,
-        "params_total": amount(total.removesuffix(" (derived)")), "tokens": amount(tokens),
-        "task": TASKS.get(str(row["task"]), row["task"]), "few_shot": few_shot,
+        "half_keys": side if side and side * side == rows else None,
+        "memory_rows": rows,
+        "params_total": amount(total.removesuffix(" (derived)")),
+        "tokens": amount(tokens),
+        "task": TASKS.get(str(row["task"]), row["task"]),
+        "few_shot": few_shot,
         "metric": SHARES.get(metric, metric),
         "value": round(row["value"] / 100, 6) if metric in SHARES else row["value"],
-        "confidence": row["confidence"], "note": "; ".join(_notes(row, model, total, tokens)) or None,
-    }  # fmt: skip
+        "confidence": row["confidence"],
+        "note": "; ".join(_notes(row, model, total, tokens)) or None,
+    }
 
 
 def _metric(text: str) -> tuple[str, int | None]:

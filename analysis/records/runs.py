@@ -170,8 +170,11 @@ def read_source(results: Path, grid: str) -> str:
     runs = read_grids(results)[grid]
     known = any((folder / path.name).resolve() == path.resolve() for folder in GRID_FOLDERS)
     scales = re.findall(r"-([a-z_]+)-x([^-]+(?:-\d+)?)", grid.removeprefix(path.stem))
-    kept = {one.read_bytes(): one for one in sorted(results.glob("runs/*/baseline.py"), reverse=True)
-            if one.parent.name in runs}  # fmt: skip
+    kept = {
+        one.read_bytes(): one
+        for one in sorted(results.glob("runs/*/baseline.py"), reverse=True)
+        if one.parent.name in runs
+    }
     given = [path.stem if known else str(path), *(f"--scale={name}={factor}" for name, factor in scales)]
     return shlex.join([*given, *(f"--baseline={one}" for one in kept.values())])
 
@@ -351,23 +354,37 @@ def summary(runs: list[Run]) -> pd.DataFrame:
         reached = half.state == "reached"
         rows.append(
             {
-                "run": run.name, "cell": run.hash, "label": named[run.name], "family": run.model["family"],
-                "base": run.model["base"], "seed": run.cell["seed"], "half_keys": run.model.get("half_keys"),
-                "memory_rows": run.memory_rows, "ffn_hidden": run.model.get("ffn_hidden"),
+                "run": run.name,
+                "cell": run.hash,
+                "label": named[run.name],
+                "family": run.model["family"],
+                "base": run.model["base"],
+                "seed": run.cell["seed"],
+                "half_keys": run.model.get("half_keys"),
+                "memory_rows": run.memory_rows,
+                "ffn_hidden": run.model.get("ffn_hidden"),
                 "reshaped": run.reshaped,
-                "pairing": run.pairing, "train_key": json.dumps(run.cell.get("train"), sort_keys=True),
-                "state": run.state.get("state"), "cause": run.state.get("cause"),
+                "pairing": run.pairing,
+                "train_key": json.dumps(run.cell.get("train"), sort_keys=True),
+                "state": run.state.get("state"),
+                "cause": run.state.get("cause"),
                 **{key: run.account.get(key) for key in PARAMS},
-                "macs": run.account.get("macs_total"), "bytes_per_token": run.account.get("bytes_per_token"),
+                "macs": run.account.get("macs_total"),
+                "bytes_per_token": run.account.get("bytes_per_token"),
                 **ratios(run, partner.get(run.name)),
-                "tokens_per_s": run.tokens_per_s, "wall_s": run.last("wall_s"), "tokens": run.last("tokens"),
-                "train_flops": run.last("train_flops"), "epoch": run.last("epoch"),
-                "eval_loss": run.last("eval_loss"), "e50": half.value, "e50_state": half.state,
+                "tokens_per_s": run.tokens_per_s,
+                "wall_s": run.last("wall_s"),
+                "tokens": run.last("tokens"),
+                "train_flops": run.last("train_flops"),
+                "epoch": run.last("epoch"),
+                "eval_loss": run.last("eval_loss"),
+                "e50": half.value,
+                "e50_state": half.state,
                 "bits_max": run.bits_max,
                 "wall_to_e50": _at_crossing(probes, half.value, "wall_s") if reached else float("nan"),
                 "flops_to_e50": _at_crossing(probes, half.value, "train_flops") if reached else float("nan"),
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(rows)
 
 

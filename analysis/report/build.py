@@ -130,19 +130,38 @@ def _compute(contrast: Contrast) -> str:
 def _what_ran(table: pd.DataFrame, absent: list[str]) -> list[Block]:
     """One row per variant: runs, account, ratios to plain dense, speed, exposures, E50."""
     headers = [
-        "base", "variant", "done", "parameters", "table", "MACs/token", "x MACs", "x parameters", "x bytes",
-        "tokens/s", "wall-clock, s", "exposures", "E50",
-    ]  # fmt: skip
+        "base",
+        "variant",
+        "done",
+        "parameters",
+        "table",
+        "MACs/token",
+        "x MACs",
+        "x parameters",
+        "x bytes",
+        "tokens/s",
+        "wall-clock, s",
+        "exposures",
+        "E50",
+    ]
     rows = []
     for (base, label), group in table.groupby(["base", "label"], sort=False):
         first, done = group.iloc[0], group[group["state"] == "done"]
-        rows.append([
-            base, label, f"{len(done)}/{len(group)}",
-            number(first["params_total"], 4), number(first["params_memory"], 4),
-            number(first["macs"], 4), *(f"{first[key]:.2f}" for key in ("macs_ratio", "params_ratio", "bytes_ratio")),
-            number(done["tokens_per_s"].median()), number(done["wall_s"].median()),
-            _span(done["epoch"]), _e50_cell(done),
-        ])  # fmt: skip
+        rows.append(
+            [
+                base,
+                label,
+                f"{len(done)}/{len(group)}",
+                number(first["params_total"], 4),
+                number(first["params_memory"], 4),
+                number(first["macs"], 4),
+                *(f"{first[key]:.2f}" for key in ("macs_ratio", "params_ratio", "bytes_ratio")),
+                number(done["tokens_per_s"].median()),
+                number(done["wall_s"].median()),
+                _span(done["epoch"]),
+                _e50_cell(done),
+            ]
+        )
     note = (
         f"Ratios are to the plain dense model of the same base and data; within {EQUAL:.0%} counts as equal. Tokens "
         "per second and wall-clock are medians over runs as they shared the machine. Exposures: where runs ended; they "
@@ -207,22 +226,50 @@ def _differences(found: list[Contrast], bios: bool) -> list[Block]:
     compute = ["x MACs", "equal-FLOP", "x parameters", "x bytes", "x tokens/s"]
     blocks: list[Block] = []
     if bios:
-        headers = ["base", "variant", "against", "pairs", "E50 ratio", "E50 difference", "bits difference",
-                   "points of N H", "at exposure", "x MACs", "p (Holm)"]  # fmt: skip
+        headers = [
+            "base",
+            "variant",
+            "against",
+            "pairs",
+            "E50 ratio",
+            "E50 difference",
+            "bits difference",
+            "points of N H",
+            "at exposure",
+            "x MACs",
+            "p (Holm)",
+        ]
         blocks += [Table(headers, [_bios_row(contrast) for contrast in found], left=3), Text(_HOW_PAIRED)]
-        headers = ["base", "variant", "against", *compute, "compute multiplier at E50",
-                   "wall-clock to E50, ratio"]  # fmt: skip
+        headers = ["base", "variant", "against", *compute, "compute multiplier at E50", "wall-clock to E50, ratio"]
         blocks += [Text("What the same comparisons cost:"), Table(headers, [_cost_row(c) for c in found], left=3)]
         blocks += [Text(_HOW_COSTED)]
     finals: list[list[object]] = [
-        [c.base, c.variant, c.reference, key, diff.n, with_interval(diff, 3, sign=True), _crossed_cell(c, key),
-         *_ratio_cells(c),
-         _p_cell(c) if key == next(iter(c.finals)) else "–"]
-        for c in found for key, diff in c.finals.items()
-    ]  # fmt: skip
+        [
+            c.base,
+            c.variant,
+            c.reference,
+            key,
+            diff.n,
+            with_interval(diff, 3, sign=True),
+            _crossed_cell(c, key),
+            *_ratio_cells(c),
+            _p_cell(c) if key == next(iter(c.finals)) else "–",
+        ]
+        for c in found
+        for key, diff in c.finals.items()
+    ]
     if finals and not bios:
-        headers = ["base", "variant", "against", "score", "pairs", "difference", "over runs x questions",
-                   *compute, "p (Holm)"]  # fmt: skip
+        headers = [
+            "base",
+            "variant",
+            "against",
+            "score",
+            "pairs",
+            "difference",
+            "over runs x questions",
+            *compute,
+            "p (Holm)",
+        ]
         blocks += [Text("Final scores where both runs of every pair saw the same number of tokens:")]
         blocks += [Table(headers, finals, left=4), Text(_HOW_CROSSED)]
     return blocks
@@ -286,20 +333,31 @@ def _bios_row(contrast: Contrast) -> list[object]:
     bound = {"at most": "≤ ", "at least": "≥ "}.get(contrast.bound, "")
     difference = "unknown" if contrast.bound == "unknown" else bound + with_interval(contrast.e50, 3, sign=True)
     return [
-        contrast.base, contrast.variant, contrast.reference, len(contrast.seeds), _ratio_cell(contrast),
-        difference, with_interval(contrast.bits, 3, sign=True),
-        with_interval(points, 3, sign=True), number(contrast.exposure), f"{contrast.macs_ratio:.2f}",
+        contrast.base,
+        contrast.variant,
+        contrast.reference,
+        len(contrast.seeds),
+        _ratio_cell(contrast),
+        difference,
+        with_interval(contrast.bits, 3, sign=True),
+        with_interval(points, 3, sign=True),
+        number(contrast.exposure),
+        f"{contrast.macs_ratio:.2f}",
         _p_cell(contrast),
-    ]  # fmt: skip
+    ]
 
 
 def _cost_row(contrast: Contrast) -> list[object]:
     flops = contrast.log_flops
     multiplier = None if flops is None else Difference(-flops.mean, -flops.high, -flops.low, flops.p, flops.n)
     return [
-        contrast.base, contrast.variant, contrast.reference, *_ratio_cells(contrast),
-        exp_cell(multiplier), exp_cell(contrast.log_wall),
-    ]  # fmt: skip
+        contrast.base,
+        contrast.variant,
+        contrast.reference,
+        *_ratio_cells(contrast),
+        exp_cell(multiplier),
+        exp_cell(contrast.log_wall),
+    ]
 
 
 def _kinds(table: pd.DataFrame, runs: list[Run]) -> list[Block]:
@@ -329,10 +387,12 @@ def _kinds(table: pd.DataFrame, runs: list[Run]) -> list[Block]:
 def _shares(runs: list[Run], kind: str, exposure: float) -> np.ndarray:
     """Bits over bits_max at an exposure, of the runs that have this kind of probe."""
     known = [run for run in runs if f"{kind}_bits" in run.probes]
-    return np.array([
-        bits_at(run, exposure, f"{kind}_bits") / float(run.probes[f"{kind}_bits_max"].dropna().iloc[-1])
-        for run in known
-    ])  # fmt: skip
+    return np.array(
+        [
+            bits_at(run, exposure, f"{kind}_bits") / float(run.probes[f"{kind}_bits_max"].dropna().iloc[-1])
+            for run in known
+        ]
+    )
 
 
 def _finals(table: pd.DataFrame, runs: list[Run]) -> list[Block]:

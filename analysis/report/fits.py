@@ -27,8 +27,16 @@ def trend_blocks(found: list[Trend]) -> list[Block]:
         out = trend.held_out
         score = f"{out['cell']}: {100 * float(out['relative_error']):+.1f} %" if out else "too few cells"
         rows.append([trend.outcome, trend.family, trend.runs, trend.cells, *cells, score, trend.left_out or "–"])
-    headers = ["outcome", "family", "runs", "cells", "exponent of 1 + M/N", "exponent of N", "held out: error",
-               "left out"]  # fmt: skip
+    headers = [
+        "outcome",
+        "family",
+        "runs",
+        "cells",
+        "exponent of 1 + M/N",
+        "exponent of N",
+        "held out: error",
+        "left out",
+    ]
     note = (
         "ln y = a + b ln(1 + M/N) + c ln N with M table parameters and N non-embedding base parameters, dense at "
         "M = 0; least squares over runs, t-intervals from the spread of runs within cells (cells are few: the "

@@ -363,9 +363,11 @@ def against_table(table: list[Against]) -> str:
     )
     rows = []
     for a in table:
-        peaks = "" if a.ours_peak is None or a.dense_peak is None else (
-            f"{a.ours_peak / 2**20:14.0f} {a.dense_peak / 2**20:8.0f} {a.saved_tables:13.2f}"
-        )  # fmt: skip
+        peaks = (
+            ""
+            if a.ours_peak is None or a.dense_peak is None
+            else (f"{a.ours_peak / 2**20:14.0f} {a.dense_peak / 2**20:8.0f} {a.saved_tables:13.2f}")
+        )
         searching = "" if a.search_ms is None else f"{a.search_ms:.1f}"
         rows.append(
             f"{a.use:8} {a.width:6}  2^{math.log2(a.rows):<3.3g} {a.lookups:9} {a.ours_ms:10.1f} {a.dense_ms:10.1f}  "

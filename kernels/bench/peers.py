@@ -64,9 +64,14 @@ def layers(case: Case) -> list[Contender]:
     top_k = min(HEAD_ROWS, case.bag)
     torch.manual_seed(0)
     peer: Any = package.PKM(
-        case.width, heads=case.bag // top_k, num_keys=math.isqrt(case.rows), topk=top_k,
-        dim_head=case.width // 4, use_layernorm=True, pre_layernorm=False,
-    )  # fmt: skip
+        case.width,
+        heads=case.bag // top_k,
+        num_keys=math.isqrt(case.rows),
+        topk=top_k,
+        dim_head=case.width // 4,
+        use_layernorm=True,
+        pre_layernorm=False,
+    )
     peer = peer.eval().to(case.device)
     sink = RowGradients(peer.values.weight)
 

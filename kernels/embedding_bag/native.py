@@ -19,9 +19,7 @@ def dots(table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
     """As reference.dots; `table_RD` is contiguous."""
     (bags, size), (rows, width) = indices_NS.shape, table_RD.shape
     dots_NS, indices_NS = table_RD.new_empty(bags, size), indices_NS.long().contiguous()
-    outside = call(
-        "dots", table_RD, indices_NS, x_ND.float().contiguous(), dots_NS, bags, size, rows, width
-    )  # fmt: skip
+    outside = call("dots", table_RD, indices_NS, x_ND.float().contiguous(), dots_NS, bags, size, rows, width)
     _refuse(indices_NS, outside, rows)
     return dots_NS
 

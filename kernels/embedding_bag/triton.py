@@ -30,9 +30,16 @@ RUN = 256
 
 @triton.jit
 def _bag_kernel(
-    table, indices, weights, out, size: tl.constexpr, width,
-    WIDE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    table,
+    indices,
+    weights,
+    out,
+    size: tl.constexpr,
+    width,
+    WIDE: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     bag = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < width
@@ -51,7 +58,7 @@ def _bag_kernel(
 @triton.jit
 def _dots_kernel(
     table, indices, x, out, size, width: tl.constexpr, WIDE: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+):
     bag = tl.program_id(0).to(tl.int64)
     slots = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
     given = slots < size
@@ -69,9 +76,20 @@ def _dots_kernel(
 
 @triton.jit
 def _runs_kernel(
-    source, order, weights, starts, counts, targets, out, size, width,
-    WIDE: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    source,
+    order,
+    weights,
+    starts,
+    counts,
+    targets,
+    out,
+    size,
+    width,
+    WIDE: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     run = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < width
@@ -106,9 +124,16 @@ def bag(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, dtype: torch.d
         block = _columns(width)
         wide = _wide(accumulator(table_RD.dtype))
         _bag_kernel[(bags, triton.cdiv(width, block))](
-            table_RD.contiguous(), indices_NS.contiguous(), weights_NS.contiguous(), out_ND, size, width,
-            WIDE=wide, BLOCK_S=LOOKUPS, BLOCK_D=block,
-        )  # fmt: skip
+            table_RD.contiguous(),
+            indices_NS.contiguous(),
+            weights_NS.contiguous(),
+            out_ND,
+            size,
+            width,
+            WIDE=wide,
+            BLOCK_S=LOOKUPS,
+            BLOCK_D=block,
+        )
     return out_ND
 
 
@@ -119,9 +144,16 @@ def dots(table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
     out_NS = torch.empty(bags, size, dtype=dtype, device=table_RD.device)
     if indices_NS.numel():
         _dots_kernel[(bags, triton.cdiv(size, LOOKUPS))](
-            table_RD.contiguous(), indices_NS.contiguous(), x_ND.contiguous(), out_NS, size, width,
-            WIDE=_wide(dtype), BLOCK_S=LOOKUPS, BLOCK_D=_columns(width),
-        )  # fmt: skip
+            table_RD.contiguous(),
+            indices_NS.contiguous(),
+            x_ND.contiguous(),
+            out_NS,
+            size,
+            width,
+            WIDE=_wide(dtype),
+            BLOCK_S=LOOKUPS,
+            BLOCK_D=_columns(width),
+        )
     return out_NS
 
 
@@ -155,11 +187,20 @@ def _sum_runs(
     if rows:
         block = _columns(width)
         _runs_kernel[(len(row_C), triton.cdiv(width, block))](
-            source, order_L if order_L is not None else starts_U, weights if weights is not None else source,
-            starts_U[row_C] + nth_C * RUN, (counts_U[row_C] - nth_C * RUN).clamp(max=RUN), targets_C, out,
-            weights.shape[1] if weights is not None else 1, width,
-            WIDE=_wide(wide), WEIGHTED=order_L is not None, BLOCK_S=LOOKUPS, BLOCK_D=block,
-        )  # fmt: skip
+            source,
+            order_L if order_L is not None else starts_U,
+            weights if weights is not None else source,
+            starts_U[row_C] + nth_C * RUN,
+            (counts_U[row_C] - nth_C * RUN).clamp(max=RUN),
+            targets_C,
+            out,
+            weights.shape[1] if weights is not None else 1,
+            width,
+            WIDE=_wide(wide),
+            WEIGHTED=order_L is not None,
+            BLOCK_S=LOOKUPS,
+            BLOCK_D=block,
+        )
     if len(out) > rows:
         out[:rows][hot_U] = _sum_runs(out, None, None, extra_U[hot_U], runs_U[hot_U], wide)
     return out[:rows]

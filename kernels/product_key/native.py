@@ -31,9 +31,19 @@ def search(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tenso
     for part in chunks(q_NM2W, keys_M2nW):
         scores_M2Cn = (q_NM2W[part].permute(1, 2, 0, 3) @ keys_M2Wn).contiguous()
         call(
-            "combine", scores_M2Cn, first_P, second_P, rows_NMK[part], scores_NMK[part], heads,
-            scores_M2Cn.shape[2], half_keys, top_k, len(first_P), scratch,
-        )  # fmt: skip
+            "combine",
+            scores_M2Cn,
+            first_P,
+            second_P,
+            rows_NMK[part],
+            scores_NMK[part],
+            heads,
+            scores_M2Cn.shape[2],
+            half_keys,
+            top_k,
+            len(first_P),
+            scratch,
+        )
     return rows_NMK.transpose(0, 1), scores_NMK.transpose(0, 1)
 
 
@@ -42,8 +52,17 @@ def search_backward(grad_MNK: Tensor, rows_MNK: Tensor, q_NM2W: Tensor, keys_M2n
     (tokens, heads, _, width), half_keys = q_NM2W.shape, keys_M2nW.shape[2]
     grad_q_NM2W, grad_keys_M2nW = q_NM2W.new_zeros(q_NM2W.shape), q_NM2W.new_zeros(keys_M2nW.shape)
     call(
-        "search_backward", grad_MNK.transpose(0, 1).contiguous(), rows_MNK.transpose(0, 1).contiguous(),
-        q_NM2W.contiguous(), keys_M2nW.float().contiguous(), grad_q_NM2W, grad_keys_M2nW, tokens, heads, half_keys,
-        rows_MNK.shape[2], width,
-    )  # fmt: skip
+        "search_backward",
+        grad_MNK.transpose(0, 1).contiguous(),
+        rows_MNK.transpose(0, 1).contiguous(),
+        q_NM2W.contiguous(),
+        keys_M2nW.float().contiguous(),
+        grad_q_NM2W,
+        grad_keys_M2nW,
+        tokens,
+        heads,
+        half_keys,
+        rows_MNK.shape[2],
+        width,
+    )
     return grad_q_NM2W, grad_keys_M2nW

@@ -65,9 +65,19 @@ def _merge(best, more, top_k: tl.constexpr, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def _half_kernel(
-    q, keys, out_scores, out_keys, tokens, half_keys: tl.constexpr, width, top_k: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    q,
+    keys,
+    out_scores,
+    out_keys,
+    tokens,
+    half_keys: tl.constexpr,
+    width,
+    top_k: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     # One of 2M sides (head, half): q [2M, N, W], keys [2M, n, W], out [2M, N, K].
     side = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -92,9 +102,20 @@ def _half_kernel(
 
 @triton.jit
 def _pair_kernel(
-    half_scores, half_ids, firsts, seconds, rows, scores, tokens, half_keys, pairs, top_k: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+    half_scores,
+    half_ids,
+    firsts,
+    seconds,
+    rows,
+    scores,
+    tokens,
+    half_keys,
+    pairs,
+    top_k: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
     # Halves [M, 2, N, K] and pairs of ranks [P] to rows and scores [M, N, K].
     head = tl.program_id(1).to(tl.int64)
     token = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -133,14 +154,35 @@ def search(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tenso
         return rows_MNK, scores_MNK
     blocks, block_k = triton.cdiv(tokens, TOKENS), triton.next_power_of_2(top_k)
     _half_kernel[(blocks, 2 * heads)](
-        q_NM2W.permute(1, 2, 0, 3).contiguous(), keys_M2nW.contiguous(), half_scores, half_ids, tokens, half_keys,
-        width, top_k, BLOCK_N=TOKENS, BLOCK_H=KEYS, BLOCK_W=max(16, triton.next_power_of_2(width)), BLOCK_K=block_k,
-    )  # fmt: skip
+        q_NM2W.permute(1, 2, 0, 3).contiguous(),
+        keys_M2nW.contiguous(),
+        half_scores,
+        half_ids,
+        tokens,
+        half_keys,
+        width,
+        top_k,
+        BLOCK_N=TOKENS,
+        BLOCK_H=KEYS,
+        BLOCK_W=max(16, triton.next_power_of_2(width)),
+        BLOCK_K=block_k,
+    )
     first_P, second_P = reference.pairs(top_k).to(device)
     _pair_kernel[(blocks, heads)](
-        half_scores, half_ids, first_P.contiguous(), second_P.contiguous(), rows_MNK, scores_MNK, tokens, half_keys,
-        len(first_P), top_k, BLOCK_N=TOKENS, BLOCK_P=triton.next_power_of_2(len(first_P)), BLOCK_K=block_k,
-    )  # fmt: skip
+        half_scores,
+        half_ids,
+        first_P.contiguous(),
+        second_P.contiguous(),
+        rows_MNK,
+        scores_MNK,
+        tokens,
+        half_keys,
+        len(first_P),
+        top_k,
+        BLOCK_N=TOKENS,
+        BLOCK_P=triton.next_power_of_2(len(first_P)),
+        BLOCK_K=block_k,
+    )
     return rows_MNK, scores_MNK
 
 

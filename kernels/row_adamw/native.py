@@ -111,17 +111,33 @@ def _probe(ops: ModuleType) -> tuple[Tensor, ...]:
 def update(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, history: History) -> None:
     """As reference.update."""
     call(
-        "update", _State.of(state), _History.of(history), _torch_sqrt(), blocks.roots_BD, blocks.rows, rows_U,
-        grads_UD.contiguous(), len(rows_U),
-    )  # fmt: skip
+        "update",
+        _State.of(state),
+        _History.of(history),
+        _torch_sqrt(),
+        blocks.roots_BD,
+        blocks.rows,
+        rows_U,
+        grads_UD.contiguous(),
+        len(rows_U),
+    )
 
 
 def sweep(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, history: History) -> None:
     """As reference.sweep."""
     call(
-        "sweep", _State.of(state), _History.of(history), _torch_sqrt(), blocks.roots_BD, blocks.rows, rows_U,
-        grads_UD.contiguous(), len(rows_U), blocks.zeros_D, len(state.touched_R),
-    )  # fmt: skip
+        "sweep",
+        _State.of(state),
+        _History.of(history),
+        _torch_sqrt(),
+        blocks.roots_BD,
+        blocks.rows,
+        rows_U,
+        grads_UD.contiguous(),
+        len(rows_U),
+        blocks.zeros_D,
+        len(state.touched_R),
+    )
 
 
 def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit: int | None, moments: bool) -> None:

@@ -42,10 +42,31 @@ def _store(values, places, p, inside, seed, STOCHASTIC: tl.constexpr):
 
 @triton.jit
 def _step_kernel(
-    values, mean, square, grads, rows, slots, behind, width, decay, size, root, eps, w1, b2, w2, kept1, kept2, seed,
-    SWEEP: tl.constexpr, ROW_WISE: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr,
-    WIDE: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    values,
+    mean,
+    square,
+    grads,
+    rows,
+    slots,
+    behind,
+    width,
+    decay,
+    size,
+    root,
+    eps,
+    w1,
+    b2,
+    w2,
+    kept1,
+    kept2,
+    seed,
+    SWEEP: tl.constexpr,
+    ROW_WISE: tl.constexpr,
+    DECAYS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     # Scalars come as tensors of one element in WIDE: arguments would be float32.
     program = tl.program_id(0).to(tl.int64)
     row = program if SWEEP else tl.load(rows + program)
@@ -82,9 +103,27 @@ def _step_kernel(
 
 @triton.jit
 def _replay_kernel(
-    values, mean, square, touched, rows, last, moment, steps, constants, width, now, start, limit, length, seed,
-    ROW_WISE: tl.constexpr, DECAYS: tl.constexpr, STOCHASTIC: tl.constexpr, WIDE: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    values,
+    mean,
+    square,
+    touched,
+    rows,
+    last,
+    moment,
+    steps,
+    constants,
+    width,
+    now,
+    start,
+    limit,
+    length,
+    seed,
+    ROW_WISE: tl.constexpr,
+    DECAYS: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    WIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     # steps [4, length]: size, root, decay, log of the decays after a step; constants: w1, b2, eps, log2 of both kept.
     program = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + program)
@@ -146,19 +185,39 @@ def sweep(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, histor
 
 
 def _step(
-    state: State, grads_UD: Tensor, history: History, programs: int, rows: Tensor | None = None,
-    slots: Tensor | None = None, behind: Tensor | None = None,
-) -> None:  # fmt: skip
+    state: State,
+    grads_UD: Tensor,
+    history: History,
+    programs: int,
+    rows: Tensor | None = None,
+    slots: Tensor | None = None,
+    behind: Tensor | None = None,
+) -> None:
     hyper, at, width = history.hyper, history.at(history.step), state.mean_RD.shape[1]
     scalars = (
-        history.decay[at], history.size[at], history.root[at], hyper.eps, 1 - hyper.beta1, hyper.beta2,
-        1 - hyper.beta2, *history.log2_kept,
-    )  # fmt: skip
+        history.decay[at],
+        history.size[at],
+        history.root[at],
+        hyper.eps,
+        1 - hyper.beta1,
+        hyper.beta2,
+        1 - hyper.beta2,
+        *history.log2_kept,
+    )
     constants = torch.tensor(scalars, dtype=torch.float64).to(state.mean_RD.device, state.mean_RD.dtype)
     _step_kernel[(programs,)](
-        *state.tensors, grads_UD.contiguous(), rows, slots, behind, width, *constants.unbind(), _seed(state),
-        SWEEP=rows is None, DECAYS=hyper.weight_decay != 0, **_constants(state),
-    )  # fmt: skip
+        *state.tensors,
+        grads_UD.contiguous(),
+        rows,
+        slots,
+        behind,
+        width,
+        *constants.unbind(),
+        _seed(state),
+        SWEEP=rows is None,
+        DECAYS=hyper.weight_decay != 0,
+        **_constants(state),
+    )
 
 
 def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit: int | None, moments: bool) -> None:
@@ -173,11 +232,22 @@ def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit
     steps[3], steps[2] = history.log_decay[-1] - steps[2], steps[3].clone()
     constants = (1 - hyper.beta1, hyper.beta2, hyper.eps, *history.log2_kept)
     _replay_kernel[(len(rows_U),)](
-        *state.tensors, state.touched_R, rows_U, last_U, state.moment(rows_U),
-        steps.to(device, wide), torch.tensor(constants, dtype=torch.float64).to(device, wide),
-        state.mean_RD.shape[1], history.step, history.start, EVERY if limit is None else limit, steps.shape[1],
-        _seed(state), DECAYS=hyper.weight_decay != 0, **_constants(state),
-    )  # fmt: skip
+        *state.tensors,
+        state.touched_R,
+        rows_U,
+        last_U,
+        state.moment(rows_U),
+        steps.to(device, wide),
+        torch.tensor(constants, dtype=torch.float64).to(device, wide),
+        state.mean_RD.shape[1],
+        history.step,
+        history.start,
+        EVERY if limit is None else limit,
+        steps.shape[1],
+        _seed(state),
+        DECAYS=hyper.weight_decay != 0,
+        **_constants(state),
+    )
     state.last_R[rows_U] = history.step
     state.moment_R[rows_U] = history.step
 

@@ -148,8 +148,10 @@ def _refuse_uncounted_products(model: Transformer) -> None:
         counted = sum(cost_of(name, block.feed_forward).macs.values())
         if made > UNCOUNTED * counted:
             module = type(block.feed_forward).__name__
-            raise ValueError(f"{name} ({module}): cost() counts {counted:,.0f} multiply-adds a token, "
-                             f"allowed: the {made:,.0f} of its matrix products")  # fmt: skip
+            raise ValueError(
+                f"{name} ({module}): cost() counts {counted:,.0f} multiply-adds a token, "
+                f"allowed: the {made:,.0f} of its matrix products"
+            )
 
 
 @torch.no_grad()
@@ -166,8 +168,10 @@ def _refuse_foresight(model: Transformer) -> None:
     one_BTV, other_BTV = (model.eval()(tokens)[:, :first] for tokens in (tokens_BT, other_BT))
     change = float((one_BTV - other_BTV).abs().max() / one_BTV.std())
     if not change < FORESIGHT:
-        raise ValueError(f"tokens that come later change a token's logits by {change:.2g} standard deviations, "
-                         "allowed: none (in evaluation mode)")  # fmt: skip
+        raise ValueError(
+            f"tokens that come later change a token's logits by {change:.2g} standard deviations, "
+            "allowed: none (in evaluation mode)"
+        )
 
 
 def _result_check(layer: int) -> Callable[..., None]:

@@ -11,12 +11,13 @@ import typer
 
 app = typer.Typer(
     invoke_without_command=True, rich_markup_mode=None, help="Measure speeds on this machine, into results/bench/."
-)  # fmt: skip
+)
 
 HalfKeys = Annotated[str | None, typer.Option(metavar="N,N..", help="sides of the tables; default: the grid's")]
 GridName = Annotated[str, typer.Option("--grid", help="the grid whose models train")]
 Results = Annotated[Path, typer.Option("--results", metavar="DIR", help="where tables are written, in bench/")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, everything else on stderr")]
+
 
 @app.callback()
 def every(context: typer.Context) -> None:
@@ -26,6 +27,7 @@ def every(context: typer.Context) -> None:
     """
     if context.invoked_subcommand is None:
         step()
+
 
 @app.command()
 def step(
@@ -50,6 +52,7 @@ def step(
     rows = training.rows(training.step_speeds(models, results / "cache"))
     _show(rows, results / "bench" / "step.csv", as_json)
 
+
 @app.command()
 def kernels(
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="default: cuda where there is one")] = None,
@@ -70,6 +73,7 @@ def kernels(
     arguments += ["--all"] if every else []
     arguments += ["--rows", *map(str, rows)] if rows else []
     raise typer.Exit(main.main(arguments))
+
 
 @app.command()
 def decode(
@@ -94,6 +98,7 @@ def decode(
     rows = decoding.rows(decoding.decode_speeds(configs, whole_numbers(batches, "--batches"), context))
     _show(rows, results / "bench" / "decode.csv", as_json)
 
+
 @app.command()
 def evaluate(
     data_root: Annotated[Path, typer.Option("--data-root", metavar="DIR", help="evaluation data in hub layout")],
@@ -111,6 +116,7 @@ def evaluate(
         for name, (seconds, cpu_seconds) in evaluation.overhead(data_root).items()
     ]
     _show(rows, results / "bench" / "evaluate.csv", as_json)
+
 
 def _show(rows: list[dict[str, Any]], path: Path, as_json: bool) -> None:
     """The rows as CSV in a file, and as JSON or a table on stdout."""

@@ -35,9 +35,12 @@ from suite.cli.options import (
 from suite.errors import UserError
 
 app = typer.Typer(
-    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
     help="Train, evaluate and compare models: where should the next parameter go?",
-)  # fmt: skip
+)
 data_app = typer.Typer(no_args_is_help=True, help="Corpora: prepare what cells train on.")
 app.command(cls=RunsCode)(sweep.sweep)
 app.command()(sweep.cancel)

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from suite.launch.worker import Scoring
 
 
-
 def _folder(results: Path) -> Path:
     """As it is, if it is a folder or can become one. Raises UserError."""
     there = next(path for path in (results, *results.absolute().parents) if path.exists())

@@ -64,19 +64,59 @@ def _pairs(heads: tuple[str, ...], tails: tuple[str, ...]) -> tuple[str, ...]:
 _COMPANY_KINDS = ("Motors", "Foods", "Mills", "Airlines", "Textiles")
 _UNIVERSITY_KINDS = ("University", "College", "Institute", "Academy", "Polytechnic")
 _FIELD_KINDS = (
-    "Applied", "Comparative", "Computational", "Environmental", "Experimental",
-    "Historical", "Industrial", "Marine", "Medical", "Theoretical",
-)  # fmt: skip
+    "Applied",
+    "Comparative",
+    "Computational",
+    "Environmental",
+    "Experimental",
+    "Historical",
+    "Industrial",
+    "Marine",
+    "Medical",
+    "Theoretical",
+)
 _FIELDS = (
-    "Acoustics", "Biology", "Chemistry", "Economics", "Geography",
-    "Linguistics", "Mathematics", "Optics", "Physics", "Psychology",
-)  # fmt: skip
+    "Acoustics",
+    "Biology",
+    "Chemistry",
+    "Economics",
+    "Geography",
+    "Linguistics",
+    "Mathematics",
+    "Optics",
+    "Physics",
+    "Psychology",
+)
 _INSTRUMENTS = (
-    "accordion", "bagpipe", "balalaika", "banjo", "bassoon", "bugle", "cello",
-    "clarinet", "cornet", "dulcimer", "flute", "guitar", "harmonica", "harp",
-    "harpsichord", "horn", "lute", "lyre", "mandolin", "oboe", "organ",
-    "piano", "piccolo", "sitar", "trombone", "trumpet", "tuba", "violin",
-)  # fmt: skip
+    "accordion",
+    "bagpipe",
+    "balalaika",
+    "banjo",
+    "bassoon",
+    "bugle",
+    "cello",
+    "clarinet",
+    "cornet",
+    "dulcimer",
+    "flute",
+    "guitar",
+    "harmonica",
+    "harp",
+    "harpsichord",
+    "horn",
+    "lute",
+    "lyre",
+    "mandolin",
+    "oboe",
+    "organ",
+    "piano",
+    "piccolo",
+    "sitar",
+    "trombone",
+    "trumpet",
+    "tuba",
+    "violin",
+)
 
 ATTRIBUTES: tuple[Attribute, ...] = (
     Attribute(

@@ -166,9 +166,16 @@ class SuiteLM(TemplateLM):
 
         def generate(mine: list[list[int]], numbers: list[int]) -> list[list[int]]:
             return scoring.generate(
-                self.model, mine, new_tokens, [self.eot_token_id], finished, self.token_budget, sampling, numbers,
+                self.model,
+                mine,
+                new_tokens,
+                [self.eot_token_id],
+                finished,
+                self.token_budget,
+                sampling,
+                numbers,
                 agree=first_says if goes_together(self.model) else None,
-            )  # fmt: skip
+            )
 
         generated = divided(self.model, prompts, generate)
         return [before_stop(tokenizer.decode(ids), stops) for ids in generated]

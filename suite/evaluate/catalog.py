@@ -62,8 +62,10 @@ def refuse_unfit(tasks: Iterable[str], data: DataConfig, run_code: bool = False)
         if config.get("dataset_path") == "corpus":
             corpus_docs.refuse_unfit(data, name, config["dataset_name"])
         elif data.tokenizer.kind == "word":
-            raise UserError(f"task {name}: data.tokenizer.kind: got 'word', which knows its own world's words alone, "
-                            "allowed: bpe, bytes")  # fmt: skip
+            raise UserError(
+                f"task {name}: data.tokenizer.kind: got 'word', which knows its own world's words alone, "
+                "allowed: bpe, bytes"
+            )
 
 
 @dataclass

@@ -57,7 +57,9 @@ def _question(probe: Probe) -> dict[str, object]:
 
 def _choice(world: World, probe: Probe) -> dict[str, object]:
     """The right answer among three others of the attribute, at a place fixed by person and attribute."""
-    order = seeded_random.permutation(len(probe.candidates), _CHOICE_SEED, world.config.world, probe.person, probe.attribute)
+    order = seeded_random.permutation(
+        len(probe.candidates), _CHOICE_SEED, world.config.world, probe.person, probe.attribute
+    )
     others = [probe.candidates[i] for i in order if probe.candidates[i] != probe.answer][: CHOICES - 1]
     gold = int(order[0]) % CHOICES
     return {"prompt": probe.prompt, "choices": [*others[:gold], probe.answer, *others[gold:]], "gold": gold}

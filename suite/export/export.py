@@ -32,14 +32,21 @@ WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "c
 MODELING = "modeling_next_parameter"
 EOT = "<|endoftext|>"
 LAYER_NAMES = {
-    "attention_norm.weight": "input_layernorm.weight", "feed_forward_norm.weight": "post_attention_layernorm.weight",
-    "attention.wq.weight": "self_attn.q_proj.weight", "attention.wk.weight": "self_attn.k_proj.weight",
-    "attention.wv.weight": "self_attn.v_proj.weight", "attention.wo.weight": "self_attn.o_proj.weight",
-    "feed_forward.w1.weight": "mlp.gate_proj.weight", "feed_forward.w2.weight": "mlp.down_proj.weight",
+    "attention_norm.weight": "input_layernorm.weight",
+    "feed_forward_norm.weight": "post_attention_layernorm.weight",
+    "attention.wq.weight": "self_attn.q_proj.weight",
+    "attention.wk.weight": "self_attn.k_proj.weight",
+    "attention.wv.weight": "self_attn.v_proj.weight",
+    "attention.wo.weight": "self_attn.o_proj.weight",
+    "feed_forward.w1.weight": "mlp.gate_proj.weight",
+    "feed_forward.w2.weight": "mlp.down_proj.weight",
     "feed_forward.w3.weight": "mlp.up_proj.weight",
-}  # fmt: skip
-OUTER_NAMES = {"embedding.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
-               "output.weight": "lm_head.weight"}  # fmt: skip
+}
+OUTER_NAMES = {
+    "embedding.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
 
 
 def export(model: Transformer, target: Path, corpus: Corpus | None = None, seq_len: int = 2048) -> list[Path]:
@@ -62,8 +69,11 @@ def export(model: Transformer, target: Path, corpus: Corpus | None = None, seq_l
         weights = {f"model.{name}": value for name, value in model.state_dict().items()}
         config = _own_config(model, seq_len)
         _write_sources(model, target)
-    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, target / WEIGHTS,
-              metadata={"format": "pt"})  # fmt: skip
+    save_file(
+        {name: value.detach().cpu().contiguous() for name, value in weights.items()},
+        target / WEIGHTS,
+        metadata={"format": "pt"},
+    )
     if corpus is not None:
         config |= {"bos_token_id": corpus.tokenizer.eot_id, "eos_token_id": corpus.tokenizer.eot_id}
         _write_tokenizer(corpus.tokenizer, target, seq_len)
@@ -83,13 +93,25 @@ def llama_config(model: Transformer, seq_len: int) -> dict[str, Any]:
     """config.json of a dense model."""
     size = model.size
     return {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": model.vocab_size,
-        "hidden_size": size.dim, "intermediate_size": size.ffn_hidden, "num_hidden_layers": size.layers,
-        "num_attention_heads": size.heads, "num_key_value_heads": size.kv_heads, "head_dim": size.head_dim,
-        "hidden_act": "silu", "rms_norm_eps": NORM_EPS, "max_position_embeddings": seq_len,
-        "rope_parameters": {"rope_type": "default", "rope_theta": size.rope_theta}, "rope_theta": size.rope_theta,
-        "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": model.output is None, "dtype": "float32",
-    }  # fmt: skip
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": model.vocab_size,
+        "hidden_size": size.dim,
+        "intermediate_size": size.ffn_hidden,
+        "num_hidden_layers": size.layers,
+        "num_attention_heads": size.heads,
+        "num_key_value_heads": size.kv_heads,
+        "head_dim": size.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": NORM_EPS,
+        "max_position_embeddings": seq_len,
+        "rope_parameters": {"rope_type": "default", "rope_theta": size.rope_theta},
+        "rope_theta": size.rope_theta,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": model.output is None,
+        "dtype": "float32",
+    }
 
 
 def import_llama(folder: Path | str) -> Transformer:
@@ -128,18 +150,26 @@ def _imported_config(path: Path, config: dict[str, Any]) -> ModelConfig:
         ("rope_theta", theta, lambda v: v in bases, ", ".join(map(str, bases))),
         ("rope_scaling", config.get("rope_scaling"), _is_plain, "none"),
         ("rope_parameters", config.get("rope_parameters"), _is_plain, "rope_type default"),
-        ("head_dim", config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
-         lambda v: v == config["hidden_size"] // config["num_attention_heads"], "hidden_size / num_attention_heads"),
-    ]  # fmt: skip
+        (
+            "head_dim",
+            config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+            lambda v: v == config["hidden_size"] // config["num_attention_heads"],
+            "hidden_size / num_attention_heads",
+        ),
+    ]
     for field, value, is_right, words in allowed:
         if not is_right(value):
             raise UserError(f"{path}: {field}: got {value!r}, allowed: {words}")
     return ModelConfig(
-        family="dense", base=bases[theta], tie_embeddings=bool(config.get("tie_word_embeddings", False)),
-        layers=config["num_hidden_layers"], dim=config["hidden_size"], heads=config["num_attention_heads"],
+        family="dense",
+        base=bases[theta],
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        layers=config["num_hidden_layers"],
+        dim=config["hidden_size"],
+        heads=config["num_attention_heads"],
         kv_heads=config.get("num_key_value_heads") or config["num_attention_heads"],
         ffn_hidden=config["intermediate_size"],
-    )  # fmt: skip
+    )
 
 
 def _is_plain(rope: object) -> bool:
@@ -161,13 +191,22 @@ def _weight_files(folder: Path) -> list[str]:
 
 def _own_config(model: Transformer, seq_len: int) -> dict[str, Any]:
     return {
-        "architectures": ["NextParameterForCausalLM"], "model_type": "next_parameter", "vocab_size": model.vocab_size,
-        "auto_map": {"AutoConfig": f"{MODELING}.NextParameterConfig",
-                     "AutoModelForCausalLM": f"{MODELING}.NextParameterForCausalLM"},
-        "cell_model": model.config.model_dump(mode="json"), "max_position_embeddings": seq_len, "use_cache": True,
-        "hidden_size": model.size.dim, "num_hidden_layers": model.size.layers,
-        "num_attention_heads": model.size.heads, "tie_word_embeddings": False, "dtype": "float32",
-    }  # fmt: skip
+        "architectures": ["NextParameterForCausalLM"],
+        "model_type": "next_parameter",
+        "vocab_size": model.vocab_size,
+        "auto_map": {
+            "AutoConfig": f"{MODELING}.NextParameterConfig",
+            "AutoModelForCausalLM": f"{MODELING}.NextParameterForCausalLM",
+        },
+        "cell_model": model.config.model_dump(mode="json"),
+        "max_position_embeddings": seq_len,
+        "use_cache": True,
+        "hidden_size": model.size.dim,
+        "num_hidden_layers": model.size.layers,
+        "num_attention_heads": model.size.heads,
+        "tie_word_embeddings": False,
+        "dtype": "float32",
+    }
 
 
 def _write_sources(model: Transformer, target: Path) -> None:
@@ -192,9 +231,13 @@ def _write_tokenizer(tokenizer: Tokenizer, target: Path, seq_len: int) -> None:
     )
     made.save(str(target / "tokenizer.json"))
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "bos_token": eot, "eos_token": eot, "pad_token": eot,
-        "model_max_length": seq_len, "clean_up_tokenization_spaces": False,
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": eot,
+        "eos_token": eot,
+        "pad_token": eot,
+        "model_max_length": seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
     (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -205,9 +248,12 @@ def fast_tokenizer(tokenizer: Tokenizer) -> RustTokenizer:
         words = {word: index for index, word in enumerate(content["words"], start=1)}
         # A word outside the vocabulary is refused, as by our own tokenizer: what would stand for it is no token.
         made = RustTokenizer(models.WordLevel({EOT: 0, **words}, unk_token="<unknown>"))
-        made.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"), pre_tokenizers.Split(Regex(r"[\n.?]"), "isolated"),
-        ])  # fmt: skip
+        made.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(r"[^\S\n]+"), "removed"),
+                pre_tokenizers.Split(Regex(r"[\n.?]"), "isolated"),
+            ]
+        )
     elif tokenizer.kind == "bytes":
         made = RustTokenizer(models.BPE(vocab=_byte_characters(), merges=[]))
         made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)

@@ -43,8 +43,10 @@ def scored_beside(run: RunDir, cell: Cell, scoring: Scoring) -> Iterator[Callabl
             # A session of its own: Ctrl-C is for training, and the end of standard input tells it.
             job = subprocess.Popen(
                 [sys.executable, "-m", "suite.launch.background_scoring", run.path, *means],
-                stdin=subprocess.PIPE, stdout=sys.stderr.fileno(), start_new_session=True,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=sys.stderr.fileno(),
+                start_new_session=True,
+            )
         return False
 
     try:

@@ -71,9 +71,13 @@ class BarWatcher:
     def __init__(self, console: Console) -> None:
         self._clock = Clock()
         self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"),
-            TextColumn("{task.fields[left]}"), console=console, transient=True,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            transient=True,
+        )
         self._whole = self._bars.add_task("sweep", total=1.0, left="")
         self._tasks: dict[str, TaskID] = {}
 

@@ -14,9 +14,12 @@ from suite.records import RunDir
 
 PACKAGES = Path(__file__).resolve().parents[2]
 WEIGHT_MAKERS = (
-    "suite/models/**/*.py", "suite/data/**/*.py", "suite/train/**/*.py", "kernels/**/*.py",
-    "suite/evaluate/probe.py", "suite/evaluate/scoring.py",
-)  # fmt: skip
+    "suite/models/**/*.py",
+    "suite/data/**/*.py",
+    "suite/train/**/*.py",
+    "kernels/**/*.py",
+    "suite/inference/*.py",
+)
 """The code that decides what the weights become, and the probes on the way: they may end a run."""
 
 

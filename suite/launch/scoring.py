@@ -64,6 +64,8 @@ def of_other_data(run: RunDir, asked: Iterable[EvalConfig], data_root: Path) -> 
             now = catalog.fingerprints(config, data_root)
             changed = [name for name, fingerprint in now.items() if tasks[name]["data_fingerprint"] != fingerprint]
             if changed:
-                lines.append(f"{path}: {', '.join(changed)}: scored on other data than {data_root} holds; "
-                             "to score again, delete that file")  # fmt: skip
+                lines.append(
+                    f"{path}: {', '.join(changed)}: scored on other data than {data_root} holds; "
+                    "to score again, delete that file"
+                )
     return lines

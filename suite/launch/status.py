@@ -123,9 +123,15 @@ def table(grid: Grid, statuses: list[CellStatus]) -> Table:
         style = {"failed": "red", "done": "green", "running": "cyan"}.get(status.state, "")
         said = " ".join(filter(None, (status.headline, f"({status.note})" if status.note else None)))
         columns.add_row(
-            escape(described(status.run, apart[status.run])), status.state, f"{status.progress:.0%}",
-            _number(status.step), _number(status.tokens), duration(status.wall_s), said, style=style,
-        )  # fmt: skip
+            escape(described(status.run, apart[status.run])),
+            status.state,
+            f"{status.progress:.0%}",
+            _number(status.step),
+            _number(status.tokens),
+            duration(status.wall_s),
+            said,
+            style=style,
+        )
     return columns
 
 

@@ -189,7 +189,9 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
 def lacks_scores(run: RunDir, cell: Cell) -> bool:
     """Whether a trained run is still to be scored, or its memory's use recorded."""
     has_memory = registry.family(cell.model.family).has_memory
-    return bool(missing_evals(run, cell) or background_scoring.kept(run)) or (has_memory and not run.usage_path.exists())
+    return bool(missing_evals(run, cell) or background_scoring.kept(run)) or (
+        has_memory and not run.usage_path.exists()
+    )
 
 
 def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scoring: Scoring, world: World | None = None) -> None:

@@ -118,9 +118,14 @@ class ProductKeyMemory(ProductKeyLayer):
     """
 
     def __init__(
-        self, table: MemoryTable, dim: int, how: Addressing, swilu: bool = False, scalar_gate: bool = False,
+        self,
+        table: MemoryTable,
+        dim: int,
+        how: Addressing,
+        swilu: bool = False,
+        scalar_gate: bool = False,
         sink: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__([table], dim, how)
         width = table.weight.shape[1]
         self.gate = nn.Linear(dim, width) if swilu else None
@@ -218,9 +223,14 @@ class AddressedConfig(ModelConfig):
     def addressing(self) -> Addressing:
         """How a layer of this family finds its rows."""
         return Addressing(
-            self.half_keys, self.memory_heads, self.top_k, self.key_dim, self.qk_norm, self.query_batchnorm,
+            self.half_keys,
+            self.memory_heads,
+            self.top_k,
+            self.key_dim,
+            self.qk_norm,
+            self.query_batchnorm,
             self.random_rows,
-        )  # fmt: skip
+        )
 
     def family_problems(self) -> list[Problem]:
         found: list[Problem] = []

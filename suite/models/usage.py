@@ -64,9 +64,7 @@ class Reads:
             counts_MR.floor_divide_(copies)
         if not counts:
             return {}
-        sharing = [
-            [index for index, layer in self._layers.items() if _table(layer) is table] for table in self.tables
-        ]
+        sharing = [[index for index, layer in self._layers.items() if _table(layer) is table] for table in self.tables]
         by_layer = {index: _sum(counts_MR) for index, counts_MR in counts.items()}
         return {
             "layers": {

@@ -87,11 +87,16 @@ class MetaLiveBytes(LiveBytes):
 
 def _described(given: Iterable[Any]) -> tuple[Any, ...]:
     """Arguments as something to look up: of tensors what decides the layout of a result."""
-    return tuple([
-        (part.shape, part.stride(), part.dtype, part.device) if isinstance(part, Tensor)
-        else _described(part) if isinstance(part, tuple | list) else part
-        for part in given
-    ])  # fmt: skip
+    return tuple(
+        [
+            (part.shape, part.stride(), part.dtype, part.device)
+            if isinstance(part, Tensor)
+            else _described(part)
+            if isinstance(part, tuple | list)
+            else part
+            for part in given
+        ]
+    )
 
 
 def _shares_storage(result: Tensor, args: Any) -> bool:

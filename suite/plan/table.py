@@ -26,10 +26,18 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
     """One row a cell: size, work and that over the base's dense model, mesh, memory, hours."""
     table = Table(title=f"{name} on {assumed.gpu.name}", title_justify="left")
     for column, justify in (
-        ("run", "left"), ("params", "right"), ("MACs/dense", "right"), ("FLOPs", "right"), ("GPUs", "right"),
-        ("GB/GPU", "right"), ("GPU-hours", "right"), ("days", "right"), ("cost", "right"), ("table GB/step", "right"),
+        ("run", "left"),
+        ("params", "right"),
+        ("MACs/dense", "right"),
+        ("FLOPs", "right"),
+        ("GPUs", "right"),
+        ("GB/GPU", "right"),
+        ("GPU-hours", "right"),
+        ("days", "right"),
+        ("cost", "right"),
+        ("table GB/step", "right"),
         ("table hours", "right"),
-    ):  # fmt: skip
+    ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for one in plans:
         mesh = one.mesh

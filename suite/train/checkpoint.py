@@ -39,9 +39,14 @@ def steps_saved(run: RunDir) -> list[int]:
 
 
 def save(
-    run: RunDir, step: int, tensors: Tensors, position: dict[str, Any], keep: int, world: World,
+    run: RunDir,
+    step: int,
+    tensors: Tensors,
+    position: dict[str, Any],
+    keep: int,
+    world: World,
     always: Collection[int] = (),
-) -> None:  # fmt: skip
+) -> None:
     """Write checkpoint `step`, keep the newest `keep` and those of the steps `always`; called by all processes.
 
     The folder is filled under another name, synced and renamed: a kill at any moment leaves the older

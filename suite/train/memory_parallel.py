@@ -108,10 +108,7 @@ def all_rows(rows_U: Tensor, sums_UD: Tensor, group: ProcessGroup) -> list[tuple
     padded_rows[: len(rows_U)], padded_sums[: len(rows_U)] = rows_U, sums_UD
     every_rows = _gather(padded_rows, group).split(longest) if longest else [padded_rows] * len(lengths)
     every_sums = _gather(padded_sums, group).split(longest) if longest else [padded_sums] * len(lengths)
-    return [
-        (rows[:length], sums[:length])
-        for rows, sums, length in zip(every_rows, every_sums, lengths, strict=True)
-    ]  # fmt: skip
+    return [(rows[:length], sums[:length]) for rows, sums, length in zip(every_rows, every_sums, lengths, strict=True)]
 
 
 def _gather(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -27,8 +27,11 @@ REPLAY_LIMIT_GPU = 256
 
 
 LOW_PRECISION: dict[str, Literal["nearest", "stochastic", "master"]] = {
-    "fp32": "nearest", "bf16": "nearest", "bf16_master": "master", "bf16_stochastic": "stochastic",
-}  # fmt: skip
+    "fp32": "nearest",
+    "bf16": "nearest",
+    "bf16_master": "master",
+    "bf16_stochastic": "stochastic",
+}
 """How RowAdamW rounds, by train.value_precision."""
 
 

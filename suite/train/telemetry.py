@@ -32,9 +32,14 @@ class Telemetry:
         self._window_tokens = 0
         self._window_s = 0.0
         self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"), disable=quiet or not sys.stderr.isatty(), transient=True,
-        )  # fmt: skip
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            disable=quiet or not sys.stderr.isatty(),
+            transient=True,
+        )
         self._task = self._bar.add_task(run.name, total=total_steps, completed=first_step, note="")
         self._bar.start()
 

@@ -22,14 +22,28 @@ TRUTH: dict[str, dict[str, float]] = {
     "capacity": {"c": 2.0, "k": 2.0},
     "joint1": {"A": 480.0, "B": 2100.0, "E": 1.82, "alpha": 0.347, "beta": 0.367, "rho": 2.0, "gamma": 0.15},
     "joint2": {
-        "A": 480.0, "B": 2100.0, "E": 1.82, "alpha": 0.347, "beta": 0.367, "rho": 2.0, "gamma": 0.6, "s": 0.5,
+        "A": 480.0,
+        "B": 2100.0,
+        "E": 1.82,
+        "alpha": 0.347,
+        "beta": 0.367,
+        "rho": 2.0,
+        "gamma": 0.6,
+        "s": 0.5,
     },
     "joint3": {"A": 480.0, "B": 2100.0, "E": 1.82, "alpha": 0.347, "beta": 0.367, "kappa": 0.5, "gamma": 0.6},
     "joint4": {
-        "A": 480.0, "B": 2100.0, "E": 1.82, "alpha": 0.347, "beta": 0.367, "rho": 2.0, "gamma": 0.25, "kappa": 0.02,
+        "A": 480.0,
+        "B": 2100.0,
+        "E": 1.82,
+        "alpha": 0.347,
+        "beta": 0.367,
+        "rho": 2.0,
+        "gamma": 0.25,
+        "kappa": 0.02,
         "phi": 1.5,
     },
-}  # fmt: skip
+}
 
 
 def inputs(name: str) -> dict[str, np.ndarray]:

@@ -89,19 +89,22 @@ def test_a_reader_that_leaves_early_is_no_error(table: pd.DataFrame, tmp_path: P
     assert process.returncode == 141
 
 
-@pytest.mark.parametrize(("options", "message"), [
-    (["--columns", "family=kind,y=loss"], "C (for the compute multiplier) or seed"),
-    (["--columns", "y=loss,C=flops"], "family is missing (names of families)"),
-    (["--columns", "family=kind,y=loss,seed=seed"], "cell is missing: what pairs share"),
-    (["--columns", "family=kind,y=loss,C=flops,z=1"], "got 'z'; allowed: family, y"),
-    (["--columns", "family=kind,y=-loss,C=flops"], "y must be finite and above 0"),
-    (["--columns", "family=kind,y=kind,C=flops"], "'dense' is not a number"),
-    (["--columns", "family=kind,y=loss,C=flops", "--reference", "pkm"], "families are dense, memory, moe"),
-    (["--columns", "family=kind,y=loss,C=flops", "--where", "kind == 'dense'"], "nothing to compare"),
-    (["--columns", "family=kind,cell=1,seed=seed,y=loss"], "two runs of memory at cell 1 and seed 0.0, allowed"),
-    (["--columns", COLUMNS, "--primary", "memory"], "--primary: got 'memory', allowed: memory:size0"),
-    (["--columns", COLUMNS, "--bootstrap", "0"], "--bootstrap: allowed: 1 or more"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--columns", "family=kind,y=loss"], "C (for the compute multiplier) or seed"),
+        (["--columns", "y=loss,C=flops"], "family is missing (names of families)"),
+        (["--columns", "family=kind,y=loss,seed=seed"], "cell is missing: what pairs share"),
+        (["--columns", "family=kind,y=loss,C=flops,z=1"], "got 'z'; allowed: family, y"),
+        (["--columns", "family=kind,y=-loss,C=flops"], "y must be finite and above 0"),
+        (["--columns", "family=kind,y=kind,C=flops"], "'dense' is not a number"),
+        (["--columns", "family=kind,y=loss,C=flops", "--reference", "pkm"], "families are dense, memory, moe"),
+        (["--columns", "family=kind,y=loss,C=flops", "--where", "kind == 'dense'"], "nothing to compare"),
+        (["--columns", "family=kind,cell=1,seed=seed,y=loss"], "two runs of memory at cell 1 and seed 0.0, allowed"),
+        (["--columns", COLUMNS, "--primary", "memory"], "--primary: got 'memory', allowed: memory:size0"),
+        (["--columns", COLUMNS, "--bootstrap", "0"], "--bootstrap: allowed: 1 or more"),
+    ],
+)
 def test_faults_are_one_line_and_exit_2(
     table: pd.DataFrame, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -141,10 +141,13 @@ def test_integers_do_not_overflow_in_expressions() -> None:
     assert found["parameters"] == pytest.approx(TRUTH["overtraining"], rel=1e-3)
 
 
-@pytest.mark.parametrize(("text", "parsed"), [
-    ("N=`a,b=c`,L=loss", {"N": "`a,b=c`", "L": "loss"}),
-    ("N = f(x, y) , L=(a==b)*1.0", {"N": "f(x, y)", "L": "(a==b)*1.0"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "parsed"),
+    [
+        ("N=`a,b=c`,L=loss", {"N": "`a,b=c`", "L": "loss"}),
+        ("N = f(x, y) , L=(a==b)*1.0", {"N": "f(x, y)", "L": "(a==b)*1.0"}),
+    ],
+)
 def test_column_expressions_split_where_they_should(text: str, parsed: dict[str, str]) -> None:
     assert expressions(text) == parsed
 
@@ -199,12 +202,14 @@ def faults(frame: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, list[str], str]
         "fixed beyond its range": (frame, [*law, "--fix", "alpha=-1"], "--fix: got alpha=-1, allowed: at least 0"),
         "fixed twice": (frame, [*law, "--fix", "E=1", "--fix", "E=2"], "--fix: E is given twice"),
         "few places": (
-            pd.concat([frame.iloc[[0, 9, 30, 50]]] * 20), law,
+            pd.concat([frame.iloc[[0, 9, 30, 50]]] * 20),
+            law,
             "80 points at 4 different N, D are too few for law chinchilla: it has 5 parameters",
         ),
         "D of N": (frame.assign(D=20 * frame["N"]), law, "D is a power of N in all rows; law chinchilla cannot tell"),
         "column of no law": (
-            frame, ["--law", "chinchilla", "--columns", "N=N,D=D,L=L,M=N"],
+            frame,
+            ["--law", "chinchilla", "--columns", "N=N,D=D,L=L,M=N"],
             "--columns: got 'M', allowed for law chinchilla: N, D, L",
         ),
         "not of the table": (frame, ["--law", "chinchilla", "--columns", "N=@frame.N,D=D,L=L"], "unknown column"),
@@ -213,33 +218,40 @@ def faults(frame: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, list[str], str]
         "weights of words": (words, [*law, "--weights", "L"], "'about 3' is not a number"),
         "cluster without draws": (frame, [*law, "--cluster", "N"], "needs --bootstrap DRAWS"),
         "missing cluster": (
-            frame.assign(c=np.where(frame.index < 4, np.nan, 1.0)), [*law, "--cluster", "c", "--bootstrap", "9"],
+            frame.assign(c=np.where(frame.index < 4, np.nan, 1.0)),
+            [*law, "--cluster", "c", "--bootstrap", "9"],
             "--cluster: c is missing in 4 of 80 rows",
         ),
         "few clusters": (
-            frame.assign(c=frame.index % 5), [*law, "--cluster", "c", "--bootstrap", "9"],
+            frame.assign(c=frame.index % 5),
+            [*law, "--cluster", "c", "--bootstrap", "9"],
             "--cluster: 5 groups are too few to resample for 5 parameters",
         ),
         "lonely strata": (
-            frame.assign(s=frame.index), [*law, "--strata", "s", "--bootstrap", "9"],
+            frame.assign(s=frame.index),
+            [*law, "--strata", "s", "--bootstrap", "9"],
             "every stratum holds a single run",
         ),
         "cluster across strata": (
-            frame, [*law, "--cluster", "N", "--strata", "D", "--bootstrap", "9"], "lies in more than one stratum",
+            frame,
+            [*law, "--cluster", "N", "--strata", "D", "--bootstrap", "9"],
+            "lies in more than one stratum",
         ),
         "signed on logarithms": (
             table("loglinear").assign(y=-1.0 * np.arange(30)),
-            ["--law", "loglinear", "--columns", "R=R,y=y", "--huber", "1"], "(others: --residuals linear)",
+            ["--law", "loglinear", "--columns", "R=R,y=y", "--huber", "1"],
+            "(others: --residuals linear)",
         ),
         "bad holdout": (frame, [*law, "--holdout", "1.5"], "--holdout: got 1.5"),
         "drop all": (frame, [*law, "--drop-highest", "100"], "no rows are left"),
         "single D in a joint law": (
-            table("joint1").assign(D=1e10), ["--law", "joint1", "--columns", "N=N,M=M,D=D,L=L"],
+            table("joint1").assign(D=1e10),
+            ["--law", "joint1", "--columns", "N=N,M=M,D=D,L=L"],
             "D is constant (1e+10); law joint1 needs it to vary; leave D out",
         ),
         "joint4 without D": (table("joint1"), ["--law", "joint4", "--columns", "N=N,M=M,L=L"], "law joint4 needs D"),
         "rows of zero": (table("saturating"), ["--law", "loglinear", "--columns", "R=R,y=y"], "R is 0 in row 0"),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize("name", faults(table("chinchilla")))

@@ -128,10 +128,16 @@ def test_every_format_gives_the_same_table(tmp_path: Path, suffix: str) -> None:
     pd.testing.assert_frame_equal(read_table(path), table, check_dtype=False)
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("x.xlsx", "", "suffix is '.xlsx'"), ("x.csv", "a,b\n", "no rows"), ("x.csv", "", "not readable"),
-    ("x.parquet", "nonsense", "not readable"), ("x.jsonl", "{", "not readable"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("x.xlsx", "", "suffix is '.xlsx'"),
+        ("x.csv", "a,b\n", "no rows"),
+        ("x.csv", "", "not readable"),
+        ("x.parquet", "nonsense", "not readable"),
+        ("x.jsonl", "{", "not readable"),
+    ],
+)
 def test_unreadable_tables_are_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:
     (tmp_path / name).write_text(content)
     with pytest.raises(InputError, match=re.escape(message)) as caught:

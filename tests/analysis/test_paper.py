@@ -24,10 +24,16 @@ def results(tmp_path: Path) -> Path:
 def run(model: dict[str, Any], tasks: dict[str, dict[str, float]], tokens: float = 1e10) -> Run:
     scored = {name: {"metrics": {m: {"value": v} for m, v in metrics.items()}} for name, metrics in tasks.items()}
     return Run(
-        name="r", cell={"model": model, "data": {}, "seed": 0}, hash="h", account={}, versions={},
-        lines=[{"step": 1, "tokens": tokens, "loss": 2.5}], evals=[{"tasks": scored}], state={"state": "done"},
+        name="r",
+        cell={"model": model, "data": {}, "seed": 0},
+        hash="h",
+        account={},
+        versions={},
+        lines=[{"step": 1, "tokens": tokens, "loss": 2.5}],
+        evals=[{"tasks": scored}],
+        state={"state": "done"},
         usage={},
-    )  # fmt: skip
+    )
 
 
 def test_everything_is_drawn_without_any_run_of_ours(results: Path) -> None:
@@ -46,8 +52,11 @@ def test_everything_is_drawn_without_any_run_of_ours(results: Path) -> None:
     svg = next(path for path in files["figure1"] if path.suffix == ".svg").read_text()
     assert "vanilla" in svg
     assert "copied" in svg
-    drawn = {name: next(path for path in files[name] if path.suffix == ".svg").read_text() for name in files
-             if name.startswith("table") and name != "tables"}  # fmt: skip
+    drawn = {
+        name: next(path for path in files[name] if path.suffix == ".svg").read_text()
+        for name in files
+        if name.startswith("table") and name != "tables"
+    }
     for name, cell in {"table1": "20.78 A", "table2": "60.29 B", "table3": "11.32 A", "table4": "12.86 A"}.items():
         assert f">{cell}<" in drawn[name]
         assert "arXiv:2412.09764" in drawn[name]
@@ -68,11 +77,17 @@ def test_a_run_of_another_model_than_the_papers_matches_nothing(results: Path) -
     """The partners of the paper's grids have its families, bases and rows, but are not its models."""
     plus = {"family": "memory_plus", "base": "1.3b", "half_keys": 1024, "top_k": 32, "memory_heads": 4, "share": True}
     others = [
-        {"family": "dense", "base": "1.3b", "ffn_hidden": 15872}, {"family": "dense", "base": "1.3b", "layers": 24},
-        plus | {"keep_ffn": True}, plus | {"qk_norm": True}, plus | {"share": False}, plus | {"placement": [11]},
-        plus | {"family": "pkm", "query_batchnorm": True}, {"family": "moe", "base": "1.3b", "experts": 8},
-        {"family": "moe_topk", "base": "1.3b", "experts": 64}, {"family": "dense", "base": "w32"},
-    ]  # fmt: skip
+        {"family": "dense", "base": "1.3b", "ffn_hidden": 15872},
+        {"family": "dense", "base": "1.3b", "layers": 24},
+        plus | {"keep_ffn": True},
+        plus | {"qk_norm": True},
+        plus | {"share": False},
+        plus | {"placement": [11]},
+        plus | {"family": "pkm", "query_batchnorm": True},
+        {"family": "moe", "base": "1.3b", "experts": 8},
+        {"family": "moe_topk", "base": "1.3b", "experts": 64},
+        {"family": "dense", "base": "w32"},
+    ]
     rows = [row for model in others for row in figures._scores(run(model, {"nq_open": {"exact_match": 0.01}}))]
     rows += figures._scores(run(plus | {"k_dim": 1024, "placement": [3, 11, 19]}, {"nq_open": {"exact_match": 0.05}}))
     mine = pd.DataFrame(rows)
@@ -85,8 +100,11 @@ def test_a_run_of_another_model_than_the_papers_matches_nothing(results: Path) -
 def test_a_run_stands_beside_the_nearest_budget_and_budgets_are_not_averaged(results: Path) -> None:
     model = {"family": "dense", "base": "8b"}
     budgets = {2e11: 0.1, 1e12: 0.2, 9e11: 0.3}
-    rows = [row for tokens, value in budgets.items()
-            for row in figures._scores(run(model, {"nq_open": {"exact_match": value}}, tokens))]  # fmt: skip
+    rows = [
+        row
+        for tokens, value in budgets.items()
+        for row in figures._scores(run(model, {"nq_open": {"exact_match": value}}, tokens))
+    ]
     page = figures.tables(figures.published(results), pd.DataFrame(rows))
     assert "18.61 A; ours 10.00 (1, 200b) |" in page
     assert "25.24 B; ours 30.00 (1, 900b); ours 20.00 (1, 1,000b) |" in page
@@ -94,13 +112,23 @@ def test_a_run_stands_beside_the_nearest_budget_and_budgets_are_not_averaged(res
 
 
 def test_a_score_of_ours_is_the_papers_once() -> None:
-    tasks = {"nq_open": {"exact_match": 0.1}, "nq_open_qa": {"em": 0.2, "f1": 0.3}, "nq_open_nll": {"nll": 6.0},
-             "triviaqa_qa": {"em": 0.4, "f1": 0.5}}  # fmt: skip
+    tasks = {
+        "nq_open": {"exact_match": 0.1},
+        "nq_open_qa": {"em": 0.2, "f1": 0.3},
+        "nq_open_nll": {"nll": 6.0},
+        "triviaqa_qa": {"em": 0.4, "f1": 0.5},
+    }
     rows = figures._scores(run({"family": "dense", "base": "1.3b"}, tasks))
     found = {(row["task"], row["metric"]): row["value"] for row in rows}
     assert len(found) == len(rows)
-    assert found == {("nq_open", "exact_match"): 0.1, ("nq_open", "f1"): 0.3, ("triviaqa", "exact_match"): 0.4,
-                     ("triviaqa", "f1"): 0.5, ("nq_open", "nll"): 6.0, ("train", "nll"): 2.5}  # fmt: skip
+    assert found == {
+        ("nq_open", "exact_match"): 0.1,
+        ("nq_open", "f1"): 0.3,
+        ("triviaqa", "exact_match"): 0.4,
+        ("triviaqa", "f1"): 0.5,
+        ("nq_open", "nll"): 6.0,
+        ("train", "nll"): 2.5,
+    }
 
 
 def test_training_loss_stands_beside_the_papers_training_nll(results: Path) -> None:

@@ -34,8 +34,18 @@ def test_report_states_the_primary_contrast_failures_and_ratios(results: Path, t
     assert "loss is nan at step 12" in text
     assert "pkm-w32-k64-s9-00000000: not started" in text
     drawn = {path.name for path in out.iterdir()}
-    names = ("bits-exposures", "memory-rows", "bits-compute", "loss-curves", "base-size", "cost",
-             "compute-multiplier", "trend-fit", "key-usage", "key-usage-training")  # fmt: skip
+    names = (
+        "bits-exposures",
+        "memory-rows",
+        "bits-compute",
+        "loss-curves",
+        "base-size",
+        "cost",
+        "compute-multiplier",
+        "trend-fit",
+        "key-usage",
+        "key-usage-training",
+    )
     assert {f"{name}.{kind}" for name in names for kind in ("png", "pdf", "svg")} == drawn
     page = (results / "grids" / "demo" / "report.html").read_text()
     assert "memory_plus k64 needs 0.510 [0.500, 0.520]" in page
@@ -106,11 +116,21 @@ def test_text_runs_are_compared_at_equal_tokens(tmp_path: Path, capsys: pytest.C
             for line in lines:
                 line.pop("probe", None)
             (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-            scores = {"held_out": {"version": 1, "few_shot": 0, "n": 9, "metrics": {
-                "bits_per_byte": {"value": 2.0 - gain + 0.01 * np.sin(seed), "stderr": 0.01}}}}  # fmt: skip
+            scores = {
+                "held_out": {
+                    "version": 1,
+                    "few_shot": 0,
+                    "n": 9,
+                    "metrics": {"bits_per_byte": {"value": 2.0 - gain + 0.01 * np.sin(seed), "stderr": 0.01}},
+                }
+            }
             right = np.random.default_rng(seed).random(400) < 0.4 + gain
-            scores["nq"] = {"n": 400, "prompt_hash": "p", "metrics": {"em": {"value": right.mean(), "stderr": 0.02}},
-                            "answers": {"em": "".join(str(int(one)) for one in right)}}  # fmt: skip
+            scores["nq"] = {
+                "n": 400,
+                "prompt_hash": "p",
+                "metrics": {"em": {"value": right.mean(), "stderr": 0.02}},
+                "answers": {"em": "".join(str(int(one)) for one in right)},
+            }
             write_json(folder / "eval" / "0badcafe.json", {"step": 1, "tasks": scores})
             names.append(name)
     write_json(root / "grids" / "text" / "grid.json", {"grid": "text", "source": "grids/text.yaml", "runs": names})

@@ -15,10 +15,27 @@ def measured(operator: str, contender: str, rows: int, milliseconds: float) -> R
     moved = 4_000_000
     speed = moved / milliseconds / 1e6
     return Result(
-        operator=operator, contender=contender, device="cpu", use="zipf", width=64, rows=rows, lookups=100, bag=4,
-        unique=50, p20_ms=0.9 * milliseconds, p50_ms=milliseconds, p80_ms=1.2 * milliseconds, ratio_p20=1.0,
-        ratio_p50=1.0, ratio_p80=1.0, bytes=moved, gb_per_s=speed, copy_share=speed / 8.0, parts_ms="", peak_bytes=0,
-    )  # fmt: skip
+        operator=operator,
+        contender=contender,
+        device="cpu",
+        use="zipf",
+        width=64,
+        rows=rows,
+        lookups=100,
+        bag=4,
+        unique=50,
+        p20_ms=0.9 * milliseconds,
+        p50_ms=milliseconds,
+        p80_ms=1.2 * milliseconds,
+        ratio_p20=1.0,
+        ratio_p50=1.0,
+        ratio_p80=1.0,
+        bytes=moved,
+        gb_per_s=speed,
+        copy_share=speed / 8.0,
+        parts_ms="",
+        peak_bytes=0,
+    )
 
 
 def test_what_the_bench_writes_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -181,8 +181,12 @@ def test_a_look_far_ahead_is_seen_and_integers_are_no_obstacle(tmp_path: Path) -
     whole = (
         "        self.whole = nn.Parameter(torch.zeros(1, dtype=torch.int64), requires_grad=False)\n\n    def forward"
     )
-    path.write_text("import torch\n" + path.read_text().replace("\n    def forward", "\n" + whole, 1)
-                    .replace("self.up.bias.numel()", "self.up.bias.numel() + 1"))  # fmt: skip
+    path.write_text(
+        "import torch\n"
+        + path.read_text()
+        .replace("\n    def forward", "\n" + whole, 1)
+        .replace("self.up.bias.numel()", "self.up.bias.numel() + 1")
+    )
     with pytest.raises(UserError, match="tokens that come later"):
         checked(path)
 

@@ -28,7 +28,11 @@ def test_every_family_and_table_size_is_measured_beside_dense() -> None:
     speeds = decoding.decode_speeds(configs, batches=[1, 3], context=4, steps=2, rounds=2)
     assert {speed.family for speed in speeds} == set(registry.families())
     assert {(speed.half_keys, speed.batch) for speed in speeds if speed.family == "peer"} == {
-        (32, 1), (32, 3), (64, 1), (64, 3)}  # fmt: skip
+        (32, 1),
+        (32, 3),
+        (64, 1),
+        (64, 3),
+    }
     for speed in speeds:
         assert speed.ms_p20 <= speed.ms_p50 <= speed.ms_p80
         assert speed.time_ratio_p20 <= speed.time_ratio_p50 <= speed.time_ratio_p80

@@ -10,9 +10,20 @@ import pytest
 from running import Suite
 
 VERBS = (
-    "sweep", "cancel", "plan", "status", "train", "export", "baselines", "data prepare", "eval", "bench step",
-    "bench kernels", "bench decode", "bench evaluate",
-)  # fmt: skip
+    "sweep",
+    "cancel",
+    "plan",
+    "status",
+    "train",
+    "export",
+    "baselines",
+    "data prepare",
+    "eval",
+    "bench step",
+    "bench kernels",
+    "bench decode",
+    "bench evaluate",
+)
 CELL = """
 model: {family: dense, base: w32}
 data: {kind: bios, people: 30}
@@ -129,6 +140,8 @@ def test_the_families_are_listed_with_their_options(suite: Suite) -> None:
 
 def test_a_process_that_has_triton_ends_in_silence(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    code = "import sys, triton; from suite.cli.main import main; sys.argv = ['suite', 'plan', 'smoke', '--json']; main()"
+    code = (
+        "import sys, triton; from suite.cli.main import main; sys.argv = ['suite', 'plan', 'smoke', '--json']; main()"
+    )
     ended = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert ended.stderr == ""

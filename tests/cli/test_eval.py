@@ -123,9 +123,18 @@ def test_data_cut_short_is_named_by_its_line_and_leaves_no_scores(
 
 def test_the_oracle_speaks_json_alone(suite: Suite, real_data: Path) -> None:
     told = suite(
-        "eval", "--oracle", "--tasks", "nq_open_qa,humaneval", "--limit", "3", "--data-root", real_data,
-        "--run-code", "rlimits", "--json",
-    )  # fmt: skip
+        "eval",
+        "--oracle",
+        "--tasks",
+        "nq_open_qa,humaneval",
+        "--limit",
+        "3",
+        "--data-root",
+        real_data,
+        "--run-code",
+        "rlimits",
+        "--json",
+    )
     assert told.returncode == 0, told.stderr
     tasks = json.loads(told.stdout)["tasks"]
     perfect = {"oracle": 1.0, "wrong": 0.0, "ceiling": 1.0}

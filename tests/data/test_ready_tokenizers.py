@@ -153,9 +153,14 @@ def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("spm") / "tokenizer.model"
     with open(path, "wb") as file:
         library.SentencePieceTrainer.train(
-            sentence_iterator=iter(TEXTS), model_writer=file, vocab_size=120, model_type="bpe", minloglevel=2,
-            normalization_rule_name="identity", remove_extra_whitespaces=False,
-        )  # fmt: skip
+            sentence_iterator=iter(TEXTS),
+            model_writer=file,
+            vocab_size=120,
+            model_type="bpe",
+            minloglevel=2,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+        )
     return path
 
 

@@ -136,8 +136,12 @@ def test_a_cache_of_transformers_is_filled_reordered_and_goes_on(name: str, tmp_
         new = torch.tensor([[3], [4]])
         expected = model(torch.cat((tokens().flip(0), new), 1))[:, -1]
         torch.testing.assert_close(theirs(new, past_key_values=kept).logits[:, -1], expected, rtol=0, atol=1e-5)
-    beams = [theirs.generate(tokens()[:, :6], max_new_tokens=6, num_beams=3, do_sample=False, pad_token_id=0,
-                             use_cache=use_cache).tolist() for use_cache in (True, False)]  # fmt: skip
+    beams = [
+        theirs.generate(
+            tokens()[:, :6], max_new_tokens=6, num_beams=3, do_sample=False, pad_token_id=0, use_cache=use_cache
+        ).tolist()
+        for use_cache in (True, False)
+    ]
     assert beams[0] == beams[1]
     with pytest.raises(ValueError, match=r"(past_key_values|cache): got a StaticCache, allowed: a DynamicCache"):
         theirs(new, past_key_values=transformers.StaticCache(config=theirs.config, max_cache_len=8))
@@ -185,9 +189,15 @@ def test_a_llama_checkpoint_comes_back_as_it_went(name: str, tmp_path: Path) -> 
 def test_a_llama_of_somebody_elses_is_imported_from_shards(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
-        vocab_size=40, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, rms_norm_eps=1e-5, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=40,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=64,
+    )
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path / "llama", max_shard_size="60KB")
     assert len(list((tmp_path / "llama").glob("*.safetensors"))) > 1
@@ -197,9 +207,15 @@ def test_a_llama_of_somebody_elses_is_imported_from_shards(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("rms_norm_eps", 1e-6), ("hidden_act", "gelu"), ("attention_bias", True), ("model_type", "x"),
-                         ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4})],
-)  # fmt: skip
+    ("field", "value"),
+    [
+        ("rms_norm_eps", 1e-6),
+        ("hidden_act", "gelu"),
+        ("attention_bias", True),
+        ("model_type", "x"),
+        ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
+    ],
+)
 def test_a_llama_we_have_no_place_for_is_refused_by_field(field: str, value: object, tmp_path: Path) -> None:
     export(built("dense"), tmp_path / "out")
     path = tmp_path / "out" / "config.json"
@@ -262,9 +278,13 @@ def test_lm_eval_scores_an_export_as_we_score_the_model(corpus: Corpus, tmp_path
     model = built("memory_plus", corpus.vocab_size)
     export(model, tmp_path / "out", corpus, corpus.config.seq_len)
     lm = huggingface.HFLM(
-        pretrained=str(tmp_path / "out"), trust_remote_code=True, device="cpu", dtype="float32", batch_size=4,
+        pretrained=str(tmp_path / "out"),
+        trust_remote_code=True,
+        device="cpu",
+        dtype="float32",
+        batch_size=4,
         add_bos_token=True,
-    )  # fmt: skip
+    )
     prepared = harness.prepare(tasks, catalog.Sources(corpus, DataRoot(None), None))
     theirs, ours = harness.scores_of(lm, prepared), harness.evaluate(model, corpus, tasks)["tasks"]
     for task, entry in ours.items():
@@ -282,7 +302,11 @@ def test_the_command_exports_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     done = CliRunner().invoke(app, ["export", run, "--to", "out", "--json"])
     assert done.exit_code == 0, done.output
     assert {Path(file).name for file in json.loads(done.stdout)["files"]} == {
-        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}  # fmt: skip
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
     assert tokenizer("").input_ids == [0]
     shutil.rmtree("out")

@@ -280,7 +280,9 @@ def test_a_grid_of_grids_has_each_cell_once_with_all_it_is_asked(tmp_path: Path)
     cells = load(tmp_path, "grids: [one, two]\n", train__lr="2e-3").cells
     assert [(cell.model.family, cell.train.lr) for cell in cells] == [("dense", 2e-3), ("memory_plus", 2e-3)]
     assert [[config.tasks[0] for config in cell.evaluate] for cell in cells] == [
-        ["bios_qa", "bios_storage"], ["bios_storage"]]  # fmt: skip
+        ["bios_qa", "bios_storage"],
+        ["bios_storage"],
+    ]
 
 
 def test_grids_of_grids_are_named_and_hold_nothing_else(tmp_path: Path) -> None:

@@ -57,8 +57,11 @@ def test_what_is_asked_gives_every_score_that_the_paper_prints(name: str, table:
     for cell in grid(f"paper-{name}").cells:
         given = {("train", "nll")}  # the loss of training
         for task in (task for config in cell.evaluate for task in config.tasks):
-            metrics = {"pass@1"} if task in ("humaneval", "mbpp") else {
-                entry["metric"] for stated in catalog._stated(task) for entry in stated["metric_list"]}  # fmt: skip
+            metrics = (
+                {"pass@1"}
+                if task in ("humaneval", "mbpp")
+                else {entry["metric"] for stated in catalog._stated(task) for entry in stated["metric_list"]}
+            )
             given |= {printed_as(task, metric) for metric in metrics}
         assert wanted <= given, cell.run_name
 
@@ -74,7 +77,8 @@ def test_fixed_memory_has_every_base_and_family_at_the_papers_sizes() -> None:
     cells = grid("paper-fixed-memory").cells
     families = ("dense", "moe", "moe_topk", "peer", "pkm", "memory_plus")
     assert {(cell.model.base, cell.model.family) for cell in cells} == {
-        (base, family) for base in ("134m", "373m", "720m", "1.3b") for family in families}  # fmt: skip
+        (base, family) for base in ("134m", "373m", "720m", "1.3b") for family in families
+    }
     for cell in cells:
         assert cell.train.tokens == 10**12
         if cell.model.family in ("pkm", "memory_plus"):
@@ -107,11 +111,17 @@ def test_ablations_are_those_of_tables_3_and_4_under_the_papers_names() -> None:
         assert rows[model] == pytest.approx(printed, rel=3e-4), model  # 512k is no square
     others = [cell.model for cell in cells if not variants(cell.model.model_dump(mode="json"))]
     assert {(m.qk_norm, m.share, m.keep_ffn) for m in others} == {
-        (False, True, False), (True, True, False), (False, False, False), (False, True, True)}  # fmt: skip
+        (False, True, False),
+        (True, True, False),
+        (False, False, False),
+        (False, True, True),
+    }
 
 
 def test_cells_shared_by_grids_are_the_same_run() -> None:
-    fixed, partners, scaling = ({cell.run_name for cell in grid(f"paper-{name}").cells}
-                                for name in ("fixed-memory", "partners", "memory-scaling"))  # fmt: skip
+    fixed, partners, scaling = (
+        {cell.run_name for cell in grid(f"paper-{name}").cells}
+        for name in ("fixed-memory", "partners", "memory-scaling")
+    )
     assert len(fixed & partners) >= 8
     assert len(fixed & scaling) >= 3

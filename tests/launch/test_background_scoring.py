@@ -21,10 +21,16 @@ from suite.train.loop import train
 CELL = {
     "model": {"family": "dense", "base": "w32"},
     "data": {"kind": "bios", "people": 30, "questions": 0.5},
-    "train": {"batch_rows": 4, "epochs": 8, "lr": 5e-3, "checkpoint_every": 4, "evaluate_every": 8,
-              "keep_checkpoints": 1},
+    "train": {
+        "batch_rows": 4,
+        "epochs": 8,
+        "lr": 5e-3,
+        "checkpoint_every": 4,
+        "evaluate_every": 8,
+        "keep_checkpoints": 1,
+    },
     "evaluate": [{"tasks": ["bios_storage"], "limit": 20}],
-}  # fmt: skip
+}
 
 
 def made(tmp_path: Path) -> tuple[RunDir, Cell]:

@@ -24,9 +24,13 @@ def by_hand(counts: np.ndarray) -> dict[str, float]:
     for count in counts.tolist():
         entropy -= count / reads * math.log2(count / reads) if count else 0.0
     return {
-        "rows": len(counts), "reads": reads, "used": (counts > 0).mean(), "dead": int((counts == 0).sum()),
-        "entropy_bits": entropy, "kl_bits": math.log2(len(counts)) - entropy,
-    }  # fmt: skip
+        "rows": len(counts),
+        "reads": reads,
+        "used": (counts > 0).mean(),
+        "dead": int((counts == 0).sum()),
+        "entropy_bits": entropy,
+        "kl_bits": math.log2(len(counts)) - entropy,
+    }
 
 
 some_counts = arrays.arrays(np.int32, st.integers(1, 40), elements=st.integers(0, 9)).filter(np.any)
@@ -88,8 +92,10 @@ def test_layers_heads_and_tables_are_counted_apart() -> None:
     shares = {layer: counts[layer].sum(0) / counts[layer].sum() for layer in layers}
     expected = {
         f"{one}-{other}": np.minimum(shares[one], shares[other]).sum()
-        for one in layers for other in layers if one < other
-    }  # fmt: skip
+        for one in layers
+        for other in layers
+        if one < other
+    }
     assert table.pop("overlap") == pytest.approx(expected)
     assert table == pytest.approx(by_hand(sum(counts[layer].sum(0) for layer in layers)))
 

@@ -24,12 +24,19 @@ from suite.plan.mesh import MICRO_ROWS
 
 GRIDS = Path(__file__).resolve().parents[2] / "grids"
 COUNTED = {  # of table 1, in millions to 0.1m, by hand; tests/models/test_accounting.py has the printed ones
-    ("moe", "134m", None): 983.6, ("peer", "134m", 768): 1036.9, ("pkm", "134m", 1024): 936.5,
-    ("memory_plus", "134m", 1024): 937.1, ("moe", "1.3b", None): 3545.5, ("peer", "1.3b", 768): 3645.7,
-    ("pkm", "1.3b", 1024): 3377.6, ("memory_plus", "1.3b", 1024): 3368.1, ("dense", "373m", None): 373.9,
-    ("memory_plus", "1.3b", 2048): 9823.2, ("memory_plus", "1.3b", 4096): 35618.1,
+    ("moe", "134m", None): 983.6,
+    ("peer", "134m", 768): 1036.9,
+    ("pkm", "134m", 1024): 936.5,
+    ("memory_plus", "134m", 1024): 937.1,
+    ("moe", "1.3b", None): 3545.5,
+    ("peer", "1.3b", 768): 3645.7,
+    ("pkm", "1.3b", 1024): 3377.6,
+    ("memory_plus", "1.3b", 1024): 3368.1,
+    ("dense", "373m", None): 373.9,
+    ("memory_plus", "1.3b", 2048): 9823.2,
+    ("memory_plus", "1.3b", 4096): 35618.1,
     ("memory_plus", "1.3b", 8192): 138747.7,
-}  # fmt: skip
+}
 
 
 def planned(name: str, gpu: str = "h100", nodes: int | None = None, **over: str) -> list[planning.CellPlan]:
@@ -79,8 +86,19 @@ def test_cells_of_one_name_are_told_apart(tmp_path: Path) -> None:
 
 def test_the_document_has_the_agreed_fields(scaling: list[planning.CellPlan]) -> None:
     entry = scaling[2].to_json(price=2.0)
-    assert {"cell", "family", "base", "half_keys", "params", "flops_per_token", "bytes_per_token", "tokens",
-            "memory_per_gpu", "gpus", "gpu_hours"} <= entry.keys()  # fmt: skip
+    assert {
+        "cell",
+        "family",
+        "base",
+        "half_keys",
+        "params",
+        "flops_per_token",
+        "bytes_per_token",
+        "tokens",
+        "memory_per_gpu",
+        "gpus",
+        "gpu_hours",
+    } <= entry.keys()
     assert entry["params"].keys() == {"total", "active", "memory", "embedding"}
     assert entry["flops_per_token"].keys() == {"train", "forward"}
     assert entry["cost"] == 2.0 * entry["gpu_hours"]
@@ -160,8 +178,11 @@ def test_nodes_of_six_gpus_get_whole_nodes() -> None:
 
 
 def test_a_table_that_no_gpus_divide_is_named() -> None:
-    (huge,) = (one for one in planned("paper-memory-scaling", train__value_second_moment="row")
-               if one.account.params_memory == 2**24 * 2048)  # fmt: skip
+    (huge,) = (
+        one
+        for one in planned("paper-memory-scaling", train__value_second_moment="row")
+        if one.account.params_memory == 2**24 * 2048
+    )
     assert str(huge.would_fit).startswith("train.value_second_moment: element, whose tables are divided or ")
 
 
@@ -172,14 +193,20 @@ def test_a_base_has_its_own_vocabulary_whatever_stands_before_it(tmp_path: Path)
         "  train: {batch_rows: 8, tokens: 100000, lr: 1e-3}\n"
         "blocks: [{axes: {model.base: [134m, 8b]}}]\n"
     )
-    plans = planning.plan(load_grid(str(tmp_path / "g.yaml"), need_data=False),
-                          planning.assumptions("h100", None, 0.4, None), Path("unused"))  # fmt: skip
+    plans = planning.plan(
+        load_grid(str(tmp_path / "g.yaml"), need_data=False),
+        planning.assumptions("h100", None, 0.4, None),
+        Path("unused"),
+    )
     assert [one.account.params_embedding // one.cell.model.size.dim for one in plans] == [2 * 32000, 2 * 128256]
 
 
 def test_queries_normed_over_a_micro_batch_keep_the_cells_number_of_them() -> None:
-    (one,) = (one for one in planned("paper-fixed-memory", model__query_batchnorm="true", train__accumulate="64")
-              if (one.cell.model.family, one.cell.model.base) == ("pkm", "1.3b"))  # fmt: skip
+    (one,) = (
+        one
+        for one in planned("paper-fixed-memory", model__query_batchnorm="true", train__accumulate="64")
+        if (one.cell.model.family, one.cell.model.base) == ("pkm", "1.3b")
+    )
     assert one.mesh is not None
     assert one.mesh.accumulate == 64
     assert one.mesh.gpus * 64 * one.mesh.micro_rows == one.cell.train.batch_rows
@@ -249,17 +276,29 @@ def test_table_traffic_by_hand(scaling: list[planning.CellPlan]) -> None:
 
 def test_partners_grid_matches_as_it_says() -> None:
     plans = planned("paper-partners")
-    plus = {one.cell.model.base: one for one in plans
-            if one.cell.model.family == "memory_plus" and not one.cell.model.keep_ffn}  # fmt: skip
-    dense = {one.cell.model.base: one for one in plans
-             if one.cell.model.family == "dense" and one.cell.model.ffn_hidden is None}  # fmt: skip
+    plus = {
+        one.cell.model.base: one
+        for one in plans
+        if one.cell.model.family == "memory_plus" and not one.cell.model.keep_ffn
+    }
+    dense = {
+        one.cell.model.base: one
+        for one in plans
+        if one.cell.model.family == "dense" and one.cell.model.ffn_hidden is None
+    }
     for base, plain in dense.items():
-        wide = sorted(one.account.macs_total / plain.account.macs_total for one in plans
-                      if one.cell.model.family == "dense" and one.cell.model.base == base)  # fmt: skip
+        wide = sorted(
+            one.account.macs_total / plain.account.macs_total
+            for one in plans
+            if one.cell.model.family == "dense" and one.cell.model.base == base
+        )
         for factor in (2, 4):
             assert min(abs(ratio / factor - 1) for ratio in wide) < 0.01
-        equal = [one.account.params_total / plus[base].account.params_total for one in plans
-                 if one.cell.model.base == base and one is not plus[base]]  # fmt: skip
+        equal = [
+            one.account.params_total / plus[base].account.params_total
+            for one in plans
+            if one.cell.model.base == base and one is not plus[base]
+        ]
         assert sum(abs(ratio - 1) < 0.01 for ratio in equal) >= 2  # dense and the mixture
 
 

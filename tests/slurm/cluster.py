@@ -144,9 +144,15 @@ class Cluster:
             key.write_bytes(os.urandom(128))
         socket_path = self.folder / "munge.socket"
         self._do(
-            "munged", "--force", f"--socket={socket_path}", f"--key-file={key}", f"--seed-file={secrets / 'seed'}",
-            f"--pid-file={self.folder / 'munged.pid'}", f"--log-file={self.folder / 'munged.log'}", "--num-threads=2",
-        )  # fmt: skip
+            "munged",
+            "--force",
+            f"--socket={socket_path}",
+            f"--key-file={key}",
+            f"--seed-file={secrets / 'seed'}",
+            f"--pid-file={self.folder / 'munged.pid'}",
+            f"--log-file={self.folder / 'munged.log'}",
+            "--num-threads=2",
+        )
         _wait("munge", lambda: self._answers("munge", "--no-input", f"--socket={socket_path}"))
 
     def _configure(self) -> None:
@@ -160,9 +166,14 @@ class Cluster:
             for number, name in enumerate(self.names)
         )
         conf = CONF.format(
-            host=host, port=port, far=port + 9, user=getpass.getuser(), dir=self.folder, nodes=nodes,
+            host=host,
+            port=port,
+            far=port + 9,
+            user=getpass.getuser(),
+            dir=self.folder,
+            nodes=nodes,
             names=",".join(self.names),
-        )  # fmt: skip
+        )
         (self.folder / "gres.conf").write_text("NodeName=gpu[1-64] Name=gpu Count=8\n")
         (self.folder / "plugstack.conf").touch()
         path.write_text(conf)

@@ -54,9 +54,15 @@ def cell_of(case: str, steps: int, **train: Any) -> Cell:
     """A cell of a few narrow layers that takes `steps` steps of 8 rows of 64 tokens."""
     options = LARGE if case == "memory_plus large" else FAMILIES[case]
     fields = {
-        "batch_rows": 8, "tokens": steps * 8 * 64, "lr": 5e-3, "warmup": 3, "clip": 0.5, "log_every": 1,
-        "checkpoint_every": 1000, **train,
-    }  # fmt: skip
+        "batch_rows": 8,
+        "tokens": steps * 8 * 64,
+        "lr": 5e-3,
+        "warmup": 3,
+        "clip": 0.5,
+        "log_every": 1,
+        "checkpoint_every": 1000,
+        **train,
+    }
     return Cell.model_validate(
         {
             "model": {"family": case.split()[0], **TINY, **options},

@@ -146,8 +146,9 @@ def test_a_run_stops_after_two_probes_past_the_mark(cache: Path, tmp_path: Path)
     trainer = trainer_of(cell, cache, tmp_path)
     shares = iter([0.1, 0.6, 0.4, 0.7, 0.8, 0.9])
     trainer.prober.run = lambda model: {  # type: ignore[method-assign]
-        "eval_loss": 1.0, "probe": {"storage": {"bits": next(shares), "bits_max": 1.0}}
-    }  # fmt: skip
+        "eval_loss": 1.0,
+        "probe": {"storage": {"bits": next(shares), "bits_max": 1.0}},
+    }
     trainer.run_to_end()
     assert [line["probe"]["storage"]["bits"] for line in lines(tmp_path) if "probe" in line] == [
         0.1,

@@ -199,9 +199,7 @@ def test_dense_gradients_of_tables_are_those_of_one_process(cache: Path, tmp_pat
 def test_in_bf16_two_processes_stay_near_one(cache: Path, tmp_path: Path) -> None:
     cells = {case: cell_of(case, 10, precision="bf16") for case in ("memory_plus", "moe_topk")}
     prepare(cells["moe_topk"].data, cache)
-    jobs = [
-        job(cell, tmp_path / f"{case}-2", memory_parallel=2, dtype="float32") for case, cell in cells.items()
-    ]  # fmt: skip
+    jobs = [job(cell, tmp_path / f"{case}-2", memory_parallel=2, dtype="float32") for case, cell in cells.items()]
     run_jobs(jobs, cache, 2, tmp_path)
     for case, cell in cells.items():
         one = lines(alone(cell, tmp_path / case, cache))

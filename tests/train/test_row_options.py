@@ -25,8 +25,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "together": {"value_precision": "bf16_stochastic", "value_second_moment": "row", "value_replay_limit": 3},
 }
 BYTES_PER_ROW = dict.fromkeys(OPTIONS, 8 * 32 + 9) | {
-    "bf16_master": 12 * 32 + 9, "row": 4 * 32 + 4 + 9, "together": 4 * 32 + 4 + 9,
-}  # fmt: skip
+    "bf16_master": 12 * 32 + 9,
+    "row": 4 * 32 + 4 + 9,
+    "together": 4 * 32 + 4 + 9,
+}
 """Beside the row itself, of width 32."""
 
 

@@ -167,7 +167,10 @@ class CellJob:
 
     def _score_kept(self, run: RunDir) -> str:
         """Another process trains the run meanwhile and holds it: nothing is written but scores."""
-        with joined(self.parallel) as world, _held(RunDir(background_scoring.folder_of(run))) if world.is_first else nullcontext():
+        with (
+            joined(self.parallel) as world,
+            _held(RunDir(background_scoring.folder_of(run))) if world.is_first else nullcontext(),
+        ):
             cell = run.read_cell()
             background_scoring.score_kept(run, cell, _corpus(run, cell, world), self.scoring, world)
         return str(run.state()["state"])

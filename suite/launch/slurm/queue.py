@@ -18,16 +18,33 @@ from suite.launch.status import CellStatus
 from suite.records import RunDir, write_json
 
 ALIVE = {
-    "PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "REQUEUE_HOLD", "RESIZING", "SIGNALING",
-    "STAGE_OUT", "STOPPED", "SUSPENDED", "SPECIAL_EXIT",
-}  # fmt: skip
+    "PENDING",
+    "RUNNING",
+    "COMPLETING",
+    "CONFIGURING",
+    "REQUEUED",
+    "REQUEUE_HOLD",
+    "RESIZING",
+    "SIGNALING",
+    "STAGE_OUT",
+    "STOPPED",
+    "SUSPENDED",
+    "SPECIAL_EXIT",
+}
 ENDED = "ended"
 """Stands for the state of a job that Slurm no longer knows."""
 WORDS = {
-    "TIMEOUT": "timed out", "PREEMPTED": "preempted", "OUT_OF_MEMORY": "out of memory", "NODE_FAIL": "node failure",
-    "CANCELLED": "cancelled", "BOOT_FAIL": "node failure at boot", "DEADLINE": "past its deadline", "FAILED": "failed",
-    "COMPLETED": "completed", ENDED: "ended, and Slurm has forgotten how",
-}  # fmt: skip
+    "TIMEOUT": "timed out",
+    "PREEMPTED": "preempted",
+    "OUT_OF_MEMORY": "out of memory",
+    "NODE_FAIL": "node failure",
+    "CANCELLED": "cancelled",
+    "BOOT_FAIL": "node failure at boot",
+    "DEADLINE": "past its deadline",
+    "FAILED": "failed",
+    "COMPLETED": "completed",
+    ENDED: "ended, and Slurm has forgotten how",
+}
 RESUMABLE = {"TIMEOUT", "PREEMPTED", "NODE_FAIL", "CANCELLED", "BOOT_FAIL", "COMPLETED", ENDED}
 """Ends of a job that say nothing against its cell."""
 TAIL_LINES = 5

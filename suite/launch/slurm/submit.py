@@ -216,7 +216,7 @@ class Submitter:
             "srun_args": ["--kill-on-bad-exit=1"],
             "setup": [*profile.setup, *_variables(shape)],
             "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **profile.sbatch},
-        }  # fmt: skip
+        }
         return {field: value for field, value in asked.items() if value is not None}
 
 
