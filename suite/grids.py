@@ -44,7 +44,7 @@ from suite.cells import Cell, flat
 from suite.data.identify import identified
 from suite.errors import UserError
 from suite.models import registry
-from suite.yaml_input import explain, meant, parse_value, read_mapping
+from suite.yaml_input import did_you_mean, explain, parse_value, read_mapping
 
 SECTIONS = ("model", "data", "train")
 GRID_FIELDS = {
@@ -171,7 +171,7 @@ def find_grid(name_or_path: str, where: str = "GRID") -> Path:
         if (folder / f"{name_or_path}.yaml").is_file():
             return folder / f"{name_or_path}.yaml"
     names = [path.stem for folder in _grid_folders() for path in folder.glob("*.yaml")]
-    raise UserError(f"{where}: got {name_or_path!r}{meant(name_or_path, names)}, allowed: {_known_grids()}")
+    raise UserError(f"{where}: got {name_or_path!r}{did_you_mean(name_or_path, names)}, allowed: {_known_grids()}")
 
 
 def _grid_folders() -> list[Path]:
@@ -187,7 +187,7 @@ def _check_shape(source: Path, content: dict[str, Any]) -> None:
     for field, value in content.items():
         if field not in GRID_FIELDS:
             known = ", ".join(GRID_FIELDS)
-            raise UserError(f"{source}: {field}: unknown field{meant(field, GRID_FIELDS)}, allowed: {known}")
+            raise UserError(f"{source}: {field}: unknown field{did_you_mean(field, GRID_FIELDS)}, allowed: {known}")
         if value is not None and not isinstance(value, GRID_FIELDS[field]):
             wanted = "a mapping" if GRID_FIELDS[field] is dict else "a list"
             raise UserError(f"{source}: {field}: got {value!r}, allowed: {wanted}")
@@ -261,7 +261,9 @@ def _families(source: Path, content: dict[str, Any]) -> dict[str, Flat]:
             if not _applies(path, options):
                 option = path.split(".")[1]
                 known = ", ".join(sorted(options))
-                raise UserError(f"{source}: {where}.{path}: unknown option{meant(option, options)}, allowed: {known}")
+                raise UserError(
+                    f"{source}: {where}.{path}: unknown option{did_you_mean(option, options)}, allowed: {known}"
+                )
     return result
 
 
@@ -300,7 +302,7 @@ def _options(source: Path, where: str, name: object) -> set[str]:
         given = "nothing" if name is None else repr(name)
         known = registry.families()
         raise UserError(
-            f"{source}: {where}: model.family: got {given}{meant(name, known)}, allowed: {', '.join(known)}"
+            f"{source}: {where}: model.family: got {given}{did_you_mean(name, known)}, allowed: {', '.join(known)}"
         ) from None
 
 
@@ -316,7 +318,7 @@ def _refuse_unknown_options(source: Path, where: str, paths: list[str], used: se
         if not _applies(path, known):
             option = path.split(".")[1]
             raise UserError(
-                f"{source}: {where}.{path}: unknown option of {', '.join(sorted(used))}{meant(option, known)}, "
+                f"{source}: {where}.{path}: unknown option of {', '.join(sorted(used))}{did_you_mean(option, known)}, "
                 f"allowed: {', '.join(sorted(known))}"
             )
 
@@ -383,7 +385,9 @@ def _excluded(source: Path, exclude: list[Any], cells: list[Cell]) -> list[bool]
         for path in wanted:
             paths = {known for fields in flats for known in fields}
             if path not in paths:
-                raise UserError(f"{source}: {where}.{path}: unknown field{meant(path, paths)}, allowed: a cell's field")
+                raise UserError(
+                    f"{source}: {where}.{path}: unknown field{did_you_mean(path, paths)}, allowed: a cell's field"
+                )
         matches = [all(_matches(fields, path, value) for path, value in wanted.items()) for fields in flats]
         if not any(matches):
             raise UserError(f"{source}: {where}: got {entry!r}, which matches no cell, allowed: one that matches some")

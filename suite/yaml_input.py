@@ -81,7 +81,7 @@ def whole_numbers(text: str, where: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def meant(given: object, known: Iterable[str]) -> str:
+def did_you_mean(given: object, known: Iterable[str]) -> str:
     """`, did you mean X?` for the closest known name, or nothing."""
     close = difflib.get_close_matches(str(given), list(known), n=1)
     return f", did you mean {close[0]}?" if close else ""
@@ -105,13 +105,13 @@ def _explain(detail: ErrorDetails, schema: type[BaseModel], given: Any) -> str:
     field = ".".join(path)
     if detail["type"] == "extra_forbidden":
         known = [] if part is None else list(part.model_fields)
-        return f"{field}: unknown field{meant(path[-1], known)}, allowed: {', '.join(known)}"
+        return f"{field}: unknown field{did_you_mean(path[-1], known)}, allowed: {', '.join(known)}"
     if detail["type"] == "missing":
         return f"{field}: got nothing, allowed: {_wanted(part, path[-1])}"
     if detail["type"] == "union_tag_invalid":
         tag = detail["ctx"]["tag"]
         expected = detail["ctx"]["expected_tags"].replace("'", "")
-        return f"{field}.kind: got {tag!r}{meant(tag, expected.split(', '))}, allowed: {expected}"
+        return f"{field}.kind: got {tag!r}{did_you_mean(tag, expected.split(', '))}, allowed: {expected}"
     if detail["type"] == "union_tag_not_found":
         kinds = [str(tag) for option in options for tag in _tags(option)]
         return f"{field}.kind: got nothing, allowed: {', '.join(kinds)}"

@@ -27,7 +27,7 @@ from suite.evaluate.datasets import DataRoot, Docs
 from suite.evaluate.sandbox import Sandbox
 from suite.evaluate.schemas import check
 from suite.evaluate.tasks import code
-from suite.yaml_input import meant
+from suite.yaml_input import did_you_mean
 
 OURS = Path(__file__).parent / "tasks"
 STOCK = Path(lm_eval.tasks.__file__).parent
@@ -55,7 +55,7 @@ def refuse_unfit(tasks: Iterable[str], data: DataConfig, run_code: bool = False)
     known = names()
     for name in tasks:
         if name not in known:
-            raise UserError(f"evaluate.tasks: got {name!r}{meant(name, known)}, allowed: {', '.join(known)}")
+            raise UserError(f"evaluate.tasks: got {name!r}{did_you_mean(name, known)}, allowed: {', '.join(known)}")
         if name in code.TASKS and not run_code:
             raise UserError(f"task {name}: runs programs that the model writes, allowed: with --run-code only")
         config = load_yaml(path) if (path := OURS / f"{name}.yaml").is_file() else {}
@@ -121,7 +121,7 @@ def _config(name: str, sources: Sources) -> dict[str, Any]:
         return load_yaml(STOCK / STOCK_TASKS[name])
     path = OURS / f"{name}.yaml"
     if name.startswith("_") or not path.is_file():
-        raise UserError(f"evaluate.tasks: got {name!r}{meant(name, names())}, allowed: {', '.join(names())}")
+        raise UserError(f"evaluate.tasks: got {name!r}{did_you_mean(name, names())}, allowed: {', '.join(names())}")
     return load_yaml(path)
 
 

@@ -23,7 +23,7 @@ from suite.launch.provenance import stale_because
 from suite.launch.status import GRIDS, CellStatus, cell_status, grid_status, run_dir
 from suite.launch.worker import CELL_FACTS, Scoring, missing_evals, refuse_unfit
 from suite.records import Locked, RunDir, write_json
-from suite.yaml_input import meant
+from suite.yaml_input import did_you_mean
 
 POLL_S = 0.1
 TELL_S = 1.0
@@ -211,7 +211,9 @@ def refuse_unknown_tasks(grid: Grid) -> None:
     for name in dict.fromkeys(task for cell in grid.cells for config in cell.evaluate for task in config.tasks):
         if name not in known:
             allowed = ", ".join(known)
-            raise UserError(f"{grid.source}: evaluate.tasks: got {name!r}{meant(name, known)}, allowed: {allowed}")
+            raise UserError(
+                f"{grid.source}: evaluate.tasks: got {name!r}{did_you_mean(name, known)}, allowed: {allowed}"
+            )
 
 
 def refuse_stale(results: Path, cells: Iterable[Cell]) -> None:

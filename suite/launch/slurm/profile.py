@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from suite.errors import UserError
-from suite.yaml_input import explain, meant, read_mapping
+from suite.yaml_input import did_you_mean, explain, read_mapping
 
 CLUSTERS = "clusters"
 DEFAULT = "default"
@@ -99,4 +99,4 @@ def _find(name_or_path: str | None) -> Path:
     allowed = f"a path to a .yaml file, or one of {', '.join(known)}" if known else "a path to a .yaml file"
     if name_or_path is None:
         raise UserError(f"--profile: got none, and there is no {CLUSTERS}/{DEFAULT}.yaml, allowed: {allowed}")
-    raise UserError(f"--profile: got {name_or_path!r}{meant(name_or_path, known)}, allowed: {allowed}")
+    raise UserError(f"--profile: got {name_or_path!r}{did_you_mean(name_or_path, known)}, allowed: {allowed}")
