@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from suite.atomic import write_json, write_text
 from suite.baselines import loading
 from suite.cells import Cell
 from suite.models import registry
@@ -25,32 +26,6 @@ State = Literal["pending", "running", "done", "failed"]
 
 class Locked(Exception):
     """Another live process holds the run."""
-
-
-def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing: beside, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-    sync_folder(path.parent)
-
-
-def write_json(path: Path, content: Any) -> None:
-    """`content` as indented JSON, atomically; NaN and infinity are refused (ValueError)."""
-    write_text(path, json.dumps(content, indent=1, allow_nan=False) + "\n")
 
 
 class RunDir:

@@ -123,7 +123,7 @@ def _show(rows: list[dict[str, Any]], path: Path, as_json: bool) -> None:
     import csv
     import io
 
-    from suite.records import write_text
+    from suite.atomic import write_text
 
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))

@@ -86,9 +86,9 @@ def plan(
 
     Example: suite plan paper-fixed-memory --gpu h100
     """
+    from suite.atomic import write_json
     from suite.plan import plan as planning
     from suite.plan.table import measured, partners_table, plan_notes, plan_table
-    from suite.records import write_json
 
     loaded = load(grid, set_, scale, baseline, need_data=False)
     assumed = planning.assumptions(gpu, nodes, utilisation, price)

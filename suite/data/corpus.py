@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from suite import cells
+from suite.atomic import write_text
 from suite.cells import BiosData, DataConfig, HubData, MixtureData, TextData, TextPart, identity
 from suite.data import bios_text, resumable_writer, shards, text_files, tokenizers
 from suite.data.bios import World
@@ -23,7 +24,6 @@ from suite.data.shards import META, Round
 from suite.data.text_files import FileReader, Reader
 from suite.data.tokenizers import Tokenizer
 from suite.errors import UserError
-from suite.records import write_text
 
 FORMAT = 1  # raise when the shards of an unchanged configuration change
 TOKENIZER = "tokenizer.json"

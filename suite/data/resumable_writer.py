@@ -15,12 +15,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from suite.atomic import write_json
 from suite.data import text_files
 from suite.data.shards import META, RoundFile, open_cut
 from suite.data.text_files import Reader
 from suite.data.tokenizers import Tokenizer
 from suite.errors import UserError
-from suite.records import write_json
 
 HELD_OUT = "held_out.jsonl"
 PIECE_TOKENS = 1 << 22

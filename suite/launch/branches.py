@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from suite.atomic import sync_folder, write_text
 from suite.cells import Cell
 from suite.launch.provenance import stale_because
-from suite.records import RunDir, sync_folder, write_text
+from suite.records import RunDir
 from suite.train.schedules import branch_steps, decay_start, steps_of
 
 

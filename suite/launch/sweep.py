@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from suite.atomic import write_json
 from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import Grid
@@ -22,7 +23,7 @@ from suite.launch.branches import must_wait
 from suite.launch.provenance import stale_because
 from suite.launch.status import GRIDS, CellStatus, cell_status, grid_status, run_dir
 from suite.launch.worker import CELL_FACTS, Scoring, missing_evals, refuse_unfit
-from suite.records import Locked, RunDir, write_json
+from suite.records import Locked, RunDir
 from suite.yaml_input import did_you_mean
 
 POLL_S = 0.1

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from suite.atomic import write_json
 from suite.errors import UserError
 from suite.launch.status import CellStatus
-from suite.records import RunDir, write_json
+from suite.records import RunDir
 
 ALIVE = {
     "PENDING",

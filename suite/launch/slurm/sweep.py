@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from suite.atomic import write_text
 from suite.cells import Cell
 from suite.grids import Grid
 from suite.launch import background_scoring
@@ -20,7 +21,7 @@ from suite.launch.slurm.submit import Submission, Submitter, jobs_folder, report
 from suite.launch.status import GRIDS, CellStatus, cell_status, grid_status, run_dir
 from suite.launch.sweep import MAX_STARTS, Standing, Watcher, prepare, settled, write_grid
 from suite.launch.worker import Scoring, set_failed
-from suite.records import Locked, RunDir, write_text
+from suite.records import Locked, RunDir
 from suite.train.checkpoint import steps_saved
 
 GRACE_S = 10.0
