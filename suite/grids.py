@@ -14,9 +14,13 @@
           seed: [0, 1]
     exclude:                        # cells that match every entry of one of these are left out
       - {model.family: memory_plus, model.half_keys: 32, seed: [1]}
+    contrast:                       # the comparison that the grid is run for (suite.contrast)
+      treatment: {model.family: memory_plus, model.half_keys: 16}
+      reference: {model.family: dense}
+      metric: e50
     launch: {gpus: 16}              # on a cluster, above its profile's fields (clusters/example.yaml)
 
-or, instead of all that but `launch`, `grids: [one, another]`: the cells of other grids, each once.
+or, instead of all that but `contrast` and `launch`, `grids: [one, another]`: the cells of other grids, each once.
 
 The fields are those of `suite.cells.Cell`. A field may be written nested or dotted, and an axis' value may be a
 mapping that sets several fields together. What lies deeper in this list wins: defaults, families, set, axes, and
@@ -41,6 +45,7 @@ from pydantic import ValidationError
 import suite.models  # noqa: F401  (registers the families)
 from suite.baselines import loading
 from suite.cells import Cell, flat
+from suite.contrast import Contrast, matches, select
 from suite.data.identify import identified
 from suite.errors import UserError
 from suite.models import registry
@@ -52,6 +57,7 @@ GRID_FIELDS = {
     "families": dict,
     "blocks": list,
     "exclude": list,
+    "contrast": dict,
     "launch": dict,
     "grids": list,
 }
@@ -69,6 +75,8 @@ class Grid:
     cells: tuple[Cell, ...]
     launch: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the grid sets of a cluster's profile (suite.launch.profiles)."""
+    contrast: Contrast | None = None
+    """The primary contrast, where the grid declares one."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +109,19 @@ def load_grid(
     cells = _cells_of_grids(source, content, over, need_data) or _cells(source, content, over, need_data)
     for config in {cell.model.model_dump_json(): cell.model for cell in cells if cell.baseline}.values():
         loading.check(config)
-    return Grid(source.stem, source, cells, content.get("launch") or {})
+    return Grid(source.stem, source, cells, content.get("launch") or {}, _contrast(source, content, cells, bool(over)))
+
+
+def _contrast(source: Path, content: dict[str, Any], cells: tuple[Cell, ...], changed: bool) -> Contrast | None:
+    """The declared contrast; cells changed by --set that it does not fit have none."""
+    if not content.get("contrast"):
+        return None
+    try:
+        return select(source, content["contrast"], cells)
+    except UserError:
+        if changed:
+            return None
+        raise
 
 
 def _cells_of_grids(source: Path, content: dict[str, Any], over: Flat, need_data: bool) -> tuple[Cell, ...]:
@@ -192,9 +212,9 @@ def _check_shape(source: Path, content: dict[str, Any]) -> None:
             wanted = "a mapping" if GRID_FIELDS[field] is dict else "a list"
             raise UserError(f"{source}: {field}: got {value!r}, allowed: {wanted}")
     if content.get("grids"):
-        beside = sorted(set(content) - {"grids", "launch"})
-        if beside:
-            raise UserError(f"{source}: {beside[0]}: given beside grids, allowed: launch alone")
+        others = sorted(set(content) - {"grids", "contrast", "launch"})
+        if others:
+            raise UserError(f"{source}: {others[0]}: cannot stand next to grids, allowed: contrast and launch")
         return
     if not content.get("blocks"):
         raise UserError(f"{source}: blocks: got nothing, allowed: a list with at least one block")
@@ -388,15 +408,11 @@ def _excluded(source: Path, exclude: list[Any], cells: list[Cell]) -> list[bool]
                 raise UserError(
                     f"{source}: {where}.{path}: unknown field{did_you_mean(path, paths)}, allowed: a cell's field"
                 )
-        matches = [all(_matches(fields, path, value) for path, value in wanted.items()) for fields in flats]
-        if not any(matches):
+        matching = [all(matches(fields, path, value) for path, value in wanted.items()) for fields in flats]
+        if not any(matching):
             raise UserError(f"{source}: {where}: got {entry!r}, which matches no cell, allowed: one that matches some")
-        keep = [kept and not match for kept, match in zip(keep, matches, strict=True)]
+        keep = [kept and not match for kept, match in zip(keep, matching, strict=True)]
     return keep
-
-
-def _matches(flat: Flat, path: str, value: Any) -> bool:
-    return path in flat and (flat[path] == value or (isinstance(value, list) and flat[path] in value))
 
 
 def _refuse_duplicates(source: Path, chosen: list[tuple[Cell, _Point]]) -> None:

@@ -51,7 +51,9 @@ def scaled(grid: Grid, factors: Mapping[str, float]) -> Grid:
         if names.count(name) > 1:
             raise UserError(f"{grid.source}: --scale: two cells become {name}, allowed: factors that keep cells apart")
     suffix = "".join(f"-{name}-x{factor:g}" for name, factor in factors.items())
-    return Grid(grid.name + suffix, grid.source, cells, grid.launch)
+    renamed = dict(zip((cell.run_name for cell in grid.cells), names, strict=True))
+    contrast = grid.contrast.renamed(renamed) if grid.contrast else None
+    return Grid(grid.name + suffix, grid.source, cells, grid.launch, contrast)
 
 
 def _scaled(grid: Grid, cell: Cell, factors: Mapping[str, float]) -> Cell:

@@ -187,8 +187,13 @@ class Sweep:
 
 
 def write_grid(results: Path, grid: Grid) -> None:
-    """results/grids/<grid>/grid.json: which runs belong to the grid."""
-    content = {"grid": grid.name, "source": str(grid.source), "runs": [cell.run_name for cell in grid.cells]}
+    """Write results/grids/<grid>/grid.json: the runs of the grid, and its primary contrast."""
+    content = {
+        "grid": grid.name,
+        "source": str(grid.source),
+        "runs": [cell.run_name for cell in grid.cells],
+        "contrast": grid.contrast.document() if grid.contrast else None,
+    }
     write_json(results / GRIDS / grid.name / "grid.json", content)
 
 

@@ -1,0 +1,123 @@
+"""The primary contrast of a grid: which two variants are compared, and on what, declared before any run.
+
+    contrast:
+      treatment: {model.family: memory_plus, model.half_keys: 128}
+      reference: {model.family: dense, model.ffn_hidden: null}
+      metric: e50                   # or eval/nll, or TASK/METRIC of an evaluation
+      base: w32                     # optional: short for model.base on both sides
+
+Each side is a partial match of the grid's cells, as in `exclude`, and must select one variant: cells that differ only
+in their seed. The two sides are paired by seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from suite.cells import Cell, flat
+from suite.errors import UserError
+from suite.yaml_input import did_you_mean
+
+FIELDS = ("treatment", "reference", "metric", "base")
+SIDES = ("treatment", "reference")
+OUTSIDE_A_VARIANT = ("seed", "evaluate", "threads")
+"""Fields in which the runs of one side of a contrast may differ."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The metric, and the names of the runs on each side."""
+
+    metric: str
+    treatment: tuple[str, ...]
+    reference: tuple[str, ...]
+
+    def renamed(self, names: Mapping[str, str]) -> Contrast:
+        """The same contrast after its runs changed their names."""
+        treatment, reference = (tuple(names[run] for run in side) for side in (self.treatment, self.reference))
+        return Contrast(self.metric, treatment, reference)
+
+    def document(self) -> dict[str, Any]:
+        """The contrast as grid.json records it."""
+        return asdict(self)
+
+
+def select(source: Path, content: object, cells: Sequence[Cell]) -> Contrast:
+    """The contrast that a grid's `contrast` section declares.
+
+    Args:
+        source: the grid's file, for messages.
+        content: the section as read from YAML.
+        cells: the cells of the grid.
+
+    Raises:
+        UserError: an unknown or missing field, a side that selects no cell or several variants, two sides without a
+            shared seed, or a metric that these cells do not record.
+    """
+    where = f"{source}: contrast"
+    if not isinstance(content, dict):
+        raise UserError(f"{where}: got {content!r}, allowed: a mapping with {', '.join(FIELDS)}")
+    for field in content:
+        if field not in FIELDS:
+            raise UserError(
+                f"{where}.{field}: unknown field{did_you_mean(str(field), FIELDS)}, allowed: {', '.join(FIELDS)}"
+            )
+    for field in (*SIDES, "metric"):
+        if field not in content:
+            raise UserError(f"{where}.{field}: missing, allowed: treatment, reference and metric are needed")
+    settings = [flat(cell.model_dump(mode="json")) for cell in cells]
+    shared = {"model.base": content["base"]} if "base" in content else {}
+    sides = {side: _side(f"{where}.{side}", content[side], shared, cells, settings) for side in SIDES}
+    treatment, reference = sides["treatment"], sides["reference"]
+    if {cell.run_name for cell in treatment} & {cell.run_name for cell in reference}:
+        raise UserError(f"{where}: treatment and reference select the same cells; name a field in which they differ")
+    if not {cell.seed for cell in treatment} & {cell.seed for cell in reference}:
+        raise UserError(f"{where}: treatment and reference share no seed; runs are paired by seed")
+    _check_metric(f"{where}.metric", content["metric"], [*treatment, *reference])
+    names = [tuple(cell.run_name for cell in side) for side in (treatment, reference)]
+    return Contrast(str(content["metric"]), *names)
+
+
+def matches(settings: Mapping[str, Any], path: str, value: Any) -> bool:
+    """Whether a cell's dotted settings have this value at this path, or one of a list of values."""
+    return path in settings and (settings[path] == value or (isinstance(value, list) and settings[path] in value))
+
+
+def _side(
+    where: str, content: object, shared: Mapping[str, Any], cells: Sequence[Cell], settings: list[dict[str, Any]]
+) -> list[Cell]:
+    """The cells of one side, all of one variant."""
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{where}: got {content!r}, allowed: a mapping of cell fields to values")
+    wanted = {**shared, **flat(content)}
+    known = {path for fields in settings for path in fields}
+    for path in wanted:
+        if path not in known:
+            raise UserError(f"{where}.{path}: unknown field{did_you_mean(path, known)}, allowed: a cell's field")
+    chosen = [
+        (cell, fields)
+        for cell, fields in zip(cells, settings, strict=True)
+        if all(matches(fields, path, value) for path, value in wanted.items())
+    ]
+    if not chosen:
+        raise UserError(f"{where}: got {wanted!r}, which selects no cell, allowed: values that some cells have")
+    first = chosen[0][1]
+    for _, fields in chosen[1:]:
+        for path in sorted(first.keys() | fields.keys()):
+            if path.split(".")[0] not in OUTSIDE_A_VARIANT and first.get(path) != fields.get(path):
+                raise UserError(f"{where}: selects cells that differ in {path}; name one value of it")
+    return [cell for cell, _ in chosen]
+
+
+def _check_metric(where: str, metric: object, cells: Sequence[Cell]) -> None:
+    """Refuse a metric that the cells of the contrast cannot have."""
+    tasks = set.intersection(*({task for config in cell.evaluate for task in config.tasks} for cell in cells))
+    probed = all(cell.data.kind == "bios" and cell.train.probes for cell in cells)
+    task, _, name = str(metric).partition("/")
+    if (metric == "e50" and probed) or metric == "eval/nll" or (name and task in tasks):
+        return
+    allowed = [*(["e50"] if probed else []), "eval/nll", *(f"{task}/METRIC" for task in sorted(tasks))]
+    raise UserError(f"{where}: got {metric!r}, allowed: {', '.join(allowed)}")
