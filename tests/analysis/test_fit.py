@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import optimize
-from simulated import TRUTH, simulated
+from simulated_tables import TRUTH, simulated
 
 from analysis.errors import InputError
 from analysis.fits.fit import Problem, fit

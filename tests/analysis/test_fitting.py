@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from simulated import TRUTH, table
+from simulated_tables import TRUTH, table
 
 from analysis.__main__ import main
 from analysis.errors import InputError

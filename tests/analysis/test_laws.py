@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from simulated import TRUTH, inputs, simulated, truth
+from simulated_tables import TRUTH, inputs, simulated, truth
 
 from analysis.fits.fit import _theta
 from analysis.fits.laws import JOINT, LAWS, law

@@ -1,16 +1,14 @@
 """The command line in this process, in a folder of the test."""
 
-import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from running import Suite, Told
+from cli_runner import Suite, Told
 
 from suite.cli.main import main
 
-os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
 
 
@@ -29,12 +27,3 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.Capture
         return Told(code if isinstance(code, int) else 0, *capfd.readouterr())
 
     return call
-
-
-@pytest.fixture(scope="session")
-def real_data() -> Path:
-    """The folder of real evaluation sets; tests that need it are skipped where it is absent."""
-    shared = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
-    if not (shared / "eval").is_dir():
-        pytest.skip(f"no evaluation data in {shared / 'eval'} (set SHARED_DATA)")
-    return shared / "eval"

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from running import Suite
+from cli_runner import Suite
 
 VERBS = (
     "sweep",

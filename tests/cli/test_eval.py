@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from running import Suite
+from cli_runner import Suite
 
 from suite.errors import UserError
 from suite.evaluate import sandbox

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from by_hand import sharpened
+from naive_scoring import sharpened
 
 from suite import models
 from suite.cells import EvalConfig
@@ -21,7 +21,7 @@ import json, sys
 from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
-from by_hand import sharpened
+from naive_scoring import sharpened
 from suite import data, models
 from suite.cells import BiosData, EvalConfig
 from suite.evaluate.harness import evaluate
@@ -52,7 +52,7 @@ MODEL = {"family": "memory_plus", "base": "w32", "half_keys": 16, "top_k": 4}
 @pytest.mark.parametrize("sharded", [False, True], ids=["a model each", "a model between them"])
 def test_two_processes_give_the_scores_of_one(sharded: bool, bios: Corpus, tmp_path: Path) -> None:
     program = PROGRAM.format(
-        tests=str(Path(__file__).parent),
+        tests=str(Path(__file__).parents[1] / "helpers"),
         data=bios.config.model_dump_json(),
         model=json.dumps(MODEL),
         sharded=sharded,

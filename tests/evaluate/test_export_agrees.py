@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from stock import lm_eval, make_hub
+from stock_lm_eval import lm_eval, make_hub
 
 from suite.cells import EvalConfig
 from suite.cli.main import main

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from by_hand import naive_score, small_model
+from naive_scoring import naive_score, small_model
 
 from suite.cells import BiosData, EvalConfig
 from suite.data import Corpus
@@ -172,7 +172,7 @@ def test_importing_probes_needs_no_evaluation_library() -> None:
     import subprocess
     import sys
 
-    code = "import sys, suite.evaluate.probe; assert not {'lm_eval', 'datasets'} & set(sys.modules)"
+    code = "import sys, suite.train.probe; assert not {'lm_eval', 'datasets'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from by_hand import small_model
+from naive_scoring import small_model
 
 from suite import data
 from suite.cells import EvalConfig, TextData, Tokenizer

@@ -6,9 +6,9 @@ import functools
 
 import pytest
 import torch
-from by_hand import naive_generate, naive_score
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from naive_scoring import naive_generate, naive_score
 
 from suite import models
 from suite.data.tokenizers import BPETokenizer, BytesTokenizer, Tokenizer

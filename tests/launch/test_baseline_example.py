@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sweeps import suite
+from sweep_processes import suite
 from typer.testing import CliRunner
 
 from suite.cli.main import app

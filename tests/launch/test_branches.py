@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from sweeps import suite
+from sweep_processes import suite
 
 from suite.cells import Cell
 from suite.launch import branches, worker

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sweeps import TINY, final_weights, parent, records, runs_of, start_sweep, state_of
+from sweep_processes import TINY, final_weights, parent, records, runs_of, start_sweep, state_of
 
 from suite.records import RunDir
 

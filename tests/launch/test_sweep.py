@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from sweeps import TINY, records, runs_of, start_sweep, state_of, suite
+from sweep_processes import TINY, records, runs_of, start_sweep, state_of, suite
 
 from suite.grids import load_grid
 from suite.launch.status import cell_status

@@ -1,15 +1,11 @@
 """Tests here are skipped where no Slurm answers, and leave its queue empty."""
 
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-# What sweeps as people start them have in common, here as in tests/launch.
-sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
-
 import pytest
-from queueing import LAUNCHERS, PROFILE, answers, slurm
+from slurm_jobs import LAUNCHERS, PROFILE, answers, slurm
 
 
 @pytest.fixture(scope="session")

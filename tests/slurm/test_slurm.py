@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from queueing import (
+from slurm_jobs import (
     DENSE,
     LONG,
     PROFILE,
@@ -26,7 +26,7 @@ from queueing import (
     urgent,
     write,
 )
-from sweeps import TINY, final_weights, records, runs_of, start_sweep, suite
+from sweep_processes import TINY, final_weights, records, runs_of, start_sweep, suite
 
 from suite.grids import load_grid
 from suite.plan import plan as planning

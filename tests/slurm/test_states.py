@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from queueing import DENSE, on_slurm, resume_nodes, slurm, until, urgent, write
-from sweeps import suite
+from slurm_jobs import DENSE, on_slurm, resume_nodes, slurm, until, urgent, write
+from sweep_processes import suite
 
 from suite.grids import load_grid
 from suite.launch.slurm import queue

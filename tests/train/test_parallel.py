@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from many import FAMILIES, WITH_MEMORY, Job, cell_of, job, run_jobs
+from parallel_jobs import FAMILIES, WITH_MEMORY, Job, cell_of, job, run_jobs
 
 from suite.cells import Cell, EvalConfig
 from suite.data import prepare

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from by_hand import naive_score
+from naive_scoring import naive_score
 
 from suite.data import Corpus
 from suite.data.bios import bits_learned

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from sweeps import TINY, start_sweep, suite
+from sweep_processes import TINY, start_sweep, suite
 
 from suite.records import RunDir
 
