@@ -118,6 +118,28 @@ def evaluate(
     _show(rows, results / "bench" / "evaluate.csv", as_json)
 
 
+@app.command()
+def records(
+    runs: Annotated[int, typer.Option(min=1, help="finished runs to read, at least")] = 10_000,
+    folder: Annotated[
+        Path | None, typer.Option("--folder", metavar="DIR", help="make the runs here, or use them, and keep them")
+    ] = None,
+    results: Results = Path("results"),
+    as_json: AsJson = False,
+) -> None:
+    """CPU time and peak memory of status, dry run, frame and report on a folder of many synthetic finished runs.
+
+    Example: suite bench records --runs 10000
+    """
+    import tempfile
+
+    from suite.bench.records import record_costs
+
+    with tempfile.TemporaryDirectory(prefix="suite-records-") as temporary:
+        rows = record_costs(folder or Path(temporary), runs)
+    _show(rows, results / "bench" / "records.csv", as_json)
+
+
 def _show(rows: list[dict[str, Any]], path: Path, as_json: bool) -> None:
     """The rows as CSV in a file, and as JSON or a table on stdout."""
     import csv
