@@ -148,7 +148,7 @@ DataConfig = Annotated[BiosData | TextData | HubData | MixtureData, Discriminato
 
 
 ROW_WISE_OPTIONS = ("value_precision", "value_second_moment", "value_replay_limit", "value_lazy")
-"""Fields of TrainConfig that say how `optimizer: row_wise` updates value tables (docs/training.md)."""
+"""Fields of TrainConfig that configure `table_optimizer: row_wise` (docs/training.md)."""
 
 
 class TrainConfig(Frozen):
@@ -161,8 +161,10 @@ class TrainConfig(Frozen):
     value_lr: float | None = Field(
         default=None, gt=0, description="of value tables; None: ten times lr (released template)"
     )
-    optimizer: Literal["row_wise", "dense"] = Field(
-        default="row_wise", description="of value tables: AdamW by touched rows, or on table-sized gradients"
+    table_optimizer: Literal["row_wise", "dense"] = Field(
+        default="row_wise",
+        json_schema_extra={"identity_name": "optimizer"},
+        description="how value tables are updated: AdamW on the rows read, or AdamW on table-sized gradients",
     )
     value_precision: Literal["fp32", "bf16", "bf16_master", "bf16_stochastic"] = Field(
         default="fp32", description="of value tables; bf16: rounded to nearest, with an fp32 copy, or stochastically"
@@ -205,17 +207,24 @@ class TrainConfig(Frozen):
         description="steps between checkpoints that are asked the cell's evaluations too, beside training",
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _renamed(cls, fields: Any) -> Any:
+        if isinstance(fields, dict) and "optimizer" in fields:
+            raise ValueError("train.optimizer: renamed to table_optimizer")
+        return fields
+
     def problems(self) -> list[tuple[str, object, str]]:
         found: list[tuple[str, object, str]] = []
         if (self.tokens is None) == (self.epochs is None):
             found.append(("tokens", self.tokens, "exactly one of tokens and epochs"))
         if self.batch_rows % self.accumulate:
             found.append(("accumulate", self.accumulate, f"a divisor of batch_rows ({self.batch_rows})"))
-        if self.optimizer == "dense":
+        if self.table_optimizer == "dense":
             for name in ROW_WISE_OPTIONS:
                 default = type(self).model_fields[name].default
                 if getattr(self, name) != default:
-                    found.append((name, getattr(self, name), f"{default} with optimizer dense: row_wise alone has it"))
+                    found.append((name, getattr(self, name), f"{default} with table_optimizer dense"))
         limit = self.value_replay_limit
         if self.value_lazy and limit is not None:
             found.append(("value_replay_limit", limit, "nothing with value_lazy: it replays nothing"))
@@ -302,22 +311,43 @@ class Cell(Frozen):
         return f"{self.slug}-{self.hash8}"
 
 
-def identity(part: BaseModel) -> dict[str, Any]:
-    """The fields that make a part what it is: those not at their default and not marked as outside identity."""
-    kept: dict[str, Any] = {}
+def identity(part: BaseModel, current_names: bool = False) -> dict[str, Any]:
+    """The settings that enter the hash: fields that differ from their default and are not marked NOT_IDENTITY.
+
+    Args:
+        part: a cell or a block of one.
+        current_names: use today's field names. By default a renamed field keeps the name under which it was first
+            hashed (`identity_name`), so that renaming a field changes no hash.
+
+    Returns:
+        Nested settings by name.
+    """
+    settings: dict[str, Any] = {}
     for name, info in type(part).model_fields.items():
-        extra = info.json_schema_extra
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
         value = getattr(part, name)
-        if (isinstance(extra, dict) and extra.get("identity") is False) or value == info.default:
+        if extra.get("identity") is False or value == info.default:
             continue
-        kept[name] = _identity_of(value)
-    return kept
+        key = name if current_names else str(extra.get("identity_name", name))
+        settings[key] = _identity_of(value, current_names)
+    return settings
 
 
-def _identity_of(value: Any) -> Any:
+def _identity_of(value: Any, current_names: bool) -> Any:
     if isinstance(value, BaseModel):
-        return identity(value)
-    return {name: _identity_of(part) for name, part in value.items()} if isinstance(value, dict) else value
+        return identity(value, current_names)
+    if isinstance(value, dict):
+        return {name: _identity_of(part, current_names) for name, part in value.items()}
+    return value
+
+
+def with_current_names(cell: dict[str, Any]) -> dict[str, Any]:
+    """The `cell` block of a record, which may be older than the last rename, under today's field names."""
+    train = cell.get("train")
+    if not isinstance(train, dict) or "optimizer" not in train:
+        return cell
+    renamed = {"table_optimizer" if name == "optimizer" else name: value for name, value in train.items()}
+    return {**cell, "train": renamed}
 
 
 def variants(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
@@ -332,7 +362,10 @@ def variants(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {cell.run_name: {} for cell in cells}
     for members in groups.values():
         settings = {cell.run_name: flat(cell.model_dump(mode="json")) for cell in members}
-        for key in {key for cell in members for key in flat(identity(cell))} - {"model.half_keys", "seed"}:
+        for key in {key for cell in members for key in flat(identity(cell, current_names=True))} - {
+            "model.half_keys",
+            "seed",
+        }:
             values = {run: json.dumps(fields.get(key)) for run, fields in settings.items()}
             counts = Counter(values.values()).most_common(2)
             usual = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else None

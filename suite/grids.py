@@ -44,7 +44,7 @@ from pydantic import ValidationError
 
 import suite.models  # noqa: F401  (registers the families)
 from suite.baselines import loading
-from suite.cells import Cell, flat
+from suite.cells import Cell, flat, with_current_names
 from suite.contrast import Contrast, matches, select
 from suite.data.identify import identified
 from suite.errors import UserError
@@ -160,7 +160,7 @@ def load_cell(path: Path, baselines: Iterable[Path] = ()) -> Cell:
     loading.load_all([*baselines, *path.parent.glob("baseline.py")])
     content = read_mapping(path)
     if isinstance(content.get("cell"), dict):
-        content = content["cell"]
+        content = with_current_names(content["cell"])
     cell = _cell(path, _Point(_flatten(path, "", content), ""))
     if cell.baseline:
         loading.check(cell.model)

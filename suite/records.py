@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from suite.atomic import write_json, write_text
 from suite.baselines import loading
-from suite.cells import Cell
+from suite.cells import Cell, with_current_names
 from suite.models import registry
 
 State = Literal["pending", "running", "done", "failed"]
@@ -48,7 +48,7 @@ class RunDir:
     def read_record(self) -> dict[str, Any]:
         """The whole of cell.json: the cell, its hash, account, versions and data fingerprint."""
         record: dict[str, Any] = json.loads(self.cell_path.read_text())
-        return record
+        return record | {"cell": with_current_names(record["cell"])} if "cell" in record else record
 
     def read_cell(self) -> Cell:
         """The cell this run is of; the baseline it keeps is read first, if it keeps one. Raises UserError for it."""

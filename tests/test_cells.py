@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 import suite.models  # noqa: F401  (registers the families)
-from suite.cells import Cell, EvalConfig, described, variants
+from suite.cells import Cell, EvalConfig, described, variants, with_current_names
 
 
 def fields(**changes: Any) -> dict[str, Any]:
@@ -30,6 +30,27 @@ def cell(**changes: Any) -> Cell:
 
 def test_a_field_written_out_at_its_default_changes_no_hash() -> None:
     assert cell().hash8 == cell(seed=0, threads=1, train__weight_decay=0.1, data__world=0).hash8
+
+
+def test_a_renamed_field_keeps_its_hash() -> None:
+    """The hash is the one that `optimizer: dense` had before it became `table_optimizer`."""
+    dense = memory(train__table_optimizer="dense")
+    assert dense.hash8 == "dd3f5166"
+    assert memory(train__table_optimizer="row_wise").hash8 == memory().hash8 != dense.hash8
+    assert variants([memory(), memory(seed=1), dense])[dense.run_name] == {"train.table_optimizer": "dense"}
+
+
+def test_a_record_with_the_old_name_of_a_field_is_read() -> None:
+    dense = memory(train__table_optimizer="dense")
+    record = dense.model_dump(mode="json")
+    record["train"]["optimizer"] = record["train"].pop("table_optimizer")
+    assert Cell.model_validate(with_current_names(record)) == dense
+    assert with_current_names(dense.model_dump()) == dense.model_dump()
+
+
+def test_the_old_name_of_a_field_is_refused_with_the_new_one() -> None:
+    with pytest.raises(ValidationError, match=r"train\.optimizer: renamed to table_optimizer"):
+        cell(train__optimizer="dense")
 
 
 @pytest.mark.parametrize(
@@ -106,8 +127,9 @@ def test_a_cell_is_frozen() -> None:
         cell().seed = 3  # type: ignore[misc]
 
 
-def memory(**changes: Any) -> Cell:
-    return cell(model={"family": "memory_plus", "base": "w32", "half_keys": 32, **changes})
+def memory(train__table_optimizer: str = "row_wise", seed: int = 0, **changes: Any) -> Cell:
+    model = {"family": "memory_plus", "base": "w32", "half_keys": 32, **changes}
+    return cell(model=model, train__table_optimizer=train__table_optimizer, seed=seed)
 
 
 def test_what_tells_cells_apart_is_what_most_of_their_family_and_base_have_not() -> None:

@@ -137,6 +137,9 @@ def read_run(folder: Path, predicted_wall_s: float | None = None) -> Run:
     cell = content.get("cell")
     if not isinstance(cell, dict) or not {"model", "data", "seed"} <= cell.keys():
         raise InputError(f"{folder / 'cell.json'}: field cell: needs model, data and seed")
+    train = cell.get("train") or {}
+    if "optimizer" in train:  # the name of the field in older records
+        train["table_optimizer"] = train.pop("optimizer")
     state = read_json(folder / "state.json") if (folder / "state.json").exists() else {"state": "pending"}
     return Run(
         name=folder.name,

@@ -3,7 +3,7 @@
 Machines are shared and noisy, so the models take turns within every round and only ratios to dense within a round
 are compared: p20, p50 and p80 of them over rounds. Where models use one CPU thread, its CPU time is measured, so that
 other processes count little; elsewhere wall-clock. Every model with a table is trained twice: its table updated by
-rows, as sweeps do, and through table-sized gradients (`optimizer: dense`).
+rows, as sweeps do, and through table-sized gradients (`table_optimizer: dense`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def contenders(cells: Iterable[Cell], half_keys: Sequence[int] = ()) -> list[Cel
     found: dict[tuple[str, str], Cell] = {}
     for cell in cells:
         for variant in _variants(cell, half_keys):
-            found.setdefault((variant.model.model_dump_json(), variant.train.optimizer), variant)
+            found.setdefault((variant.model.model_dump_json(), variant.train.table_optimizer), variant)
     ordered = sorted(found.values(), key=lambda cell: cell.model.family != "dense")
     return [cell for cell in ordered if cell.model.base == ordered[0].model.base]
 
@@ -70,7 +70,7 @@ def _variants(cell: Cell, half_keys: Sequence[int]) -> Iterator[Cell]:
         for _, given, allowed in model.problems():
             raise UserError(f"--half-keys: got {given}, allowed: {allowed}")
         for optimizer in ("row_wise", "dense"):
-            train = cell.train.model_copy(update={"optimizer": optimizer})
+            train = cell.train.model_copy(update={"table_optimizer": optimizer})
             yield cell.model_copy(update={"model": model, "train": train})
 
 
@@ -112,7 +112,7 @@ def step_speeds(models: Sequence[Cell], cache: Path, rounds: int = 8, steps: int
             ffn_hidden=cell.model.ffn_hidden,
             half_keys=(half_keys := getattr(cell.model, "half_keys", None)),
             memory_rows=(half_keys or 0) ** 2,
-            optimizer=cell.train.optimizer if half_keys else None,
+            optimizer=cell.train.table_optimizer if half_keys else None,
             threads=cell.threads,
             step_ms=round(1e3 * float(np.median(seconds[:, index])) / steps, 3),
             tokens_per_s=round(float(np.median(speed[:, index])), 1),

@@ -291,7 +291,7 @@ def _rows_read(layer: MemoryLayer) -> float:
 
 def _touched(cell: Cell, rows: int, lookups: float) -> float:
     """Rows with a gradient: those that lookups spread evenly reach, or all of them where gradients are dense."""
-    return rows * -math.expm1(-lookups / rows) if cell.train.optimizer == "row_wise" else rows
+    return rows * -math.expm1(-lookups / rows) if cell.train.table_optimizer == "row_wise" else rows
 
 
 def partners(one: CellPlan, plans: list[CellPlan]) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 Weight decay falls on every tensor, as in the released code (paper: not stated). The two groups are clipped apart,
 likewise. Tables are updated by the rows that were read (kernels.row_adamw), which leaves them as dense AdamW would;
-`optimizer: dense` gives them table-sized gradients and the optimizer of the rest.
+`table_optimizer: dense` gives them table-sized gradients and the optimizer of the rest.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Optimizer:
         self.names = {id(parameter): name for name, parameter in model.named_parameters()}
         self.tables = [table for table in model.memory_tables() if table.weight.requires_grad]
         decay = config.weight_decay if config.value_weight_decay is None else config.value_weight_decay
-        self.rows = [row_wise(table, config, decay) for table in self.tables if config.optimizer == "row_wise"]
+        self.rows = [row_wise(table, config, decay) for table in self.tables if config.table_optimizer == "row_wise"]
         of_tables = {id(table.weight) for table in self.tables}
         rest = [parameter for parameter in model.parameters() if id(parameter) not in of_tables]
         self.dense: dict[str, list[nn.Parameter]] = {"rest": [p for p in rest if p.requires_grad]}
@@ -134,7 +134,7 @@ class Optimizer:
 
 def table_state(config: TrainConfig) -> TableState:
     """What is kept of value tables, in bytes (docs/training.md)."""
-    if config.optimizer == "dense":
+    if config.table_optimizer == "dense":
         return TableState(row_wise=False, row=0)
     value = STATE_BYTES if config.value_precision == "fp32" else 2
     copy = STATE_BYTES if config.value_precision == "bf16_master" else 0

@@ -12,7 +12,7 @@ from suite.errors import UserError
 def test_tables_are_trained_by_rows_and_densely_beside_dense(cache: Path) -> None:
     cells = [tiny_cell("memory_plus"), tiny_cell("dense"), tiny_cell("memory_plus", seed=1)]
     models = contenders(cells, half_keys=[16, 256])
-    found = [(cell.model.family, getattr(cell.model, "half_keys", None), cell.train.optimizer) for cell in models]
+    found = [(cell.model.family, getattr(cell.model, "half_keys", None), cell.train.table_optimizer) for cell in models]
     plus = [("memory_plus", n, optimizer) for n in (16, 256) for optimizer in ("row_wise", "dense")]
     assert found == [("dense", None, "row_wise"), *plus]
     speeds = step_speeds(models, cache, rounds=1, steps=1)

@@ -182,7 +182,7 @@ def test_row_wise_and_dense_optimizers_train_the_same_cell_alike(
     half_keys = {"half_keys": 24, "top_k": 2}  # most rows are read seldom, so that replay has something to do
     runs = {}
     for optimizer in ("row_wise", "dense"):
-        cell = tiny_cell(family, optimizer=optimizer, epochs=3.0, weight_decay=0.1, value_lr=2e-2)
+        cell = tiny_cell(family, table_optimizer=optimizer, epochs=3.0, weight_decay=0.1, value_lr=2e-2)
         cell = Cell.model_validate(cell.model_dump() | {"model": cell.model.model_dump() | half_keys})
         runs[optimizer] = trainer_of(cell, cache, tmp_path / optimizer)
         runs[optimizer].run_to_end()

@@ -189,7 +189,7 @@ def test_blocks_computed_twice_change_nothing(processes: int, cache: Path, tmp_p
 
 @pytest.mark.slow
 def test_dense_gradients_of_tables_are_those_of_one_process(cache: Path, tmp_path: Path, wide: None) -> None:
-    cell = cell_of("peer", 6, optimizer="dense")
+    cell = cell_of("peer", 6, table_optimizer="dense")
     prepare(cell.data, cache)
     run_jobs([job(cell, tmp_path / "4", memory_parallel=2)], cache, 4, tmp_path)
     assert_same_run(cell, alone(cell, tmp_path / "1", cache), tmp_path / "4", cache)

@@ -114,8 +114,8 @@ def test_the_limit_is_the_optimizers(cache: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("train", "words"),
     [
-        ({"optimizer": "dense", "value_precision": "bf16"}, "train.value_precision: got 'bf16', allowed: fp32 with"),
-        ({"optimizer": "dense", "value_lazy": True}, "train.value_lazy: got True, allowed: False with optimizer dense"),
+        ({"table_optimizer": "dense", "value_precision": "bf16"}, "train.value_precision: got 'bf16', allowed: fp32"),
+        ({"table_optimizer": "dense", "value_lazy": True}, "train.value_lazy: got True, allowed: False"),
         ({"value_lazy": True, "value_replay_limit": 3}, "train.value_replay_limit: got 3, allowed: nothing with"),
     ],
 )

@@ -41,6 +41,6 @@ def test_models_without_a_memory_say_nothing_of_it(family: str, cache: Path, tmp
 
 
 def test_dense_gradients_do_not_tell_which_rows_were_never_read(cache: Path, tmp_path: Path) -> None:
-    cell = tiny_cell("pkm", epochs=1.0, optimizer="dense")
+    cell = tiny_cell("pkm", epochs=1.0, table_optimizer="dense")
     Trainer(cell, corpus_of(cell, cache), RunDir(tmp_path)).run_to_end()
     assert all(line["usage"]["tables"][0]["never_read"] is None for line in usage_lines(tmp_path))
