@@ -21,6 +21,12 @@ from suite.models.transformer import Transformer
 
 
 @pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which corpora are prepared once per session."""
+    return tmp_path_factory.mktemp("corpora")
+
+
+@pytest.fixture(scope="session")
 def bios(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """A world of 30 people, half of them asked about."""
     config = BiosData(kind="bios", people=30, questions=0.5, seq_len=64)

@@ -1,7 +1,6 @@
-"""One thread, one cache of prepared corpora and, where asked for, float64 for the trainer's tests."""
+"""One thread and, on request, float64 for the trainer's tests."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +9,6 @@ import torch
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
