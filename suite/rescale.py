@@ -35,7 +35,7 @@ def parse_scales(texts: list[str]) -> dict[str, float]:
     return factors
 
 
-def scaled(grid: Grid, factors: Mapping[str, float]) -> Grid:
+def rescale(grid: Grid, factors: Mapping[str, float]) -> Grid:
     """The grid with every cell's budget, batch or table side multiplied, under a name that says so.
 
     `tokens` multiplies tokens or epochs, warm-up steps with them, so that every phase keeps its share, and the tokens

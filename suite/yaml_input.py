@@ -113,7 +113,7 @@ def _explain(detail: ErrorDetails, schema: type[BaseModel], given: Any) -> str:
         expected = detail["ctx"]["expected_tags"].replace("'", "")
         return f"{field}.kind: got {tag!r}{did_you_mean(tag, expected.split(', '))}, allowed: {expected}"
     if detail["type"] == "union_tag_not_found":
-        kinds = [str(tag) for option in options for tag in _tags(option)]
+        kinds = [str(tag) for option in options for tag in tags_of(option)]
         return f"{field}.kind: got nothing, allowed: {', '.join(kinds)}"
     if inner is not None:
         # Our own validators name field, value and what is allowed themselves.
@@ -132,7 +132,7 @@ def _locate(
     options: list[type[BaseModel]] = [schema]
     is_named = False  # the next step is a name that people gave, in a mapping of names to models
     for step in loc:
-        tagged = [option for option in options if step in _tags(option)]
+        tagged = [option for option in options if step in tags_of(option)]
         if is_named:
             path.append(str(step))
             is_named = False
@@ -144,7 +144,7 @@ def _locate(
             holder = options[0] if options else None
             path.append(step)
             field = holder.model_fields.get(step) if holder else None
-            options = _models(field.annotation) if field else []
+            options = models_in(field.annotation) if field else []
             is_named = field is not None and typing.get_origin(field.annotation) is dict
             if registry.ModelConfig in options:
                 model = given.get("model") if isinstance(given, dict) else None
@@ -153,14 +153,14 @@ def _locate(
     return path, holder, options
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
     """The pydantic models in an annotation such as `A | B` or `tuple[A, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    return [model for part in typing.get_args(annotation) for model in _models(part)]
+    return [model for part in typing.get_args(annotation) for model in models_in(part)]
 
 
-def _tags(model: type[BaseModel]) -> tuple[Any, ...]:
+def tags_of(model: type[BaseModel]) -> tuple[Any, ...]:
     """The values of `kind` by which a union knows this model."""
     kind = model.model_fields.get("kind")
     return typing.get_args(kind.annotation) if kind else ()

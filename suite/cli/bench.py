@@ -1,27 +1,30 @@
-"""`suite bench`: speeds measured on this machine, as tables and CSV files. Arguments in, tables out; no logic."""
+"""`suite bench`: speeds measured on this machine, as tables and CSV files."""
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(
-    invoke_without_command=True, rich_markup_mode=None, help="Measure speeds on this machine, into results/bench/."
-)
+from suite.cli.options import AsJson, Baselines, Results, print_json, print_table
 
-HalfKeys = Annotated[str | None, typer.Option(metavar="N,N..", help="sides of the tables; default: the grid's")]
-GridName = Annotated[str, typer.Option("--grid", help="the grid whose models train")]
-Results = Annotated[Path, typer.Option("--results", metavar="DIR", help="where tables are written, in bench/")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, everything else on stderr")]
+app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+
+HalfKeys = Annotated[
+    str | None, typer.Option(metavar="N,N..", help="half keys of the tables; default: those of the grid")
+]
+EvalData = Annotated[
+    Path,
+    typer.Option("--data-root", metavar="DIR", help="local copies of the evaluation data sets (docs/evaluation.md)"),
+]
+GridOption = Annotated[str, typer.Option("--grid", metavar="GRID", help="the grid whose models are trained")]
 
 
 @app.callback()
-def every(context: typer.Context) -> None:
-    """Measure speeds on this machine, into results/bench/; without a verb, those of training steps.
+def bench(context: typer.Context) -> None:
+    """Measure speeds on this machine and write them to results/bench/; without a verb, the speed of training steps.
 
     Example: suite bench step --grid laptop
     """
@@ -31,15 +34,15 @@ def every(context: typer.Context) -> None:
 
 @app.command()
 def step(
-    grid: GridName = "laptop",
+    grid: GridOption = "laptop",
     half_keys: HalfKeys = None,
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Speed and peak memory of whole training steps, every model of a grid's first base, beside dense.
+    """Measure speed and peak memory of whole training steps, for every model of a grid's first base.
 
-    Models with a table are trained by rows and with the dense optimizer. The models take turns; ratios to dense are
-    taken within a turn, since other work on the machine slows both.
+    Models with a table are measured with the row-wise and with the dense optimizer. The models take turns, and ratios
+    to dense are taken within a turn, because other work on the machine slows both.
 
     Example: suite bench step --grid laptop --half-keys 32,128,512
     """
@@ -55,17 +58,18 @@ def step(
 
 @app.command()
 def kernels(
-    device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="default: cuda where there is one")] = None,
-    rows: Annotated[list[int] | None, typer.Option(help="only tables of that many rows; may be repeated")] = None,
-    every: Annotated[bool, typer.Option("--all", help="on CPU too: every table that memory holds")] = False,
+    device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="default: cuda if there is one")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="only tables of this many rows; repeatable")] = None,
+    every: Annotated[bool, typer.Option("--all", help="on a CPU, too, every table that fits in memory")] = False,
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Every kernel beside torch's own, each checked before its time is reported (`python -m kernels.bench`).
+    """Compare every kernel with PyTorch's operators; a kernel is timed only if its results are correct.
+
+    `python -m kernels.bench` does the same without the rest of this package.
 
     Example: suite bench kernels --device cpu --rows 16384
     """
-
     from kernels.bench import main
 
     arguments = ["--out", str(results / "bench"), *(["--json"] if as_json else [])]
@@ -78,14 +82,14 @@ def kernels(
 @app.command()
 def decode(
     base: Annotated[str, typer.Option(help="the base shape")] = "w128",
-    half_keys: Annotated[str, typer.Option(metavar="N,N..", help="sides of the product-key tables")] = "32,128,512",
-    batches: Annotated[str, typer.Option(metavar="B,B..", help="sequences decoded together")] = "1,8,64",
-    context: Annotated[int, typer.Option(min=1, help="tokens read before the clock starts")] = 64,
-    baseline: Annotated[list[Path] | None, typer.Option("--baseline", help="a file that registers a family")] = None,
+    half_keys: Annotated[str, typer.Option(metavar="N,N..", help="half keys of the tables")] = "32,128,512",
+    batches: Annotated[str, typer.Option(metavar="B,B..", help="batch sizes")] = "1,8,64",
+    context: Annotated[int, typer.Option(min=1, help="tokens read before the measurement")] = 64,
+    baseline: Baselines = None,
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Milliseconds and tokens per second of decoding, every family by batch and table size.
+    """Measure milliseconds and tokens per second of decoding, for every family, batch size and table size.
 
     Example: suite bench decode --base w128 --half-keys 32,512 --batches 1,64
     """
@@ -101,11 +105,13 @@ def decode(
 
 @app.command()
 def evaluate(
-    data_root: Annotated[Path, typer.Option("--data-root", metavar="DIR", help="evaluation data in hub layout")],
+    data_root: EvalData,
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Seconds that evaluation takes beside the model: building MMLU and the quick preset, and per further checkpoint.
+    """Measure the seconds that evaluation takes in addition to the model itself.
+
+    These are the time to build the requests of MMLU and of the quick preset, and to score one more checkpoint.
 
     Example: suite bench evaluate --data-root data/eval
     """
@@ -141,7 +147,7 @@ def records(
 
 
 def _show(rows: list[dict[str, Any]], path: Path, as_json: bool) -> None:
-    """The rows as CSV in a file, and as JSON or a table on stdout."""
+    """Write the rows to a CSV file and print them, as JSON or as a table."""
     import csv
     import io
 
@@ -153,12 +159,10 @@ def _show(rows: list[dict[str, Any]], path: Path, as_json: bool) -> None:
     writer.writerows(rows)
     write_text(path, text.getvalue())
     if as_json:
-        print(json.dumps(rows))
+        print_json(rows)
         return
     print(f"{path}: {len(rows)} rows", file=sys.stderr)
     from rich.table import Table
-
-    from suite.cli.options import print_table
 
     table = Table(*rows[0])
     for row in rows:

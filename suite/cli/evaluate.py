@@ -1,4 +1,4 @@
-"""`suite eval`: score trained runs, test the tasks themselves, fetch their data. Arguments in, tables out; no logic."""
+"""`suite eval`: score trained runs, or test the tasks themselves."""
 
 from __future__ import annotations
 
@@ -9,25 +9,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from suite.cli.options import (
-    AsJson,
-    Baselines,
     DataRoot,
-    Overrides,
-    Results,
+    GridOptions,
     RunCodeOption,
-    RunsCode,
-    Scales,
+    TaskNames,
     allowed_runs,
     check_folders,
-    load,
+    expand_options,
+    find_run,
+    make_scoring,
+    parse_tasks,
     print_json,
     print_statuses,
     print_table,
-    run_path,
-    scoring_of,
 )
 from suite.errors import UserError
 
@@ -36,76 +32,121 @@ if TYPE_CHECKING:
 
     from suite.cells import EvalConfig
     from suite.grids import Grid
+    from suite.launch.worker import Scoring
     from suite.records import RunDir
 
-
-class _Eval(TyperGroup):
-    """`suite eval RUN` is `suite eval score RUN`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As click does, with the verb put in where it was left out."""
-        named = bool(args) and args[0] in self.commands
-        return super().parse_args(ctx, args if named else ["score", *args])
+    Wanted = list[tuple[RunDir, tuple[EvalConfig, ...]]]
 
 
-app = typer.Typer(cls=_Eval, rich_markup_mode=None, help="Score trained runs on what they have no scores for yet.")
-
-TaskNames = Annotated[str | None, typer.Option("--tasks", metavar="all|A,B", help="tasks by name, divided by commas")]
-
-
-@app.command(cls=RunsCode)
-def score(
+@expand_options
+def evaluate(
+    options: GridOptions,
     target: Annotated[
-        str | None, typer.Argument(metavar="RUN|GRID", help="a run's name in DIR/runs, its path, or a grid")
+        str | None, typer.Argument(metavar="RUN|GRID", help="the name of a run in DIR/runs, its path, or a grid")
     ] = None,
     tasks: TaskNames = None,
     preset: Annotated[str | None, typer.Option(help="a set of evaluations: paper or quick")] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="examples in the prompt; default: the task's")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="score only the first documents of each task")] = None,
+    num_fewshot: Annotated[
+        int | None, typer.Option(min=0, help="examples in the prompt; default: as each task defines")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="score only the first N documents of each task")] = None,
     oracle: Annotated[
-        bool, typer.Option("--oracle", help="no run: a model that knows every answer, and one that is always wrong")
+        bool,
+        typer.Option(
+            "--oracle", help="test the tasks: score a model that knows every answer and one that is always wrong"
+        ),
     ] = False,
     data_root: DataRoot = None,
     run_code: RunCodeOption = None,
-    results: Results = Path("results"),
-    set_: Overrides = None,
-    scale: Scales = None,
-    baseline: Baselines = None,
-    as_json: AsJson = False,
 ) -> None:
-    """Score a trained run, or all of a grid, on what has no scores yet: what was asked of it, and what is asked here.
+    """Score a trained run, or all runs of a grid, on the evaluations that have no scores yet.
 
-    `suite eval prefetch DIR` downloads what the tasks read, for machines without network.
+    These are the evaluations of the cells and those of --tasks or --preset. Nothing is trained. On a machine without
+    a network, give local copies of the data with --data-root (see `suite data prefetch`).
 
     Example: suite eval laptop --preset quick --data-root data/eval
     """
-    check_folders(results, data_root)
-    scoring = scoring_of(data_root, run_code)
+    check_folders(options.results, data_root)
+    scoring = make_scoring(data_root, run_code)
     if oracle:
         if target is not None or preset is not None or num_fewshot is not None:
-            raise UserError("--oracle: got a run, a preset or examples with it, allowed: --tasks and --limit")
-        _oracle(tasks, data_root, run_code, limit, as_json)
+            raise UserError("--oracle: scores no run; leave out RUN, --preset and --num-fewshot")
+        _score_oracle(tasks, data_root, run_code, limit, options.as_json)
         return
     if target is None:
-        raise UserError("RUN|GRID: got nothing, allowed: a run, a grid, or --oracle")
-    asked = _asked(tasks, preset, num_fewshot, limit)
-    grid, runs, results = _runs(target, results, set_, scale, baseline)
-    from suite.launch.scoring import of_other_data, score_runs, scores_of
-    from suite.launch.status import grid_status, status_json
+        raise UserError("RUN|GRID: missing; give a run, a grid, or --oracle")
+    extra = _extra_evaluations(tasks, preset, num_fewshot, limit)
+    grid, runs, results = _find_runs(target, options)
+    wanted = [(run, cell.also_asked(extra).evaluate) for run, cell in zip(runs, grid.cells, strict=True)]
+    untrained = _score(wanted, scoring)
+    _print_scores(grid, results, wanted, options.as_json)
+    if untrained:
+        print(f"not scored, because training is not finished: {', '.join(untrained)}", file=sys.stderr)
+        raise typer.Exit(1)
 
-    # Set here, so that one started in the background of a script can be stopped, too.
+
+def _extra_evaluations(
+    tasks: str | None, preset: str | None, num_fewshot: int | None, limit: int | None
+) -> tuple[EvalConfig, ...]:
+    """The evaluations that the options name, in addition to those of the cells."""
+    from suite.cells import EvalConfig
+    from suite.evaluate import presets
+
+    if preset is not None:
+        if tasks is not None or num_fewshot is not None or limit is not None:
+            raise UserError("--preset: sets the tasks itself; leave out --tasks, --num-fewshot and --limit")
+        return presets.preset(preset)
+    if tasks is None:
+        if num_fewshot is not None or limit is not None:
+            raise UserError("--tasks: missing; --num-fewshot and --limit apply to the tasks that it names")
+        return ()
+    names = parse_tasks(tasks)
+    if names is None:
+        raise UserError("--tasks: got 'all', allowed: names (all is for --oracle), or use --preset")
+    return (EvalConfig(tasks=names, num_fewshot=num_fewshot, limit=limit),)
+
+
+def _find_runs(target: str, options: GridOptions) -> tuple[Grid, list[RunDir], Path]:
+    """Return the grid (of one cell, if `target` is a run), its runs, and the folder of results."""
+    from suite.grids import Grid, find_grid
+    from suite.launch.status import run_dir
+    from suite.records import RunDir
+
+    # The name of a run ends in its hash; that of a grid does not.
+    if Path(target, "cell.json").is_file() or re.search(r"-[0-9a-f]{8}$", target):
+        run = RunDir(find_run(target, options.results).resolve())
+        return Grid(run.name, run.path, (run.read_cell(),)), [run], run.path.parent.parent
+    try:
+        find_grid(target)
+    except UserError as error:
+        raise UserError(f"RUN|{error}; or {allowed_runs(options.results)}") from None
+    grid = options.load(target)
+    return grid, [run_dir(options.results, cell) for cell in grid.cells], options.results
+
+
+def _score(wanted: Wanted, scoring: Scoring) -> list[str]:
+    """Score what has no scores yet; return the names of the runs whose training is not finished."""
+    from suite.launch.scoring import of_other_data, score_runs
+
+    # A shell starts background jobs with SIGINT ignored; this lets them be interrupted, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        wanted = [(run, cell.also_asked(asked).evaluate) for run, cell in zip(runs, grid.cells, strict=True)]
         untrained = score_runs(wanted, scoring, lambda text: print(text, file=sys.stderr))
     except KeyboardInterrupt:
-        print("suite: stopped; the scores that are whole stay, the same command goes on", file=sys.stderr)
+        print("suite: interrupted; complete scores are saved, and the same command resumes", file=sys.stderr)
         raise typer.Exit(130) from None
-    if data_root is not None:
+    if scoring.data_root is not None:
         for run, evaluations in wanted:
-            for line in of_other_data(run, evaluations, data_root):
+            for line in of_other_data(run, evaluations, scoring.data_root):
                 print(f"suite: {line}", file=sys.stderr)
+    return untrained
+
+
+def _print_scores(grid: Grid, results: Path, wanted: Wanted, as_json: bool) -> None:
+    from suite.launch.scoring import scores_of
+    from suite.launch.status import grid_status, status_json
+
     statuses = grid_status(results, grid)
     scores = {run.name: scores_of(run, evaluations) for run, evaluations in wanted}
     if as_json:
@@ -115,90 +156,19 @@ def score(
     else:
         print_statuses(grid, statuses, as_json=False)
         print_table(_scores_table(scores))
-    if untrained:
-        print(f"not trained to their end, so not scored: {', '.join(untrained)}", file=sys.stderr)
-        raise typer.Exit(1)
 
 
-@app.command()
-def prefetch(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="what becomes --data-root")],
-    tasks: TaskNames = None,
-    as_json: AsJson = False,
+def _score_oracle(
+    tasks: str | None, data_root: Path | None, run_code: str | None, limit: int | None, as_json: bool
 ) -> None:
-    """Download what the tasks read and DIR lacks, in the hub's layout, for machines without network.
-
-    Example: suite eval prefetch data/eval --tasks nq_open,mmlu
-    """
-    from suite.evaluate.prefetch import prefetch
-
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"DIR: got {folder}, which is a file, allowed: a folder")
-    written = [str(path) for path in prefetch(folder, _names(tasks))]
-    if as_json:
-        print_json({"folder": str(folder), "written": written})
-    else:
-        print("\n".join(written) or f"{folder} lacks nothing")
-
-
-def _names(tasks: str | None) -> tuple[str, ...] | None:
-    """The tasks of `--tasks`; None for all, and where the option is not given."""
-    if tasks is None or tasks.strip() == "all":
-        return None
-    found = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
-    if not found:
-        raise UserError(f"--tasks: got {tasks!r}, allowed: all, or names divided by commas")
-    return found
-
-
-def _asked(tasks: str | None, preset: str | None, num_fewshot: int | None, limit: int | None) -> tuple[EvalConfig, ...]:
-    """The evaluations that the options ask for; none: what was asked of the cells."""
-    from suite.cells import EvalConfig
-    from suite.evaluate import presets
-
-    if preset is not None:
-        if tasks is not None or num_fewshot is not None or limit is not None:
-            raise UserError("--preset: got --tasks, --num-fewshot or --limit with it, allowed: the preset alone")
-        return presets.preset(preset)
-    if tasks is None:
-        if num_fewshot is not None or limit is not None:
-            raise UserError("--tasks: missing, allowed: tasks for --num-fewshot and --limit to hold for")
-        return ()
-    names = _names(tasks)
-    if names is None:
-        raise UserError("--tasks: got 'all', allowed: with --oracle only; for a run, names or --preset")
-    return (EvalConfig(tasks=names, num_fewshot=num_fewshot, limit=limit),)
-
-
-def _runs(
-    target: str, results: Path, set_: list[str] | None, scale: list[str] | None, baseline: list[Path] | None
-) -> tuple[Grid, list[RunDir], Path]:
-    """A run as a grid of one cell, or a grid; their runs, and the folder of results."""
-    from suite.grids import Grid, find_grid
-    from suite.launch.status import run_dir
-    from suite.records import RunDir
-
-    # a run's name ends in its hash, a grid is a word or a file
-    if Path(target, "cell.json").is_file() or re.search(r"-[0-9a-f]{8}$", target):
-        run = RunDir(run_path(target, results).resolve())
-        return Grid(run.name, run.path, (run.read_cell(),)), [run], run.path.parent.parent
-    try:
-        find_grid(target)
-    except UserError as error:
-        raise UserError(f"RUN|{error}; or {allowed_runs(results)}") from None
-    grid = load(target, set_, scale, baseline)
-    return grid, [run_dir(results, cell) for cell in grid.cells], results
-
-
-def _oracle(tasks: str | None, data_root: Path | None, run_code: str | None, limit: int | None, as_json: bool) -> None:
     from suite.evaluate import oracle
     from suite.evaluate.sandbox import sandbox_of
     from suite.evaluate.tasks import code
 
-    names, sandbox = _names(tasks), None
+    names, sandbox = parse_tasks(tasks), None
     if names is None or not code.TASKS.keys().isdisjoint(names):
         try:
-            # these programs come with the data, no model writes them: walls are enough, no leave is needed
+            # These programs are the reference solutions of the data, so they need no permission, only a sandbox.
             sandbox = sandbox_of(run_code or "strongest")  # type: ignore[arg-type]
         except UserError as error:
             if names is not None or run_code is not None:
@@ -217,8 +187,8 @@ def _scores_table(scores: dict[str, list[dict[str, Any]]]) -> Table:
     table = Table("run", "task", "few-shot", "n", "cut", "metric", "value", "stderr")
     for run, rows in scores.items():
         for row in rows:
-            numbers = ("-" if row[key] is None else f"{row[key]:.4f}" for key in ("value", "stderr"))
-            counts = (str(row[key]) for key in ("few_shot", "n", "cut"))
+            counts = [str(row[key]) for key in ("few_shot", "n", "cut")]
+            numbers = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("value", "stderr")]
             table.add_row(run, row["task"], *counts, row["metric"], *numbers)
     return table
 
@@ -229,6 +199,6 @@ def _oracle_table(report: dict[str, Any]) -> Table:
     table = Table("task", "n", "metric", "oracle", "wrong", "ceiling")
     for name, task in report["tasks"].items():
         for metric, values in task["metrics"].items():
-            numbers = (f"{values[key]:.4f}" for key in ("oracle", "wrong", "ceiling"))
+            numbers = [f"{values[key]:.4f}" for key in ("oracle", "wrong", "ceiling")]
             table.add_row(name, str(task["n"]), metric, *numbers)
     return table

@@ -1,35 +1,32 @@
-"""The `suite` command: reads arguments, calls the library, prints. Heavy modules load once a verb needs them."""
+"""The `suite` command: parses arguments, calls the library and prints. Each verb imports what it needs when it runs."""
 
 from __future__ import annotations
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
-from suite.cli import bench, evaluate, sweep
+from suite.cli import bench, data, evaluate, sweep
 from suite.cli.options import (
     AsJson,
     Baselines,
     DataRoot,
     GridName,
-    Overrides,
+    GridOptions,
     Results,
     RunCodeOption,
-    RunsCode,
-    Scales,
     check_folders,
-    complain_of_failures,
-    console,
-    load,
-    overrides,
+    expand_options,
+    find_run,
+    make_scoring,
     print_json,
     print_one,
     print_statuses,
     print_table,
-    run_path,
-    scoring_of,
+    report_failures,
     uncollected,
 )
 from suite.errors import UserError
@@ -41,48 +38,55 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Train, evaluate and compare models: where should the next parameter go?",
 )
-data_app = typer.Typer(no_args_is_help=True, help="Corpora: prepare what cells train on.")
-app.command(cls=RunsCode)(sweep.sweep)
-app.command()(sweep.cancel)
-app.add_typer(data_app, name="data")
-app.add_typer(bench.app, name="bench")
-app.add_typer(evaluate.app, name="eval")
+app.command()(sweep.sweep)
 
 
 def main() -> NoReturn:
-    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    """Run the command line; a mistake of the user is one line on stderr and exit code 2."""
     try:
         code = app(standalone_mode=False)
     except UserError as error:
         print(f"suite: {error}", file=sys.stderr)
         sys.exit(2)
     except Exception as error:
+        # Typer's usage errors have no public base class. One of them is the help that is shown without arguments.
         if not hasattr(error, "format_message"):
             raise
-        # typer's own complaints have no public base class; its help, where arguments are missing, is one of them.
-        said = error.format_message()
-        print(said if "\n" in said else f"suite: {said}", file=sys.stderr)
+        message = error.format_message()
+        print(message if "\n" in message else f"suite: {message}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code)
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"next-parameter {version('next-parameter')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def root(
+    show_version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Train, evaluate and compare models: where should the next parameter go?"""
+
+
 @app.command()
 @uncollected()
+@expand_options
 def plan(
     grid: GridName,
+    options: GridOptions,
     gpu: Annotated[str, typer.Option(help="a100, h100 or h200")] = "h100",
-    nodes: Annotated[int | None, typer.Option(min=1, help="most nodes of 8 GPUs; default: as many as it takes")] = None,
-    utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="share of the GPU's peak FLOPs reached")] = 0.4,
-    price: Annotated[float | None, typer.Option(min=0, help="dollars per GPU-hour; default: an assumed one")] = None,
-    results: Results = Path("results"),
-    set_: Overrides = None,
-    scale: Scales = None,
-    baseline: Baselines = None,
-    as_json: AsJson = False,
+    nodes: Annotated[int | None, typer.Option(min=1, help="limit of nodes of 8 GPUs; default: none")] = None,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="assumed share of the GPU's peak FLOP/s")] = 0.4,
+    price: Annotated[float | None, typer.Option(min=0, help="dollars per GPU-hour; default: an assumed price")] = None,
 ) -> None:
-    """Count what a grid takes before it runs: parameters, FLOPs, memory, GPU-hours, cost, partners.
+    """Estimate a grid before it runs: parameters, FLOPs, memory, GPU-hours, cost, and which cells match in size.
 
-    Nothing is trained; results/plans/ keeps the plan.
+    Nothing is trained and no data is read. The plan is saved in DIR/plans/.
 
     Example: suite plan paper-fixed-memory --gpu h100
     """
@@ -90,55 +94,49 @@ def plan(
     from suite.plan import plan as planning
     from suite.plan.table import measured, partners_table, plan_notes, plan_table
 
-    loaded = load(grid, set_, scale, baseline, need_data=False)
-    assumed = planning.assumptions(gpu, nodes, utilisation, price)
-    check_folders(results, None)
-    plans = planning.plan(loaded, assumed, results / "cache")
-    document = planning.document(loaded, plans, assumed)
+    loaded = options.load(grid, need_data=False)
+    assumptions = planning.assumptions(gpu, nodes, utilisation, price)
+    check_folders(options.results, None)
+    plans = planning.plan(loaded, assumptions, options.results / "cache")
+    document = planning.document(loaded, plans, assumptions)
     for entry, cell in zip(document["cells"], loaded.cells, strict=True):
-        entry["measured"] = measured(results, cell)
-    write_json(results / "plans" / f"{loaded.name}-{gpu}.json", document)
-    if as_json:
+        entry["measured"] = measured(options.results, cell)
+    write_json(options.results / "plans" / f"{loaded.name}-{gpu}.json", document)
+    if options.as_json:
         print_json(document)
     else:
-        print_table(plan_table(loaded.name, plans, assumed))
+        print_table(plan_table(loaded.name, plans, assumptions))
         print_table(partners_table(plans))
         print("\n".join(plan_notes(plans, document)))
 
 
 @app.command()
-def status(
-    grid: GridName,
-    results: Results = Path("results"),
-    set_: Overrides = None,
-    scale: Scales = None,
-    baseline: Baselines = None,
-    as_json: AsJson = False,
-) -> None:
-    """Show how a grid's cells stand: state, progress, ETA, and why the failed ones failed.
+@expand_options
+def status(grid: GridName, options: GridOptions) -> None:
+    """Show the state, progress and remaining time of a grid's cells, and why the failed ones failed.
 
     Example: suite status laptop --json
     """
     from suite.launch.slurm import queue
     from suite.launch.status import grid_status, run_dir
 
-    loaded = load(grid, set_, scale, baseline)
-    runs = [run_dir(results, cell) for cell in loaded.cells]
-    statuses = queue.with_slurm(grid_status(results, loaded), runs)
-    print_statuses(loaded, statuses, as_json)
-    complain_of_failures(statuses)
+    loaded = options.load(grid)
+    runs = [run_dir(options.results, cell) for cell in loaded.cells]
+    statuses = queue.with_slurm(grid_status(options.results, loaded), runs)
+    print_statuses(loaded, statuses, options.as_json)
+    report_failures(statuses)
 
 
-@app.command(cls=RunsCode)
+@app.command()
 def train(
-    cell: Annotated[Path, typer.Argument(metavar="CELL", help="a cell.json, or a YAML file with a cell's fields")],
+    cell: Annotated[Path, typer.Argument(metavar="CELL", help="a cell.json, or a YAML file with the fields of a cell")],
     data_root: DataRoot = None,
     run_code: RunCodeOption = None,
     results: Results = Path("results"),
     baseline: Baselines = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train and evaluate one cell here, in this process, from where it stands.
+    """Train and evaluate one cell in this process, resuming from its last checkpoint.
 
     Example: suite train results/runs/dense-w32-s0-0a1b2c3d/cell.json
     """
@@ -149,28 +147,28 @@ def train(
 
     loaded = load_cell(cell, baseline or ())
     check_folders(results, data_root)
-    scoring = scoring_of(data_root, run_code)
+    scoring = make_scoring(data_root, run_code)
     launch.refuse_stale(results, [loaded])
     launch.retry_failed(results, [loaded])
     launch.refuse_unfit_tasks(Grid(loaded.run_name, cell, (loaded,)), results, scoring)
     try:
         run = launch.prepare(results, loaded)
     except Locked as error:
-        raise UserError(f"{error}; allowed: wait for it or stop it") from None
+        raise UserError(f"{error}; wait for it or stop it") from None
     run_cell(run.path, scoring)
     print_one(Grid(run.name, cell, (loaded,)), results, as_json)
 
 
 @app.command("export")
 def export_run(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="a run's name in DIR/runs, or its path")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="the name of a run in DIR/runs, or its path")],
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="a new folder")],
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's newest weights as transformers loads them: safetensors, config, tokenizer.
+    """Write a run's newest weights in the format of transformers: safetensors, config and tokenizer.
 
-    A dense model is a LlamaForCausalLM; the others bring their modelling files (trust_remote_code=True).
+    A dense model loads as LlamaForCausalLM; the others bring their modelling files (trust_remote_code=True).
 
     Example: suite export dense-w32-s0-0a1b2c3d --to exported
     """
@@ -179,13 +177,13 @@ def export_run(
     from suite.records import RunDir
     from suite.train.checkpoint import load_model
 
-    record = RunDir(run_path(run, results))
+    record = RunDir(find_run(run, results))
     cell = record.read_cell()
     corpus = prepare(cell.data, record.path.parent.parent / "cache")
     try:
         model = load_model(record, cell, corpus)
     except FileNotFoundError as error:
-        raise UserError(f"RUN: {error}, allowed: a run that has saved one") from None
+        raise UserError(f"RUN: {error}; choose a run that has saved a checkpoint") from None
     files = export(model, to, corpus, cell.data.seq_len)
     if as_json:
         print_json({"run": record.name, "files": [str(path) for path in files]})
@@ -195,7 +193,7 @@ def export_run(
 
 @app.command()
 def baselines(baseline: Baselines = None, as_json: AsJson = False) -> None:
-    """List the model families and the options each one takes.
+    """List the model families and the options of each.
 
     Example: suite baselines
     """
@@ -209,34 +207,35 @@ def baselines(baseline: Baselines = None, as_json: AsJson = False) -> None:
         print_table(families_table())
 
 
-@data_app.command("prepare")
-def data_prepare(
-    grid: Annotated[str, typer.Argument(metavar="GRID_OR_CELL", help="a grid as for sweep, or a cell's file")],
-    results: Results = Path("results"),
-    set_: Overrides = None,
+@app.command()
+def fields(
+    prefix: Annotated[
+        str | None, typer.Argument(metavar="PREFIX", help="list only these fields, e.g. train or data.tokenizer")
+    ] = None,
     baseline: Baselines = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tokenize the data of a grid's cells, each corpus once, into DIR/cache.
+    """List the fields that a cell may set: type, default, meaning, and whether they are part of a run's identity.
 
-    Killed or cut off, it goes on where it stood when the same command is given again.
+    A change of a field that is part of the identity makes another run; a change of any other does not.
 
-    Example: suite data prepare factbook --set data.path=corpus/
+    Example: suite fields train
     """
-    from suite.data.preparing import prepare_all, table
-    from suite.grids import load_grid_or_cell
+    from suite.baselines import loading
+    from suite.cli.fields import fields_json, fields_table, list_fields
 
-    loaded = load_grid_or_cell(grid, overrides(set_), baseline or ())
-    try:
-        reports = prepare_all(loaded.cells, results / "cache", console())
-    except KeyboardInterrupt:
-        print("suite: stopped; the same command goes on where it stood", file=sys.stderr)
-        raise typer.Exit(130) from None
+    loading.load_all(baseline or ())
+    chosen = list_fields(prefix)
     if as_json:
-        print_json({"grid": loaded.name, "corpora": reports})
+        print_json(fields_json(chosen))
     else:
-        print_table(table(reports))
+        print_table(fields_table(chosen))
 
+
+app.command()(sweep.cancel)
+app.command("eval")(evaluate.evaluate)
+app.add_typer(data.app, name="data")
+app.add_typer(bench.app, name="bench")
 
 if __name__ == "__main__":
     main()

@@ -1,18 +1,20 @@
-"""What several verbs of the command line share: options, finding grids and runs, printing."""
+"""Options that several verbs share, and the lookups and printing behind them."""
 
 from __future__ import annotations
 
 import atexit
+import functools
 import gc
+import inspect
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
-from typer.core import TyperCommand
 
 from suite.errors import UserError
 
@@ -24,69 +26,126 @@ if TYPE_CHECKING:
     from suite.launch.worker import Scoring
 
 
-def _folder(results: Path) -> Path:
-    """As it is, if it is a folder or can become one. Raises UserError."""
-    there = next(path for path in (results, *results.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"--results: got {results}, but {there} is a file, allowed: a folder")
+def _results_folder(results: Path) -> Path:
+    """Return `results` if it is a folder or can become one. Raises UserError."""
+    existing = next(path for path in (results, *results.absolute().parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--results: {results} cannot be a folder, because {existing} is a file")
     return results
 
 
 GridName = Annotated[str, typer.Argument(metavar="GRID", help="a name in grids/, or a path to a .yaml file")]
 Results = Annotated[
-    Path, typer.Option("--results", metavar="DIR", callback=_folder, help="where runs and records live")
+    Path, typer.Option("--results", metavar="DIR", callback=_results_folder, help="folder of runs and records")
 ]
 DataRoot = Annotated[
-    Path | None, typer.Option("--data-root", metavar="DIR", help="local data sets for evaluation, in hub layout")
+    Path | None,
+    typer.Option("--data-root", metavar="DIR", help="local copies of the evaluation data sets (docs/evaluation.md)"),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, everything else on stderr")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="print one JSON document on stdout; everything else goes to stderr")
+]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="FIELD=VALUE", help="set a field of every cell, e.g. data.path=corpus/"),
+    typer.Option("--set", metavar="FIELD=VALUE", help="set a field of every cell, e.g. data.path=corpus/; repeatable"),
 ]
 Scales = Annotated[
     list[str] | None,
-    typer.Option("--scale", metavar="NAME=FACTOR", help="multiply tokens, batch_rows or half_keys of every cell"),
+    typer.Option(
+        "--scale", metavar="NAME=FACTOR", help="multiply tokens, batch_rows or half_keys of every cell; repeatable"
+    ),
 ]
 Baselines = Annotated[
     list[Path] | None,
-    typer.Option("--baseline", metavar="FILE.py", help="a file that registers a family (docs/adding-a-baseline.md)"),
+    typer.Option(
+        "--baseline",
+        metavar="FILE.py",
+        help="a file that registers a model family (docs/adding-a-baseline.md); repeatable",
+    ),
 ]
 RunCodeOption = Annotated[
     str | None,
     typer.Option(
         "--run-code",
-        metavar="[KIND]",
-        help="run programs that models write (humaneval, mbpp): in bubblewrap, unshare or rlimits; without KIND, in "
-        "the strongest that works here",
+        metavar="KIND",
+        help="allow tasks that run model-written programs (humaneval, mbpp), in the sandbox KIND: bubblewrap, unshare "
+        "or rlimits; strongest: the first of bubblewrap and unshare that works here",
     ),
+]
+TaskNames = Annotated[
+    str | None, typer.Option("--tasks", metavar="A,B", help="tasks by name, separated by commas, or all")
 ]
 
 
-class RunsCode(TyperCommand):
-    """A verb with --run-code, whose value may be left out."""
+@dataclass(frozen=True)
+class GridOptions:
+    """The options of every verb that reads a grid."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """As click does, the value filled in where the next word is not a kind."""
-        from suite.evaluate.sandbox import RunCode
+    results: Results = Path("results")
+    set_: Overrides = None
+    scale: Scales = None
+    baseline: Baselines = None
+    as_json: AsJson = False
 
-        for place, word in reversed([*enumerate(args)]):
-            if word == "--run-code" and args[place + 1 : place + 2] not in [[kind] for kind in get_args(RunCode)]:
-                args.insert(place + 1, "strongest")
-        return super().parse_args(ctx, args)
+    def load(self, grid: str, need_data: bool = True) -> Grid:
+        """Load a grid by name or path and apply --set, --scale and --baseline.
+
+        Args:
+            grid: A name in grids/ or a path.
+            need_data: Whether the data files must exist (see `suite.grids.load_grid`).
+
+        Raises:
+            UserError: The grid, a baseline or an option is invalid.
+        """
+        from suite.grids import load_grid
+        from suite.rescale import parse_scales, rescale
+
+        factors = parse_scales(self.scale or [])
+        return rescale(load_grid(grid, parse_overrides(self.set_), need_data, self.baseline or ()), factors)
 
 
-def scoring_of(data_root: Path | None, run_code: str | None, here: bool = True) -> Scoring:
-    """What scoring may use; where it is done `here`, a sandbox that does not work is refused now. Raises UserError."""
+def expand_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Let a verb take a dataclass of options: each field becomes an option of the command.
+
+    Typer reads the options from a function's signature, so the returned function has one in which the dataclass
+    parameter is replaced by the fields of the dataclass.
+    """
+    parameters = inspect.signature(verb, eval_str=True).parameters
+    (group,) = (parameter for parameter in parameters.values() if is_dataclass(parameter.annotation))
+    fields = inspect.signature(group.annotation, eval_str=True).parameters
+
+    @functools.wraps(verb)
+    def command(**arguments: Any) -> None:
+        options = group.annotation(**{name: arguments.pop(name) for name in fields})
+        verb(**arguments, **{group.name: options})
+
+    own = [parameter for parameter in parameters.values() if parameter.name != group.name]
+    flat = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*own, *fields.values())]
+    command.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    return command
+
+
+def make_scoring(data_root: Path | None, run_code: str | None, here: bool = True) -> Scoring:
+    """Build the settings for scoring from --data-root and --run-code.
+
+    Args:
+        data_root: Folder of local evaluation data, if any.
+        run_code: Sandbox in which model-written programs may run; None: they may not.
+        here: Whether scoring happens on this machine; the sandbox is then tried at once.
+
+    Raises:
+        UserError: The sandbox is unknown, or does not work here.
+    """
     from suite.evaluate.sandbox import RunCode, sandbox_of
     from suite.launch.worker import Scoring
 
     if run_code is not None and run_code not in get_args(RunCode):
         raise UserError(f"--run-code: got {run_code!r}, allowed: {', '.join(get_args(RunCode))}")
-    checked = cast("RunCode | None", run_code)
+    kind = cast("RunCode | None", run_code)
     if here:
-        sandbox_of(checked)
-    return Scoring(None if data_root is None else data_root.resolve(), checked)
+        sandbox_of(kind)
+    return Scoring(None if data_root is None else data_root.resolve(), kind)
 
 
 @contextmanager
@@ -108,34 +167,29 @@ def _freeze() -> None:
         gc.freeze()
 
 
-def load(
-    grid: str,
-    settings: list[str] | None,
-    scales: list[str] | None = None,
-    baselines: list[Path] | None = None,
-    need_data: bool = True,
-) -> Grid:
-    """The grid of a name or a path, changed as --set and --scale say. Raises UserError."""
-    from suite.grids import load_grid
-    from suite.rescale import parse_scales, scaled
-
-    factors = parse_scales(scales or [])
-    return scaled(load_grid(grid, overrides(settings), need_data, baselines or ()), factors)
-
-
-def overrides(settings: list[str] | None) -> dict[str, str]:
-    """--set's values by field."""
-    found = {}
+def parse_overrides(settings: list[str] | None) -> dict[str, str]:
+    """Parse the values of --set into a mapping from field to value. Raises UserError."""
+    overrides = {}
     for setting in settings or []:
-        path, equals, value = setting.partition("=")
+        field, equals, value = setting.partition("=")
         if not equals:
-            raise UserError(f"--set: got {setting!r}, allowed: field=value, e.g. train.lr=1e-3")
-        found[path] = value
-    return found
+            raise UserError(f"--set: {setting!r} is not of the form FIELD=VALUE, e.g. train.lr=1e-3")
+        overrides[field] = value
+    return overrides
 
 
-def run_path(run: str, results: Path) -> Path:
-    """The folder of a run given by its path or its name. Raises UserError."""
+def parse_tasks(tasks: str | None) -> tuple[str, ...] | None:
+    """Parse the value of --tasks; None stands for all tasks, and for an option that is not given. Raises UserError."""
+    if tasks is None or tasks.strip() == "all":
+        return None
+    names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+    if not names:
+        raise UserError(f"--tasks: got {tasks!r}, allowed: all, or names separated by commas")
+    return names
+
+
+def find_run(run: str, results: Path) -> Path:
+    """Return the folder of a run given by its path or its name. Raises UserError."""
     path = Path(run) if Path(run, "cell.json").is_file() else results / "runs" / run
     if not (path / "cell.json").is_file():
         raise UserError(f"RUN: got {run!r}, allowed: {allowed_runs(results)}")
@@ -143,35 +197,44 @@ def run_path(run: str, results: Path) -> Path:
 
 
 def allowed_runs(results: Path) -> str:
-    """What may stand for a run, in words."""
-    known = sorted(path.parent.name for path in results.glob("runs/*/cell.json"))
-    return f"a run's folder or one of {', '.join(known) or '(no runs yet)'}"
+    """Describe the values allowed for RUN, for an error message."""
+    names = sorted(path.parent.name for path in results.glob("runs/*/cell.json"))
+    return f"the folder of a run, or one of {', '.join(names) or '(no runs yet)'}"
 
 
 def check_folders(results: Path, data_root: Path | None, make: bool = True) -> None:
-    """Raise UserError for data that is not there, or results that cannot be written; they are made if asked."""
+    """Check that the data exists and that results can be written.
+
+    Args:
+        results: Folder of results.
+        data_root: Folder of evaluation data, if one was given.
+        make: Whether to create `results`.
+
+    Raises:
+        UserError: A folder is missing or cannot be created.
+    """
     if data_root is not None and not data_root.is_dir():
-        raise UserError(f"--data-root: got {data_root}, which is no folder, allowed: a folder of data sets")
+        raise UserError(f"--data-root: {data_root} is not a folder")
     try:
         if make:
             results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--results: got {results}: {error.strerror}, allowed: a folder to write in") from None
+        raise UserError(f"--results: cannot create {results}: {error.strerror}") from None
 
 
 def print_one(grid: Grid, results: Path, as_json: bool) -> None:
-    """How a single cell stands; exit code 1 if it is not done."""
+    """Print the status of a grid of one cell; exit with code 1 if the cell is not done."""
     from suite.launch.status import grid_status
 
     statuses = grid_status(results, grid)
     print_statuses(grid, statuses, as_json)
-    complain_of_failures(statuses)
+    report_failures(statuses)
     if statuses[0].state != "done":
         raise typer.Exit(1)
 
 
 def print_statuses(grid: Grid, statuses: list[CellStatus], as_json: bool) -> None:
-    """How cells stand: a table, or the document of `suite status --json`."""
+    """Print the status of every cell, as a table or as the JSON document of `suite status`."""
     from suite.launch.status import status_json, table
 
     if as_json:
@@ -180,33 +243,35 @@ def print_statuses(grid: Grid, statuses: list[CellStatus], as_json: bool) -> Non
         print_table(table(grid, statuses))
 
 
-def complain_of_failures(statuses: list[CellStatus]) -> None:
-    """The failed cells with their causes, on stderr."""
+def report_failures(statuses: list[CellStatus]) -> None:
+    """Print the failed cells and their causes on stderr."""
     from suite.launch.status import failures
 
     lines = failures(statuses)
     for line in lines:
         print(line, file=sys.stderr)
     if lines:
-        print("failed cells are left alone until --retry-failed", file=sys.stderr)
+        print("failed cells are not started again without --retry-failed", file=sys.stderr)
 
 
 def print_json(document: Any) -> None:
-    """One JSON document on stdout."""
+    """Print one JSON document on stdout."""
     print(json.dumps(document, indent=1, allow_nan=False))
 
 
 def print_table(table: Table) -> None:
-    """A table on stdout."""
+    """Print a table on stdout at its full width.
+
+    A terminal that is narrower wraps the lines; rich would truncate the numbers instead.
+    """
     from rich.console import Console
 
-    # As wide as the table is: a terminal that is narrower wraps lines, where rich would cut numbers.
-    wide = Console(width=10_000)
-    Console(width=max(Console().width, wide.measure(table).maximum)).print(table)
+    unlimited = Console(width=10_000)
+    Console(width=max(Console().width, unlimited.measure(table).maximum)).print(table)
 
 
-def console() -> Any:
-    """Where progress is shown: stderr."""
+def stderr_console() -> Any:
+    """Return a rich console on stderr, for progress."""
     from rich.console import Console
 
     return Console(stderr=True)

@@ -1,4 +1,4 @@
-"""`suite sweep` and `suite cancel`: a grid's cells as processes of this machine, or as jobs of a cluster."""
+"""`suite sweep` and `suite cancel`: run the cells of a grid as processes on this machine or as Slurm jobs."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from suite.cli.options import (
-    AsJson,
-    Baselines,
     DataRoot,
     GridName,
-    Overrides,
-    Results,
+    GridOptions,
     RunCodeOption,
-    Scales,
     check_folders,
-    complain_of_failures,
-    console,
-    load,
+    expand_options,
+    make_scoring,
     print_json,
     print_statuses,
     print_table,
-    scoring_of,
+    report_failures,
+    stderr_console,
 )
 from suite.errors import UserError
 
@@ -38,34 +34,34 @@ if TYPE_CHECKING:
     from suite.launch.worker import Scoring
 
 
+@expand_options
 def sweep(
     grid: GridName,
-    jobs: Annotated[int | None, typer.Option(min=1, help="cells at once; default: as cores or GPUs allow")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the cells and do nothing")] = False,
+    options: GridOptions,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="cells to run at once; default: as many as cores or GPUs allow")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="list the cells and start nothing")] = False,
     data_root: DataRoot = None,
     run_code: RunCodeOption = None,
-    results: Results = Path("results"),
-    set_: Overrides = None,
-    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="let failed cells go on, too")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="start failed cells again")] = False,
     rerun_stale: Annotated[
-        bool, typer.Option("--rerun-stale", help="set runs made by other code aside and train again")
+        bool, typer.Option("--rerun-stale", help="archive runs made by other code and train their cells again")
     ] = False,
-    report: Annotated[bool, typer.Option(help="fit and draw at the end")] = True,
-    executor: Annotated[str, typer.Option(help="local: processes of this machine; slurm: jobs of a cluster")] = "local",
+    report: Annotated[bool, typer.Option(help="fit and draw when the cells are done")] = True,
+    executor: Annotated[str, typer.Option(help="local: processes on this machine; slurm: jobs on a cluster")] = "local",
     profile: Annotated[
-        str | None, typer.Option(metavar="NAME", help="slurm: a name in clusters/ (default: default), or a .yaml file")
+        str | None,
+        typer.Option(metavar="NAME", help="slurm: a profile in clusters/ (default: default), or a .yaml file"),
     ] = None,
-    wait: Annotated[bool, typer.Option(help="slurm: watch until all is done; Ctrl-C leaves the jobs alone")] = True,
-    scale: Scales = None,
-    baseline: Baselines = None,
-    as_json: AsJson = False,
+    wait: Annotated[bool, typer.Option(help="slurm: watch the jobs until they end; Ctrl-C leaves them running")] = True,
 ) -> None:
-    """Train and evaluate what a grid is missing, then fit and draw.
+    """Train and evaluate the cells of a grid that are not done, then fit and draw.
 
-    Cells that are done are skipped, cells that were cut go on from their last checkpoint, and Ctrl-C loses
-    nothing: give the same command again.
+    Cells that are done are skipped, and interrupted cells resume from their last checkpoint: after Ctrl-C or a crash,
+    give the same command again.
 
-    With --executor slurm the cells become jobs of a cluster (docs/cluster.md); --dry-run then writes their scripts.
+    With --executor slurm the cells become jobs on a cluster (docs/cluster.md); --dry-run then writes their scripts.
 
     Example: suite sweep laptop --jobs 2
     """
@@ -73,45 +69,46 @@ def sweep(
     from suite.launch.sweep import refuse_unknown_tasks
 
     on_slurm = _is_on_slurm(executor, jobs, profile, wait)
-    loaded = load(grid, set_, scale, baseline, need_data=not (dry_run and on_slurm))
+    loaded = options.load(grid, need_data=not (dry_run and on_slurm))
     cluster = _profile(profile, loaded) if on_slurm else None
+    results = options.results
     check_folders(results, data_root, make=not dry_run)
-    scoring = scoring_of(data_root, run_code, here=not on_slurm and not dry_run)
+    scoring = make_scoring(data_root, run_code, here=not on_slurm and not dry_run)
     if dry_run:
         refuse_unknown_tasks(loaded)
         if cluster is not None:
-            _print_scripts(loaded, results, cluster, scoring, report, as_json)
+            _print_scripts(loaded, results, cluster, scoring, report, options.as_json)
         else:
-            _print_dry_run(loaded, results, as_json)
+            _print_dry_run(loaded, results, options.as_json)
         return
     reported = True
-    with progress.watcher(console()) as watcher:
+    with progress.watcher(stderr_console()) as watcher:
         _make_ready(loaded, results, scoring, retry_failed, rerun_stale, watcher)
         if cluster is not None:
             statuses, reported = _sweep_on_slurm(loaded, results, cluster, scoring, report, wait, watcher)
         else:
             statuses = _sweep_here(loaded, results, jobs, scoring, watcher)
-    print_statuses(loaded, statuses, as_json)
+    print_statuses(loaded, statuses, options.as_json)
     if report and not on_slurm:
-        reported = _report(loaded, results, as_json)
-    complain_of_failures(statuses)
+        reported = _report(loaded, results, options.as_json)
+    report_failures(statuses)
     states = {status.state for status in statuses}
     if "failed" in states or (wait and not (reported and states <= {"done"})):
         raise typer.Exit(1)
 
 
 def _is_on_slurm(executor: str, jobs: int | None, profile: str | None, wait: bool) -> bool:
-    """Whether cells become jobs of a cluster. Raises UserError for an option of the other executor."""
+    """Whether the cells become Slurm jobs. Raises UserError for an option that belongs to the other executor."""
     if executor not in ("local", "slurm"):
         raise UserError(f"--executor: got {executor!r}, allowed: local, slurm")
     if executor == "slurm":
         if jobs is not None:
-            raise UserError(f"--jobs: got {jobs} with --executor slurm, allowed: max_jobs in the profile")
+            raise UserError("--jobs: applies to --executor local; on Slurm, set max_jobs in the profile")
         return True
     if profile is not None:
-        raise UserError(f"--profile: got {profile!r} with --executor local, allowed: with --executor slurm")
+        raise UserError("--profile: applies to --executor slurm")
     if not wait:
-        raise UserError("--no-wait: got it with --executor local, allowed: with --executor slurm")
+        raise UserError("--no-wait: applies to --executor slurm")
     return False
 
 
@@ -129,12 +126,12 @@ def _make_ready(
     rerun_stale: bool,
     watcher: BarWatcher | PlainWatcher,
 ) -> None:
-    """What is decided before a sweep starts anything."""
+    """Archive or refuse stale runs, release failed cells, and refuse tasks that cannot be scored."""
     from suite.launch import sweep as launch
 
     if rerun_stale:
         for path in launch.set_stale_aside(results, grid.cells):
-            watcher.event(f"set aside: {path}")
+            watcher.event(f"archived: {path}")
     launch.refuse_stale(results, grid.cells)
     if retry_failed:
         launch.retry_failed(results, grid.cells)
@@ -150,7 +147,7 @@ def _sweep_here(
 
     gpus = torch.cuda.device_count()
     jobs = jobs or launch.default_jobs(grid.cells, gpus)
-    # Set here, so that a sweep started in the background of a script can be stopped, too.
+    # A shell starts background jobs with SIGINT ignored; this lets them be interrupted, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -168,7 +165,7 @@ def _sweep_on_slurm(
     wait: bool,
     watcher: BarWatcher | PlainWatcher,
 ) -> tuple[list[CellStatus], bool]:
-    """How the cells stand in the end, and whether the report did not fail."""
+    """Return the final status of the cells, and whether the report succeeded."""
     from suite.launch.slurm import queue
     from suite.launch.slurm.sweep import SlurmSweep
     from suite.launch.status import grid_status, run_dir
@@ -179,40 +176,34 @@ def _sweep_on_slurm(
         try:
             return launched.watch(), launched.reported
         except KeyboardInterrupt:
-            watcher.event("the jobs go on; the same command watches again, `suite cancel` ends them")
+            watcher.event("the jobs keep running; the same command watches them again, `suite cancel` ends them")
             raise typer.Exit(130) from None
     runs = [run_dir(results, cell) for cell in grid.cells]
     return queue.with_slurm(grid_status(results, grid), runs), True
 
 
-def cancel(
-    grid: GridName,
-    results: Results = Path("results"),
-    set_: Overrides = None,
-    scale: Scales = None,
-    baseline: Baselines = None,
-    as_json: AsJson = False,
-) -> None:
-    """Cancel the Slurm jobs of a grid's cells; what they have saved stays, and a sweep resumes it.
+@expand_options
+def cancel(grid: GridName, options: GridOptions) -> None:
+    """Cancel the Slurm jobs of a grid's cells; their checkpoints stay, and a later sweep resumes from them.
 
     Example: suite cancel paper-fixed-memory
     """
     from suite.launch.slurm import sweep
 
-    loaded = load(grid, set_, scale, baseline, need_data=False)
-    cancelled = sweep.cancel(results, loaded)
-    if as_json:
+    loaded = options.load(grid, need_data=False)
+    cancelled = sweep.cancel(options.results, loaded)
+    if options.as_json:
         print_json({"grid": loaded.name, "cancelled": cancelled})
     else:
-        print("\n".join(f"cancelled: {name}" for name in cancelled) or f"no job of {loaded.name} is in Slurm")
+        print("\n".join(f"cancelled: {name}" for name in cancelled) or f"{loaded.name} has no jobs in Slurm")
 
 
 def _report(grid: Grid, results: Path, as_json: bool) -> bool:
-    """Fit and draw, in a process of its own: analysis never loads torch."""
+    """Fit and draw in another process, because analysis is independent of torch and suite."""
     command = [sys.executable, "-m", "analysis", "report", "--grid", grid.name, "--results", str(results)]
     done = subprocess.run(command, stdout=sys.stderr if as_json else None)
     if done.returncode:
-        print(f"suite: the report failed; again: {' '.join(command)}", file=sys.stderr)
+        print(f"suite: the report failed; to repeat it: {' '.join(command)}", file=sys.stderr)
     return done.returncode == 0
 
 
@@ -236,6 +227,6 @@ def _print_scripts(grid: Grid, results: Path, profile: Profile, scoring: Scoring
     if as_json:
         print_json({"grid": grid.name, "scripts": scripts})
     else:
-        print("\n".join(scripts) or f"{grid.name} needs nothing")
+        print("\n".join(scripts) or f"{grid.name}: every cell is done")
         if scripts:
             print(f"{grid.name}: {len(scripts)} scripts written, nothing submitted", file=sys.stderr)

@@ -66,7 +66,7 @@ class DataRoot:
         ]
         if not files:
             wanted = (folder / f"{split}.jsonl").relative_to(self.path)
-            raise UserError(f"{self.path}: no {wanted} (nor .parquet); get it with: suite eval prefetch {self.path}")
+            raise UserError(f"{self.path}: no {wanted} (nor .parquet); get it with: suite data prefetch {self.path}")
         return files
 
     def where(self, repo: str, config: str | None, split: str) -> str:
@@ -142,7 +142,7 @@ def _from_hub(repo: str, config: str | None, split: str) -> Docs:
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{repo} ({config or 'default'}, {split}): not from the hub ({reason}), allowed: a network, or --data-root "
-            "with its files (`suite eval prefetch` makes them where there is one)"
+            "with its files (`suite data prefetch` makes them where there is one)"
         ) from None
 
 

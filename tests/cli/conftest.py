@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cli_runner import Suite, Told
+from cli_runner import Result, Suite
 
 from suite.cli.main import main
 
@@ -14,16 +14,16 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Suite:
-    """The command line, in an empty folder."""
+    """Return the command line as a function that runs in an empty folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "100")
 
-    def call(*arguments: str | Path) -> Told:
+    def call(*arguments: str | Path) -> Result:
         monkeypatch.setattr(sys, "argv", ["suite", *map(str, arguments)])
         capfd.readouterr()
-        with pytest.raises(SystemExit) as left:
+        with pytest.raises(SystemExit) as exited:
             main()
-        code = left.value.code
-        return Told(code if isinstance(code, int) else 0, *capfd.readouterr())
+        code = exited.value.code
+        return Result(code if isinstance(code, int) else 0, *capfd.readouterr())
 
     return call

@@ -66,7 +66,7 @@ def test_a_trained_run_exported_scores_the_same_under_stock_lm_eval(
     (path,) = Path("results/runs").iterdir()
     for config in ASKED:
         shots = [] if config.num_fewshot is None else ["--num-fewshot", str(config.num_fewshot)]
-        options = [*shots, "--limit", str(config.limit), "--data-root", real_data, "--run-code"]
+        options = [*shots, "--limit", str(config.limit), "--data-root", real_data, "--run-code", "strongest"]
         suite(monkeypatch, "eval", path.name, "--tasks", ",".join(config.tasks), *options)
     suite(monkeypatch, "export", path.name, "--to", "exported")
     capsys.readouterr()

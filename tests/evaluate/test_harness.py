@@ -109,7 +109,7 @@ def test_stock_nq_open_runs_on_local_data(real_data: Path, text: Corpus, text_mo
     [
         ("nq", "evaluate.tasks: got 'nq', allowed: .*nq_open"),
         ("held_out", "task held_out: data.kind: got 'bios', allowed: a kind of text"),
-        ("nq_open", "no google-research-datasets/nq_open/.*validation.jsonl .*suite eval prefetch"),
+        ("nq_open", "no google-research-datasets/nq_open/.*validation.jsonl .*suite data prefetch"),
     ],
 )
 def test_wrong_tasks_are_named(task: str, message: str, bios: Corpus, tmp_path: Path) -> None:

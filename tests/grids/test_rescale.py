@@ -8,14 +8,14 @@ import pytest
 
 from suite.errors import UserError
 from suite.grids import load_grid
-from suite.rescale import parse_scales, scaled
+from suite.rescale import parse_scales, rescale
 
 GRIDS = Path(__file__).resolve().parents[2] / "grids"
 
 
 def test_budget_and_warmup_shrink_together_and_the_name_says_so() -> None:
     grid = load_grid(str(GRIDS / "paper-8b.yaml"), need_data=False)
-    small = scaled(grid, parse_scales(["tokens=0.01"]))
+    small = rescale(grid, parse_scales(["tokens=0.01"]))
     assert small.name == "paper-8b-tokens-x0.01"
     for before, after in zip(grid.cells, small.cells, strict=True):
         assert after.train.tokens == before.train.tokens // 100
@@ -40,7 +40,7 @@ defaults:
 blocks:
   - axes: {model.family: [dense], train.tokens: [400, 800]}
 """)
-    small = scaled(load_grid(str(path), need_data=False), {"tokens": 0.5})
+    small = rescale(load_grid(str(path), need_data=False), {"tokens": 0.5})
     assert [cell.train.tokens for cell in small.cells] == [200, 400]
     assert {cell.train.branches for cell in small.cells} == {(200, 400)}
     assert {cell.data.parts["web"].tokens for cell in small.cells} == {500}
@@ -48,7 +48,7 @@ blocks:
 
 def test_tables_of_all_families_shrink_by_the_same_factor() -> None:
     grid = load_grid(str(GRIDS / "paper-fixed-memory.yaml"), need_data=False)
-    small = scaled(grid, {"half_keys": 0.125, "batch_rows": 0.25})
+    small = rescale(grid, {"half_keys": 0.125, "batch_rows": 0.25})
     sides = {cell.model.family: cell.model.half_keys for cell in small.cells if hasattr(cell.model, "half_keys")}
     assert sides == {"peer": 96, "pkm": 128, "memory_plus": 128}
     assert {cell.train.batch_rows for cell in small.cells} == {512}
@@ -57,7 +57,7 @@ def test_tables_of_all_families_shrink_by_the_same_factor() -> None:
 
 def test_exposures_of_a_world_shrink() -> None:
     grid = load_grid(str(GRIDS / "smoke.yaml"))
-    assert {cell.train.epochs for cell in scaled(grid, {"tokens": 0.5}).cells} == {6.0}
+    assert {cell.train.epochs for cell in rescale(grid, {"tokens": 0.5}).cells} == {6.0}
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,10 @@ def test_a_scale_given_twice_is_refused() -> None:
 def test_tables_smaller_than_what_is_read_are_refused() -> None:
     grid = load_grid(str(GRIDS / "paper-fixed-memory.yaml"), need_data=False)
     with pytest.raises(UserError, match=r"half_keys: got 8, allowed: at least top_k"):
-        scaled(grid, {"half_keys": 0.01})
+        rescale(grid, {"half_keys": 0.01})
 
 
 def test_cells_that_become_one_are_refused() -> None:
     grid = load_grid(str(GRIDS / "smoke.yaml"), {"model.top_k": "1"})
     with pytest.raises(UserError, match="two cells become"):
-        scaled(grid, {"half_keys": 0.01})
+        rescale(grid, {"half_keys": 0.01})

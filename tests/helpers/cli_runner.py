@@ -4,12 +4,12 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 
-class Told(NamedTuple):
-    """What a command left: its exit code and what it printed."""
+class Result(NamedTuple):
+    """The exit code of a command and what it printed."""
 
     returncode: int
     stdout: str
     stderr: str
 
 
-Suite = Callable[..., Told]
+Suite = Callable[..., Result]
