@@ -43,7 +43,7 @@ from typing import Any
 from pydantic import ValidationError
 
 import suite.models  # noqa: F401  (registers the families)
-from suite.baselines import loading
+from suite.baselines import checks, loading
 from suite.cells import Cell, flat, with_current_names
 from suite.contrast import Contrast, matches, select
 from suite.data.identify import identified
@@ -108,7 +108,7 @@ def load_grid(
     over = {path: parse_value(text, f"--set {path}") for path, text in (overrides or {}).items()}
     cells = _cells_of_grids(source, content, over, need_data) or _cells(source, content, over, need_data)
     for config in {cell.model.model_dump_json(): cell.model for cell in cells if cell.baseline}.values():
-        loading.check(config)
+        checks.check(config)
     return Grid(source.stem, source, cells, content.get("launch") or {}, _contrast(source, content, cells, bool(over)))
 
 
@@ -163,7 +163,7 @@ def load_cell(path: Path, baselines: Iterable[Path] = ()) -> Cell:
         content = with_current_names(content["cell"])
     cell = _cell(path, _Point(_flatten(path, "", content), ""))
     if cell.baseline:
-        loading.check(cell.model)
+        checks.check(cell.model)
     return cell
 
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import track
 
 from suite import models
-from suite.baselines import loading
+from suite.baselines import checks
 from suite.errors import UserError
 from suite.models import Transformer, registry
 from suite.models.accounting import account_of
@@ -83,7 +83,7 @@ def configurations(base: str, half_keys: Iterable[int]) -> list[ModelConfig]:
             for field, given, allowed in config.problems():
                 raise UserError(f"--half-keys: {name}: {field}: got {given!r}, allowed: {allowed}")
             if registry.family(name).source:
-                loading.check(config)
+                checks.check(config)
             found.append(config)
     return found
 

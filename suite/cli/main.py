@@ -27,7 +27,6 @@ from suite.cli.options import (
     print_statuses,
     print_table,
     report_failures,
-    uncollected,
 )
 from suite.errors import UserError
 
@@ -74,7 +73,6 @@ def root(
 
 
 @app.command()
-@uncollected()
 @expand_options
 def plan(
     grid: GridName,

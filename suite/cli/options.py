@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
-import gc
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
@@ -146,25 +143,6 @@ def make_scoring(data_root: Path | None, run_code: str | None, here: bool = True
     if here:
         sandbox_of(kind)
     return Scoring(None if data_root is None else data_root.resolve(), kind)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """No search for cyclic garbage, now or as Python ends: among torch's objects it is a sixth of a plan's time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    atexit.register(_freeze)
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
-def _freeze() -> None:
-    """Not with triton, which would report what is left as leaks."""
-    if "triton" not in sys.modules:
-        gc.freeze()
 
 
 def parse_overrides(settings: list[str] | None) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suite.models.accounting import Cost, dense_cost
+from suite.models.cost import Cost, dense_cost
 from suite.models.registry import Family, ModelConfig, register
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.embedding_bag import RowGradients, embedding_bag, embedding_dot
-from suite.models.accounting import Cost
+from suite.models.cost import Cost
 from suite.models.precision import at_least_fp32
 
 ROWS_AT_ONCE = 1 << 26

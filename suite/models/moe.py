@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suite.models.accounting import Cost
+from suite.models.cost import Cost
 from suite.models.feedforward import SwiGLU
 from suite.models.precision import at_least_fp32
 from suite.models.ranking import best

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from suite.models import registry
-from suite.models.accounting import Cost, dense_cost
+from suite.models.cost import Cost, dense_cost
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.registry import ModelConfig
 from suite.models.sizes import Size

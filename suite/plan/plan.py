@@ -10,17 +10,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from suite.baselines.loading import needs_values
 from suite.cells import Cell, variants
 from suite.data import prepare
 from suite.errors import UserError
 from suite.grids import Grid
-from suite.models.accounting import Account, account_of, cost_of, meta_model
+from suite.models.accounting import Account, account_of, cost_of, meta_model, needs_values
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
 from suite.plan.activation_memory import Seen
-from suite.plan.compiler import without_compiler
 from suite.plan.gpus import GPUS, USABLE, UTILISATION, Gpu
 from suite.plan.mesh import MICRO_ROWS, Mesh, Unfit, divided, smallest_mesh
 from suite.plan.step_memory import STATE_BYTES
@@ -138,8 +136,7 @@ def plan(grid: Grid, assumed: Assumptions, cache: Path) -> list[CellPlan]:
             read[key] = reading(cell, cache)
         model, counted = model_of(cell, cell.model, read[key].vocabulary)
         _, dense = model_of(cell, cell.model.dense(), read[key].vocabulary)
-        with without_compiler():
-            plans.append(_plan(cell, read[key].tokens, model, counted, dense, assumed, seen))
+        plans.append(_plan(cell, read[key].tokens, model, counted, dense, assumed, seen))
     apart = variants(grid.cells)
     return [replace(one, variant=apart[one.cell.run_name], partners=partners(one, plans)) for one in plans]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from suite.baselines import loading
+import suite.baselines
+from suite.baselines import checks, loading
 from suite.errors import UserError
 from suite.models import build, registry
 from suite.models.transformer import token_windows
@@ -58,7 +60,7 @@ def baseline(folder: Path, **wrong: str) -> Path:
 
 def checked(path: Path) -> None:
     (name,) = loading.load(path)
-    loading.check(registry.ModelConfig(family=name, base="w32"))
+    checks.check(registry.ModelConfig(family=name, base="w32"))
 
 
 def test_a_file_adds_its_family_once_however_often_it_is_read(tmp_path: Path) -> None:
@@ -72,12 +74,12 @@ def test_a_file_adds_its_family_once_however_often_it_is_read(tmp_path: Path) ->
 
 
 def test_a_wrong_shape_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"squared: layers\.0\.feed_forward \(Squared\): forward gives \(2, 8, 96\)"):
+    with pytest.raises(UserError, match=r"squared: layers\.0\.feed_forward \(Squared\): forward returns \(2, 8, 96\)"):
         checked(baseline(tmp_path, result="self.up(x_BTD)"))
 
 
 def test_a_shape_that_would_broadcast_is_refused_too(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"forward gives \(2, 8, 1\) float32 for \(2, 8, 32\) float32"):
+    with pytest.raises(UserError, match=r"forward returns \(2, 8, 1\) float32 for \(2, 8, 32\) float32"):
         checked(baseline(tmp_path, result="x_BTD[..., :1]"))
 
 
@@ -88,7 +90,7 @@ def test_a_product_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None
 
 def test_another_dtype_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"\(Squared\): forward gives \(2, 8, 32\) float64 for \(2, 8, 32\) float32, allowed"
+        UserError, match=r"\(Squared\): forward returns \(2, 8, 32\) float64 for \(2, 8, 32\) float32, allowed"
     ):
         checked(baseline(tmp_path, result="x_BTD.double()"))
 
@@ -99,7 +101,7 @@ def test_another_dtype_is_refused_by_name(tmp_path: Path) -> None:
         ({"result": "1 / 0"}, r"family squared: line 12: ZeroDivisionError: division by zero"),
         ({"result": "x_BTD if unknown else x_BTD"}, r"line 12: NameError: name 'unknown' is not defined"),
         ({"params": "{}['no']"}, r"line 15: KeyError: 'no'"),
-        ({"params": "1, 1) and (0"}, r"layers\.0\.feed_forward \(Squared\): cost\(\) gives tuple, allowed: a Cost"),
+        ({"params": "1, 1) and (0"}, r"layers\.0\.feed_forward \(Squared\): cost\(\) returns tuple, allowed: a Cost"),
         ({"params": "sum(1)"}, r"line 15: TypeError: 'int' object is not iterable"),
     ],
 )
@@ -147,7 +149,7 @@ def test_a_module_that_looks_at_values_is_checked_on_the_cpu(tmp_path: Path) -> 
     by_value = "self.down(self.up(x_BTD).relu()) if x_BTD.sum().item() < 1e9 else x_BTD"
     checked(baseline(tmp_path, result=by_value))
     registry.unregister(["squared"])
-    with pytest.raises(UserError, match=r"forward gives \(2, 8, 96\)"):
+    with pytest.raises(UserError, match=r"forward returns \(2, 8, 96\)"):
         checked(baseline(tmp_path, result=by_value.replace("self.down(self.up(x_BTD).relu())", "self.up(x_BTD)")))
 
 
@@ -187,7 +189,7 @@ def test_a_look_far_ahead_is_seen_and_integers_are_no_obstacle(tmp_path: Path) -
         .replace("\n    def forward", "\n" + whole, 1)
         .replace("self.up.bias.numel()", "self.up.bias.numel() + 1")
     )
-    with pytest.raises(UserError, match="tokens that come later"):
+    with pytest.raises(UserError, match="later tokens change"):
         checked(path)
 
 
@@ -201,7 +203,7 @@ def test_a_count_that_is_no_number_of_anything_is_refused_by_name(tmp_path: Path
     wrong = baseline(tmp_path)
     wrong.write_text(wrong.read_text().replace("2 * self.up.weight.numel())\n\n", f"{macs})\n\n"))
     with pytest.raises(
-        UserError, match=r"layers\.0\.feed_forward \(Squared\): cost\(\) gives macs ffn (nan|-5|inf|'many'), allowed"
+        UserError, match=r"layers\.0\.feed_forward \(Squared\): cost\(\) returns macs ffn (nan|-5|inf|'many'), allowed"
     ):
         checked(wrong)
 
@@ -232,7 +234,7 @@ def test_a_module_in_two_layers_is_refused(tmp_path: Path) -> None:
 def test_a_family_that_sees_later_tokens_is_refused(tmp_path: Path, result: str) -> None:
     path = baseline(tmp_path, result=result)
     with pytest.raises(
-        UserError, match=r"family squared: tokens that come later change a token's logits by \S+ standard"
+        UserError, match=r"family squared: in evaluation mode, later tokens change a token's logits by \S+ standard"
     ):
         checked(path)
 
@@ -241,7 +243,7 @@ def test_foresight_that_initial_zeros_would_hide_is_seen(tmp_path: Path) -> None
     path = baseline(tmp_path, result="self.down(self.up(x_BTD).cumsum(1).flip(1))")
     initial = "    def init_parameter(self, name, parameter, generator):\n        parameter.zero_()\n\n"
     path.write_text(path.read_text().replace("    def cost(self)", initial + "    def cost(self)"))
-    with pytest.raises(UserError, match="tokens that come later"):
+    with pytest.raises(UserError, match="later tokens change"):
         checked(path)
 
 
@@ -290,6 +292,20 @@ def test_an_installed_package_announces_its_baseline_by_entry_point(
         loading.load_all()
 
 
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("suite.models.accounting", ["Cost", "dense_cost"]),
+        ("suite.models.registry", ["Family", "ModelConfig", "Problem", "register"]),
+        ("suite.models.memory_table", ["MemoryLayer", "MemoryTable"]),
+        ("suite.models.feedforward", ["SwiGLU"]),
+    ],
+)
+def test_the_modules_that_earlier_baseline_files_import_hold_the_public_names(module: str, names: list[str]) -> None:
+    for name in names:
+        assert getattr(importlib.import_module(module), name) is getattr(suite.baselines, name)
+
+
 def test_windows_stay_within_document_row_and_padding() -> None:
     tokens = torch.tensor([[5, 6, 7, 8, 9]])
     plain = token_windows(tokens, 3, None, None)
@@ -303,7 +319,7 @@ def test_windows_stay_within_document_row_and_padding() -> None:
 def ngram_model() -> torch.nn.Module:
     loading.load(EXAMPLE)
     config = registry.family("hashed_ngram").config(family="hashed_ngram", base="w32")
-    loading.check(config)
+    checks.check(config)
     return build(config, 50, 0).eval()
 
 

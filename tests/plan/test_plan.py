@@ -6,8 +6,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -61,17 +59,6 @@ def test_the_papers_grids_are_planned_at_once_with_the_totals_counted_by_hand(tm
         seen.setdefault((cell["family"], cell["base"], cell["half_keys"]), []).append(millions)
     for key, millions in COUNTED.items():
         assert min(abs(total - millions) for total in seen[key]) < 0.05, key
-
-
-def test_no_family_of_the_paper_needs_torchs_compiler_to_be_planned(tmp_path: Path) -> None:
-    code = (
-        "import sys; from suite.cli.main import app; "
-        f"app(['plan', 'paper-fixed-memory', '--json', '--results', {str(tmp_path)!r}], standalone_mode=False); "
-        "print('torch._dynamo' in sys.modules, file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stderr == "False\n"
-    assert len(json.loads(done.stdout)["cells"]) == 24
 
 
 def test_cells_of_one_name_are_told_apart(tmp_path: Path) -> None:

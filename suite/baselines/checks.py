@@ -1,0 +1,144 @@
+"""Checks a family from outside the package before anything is trained.
+
+Its modules must keep shape and dtype, count all of their parameters and matrix products, and, in evaluation mode, must
+not look at later tokens.
+
+Shapes: B rows, T tokens a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from suite.baselines.loading import error_line
+from suite.errors import UserError
+from suite.models import registry
+from suite.models.accounting import account_of, cost_of, meta_model, needs_values
+from suite.models.registry import ModelConfig
+from suite.models.transformer import Block, Transformer, build
+
+TOKENS = 8
+"""Tokens per row when shapes are checked, and the vocabulary where the base names none."""
+CAUSALITY_TOKENS = 97
+"""Tokens per row when causality is checked."""
+PRODUCT_TOKENS = 1024
+"""Tokens per row when matrix products are counted."""
+PRODUCT_TOLERANCE = 1.1
+"""Largest ratio of measured to counted matrix products: experts are padded to whole numbers of tokens."""
+MAX_BUILT_PARAMETERS = 20_000_000
+"""Largest model that is built on the CPU for the checks that need values."""
+CAUSALITY_TOLERANCE = 1e-3
+"""Largest change of earlier logits, in their standard deviations; products of other shapes round differently."""
+
+
+def check(config: ModelConfig) -> None:
+    """Check the family of a configuration that comes from a baseline's file.
+
+    The model runs on the meta device. A small one also runs on the CPU, where causality is checked.
+
+    Raises:
+        UserError: Names the file, the family and the module: another shape or dtype than its input's, parameters or
+            products that `cost()` leaves out, logits that depend on later tokens, or any exception in its code.
+    """
+    path = registry.family(config.family).path
+    assert path is not None, f"{config.family} is not from a baseline's file"
+    try:
+        model = meta_model(config, config.size.vocab_size or TOKENS)
+        account_of(model, TOKENS)
+        passed_on_meta = _check_shapes_and_products(model)
+        if sum(parameter.numel() for parameter in model.parameters()) <= MAX_BUILT_PARAMETERS:
+            built = build(config, model.vocab_size, seed=0)
+            if _check_shapes_and_products(built) or not passed_on_meta:
+                _check_causality(built)
+    except Exception as error:
+        raise UserError(f"{path}: family {config.family}: {error_line(error, path)}") from None
+
+
+def _check_shapes_and_products(model: Transformer) -> bool:
+    """Check shapes and products; False if the model cannot run on its device, which lacks values or an operator."""
+    try:
+        _check_shapes(model)
+        _check_products(model)
+    except RuntimeError as error:
+        if not needs_values(error):
+            raise
+        return False
+    return True
+
+
+def _check_shapes(model: Transformer) -> None:
+    """Run two rows in evaluation mode and check the result of every feed-forward."""
+    tokens_BT = torch.zeros(2, TOKENS, dtype=torch.int64, device=model.norm.weight.device)
+    for index, block in enumerate(cast(list[Block], list(model.layers))):
+        block.feed_forward.register_forward_hook(_shape_check(index))
+    with torch.no_grad():
+        model.eval()(tokens_BT)
+
+
+def _shape_check(layer: int) -> Callable[..., None]:
+    """Return a forward hook that raises ValueError if a module's result differs from its input in shape or dtype."""
+
+    def check_result(module: nn.Module, inputs: tuple[Tensor, ...], result: object) -> None:
+        expected = _shape_and_dtype(inputs[0])
+        if _shape_and_dtype(result) != expected:
+            name = f"layers.{layer}.feed_forward ({type(module).__name__})"
+            raise ValueError(
+                f"{name}: forward returns {_shape_and_dtype(result)} for {expected}, allowed: the shape and dtype of "
+                "its input"
+            )
+
+    return check_result
+
+
+def _shape_and_dtype(value: object) -> str:
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+
+
+@torch.no_grad()
+def _check_products(model: Transformer) -> None:
+    """Raise ValueError if a feed-forward makes more matrix products than its `cost()` counts.
+
+    The row is long, so that experts padded to whole numbers of tokens count as they do in training.
+    """
+    from torch.utils.flop_counter import FlopCounterMode  # imports sympy, which most commands do not need
+
+    tokens_BT = torch.zeros(1, PRODUCT_TOKENS, dtype=torch.int64, device=model.norm.weight.device)
+    with FlopCounterMode(display=False) as counter:
+        model.eval()(tokens_BT)
+    for index, block in enumerate(cast(list[Block], list(model.layers))):
+        name = f"layers.{index}.feed_forward"
+        flops = sum(counter.get_flop_counts().get(f"Transformer.{name}", {}).values())
+        measured = flops / 2 / PRODUCT_TOKENS
+        counted = sum(cost_of(name, block.feed_forward).macs.values())
+        if measured > PRODUCT_TOLERANCE * counted:
+            module = type(block.feed_forward).__name__
+            raise ValueError(
+                f"{name} ({module}): cost() counts {counted:,.0f} multiply-adds a token, "
+                f"allowed: the {measured:,.0f} of its matrix products"
+            )
+
+
+@torch.no_grad()
+def _check_causality(model: Transformer) -> None:
+    """Raise ValueError if later tokens change earlier logits; weights are perturbed so that zeros hide nothing."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.05, generator=generator))
+    tokens_BT = torch.randint(model.vocab_size, (2, CAUSALITY_TOKENS), generator=generator)
+    changed_BT = tokens_BT.clone()
+    first = CAUSALITY_TOKENS // 3
+    changed_BT[:, first:] = (tokens_BT[:, first:] + 1) % model.vocab_size
+    before_BTV, after_BTV = (model.eval()(tokens)[:, :first] for tokens in (tokens_BT, changed_BT))
+    change = float((before_BTV - after_BTV).abs().max() / before_BTV.std())
+    if not change < CAUSALITY_TOLERANCE:
+        raise ValueError(
+            f"in evaluation mode, later tokens change a token's logits by {change:.2g} standard deviations; a module "
+            "may look at earlier tokens only"
+        )
