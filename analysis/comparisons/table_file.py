@@ -6,11 +6,8 @@ method.
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +16,9 @@ import pandas as pd
 from analysis.comparisons.multiplier import multipliers
 from analysis.comparisons.paired import MIN_PAIRS, holm, paired
 from analysis.errors import InputError
-from analysis.fits.columns import chosen, evaluate, expressions, number, prepared
-from analysis.fits.isoflop import budgets
+from analysis.fits.budgets import budgets
+from analysis.fits.columns import chosen, evaluate, expressions, number
 from analysis.records.runs import EQUAL
-from analysis.records.tables import read_table
 
 NEEDED = {"family": "names of families", "y": "loss or error, lower is better"}
 OPTIONAL = {
@@ -32,29 +28,6 @@ OPTIONAL = {
     "params": "its ratio is stated",
     "bytes": "its ratio is stated",
 }
-
-
-def add_options(verb: argparse.ArgumentParser) -> None:
-    """The options of a comparison of families in a file."""
-    verb.add_argument("--data", type=Path, required=True, help="CSV, JSON lines or parquet of runs")
-    verb.add_argument("--columns", required=True, help=f"NAME=EXPRESSION,...: {', '.join([*NEEDED, *OPTIONAL])}")
-    verb.add_argument("--reference", default="dense", help="the family all others are held against; default: dense")
-    verb.add_argument(
-        "--primary", metavar="FAMILY:CELL", help="the one contrast whose p is not adjusted; default: none"
-    )
-    verb.add_argument("--where", help="compare rows that satisfy this condition")
-    verb.add_argument("--bootstrap", type=int, default=1000, metavar="DRAWS", help="of runs, for multipliers")
-    verb.add_argument("--seed", type=int, default=0)
-
-
-def main(options: argparse.Namespace, finite: Callable[[Any], Any]) -> int:
-    """Read, compare, print."""
-    if options.bootstrap < 1 or options.seed < 0:
-        raise InputError("--bootstrap: allowed: 1 or more; --seed: 0 or more")
-    runs = columns_of(prepared(read_table(options.data)), options.columns, options.where)
-    result = compare(runs, options.reference, options.primary, options.bootstrap, options.seed)
-    print(json.dumps(finite(result)) if options.json else text(result))
-    return 0
 
 
 def columns_of(table: pd.DataFrame, columns: str, where: str | None) -> pd.DataFrame:

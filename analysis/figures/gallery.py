@@ -8,10 +8,10 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.figures import learning
+from analysis.figures.isoflop import isoflops_of_grid
 from analysis.figures.scene import Missing, Scene, has_bits, no_bits, scene
 from analysis.figures.scores import SCORE_FIGURES
 from analysis.figures.variants import CELL_FIGURES
-from analysis.fits.isoflop import isoflops_of_grid
 from analysis.records.runs import Run
 
 Draw = Callable[[Scene, Path], list[Path]]

@@ -21,12 +21,12 @@ class Bootstrap:
 
     values: dict[str, np.ndarray]
     theta: np.ndarray
-    asked: int
+    requested: int
     units: int
 
     @property
     def kept(self) -> int:
-        """Draws that could be fitted."""
+        """Number of draws that could be fitted."""
         return len(self.theta)
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:

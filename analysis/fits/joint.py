@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 
 from analysis.errors import InputError
+from analysis.fits.document import Fitted, fitted
 from analysis.fits.fit import Problem
-from analysis.fits.fitting import Request, chosen_law, data, document, held_out
 from analysis.fits.intervals import HeldOut
 from analysis.fits.laws import JOINT
+from analysis.fits.request import Request, chosen_law, data, held_out
 
 RULE = (
     "smallest mean |log error| on the held-out largest cells, "
@@ -20,31 +21,37 @@ RULE = (
 )
 
 
-def select_joint(rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, str], asked: Request) -> dict[str, Any]:
-    """All joint laws the data allow, each with its held-out score, and the one the rule selects.
+def select_joint(rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, str], request: Request) -> list[Fitted]:
+    """Fit all joint laws that the data allow, score each on its held-out cells, and select one by the rule.
 
     joint4 needs D; without a column D no law has a D term. A candidate with too few points is listed with the reason.
+
+    Returns:
+        The candidates, the selected one first; its document lists the scores and all candidates' documents.
     """
     scores: dict[str, np.ndarray] = {}
-    candidates, refused = [], {}
+    candidates: list[Fitted] = []
+    refused: dict[str, str] = {}
     for name in JOINT:
         try:
-            entry = chosen_law(name, columns, asked)
-            posed, used = data(entry, rows, columns, asked)
-            held = held_out(posed, used, asked)
+            entry = chosen_law(name, columns, request)
+            posed, used = data(entry, rows, columns, request)
+            held = held_out(posed, used, request)
             if not len(held.rows):
                 raise InputError(f"nothing held out: {held.reason}")
-            candidates.append(document(entry, rows, table, columns, asked))
+            candidates.append(fitted(entry, rows, table, columns, request))
         except InputError as error:
             refused[name] = str(error)
             continue
         scores[name] = cell_errors(posed, held)
     if not scores:  # the first has the fewest parameters, so its reason holds for all
         raise InputError(next(iter(refused.values())))
-    chosen = choose(scores, {item["law"]: len(item["parameters"]) for item in candidates})
-    best = next(item for item in candidates if item["law"] == chosen)
+    documents = [item.document for item in candidates]
+    chosen = choose(scores, {item["law"]: len(item["parameters"]) for item in documents})
     means = {name: float(value.mean()) for name, value in scores.items()}
-    return best | {"selected": chosen, "rule": RULE, "scores": means, "refused": refused, "candidates": candidates}
+    ranked = sorted(candidates, key=lambda item: item.document["law"] != chosen)
+    selection = {"selected": chosen, "rule": RULE, "scores": means, "refused": refused, "candidates": documents}
+    return [replace(ranked[0], document=ranked[0].document | selection), *ranked[1:]]
 
 
 def cell_errors(posed: Problem, held: HeldOut) -> np.ndarray:

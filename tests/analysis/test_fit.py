@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from scipy import optimize
 from simulated_tables import TRUTH, simulated
 
+from analysis.cli.fit import run
 from analysis.errors import InputError
 from analysis.fits.fit import Problem, fit
-from analysis.fits.fitting import Request, run
 from analysis.fits.intervals import (
     bootstrap,
     hold_out,
@@ -27,6 +27,7 @@ from analysis.fits.intervals import (
     standard_errors,
 )
 from analysis.fits.laws import LAWS
+from analysis.fits.request import Request
 from analysis.fits.solver import huber
 
 SHARED = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[2] / ".." / "shared" / "data"))

@@ -1,0 +1,215 @@
+"""The `fit` verb: a law fitted to any table, or the trends of a grid's outcomes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from analysis.cli.options import AsJson, Data, Grid, Results, print_json
+from analysis.errors import InputError
+from analysis.fits.laws import LAWS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from analysis.fits.document import Fitted
+    from analysis.fits.request import Request
+
+EXAMPLE = (
+    "Example: python -m analysis fit --law chinchilla --data runs.csv "
+    '--columns "N=params,D=tokens,L=loss" --huber 1e-3 --json'
+)
+
+
+def fit(
+    law: Annotated[str | None, typer.Option(help=f"joint, {', '.join(LAWS)}")] = None,
+    data: Data = None,
+    columns: Annotated[str | None, typer.Option(help="NAME=EXPRESSION,... as pandas.eval reads them")] = None,
+    huber: Annotated[
+        float | None, typer.Option(metavar="DELTA", help="Huber's loss on log residuals; default: least squares")
+    ] = None,
+    minimize: Annotated[str, typer.Option(metavar="sum|mean", help="objective over points")] = "sum",
+    residuals: Annotated[
+        str | None, typer.Option(metavar="log|linear", help="scale of residuals; default: the law's")
+    ] = None,
+    where: Annotated[str | None, typer.Option(metavar="CONDITION", help="fit only rows that satisfy this")] = None,
+    predict: Annotated[
+        str | None, typer.Option(metavar="CONDITION", help="predict rows that satisfy this, with relative errors")
+    ] = None,
+    drop_highest: Annotated[int, typer.Option(metavar="K", help="drop the K highest outputs")] = 0,
+    drop_missing: Annotated[bool, typer.Option("--drop-missing", help="drop rows with missing values")] = False,
+    weights: Annotated[str | None, typer.Option(metavar="EXPR", help="weight of each point")] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="EXPR", help="resample and hold out whole runs")] = None,
+    strata: Annotated[str | None, typer.Option(metavar="EXPR", help="resample within these groups (cells)")] = None,
+    bootstrap: Annotated[int, typer.Option(metavar="DRAWS", help="intervals from this many refits")] = 0,
+    holdout: Annotated[float, typer.Option(metavar="SHARE", help="share of largest cells held out first")] = 0.1,
+    holdout_by: Annotated[
+        str | None, typer.Option(metavar="EXPR", help="what is large; a condition holds out just those rows")
+    ] = None,
+    fix: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="hold a parameter fixed")] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="EXPR", help="isoflop: compute budget; one parabola each, then the frontier")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="seed of starts and resampling")] = 0,
+    diagnostics: Annotated[
+        bool, typer.Option("--diagnostics", help="residuals, leverage and leave-one-out of each point")
+    ] = False,
+    figure: Annotated[Path | None, typer.Option(metavar="DIR", help="draw the fit there: PNG, PDF, SVG")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="with --data: the table with columns predicted and fitted"),
+    ] = None,
+    results: Results = Path("results"),
+    grid: Grid = None,
+    as_json: AsJson = False,
+) -> int:
+    """Fit a law to any table of runs; without --law, fit the trends of a grid's outcomes."""
+    if law is None and data is None:
+        if out is not None:
+            raise InputError("--out: only with --law, --data and --columns")
+        return _trends(results, grid, as_json)
+    if law is None or data is None or columns is None:
+        missing = "law" if law is None else "data" if data is None else "columns"
+        raise InputError(f"--{missing}: missing; a fit to a file needs --law, --data and --columns")
+    from analysis.fits.request import Request
+    from analysis.records.tables import read_table
+
+    request = Request(
+        law=law,
+        columns=columns,
+        huber=huber,
+        minimize=minimize,
+        residuals=residuals,
+        where=where,
+        predict=predict,
+        drop_highest=drop_highest,
+        drop_missing=drop_missing,
+        weights=weights,
+        cluster=cluster,
+        strata=strata,
+        bootstrap=bootstrap,
+        holdout=holdout,
+        holdout_by=holdout_by,
+        fix=_fixed(fix or ()),
+        seed=seed,
+        diagnostics=diagnostics,
+        figure=figure,
+        group=group,
+        out=out,
+        source=data.name,
+    )
+    document = run(read_table(data), request)
+    if as_json:
+        print_json(document)
+    else:
+        print(_text(document))
+    return 0
+
+
+def run(table: pd.DataFrame, request: Request) -> dict[str, Any]:
+    """Fit, draw and write what is requested; returns the document that `fit --json` prints."""
+    from analysis.fits.columns import chosen, expressions, prepared
+    from analysis.fits.document import fitted
+    from analysis.fits.joint import select_joint
+    from analysis.fits.request import check, chosen_law
+
+    check(request)
+    original, table = table.reset_index(drop=True), prepared(table)
+    columns = expressions(request.columns)
+    rows = chosen(table, request.where, "--where")
+    if request.group is not None:
+        return _isoflops(rows, columns, request)
+    if request.law == "joint":
+        found = select_joint(rows, table, columns, request)
+    else:
+        found = [fitted(chosen_law(request.law, columns, request), rows, table, columns, request)]
+    for item in found:
+        _draw(item, request)
+    if request.out is not None:
+        _write(found[0], original, table, columns, request.out)
+    return found[0].document
+
+
+def _isoflops(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -> dict[str, Any]:
+    from analysis.fits.isoflop import isoflops
+
+    if request.law != "isoflop":
+        raise InputError(f"--group: got law {request.law!r}, allowed: isoflop")
+    found = isoflops(rows, columns, request)
+    if request.figure is not None:
+        from analysis.figures.isoflop import isoflop_figure
+
+        found.document["figure"] = [str(path) for path in isoflop_figure(found, request.figure, request.source)]
+    return found.document
+
+
+def _draw(item: Fitted, request: Request) -> None:
+    """Draw the fit and list its files in the document."""
+    if request.figure is None:
+        return
+    from analysis.figures.law import law_figure
+
+    source = f"Source: {request.source}." if request.source else ""
+    item.document["figure"] = [str(path) for path in law_figure(item.found, item.held, request.figure, source)]
+
+
+def _write(item: Fitted, original: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, str], out: Path) -> None:
+    from analysis.fits.document import predicted_rows
+    from analysis.records.tables import write_table
+
+    write_table(original.assign(**predicted_rows(item, table, columns)), out)
+
+
+def _fixed(items: Sequence[str]) -> dict[str, float]:
+    """Parameters held fixed, from NAME=VALUE."""
+    fixed: dict[str, float] = {}
+    for item in items:
+        name, _, value = (part.strip() for part in item.partition("="))
+        if name in fixed:
+            raise InputError(f"--fix: {name} is given twice")
+        try:
+            fixed[name] = float(value)
+        except ValueError:
+            raise InputError(f"--fix: got {item!r}, allowed: NAME=NUMBER") from None
+    return fixed
+
+
+def _text(document: Mapping[str, Any]) -> str:
+    """The document as lines for a terminal."""
+    from analysis.fits.document import text
+    from analysis.fits.isoflop import isoflop_text
+
+    if "groups" in document:
+        frontier = document["frontier"]
+        return "\n".join([isoflop_text(document), *([text(frontier)] if "parameters" in frontier else [])])
+    lines = [text(item) for item in document.get("candidates") or [document]]
+    if "selected" in document:
+        lines += [f"left out: {name}: {reason}" for name, reason in document["refused"].items()]
+        lines.append(f"selected: {document['selected']} ({document['rule']})")
+    return "\n".join(lines)
+
+
+def _trends(results: Path, grid: str | None, as_json: bool) -> int:
+    """The log-linear fits of a grid's outcomes."""
+    from analysis.comparisons.trends import trends
+    from analysis.records.runs import read_runs
+
+    found = trends(read_runs(results, grid))
+    if as_json:
+        print_json({"grid": grid, "fits": [asdict(trend) for trend in found]})
+        return 0
+    for trend in found:
+        print(f"{trend.outcome}, {trend.family}: {trend.runs} runs, {trend.cells} cells")
+        for term, (estimate, low, high) in trend.estimates.items():
+            interval = "no interval: cells of one run" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"
+            print(f"  {term}: {estimate:.4g} {interval}")
+        unidentified, score = ", ".join(trend.not_identified) or "none", "too few cells"
+        if trend.held_out:
+            score = f"{trend.held_out['cell']}, relative error {float(trend.held_out['relative_error']):+.2%}"
+        print(f"  not identified: {unidentified}; held out: {score}")
+    return 0

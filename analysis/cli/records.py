@@ -1,0 +1,144 @@
+"""Verbs that read run records: frame, figures, report, tuning, paper and kernels."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from analysis.cli.options import AsJson, FigureFolder, Grid, Results, print_json
+from analysis.errors import InputError
+
+
+def frame(
+    results: Results = Path("results"),
+    grid: Grid = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="write a .csv, .jsonl or .parquet file")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """The tidy frame: one row per run, step, task and metric; to a file, or to stdout as CSV or JSON."""
+    from analysis.records.frame import load
+    from analysis.records.tables import write_table
+
+    table = load(results, grid)
+    if out is not None:
+        write_table(table, out)
+        print(f"{out}: {len(table)} rows", file=sys.stderr)
+    elif as_json:
+        print(table.to_json(orient="records"))
+    else:
+        table.to_csv(sys.stdout, index=False)
+    return 0
+
+
+def figures(
+    results: Results = Path("results"), grid: Grid = None, out: FigureFolder = None, as_json: AsJson = False
+) -> int:
+    """Draw every figure of a grid and list the missing ones with the reason."""
+    from analysis.figures.gallery import draw
+    from analysis.records.frame import load_published
+    from analysis.records.runs import read_runs, read_source
+    from analysis.report.build import grids
+
+    documents = []
+    for name in grids(results, grid):
+        folder = out or _figures(results) / name
+        drawn, missing = draw(
+            read_runs(results, name), name, folder, load_published(results), read_source(results, name)
+        )
+        paths = {figure: [str(path) for path in files] for figure, files in drawn.items()}
+        documents.append({"grid": name, "figures": paths, "missing": missing})
+        _log([files[0] for files in paths.values()], missing)
+    if as_json:
+        print(json.dumps(documents))
+    return 0
+
+
+def report(
+    results: Results = Path("results"), grid: Grid = None, out: FigureFolder = None, as_json: AsJson = False
+) -> int:
+    """Figures and report.md of a grid; exit code 1 if any of its runs failed."""
+    from analysis.report.build import grids, write
+
+    documents = []
+    for name in grids(results, grid):
+        document = write(results, name, out or _figures(results) / name)
+        documents.append(document)
+        _log([document["report"], document["page"]], document["missing"])
+    if as_json:
+        print(json.dumps(documents))
+    failed = [name for document in documents for name in document["failed"]]
+    if failed:
+        print(f"{len(failed)} runs failed: {', '.join(failed)}; causes are in the report", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def tuning(
+    results: Results = Path("results"),
+    grid: Grid = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="write a Markdown file")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """What a tuning grid chose for each family, whether the choice is interior, and every setting tried."""
+    from analysis.comparisons.tuning import choices, markdown
+    from analysis.records.runs import read_runs
+
+    runs = read_runs(results, grid)
+    if as_json:
+        print_json([asdict(choice) for choice in choices(runs)])
+    elif out is not None:
+        try:
+            out.write_text(markdown(runs))
+        except OSError as error:
+            raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
+    else:
+        print(markdown(runs), end="")
+    return 0
+
+
+def paper(results: Results = Path("results"), out: FigureFolder = None, as_json: AsJson = False) -> int:
+    """Figures and tables of "Memory Layers at Scale": the published numbers and matching runs."""
+    from analysis.paper.figures import draw
+
+    folder = out or _figures(results) / "paper"
+    files = {name: [str(path) for path in paths] for name, paths in draw(results, folder).items()}
+    _log([paths[0] for paths in files.values()], [])
+    if as_json:
+        print(json.dumps(files))
+    return 0
+
+
+def kernels(results: Results = Path("results"), out: FigureFolder = None, as_json: AsJson = False) -> int:
+    """Rooflines of the kernels, from the measurements in RESULTS/bench."""
+    from analysis.figures.roofline import draw
+
+    drawn, missing = draw(results / "bench", out or _figures(results) / "bench")
+    files = {name: [str(path) for path in paths] for name, paths in drawn.items()}
+    _log([paths[0] for paths in files.values()], missing)
+    if as_json:
+        print(json.dumps({"figures": files, "missing": missing}))
+    return 0
+
+
+def _figures(results: Path) -> Path:
+    """The default folder of figures: next to the results they are drawn from."""
+    return results.parent / "figures"
+
+
+def _log(written: list[str], missing: list[str]) -> None:
+    for line in [*written, *(f"missing: {line}" for line in missing)]:
+        print(line, file=sys.stderr)
+
+
+VERBS = (
+    (frame, "frame --grid laptop --out laptop.csv"),
+    (figures, "figures --grid laptop"),
+    (report, "report --grid laptop"),
+    (tuning, "tuning --grid tune-laptop --out tune.md"),
+    (paper, "paper --out figures/paper"),
+    (kernels, "kernels --results results"),
+)

@@ -1,0 +1,77 @@
+"""IsoFLOP profiles: the parabola of each compute budget, and the optimal sizes over budgets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from analysis.errors import InputError
+from analysis.figures import style
+from analysis.figures.scene import Missing, Scene
+from analysis.fits.intervals import standard_errors
+from analysis.fits.isoflop import IsoFlops, inside, isoflops
+from analysis.fits.request import Request
+
+
+def isoflops_of_grid(scene: Scene, folder: Path) -> list[Path]:
+    """Draw the dense runs of a grid at equal training FLOPs; sizes are non-embedding parameters."""
+    table = scene.table[(scene.table["family"] == "dense") & (scene.table["train_flops"] > 0)]
+    table = table.assign(N=table["params_total"] - table["params_embedding"].fillna(0))
+    request = Request("isoflop", "N=N,L=eval_loss", group="train_flops", drop_missing=True)
+    try:
+        if table.empty:
+            raise InputError("no dense run")
+        found = isoflops(table, {"N": "N", "L": "eval_loss"}, request)
+    except InputError:
+        raise Missing(
+            f"grid {scene.grid} has no four sizes of dense at one training budget; from any table: "
+            "python -m analysis fit --law isoflop --group C --data FILE --columns N=...,L=... --figure FOLDER"
+        ) from None
+    return isoflop_figure(found, folder, f"our runs, grid {scene.grid}")
+
+
+def isoflop_figure(found: IsoFlops, folder: Path, source: str) -> list[Path]:
+    """The parabolas with their data, the optima, and the frontier with its 95 % interval for the exponent."""
+    from matplotlib import colormaps
+
+    fits, frontier = found.fits, found.document["frontier"]
+    with style.figure(1, 2, width=7.2, height=3.6) as (drawn, (left, right)):
+        for rank, (budget, parabola) in enumerate(fits):
+            color = colormaps["viridis"](0.9 * rank / max(len(fits) - 1, 1))
+            sizes = parabola.problem.x["N"]
+            at = np.geomspace(sizes.min(), sizes.max(), 100)
+            left.plot(sizes, parabola.problem.y, "o", color=color, markersize=3)
+            left.plot(
+                at,
+                parabola.predict({"N": at}),
+                color=color,
+                linewidth=1,
+                label=f"{budget:.2g} FLOPs (n={parabola.problem.n})",
+            )
+            if inside(parabola):
+                optimum, error = parabola.parameters["Nopt"], standard_errors(parabola)["Nopt"]
+                left.plot([optimum], [parabola.parameters["Lmin"]], "*", color=color, markersize=8)
+                reach = [1.96 * min(error, optimum / 2)]
+                right.errorbar([budget], [optimum], yerr=reach, fmt="o", color=color)
+        if "parameters" in frontier:
+            ends = np.array([fits[0][0], fits[-1][0]])
+            k, a = frontier["parameters"]["k"], frontier["parameters"]["a"]
+            low, high = frontier["intervals"]["a"]
+            words = f"a = {a:.3f} [{low:.3f}, {high:.3f}]"
+            right.plot(ends, k * ends**a, color="#000000", linewidth=1, label=words)
+            right.legend(loc="best")
+        for axis in (left, right):
+            style.log_axis(axis)
+        right.set_yscale("log")
+        left.set_xlabel("parameters")
+        left.set_ylabel("loss")
+        style.legend_above(drawn, [left])
+        right.set_xlabel("training FLOPs")
+        right.set_ylabel("optimal parameters")
+        note = (
+            "Left: runs and a parabola in ln N per budget, stars at the optima. Right: optima with 1.96 standard "
+            "errors; budgets whose optimum is outside the sizes tried have no star and no part in the law. "
+            f"Source: {source}."
+        )
+        return style.save(drawn, folder, "isoflop", note)

@@ -1,0 +1,214 @@
+"""Everything the `fit` verb reports about one law on one set of rows: a JSON document, and its text."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.errors import InputError
+from analysis.fits.columns import chosen, groups, number, numbers
+from analysis.fits.fit import AGREED, Fit, fit
+from analysis.fits.intervals import (
+    Bootstrap,
+    HeldOut,
+    bootstrap,
+    identified,
+    leave_one_out,
+    leverage,
+    profile,
+    standard_errors,
+)
+from analysis.fits.laws import Law
+from analysis.fits.request import Request, data, held_out
+
+LEFT_OUT = 3000
+FEW_DRAWS = 100
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A fit, its held-out score, the rows it used and the document about it."""
+
+    found: Fit
+    held: HeldOut
+    used: pd.DataFrame
+    document: dict[str, Any]
+
+
+def fitted(entry: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, str], request: Request) -> Fitted:
+    """Fit one law and report on it.
+
+    Args:
+        entry: the law.
+        rows: the rows to fit.
+        table: the whole table, of which `request.predict` selects rows to predict.
+        columns: expression of each input and of the output.
+        request: the options of the fit.
+    """
+    posed, used = data(entry, rows, columns, request)
+    held = held_out(posed, used, request)
+    found = fit(posed, request.seed)
+    profiles = profile(found)
+    known = identified(found, profiles)
+    draws = _bootstrap(found, used, request)
+    divisor = posed.n if request.minimize == "mean" else 1
+    result: dict[str, Any] = {
+        "law": entry.name,
+        "formula": entry.formula,
+        "source": entry.source,
+        "n": posed.n,
+        "parameters": found.parameters,
+        "meaning": {p.name: p.meaning for p in entry.parameters},
+        "objective": found.objective / divisor,
+        "minimize": request.minimize,
+        "residuals": entry.residuals,
+        "huber": request.huber,
+        "seed": request.seed,
+        "intervals": {p.name: list(draws.interval(p.name) if draws else profiles[p.name]) for p in posed.free},
+        "interval_kind": f"95 %, from {draws.kept} bootstrap refits" if draws else "95 % profile",
+        "profile": {name: list(ends) for name, ends in profiles.items()},
+        "standard_errors": {n: draws.standard_error(n) for n in profiles} if draws else standard_errors(found),
+        "identified": known,
+        "holdout": _held_json(held, entry),
+        "fixed": dict(posed.fixed),
+        "warnings": _warnings(found, known, draws, held),
+    }
+    if request.predict is not None:
+        result["predictions"] = _predictions(found, entry, chosen(table, request.predict, "--predict"), columns)
+    if request.diagnostics:
+        result["diagnostics"] = _diagnostics(found, used)
+    return Fitted(found, held, used, result)
+
+
+def _bootstrap(found: Fit, used: pd.DataFrame, request: Request) -> Bootstrap | None:
+    if not request.bootstrap:
+        return None
+    clusters, strata = groups(used, request.cluster, "--cluster"), groups(used, request.strata, "--strata")
+    _check_resampling(found, clusters, strata)
+    return bootstrap(found, request.bootstrap, request.seed, clusters, strata)
+
+
+def _check_resampling(found: Fit, clusters: np.ndarray | None, strata: np.ndarray | None) -> None:
+    """More runs than parameters, each in one stratum, and strata in which there is something to draw."""
+    units = np.arange(found.problem.n) if clusters is None else clusters
+    free, known = len(found.problem.free), len(np.unique(units))
+    if known <= free:
+        raise InputError(f"--cluster: {known} groups are too few to resample for {free} parameters")
+    if strata is None:
+        return
+    pairs = pd.DataFrame({"unit": units, "stratum": strata}).drop_duplicates()
+    if pairs["unit"].duplicated().any():
+        name = pairs["unit"][pairs["unit"].duplicated()].iloc[0]
+        raise InputError(f"--strata: group {name!r} of --cluster lies in more than one stratum")
+    if (pairs["stratum"].value_counts() == 1).all():
+        raise InputError("--strata: every stratum holds a single run, so there is nothing to resample")
+
+
+def _held_json(held: HeldOut, entry: Law) -> dict[str, Any]:
+    if not len(held.rows):
+        return {"n": 0, "reason": held.reason}
+    errors = held.relative_errors
+    return {
+        "n": len(held.rows),
+        "rule": held.rule,
+        "rms_log_error": held.rms_log,
+        "rms_error": held.rms,
+        "mean_relative_error": float(errors.mean()),
+        "mean_abs_relative_error": float(np.abs(errors).mean()),
+        "max_abs_relative_error": float(np.abs(errors).max()),
+    }
+
+
+def _warnings(found: Fit, known: Mapping[str, bool], draws: Bootstrap | None, held: HeldOut) -> list[str]:
+    """What a reader must know before using the numbers."""
+    lines = [f"{name}: not identified (its 95 % profile is open)" for name, closed in known.items() if not closed]
+    n, free = found.problem.n, len(found.problem.free)
+    if found.problem.different == free:
+        lines.append(f"as many different points as parameters ({free}): nothing tests the law's form")
+    if n < 2 * free:
+        lines.append(f"{n} points for {free} parameters: intervals are wide or open, and a bootstrap says little")
+    if draws is not None and draws.requested < FEW_DRAWS:
+        lines.append(f"{draws.requested} bootstrap draws are too few for the ends of a 95 % interval; 1000 are usual")
+    if draws is not None and draws.kept < draws.requested:
+        lines.append(f"{draws.requested - draws.kept} of {draws.requested} bootstrap draws had too few distinct points")
+    if found.agreeing < min(AGREED, len(found.bank)):
+        lines.append(f"only {found.agreeing} of {len(found.bank)} starts reached the optimum: try other seeds")
+    if not len(held.rows):
+        lines.append(f"nothing held out: {held.reason}")
+    return lines
+
+
+def _predictions(found: Fit, entry: Law, rows: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    frame, index = numbers(rows, {name: columns[name] for name in [*entry.inputs, entry.output]}, drop_missing=False)
+    predicted = found.predict({name: frame[name].to_numpy(float) for name in entry.inputs})
+    observed = frame[entry.output].to_numpy(float)
+    return [
+        {"row": row, "predicted": float(p), "observed": float(o), "relative_error": float(p / o - 1)}
+        for row, p, o in zip(index, predicted, observed, strict=True)
+    ]
+
+
+def predicted_rows(item: Fitted, table: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """For every row of the table: `predicted` (NaN where an input is missing) and whether it was `fitted`."""
+    law = item.found.problem.law
+    inputs = {name: number(table, columns[name], f"--columns: {name}") for name in law.inputs}
+    known = np.isfinite(np.stack(list(inputs.values()))).all(0)
+    predicted = np.where(known, item.found.predict(inputs), np.nan)
+    return {"predicted": predicted, "fitted": table.index.isin(item.used.index)}
+
+
+def _diagnostics(found: Fit, used: pd.DataFrame) -> dict[str, Any]:
+    """By point: row, residual (law minus data), leverage, residual when left out; and how far parameters then move."""
+    if found.problem.n > LEFT_OUT:
+        raise InputError(
+            f"--diagnostics: {found.problem.n} points, allowed: up to {LEFT_OUT} (each is left out in turn)"
+        )
+    values, residuals = leave_one_out(found)
+    return {
+        "row": [int(row) for row in used.index],
+        "residual": found.residuals.tolist(),
+        "leverage": leverage(found).tolist(),
+        "left_out_residual": residuals.tolist(),
+        "parameters_without_a_point": {name: [float(v.min()), float(v.max())] for name, v in values.items()},
+    }
+
+
+def text(result: Mapping[str, Any]) -> str:
+    """A document as lines for a terminal."""
+    lines = [
+        f"{result['law']}: {result['formula']} (source: {result['source']})",
+        f"n {result['n']}, objective {result['objective']:.7g} ({result['minimize']})",
+    ]
+    for name, value in result["parameters"].items():
+        low, high = result["intervals"].get(name, (value, value))
+        known = result["identified"].get(name)
+        note = " fixed" if known is None else "" if known else " not identified"
+        lines.append(f"  {name:8} {value:<12.6g} {f'[{low:.6g}, {high:.6g}]{note}':36} {result['meaning'][name]}")
+    lines.append(f"  intervals: {result['interval_kind']}")
+    held = result["holdout"]
+    if held["n"]:
+        lines.append(
+            f"  held out ({held['n']} {held['rule']}): mean |relative error| {held['mean_abs_relative_error']:.4%}"
+        )
+    if "diagnostics" in result:
+        lines += _diagnostics_text(result["diagnostics"])
+    lines += [f"  warning: {line}" for line in result["warnings"]]
+    for item in result.get("predictions", []):
+        words = f"predicted {item['predicted']:.6g}, observed {item['observed']:.6g}"
+        lines.append(f"  row {item['row']}: {words}, error {item['relative_error']:+.4%}")
+    return "\n".join(lines)
+
+
+def _diagnostics_text(found: Mapping[str, Any]) -> list[str]:
+    """The points that say most, and how far each parameter moves when one point is left out."""
+    most, worst = int(np.argmax(found["leverage"])), int(np.argmax(np.abs(found["left_out_residual"])))
+    ranges = (f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in found["parameters_without_a_point"].items())
+    return [
+        f"  largest leverage: {found['leverage'][most]:.3g} (row {found['row'][most]}); "
+        f"largest residual when left out: {found['left_out_residual'][worst]:+.3g} (row {found['row'][worst]})",
+        f"  without any one point: {', '.join(ranges)}",
+    ]

@@ -1,0 +1,121 @@
+"""What a user requests of a fit, checked, and the problem and held-out cells that follow from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from analysis.errors import InputError
+from analysis.fits.columns import chosen, evaluate, groups, number, numbers, problem
+from analysis.fits.fit import Problem
+from analysis.fits.intervals import HeldOut, hold_out
+from analysis.fits.laws import Law, law
+
+
+@dataclass(frozen=True)
+class Request:
+    """A fit and its reports; the fields are the options of `python -m analysis fit`."""
+
+    law: str
+    columns: str
+    huber: float | None = None
+    minimize: str = "sum"
+    residuals: str | None = None
+    where: str | None = None
+    predict: str | None = None
+    drop_highest: int = 0
+    drop_missing: bool = False
+    weights: str | None = None
+    cluster: str | None = None
+    strata: str | None = None
+    bootstrap: int = 0
+    holdout: float = 0.1
+    holdout_by: str | None = None
+    fix: Mapping[str, float] | None = None
+    seed: int = 0
+    diagnostics: bool = False
+    figure: Path | None = None
+    group: str | None = None
+    out: Path | None = None
+    source: str = ""
+
+
+def check(request: Request) -> None:
+    """Raise InputError for an option outside its range."""
+    if request.huber is not None and not request.huber > 0:
+        raise InputError(f"--huber: got {request.huber:g}, allowed: above 0")
+    if not 0 <= request.holdout < 1:
+        raise InputError(f"--holdout: got {request.holdout:g}, allowed: 0 to below 1")
+    for name in ("bootstrap", "drop_highest", "seed"):
+        if getattr(request, name) < 0:
+            raise InputError(f"--{name.replace('_', '-')}: got {getattr(request, name)}, allowed: 0 or more")
+    for name, allowed in (("minimize", ("sum", "mean")), ("residuals", ("log", "linear", None))):
+        if getattr(request, name) not in allowed:
+            words = ", ".join(value for value in allowed if value)
+            raise InputError(f"--{name}: got {getattr(request, name)!r}, allowed: {words}")
+    for name in ("cluster", "strata"):
+        if getattr(request, name) is not None and not request.bootstrap:
+            raise InputError(f"--{name}: controls how the bootstrap resamples; it needs --bootstrap DRAWS")
+
+
+def chosen_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
+    """The law with the requested scale of residuals; Huber's loss is on logarithms unless requested otherwise."""
+    entry = law(name, set(columns))
+    unknown = sorted(set(columns) - {*entry.inputs, entry.output})
+    if unknown:
+        raise InputError(
+            f"--columns: got {unknown[0]!r}, allowed for law {name}: {', '.join([*entry.inputs, entry.output])}"
+        )
+    scale = request.residuals or ("log" if request.huber is not None else entry.residuals)
+    return replace(entry, residuals=scale)  # type: ignore[arg-type]
+
+
+def data(entry: Law, rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -> tuple[Problem, pd.DataFrame]:
+    """The problem and the rows that it uses.
+
+    Args:
+        entry: the law.
+        rows: the candidate rows of the user's table.
+        columns: expression of each input and of the output.
+        request: which rows to drop, the loss, the weights and the fixed parameters.
+
+    Raises:
+        InputError: the rows cannot be fitted.
+    """
+    wanted = {name: columns[name] for name in [*entry.inputs, entry.output] if name in columns}
+    frame, _ = numbers(rows, wanted, request.drop_missing)
+    if request.drop_highest and entry.output in frame:
+        frame = frame.sort_values(entry.output, kind="stable").iloc[: max(0, len(frame) - request.drop_highest)]
+        frame = frame.sort_index()
+    used = rows.loc[frame.index]
+    weights = None
+    if request.weights is not None:
+        weights = number(used, request.weights, "--weights")
+    delta = math.inf if request.huber is None else request.huber
+    return problem(entry, frame, delta, weights, request.fix), used
+
+
+def held_out(posed: Problem, used: pd.DataFrame, request: Request) -> HeldOut:
+    """Predictions of the largest cells by a fit to the rest; none if the share is 0."""
+    nothing = np.array([])
+    if request.holdout == 0:
+        return HeldOut("", nothing, nothing, nothing, "--holdout 0")
+    share = request.holdout
+    if request.holdout_by is None:
+        size, rule = posed.law.size(posed.x), f"largest by the size of law {posed.law.name}"
+    elif evaluate(used, request.holdout_by, "--holdout-by").dtype == bool:
+        declared = chosen(used, request.holdout_by, "--holdout-by").index
+        size, rule, share = used.index.isin(declared).astype(float), f"where {request.holdout_by}", 1 / len(used)
+    else:
+        size, rule = number(used, request.holdout_by, "--holdout-by"), f"largest {request.holdout_by}"
+        if not np.isfinite(size).all():
+            raise InputError(f"--holdout-by: {request.holdout_by} is missing or infinite in some rows")
+    clusters = groups(used, request.cluster, "--cluster")
+    if clusters is not None:  # all checkpoints of a run are held out together
+        size, rule = pd.Series(size).groupby(clusters).transform("max").to_numpy(), f"{rule}, whole {request.cluster}"
+    return hold_out(posed, size, share, rule, request.seed)
