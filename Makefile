@@ -29,7 +29,7 @@ figures: setup
 	else echo "figures of grid $(GRID): none yet; first: make sweep GRID=$(GRID)"; fi
 
 test: setup
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n 2 -m 'not slow and not gpu and not slurm' $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n 2 -m 'not slow and not slurm' $(ARGS)
 
 test-slow: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m slow $(ARGS)
@@ -44,7 +44,7 @@ test-triton: $(OLD_TRITON)/.installed
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -c 'import sys, triton; print("triton", triton.__version__); \
 	sys.exit(None if triton.__version__.startswith("3.6.") else "make: not triton 3.6: " + triton.__file__)'
 	PYTHONPATH=$(OLD_TRITON) TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
-	$(BIN)/pytest -q -n 2 -m 'not slow and not gpu' -k triton tests/kernels $(ARGS)
+	$(BIN)/pytest -q -n 2 -m 'not slow' -k triton tests/kernels $(ARGS)
 
 $(OLD_TRITON)/.installed: .venv/.installed
 	rm -rf $(OLD_TRITON)

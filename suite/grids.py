@@ -49,6 +49,7 @@ from suite.contrast import Contrast, matches, select
 from suite.data.identify import identified
 from suite.errors import UserError
 from suite.models import registry
+from suite.shipped import shipped
 from suite.yaml_input import did_you_mean, explain, parse_value, read_mapping
 
 SECTIONS = ("model", "data", "train")
@@ -195,7 +196,7 @@ def find_grid(name_or_path: str, where: str = "GRID") -> Path:
 
 
 def _grid_folders() -> list[Path]:
-    return [Path("grids"), Path(__file__).resolve().parents[1] / "grids"]
+    return [Path("grids"), shipped("grids")]
 
 
 def _known_grids() -> str:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "kernels": ("native", "dispatch", "embedding_bag", "product_key row_adamw", "bench"),
     "suite": (
-        "errors atomic",
+        "errors atomic shipped",
         "models",
         "yaml_input",
         "cells",

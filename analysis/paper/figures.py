@@ -21,6 +21,7 @@ from analysis.figures import style
 from analysis.paper.tables import LETTERS, TRAPS, draw_tables, tables
 from analysis.records.published import printed_as
 from analysis.records.runs import Run, read_runs
+from analysis.records.shipped import published_folder
 from analysis.records.tables import number, read_table
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ PANELS = (
 
 def published(results: Path) -> pd.DataFrame:
     """The paper's numbers, as committed in results/published, with `letter`, the first of their confidence."""
-    paths = [results / "published" / f"memory_layers_{name}.csv" for name in TABLES]
+    paths = [published_folder(results) / f"memory_layers_{name}.csv" for name in TABLES]
     table = pd.concat([read_table(path) for path in paths], ignore_index=True)
     return table.assign(letter=table["confidence"].str[0], note=table["note"].fillna(""))
 

@@ -17,11 +17,12 @@ import numpy as np
 import pandas as pd
 
 from analysis.errors import InputError
+from analysis.records.shipped import shipped
 from analysis.records.tables import read_json, read_lines
 
 EQUAL = 0.05
 """Largest deviation of a ratio from 1 that is still called equal."""
-GRID_FOLDERS = (Path("grids"), Path(__file__).resolve().parents[2] / "grids")
+GRID_FOLDERS = (Path("grids"), shipped("grids"))
 """Where a grid is found by its name."""
 BITS_PER_PERSON = 39.6116
 """Entropy of a person's attributes in a `bios` world: sum of log2 of 200, 100, 50, 300, 100 and 28 values."""

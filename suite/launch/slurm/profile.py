@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from suite.errors import UserError
+from suite.shipped import shipped
 from suite.yaml_input import did_you_mean, explain, read_mapping
 
 CLUSTERS = "clusters"
@@ -91,7 +92,7 @@ def _find(name_or_path: str | None) -> Path:
     path = Path(name_or_path or DEFAULT)
     if path.is_file():
         return path
-    folders = [Path(CLUSTERS), Path(__file__).parents[3] / CLUSTERS]
+    folders = [Path(CLUSTERS), shipped(CLUSTERS)]
     for folder in folders:
         if (named := folder / f"{path}.yaml").is_file():
             return named
