@@ -1,7 +1,7 @@
-"""The run directory: one cell's records on disk, every file complete or absent.
+"""The run directory: one cell's records on disk. Every file is complete or absent.
 
-`train.jsonl` alone grows in place; it is cut back to the checkpoint's step when a run resumes, so that a run that
-was killed leaves the same lines as one that was not. Everything else is written beside, synced and renamed.
+Only `train.jsonl` grows in place; when a run resumes it is truncated to the checkpoint's step, so that a killed run
+leaves the same lines as an undisturbed one. All other files are written to a temporary name, synced and renamed.
 """
 
 from __future__ import annotations
@@ -23,9 +23,19 @@ from suite.models import registry
 
 State = Literal["pending", "running", "done", "failed"]
 
+RUNS = "runs"
+GRIDS = "grids"
+TAIL_BYTES = 16384
+"""How much of train.jsonl is read first to find its last line."""
+
 
 class Locked(Exception):
-    """Another live process holds the run."""
+    """Another live process holds the run's lock."""
+
+
+def run_dir(results: Path, cell: Cell) -> RunDir:
+    """The run directory of a cell."""
+    return RunDir(results / RUNS / cell.run_name)
 
 
 class RunDir:
@@ -42,24 +52,24 @@ class RunDir:
 
     @property
     def name(self) -> str:
-        """The folder's name, which is the run's."""
+        """The run's name, which is the folder's."""
         return self.path.name
 
     def read_record(self) -> dict[str, Any]:
-        """The whole of cell.json: the cell, its hash, account, versions and data fingerprint."""
+        """All of cell.json: the cell, its hash, account, versions and data fingerprint."""
         record: dict[str, Any] = json.loads(self.cell_path.read_text())
         return record | {"cell": with_current_names(record["cell"])} if "cell" in record else record
 
     def read_cell(self) -> Cell:
-        """The cell this run is of; the baseline it keeps is read first, if it keeps one. Raises UserError for it."""
+        """The run's cell. Its baseline.py, if it has one, is loaded first. Raises UserError if that fails."""
         if self.baseline_path.exists():
             loading.load(self.baseline_path)
         return Cell.model_validate(self.read_record()["cell"])
 
     def write_cell(self, cell: Cell, **facts: Any) -> None:
-        """cell.json: the cell in full, its hash, and facts about it (account, versions, data_fingerprint).
+        """Write cell.json: the cell with all its fields, its hash, and `facts` (account, versions, data_fingerprint).
 
-        The file of a family from outside the package is kept beside it, so that the run needs nothing else.
+        The source of an external baseline is copied to baseline.py, so that the run needs no other file.
         """
         origin = registry.family(cell.model.family).path
         if cell.baseline is not None and origin is not None and not self.baseline_path.exists():
@@ -70,36 +80,54 @@ class RunDir:
         )
 
     def append_train(self, line: dict[str, Any]) -> None:
-        """One line of train.jsonl, in one write."""
+        """Append one line to train.jsonl, in one write."""
         with self.train_path.open("a") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def train_lines(self) -> list[dict[str, Any]]:
-        """The whole lines of train.jsonl; a last line cut short by a kill is left out."""
+        """The complete lines of train.jsonl; a last line truncated by a kill is left out."""
         if not self.train_path.exists():
             return []
         text = self.train_path.read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
+    def last_train_line(self) -> dict[str, Any]:
+        """The last complete line of train.jsonl, read from the file's end; empty if there is none."""
+        try:
+            file = self.train_path.open("rb")
+        except FileNotFoundError:
+            return {}
+        with file:
+            size = file.seek(0, os.SEEK_END)
+            length = min(size, TAIL_BYTES)
+            while length:
+                file.seek(size - length)
+                lines = file.read(length).rpartition(b"\n")[0].split(b"\n")
+                if len(lines) > 1 or length == size:
+                    last: dict[str, Any] = json.loads(lines[-1]) if lines[-1] else {}
+                    return last
+                length = min(size, 4 * length)
+        return {}
+
     def cut_train(self, step: int) -> None:
-        """Drop the lines written after `step`: training resumes there and writes them again."""
-        kept = [line for line in self.train_lines() if line["step"] <= step]
-        write_text(self.train_path, "".join(json.dumps(line) + "\n" for line in kept))
+        """Drop the lines after `step`: training resumes there and writes them again."""
+        lines = [line for line in self.train_lines() if line["step"] <= step]
+        write_text(self.train_path, "".join(json.dumps(line) + "\n" for line in lines))
 
     def write_eval(self, hash8: str, content: dict[str, Any]) -> None:
-        """eval/<hash8>.json, the scores of one evaluation."""
+        """Write eval/<hash8>.json, the scores of one evaluation."""
         write_json(self.path / "eval" / f"{hash8}.json", content)
 
     def has_eval(self, hash8: str) -> bool:
-        """Whether that evaluation's scores are there."""
+        """Whether the scores of that evaluation exist."""
         return (self.path / "eval" / f"{hash8}.json").exists()
 
     def write_usage(self, content: dict[str, Any]) -> None:
-        """usage.json, how the memory's rows were used."""
+        """Write usage.json, how the rows of the memory are used."""
         write_json(self.usage_path, content)
 
     def state(self) -> dict[str, Any]:
-        """state.json, or a pending state where there is none."""
+        """The content of state.json; a pending state if the file does not exist."""
         try:
             content: dict[str, Any] = json.loads(self.state_path.read_text())
         except FileNotFoundError:
@@ -107,7 +135,7 @@ class RunDir:
         return content
 
     def set_state(self, state: State, cause: str | None = None, **extra: Any) -> None:
-        """Write state.json, keeping what earlier states said that this one does not change."""
+        """Update state.json; fields that are not given retain their values."""
         now = time.time()
         facts = {
             "state": state,
@@ -119,14 +147,14 @@ class RunDir:
         write_json(self.state_path, {**self.state(), **facts, **extra})
 
     def beat(self, progress: float, eta_s: float | None) -> None:
-        """The run is alive: the share done (0 to 1) and the seconds it still expects to need."""
+        """Record that the run is alive: the fraction done (0 to 1) and the estimated seconds to its end."""
         self.set_state("running", progress=round(progress, 4), eta_s=None if eta_s is None else round(eta_s, 1))
 
     @contextmanager
     def lock(self, patience_s: float = 1.0) -> Iterator[None]:
-        """Hold the run; the system frees it when the process dies, however it dies.
+        """Hold the run's lock; the system releases it when the process ends for any reason.
 
-        Tried for `patience_s`, since `is_locked` takes the lock for an instant to look; then raises Locked.
+        Retries for `patience_s` seconds, since `is_locked` takes the lock for an instant. Raises Locked after that.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         deadline = time.monotonic() + patience_s
@@ -142,9 +170,14 @@ class RunDir:
             yield
 
     def is_locked(self) -> bool:
-        """Whether a live process holds the run."""
+        """Whether a live process holds the run's lock."""
         try:
-            with self.lock(patience_s=0.0):
-                return False
-        except Locked:
-            return True
+            file = (self.path / ".lock").open("a")
+        except FileNotFoundError:
+            return False
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False

@@ -46,10 +46,8 @@ REMAINING = {
     ("analysis.fits.fitting", "analysis.fits.isoflop"),
     ("analysis.fits.fitting", "analysis.fits.joint"),
     ("suite.baselines", "suite.plan"),
-    ("suite.launch.background_scoring", "suite.launch.worker"),
     ("suite.models.accounting", "suite.models.memory_table"),
     ("suite.models.accounting", "suite.models.transformer"),
-    ("suite.plan", "suite.launch"),
     ("suite.train", "suite.evaluate"),
     ("suite.train", "suite.plan"),
 }

@@ -26,11 +26,10 @@ from suite.evaluate.harness import evaluate
 from suite.evaluate.usage import key_usage
 from suite.grids import Grid, find_grid, load_grid
 from suite.launch.provenance import versions
-from suite.launch.status import run_dir
 from suite.launch.sweep import write_grid
 from suite.models import registry
 from suite.models.accounting import account
-from suite.records import RunDir
+from suite.records import RunDir, run_dir
 from suite.train.loop import probe_steps, total_steps
 from suite.yaml_input import read_mapping
 

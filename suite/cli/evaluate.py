@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from suite.cells import EvalConfig
     from suite.grids import Grid
-    from suite.launch.worker import Scoring
+    from suite.launch.scorer import Scorer
     from suite.records import RunDir
 
     Wanted = list[tuple[RunDir, tuple[EvalConfig, ...]]]
@@ -109,8 +109,7 @@ def _extra_evaluations(
 def _find_runs(target: str, options: GridOptions) -> tuple[Grid, list[RunDir], Path]:
     """Return the grid (of one cell, if `target` is a run), its runs, and the folder of results."""
     from suite.grids import Grid, find_grid
-    from suite.launch.status import run_dir
-    from suite.records import RunDir
+    from suite.records import RunDir, run_dir
 
     # The name of a run ends in its hash; that of a grid does not.
     if Path(target, "cell.json").is_file() or re.search(r"-[0-9a-f]{8}$", target):
@@ -124,7 +123,7 @@ def _find_runs(target: str, options: GridOptions) -> tuple[Grid, list[RunDir], P
     return grid, [run_dir(options.results, cell) for cell in grid.cells], options.results
 
 
-def _score(wanted: Wanted, scoring: Scoring) -> list[str]:
+def _score(wanted: Wanted, scoring: Scorer) -> list[str]:
     """Score what has no scores yet; return the names of the runs whose training is not finished."""
     from suite.launch.scoring import of_other_data, score_runs
 

@@ -116,7 +116,8 @@ def status(grid: GridName, options: GridOptions) -> None:
     Example: suite status laptop --json
     """
     from suite.launch.slurm import queue
-    from suite.launch.status import grid_status, run_dir
+    from suite.launch.status import grid_status
+    from suite.records import run_dir
 
     loaded = options.load(grid)
     runs = [run_dir(options.results, cell) for cell in loaded.cells]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from suite.grids import Grid
+    from suite.launch.scorer import Scorer
     from suite.launch.status import CellStatus
-    from suite.launch.worker import Scoring
 
 
 def _results_folder(results: Path) -> Path:
@@ -123,7 +123,7 @@ def expand_options(verb: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def make_scoring(data_root: Path | None, run_code: str | None, here: bool = True) -> Scoring:
+def make_scoring(data_root: Path | None, run_code: str | None, here: bool = True) -> Scorer:
     """Build the settings for scoring from --data-root and --run-code.
 
     Args:
@@ -135,14 +135,14 @@ def make_scoring(data_root: Path | None, run_code: str | None, here: bool = True
         UserError: The sandbox is unknown, or does not work here.
     """
     from suite.evaluate.sandbox import RunCode, sandbox_of
-    from suite.launch.worker import Scoring
+    from suite.launch.scorer import Scorer
 
     if run_code is not None and run_code not in get_args(RunCode):
         raise UserError(f"--run-code: got {run_code!r}, allowed: {', '.join(get_args(RunCode))}")
     kind = cast("RunCode | None", run_code)
     if here:
         sandbox_of(kind)
-    return Scoring(None if data_root is None else data_root.resolve(), kind)
+    return Scorer(None if data_root is None else data_root.resolve(), kind)
 
 
 def parse_overrides(settings: list[str] | None) -> dict[str, str]:

@@ -29,9 +29,9 @@ from suite.errors import UserError
 if TYPE_CHECKING:
     from suite.grids import Grid
     from suite.launch.progress import BarWatcher, PlainWatcher
+    from suite.launch.scorer import Scorer
     from suite.launch.slurm.profile import Profile
     from suite.launch.status import CellStatus
-    from suite.launch.worker import Scoring
 
 
 @expand_options
@@ -121,7 +121,7 @@ def _profile(name: str | None, grid: Grid) -> Profile:
 def _make_ready(
     grid: Grid,
     results: Path,
-    scoring: Scoring,
+    scoring: Scorer,
     retry_failed: bool,
     rerun_stale: bool,
     watcher: BarWatcher | PlainWatcher,
@@ -139,7 +139,7 @@ def _make_ready(
 
 
 def _sweep_here(
-    grid: Grid, results: Path, jobs: int | None, scoring: Scoring, watcher: BarWatcher | PlainWatcher
+    grid: Grid, results: Path, jobs: int | None, scoring: Scorer, watcher: BarWatcher | PlainWatcher
 ) -> list[CellStatus]:
     import torch
 
@@ -160,7 +160,7 @@ def _sweep_on_slurm(
     grid: Grid,
     results: Path,
     profile: Profile,
-    scoring: Scoring,
+    scoring: Scorer,
     report: bool,
     wait: bool,
     watcher: BarWatcher | PlainWatcher,
@@ -168,7 +168,8 @@ def _sweep_on_slurm(
     """Return the final status of the cells, and whether the report succeeded."""
     from suite.launch.slurm import queue
     from suite.launch.slurm.sweep import SlurmSweep
-    from suite.launch.status import grid_status, run_dir
+    from suite.launch.status import grid_status
+    from suite.records import run_dir
 
     launched = SlurmSweep(grid, results, profile, scoring, watcher, report)
     launched.submit()
@@ -220,7 +221,7 @@ def _print_dry_run(grid: Grid, results: Path, as_json: bool) -> None:
         print_table(table(grid, statuses))
 
 
-def _print_scripts(grid: Grid, results: Path, profile: Profile, scoring: Scoring, report: bool, as_json: bool) -> None:
+def _print_scripts(grid: Grid, results: Path, profile: Profile, scoring: Scorer, report: bool, as_json: bool) -> None:
     from suite.launch.slurm.sweep import dry_run
 
     scripts = [str(path) for path in dry_run(grid, results, profile, scoring, report)]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import submitit
 
-from suite.launch.worker import Outcome, Scoring, run_cell
+from suite.launch.scorer import Scorer
+from suite.launch.worker import Outcome, run_cell
 
 TIME_LIMIT_MIN = 30 * 24 * 60
 """submitit ends a local job after two minutes unless told otherwise; a cell may train for weeks."""
@@ -19,7 +20,7 @@ TIME_LIMIT_MIN = 30 * 24 * 60
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def start(run_path: Path, scoring: Scoring, threads: int, gpu: int | None) -> submitit.Job[Outcome]:
+def start(run_path: Path, scoring: Scorer, threads: int, gpu: int | None) -> submitit.Job[Outcome]:
     """Start `run_cell(run_path, scoring)` in a process of its own and return at once.
 
     Ctrl-C on a terminal reaches that process, too, and cuts it; so does `stop`.
@@ -46,7 +47,7 @@ def stop(job: submitit.Job[Outcome]) -> None:
         os.kill(int(job.job_id), signal.SIGTERM)  # the controller passes it on
 
 
-def _run_stoppable(run_path: Path, scoring: Scoring) -> Outcome:
+def _run_stoppable(run_path: Path, scoring: Scorer) -> Outcome:
     """`run_cell`, interrupted by SIGINT and SIGTERM alike (submitit ignores the second), and by one of them only."""
     signals = (signal.SIGINT, signal.SIGTERM)
 
@@ -58,7 +59,7 @@ def _run_stoppable(run_path: Path, scoring: Scoring) -> Outcome:
     for number in signals:
         signal.signal(number, interrupt)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    return run_cell(run_path, scoring)
+    return run_cell(run_path, scoring, log=Path(submitit.JobEnvironment().paths.stdout))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which code makes a run's weights, and whether a run on disk was made by this code."""
+"""Which code makes a run's weights, and whether the weights on disk were made by this code."""
 
 from __future__ import annotations
 
@@ -6,37 +6,58 @@ import ast
 import functools
 import hashlib
 import platform
+import re
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from suite.cells import Cell, identity
 from suite.records import RunDir
 
-PACKAGES = Path(__file__).resolve().parents[2]
-WEIGHT_MAKERS = (
+ROOT = Path(__file__).resolve().parents[2]
+
+WEIGHT_SOURCES = (
+    "suite/cells.py",
     "suite/models/**/*.py",
     "suite/data/**/*.py",
     "suite/train/**/*.py",
+    "suite/inference/loglikelihood.py",
+    "suite/evaluate/tasks/bits.py",
     "kernels/**/*.py",
-    "suite/inference/*.py",
+    "kernels/**/*.[ch]",
+    "kernels/**/*.cu",
 )
-"""The code that decides what the weights become, and the probes on the way: they may end a run."""
+"""The sources that decide what the weights become. The probes are among them, since they may end a run."""
+
+NOT_WEIGHT_SOURCES = (
+    "suite/models/dropin.py",
+    "suite/data/preparing.py",
+    "kernels/bench/*.py",
+)
+"""Files that the patterns above match and that no training executes."""
+
+
+def weight_sources(root: Path) -> Iterator[Path]:
+    """The files below `root` that make weights, in a fixed order."""
+    excluded = {path for pattern in NOT_WEIGHT_SOURCES for path in root.glob(pattern)}
+    included = {path for pattern in WEIGHT_SOURCES for path in root.glob(pattern)}
+    yield from sorted(included - excluded)
 
 
 @functools.cache
-def code_version() -> str:
-    """Twelve hex digits of the source that makes the weights.
+def code_version(root: Path = ROOT) -> str:
+    """Twelve hex digits of the sources that make the weights.
 
-    Comments, docstrings and layout do not count: each file is parsed and written back without them.
+    Comments, docstrings and layout do not count.
     """
     digest = hashlib.sha256()
-    for pattern in WEIGHT_MAKERS:
-        for path in sorted(PACKAGES.glob(pattern)):
-            digest.update(f"{path.relative_to(PACKAGES).as_posix()}\n{bare_source(path.read_text())}\n".encode())
+    for path in weight_sources(root):
+        bare = bare_python if path.suffix == ".py" else bare_c
+        digest.update(f"{path.relative_to(root).as_posix()}\n{bare(path.read_text())}\n".encode())
     return digest.hexdigest()[:12]
 
 
-def bare_source(source: str) -> str:
+def bare_python(source: str) -> str:
     """Python source without comments, docstrings and layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
@@ -49,8 +70,26 @@ def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
+C_LITERAL = r'"(?:\\.|[^"\\])*"' + r"|'(?:\\.|[^'\\])*'"
+C_COMMENT = re.compile(rf"({C_LITERAL})|//[^\n]*|/\*.*?\*/", re.DOTALL)
+C_TOKEN = re.compile(rf"{C_LITERAL}|[\w.]+|<<=|>>=|->|\+\+|--|<<|>>|[-+*/%&|^<>=!]=|&&|\|\||\S")
+
+
+def bare_c(source: str) -> str:
+    """C source without comments and layout: its tokens, and its preprocessor lines one by one.
+
+    In a preprocessor line a space can change the meaning, so only runs of spaces are shortened.
+    """
+    joined = source.replace("\\\n", "")
+    parts = []
+    for line in C_COMMENT.sub(lambda match: match[1] or " ", joined).splitlines():
+        is_directive = line.lstrip().startswith("#")
+        parts += ["\n", *line.split(), "\n"] if is_directive else C_TOKEN.findall(line)
+    return " ".join(parts)
+
+
 def versions() -> dict[str, str]:
-    """What made a run: our code, Python and the libraries whose numbers end up in the weights."""
+    """The versions of what makes a run: our code, Python, and the libraries whose numbers end up in the weights."""
     found = {"code": code_version(), "python": platform.python_version()}
     for package in ("torch", "numpy", "tokenizers"):
         try:
@@ -61,16 +100,18 @@ def versions() -> dict[str, str]:
 
 
 def stale_because(run: RunDir, cell: Cell) -> str | None:
-    """Why the run on disk cannot stand for `cell`: made by other code, or under other defaults; None if it can.
+    """Why the run on disk cannot be used for `cell` (other code, or other defaults); None if it can.
 
-    A run that has no checkpoint yet is never stale: it is trained from its first step when it starts.
+    A run without a checkpoint is never stale: it is trained from its first step when it starts.
     """
     if not run.cell_path.exists() or not _has_weights(run):
         return None
-    made_by = run.read_record().get("versions", {}).get("code")
+    record = run.read_record()
+    made_by = record.get("versions", {}).get("code")
     if made_by != code_version():
         return f"made by code {made_by}, this is {code_version()}"
-    if identity(run.read_cell()) != identity(cell):
+    # Equal fields need no validation, which takes far longer than the comparison.
+    if record["cell"] != cell.model_dump(mode="json") and identity(run.read_cell()) != identity(cell):
         return "its cell.json differs from the grid's cell: a default has changed since"
     return None
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from suite.cells import EvalConfig
 from suite.errors import UserError
-from suite.launch.worker import Scoring, evaluate_run, refuse_unfit
+from suite.launch.scorer import Scorer
+from suite.launch.worker import evaluate_run, refuse_unfit
 from suite.records import RunDir
 
 FACTS = ("few_shot", "n", "cut")
@@ -17,7 +18,7 @@ FACTS = ("few_shot", "n", "cut")
 
 
 def score_runs(
-    runs: Iterable[tuple[RunDir, tuple[EvalConfig, ...]]], scoring: Scoring, tell: Callable[[str], None]
+    runs: Iterable[tuple[RunDir, tuple[EvalConfig, ...]]], scoring: Scorer, tell: Callable[[str], None]
 ) -> list[str]:
     """Give every trained run the scores it lacks of the evaluations beside it; gives the runs that are not trained.
 

@@ -14,11 +14,8 @@ from rich.table import Table
 from suite.cells import Cell, described, variants
 from suite.grids import Grid
 from suite.launch.provenance import stale_because
-from suite.launch.worker import missing_evals
-from suite.records import RunDir
-
-RUNS = "runs"
-GRIDS = "grids"
+from suite.launch.scorer import missing_evals
+from suite.records import RunDir, run_dir
 
 
 @dataclass(frozen=True)
@@ -41,11 +38,6 @@ class CellStatus:
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON holds them."""
         return asdict(self)
-
-
-def run_dir(results: Path, cell: Cell) -> RunDir:
-    """Where the cell's run lives."""
-    return RunDir(results / RUNS / cell.run_name)
 
 
 def cell_status(results: Path, cell: Cell) -> CellStatus:

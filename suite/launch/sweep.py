@@ -21,9 +21,10 @@ from suite.grids import Grid
 from suite.launch import local
 from suite.launch.branches import must_wait
 from suite.launch.provenance import stale_because
-from suite.launch.status import GRIDS, CellStatus, cell_status, grid_status, run_dir
-from suite.launch.worker import CELL_FACTS, Scoring, missing_evals, refuse_unfit
-from suite.records import Locked, RunDir
+from suite.launch.scorer import Scorer, is_finished
+from suite.launch.status import CellStatus, cell_status, grid_status
+from suite.launch.worker import CELL_FACTS, refuse_unfit
+from suite.records import GRIDS, Locked, RunDir, run_dir
 from suite.yaml_input import did_you_mean
 
 POLL_S = 0.1
@@ -77,7 +78,7 @@ class Sweep:
     grid: Grid
     results: Path
     jobs: int
-    scoring: Scoring
+    scoring: Scorer
     watcher: Watcher
     gpus: int = 0
     waiting: list[_Entry] = field(default_factory=list)
@@ -92,7 +93,7 @@ class Sweep:
         write_grid(self.results, self.grid)
         for cell in self.grid.cells:
             entry = _Entry(cell, run_dir(self.results, cell))
-            if not settled(entry.run, entry.cell):
+            if not is_finished(entry.run, entry.cell):
                 self.waiting.append(entry)
         finished = len(self.grid.cells) - len(self.waiting)
         if finished:
@@ -134,7 +135,7 @@ class Sweep:
         if entry.run.is_locked():
             # Its controller died and left it, or another sweep has it.
             self.watched.append(entry)
-        elif settled(entry.run, entry.cell):
+        elif is_finished(entry.run, entry.cell):
             status = cell_status(self.results, entry.cell)
             said = status.cause if status.state == "failed" else status.headline
             self.watcher.event(f"{status.state}: {status.run}: {said}")
@@ -197,11 +198,11 @@ def write_grid(results: Path, grid: Grid) -> None:
     write_json(results / GRIDS / grid.name / "grid.json", content)
 
 
-def refuse_unfit_tasks(grid: Grid, results: Path, scoring: Scoring) -> None:
+def refuse_unfit_tasks(grid: Grid, results: Path, scoring: Scorer) -> None:
     """Raise UserError if a cell that is not finished asks for what its run cannot be asked: said before it trains."""
     for cell in grid.cells:
         run = run_dir(results, cell)
-        if settled(run, cell):
+        if is_finished(run, cell):
             continue
         try:
             refuse_unfit(run, cell, scoring)
@@ -278,12 +279,6 @@ def usable_cores() -> int:
 def default_jobs(cells: Iterable[Cell], gpus: int) -> int:
     """As many at once as there are GPUs, or as the cores allow with each cell's threads."""
     return gpus or max(1, usable_cores() // max(cell.threads for cell in cells))
-
-
-def settled(run: RunDir, cell: Cell) -> bool:
-    """Whether the run is done, with every score asked for, or has failed."""
-    state = run.state()["state"]
-    return state == "failed" or (state == "done" and not missing_evals(run, cell))
 
 
 def prepare(results: Path, cell: Cell) -> RunDir:

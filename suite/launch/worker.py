@@ -1,84 +1,80 @@
-"""What a job does: take a run's lock, train what is missing, score what is missing, and say how it went.
+"""What a job does: hold a run's lock, train what is missing, score what is missing, and record how it ended.
 
-A job is given the path of a run directory and nothing else; whatever it needs it finds there. Heavy modules are
-imported once they are needed: most of a short job would otherwise be spent on importing lm-eval.
+A job is given the path of a run directory; everything else it needs is there. Heavy modules are imported where they
+are needed: importing lm-eval takes longer than training a small cell.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from suite.errors import UserError
 from suite.launch import background_scoring, branches
+from suite.launch.interruption import Interruption
 from suite.launch.provenance import stale_because, versions
-from suite.models import registry
+from suite.launch.scorer import Scorer, cache_of, missing_evals, needs_usage
 from suite.records import Locked, RunDir
+from suite.train.parallel import World
 
 if TYPE_CHECKING:
     from suite.cells import Cell, EvalConfig
     from suite.data import Corpus
-    from suite.evaluate.harness import Evaluator
-    from suite.evaluate.sandbox import RunCode
-    from suite.train.parallel import World
 
 CELL_FACTS = ("cell", "hash", "run")
-"""What write_cell itself puts into cell.json; the rest are facts to carry over."""
+"""Fields of cell.json that `write_cell` writes itself; all others are carried over when it is written again."""
+
+INTERRUPTED = "interrupted"
+"""The cause of a pending run that was stopped by a signal."""
 
 Outcome = Literal["done", "failed", "locked"]
 
 
-@dataclass
-class Scoring:
-    """What scoring may use: local data sets (None: the hub), and a sandbox for programs that models write (None: none).
+def run_cell(
+    run_path: Path,
+    scorer: Scorer | None = None,
+    interruption: Interruption | None = None,
+    log: Path | None = None,
+) -> Outcome:
+    """Bring the run at `run_path` to its end: train from its newest checkpoint, then add the missing scores.
 
-    Requests are made once and kept for the next run.
-    """
+    Does nothing to a run that is finished, failed, or held by another process ("locked"). A failure is recorded with
+    its cause and not raised, so that other cells go on.
 
-    data_root: Path | None = None
-    run_code: RunCode | None = None
+    Args:
+        run_path: the run directory, with a cell.json.
+        scorer: settings for scoring; None: the defaults.
+        interruption: once it is requested, training ends its step, saves a checkpoint and stops; None: never.
+        log: the file that this process writes its output to, for the run's state.
 
-    @cached_property
-    def evaluator(self) -> Evaluator:
-        """The evaluator over that data. Raises UserError where it or the sandbox cannot be had."""
-        from suite.evaluate.harness import Evaluator
-        from suite.evaluate.sandbox import sandbox_of
-
-        return Evaluator(self.data_root, sandbox_of(self.run_code))
-
-
-def run_cell(run_path: Path, scoring: Scoring | None = None) -> Outcome:
-    """Bring the run at `run_path` to its end: train from its newest checkpoint, then score what lacks scores.
-
-    Harmless on a run that is finished, failed, or held by another process ("locked"). A failure is recorded
-    with its cause and log, and not raised: other cells carry on.
+    Raises:
+        KeyboardInterrupt: the run was interrupted; it is pending and can be resumed.
     """
     run = RunDir(run_path)
+    interruption = interruption or Interruption()
     try:
         with run.lock():
-            if run.state()["state"] == "failed":
+            state = run.state()["state"]
+            if state == "failed":
                 return "failed"
-            return _run(run, scoring or Scoring())
+            cell = run.read_cell()
+            if state == "done" and not missing_evals(run, cell):
+                return "done"
+            return attempt(
+                run, lambda: _train_and_score(run, cell, scorer or Scorer(), interruption), interruption, log
+            )
     except Locked:
         return "locked"
 
 
-def missing_evals(run: RunDir, cell: Cell) -> list[str]:
-    """The hashes of the evaluations asked of the cell that have no scores yet."""
-    return [config.hash8 for config in cell.evaluate if not run.has_eval(config.hash8)]
+def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) -> Cell:
+    """Add the missing scores to a trained run, those of the `added` evaluations included; returns the recorded cell.
 
-
-def evaluate_run(run_path: Path, asked: tuple[EvalConfig, ...], scoring: Scoring) -> Cell:
-    """Score a trained run on what lacks scores, `asked` added to it; gives its cell as it is recorded then.
-
-    Raises UserError for a run that is not trained or not free.
+    Raises UserError for a run that is not trained, or is locked by another process.
     """
     from suite import data
 
@@ -86,22 +82,24 @@ def evaluate_run(run_path: Path, asked: tuple[EvalConfig, ...], scoring: Scoring
     try:
         with run.lock():
             if not run.state().get("trained"):
-                raise UserError(f"{run.path}: is not trained to its end, allowed: a run that is")
+                raise UserError(
+                    f"{run.path}: is not trained to its end; bring it there with suite sweep or suite train"
+                )
             recorded = run.read_cell()
-            cell = recorded.also_asked(asked)
-            score_missing(run, cell, data.prepare(cell.data, cache=cache_of(run)), scoring)
+            cell = recorded.also_asked(added)
+            score_missing(run, cell, data.prepare(cell.data, cache=cache_of(run)), scorer)
             if cell != recorded:
-                # What could not be scored is not asked again by whoever comes next.
+                # Recorded after scoring: an evaluation that fails is not left for the next sweep to try again.
                 facts = {name: value for name, value in run.read_record().items() if name not in CELL_FACTS}
                 run.write_cell(cell, **facts)
             set_done(run)
             return cell
     except Locked:
-        raise UserError(f"{run.path}: is being run by another process, allowed: wait for it or stop it") from None
+        raise UserError(f"{run.path}: is locked by another process; wait for it or stop it") from None
 
 
-def refuse_unfit(run: RunDir, cell: Cell, scoring: Scoring) -> None:
-    """Raise UserError for a task without scores that the run cannot be asked, or whose data is not there."""
+def refuse_unfit(run: RunDir, cell: Cell, scorer: Scorer) -> None:
+    """Raise UserError for a task without scores that does not fit the cell's data, or whose own data is missing."""
     wanted = missing_evals(run, cell)
     if not wanted:
         return
@@ -109,28 +107,39 @@ def refuse_unfit(run: RunDir, cell: Cell, scoring: Scoring) -> None:
 
     for config in cell.evaluate:
         if config.hash8 in wanted:
-            catalog.refuse_unfit(config.tasks, cell.data, scoring.run_code is not None)
-            if scoring.data_root is not None:
-                catalog.refuse_missing(config, scoring.data_root)
+            catalog.refuse_unfit(config.tasks, cell.data, scorer.run_code is not None)
+            if scorer.data_root is not None:
+                catalog.refuse_missing(config, scorer.data_root)
 
 
-def _run(run: RunDir, scoring: Scoring) -> Outcome:
-    cell = run.read_cell()
-    if run.state()["state"] == "done" and not missing_evals(run, cell):
-        return "done"
-    return attempt(run, lambda: _train_and_score(run, cell, scoring))
+def attempt(
+    run: RunDir, work: Callable[[], None], interruption: Interruption | None = None, log: Path | None = None
+) -> Outcome:
+    """Do `work` on a run whose lock is held, and record in its state that it runs and how it ended.
 
+    Args:
+        run: the run.
+        work: raises an exception if it fails.
+        interruption: an exception after it was requested is an interruption, whatever its type: torch turns a
+            KeyboardInterrupt inside of a write into a RuntimeError.
+        log: the file with the output of this process.
 
-def attempt(run: RunDir, work: Callable[[], None]) -> Outcome:
-    """Do `work` on a run that is held, its state saying so meanwhile and how it ended: "done", or "failed" and why."""
+    Returns:
+        "done", or "failed" with the cause in the state.
+
+    Raises:
+        KeyboardInterrupt: `work` was interrupted; the run is pending.
+    """
     started = run.state().get("started") or time.time()
-    run.set_state("running", started=started, finished=None, log=log_path())
+    run.set_state("running", started=started, finished=None, log=None if log is None else str(log))
     try:
         work()
-    except KeyboardInterrupt:
-        run.set_state("pending", cause="interrupted", eta_s=None)
-        raise
-    except Exception as error:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) or (interruption is not None and interruption.requested):
+            run.set_state("pending", cause=INTERRUPTED, eta_s=None)
+            raise KeyboardInterrupt from None
+        if not isinstance(error, Exception):
+            raise
         if not isinstance(error, UserError):
             traceback.print_exc()
         set_failed(run, describe(error))
@@ -139,45 +148,53 @@ def attempt(run: RunDir, work: Callable[[], None]) -> Outcome:
 
 
 def set_failed(run: RunDir, cause: str, **extra: Any) -> None:
-    """The run's end without success."""
+    """Record that the run failed."""
     run.set_state("failed", cause=cause, finished=time.time(), eta_s=None, **extra)
 
 
 def set_done(run: RunDir) -> None:
-    """The run's end: trained and scored."""
+    """Record that the run is trained and scored."""
     run.set_state("done", progress=1.0, eta_s=0.0, finished=time.time())
 
 
-def _train_and_score(run: RunDir, cell: Cell, scoring: Scoring) -> None:
+def _train_and_score(run: RunDir, cell: Cell, scorer: Scorer, interruption: Interruption) -> None:
     from suite import data
 
     refuse_stale_run(run, cell)
     corpus = data.prepare(cell.data, cache=cache_of(run))
     if not run.state().get("trained"):
-        from suite.train.loop import train
-
         begin(run, cell, corpus)
-        with background_scoring.scored_beside(run, cell, scoring) as keep:
-            train(cell, corpus, run, should_stop=keep)
+        _train(run, cell, corpus, scorer, interruption)
         run.set_state("running", trained=True)
-    score_missing(run, cell, corpus, scoring)
+    if interruption.requested:
+        raise KeyboardInterrupt
+    score_missing(run, cell, corpus, scorer)
     set_done(run)
 
 
-def cache_of(run: RunDir) -> Path:
-    """Where corpora are prepared for the runs beside this one."""
-    return run.path.parent.parent / "cache"
+def _train(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, interruption: Interruption) -> None:
+    """Train to the end, or, once interrupted, to the end of a step: KeyboardInterrupt, with a checkpoint saved."""
+    from suite.train.loop import train
+
+    with background_scoring.scored_in_background(run, cell, scorer) as retain_due, interruption.deferred():
+
+        def should_stop() -> bool:
+            retain_due()
+            return interruption.requested
+
+        if train(cell, corpus, run, should_stop=should_stop) != "done":
+            raise KeyboardInterrupt
 
 
 def refuse_stale_run(run: RunDir, cell: Cell) -> None:
-    """Raise UserError if other code made what the run has."""
+    """Raise UserError if the run's weights were made by other code."""
     stale = stale_because(run, cell)
     if stale is not None:
         raise UserError(f"{run.path}: stale: {stale}")
 
 
 def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
-    """Record what is about to be trained, from a sibling's checkpoint where there is one; say where it stands."""
+    """Write cell.json before training, take over a sibling's checkpoint where there is one, and log the first step."""
     from suite.models.accounting import account
     from suite.train.checkpoint import steps_saved
 
@@ -186,34 +203,32 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     print(f"{run.name}: training from step {max(steps_saved(run), default=0)}", file=sys.stderr)
 
 
-def lacks_scores(run: RunDir, cell: Cell) -> bool:
-    """Whether a trained run is still to be scored, or its memory's use recorded."""
-    has_memory = registry.family(cell.model.family).has_memory
-    return bool(missing_evals(run, cell) or background_scoring.kept(run)) or (
-        has_memory and not run.usage_path.exists()
-    )
+def needs_scoring(run: RunDir, cell: Cell) -> bool:
+    """Whether a trained run still lacks scores, of the end or of retained checkpoints, or its memory usage."""
+    return bool(missing_evals(run, cell) or background_scoring.retained_steps(run)) or needs_usage(run, cell)
 
 
-def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scoring: Scoring, world: World | None = None) -> None:
-    """Score checkpoints that wait for it, then the final weights on every evaluation that has no scores yet.
+def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world: World | None = None) -> None:
+    """Score the retained checkpoints, then the final weights, wherever scores are missing; record memory usage.
 
-    Records how a memory is used, too. The processes of a `world` that are joined hold the model together, and all call
-    this.
+    Args:
+        run: a trained run.
+        cell: its cell, with the evaluations to score.
+        corpus: the cell's corpus.
+        scorer: settings for scoring.
+        world: processes that hold the model together, all of which call this; None: this process holds it.
     """
-    from suite.train.parallel import World
-
     world = world or World()
-    background_scoring.score_kept(run, cell, corpus, scoring, world)
-    wanted = missing_evals(run, cell)
-    lacks_usage = registry.family(cell.model.family).has_memory and not run.usage_path.exists()
-    world.wait()  # all have looked before one writes
+    background_scoring.score_retained(run, cell, corpus, scorer, world)
+    wanted, lacks_usage = missing_evals(run, cell), needs_usage(run, cell)
+    world.wait()  # every process has looked before one of them writes
     if not wanted and not lacks_usage:
         return
     import torch
 
     from suite.train.checkpoint import load_model, steps_saved
 
-    # The cell's threads here, too: a run that was cut after training scores as one that was not.
+    # As in training, so that a run that was interrupted between the two gets the same scores.
     torch.set_num_threads(cell.threads)
     model = load_model(run, cell, corpus, world)
     facts = {"run": run.name, "step": steps_saved(run)[-1]}
@@ -225,21 +240,12 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scoring: Scoring, wor
             run.write_usage(facts | usage)
     for config in cell.evaluate:
         if config.hash8 in wanted:
-            scores = scoring.evaluator.evaluate(model, corpus, config)
+            scores = scorer.evaluator.evaluate(model, corpus, config)
             if world.is_first:
                 run.write_eval(config.hash8, scores | facts)
 
 
 def describe(error: BaseException) -> str:
-    """A cause in one line: the exception's type and the first line of its message; advice comes behind."""
+    """A cause in one line: the exception's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def log_path() -> str | None:
-    """Where this process' output goes, if submitit started it."""
-    if "SUBMITIT_FOLDER" not in os.environ:
-        return None
-    import submitit
-
-    return str(submitit.JobEnvironment().paths.stdout)

@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from suite.cells import Cell, described
-from suite.launch.status import run_dir
 from suite.plan.plan import MEASURES, Assumptions, CellPlan
+from suite.records import run_dir
 
 
 def measured(results: Path, cell: Cell) -> dict[str, float] | None:

@@ -94,7 +94,8 @@ def run_jobs(jobs: list[Job], cache: Path, processes: int, scratch: Path) -> Non
 def main(jobs: list[Job], cache: Path) -> None:
     import torch
 
-    from suite.launch.worker import Scoring, score_missing
+    from suite.launch.scorer import Scorer
+    from suite.launch.worker import score_missing
     from suite.records import RunDir
     from suite.train.loop import Trainer
     from suite.train.parallel import Parallel, World, joined
@@ -108,7 +109,7 @@ def main(jobs: list[Job], cache: Path) -> None:
             run.path.mkdir(parents=True, exist_ok=True)
             world.wait()
             if todo.score:
-                score_missing(run, cell, prepare(cell.data, cache), Scoring(), world)
+                score_missing(run, cell, prepare(cell.data, cache), Scorer(), world)
                 continue
             trainer = Trainer(cell, prepare(cell.data, cache), run, world)
             outcome = trainer.run_to_end(

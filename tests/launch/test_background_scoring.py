@@ -14,8 +14,8 @@ from suite.errors import UserError
 from suite.evaluate.harness import evaluate
 from suite.grids import load_cell
 from suite.launch import background_scoring, worker
-from suite.launch.status import run_dir
-from suite.records import RunDir
+from suite.launch.scorer import Scorer
+from suite.records import RunDir, run_dir
 from suite.train.loop import train
 
 CELL = {
@@ -69,19 +69,19 @@ def test_every_due_checkpoint_but_the_last_has_scores_of_its_weights(
         assert scores[step]["tokens"] == step * 4 * cell.data.seq_len
     (final,) = (run.path / "eval").glob("*.json")
     assert json.loads(final.read_text())["step"] == last
-    assert not background_scoring.kept(run)
+    assert not background_scoring.retained_steps(run)
     assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{last}"]
 
 
 def test_another_process_scores_what_is_kept_until_its_input_ends(tmp_path: Path) -> None:
     run, cell = made(tmp_path)
     corpus = prepare(cell.data, tmp_path / "results" / "cache")
-    with background_scoring.scored_beside(run, cell, worker.Scoring()) as keep:
-        train(cell, corpus, run, should_stop=keep)
+    with background_scoring.scored_in_background(run, cell, Scorer()) as retain:
+        train(cell, corpus, run, should_stop=lambda: bool(retain()))
         deadline = time.monotonic() + 120
-        while background_scoring.kept(run) and time.monotonic() < deadline:
+        while background_scoring.retained_steps(run) and time.monotonic() < deadline:
             time.sleep(0.1)
-    assert not background_scoring.kept(run)
+    assert not background_scoring.retained_steps(run)
     assert sorted(step_scores(run)) == list(range(8, run.train_lines()[-1]["step"], 8))
 
 

@@ -12,9 +12,8 @@ from sweep_processes import suite
 
 from suite.cells import Cell
 from suite.launch import branches, worker
-from suite.launch.status import run_dir
 from suite.launch.sweep import prepare
-from suite.records import RunDir
+from suite.records import RunDir, run_dir
 from suite.train import loop
 from suite.train.checkpoint import steps_saved
 

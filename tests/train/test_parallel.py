@@ -15,8 +15,9 @@ from parallel_jobs import FAMILIES, WITH_MEMORY, Job, cell_of, job, run_jobs
 from suite.cells import Cell, EvalConfig
 from suite.data import prepare
 from suite.errors import UserError
-from suite.launch.background_scoring import keep_due
-from suite.launch.worker import Scoring, score_missing
+from suite.launch.background_scoring import retain_due
+from suite.launch.scorer import Scorer
+from suite.launch.worker import score_missing
 from suite.models import moe
 from suite.models.ranking import best
 from suite.records import RunDir
@@ -217,10 +218,10 @@ def test_processes_that_hold_a_model_together_give_the_scores_of_one(case: str, 
     cell = cell.model_copy(update={"evaluate": (asked,)})
     together, one = RunDir(tmp_path / "together"), RunDir(tmp_path / "one")
     run_jobs([job(cell, together.path, memory_parallel=2, dtype="float32")], cache, 2, tmp_path)
-    assert keep_due(together, cell)
+    assert retain_due(together, cell)
     shutil.copytree(together.path, one.path)
     run_jobs([job(cell, together.path, memory_parallel=2, dtype="float32", score=True)], cache, 2, tmp_path)
-    score_missing(one, cell, prepare(cell.data, cache), Scoring())
+    score_missing(one, cell, prepare(cell.data, cache), Scorer())
     for name in (f"eval/{asked.hash8}.json", f"eval/steps/{asked.hash8}-2.json"):
         found, expected = (json.loads((run.path / name).read_text()) for run in (together, one))
         for task, scores in expected["tasks"].items():

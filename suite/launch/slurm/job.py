@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import submitit
 
 from suite.launch import background_scoring, worker
+from suite.launch.scorer import Scorer, cache_of
 from suite.records import Locked, RunDir
 from suite.train.parallel import Parallel, World, joined
 
@@ -43,9 +44,9 @@ class CellJob:
     """One stage of the cell at `run_path`, to be submitted through submitit, which asks it for `checkpoint`."""
 
     def __init__(
-        self, run_path: Path, stage: Stage, scoring: worker.Scoring | None = None, parallel: Parallel | None = None
+        self, run_path: Path, stage: Stage, scoring: Scorer | None = None, parallel: Parallel | None = None
     ) -> None:
-        self.run_path, self.stage, self.scoring = run_path, stage, scoring or worker.Scoring()
+        self.run_path, self.stage, self.scoring = run_path, stage, scoring or Scorer()
         self.parallel = parallel or Parallel()
         self._stopping: threading.Event | None = None
         self._ended: threading.Event | None = None
@@ -103,7 +104,7 @@ class CellJob:
     def _evaluate(self, run: RunDir) -> str:
         def is_open(state: dict[str, Any]) -> bool:
             return bool(
-                state.get("trained") and state["state"] != "failed" and worker.lacks_scores(run, run.read_cell())
+                state.get("trained") and state["state"] != "failed" and worker.needs_scoring(run, run.read_cell())
             )
 
         return self._together(run, is_open, self._score)
@@ -118,11 +119,11 @@ class CellJob:
                 return str(state["state"])
             cell = run.read_cell()
             if not world.joined:
-                return worker.attempt(run, lambda: work(run, cell, world))
+                return worker.attempt(run, lambda: work(run, cell, world), log=_log())
             try:
                 if world.is_first:
                     started = state.get("started") or time.time()
-                    run.set_state("running", started=started, finished=None, log=worker.log_path())
+                    run.set_state("running", started=started, finished=None, log=str(_log()))
                 work(run, cell, world)
             except Exception as error:
                 # Processes that lose one of their own fail, too: who came first knows the cause.
@@ -142,7 +143,7 @@ class CellJob:
 
         def should_stop() -> bool:
             if world.is_first:
-                background_scoring.keep_due(run, cell)  # for the job that scores
+                background_scoring.retain_due(run, cell)  # for the job that scores
             return stopping()
 
         outcome = train(cell, corpus, run, world, should_stop)
@@ -152,13 +153,13 @@ class CellJob:
             run.set_state("pending", cause=WARNED, eta_s=None)
             return
         run.set_state("running", trained=True)
-        if worker.lacks_scores(run, cell):
+        if worker.needs_scoring(run, cell):
             run.set_state("pending", cause=TO_BE_SCORED, eta_s=None)
         else:
             worker.set_done(run)
 
     def _score(self, run: RunDir, cell: Cell, world: World) -> None:
-        kept = background_scoring.folder_of(run)
+        kept = background_scoring.retained_folder(run)
         # Whoever scores what was kept on the way comes to its end first.
         with _held(RunDir(kept)) if world.is_first and kept.exists() else nullcontext():
             worker.score_missing(run, cell, _corpus(run, cell, world), self.scoring, world)
@@ -169,10 +170,10 @@ class CellJob:
         """Another process trains the run meanwhile and holds it: nothing is written but scores."""
         with (
             joined(self.parallel) as world,
-            _held(RunDir(background_scoring.folder_of(run))) if world.is_first else nullcontext(),
+            _held(RunDir(background_scoring.retained_folder(run))) if world.is_first else nullcontext(),
         ):
             cell = run.read_cell()
-            background_scoring.score_kept(run, cell, _corpus(run, cell, world), self.scoring, world)
+            background_scoring.score_retained(run, cell, _corpus(run, cell, world), self.scoring, world)
         return str(run.state()["state"])
 
 
@@ -182,10 +183,15 @@ def _corpus(run: RunDir, cell: Cell, world: World, then: Callable[[Corpus], None
 
     if world.is_first:
         worker.refuse_stale_run(run, cell)
-        corpus = data.prepare(cell.data, cache=worker.cache_of(run))
+        corpus = data.prepare(cell.data, cache=cache_of(run))
         then(corpus)
     world.wait()
-    return corpus if world.is_first else data.prepare(cell.data, cache=worker.cache_of(run))
+    return corpus if world.is_first else data.prepare(cell.data, cache=cache_of(run))
+
+
+def _log() -> Path:
+    """The file with the output of this job."""
+    return Path(submitit.JobEnvironment().paths.stdout)
 
 
 def _is_preempted() -> bool:

@@ -22,13 +22,13 @@ from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.branches import must_wait
+from suite.launch.scorer import Scorer
 from suite.launch.slurm.job import CellJob, Stage
 from suite.launch.slurm.profile import Profile
 from suite.launch.slurm.queue import record_job, record_report
 from suite.launch.slurm.resources import Shape, scoring_shape, shapes
-from suite.launch.status import GRIDS, run_dir
-from suite.launch.worker import Scoring, lacks_scores
-from suite.records import RunDir
+from suite.launch.worker import needs_scoring
+from suite.records import GRIDS, RunDir, run_dir
 
 MAX_DEATHS = 3
 """A job whose process is killed is requeued by its own script, so often less one."""
@@ -80,10 +80,10 @@ class Submitter:
     """Sends jobs to Slurm for a grid, or, with `dry`, only writes what it would send."""
 
     def __init__(
-        self, grid: Grid, results: Path, profile: Profile, scoring: Scoring | None = None, dry: bool = False
+        self, grid: Grid, results: Path, profile: Profile, scoring: Scorer | None = None, dry: bool = False
     ) -> None:
         self.grid, self.results, self.profile, self.dry = grid, results, profile, dry
-        self.scoring = scoring or Scoring()
+        self.scoring = scoring or Scorer()
         self.sent: list[Submission] = []
 
     @property
@@ -97,7 +97,7 @@ class Submitter:
         entries = []
         for cell, shape in zip(cells, planned, strict=True):
             run = run_dir(self.results, cell)
-            scored = lacks_scores(run, cell)
+            scored = needs_scoring(run, cell)
             trained = bool(run.state().get("trained"))
             scoring = scoring_shape(self.profile, cell, shape, self.results / "cache") if scored else None
             entries.append(Entry(run, None if trained else shape, scoring))

@@ -14,14 +14,15 @@ from suite.atomic import write_text
 from suite.cells import Cell
 from suite.grids import Grid
 from suite.launch import background_scoring
+from suite.launch.scorer import Scorer, is_finished
 from suite.launch.slurm import queue
 from suite.launch.slurm.profile import Profile
 from suite.launch.slurm.queue import ENDED, WORDS, Job
 from suite.launch.slurm.submit import Submission, Submitter, jobs_folder, report_path
-from suite.launch.status import GRIDS, CellStatus, cell_status, grid_status, run_dir
-from suite.launch.sweep import MAX_STARTS, Standing, Watcher, prepare, settled, write_grid
-from suite.launch.worker import Scoring, set_failed
-from suite.records import Locked, RunDir
+from suite.launch.status import CellStatus, cell_status, grid_status
+from suite.launch.sweep import MAX_STARTS, Standing, Watcher, prepare, write_grid
+from suite.launch.worker import set_failed
+from suite.records import GRIDS, Locked, RunDir, run_dir
 from suite.train.checkpoint import steps_saved
 
 GRACE_S = 10.0
@@ -47,7 +48,7 @@ class SlurmSweep:
     grid: Grid
     results: Path
     profile: Profile
-    scoring: Scoring
+    scoring: Scorer
     watcher: Watcher
     report: bool = True
     watched: list[_Watched] = field(default_factory=list)
@@ -61,7 +62,7 @@ class SlurmSweep:
     def submit(self) -> None:
         """Send what is missing and has no job yet. Raises UserError."""
         write_grid(self.results, self.grid)
-        missing = [cell for cell in self.grid.cells if not settled(run_dir(self.results, cell), cell)]
+        missing = [cell for cell in self.grid.cells if not is_finished(run_dir(self.results, cell), cell)]
         self.watcher.event(f"{len(self.grid.cells) - len(missing)} of {len(self.grid.cells)} cells need nothing")
         runs = {cell: run_dir(self.results, cell) for cell in missing}
         had = {cell: queue.job_ids(run) for cell, run in runs.items()}
@@ -139,7 +140,7 @@ class SlurmSweep:
             self.report_job = None
 
     def _settle(self, entry: _Watched) -> bool:
-        if not settled(entry.run, entry.cell):
+        if not is_finished(entry.run, entry.cell):
             return False
         status = cell_status(self.results, entry.cell)
         said = status.cause if status.state == "failed" else status.headline
@@ -152,7 +153,7 @@ class SlurmSweep:
 
     def _lost(self, entry: _Watched, ended: dict[str, Job]) -> None:
         """All jobs of a cell ended and it is not finished: another start, if it got further or was not to blame."""
-        if settled(entry.run, entry.cell):  # finished between two looks
+        if is_finished(entry.run, entry.cell):  # finished between two looks
             self._settle(entry)
             return
         states = [(self.queue.get(job) or ended.get(job) or Job(ENDED)).state for job in entry.jobs]
@@ -196,7 +197,7 @@ class SlurmSweep:
         last = self.scorers.get(run.name)
         # Where one failed or was cancelled, what is kept is left to the scores of the end.
         may_follow = last is None or self.queue.get(last, Job(ENDED)).state in ("COMPLETED", ENDED)
-        return may_follow and bool(background_scoring.kept(run)) and not run.state().get("trained")
+        return may_follow and bool(background_scoring.retained_steps(run)) and not run.state().get("trained")
 
     def _standing(self) -> Standing:
         entries = self.watched + self.dead
@@ -215,9 +216,9 @@ def _at_most(profile: Profile, room: int) -> Profile:
     return profile.model_copy(update=caps)
 
 
-def dry_run(grid: Grid, results: Path, profile: Profile, scoring: Scoring, report: bool) -> list[Path]:
+def dry_run(grid: Grid, results: Path, profile: Profile, scoring: Scorer, report: bool) -> list[Path]:
     """Write the batch scripts that a sweep would send now to results/grids/<grid>/slurm-dry; gives their paths."""
-    cells = [cell for cell in grid.cells if not settled(run_dir(results, cell), cell)]
+    cells = [cell for cell in grid.cells if not is_finished(run_dir(results, cell), cell)]
     submitter = Submitter(grid, results, profile, scoring, dry=True)
     submitter.submit(cells, report)
     folder = results / GRIDS / grid.name / "slurm-dry"

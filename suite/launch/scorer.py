@@ -1,0 +1,57 @@
+"""What scoring a run needs, and which of its scores are missing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from suite.cells import Cell
+from suite.models import registry
+from suite.records import RunDir
+
+if TYPE_CHECKING:
+    from suite.evaluate.harness import Evaluator
+    from suite.evaluate.sandbox import RunCode
+
+
+@dataclass
+class Scorer:
+    """Settings for scoring: local data sets (None: the hub), and a sandbox for code that models write (None: refused).
+
+    The evaluator is built on first use, so that requests are prepared once for any number of runs.
+    """
+
+    data_root: Path | None = None
+    run_code: RunCode | None = None
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """The evaluator with these settings. Raises UserError if the data or the sandbox is not available."""
+        # Importing lm-eval takes longer than training a small cell.
+        from suite.evaluate.harness import Evaluator
+        from suite.evaluate.sandbox import sandbox_of
+
+        return Evaluator(self.data_root, sandbox_of(self.run_code))
+
+
+def cache_of(run: RunDir) -> Path:
+    """The folder of prepared corpora, shared by all runs of a results folder."""
+    return run.path.parent.parent / "cache"
+
+
+def missing_evals(run: RunDir, cell: Cell) -> list[str]:
+    """The hashes of the cell's evaluations that have no scores yet."""
+    return [config.hash8 for config in cell.evaluate if not run.has_eval(config.hash8)]
+
+
+def needs_usage(run: RunDir, cell: Cell) -> bool:
+    """Whether the model has a memory whose usage is not recorded yet."""
+    return registry.family(cell.model.family).has_memory and not run.usage_path.exists()
+
+
+def is_finished(run: RunDir, cell: Cell) -> bool:
+    """Whether the run has failed, or is done with every configured score."""
+    state = run.state()["state"]
+    return state == "failed" or (state == "done" and not missing_evals(run, cell))

@@ -1,0 +1,34 @@
+"""A sweep's clock, and the number of cells that run at once."""
+
+import pytest
+
+from suite.launch.progress import Clock, share_done
+from suite.launch.status import duration
+from suite.launch.sweep import Standing, default_jobs, usable_cores
+
+
+def test_the_clock_extrapolates_from_what_was_done_since_the_first_look() -> None:
+    clock = Clock()
+    assert clock.remaining_s(Standing(10, 4, []), 100.0) is None
+    assert clock.remaining_s(Standing(10, 4, [("run", 0.4, None)]), 110.0) is None
+    # One cell and a half in 30 seconds: 4.5 are left, at 20 seconds each.
+    halfway = Standing(10, 5, [("run", 0.5, None)])
+    assert clock.remaining_s(halfway, 130.0) == pytest.approx(90.0)
+    assert share_done(halfway) == pytest.approx(0.55)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(None, "-"), (0.4, "0 s"), (59.4, "59 s"), (187, "3:07 min"), (7500, "2:05 h")]
+)
+def test_durations_read_as_people_say_them(seconds: float | None, said: str) -> None:
+    assert duration(seconds) == said
+
+
+def test_jobs_fill_the_cores_or_the_gpus() -> None:
+    class Threads:
+        def __init__(self, threads: int) -> None:
+            self.threads = threads
+
+    assert default_jobs([Threads(1), Threads(1)], gpus=0) == usable_cores()  # type: ignore[list-item]
+    assert default_jobs([Threads(10_000)], gpus=0) == 1  # type: ignore[list-item]
+    assert default_jobs([Threads(1)], gpus=8) == 8  # type: ignore[list-item]
