@@ -81,7 +81,7 @@ def bare_c(source: str) -> str:
     In a preprocessor line a space can change the meaning, so only runs of spaces are shortened.
     """
     joined = source.replace("\\\n", "")
-    parts = []
+    parts: list[str] = []
     for line in C_COMMENT.sub(lambda match: match[1] or " ", joined).splitlines():
         is_directive = line.lstrip().startswith("#")
         parts += ["\n", *line.split(), "\n"] if is_directive else C_TOKEN.findall(line)
