@@ -161,10 +161,14 @@ class TrainConfig(Frozen):
     value_lr: float | None = Field(
         default=None, gt=0, description="of value tables; None: ten times lr (released template)"
     )
-    table_optimizer: Literal["row_wise", "dense"] = Field(
+    matrix_optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw",
+        description="optimizer of the weight matrices inside blocks",
+    )
+    table_optimizer: Literal["row_wise", "dense", "sgd"] = Field(
         default="row_wise",
         json_schema_extra={"identity_name": "optimizer"},
-        description="how value tables are updated: AdamW on the rows read, or AdamW on table-sized gradients",
+        description="optimizer of value tables: AdamW or SGD on the rows read; dense: AdamW on all rows",
     )
     value_precision: Literal["fp32", "bf16", "bf16_master", "bf16_stochastic"] = Field(
         default="fp32", description="of value tables; bf16: rounded to nearest, with an fp32 copy, or stochastically"
@@ -220,11 +224,13 @@ class TrainConfig(Frozen):
             found.append(("tokens", self.tokens, "exactly one of tokens and epochs"))
         if self.batch_rows % self.accumulate:
             found.append(("accumulate", self.accumulate, f"a divisor of batch_rows ({self.batch_rows})"))
-        if self.table_optimizer == "dense":
+        if self.table_optimizer != "row_wise":
             for name in ROW_WISE_OPTIONS:
                 default = type(self).model_fields[name].default
                 if getattr(self, name) != default:
-                    found.append((name, getattr(self, name), f"{default} with table_optimizer dense"))
+                    found.append((name, getattr(self, name), f"{default} with table_optimizer {self.table_optimizer}"))
+        if self.table_optimizer == "sgd" and self.value_lr is None:
+            found.append(("value_lr", None, "a learning rate for table_optimizer sgd, which has no default"))
         limit = self.value_replay_limit
         if self.value_lazy and limit is not None:
             found.append(("value_replay_limit", limit, "nothing with value_lazy: it replays nothing"))

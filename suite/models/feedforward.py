@@ -5,6 +5,8 @@ Shapes: B rows, T tokens, D model width, F hidden width.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -14,6 +16,8 @@ from suite.models.registry import Family, ModelConfig, register
 
 class SwiGLU(nn.Module):
     """w2(silu(w1 x) * w3 x), without biases (Shazeer 2020, GLU Variants, section 2)."""
+
+    matrices: ClassVar[tuple[str, ...]] = ("w1.weight", "w2.weight", "w3.weight")
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ experts per token, C tokens per expert and row, L tokens per expert (padded).
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -35,6 +36,7 @@ class Experts(nn.Module):
     `busiest`: what the busiest expert gets over the mean, for shapes without values (the meta device).
     """
 
+    matrices: ClassVar[tuple[str, ...]] = ("w1", "w2", "w3")
     busiest = 1.0
 
     def __init__(self, experts: int, dim: int, hidden: int) -> None:

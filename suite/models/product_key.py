@@ -10,6 +10,7 @@ rows, S = M*K.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from pydantic import Field
@@ -49,6 +50,8 @@ class Addressing:
 
 class ProductKeyLayer(MemoryLayer):
     """What every layer addressed by product keys has: a query projection and half keys, both its own."""
+
+    matrices: ClassVar[tuple[str, ...]] = ("query.weight",)
 
     def __init__(self, tables: list[MemoryTable], dim: int, how: Addressing) -> None:
         super().__init__(tables)
@@ -116,6 +119,8 @@ class ProductKeyMemory(ProductKeyLayer):
     pair to every head's rows that is always read, its key per head, its value shared by the heads. Initial values:
     released code, biases zero.
     """
+
+    matrices = ("query.weight", "gate.weight", "out.weight")
 
     def __init__(
         self,

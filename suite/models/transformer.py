@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,8 @@ class Cache:
 
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and, where kv_heads < heads, grouped queries."""
+
+    matrices: ClassVar[tuple[str, ...]] = ("wq.weight", "wk.weight", "wv.weight", "wo.weight")
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -233,6 +235,16 @@ class Transformer(nn.Module):
     def memory_tables(self) -> list[MemoryTable]:
         """The distinct tables; their parameters are the optimizer's value group."""
         return cast(list[MemoryTable], list(self.tables))
+
+    def hidden_matrices(self) -> list[str]:
+        """Names of the weight matrices inside blocks, and of stacks of them, as modules declare them in `matrices`."""
+        declared = [
+            f"layers.{path}.{name}"
+            for path, module in self.layers.named_modules()
+            for name in getattr(module, "matrices", ())
+        ]
+        present = {name for name, _ in self.named_parameters()}
+        return [name for name in declared if name in present]
 
     def after_step(self) -> None:
         """To be called after each optimizer step: feed-forwards that keep statistics act on them."""

@@ -15,7 +15,7 @@ from suite.models.transformer import Transformer
 from suite.plan.activation_memory import Seen, parts
 from suite.plan.gpus import USABLE, Gpu
 from suite.plan.step_memory import STATE_BYTES, Parts, StepMemory
-from suite.train.optim import table_state
+from suite.plan.table_state import table_state
 
 MICRO_ROWS = (8, 4, 2, 1)
 """Rows of a micro-batch that are tried; the released template's is the largest."""

@@ -22,8 +22,8 @@ from suite.plan.activation_memory import Seen
 from suite.plan.gpus import GPUS, USABLE, UTILISATION, Gpu
 from suite.plan.mesh import MICRO_ROWS, Mesh, Unfit, divided, smallest_mesh
 from suite.plan.step_memory import STATE_BYTES
+from suite.plan.table_state import table_state
 from suite.train.loop import total_steps
-from suite.train.optim import table_state
 
 EQUAL = 0.05
 """Largest deviation of a ratio from 1 that is still called equal."""
@@ -288,7 +288,7 @@ def _rows_read(layer: MemoryLayer) -> float:
 
 def _touched(cell: Cell, rows: int, lookups: float) -> float:
     """Rows with a gradient: those that lookups spread evenly reach, or all of them where gradients are dense."""
-    return rows * -math.expm1(-lookups / rows) if cell.train.table_optimizer == "row_wise" else rows
+    return rows * -math.expm1(-lookups / rows) if cell.train.table_optimizer != "dense" else rows
 
 
 def partners(one: CellPlan, plans: list[CellPlan]) -> dict[str, dict[str, Any]]:

@@ -1,116 +1,189 @@
-"""AdamW over two groups, value tables and the rest, each with its own rate, weight decay and clipping norm.
+"""Optimizers of a model: an ordered list of rules decides, by name, how each parameter is trained.
 
-Weight decay falls on every tensor, as in the released code (paper: not stated). The two groups are clipped apart,
-likewise. Tables are updated by the rows that were read (kernels.row_adamw), which leaves them as dense AdamW would;
-`table_optimizer: dense` gives them table-sized gradients and the optimizer of the rest.
+The rules of a cell (`parameter_rules`) give AdamW to every parameter, with a learning rate, weight decay and clipping
+norm of its own for value tables, as in the released code of "Memory Layers at Scale", whose weight decay also falls on
+every tensor. Options replace the optimizer of value tables or of hidden matrices. To add an optimizer: a rule in
+`parameter_rules`, and its step and state in `Optimizer`.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from kernels.embedding_bag import RowGradients
 from kernels.row_adamw import RowAdamW
 from suite.cells import TrainConfig
 from suite.models.memory_table import MemoryTable
 from suite.models.transformer import Transformer
-from suite.plan.step_memory import STATE_BYTES, TableState
+from suite.train.muon import NamedMuon
+from suite.train.table_optimizers import RowSGD, row_adamw, row_sgd
 
 VALUE_LR_RATIO = 10.0
-"""Value rate over base rate where a cell sets none: 1e-3 against 1e-4 in the released template."""
+"""Learning rate of value tables over the base rate if a cell sets none: 1e-3 against 1e-4 in the released template."""
 
-REPLAY_LIMIT_GPU = 256
-"""Missed steps that a row replays on a GPU; on a CPU all of them, so that when a table is flushed changes no bit."""
+OptimizerName = Literal["adamw", "muon", "row_adamw", "row_sgd"]
+Group = Literal["values", "rest"]
+
+TABLE_OPTIMIZERS: dict[str, OptimizerName] = {"row_wise": "row_adamw", "dense": "adamw", "sgd": "row_sgd"}
+"""Optimizer of value tables by train.table_optimizer."""
 
 
-LOW_PRECISION: dict[str, Literal["nearest", "stochastic", "master"]] = {
-    "fp32": "nearest",
-    "bf16": "nearest",
-    "bf16_master": "master",
-    "bf16_stochastic": "stochastic",
-}
-"""How RowAdamW rounds, by train.value_precision."""
+@dataclass(frozen=True)
+class Rule:
+    """How the parameters whose whole name matches a regular expression are trained.
+
+    `group`: the clipping group, under whose name learning rate and norm are logged. Value tables have one of their own.
+    """
+
+    pattern: str
+    optimizer: OptimizerName
+    lr: float
+    weight_decay: float
+    group: Group
+
+
+def parameter_rules(model: Transformer, config: TrainConfig) -> list[Rule]:
+    """The rules of a cell, in order of precedence."""
+    tables = {id(table.weight) for table in model.memory_tables()}
+    table_names = [name for name, parameter in model.named_parameters() if id(parameter) in tables]
+    value_lr = config.value_lr or VALUE_LR_RATIO * config.lr
+    value_decay = config.weight_decay if config.value_weight_decay is None else config.value_weight_decay
+    rules = []
+    if table_names:
+        optimizer = TABLE_OPTIMIZERS[config.table_optimizer]
+        rules.append(Rule(any_of(table_names), optimizer, value_lr, value_decay, "values"))
+    if config.matrix_optimizer == "muon":
+        rules.append(Rule(any_of(model.hidden_matrices()), "muon", config.lr, config.weight_decay, "rest"))
+    return [*rules, Rule(".*", "adamw", config.lr, config.weight_decay, "rest")]
+
+
+def any_of(names: Iterable[str]) -> str:
+    """The pattern that matches these names alone."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+def match_rules(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
+    """The rule of every parameter: the first whose pattern matches its whole name.
+
+    Raises:
+        ValueError: a parameter that no rule matches.
+    """
+    matched = {}
+    for name in names:
+        rule = next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
+        if rule is None:
+            raise ValueError(f"no optimizer rule matches the parameter {name}")
+        matched[name] = rule
+    return matched
 
 
 class Optimizer:
-    """AdamW on `values` (the rows of memory tables) and `rest`; one `step` clips, updates and clears gradients."""
+    """All optimizers of a model; one `step` clips, updates and clears gradients."""
 
     def __init__(self, model: Transformer, config: TrainConfig) -> None:
         self.clip = float("inf") if config.clip is None else config.clip
-        self.names = {id(parameter): name for name, parameter in model.named_parameters()}
-        self.tables = [table for table in model.memory_tables() if table.weight.requires_grad]
-        decay = config.weight_decay if config.value_weight_decay is None else config.value_weight_decay
-        self.rows = [row_wise(table, config, decay) for table in self.tables if config.table_optimizer == "row_wise"]
-        of_tables = {id(table.weight) for table in self.tables}
-        rest = [parameter for parameter in model.parameters() if id(parameter) not in of_tables]
-        self.dense: dict[str, list[nn.Parameter]] = {"rest": [p for p in rest if p.requires_grad]}
-        if self.tables and not self.rows:
-            self.dense["values"] = [table.weight for table in self.tables]
-        self.base_lr = {"rest": config.lr}
-        if self.tables:
-            self.base_lr["values"] = config.value_lr or VALUE_LR_RATIO * config.lr
-        self.lr = dict(self.base_lr)
-        groups = [
-            {"params": parameters, "weight_decay": decay if name == "values" else config.weight_decay, "name": name}
-            for name, parameters in self.dense.items()
-        ]
-        self.adamw = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
+        self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.tables = {
+            name: table
+            for table in model.memory_tables()
+            for name, parameter in self.parameters.items()
+            if table.weight is parameter
+        }
+        rules = parameter_rules(model, config)
+        self.rules = match_rules(self.parameters, rules)
+        self.lr = {rule: rule.lr for rule in rules}
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": list(self._members(rule).values()), "weight_decay": rule.weight_decay, "rule": rule}
+                for rule in rules
+                if rule.optimizer == "adamw"
+            ],
+            betas=config.betas,
+            eps=config.eps,
+            fused=True,
+        )
+        self.muons = {
+            rule: NamedMuon(self._members(rule), rule.weight_decay) for rule in rules if rule.optimizer == "muon"
+        }
+        self.rows: dict[str, RowAdamW | RowSGD] = {}
+        for name, table in self.tables.items():
+            rule = self.rules[name]
+            if rule.optimizer == "row_adamw":
+                self.rows[name] = row_adamw(table, config, rule.weight_decay)
+            elif rule.optimizer == "row_sgd":
+                self.rows[name] = row_sgd(table, rule.weight_decay)
 
-    def set_lr(self, factor: float) -> dict[str, float]:
-        """Scale both base rates by the schedule's factor; gives the rates in force by group."""
-        self.lr = {name: base * factor for name, base in self.base_lr.items()}
+    def _members(self, rule: Rule) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self.parameters.items() if self.rules[name] == rule}
+
+    def set_lr(self, factor: float) -> dict[Group, float]:
+        """Scale all base rates by the schedule's factor; gives the rates in force by group."""
+        self.lr = {rule: rule.lr * factor for rule in self.lr}
         for group in self.adamw.param_groups:
-            group["lr"] = self.lr[group["name"]]
-        return self.lr
+            group["lr"] = self.lr[group["rule"]]
+        return {rule.group: lr for rule, lr in self.lr.items()}
 
-    def step(self) -> dict[str, float]:
+    def step(self) -> dict[Group, float]:
         """Clip each group to the cell's norm, update, clear gradients; gives the norms before clipping."""
-        for table in self.tables:
+        for table in self.tables.values():
             table.share_gradient()
-        norms = {name: self._clip(parameters, name) for name, parameters in self.dense.items()}
-        if self.rows:
-            norms["values"] = self._clip_rows()
+        norms: dict[Group, float] = {"rest": self._clip_rest()}
+        if self.tables:
+            norms["values"] = self._clip_rows() if self.rows else self._clip_dense_tables()
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
-        for adamw in self.rows:
-            adamw.step(self.lr["values"])
+        for rule, muon in self.muons.items():
+            muon.step(self.lr[rule])
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        for name, rows in self.rows.items():
+            rows.step(self.lr[self.rules[name]])
         return norms
 
-    def _clip(self, parameters: list[nn.Parameter], group: str) -> float:
-        """Clip to a norm, which is that of all processes' parts where the parameters are divided."""
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        if group == "values":
-            norm = self.tables[0].norm_of_columns(norm)
-        elif hasattr(norm, "full_tensor"):  # a DTensor: a sum over processes that is still to be taken
+    def _clip_rest(self) -> float:
+        """Clip the parameters outside tables; under FSDP the norm is that of all processes' shards."""
+        parameters = [parameter for name, parameter in self.parameters.items() if name not in self.tables]
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+        if hasattr(norm, "full_tensor"):  # a DTensor, whose sum over processes is still to be taken
             norm = norm.full_tensor()
         nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         return norm.item()
 
+    def _clip_dense_tables(self) -> float:
+        tables = list(self.tables.values())
+        gradients = [table.weight.grad for table in tables if table.weight.grad is not None]
+        norm = tables[0].norm_of_columns(nn.utils.get_total_norm(gradients))
+        nn.utils.clip_grads_with_norm_([table.weight for table in tables], self.clip, norm)
+        return norm.item()
+
     def _clip_rows(self) -> float:
-        """As `_clip`, over compact gradients: rows that were not read have none."""
-        norm = torch.linalg.vector_norm(torch.stack([adamw.gradients.norm() for adamw in self.rows]))
-        norm = self.tables[0].norm_of_columns(norm)
+        """Clip compact gradients: rows that were not read have none."""
+        gradients = [rows.gradients for rows in self.rows.values()]
+        norm = torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in gradients]))
+        norm = next(iter(self.tables.values())).norm_of_columns(norm)
         factor = torch.clamp(self.clip / (norm + 1e-6), max=1.0)
-        for adamw in self.rows:
-            adamw.gradients.scale_(factor)
+        for gradient in gradients:
+            gradient.scale_(factor)
         return norm.item()
 
     def never_read(self, table: MemoryTable) -> int | None:
-        """Rows of the table that no step has read yet; None where its gradients are dense, which do not say."""
-        for known, adamw in zip(self.tables, self.rows, strict=bool(self.rows)):
-            if known is table:
-                return adamw.never_read
+        """Rows of the table that no step has read yet; None if its gradients are dense, which do not tell."""
+        for name, rows in self.rows.items():
+            if self.tables[name] is table:
+                return rows.never_read
         return None
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """Moments and step counts by parameter name: the tensors in use, made first where no step was taken yet.
+        """State by parameter name: the tensors in use, created first if no step was taken yet.
 
-        Tables are flushed: their rows are all at the last step.
+        Tables are flushed: all their rows are at the last step.
         """
+        names = {id(parameter): name for name, parameter in self.parameters.items()}
+        state: dict[str, dict[str, Tensor]] = {}
         for group in self.adamw.param_groups:
             for parameter in group["params"]:
                 if parameter not in self.adamw.state:
@@ -119,52 +192,14 @@ class Optimizer:
                         "exp_avg": torch.zeros_like(parameter),
                         "exp_avg_sq": torch.zeros_like(parameter),
                     }
-        state = {self.names[id(parameter)]: state for parameter, state in self.adamw.state.items()}
-        for table, adamw in zip(self.tables, self.rows, strict=bool(self.rows)):
-            saved = adamw.state_dict()
-            state[self.names[id(table.weight)]] = {**saved, "step": torch.tensor(saved["step"])}
+                state[names[id(parameter)]] = self.adamw.state[parameter]
+        for muon in self.muons.values():
+            state |= {name: {"momentum_buffer": buffer} for name, buffer in muon.momentum.items()}
+        for name, rows in self.rows.items():
+            state[name] = {key: torch.as_tensor(value) for key, value in rows.state_dict().items()}
         return state
 
     def restored(self, state: dict[str, dict[str, Tensor]]) -> None:
         """To be called once the tensors of `state` have been filled from a checkpoint."""
-        for table, adamw in zip(self.tables, self.rows, strict=bool(self.rows)):
-            saved = state[self.names[id(table.weight)]]
-            adamw.load_state_dict({**saved, "step": int(saved["step"])})
-
-
-def table_state(config: TrainConfig) -> TableState:
-    """What is kept of value tables, in bytes (docs/training.md)."""
-    if config.table_optimizer == "dense":
-        return TableState(row_wise=False, row=0)
-    value = STATE_BYTES if config.value_precision == "fp32" else 2
-    copy = STATE_BYTES if config.value_precision == "bf16_master" else 0
-    by_row = config.value_second_moment == "row"
-    return TableState(
-        value=value,
-        moments=(1 if by_row else 2) * STATE_BYTES + copy,
-        row=TableState.row + (STATE_BYTES if by_row else 0),
-    )
-
-
-def row_wise(table: MemoryTable, config: TrainConfig, weight_decay: float) -> RowAdamW:
-    """An optimizer of the table's rows, which from now on gathers compact gradients and is told of every read.
-
-    The table is made bfloat16 where the cell says so.
-    """
-    if config.value_precision != "fp32":
-        table.bfloat16()
-    limit = REPLAY_LIMIT_GPU if table.weight.is_cuda else None
-    table.gradients = RowGradients(table.weight)
-    adamw = RowAdamW(
-        table.weight,
-        table.gradients,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=weight_decay,
-        replay_limit=config.value_replay_limit or limit,
-        low_precision=LOW_PRECISION[config.value_precision],
-        row_second_moment=config.value_second_moment == "row",
-        lazy=config.value_lazy,
-    )
-    table.before_read.append(adamw.before_read)
-    return adamw
+        for name, rows in self.rows.items():
+            rows.load_state_dict(state[name])

@@ -22,16 +22,13 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from suite.errors import UserError
-from suite.models.feedforward import SwiGLU
-from suite.models.moe import Experts, TokenChoice
+from suite.models.moe import TokenChoice
 from suite.models.precision import at_least_fp32
 from suite.models.registry import ModelConfig
-from suite.models.transformer import Attention, Transformer, fill, generator_of, reset_statistics
+from suite.models.transformer import Transformer, fill, generator_of, reset_statistics
 from suite.train.memory_parallel import ColumnTable
 from suite.train.parallel import World
 
-MATRICES = (Attention, SwiGLU, Experts)
-"""Modules all of whose parameters autocast turns into bf16."""
 ROWS_AT_ONCE = 1 << 16
 """Rows of a table whose initial values are drawn together; a multiple of 16, which the CPU's generator needs to
 draw in pieces what it draws at once."""
@@ -105,7 +102,7 @@ def _fully_shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
     for block in model.layers:
         if precision == "bf16":
             for module in block.modules():
-                if type(module) in MATRICES:
+                if holds_matrices_only(module):
                     fully_shard(module, mesh=mesh, mp_policy=narrow)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=tables)
@@ -115,6 +112,12 @@ def _fully_shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # without it a factor of one becomes an op gloo lacks
+
+
+def holds_matrices_only(module: nn.Module) -> bool:
+    """Whether all parameters of the module are weight matrices, which autocast casts to bf16."""
+    names = {name for name, _ in module.named_parameters()}
+    return bool(names) and names == set(getattr(module, "matrices", ()))
 
 
 def _fill_shard(model: Transformer, name: str, parameter: DTensor, seed: int) -> None:

@@ -19,9 +19,9 @@ from suite.models.moe import TokenChoice
 from suite.models.product_key import MemoryPlusConfig
 from suite.plan.activation_memory import parts
 from suite.plan.live_bytes import LiveBytes
+from suite.plan.table_state import table_state
 from suite.records import RunDir
 from suite.train.loop import Trainer
-from suite.train.optim import table_state
 
 SMALL = {"half_keys": 64, "top_k": 8}
 MODELS: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ def test_prediction_is_within_ten_percent_of_the_peak_of_a_real_step(
     reads = watch_reads(trainer.model)
     live = LiveBytes()
     moments = [tensor for state in trainer.optimizer.adamw.state.values() for tensor in state.values()]
-    for adamw in trainer.optimizer.rows:
+    for adamw in trainer.optimizer.rows.values():
         moments += [value for value in vars(adamw.state).values() if isinstance(value, torch.Tensor)]
     for tensor in (*trainer.model.parameters(), *trainer.model.buffers(), *moments):
         live.add(tensor)

@@ -53,10 +53,24 @@ def assert_same(first: Any, second: Any) -> None:
         assert first == second
 
 
-@pytest.mark.parametrize("family", ["dense", "moe", "moe_topk", "pkm", "pkm query_batchnorm", "memory_plus"])
+SGD = {"table_optimizer": "sgd", "value_lr": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *[(family, {}) for family in ("dense", "moe", "moe_topk", "pkm", "pkm query_batchnorm", "memory_plus")],
+        ("moe_topk", {"matrix_optimizer": "muon"}),
+        ("memory_plus", {"matrix_optimizer": "muon"} | SGD),
+        ("peer", SGD),
+        ("pkm", {"table_optimizer": "dense"}),
+    ],
+)
 @pytest.mark.parametrize("dies_after", [2, 6])
-def test_a_killed_run_resumes_bit_for_bit(family: str, dies_after: int, cache: Path, tmp_path: Path) -> None:
-    cell = tiny_cell(family, probes=3)
+def test_a_killed_run_resumes_bit_for_bit(
+    family: str, options: dict[str, Any], dies_after: int, cache: Path, tmp_path: Path
+) -> None:
+    cell = tiny_cell(family, probes=3, **options)
     corpus = corpus_of(cell, cache)
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()

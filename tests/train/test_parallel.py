@@ -188,12 +188,27 @@ def test_blocks_computed_twice_change_nothing(processes: int, cache: Path, tmp_p
         assert_same_run(cell, alone(cell, tmp_path / case, cache), tmp_path / f"{case}-again", cache)
 
 
+OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
+    ("peer", {"table_optimizer": "dense"}),
+    ("peer", {"table_optimizer": "sgd", "value_lr": 0.5}),
+    ("memory_plus", {"matrix_optimizer": "muon"}),
+    ("moe", {"matrix_optimizer": "muon"}),
+    ("moe_topk", {"matrix_optimizer": "muon"}),
+]
+
+
 @pytest.mark.slow
-def test_dense_gradients_of_tables_are_those_of_one_process(cache: Path, tmp_path: Path, wide: None) -> None:
-    cell = cell_of("peer", 6, table_optimizer="dense")
-    prepare(cell.data, cache)
-    run_jobs([job(cell, tmp_path / "4", memory_parallel=2)], cache, 4, tmp_path)
-    assert_same_run(cell, alone(cell, tmp_path / "1", cache), tmp_path / "4", cache)
+@pytest.mark.parametrize("processes", [2, 4])
+def test_every_optimizer_on_several_processes_is_that_of_one(
+    processes: int, cache: Path, tmp_path: Path, wide: None
+) -> None:
+    cells = {tmp_path / f"{number}": cell_of(case, 6, **how) for number, (case, how) in enumerate(OPTIMIZERS)}
+    prepare(cell_of("dense", 6).data, cache)
+    jobs = [job(cell, folder, memory_parallel=2, stop_at=3) for folder, cell in cells.items()]
+    run_jobs(jobs, cache, processes, tmp_path)
+    run_jobs([job(cell, folder, memory_parallel=2) for folder, cell in cells.items()], cache, processes, tmp_path)
+    for folder, cell in cells.items():
+        assert_same_run(cell, alone(cell, folder.with_suffix(".alone"), cache), folder, cache)
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_an_option_trains_and_resumes_bit_for_bit(name: str, cache: Path, tmp_pa
     whole.run_to_end()
     table = whole.model.memory_tables()[0]
     assert table.weight.dtype == (torch.bfloat16 if "bf16" in str(OPTIONS[name]) else torch.float32)
-    assert whole.optimizer.rows[0].bytes_per_row == BYTES_PER_ROW[name]
+    assert whole.optimizer.rows["tables.0.weight"].bytes_per_row == BYTES_PER_ROW[name]
     dying = trainer_of(cell, cache, tmp_path / "killed")
     for _ in range(6):
         dying.train_step()
@@ -86,7 +86,7 @@ def test_a_master_copy_trains_as_fp32_but_for_what_is_read(cache: Path, tmp_path
     for trainer in (plain, master):
         trainer.run_to_end()
     assert losses(tmp_path / "master") == pytest.approx(losses(tmp_path / "fp32"), rel=2e-2)
-    (adamw,) = master.optimizer.rows
+    (adamw,) = master.optimizer.rows.values()
     assert torch.equal(master.model.memory_tables()[0].weight, adamw.state_dict()["master"].bfloat16())
 
 
@@ -108,7 +108,7 @@ def test_lazy_rows_stand_still_and_others_do_not(cache: Path, tmp_path: Path) ->
 def test_the_limit_is_the_optimizers(cache: Path, tmp_path: Path) -> None:
     for limit in (None, 7):
         trainer = trainer_of(cell_of("pkm", value_replay_limit=limit), cache, tmp_path / str(limit))
-        assert trainer.optimizer.rows[0].replay_limit == limit
+        assert trainer.optimizer.rows["tables.0.weight"].replay_limit == limit
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,22 @@
+"""Bytes of a value table and its optimizer state, by the options of a cell (docs/training.md)."""
+
+from __future__ import annotations
+
+from suite.cells import TrainConfig
+from suite.plan.step_memory import STATE_BYTES, TableState
+
+
+def table_state(config: TrainConfig) -> TableState:
+    """What training holds per value and per row of a table."""
+    if config.table_optimizer == "dense":
+        return TableState(row_wise=False, row=0)
+    if config.table_optimizer == "sgd":
+        return TableState(moments=0, row=1)
+    value = STATE_BYTES if config.value_precision == "fp32" else 2
+    copy = STATE_BYTES if config.value_precision == "bf16_master" else 0
+    by_row = config.value_second_moment == "row"
+    return TableState(
+        value=value,
+        moments=(1 if by_row else 2) * STATE_BYTES + copy,
+        row=TableState.row + (STATE_BYTES if by_row else 0),
+    )

@@ -1,0 +1,210 @@
+"""Optimizer rules: which parameter is trained by which optimizer, and what Muon and row-wise SGD compute."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from parallel_jobs import FAMILIES, cell_of
+from pydantic import ValidationError
+from tiny_cells import corpus_of, tiny_cell
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from suite import models
+from suite.cells import Cell
+from suite.models.transformer import Transformer
+from suite.records import RunDir
+from suite.train.loop import Trainer
+from suite.train.muon import NamedMuon
+from suite.train.optim import Optimizer, Rule, match_rules, parameter_rules
+from suite.train.sharding import holds_matrices_only
+
+ATTENTION = r"layers\.\d\.attention\.w[qkvo]\.weight"
+SWIGLU = r"layers\.\d\.feed_forward\.w[123]\.weight"
+MATRICES = {
+    "dense": [ATTENTION, SWIGLU],
+    "moe": [ATTENTION, r"layers\.\d\.feed_forward\.experts\.w[123]"],
+    "moe_topk": [
+        ATTENTION,
+        r"layers\.\d\.feed_forward\.experts\.w[123]",
+        r"layers\.\d\.feed_forward\.shared\.w[123]\.weight",
+    ],
+    "pkm": [ATTENTION, SWIGLU, r"layers\.1\.feed_forward\.query\.weight"],
+    "pkm batchnorm": [ATTENTION, SWIGLU, r"layers\.1\.feed_forward\.query\.weight"],
+    "memory_plus": [ATTENTION, SWIGLU, r"layers\.\d\.feed_forward\.(query|gate|out)\.weight"],
+    "peer": [ATTENTION, SWIGLU, r"layers\.1\.feed_forward\.query\.weight"],
+}
+"""Names of the weight matrices inside blocks, by family."""
+
+
+def model_of(cell: Cell) -> Transformer:
+    return models.build(cell.model, 100, cell.seed)
+
+
+def names(model: Transformer, cell: Cell, optimizer: str) -> set[str]:
+    """The parameters of that optimizer."""
+    parameters = [name for name, _ in model.named_parameters()]
+    matched = match_rules(parameters, parameter_rules(model, cell.train))
+    assert list(matched) == parameters
+    return {name for name, rule in matched.items() if rule.optimizer == optimizer}
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_by_default_tables_are_updated_by_rows_and_all_else_by_adamw(case: str) -> None:
+    cell = cell_of(case, 2)
+    model = model_of(cell)
+    tables = {f"tables.{number}.weight" for number in range(len(model.memory_tables()))}
+    assert names(model, cell, "row_adamw") == tables
+    assert names(model, cell, "adamw") == {name for name, _ in model.named_parameters()} - tables
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_muon_gets_the_matrices_inside_blocks_and_sgd_the_tables(case: str) -> None:
+    cell = cell_of(case, 2, matrix_optimizer="muon", table_optimizer="sgd", value_lr=0.1)
+    model = model_of(cell)
+    parameters = {name for name, _ in model.named_parameters()}
+    matrices = {name for name in parameters if any(re.fullmatch(pattern, name) for pattern in MATRICES[case])}
+    tables = {name for name in parameters if name.startswith("tables.")}
+    assert names(model, cell, "muon") == matrices
+    assert names(model, cell, "row_sgd") == tables
+    assert names(model, cell, "adamw") == parameters - matrices - tables
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_modules_of_matrices_alone_are_found_from_the_model(case: str) -> None:
+    """FSDP gathers them in bf16: attention, plain feed-forwards and stacks of experts."""
+    model = model_of(cell_of(case, 2))
+    kinds = {type(module).__name__ for module in model.modules() if holds_matrices_only(module)}
+    experts = {"moe": {"Experts"}, "moe_topk": {"Experts", "SwiGLU"}}
+    every_layer_has_a_memory = case == "memory_plus"
+    assert kinds == {"Attention"} | experts.get(case, set() if every_layer_has_a_memory else {"SwiGLU"})
+
+
+def test_the_first_matching_rule_wins_and_a_parameter_without_one_is_named() -> None:
+    first = Rule(r"a\..*", "adamw", 1.0, 0.0, "rest")
+    second = Rule(r".*\.weight", "adamw", 2.0, 0.0, "rest")
+    assert match_rules(["a.weight", "b.weight"], [first, second]) == {"a.weight": first, "b.weight": second}
+    with pytest.raises(ValueError, match=r"b\.bias"):
+        match_rules(["a.bias", "b.bias"], [first, second])
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """Five quintic Newton-Schulz steps of Muon in float64."""
+    x = matrix.double()
+    x = x / x.norm()
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x
+
+
+def random(shape: tuple[int, ...], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_muon_is_nesterov_momentum_orthogonalised_and_scaled() -> None:
+    lr, decay = 0.02, 0.1
+    parameter = nn.Parameter(random((24, 40), 0))
+    muon = NamedMuon({"w": parameter}, decay)
+    expected, momentum = parameter.detach().double(), torch.zeros(24, 40, dtype=torch.float64)
+    for step in range(3):
+        gradient = random((24, 40), step + 1)
+        before = parameter.detach().clone()
+        parameter.grad = gradient
+        muon.step(lr)
+        momentum = 0.95 * momentum + 0.05 * gradient
+        update = 0.2 * math.sqrt(40) * orthogonalised(0.05 * gradient + 0.95 * momentum)
+        expected = before.double() * (1 - lr * decay) - lr * update
+        # torch orthogonalises in bfloat16: its rounding is 2^-9, over five steps
+        assert (parameter.detach() - expected).norm() < 0.02 * (lr * update).norm()
+    assert muon.momentum["w"].sub(momentum).abs().max() < 1e-6
+
+
+def test_muon_updates_each_matrix_of_a_stack_as_torch_does_alone() -> None:
+    stack = nn.Parameter(random((3, 8, 12), 0))
+    alone = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    muon = NamedMuon({"experts": stack}, 0.1)
+    plain = torch.optim.Muon(alone, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
+    for step in range(2):
+        stack.grad = random((3, 8, 12), step + 1)
+        for matrix, gradient in zip(alone, stack.grad, strict=True):
+            matrix.grad = gradient.clone()
+        muon.step(0.02)
+        plain.step()
+    assert torch.equal(stack.detach(), torch.stack([matrix.detach() for matrix in alone]))
+
+
+def trainer_of(cell: Cell, cache: Path, folder: Path) -> Trainer:
+    run = RunDir(folder)
+    run.path.mkdir(parents=True, exist_ok=True)
+    return Trainer(cell, corpus_of(cell, cache), run)
+
+
+def test_muon_leaves_embeddings_norms_and_biases_to_adamw_in_training(cache: Path, tmp_path: Path) -> None:
+    """After one step AdamW's parameters are those of a run without Muon, and the matrices are not."""
+    stepped = {}
+    for name in ("adamw", "muon"):
+        trainer = trainer_of(tiny_cell("memory_plus", matrix_optimizer=name, warmup=0), cache, tmp_path / name)
+        norms = trainer.train_step()
+        stepped[name] = (norms["grad_norm"], dict(trainer.model.named_parameters()))
+        matrices = set(trainer.model.hidden_matrices())
+    assert stepped["adamw"][0] == stepped["muon"][0]
+    for name, parameter in stepped["adamw"][1].items():
+        assert torch.equal(parameter, stepped["muon"][1][name]) == (name not in matrices), name
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_sgd_moves_the_rows_read_by_their_clipped_gradient_and_no_other_row(
+    decay: float, cache: Path, tmp_path: Path, wide: None
+) -> None:
+    options: dict[str, Any] = {"warmup": 0, "schedule": "constant", "clip": 0.05, "value_weight_decay": decay}
+    cell = tiny_cell("peer", table_optimizer="sgd", value_lr=3.0, **options)
+    cell = Cell.model_validate(cell.model_dump() | {"model": cell.model.model_dump() | {"half_keys": 24, "top_k": 2}})
+    trainer = trainer_of(cell, cache, tmp_path)
+    batch = trainer.loader.batch(0)
+    twin = models.build(cell.model, trainer.corpus.vocab_size, cell.seed)  # its tables have dense gradients
+    F.cross_entropy(twin(batch.tokens_BT, batch.segments_BT).flatten(0, 1), batch.targets_BT.flatten()).backward()
+    gradients = [table.weight.grad for table in twin.memory_tables()]
+    norm = sum(gradient.square().sum() for gradient in gradients if gradient is not None) ** 0.5
+    assert trainer.train_step()["value_grad_norm"] == pytest.approx(float(norm), rel=1e-9)
+    for before, table, gradient in zip(twin.memory_tables(), trainer.model.memory_tables(), gradients, strict=True):
+        assert gradient is not None
+        read = gradient.ne(0).any(1)
+        assert 0 < read.sum() < len(read)
+        clipped = gradient * (0.05 / (norm + 1e-6))
+        expected = (1 - 3.0 * decay) * before.weight - 3.0 * clipped
+        torch.testing.assert_close(table.weight[read], expected[read], rtol=1e-9, atol=1e-12)
+        assert torch.equal(table.weight[~read], before.weight[~read])
+        assert trainer.optimizer.never_read(table) == int((~read).sum())
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    cell = cell_of("memory_plus", 2)
+    model = model_of(cell)
+    model.embedding.requires_grad_(False)
+    model.memory_tables()[0].requires_grad_(False)
+    optimizer = Optimizer(model, cell.train)
+    assert "embedding.weight" not in optimizer.parameters
+    assert not optimizer.tables
+    assert optimizer.state().keys() == optimizer.parameters.keys()
+
+
+@pytest.mark.parametrize(
+    ("train", "words"),
+    [
+        ({"table_optimizer": "sgd"}, "train.value_lr: got None"),
+        ({"table_optimizer": "sgd", "value_lr": 1.0, "value_lazy": True}, "train.value_lazy: got True"),
+        ({"matrix_optimizer": "sgd"}, "matrix_optimizer"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_by_name(train: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        tiny_cell("pkm", **train)
+
+
+def test_the_default_optimizer_leaves_every_hash_unchanged() -> None:
+    assert tiny_cell("pkm", matrix_optimizer="adamw").hash8 == tiny_cell("pkm").hash8
+    assert tiny_cell("pkm", matrix_optimizer="muon").hash8 != tiny_cell("pkm").hash8
