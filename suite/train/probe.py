@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from suite.data import Batch, Corpus, seeded_random
+from suite.data import Batch, Corpus, bios_metrics, seeded_random
 from suite.data.bios import Probe, ProbeKind, World
 from suite.data.loader import IGNORED
-from suite.evaluate.tasks import bits
 from suite.inference import loglikelihood
 from suite.models.transformer import Transformer
 
@@ -59,8 +58,8 @@ class Prober:
 
     def _bits(self, model: Transformer, kind: ProbeKind) -> dict[str, float]:
         results = loglikelihood.score(model, self._requests[kind], TOKEN_BUDGET)
-        items = [bits.Scored(probe, *result) for probe, result in zip(self._probes[kind], results, strict=True)]
-        wanted = {name: bits.METRICS[name](items) for name in ("bits", "bits_max", "nll", "recall")}
+        items = [bios_metrics.Scored(probe, *result) for probe, result in zip(self._probes[kind], results, strict=True)]
+        wanted = {name: bios_metrics.METRICS[name](items) for name in ("bits", "bits_max", "nll", "recall")}
         return {**wanted, "n": len(items)}
 
 

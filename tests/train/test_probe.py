@@ -8,9 +8,8 @@ import pytest
 import torch
 from naive_scoring import naive_score
 
-from suite.data import Corpus
+from suite.data import Corpus, bios_metrics
 from suite.data.bios import bits_learned
-from suite.evaluate.tasks import bits
 from suite.models.transformer import Transformer
 from suite.train import probe
 
@@ -69,9 +68,9 @@ def test_a_text_corpus_has_a_loss_and_no_probes(text: Corpus, text_model: Transf
 def test_spread_over_people_counts_people_not_probes(bios: Corpus) -> None:
     assert bios.world is not None
     probes = bios.world.probes("storage")
-    once = [bits.Scored(p, -float(p.person % 5), False) for p in probes if p.template == 0 and p.attribute == 0]
+    once = [bios_metrics.Scored(p, -float(p.person % 5), False) for p in probes if p.template == 0 and p.attribute == 0]
     thrice = [item for item in once for _ in range(3)]
     by_hand = torch.tensor([float(item.probe.person % 5) for item in once])
     expected = float(by_hand.std() / math.sqrt(len(by_hand)))
-    assert bits.nll_se(once) == pytest.approx(expected)
-    assert bits.nll_se(thrice) == pytest.approx(expected)
+    assert bios_metrics.nll_se(once) == pytest.approx(expected)
+    assert bios_metrics.nll_se(thrice) == pytest.approx(expected)
