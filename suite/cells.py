@@ -13,139 +13,13 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, SerializeAsAny, model_validator
+from pydantic import Field, SerializeAsAny, model_validator
 from pydantic.functional_validators import BeforeValidator
 
+from suite.data.sources.registry import AnyData
+from suite.identity import NOT_IDENTITY, Frozen, identity
 from suite.models import registry
 from suite.models.registry import ModelConfig
-
-NOT_IDENTITY: dict[str, Any] = {"identity": False}
-
-
-class Frozen(BaseModel):
-    """Immutable, strict, and without unknown fields."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    def problems(self) -> list[tuple[str, object, str]]:
-        """What is wrong across fields: (field, value given, what is allowed)."""
-        return []
-
-
-class Tokenizer(Frozen):
-    """How text becomes tokens: words and bytes need no training, BPE is trained on the corpus, files are ready."""
-
-    kind: Literal["word", "bpe", "bytes", "file"]
-    vocab_size: int | None = Field(default=None, gt=256, description="BPE only: entries, 256 bytes included")
-    path: str | None = Field(
-        default=None,
-        json_schema_extra=NOT_IDENTITY,
-        description="file only: a tokenizer.json, a GPT-2 vocab.json or encoder.json (merges beside), a .model",
-    )
-    fingerprint: str | None = Field(default=None, description="file only: sha256 of the content; filled in")
-    eot: str | None = Field(default=None, description="file only: its end-of-text token; None: found by its name")
-
-    def problems(self) -> list[tuple[str, object, str]]:
-        found: list[tuple[str, object, str]] = []
-        if (self.kind == "bpe") != (self.vocab_size is not None):
-            found.append(("vocab_size", self.vocab_size, "an integer above 256 for bpe, nothing for other kinds"))
-        if (self.kind == "file") != (self.path is not None):
-            found.append(("path", self.path, "a tokenizer's file for file, nothing for other kinds"))
-        if self.kind != "file" and self.eot is not None:
-            found.append(("eot", self.eot, "nothing but for file: the other kinds have their own"))
-        return found
-
-
-class BiosData(Frozen):
-    """Synthetic biographies (Allen-Zhu and Li, Physics of Language Models 3.3): a pure function of its fields."""
-
-    kind: Literal["bios"]
-    people: int = Field(gt=1)
-    world: int = Field(default=0, ge=0, description="the seed of names, attributes and templates' use")
-    questions: float = Field(default=0.0, ge=0.0, lt=1.0, description="share of the people asked about in training")
-    zipf: float = Field(default=0.0, ge=0.0, description="exponent of exposure against popularity; 0: uniform")
-    seq_len: int = Field(default=128, gt=1, description="tokens in a row")
-    tokenizer: Tokenizer = Tokenizer(kind="word")
-
-
-class TextSource(Frozen):
-    """Text on disk: .txt, .jsonl, .jsonl.gz or .parquet, a file or a folder; found by path, known by fingerprint."""
-
-    kind: Literal["text"]
-    path: str = Field(json_schema_extra=NOT_IDENTITY)
-    fingerprint: str | None = Field(default=None, description="sha256 of the content; filled in by the sweep")
-    field: str = Field(default="text", description="the text's field in .jsonl and .parquet records")
-    held_out: float = Field(default=0.05, gt=0.0, lt=1.0, description="share of documents kept for evaluation")
-
-
-class HubSource(Frozen):
-    """A data set of the Hugging Face hub, read as a stream; a commit as `revision` pins its content."""
-
-    kind: Literal["hub"]
-    name: str = Field(min_length=1, description="a hub data set's name, e.g. HuggingFaceFW/fineweb-edu")
-    subset: str | None = Field(default=None, description="its configuration, e.g. sample-100BT")
-    split: str = "train"
-    revision: str | None = Field(default=None, description="branch, tag or commit; None: its main branch")
-    field: str = Field(default="text", description="the text's field in its records")
-    tokens: int | None = Field(default=None, gt=0, description="tokens to take from its beginning; None: all")
-    held_out: float = Field(default=0.001, gt=0.0, lt=1.0, description="share of documents kept for evaluation")
-
-
-class TextData(TextSource):
-    """Text on disk as a corpus of its own."""
-
-    seq_len: int = Field(default=256, gt=1, description="tokens in a row")
-    tokenizer: Tokenizer = Tokenizer(kind="bpe", vocab_size=4096)
-
-
-class HubData(HubSource):
-    """A hub data set as a corpus of its own."""
-
-    seq_len: int = Field(default=2048, gt=1, description="tokens in a row")
-    tokenizer: Tokenizer = Field(description="a tokenizer: kind file, bytes or bpe")
-
-
-class TextPart(TextSource):
-    """Text on disk as part of a mixture."""
-
-    weight: float = Field(gt=0, description="share of the tokens read, relative to the other parts' weights")
-
-
-class HubPart(HubSource):
-    """A hub data set as part of a mixture."""
-
-    weight: float = Field(gt=0, description="share of the tokens read, relative to the other parts' weights")
-
-
-MIXTURE_BLOCK = 10_000
-"""Rows in which a mixture's weights hold exactly; so a part's share is a multiple of a hundredth of a percent."""
-
-
-class MixtureData(Frozen):
-    """Named parts, each with a weight: the share of rows, and so of tokens, that training reads of it."""
-
-    kind: Literal["mixture"]
-    parts: dict[str, Annotated[TextPart | HubPart, Discriminator("kind")]] = Field(
-        min_length=1, description="parts by name, each of kind text or hub with a weight"
-    )
-    seq_len: int = Field(default=2048, gt=1, description="tokens in a row")
-    tokenizer: Tokenizer = Field(description="a tokenizer that all parts share: kind file or bytes")
-
-    def problems(self) -> list[tuple[str, object, str]]:
-        found: list[tuple[str, object, str]] = []
-        if self.tokenizer.kind not in ("file", "bytes"):
-            allowed = "file, bytes (train a BPE on one part, then name its tokenizer.json)"
-            found.append(("tokenizer.kind", self.tokenizer.kind, allowed))
-        total = sum(part.weight for part in self.parts.values())
-        for name, part in self.parts.items():
-            if part.weight / total * MIXTURE_BLOCK < 1:
-                allowed = f"at least 1/{MIXTURE_BLOCK} of the sum of weights ({total:g})"
-                found.append((f"parts.{name}.weight", part.weight, allowed))
-        return found
-
-
-DataConfig = Annotated[BiosData | TextData | HubData | MixtureData, Discriminator("kind")]
-
 
 ROW_WISE_OPTIONS = ("value_precision", "value_second_moment", "value_replay_limit", "value_lazy")
 """Fields of TrainConfig that configure `table_optimizer: row_wise` (docs/training.md)."""
@@ -270,7 +144,7 @@ class Cell(Frozen):
     """One model x data x training x seed, with the evaluations asked of it."""
 
     model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_model_config)]
-    data: DataConfig
+    data: AnyData
     train: TrainConfig
     seed: int = Field(default=0, ge=0, description="initial weights and data order")
     threads: int = Field(default=1, gt=0, description="CPU threads: sums differ between thread counts")
@@ -315,36 +189,6 @@ class Cell(Frozen):
     def run_name(self) -> str:
         """The run directory's name, `<slug>-<hash8>`."""
         return f"{self.slug}-{self.hash8}"
-
-
-def identity(part: BaseModel, current_names: bool = False) -> dict[str, Any]:
-    """The settings that enter the hash: fields that differ from their default and are not marked NOT_IDENTITY.
-
-    Args:
-        part: a cell or a block of one.
-        current_names: use today's field names. By default a renamed field keeps the name under which it was first
-            hashed (`identity_name`), so that renaming a field changes no hash.
-
-    Returns:
-        Nested settings by name.
-    """
-    settings: dict[str, Any] = {}
-    for name, info in type(part).model_fields.items():
-        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
-        value = getattr(part, name)
-        if extra.get("identity") is False or value == info.default:
-            continue
-        key = name if current_names else str(extra.get("identity_name", name))
-        settings[key] = _identity_of(value, current_names)
-    return settings
-
-
-def _identity_of(value: Any, current_names: bool) -> Any:
-    if isinstance(value, BaseModel):
-        return identity(value, current_names)
-    if isinstance(value, dict):
-        return {name: _identity_of(part, current_names) for name, part in value.items()}
-    return value
 
 
 def with_current_names(cell: dict[str, Any]) -> dict[str, Any]:

@@ -46,7 +46,6 @@ import suite.models  # noqa: F401  (registers the families)
 from suite.baselines import checks, loading
 from suite.cells import Cell, flat, with_current_names
 from suite.contrast import Contrast, matches, select
-from suite.data.identify import identified
 from suite.errors import UserError
 from suite.models import registry
 from suite.shipped import shipped
@@ -358,7 +357,7 @@ def _cell(source: Path, point: _Point, need_data: bool = True) -> Cell:
         raise UserError(f"{where}{f'from {origin}: ' if origin else ''}{complaint}") from None
     cell = cell.model_copy(update={"baseline": registry.family(cell.model.family).source})
     try:
-        return cell.model_copy(update={"data": identified(cell.data)})
+        return cell.model_copy(update={"data": cell.data.identified()})
     except UserError as error:
         if not need_data:
             return cell

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from suite.errors import UserError
+from suite.identity import Frozen
 from suite.models import registry
 
 YAML_1_2_FLOAT = re.compile(
@@ -101,20 +102,17 @@ def _explain(detail: ErrorDetails, schema: type[BaseModel], given: Any) -> str:
         # A part that is validated by a validator of its own (the model's options): its complaint, from the top.
         nested = inner.errors()[0]
         return _explain({**nested, "loc": (*detail["loc"], *nested["loc"])}, schema, given)
-    path, part, options = _locate(detail["loc"], schema, given)
+    path, part = _locate(detail["loc"], schema, given)
     field = ".".join(path)
     if detail["type"] == "extra_forbidden":
         known = [] if part is None else list(part.model_fields)
         return f"{field}: unknown field{did_you_mean(path[-1], known)}, allowed: {', '.join(known)}"
     if detail["type"] == "missing":
         return f"{field}: got nothing, allowed: {_wanted(part, path[-1])}"
-    if detail["type"] == "union_tag_invalid":
-        tag = detail["ctx"]["tag"]
-        expected = detail["ctx"]["expected_tags"].replace("'", "")
-        return f"{field}.kind: got {tag!r}{did_you_mean(tag, expected.split(', '))}, allowed: {expected}"
-    if detail["type"] == "union_tag_not_found":
-        kinds = [str(tag) for option in options for tag in tags_of(option)]
-        return f"{field}.kind: got nothing, allowed: {', '.join(kinds)}"
+    if detail["type"] == "unknown_kind":
+        kind, allowed = detail["ctx"]["given"], detail["ctx"]["kinds"]
+        given = "nothing" if kind is None else f"{kind!r}{did_you_mean(kind, allowed)}"
+        return f"{field}.kind: got {given}, allowed: {', '.join(allowed)}"
     if inner is not None:
         # Our own validators name field, value and what is allowed themselves.
         own = str(inner)
@@ -124,33 +122,45 @@ def _explain(detail: ErrorDetails, schema: type[BaseModel], given: Any) -> str:
 
 def _locate(
     loc: tuple[int | str, ...], schema: type[BaseModel], given: Any
-) -> tuple[list[str], type[BaseModel] | None, list[type[BaseModel]]]:
-    """The path as people write it (without the tags of unions), the model that holds its last field, and the models
-    that its value may be."""
+) -> tuple[list[str], type[BaseModel] | None]:
+    """The path of an error as a user writes it, and the model that holds its last field (None if unknown)."""
     path: list[str] = []
     holder: type[BaseModel] | None = None
-    options: list[type[BaseModel]] = [schema]
-    is_named = False  # the next step is a name that people gave, in a mapping of names to models
+    declared: type[BaseModel] | None = schema
+    current: type[BaseModel] | None = schema
+    value = given
+    is_key = False  # the next step is a key of a mapping from names to models
     for step in loc:
-        tagged = [option for option in options if step in tags_of(option)]
-        if is_named:
+        value = _item(value, step)
+        if is_key:
             path.append(str(step))
-            is_named = False
-        elif len(options) > 1 and tagged:
-            options = tagged
+            is_key = False
         elif isinstance(step, int):
             path[-1] += f"[{step + 1}]"
         else:
-            holder = options[0] if options else None
+            holder = current
             path.append(step)
             field = holder.model_fields.get(step) if holder else None
-            options = models_in(field.annotation) if field else []
-            is_named = field is not None and typing.get_origin(field.annotation) is dict
-            if registry.ModelConfig in options:
-                model = given.get("model") if isinstance(given, dict) else None
-                named = model.get("family") if isinstance(model, dict) else None
-                options = [registry.family(named).config] if named in registry.families() else []
-    return path, holder, options
+            declared = next(iter(models_in(field.annotation)), None) if field else None
+            is_key = field is not None and typing.get_origin(field.annotation) is dict
+        current = _class_for(declared, value)
+    return path, holder
+
+
+def _item(value: Any, step: int | str) -> Any:
+    if isinstance(value, dict):
+        return value.get(step)
+    return value[step] if isinstance(value, list | tuple) and isinstance(step, int) and step < len(value) else None
+
+
+def _class_for(declared: type[BaseModel] | None, value: Any) -> type[BaseModel] | None:
+    """The class that validates `value`: the declared one, or the one it selects by its family or kind."""
+    if declared is registry.ModelConfig:
+        family = value.get("family") if isinstance(value, dict) else None
+        return registry.family(family).config if family in registry.families() else None
+    if declared is None or not issubclass(declared, Frozen) or not declared.variants():
+        return declared
+    return declared.variants().get(str(value.get("kind"))) if isinstance(value, dict) else None
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
@@ -158,12 +168,6 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in models_in(part)]
-
-
-def tags_of(model: type[BaseModel]) -> tuple[Any, ...]:
-    """The values of `kind` by which a union knows this model."""
-    kind = model.model_fields.get("kind")
-    return typing.get_args(kind.annotation) if kind else ()
 
 
 def _wanted(part: type[BaseModel] | None, name: str) -> str:

@@ -14,9 +14,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 from naive_scoring import small_model
 
-from suite import data
-from suite.cells import BiosData, TextData, Tokenizer
-from suite.data import Corpus
+from suite.data.corpus import Corpus, prepare
+from suite.data.sources.bios import BiosData
+from suite.data.sources.text_files import TextData
+from suite.data.tokenizer_config import TokenizerConfig
 from suite.models.transformer import Transformer
 
 
@@ -30,7 +31,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bios(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     """A world of 30 people, half of them asked about."""
     config = BiosData(kind="bios", people=30, questions=0.5, seq_len=64)
-    return data.prepare(config, tmp_path_factory.mktemp("bios"))
+    return prepare(config, tmp_path_factory.mktemp("bios"))
 
 
 @pytest.fixture(scope="session")
@@ -44,9 +45,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
         path=str(folder / "corpus.jsonl"),
         held_out=0.3,
         seq_len=48,
-        tokenizer=Tokenizer(kind="bytes"),
+        tokenizer=TokenizerConfig(kind="bytes"),
     )
-    return data.prepare(config, folder / "cache")
+    return prepare(config, folder / "cache")
 
 
 @pytest.fixture(scope="session")

@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "kernels": ("native", "dispatch", "embedding_bag", "product_key row_adamw", "bench"),
     "suite": (
-        "errors atomic shipped",
-        "models",
+        "errors atomic identity shipped",
+        "models data",
         "yaml_input",
         "cells",
-        "baselines contrast data",
+        "baselines contrast",
         "grids",
         "rescale records inference",
         "train evaluate",

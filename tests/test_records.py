@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from suite.records import Locked, RunDir, write_json
+from suite.atomic import write_json
+from suite.records import Locked, RunDir
 
 
 def test_nothing_is_left_behind_when_the_content_cannot_be_written(tmp_path: Path) -> None:

@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from suite import data, models
+from suite import models
 from suite.cells import Cell
+from suite.data.corpus import prepare
 from suite.evaluate.harness import evaluate
 from suite.evaluate.usage import key_usage
 from suite.grids import Grid, find_grid, load_grid
@@ -141,7 +142,7 @@ class _Template:
     @classmethod
     def of(cls, cell: Cell, cache: Path, others: Iterable[_Template]) -> _Template:
         """Build the template from an untrained model of the cell, with the scores of `others` where they have them."""
-        corpus = data.prepare(cell.data, cache=cache)
+        corpus = prepare(cell.data, cache=cache)
         loader = corpus.loader(cell.seed, cell.train.batch_rows)
         accounted = account(cell.model, corpus.vocab_size, cell.data.seq_len).to_json()
         model = models.build(cell.model, corpus.vocab_size, cell.seed)

@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from suite.cells import Cell
-from suite.data import Corpus, prepare
+from suite.data.corpus import Corpus, prepare
 from suite.errors import UserError
 from suite.models.accounting import account
 from suite.plan.live_bytes import LiveBytes

@@ -44,7 +44,7 @@ def prepare(
 
     loaded = load_grid_or_cell(grid, parse_overrides(set_), baseline or ())
     try:
-        reports = prepare_all(loaded.cells, results / "cache", stderr_console())
+        reports = prepare_all({cell.run_name: cell.data for cell in loaded.cells}, results / "cache", stderr_console())
     except KeyboardInterrupt:
         print("suite: interrupted; the same command resumes", file=sys.stderr)
         raise typer.Exit(130) from None

@@ -20,9 +20,10 @@ from rich.table import Table
 import suite.models  # noqa: F401  (registers the families)
 from suite.cells import Cell
 from suite.errors import UserError
+from suite.identity import Frozen
 from suite.models import registry
 from suite.models.registry import ModelConfig
-from suite.yaml_input import did_you_mean, models_in, tags_of
+from suite.yaml_input import did_you_mean, models_in
 
 
 @dataclass(frozen=True)
@@ -118,9 +119,8 @@ def _parts(info: FieldInfo) -> list[tuple[str, type[BaseModel]]]:
     models = models_in(info.annotation)
     if models == [ModelConfig]:
         return [(name, registry.family(name).config) for name in registry.families()]
-    if len(models) == 1:
-        return [("", models[0])]
-    return [(tag, model) for model in models for tag in tags_of(model)]
+    variants = models[0].variants() if models and issubclass(models[0], Frozen) else {}
+    return list(variants.items()) or [("", model) for model in models]
 
 
 def _merged(fields: Iterator[CellField]) -> list[CellField]:

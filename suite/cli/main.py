@@ -171,7 +171,7 @@ def export_run(
 
     Example: suite export dense-w32-s0-0a1b2c3d --to exported
     """
-    from suite.data import prepare
+    from suite.data.corpus import prepare
     from suite.export.export import export
     from suite.records import RunDir
     from suite.train.checkpoint import load_model

@@ -1,10 +1,10 @@
-"""Preparing the data of many cells ahead of their training, with progress: what `suite data prepare` does."""
+"""`suite data prepare`: prepares the data of many cells before they are trained, with progress."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,41 +13,41 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from suite.cells import BiosData, Cell, DataConfig, HubData, MixtureData, TextData
-from suite.data.corpus import Corpus, Part, parts_of, prepare
+from suite.data.corpus import Corpus, Part, prepare
+from suite.data.sources.registry import DataConfig
 
 LINE_EVERY_S = 15.0
 
 
-def prepare_all(cells: Iterable[Cell], cache: Path, console: Console) -> list[dict[str, Any]]:
-    """Prepare every corpus the cells train on, each once; gives what `suite data prepare --json` says of them.
+def prepare_all(data: Mapping[str, DataConfig], cache: Path, console: Console) -> list[dict[str, Any]]:
+    """Prepare every corpus that the runs train on, each once. An interrupted call resumes when it is repeated.
 
-    Progress goes to `console`. A killed call is simply made again: it goes on where the last piece ended.
-    Raises UserError for input that cannot be used; what was prepared before stays.
+    Args:
+        data: the `data` block of each run.
+        cache: the folder of all prepared corpora.
+        console: where progress goes.
+
+    Returns:
+        The reports of `suite data prepare --json`, one per distinct `data` block.
+
+    Raises:
+        UserError: the data cannot be read or used; corpora prepared before it remain.
     """
-    asked: dict[str, tuple[DataConfig, list[str]]] = {}
-    for cell in cells:
-        asked.setdefault(cell.data.model_dump_json(), (cell.data, []))[1].append(cell.run_name)
+    runs_of: dict[str, list[str]] = {}
+    for run, config in data.items():
+        runs_of.setdefault(config.model_dump_json(), []).append(run)
     reports = []
-    for config, runs in asked.values():
-        for name, part in parts_of(config):
-            with _Teller(console, " ".join(filter(None, (name, label(part))))) as teller:
-                prepare(part, cache, teller.tell)
+    for runs in runs_of.values():
+        config = data[runs[0]]
+        for name, corpus in config.corpora().items():
+            with _ProgressDisplay(console, " ".join(filter(None, (name, corpus.label)))) as display:
+                prepare(corpus, cache, display.update)
         reports.append(_report(prepare(config, cache), runs))
     return reports
 
 
-def label(config: DataConfig) -> str:
-    """A corpus in a few words."""
-    if isinstance(config, BiosData):
-        return f"bios of {config.people} people, world {config.world}"
-    if isinstance(config, HubData):
-        return " ".join(filter(None, (config.name, config.subset, config.split)))
-    return config.path if isinstance(config, TextData) else f"mixture of {', '.join(sorted(config.parts))}"
-
-
 def table(reports: list[dict[str, Any]]) -> Table:
-    """The reports for people."""
+    """The reports as a table."""
     shown = Table(box=None, pad_edge=False)
     for title in ("data", "part", "tokens", "documents", "held out", "vocabulary", "cells", "commit", "folder"):
         shown.add_column(title, justify="right" if title in ("tokens", "documents", "held out") else "left")
@@ -60,9 +60,9 @@ def table(reports: list[dict[str, Any]]) -> Table:
 
 
 def _report(corpus: Corpus, runs: list[str]) -> dict[str, Any]:
-    names = sorted(corpus.config.parts) if isinstance(corpus.config, MixtureData) else [None]
+    names = corpus.config.corpora()
     return {
-        "label": label(corpus.config),
+        "label": corpus.config.label,
         "data": json.loads(corpus.config.model_dump_json()),
         "fingerprint": corpus.fingerprint,
         "vocab_size": corpus.vocab_size,
@@ -84,12 +84,12 @@ def _part(name: str | None, part: Part) -> dict[str, Any]:
     }
 
 
-class _Teller:
-    """Progress of one corpus: a bar on a terminal, a line now and then elsewhere."""
+class _ProgressDisplay:
+    """Progress of one corpus: a bar on a terminal, else a line every LINE_EVERY_S seconds."""
 
     def __init__(self, console: Console, name: str) -> None:
         self._console, self._name = console, name
-        self._started = self._told = time.monotonic()
+        self._started = self._shown = time.monotonic()
         self._first: int | None = None
         self._bar = Progress(
             TextColumn("{task.description}"),
@@ -102,22 +102,22 @@ class _Teller:
         )
         self._task = self._bar.add_task(name, total=None)
 
-    def tell(self, tokens: int, share: float | None) -> None:
-        """A Tell."""
+    def update(self, tokens: int, share: float | None) -> None:
+        """A Progress."""
         now = time.monotonic()
         if self._first is None:
             self._first, self._started = tokens, now
         rate = (tokens - self._first) / (now - self._started) if now > self._started else 0.0
-        said = f"{self._name}: {tokens / 1e6:,.1f}M tokens, {rate / 1e6:,.2f}M/s"
-        self._bar.update(self._task, description=said, total=None if share is None else 1.0, completed=share or 0.0)
-        if not self._console.is_terminal and now - self._told >= LINE_EVERY_S:
-            self._told = now
-            self._line(said if share is None else f"{said}, {share:.0%}")
+        text = f"{self._name}: {tokens / 1e6:,.1f}M tokens, {rate / 1e6:,.2f}M/s"
+        self._bar.update(self._task, description=text, total=None if share is None else 1.0, completed=share or 0.0)
+        if not self._console.is_terminal and now - self._shown >= LINE_EVERY_S:
+            self._shown = now
+            self._line(text if share is None else f"{text}, {share:.0%}")
 
     def _line(self, text: str) -> None:
         self._console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> _Teller:
+    def __enter__(self) -> _ProgressDisplay:
         self._bar.start()
         return self
 

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from suite.atomic import write_json
-from suite.data import text_files
+from suite.data.reader import Reader, is_held_out
 from suite.data.shards import META, RoundFile, open_cut
-from suite.data.text_files import Reader
 from suite.data.tokenizers import Tokenizer
 from suite.errors import UserError
 
@@ -47,12 +46,12 @@ class Written:
     position: Any = None
 
 
-Tell = Callable[[int, float | None], None]
-"""Told how a stream goes: tokens written so far, and the share of the whole, 0 to 1, None if unknown."""
+Progress = Callable[[int, float | None], None]
+"""Called with the number of tokens written so far, and the fraction done, 0 to 1, None if unknown."""
 
 
-def silent(tokens: int, share: float | None) -> None:
-    """A Tell that says nothing."""
+def no_progress(tokens: int, share: float | None) -> None:
+    """A Progress that reports nothing."""
 
 
 def write_stream(
@@ -61,7 +60,7 @@ def write_stream(
     tokenizer: Tokenizer,
     held_out: float,
     most_tokens: int | None = None,
-    tell: Tell = silent,
+    progress: Progress = no_progress,
 ) -> Written:
     """Encode a stream into `folder`, from where an earlier call was cut; gives what is written.
 
@@ -71,7 +70,7 @@ def write_stream(
         tokenizer: what encodes; the same on every call.
         held_out: share of documents that go to HELD_OUT instead, at most MOST_HELD_OUT of them.
         most_tokens: the stream ends with the document that reaches this; None: with the reader.
-        tell: called after every batch.
+        progress: called after every batch.
 
     Raises UserError, before the last commit, if there is nothing to train on or nothing held out.
     Memory: one batch of BATCH_DOCUMENTS documents or BATCH_CHARACTERS characters, and a document more.
@@ -81,7 +80,7 @@ def write_stream(
         stream = iter(reader)
         while not writer.is_full and (texts := _batch(stream)):
             writer.add(texts)
-            tell(writer.round.tokens, writer.share(reader))
+            progress(writer.round.tokens, writer.share(reader))
             if writer.round.tokens - writer.written.tokens >= PIECE_TOKENS:
                 writer.commit(reader.position)
         writer.check()
@@ -114,7 +113,7 @@ class _Writer:
         """Write a batch of documents to where each belongs."""
         trained = []
         for text in texts:
-            if not text_files.is_held_out(text, self._held_out):
+            if not is_held_out(text, self._held_out):
                 trained.append(text)
             elif self._kept < MOST_HELD_OUT:
                 self._kept += 1

@@ -19,8 +19,9 @@ from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
-from suite.cells import DataConfig, EvalConfig
-from suite.data import Corpus
+from suite.cells import EvalConfig
+from suite.data.corpus import Corpus
+from suite.data.sources.registry import DataConfig
 from suite.errors import UserError
 from suite.evaluate import corpus_docs
 from suite.evaluate.datasets import DataRoot, Docs

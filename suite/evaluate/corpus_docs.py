@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from suite.cells import BiosData, DataConfig
-from suite.data import Corpus, seeded_random
-from suite.data.bios import Probe, World
-from suite.data.bios_text import STOP
+from suite.data import seeded_random
+from suite.data.bios.text import STOP
+from suite.data.bios.world import Probe, World
+from suite.data.corpus import Corpus
+from suite.data.sources.bios import BiosData
+from suite.data.sources.registry import DataConfig
 from suite.errors import UserError
 from suite.evaluate.datasets import Docs
 
@@ -57,9 +59,7 @@ def _question(probe: Probe) -> dict[str, object]:
 
 def _choice(world: World, probe: Probe) -> dict[str, object]:
     """The right answer among three others of the attribute, at a place fixed by person and attribute."""
-    order = seeded_random.permutation(
-        len(probe.candidates), _CHOICE_SEED, world.config.world, probe.person, probe.attribute
-    )
+    order = seeded_random.permutation(len(probe.candidates), _CHOICE_SEED, world.seed, probe.person, probe.attribute)
     others = [probe.candidates[i] for i in order if probe.candidates[i] != probe.answer][: CHOICES - 1]
     gold = int(order[0]) % CHOICES
     return {"prompt": probe.prompt, "choices": [*others[:gold], probe.answer, *others[gold:]], "gold": gold}

@@ -21,7 +21,7 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 
 from suite.cells import EvalConfig
-from suite.data import Corpus
+from suite.data.corpus import Corpus
 from suite.evaluate import catalog
 from suite.evaluate.adapter import Codec, SuiteLM
 from suite.evaluate.datasets import DataRoot, Doc

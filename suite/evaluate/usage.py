@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from suite.data import Corpus
+from suite.data.corpus import Corpus
 from suite.models.transformer import Transformer
 from suite.models.usage import Reads
 

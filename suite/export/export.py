@@ -19,7 +19,7 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, proc
 from tokenizers import Tokenizer as RustTokenizer
 from torch import Tensor
 
-from suite.data import Corpus
+from suite.data.corpus import Corpus
 from suite.data.tokenizers import SentencePieceTokenizer, Tokenizer
 from suite.errors import UserError
 from suite.export.flatten import bundle

@@ -25,7 +25,7 @@ from suite.train.parallel import World
 
 if TYPE_CHECKING:
     from suite.cells import Cell
-    from suite.data import Corpus
+    from suite.data.corpus import Corpus
 
 POLL_S = 0.2
 NICENESS = 10
@@ -140,7 +140,7 @@ def main(run_path: str, data_root: str, run_code: str) -> None:
     """Score a run's retained checkpoints until standard input ends."""
     import torch
 
-    from suite import data
+    from suite.data.corpus import prepare
 
     os.nice(NICENESS)
     ended = threading.Event()
@@ -154,7 +154,7 @@ def main(run_path: str, data_root: str, run_code: str) -> None:
     cell = run.read_cell()
     torch.set_num_threads(cell.threads)
     scorer = Scorer(Path(data_root) if data_root else None, run_code or None)  # type: ignore[arg-type]
-    corpus = data.prepare(cell.data, cache=cache_of(run))
+    corpus = prepare(cell.data, cache=cache_of(run))
     while True:
         score_retained(run, cell, corpus, scorer, World(), ended.is_set)
         if ended.wait(POLL_S):

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from suite.cells import Cell, identity
+from suite.cells import Cell
+from suite.identity import identity
 from suite.records import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]

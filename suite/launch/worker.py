@@ -23,7 +23,7 @@ from suite.train.parallel import World
 
 if TYPE_CHECKING:
     from suite.cells import Cell, EvalConfig
-    from suite.data import Corpus
+    from suite.data.corpus import Corpus
 
 CELL_FACTS = ("cell", "hash", "run")
 """Fields of cell.json that `write_cell` writes itself; all others are carried over when it is written again."""
@@ -76,7 +76,7 @@ def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) 
 
     Raises UserError for a run that is not trained, or is locked by another process.
     """
-    from suite import data
+    from suite.data.corpus import prepare
 
     run = RunDir(run_path)
     try:
@@ -87,7 +87,7 @@ def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) 
                 )
             recorded = run.read_cell()
             cell = recorded.also_asked(added)
-            score_missing(run, cell, data.prepare(cell.data, cache=cache_of(run)), scorer)
+            score_missing(run, cell, prepare(cell.data, cache=cache_of(run)), scorer)
             if cell != recorded:
                 # Recorded after scoring: an evaluation that fails is not left for the next sweep to try again.
                 facts = {name: value for name, value in run.read_record().items() if name not in CELL_FACTS}
@@ -158,10 +158,10 @@ def set_done(run: RunDir) -> None:
 
 
 def _train_and_score(run: RunDir, cell: Cell, scorer: Scorer, interruption: Interruption) -> None:
-    from suite import data
+    from suite.data.corpus import prepare
 
     refuse_stale_run(run, cell)
-    corpus = data.prepare(cell.data, cache=cache_of(run))
+    corpus = prepare(cell.data, cache=cache_of(run))
     if not run.state().get("trained"):
         begin(run, cell, corpus)
         _train(run, cell, corpus, scorer, interruption)

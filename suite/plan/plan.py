@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from suite.cells import Cell, variants
-from suite.data import prepare
+from suite.data.corpus import prepare
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.models.accounting import Account, account_of, cost_of, meta_model, needs_values

@@ -21,7 +21,7 @@ import torch
 from suite import models
 from suite.atomic import sync_folder, write_json
 from suite.cells import Cell
-from suite.data import Corpus
+from suite.data.corpus import Corpus
 from suite.models.transformer import Transformer
 from suite.records import RunDir
 from suite.train.parallel import World

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 
 from suite import models
 from suite.cells import Cell, TrainConfig
-from suite.data import Corpus
-from suite.data.loader import IGNORED, Loader
+from suite.data.corpus import Corpus
+from suite.data.loader import Loader
+from suite.data.packing import IGNORED
 from suite.models.accounting import account
 from suite.models.precision import at_least_fp32
 from suite.models.transformer import Transformer

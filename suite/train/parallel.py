@@ -20,8 +20,9 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from suite.cells import Cell, Frozen
+from suite.cells import Cell
 from suite.errors import UserError
+from suite.identity import Frozen
 from suite.models.memory_table import MemoryLayer
 from suite.models.transformer import Transformer
 

@@ -14,9 +14,12 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from suite.data import Batch, Corpus, bios_metrics, seeded_random
-from suite.data.bios import Probe, ProbeKind, World
-from suite.data.loader import IGNORED
+from suite.data import seeded_random
+from suite.data.bios import metrics
+from suite.data.bios.world import Probe, ProbeKind, World
+from suite.data.corpus import Corpus
+from suite.data.loader import Batch
+from suite.data.packing import IGNORED
 from suite.inference import loglikelihood
 from suite.models.transformer import Transformer
 
@@ -58,8 +61,8 @@ class Prober:
 
     def _bits(self, model: Transformer, kind: ProbeKind) -> dict[str, float]:
         results = loglikelihood.score(model, self._requests[kind], TOKEN_BUDGET)
-        items = [bios_metrics.Scored(probe, *result) for probe, result in zip(self._probes[kind], results, strict=True)]
-        wanted = {name: bios_metrics.METRICS[name](items) for name in ("bits", "bits_max", "nll", "recall")}
+        items = [metrics.Scored(probe, *result) for probe, result in zip(self._probes[kind], results, strict=True)]
+        wanted = {name: metrics.METRICS[name](items) for name in ("bits", "bits_max", "nll", "recall")}
         return {**wanted, "n": len(items)}
 
 
@@ -71,7 +74,7 @@ def kinds(world: World) -> tuple[ProbeKind, ...]:
 def sample(world: World, kind: ProbeKind, people: int) -> list[int]:
     """A fixed sample of the people who may be asked; extraction is asked of those never asked in training."""
     allowed = world.unasked if kind == "extraction" else range(world.people)
-    order = seeded_random.permutation(len(allowed), SAMPLE_SEED, world.config.world)
+    order = seeded_random.permutation(len(allowed), SAMPLE_SEED, world.seed)
     return sorted(int(allowed[i]) for i in order[:people])
 
 

@@ -5,9 +5,10 @@ import json
 import pytest
 from cli_runner import Suite
 
-from suite.cells import Cell, identity
+from suite.cells import Cell
 from suite.cli.fields import CellField, list_fields
 from suite.grids import _put
+from suite.identity import identity
 from suite.models import registry
 
 CELL = {

@@ -8,14 +8,14 @@ import math
 import numpy as np
 import pytest
 
-from suite.cells import BiosData
-from suite.data.bios import Probe, World, bits_learned
-from suite.data.bios_text import ROUNDS
+from suite.data.bios.metrics import bits_learned
+from suite.data.bios.text import ROUNDS
+from suite.data.bios.world import Probe, World
 from suite.data.tokenizers import BPETokenizer, BytesTokenizer, Tokenizer, WordTokenizer
 
 
 def world(people: int, seed: int = 0) -> World:
-    return World(BiosData(kind="bios", people=people, world=seed))
+    return World(people, seed)
 
 
 def uniform(probes: list[Probe]) -> list[float]:
@@ -111,7 +111,7 @@ def test_candidates_are_prefix_free_and_their_probabilities_sum_to_at_most_one()
 
 
 def test_prompt_and_answer_encode_apart_as_together() -> None:
-    w = World(BiosData(kind="bios", people=50, questions=0.5))
+    w = World(50, questions=0.5)
     for tokenizer in tokenizers(w):
         for kind in ("storage", "paraphrase", "extraction"):
             for probe in w.probes(kind, w.unasked[:5]):

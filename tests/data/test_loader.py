@@ -13,10 +13,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from suite.cells import BiosData
-from suite.data import Loader, prepare, seeded_random
-from suite.data.loader import DocumentPacking, Packing, WindowPacking
+from suite.data import seeded_random
+from suite.data.corpus import prepare
+from suite.data.loader import Loader
+from suite.data.packing import DocumentPacking, Packing, WindowPacking
 from suite.data.shards import Round
+from suite.data.sources.bios import BiosData
 
 EOT = 0
 LENGTHS = st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=30), min_size=1, max_size=3)

@@ -14,16 +14,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 import suite.models  # noqa: F401  (registers the families)
-from suite.cells import MIXTURE_BLOCK, Cell, MixtureData, TextData, Tokenizer
-from suite.data import prepare
-from suite.data.identify import identified
-from suite.data.loader import Loader, MixturePacking, WindowPacking, quotas
+from suite.cells import Cell
+from suite.data.corpus import prepare
+from suite.data.loader import Loader
+from suite.data.packing import MIXTURE_BLOCK, MixturePacking, WindowPacking, quotas
+from suite.data.reader import is_held_out
 from suite.data.shards import Round
-from suite.data.text_files import is_held_out
+from suite.data.sources.mixture import MixtureData
+from suite.data.sources.text_files import TextData
+from suite.data.tokenizer_config import TokenizerConfig
 from suite.errors import UserError
 
 EOT = 0
-BYTES = Tokenizer(kind="bytes")
+BYTES = TokenizerConfig(kind="bytes")
 
 
 def part(number: int, tokens: int) -> Round:
@@ -150,11 +153,11 @@ def cell(data: MixtureData) -> Cell:
 
 
 def test_a_cell_s_hash_follows_the_parts_contents_and_weights(config: MixtureData, tmp_path: Path) -> None:
-    known = identified(config)
+    known = config.identified()
     first = cell(known).hash8
     Path(config.parts["web"].path).rename(tmp_path / "moved.jsonl")
     moved = config.parts["web"].model_copy(update={"path": str(tmp_path / "moved.jsonl")})
-    assert cell(identified(config.model_copy(update={"parts": {**config.parts, "web": moved}}))).hash8 == first
+    assert cell(config.model_copy(update={"parts": {**config.parts, "web": moved}}).identified()).hash8 == first
     swapped = known.model_copy(update={"parts": dict(reversed(known.parts.items()))})
     assert cell(swapped).hash8 == first
     heavier = known.parts["web"].model_copy(update={"weight": 4.0})
@@ -165,14 +168,14 @@ def test_a_cell_s_hash_follows_the_parts_contents_and_weights(config: MixtureDat
 def test_a_part_that_is_not_there_is_named(config: MixtureData, tmp_path: Path) -> None:
     gone = config.parts["web"].model_copy(update={"path": str(tmp_path / "gone.jsonl")})
     with pytest.raises(UserError, match=r"^data\.parts\.web\.path: got '.*gone\.jsonl', which does not exist"):
-        identified(config.model_copy(update={"parts": {**config.parts, "web": gone}}))
+        config.model_copy(update={"parts": {**config.parts, "web": gone}}).identified()
 
 
 def test_mixtures_that_cannot_be_are_refused_by_name(config: MixtureData) -> None:
     light = config.parts["web"].model_copy(update={"weight": 1e-5})
     for update, complaint in (
         (
-            {"tokenizer": Tokenizer(kind="bpe", vocab_size=400)},
+            {"tokenizer": TokenizerConfig(kind="bpe", vocab_size=400)},
             r"data\.tokenizer\.kind: got 'bpe', allowed: file, bytes",
         ),
         ({"parts": {**config.parts, "web": light}}, r"data\.parts\.web\.weight: got 1e-05, allowed: at least 1/10000"),

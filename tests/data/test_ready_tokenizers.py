@@ -12,9 +12,11 @@ import pytest
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as RustTokenizer
 
-from suite.cells import BiosData, TextData
-from suite.cells import Tokenizer as TokenizerConfig
-from suite.data import prepare, tokenizer_files, tokenizers
+from suite.data import tokenizer_files, tokenizers
+from suite.data.corpus import prepare
+from suite.data.sources.bios import BiosData
+from suite.data.sources.text_files import TextData
+from suite.data.tokenizer_config import TokenizerConfig
 from suite.errors import UserError
 from suite.inference.loglikelihood import encode_pair
 

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from suite.cells import TextData, Tokenizer
-from suite.data import prepare, resumable_writer, shards
-from suite.data.text_files import is_held_out
+from suite.data import resumable_writer, shards
+from suite.data.corpus import prepare
+from suite.data.reader import is_held_out
+from suite.data.sources.text_files import TextData
+from suite.data.tokenizer_config import TokenizerConfig
 from suite.data.tokenizers import BytesTokenizer
 from suite.errors import UserError
 
@@ -125,7 +127,7 @@ def test_a_limit_ends_the_stream_with_the_document_that_reaches_it(tmp_path: Pat
     limited.mkdir()
     write(unlimited, BytesTokenizer())
     shares: list[float | None] = []
-    written = write(limited, BytesTokenizer(), most_tokens=1000, tell=lambda tokens, share: shares.append(share))
+    written = write(limited, BytesTokenizer(), most_tokens=1000, progress=lambda tokens, share: shares.append(share))
     assert 1000 <= written.tokens < 1000 + len("document 99") + 1
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
@@ -169,7 +171,7 @@ def test_a_broken_preparation_of_files_goes_on(suffix: str, tmp_path: Path, monk
             from pyarrow import parquet
 
             parquet.write_table(pyarrow.table({"text": texts}), folder / f"{number}.parquet")
-    config = TextData(kind="text", path=str(folder), tokenizer=Tokenizer(kind="bytes"), held_out=HELD)
+    config = TextData(kind="text", path=str(folder), tokenizer=TokenizerConfig(kind="bytes"), held_out=HELD)
     expected = prepare(config, tmp_path / "whole")
     real = shards.RoundFile.append
     calls = itertools.count()

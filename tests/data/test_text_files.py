@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from suite.data import text_files
+from suite.data.reader import is_held_out
+from suite.data.sources import text_files
 from suite.errors import UserError
 
 SHARED = Path(os.environ.get("SHARED_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -44,9 +45,9 @@ def test_a_text_file_is_cut_at_blank_lines_and_loses_only_those(tmp_path: Path) 
 
 def test_the_held_out_share_depends_on_each_document_alone() -> None:
     texts = [f"document {i}" for i in range(4000)]
-    held = {text for text in texts if text_files.is_held_out(text, 0.05)}
+    held = {text for text in texts if is_held_out(text, 0.05)}
     assert len(held) == pytest.approx(200, abs=60)
-    assert held <= {text for text in texts if text_files.is_held_out(text, 0.1)}
+    assert held <= {text for text in texts if is_held_out(text, 0.1)}
 
 
 def test_the_fingerprint_is_of_the_content_not_of_names_and_places(tmp_path: Path) -> None:
@@ -65,7 +66,7 @@ BROKEN = {
     "empty.txt": (b" \n\n", r"which holds no text"),
     "field.jsonl": (
         jsonl("fine") + b'{"body": "x", "id": 3}\n',
-        r"field\.jsonl:2: data\.field 'text': got only body, id, allowed: a field with a text",
+        r"field\.jsonl:2: data\.field 'text': got only body, id, allowed: a field with text",
     ),
     "type.jsonl": (b'{"text": 3}\n', r"type\.jsonl:1: data\.field 'text': got a int"),
     "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl:1: data\.field 'text': got half of a surrogate"),

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from suite.cells import BiosData
 from suite.data import tokenizers
-from suite.data.bios import World
-from suite.data.bios_text import ROUNDS
+from suite.data.bios.text import ROUNDS
+from suite.data.bios.world import World
 from suite.data.tokenizers import BPETokenizer, BytesTokenizer, WordTokenizer
 from suite.errors import UserError
 
@@ -45,7 +44,7 @@ def test_bpe_training_and_batches_are_deterministic() -> None:
 
 
 def test_words_are_lossless_for_a_world_and_the_vocabulary_is_that_of_its_size() -> None:
-    worlds = [World(BiosData(kind="bios", people=100, world=seed, questions=0.3)) for seed in (0, 1)]
+    worlds = [World(100, seed, questions=0.3) for seed in (0, 1)]
     first, second = (WordTokenizer.of(world.vocabulary_texts()) for world in worlds)
     assert first.fingerprint == second.fingerprint
     for world in worlds:

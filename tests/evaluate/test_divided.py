@@ -12,7 +12,7 @@ from naive_scoring import sharpened
 
 from suite import models
 from suite.cells import EvalConfig
-from suite.data import Corpus
+from suite.data.corpus import Corpus
 from suite.evaluate.harness import evaluate
 from suite.models import registry
 
@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 sys.path.insert(0, {tests!r})
 from naive_scoring import sharpened
-from suite import data, models
-from suite.cells import BiosData, EvalConfig
+from suite import models
+from suite.data.corpus import prepare
+from suite.cells import EvalConfig
+from suite.data.sources.bios import BiosData
 from suite.evaluate.harness import evaluate
 from suite.models import registry
 from suite.train.parallel import Parallel, World
@@ -31,7 +33,7 @@ from suite.train.sharding import build_sharded
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"file://{{folder}}/meet", rank=rank, world_size=2)
-corpus = data.prepare(BiosData(**json.loads({data!r})), folder / f"cache-{{rank}}")
+corpus = prepare(BiosData(**json.loads({data!r})), folder / f"cache-{{rank}}")
 config = registry.family("memory_plus").config(**json.loads({model!r}))
 if {sharded}:
     world = World(rank, 2, Parallel(memory_parallel=2), joined=True, device=torch.device("cpu"))

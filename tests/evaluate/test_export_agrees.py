@@ -16,7 +16,7 @@ from stock_lm_eval import lm_eval, make_hub
 
 from suite.cells import EvalConfig
 from suite.cli.main import main
-from suite.data import prepare as prepare_corpus
+from suite.data.corpus import prepare as prepare_corpus
 from suite.errors import UserError
 from suite.evaluate import catalog, harness
 from suite.evaluate.adapter import Codec, SuiteLM

@@ -10,8 +10,9 @@ import pytest
 import torch
 from naive_scoring import naive_score, small_model
 
-from suite.cells import BiosData, EvalConfig
-from suite.data import Corpus
+from suite.cells import EvalConfig
+from suite.data.corpus import Corpus
+from suite.data.sources.bios import BiosData
 from suite.errors import UserError
 from suite.evaluate import catalog
 from suite.evaluate.datasets import DataRoot

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from suite.data import Corpus
+from suite.data.corpus import Corpus
 from suite.errors import UserError
 from suite.evaluate import catalog, oracle
 from suite.evaluate.datasets import DataRoot

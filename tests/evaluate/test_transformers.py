@@ -8,9 +8,10 @@ import pytest
 import torch
 from naive_scoring import small_model
 
-from suite import data
-from suite.cells import EvalConfig, TextData, Tokenizer
-from suite.data import Corpus
+from suite.cells import EvalConfig
+from suite.data.corpus import Corpus, prepare
+from suite.data.sources.text_files import TextData
+from suite.data.tokenizer_config import TokenizerConfig
 from suite.data.tokenizers import BPETokenizer
 from suite.evaluate import catalog, harness
 from suite.evaluate.adapter import Codec, SuiteLM
@@ -27,8 +28,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     folder = tmp_path_factory.mktemp("source")
     for number, path in enumerate(sorted(Path(harness.__file__).parents[1].rglob("*.py"))):
         (folder / f"{number}.txt").write_text(path.read_text())
-    config = TextData(kind="text", path=str(folder), tokenizer=Tokenizer(kind="bpe", vocab_size=600))
-    return data.prepare(config, tmp_path_factory.mktemp("cache"))
+    config = TextData(kind="text", path=str(folder), tokenizer=TokenizerConfig(kind="bpe", vocab_size=600))
+    return prepare(config, tmp_path_factory.mktemp("cache"))
 
 
 def to_transformers(model: Transformer):

@@ -8,7 +8,7 @@ import torch
 
 from suite import models
 from suite.cells import Cell
-from suite.data import Corpus, prepare
+from suite.data.corpus import Corpus, prepare
 from suite.evaluate.usage import BATCH_ROWS, BATCHES, key_usage
 
 

@@ -18,9 +18,9 @@ from typer.testing import CliRunner
 from suite import models
 from suite.baselines import loading
 from suite.cells import Cell, EvalConfig
-from suite.cells import Tokenizer as TokenizerConfig
 from suite.cli.main import app
-from suite.data import Corpus, prepare
+from suite.data.corpus import Corpus, prepare
+from suite.data.tokenizer_config import TokenizerConfig
 from suite.errors import UserError
 from suite.export.export import export, fast_tokenizer, import_llama
 from suite.models import Transformer, registry

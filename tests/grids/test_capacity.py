@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from suite.cells import BiosData
-from suite.data.bios import World
+from suite.data.sources.bios import BiosData
 from suite.data.tokenizers import WordTokenizer
 from suite.grids import load_grid
 from suite.models.accounting import account
@@ -21,7 +20,7 @@ def test_every_world_has_more_bits_than_any_of_its_models_can_store() -> None:
     for model, data in {(cell.model, cell.data) for cell in cells}:
         assert isinstance(data, BiosData)
         if data.people not in vocabulary:
-            vocabulary[data.people] = WordTokenizer.of(World(data).vocabulary_texts()).vocab_size
+            vocabulary[data.people] = WordTokenizer.of(data.synthetic_world().vocabulary_texts()).vocab_size
         parameters = account(model, vocabulary[data.people], data.seq_len).params_total
         assert data.people * BITS_A_PERSON >= BITS_A_PARAMETER * parameters, model
     assert {cell.train.epochs for cell in cells} == {100, 1000}

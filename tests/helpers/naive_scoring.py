@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from suite import models
-from suite.data import Corpus
+from suite.data.corpus import Corpus
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from suite.cells import Cell
-from suite.data import prepare
+from suite.data.corpus import prepare
 
 TINY = {"base": "w32", "layers": 2, "dim": 16, "heads": 2, "kv_heads": 2, "ffn_hidden": 32}
 MEMORY = {"half_keys": 16, "top_k": 4, "memory_heads": 2}

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from suite.cells import Cell
-from suite.data import Corpus, prepare
+from suite.data.corpus import Corpus, prepare
 
 
 def tiny_cell(family: str = "dense", seed: int = 0, **train: Any) -> Cell:

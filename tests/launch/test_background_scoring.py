@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from suite.cells import Cell
-from suite.data import prepare
+from suite.data.corpus import prepare
 from suite.errors import UserError
 from suite.evaluate.harness import evaluate
 from suite.grids import load_cell

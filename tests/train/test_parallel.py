@@ -13,7 +13,7 @@ import torch
 from parallel_jobs import FAMILIES, WITH_MEMORY, Job, cell_of, job, run_jobs
 
 from suite.cells import Cell, EvalConfig
-from suite.data import prepare
+from suite.data.corpus import prepare
 from suite.errors import UserError
 from suite.launch.background_scoring import retain_due
 from suite.launch.scorer import Scorer

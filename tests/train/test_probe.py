@@ -8,8 +8,9 @@ import pytest
 import torch
 from naive_scoring import naive_score
 
-from suite.data import Corpus, bios_metrics
-from suite.data.bios import bits_learned
+from suite.data.bios import metrics
+from suite.data.bios.metrics import bits_learned
+from suite.data.corpus import Corpus
 from suite.models.transformer import Transformer
 from suite.train import probe
 
@@ -68,9 +69,9 @@ def test_a_text_corpus_has_a_loss_and_no_probes(text: Corpus, text_model: Transf
 def test_spread_over_people_counts_people_not_probes(bios: Corpus) -> None:
     assert bios.world is not None
     probes = bios.world.probes("storage")
-    once = [bios_metrics.Scored(p, -float(p.person % 5), False) for p in probes if p.template == 0 and p.attribute == 0]
+    once = [metrics.Scored(p, -float(p.person % 5), False) for p in probes if p.template == 0 and p.attribute == 0]
     thrice = [item for item in once for _ in range(3)]
     by_hand = torch.tensor([float(item.probe.person % 5) for item in once])
     expected = float(by_hand.std() / math.sqrt(len(by_hand)))
-    assert bios_metrics.nll_se(once) == pytest.approx(expected)
-    assert bios_metrics.nll_se(thrice) == pytest.approx(expected)
+    assert metrics.nll_se(once) == pytest.approx(expected)
+    assert metrics.nll_se(thrice) == pytest.approx(expected)

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from suite.cells import TrainConfig, identity
+from suite.cells import TrainConfig
+from suite.identity import identity
 from suite.train.schedules import branch_steps, decay_start, lr_factor
 
 

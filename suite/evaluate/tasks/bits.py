@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from suite.data.bios_metrics import METRICS, Scored, bits, bits_max, bits_se, nll, nll_se, recall, recall_se
+from suite.data.bios.metrics import METRICS, Scored, bits, bits_max, bits_se, nll, nll_se, recall, recall_se
 from suite.evaluate.datasets import Doc
 
 __all__ = ["bits", "bits_max", "bits_se", "nll", "nll_se", "recall", "recall_se", "score_probe"]

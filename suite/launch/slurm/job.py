@@ -27,7 +27,7 @@ from suite.train.parallel import Parallel, World, joined
 
 if TYPE_CHECKING:
     from suite.cells import Cell
-    from suite.data import Corpus
+    from suite.data.corpus import Corpus
 
 Stage = Literal["train", "evaluate", "score"]
 """Train; score the end, and what is left of the checkpoints kept on the way; score those while training goes on."""
@@ -179,14 +179,14 @@ class CellJob:
 
 def _corpus(run: RunDir, cell: Cell, world: World, then: Callable[[Corpus], None] = lambda corpus: None) -> Corpus:
     """The run's corpus, prepared by the first process, which then does more with it, before the others read it."""
-    from suite import data
+    from suite.data.corpus import prepare
 
     if world.is_first:
         worker.refuse_stale_run(run, cell)
-        corpus = data.prepare(cell.data, cache=cache_of(run))
+        corpus = prepare(cell.data, cache=cache_of(run))
         then(corpus)
     world.wait()
-    return corpus if world.is_first else data.prepare(cell.data, cache=cache_of(run))
+    return corpus if world.is_first else prepare(cell.data, cache=cache_of(run))
 
 
 def _log() -> Path:

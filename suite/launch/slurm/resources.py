@@ -8,9 +8,10 @@ from pathlib import Path
 
 from pydantic import Field
 
-from suite.cells import Cell, Frozen
+from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import Grid
+from suite.identity import Frozen
 from suite.launch.slurm.profile import Profile
 from suite.models.accounting import account_of, meta_model
 from suite.plan import plan as planning

@@ -4,13 +4,47 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from suite.cells import HubSource
-from suite.data.text_files import checked_text
+from pydantic import Field
+
+from suite.data.reader import text_of
+from suite.data.sources.registry import register
+from suite.data.sources.streams import StreamData
+from suite.data.tokenizer_config import TokenizerConfig
 from suite.errors import UserError
 
 Result = TypeVar("Result")
+
+
+@register
+class HubData(StreamData):
+    """A data set of the Hugging Face hub; a commit as `revision` pins its content."""
+
+    kind: Literal["hub"]
+    name: str = Field(min_length=1, description="a hub data set's name, e.g. HuggingFaceFW/fineweb-edu")
+    subset: str | None = Field(default=None, description="its configuration, e.g. sample-100BT")
+    split: str = "train"
+    revision: str | None = Field(default=None, description="branch, tag or commit; None: its main branch")
+    field: str = Field(default="text", description="the text's field in its records")
+    tokens: int | None = Field(default=None, gt=0, description="tokens to take from its beginning; None: all")
+    held_out: float = Field(default=0.001, gt=0.0, lt=1.0, description="share of documents held out for evaluation")
+    seq_len: int = Field(default=2048, gt=1, description="tokens per row")
+    tokenizer: TokenizerConfig = Field(description="a tokenizer: kind file, bytes or bpe")
+
+    @property
+    def label(self) -> str:
+        """See DataConfig."""
+        return " ".join(filter(None, (self.name, self.subset, self.split)))
+
+    @property
+    def max_tokens(self) -> int | None:
+        """See StreamData."""
+        return self.tokens
+
+    def reader(self, position: Any = None) -> HubReader:
+        """See StreamData."""
+        return HubReader(self, position)
 
 
 class HubReader:
@@ -22,8 +56,9 @@ class HubReader:
 
     share = None  # the hub does not say how long a stream is
 
-    def __init__(self, config: HubSource, position: Any = None) -> None:
+    def __init__(self, config: HubData, position: Any = None) -> None:
         self._config = config
+        self.skipped = 0
         self._read: int = position["records"] if position else 0
         self._commit: str | None = position["commit"] if position else self._ask(self._newest_commit)
         self._stream = self._ask(self._open)
@@ -40,7 +75,7 @@ class HubReader:
         records = iter(self._stream)
         while (record := self._ask(lambda: next(records, None))) is not None:
             self._read += 1
-            text = checked_text(f"{self._config.name}: record {self._read}", record, self._config.field)
+            text = text_of(f"{self._config.name}: record {self._read}", record, self._config.field)
             if text.strip():
                 yield text
 

@@ -14,9 +14,18 @@ import zlib
 from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Literal, Self
 
+from pydantic import Field
+
+from suite.data import fingerprints
+from suite.data.reader import text_of
+from suite.data.resumable_writer import Progress
+from suite.data.sources.registry import register
+from suite.data.sources.streams import StreamData
+from suite.data.tokenizer_config import TokenizerConfig
 from suite.errors import UserError
+from suite.identity import NOT_IDENTITY
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
 _ALLOWED = "a .txt, .jsonl, .jsonl.gz or .parquet file or a folder of them"
@@ -24,23 +33,42 @@ _TEXT_DOCUMENT = 2000  # characters
 _PARQUET_ROWS = 256  # decoded at once
 
 
-class Reader(Protocol):
-    """A stream of documents that can be left and taken up again.
+@register
+class TextData(StreamData):
+    """Text on disk, found by its path and identified by its content."""
 
-    `position`, JSON, is where the stream stands after the last document given; a reader made with it goes on
-    there. `share` is how much of the whole has been read, 0 to 1, None if unknown.
-    """
+    kind: Literal["text"]
+    path: str = Field(json_schema_extra=NOT_IDENTITY)
+    fingerprint: str | None = Field(default=None, description="sha256 of the content; filled in by the sweep")
+    field: str = Field(default="text", description="the text's field in .jsonl and .parquet records")
+    held_out: float = Field(default=0.05, gt=0.0, lt=1.0, description="share of documents held out for evaluation")
+    seq_len: int = Field(default=256, gt=1, description="tokens per row")
+    tokenizer: TokenizerConfig = TokenizerConfig(kind="bpe", vocab_size=4096)
+
+    determines_content: ClassVar[bool] = True
 
     @property
-    def position(self) -> Any:
-        """Where the stream stands."""
+    def label(self) -> str:
+        """See DataConfig."""
+        return self.path
 
-    def __iter__(self) -> Iterator[str]:
-        """The documents from the position on. Raises UserError for what cannot be read."""
+    def identified(self) -> Self:
+        """See DataConfig."""
+        config = super().identified()
+        if config.fingerprint is not None:
+            return config
+        path = Path(self.path)
+        return config.model_copy(update={"fingerprint": fingerprints.cached(fingerprint, path, files(path))})
 
-    @property
-    def share(self) -> float | None:
-        """How much has been read."""
+    def reader(self, position: Any = None) -> FileReader:
+        """See StreamData."""
+        return FileReader(Path(self.path), self.field, position)
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        """See DataConfig."""
+        path = Path(self.path)
+        fingerprints.check("data", path, fingerprint(path), self.fingerprint)
+        super().write(folder, progress)
 
 
 class FileReader:
@@ -55,6 +83,7 @@ class FileReader:
         self._sizes = [file.stat().st_size for file in self._files]
         self._open: BufferedReader | None = None
         self.position: list[int] = list(position or (0, 0))
+        self.skipped = 0
 
     def __iter__(self) -> Iterator[str]:
         """The documents from the position on."""
@@ -112,24 +141,6 @@ def fingerprint(path: Path) -> str:
     return digest.hexdigest()
 
 
-def is_held_out(text: str, share: float) -> bool:
-    """Whether a document is among the `share` kept for evaluation: a function of the text alone."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
-
-
-def checked_text(place: str, record: dict[str, Any], field: str) -> str:
-    """The text in a record's `field`. Raises UserError naming the place for a record without one."""
-    text = record.get(field)
-    if not isinstance(text, str):
-        given = f"a {type(text).__name__}" if field in record else f"only {', '.join(sorted(record)) or 'nothing'}"
-        raise UserError(f"{place}: data.field {field!r}: got {given}, allowed: a field with a text")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise UserError(f"{place}: data.field {field!r}: got half of a surrogate pair, allowed: a text") from None
-    return text
-
-
 def _opened(file: Path) -> BufferedReader:
     try:
         return open(file, "rb")
@@ -140,7 +151,7 @@ def _opened(file: Path) -> BufferedReader:
 def _text(place: str, record: Any, field: str) -> str:
     if not isinstance(record, dict):
         raise UserError(f"{place}: got a {type(record).__name__}, allowed: one object a line")
-    return checked_text(place, record, field)
+    return text_of(place, record, field)
 
 
 def _lines(file: Path, opened: BufferedReader) -> Iterator[tuple[int, str]]:

@@ -13,8 +13,7 @@ little about its bearer, the vocabulary is the same for all worlds of one size, 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
@@ -22,9 +21,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from suite.cells import BiosData
 from suite.data import seeded_random
-from suite.data.bios_text import (
+from suite.data.bios.text import (
     ATTRIBUTES,
     FIRST_NAME_ENDING,
     LAST_NAME_ENDING,
@@ -33,11 +31,10 @@ from suite.data.bios_text import (
     Attribute,
     invented_words,
 )
-from suite.errors import UserError
 
 ProbeKind = Literal["storage", "paraphrase", "extraction"]
 NAMES_PER_PERSON = 8
-MOST_PEOPLE = TWO_SYLLABLES**2 // NAMES_PER_PERSON
+MAX_PEOPLE = TWO_SYLLABLES**2 // NAMES_PER_PERSON
 _NAMES, _VALUES, _ASKED, _SENTENCES, _QUESTIONS, _COPIES = range(6)
 
 
@@ -58,27 +55,28 @@ class Probe:
 
 
 class World:
-    """N people and everything said about them. Raises UserError for more people than there are names."""
+    """N people, at most MAX_PEOPLE, and the text about them.
 
-    def __init__(self, config: BiosData) -> None:
-        if config.people > MOST_PEOPLE:
-            raise UserError(f"data.people: got {config.people}, allowed: at most {MOST_PEOPLE}, for want of names")
-        self.config = config
+    Args:
+        people: N.
+        seed: of names, attributes and the use of templates.
+        questions: share of the people whose questions are in the training text.
+        zipf: exponent of exposure against popularity; 0: uniform.
+    """
+
+    def __init__(self, people: int, seed: int = 0, questions: float = 0.0, zipf: float = 0.0) -> None:
+        self.people, self.seed, self._zipf = people, seed, zipf
         self.attributes: tuple[Attribute, ...] = ATTRIBUTES
-        self.people = config.people
         self._side = math.isqrt(NAMES_PER_PERSON * self.people - 1) + 1
         self._first = invented_words(self._side, FIRST_NAME_ENDING)
         self._last = invented_words(self._side, LAST_NAME_ENDING)
-        self._pairs = seeded_random.permutation(self.name_space, config.world, _NAMES)[: self.people]
+        self._pairs = seeded_random.permutation(self.name_space, seed, _NAMES)[: self.people]
         self.values: NDArray[np.int64] = np.stack(
-            [
-                seeded_random.integers(self.people, k, config.world, _VALUES, attribute)
-                for attribute, k in enumerate(self.K)
-            ],
+            [seeded_random.integers(self.people, k, seed, _VALUES, attribute) for attribute, k in enumerate(self.K)],
             axis=1,
         )
-        order = seeded_random.permutation(self.people, config.world, _ASKED)
-        self.asked: NDArray[np.int64] = np.sort(order[: round(config.questions * self.people)])
+        order = seeded_random.permutation(self.people, seed, _ASKED)
+        self.asked: NDArray[np.int64] = np.sort(order[: round(questions * self.people)])
         self.unasked: NDArray[np.int64] = np.sort(order[len(self.asked) :])
 
     @property
@@ -108,7 +106,7 @@ class World:
         Uniform: ROUNDS, once a round. Zipf: in proportion to (person + 1)^-zipf with the same mean, rounded,
         and at least once, so that nobody is never met (which lifts the mean of steep laws a little).
         """
-        weights = (np.arange(self.people) + 1.0) ** -self.config.zipf
+        weights = (np.arange(self.people) + 1.0) ** -self._zipf
         return np.maximum(1, np.rint(ROUNDS * weights / weights.mean()).astype(np.int64))
 
     @property
@@ -136,8 +134,8 @@ class World:
     def _told(
         self, round_index: int, prompts: list[tuple[str, ...]], people: NDArray[np.int64], stream: int
     ) -> Iterator[str]:
-        seed = self.config.world
-        shifts = seeded_random.integers(self.people, ROUNDS, seed, _COPIES) if self.config.zipf else None
+        seed = self.seed
+        shifts = seeded_random.integers(self.people, ROUNDS, seed, _COPIES) if self._zipf else None
         rotations = [seeded_random.integers(self.people, len(p), seed, stream, a) for a, p in enumerate(prompts)]
         for person in people.tolist():
             name = self.name(person)
@@ -194,52 +192,3 @@ class World:
             yield from attribute.answers
         yield from self._first
         yield from self._last
-
-
-@dataclass(frozen=True)
-class BitsResult:
-    """Bits learned of the people probed.
-
-    bits: B; bits_max: n/6 people x H; nll: mean answer NLL in nats (value and stop); n: facts (person,
-    attribute); stderr: of `bits`, from its spread over people (0 for one person).
-    """
-
-    bits: float
-    bits_max: float
-    nll: float
-    n: int
-    stderr: float
-
-
-def bits_learned(probes: Sequence[Probe], log2p: Sequence[float] | NDArray[np.float64]) -> BitsResult:
-    """B = sum over people i, attributes a of [log2 K_a + mean over templates of log2 p(v_ia, stop | prompt)].
-
-    `log2p[j]` is the log2 probability of probes[j].answer over the full vocabulary; it is never clipped, so a
-    confident wrong model is far below 0. (DESIGN.md section 6; Allen-Zhu and Li 2024, section 3.)
-
-    A model that knows only how often each value occurs in its world gets N KL(occurrence | uniform) bits, which
-    does not grow with N: about sum over a of (K_a - 1) / (2 ln 2) = 557 in total, standard deviation 28 (a
-    likelihood ratio's chi-square law; from 100 people on it stays within 100 bits of that). So 557 bits is what
-    "nothing about anybody" comes to, and it is small beside N H from a few hundred people on.
-    """
-    if len(probes) != len(log2p) or not probes:
-        raise ValueError(f"got {len(probes)} probes and {len(log2p)} log-probabilities: as many, at least one")
-    told: dict[tuple[int, int], list[float]] = defaultdict(list)
-    entropy: dict[tuple[int, int], float] = {}
-    for probe, value in zip(probes, log2p, strict=True):
-        fact = (probe.person, probe.attribute)
-        told[fact].append(float(value))
-        entropy[fact] = math.log2(len(probe.candidates))
-    means = {fact: sum(values) / len(values) for fact, values in told.items()}
-    by_person: dict[int, float] = defaultdict(float)
-    for fact, mean in means.items():
-        by_person[fact[0]] += entropy[fact] + mean
-    gains = np.array(list(by_person.values()))
-    spread = float(gains.std(ddof=1)) if len(gains) > 1 else 0.0
-    return BitsResult(
-        bits=float(gains.sum()),
-        bits_max=sum(entropy.values()),
-        nll=-sum(means.values()) / len(means) * math.log(2),
-        n=len(means),
-        stderr=math.sqrt(len(gains)) * spread,
-    )

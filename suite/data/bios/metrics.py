@@ -5,9 +5,62 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
-from suite.data.bios import BitsResult, Probe, bits_learned
+import numpy as np
+from numpy.typing import NDArray
+
+from suite.data.bios.world import Probe
+
+
+@dataclass(frozen=True)
+class BitsResult:
+    """Bits learned of the people probed.
+
+    bits: B; bits_max: n/6 people x H; nll: mean answer NLL in nats (value and stop); n: facts (person,
+    attribute); stderr: of `bits`, from its spread over people (0 for one person).
+    """
+
+    bits: float
+    bits_max: float
+    nll: float
+    n: int
+    stderr: float
+
+
+def bits_learned(probes: Sequence[Probe], log2p: Sequence[float] | NDArray[np.float64]) -> BitsResult:
+    """B = sum over people i, attributes a of [log2 K_a + mean over templates of log2 p(v_ia, stop | prompt)].
+
+    `log2p[j]` is the log2 probability of probes[j].answer over the full vocabulary; it is never clipped, so a
+    confident wrong model is far below 0. (DESIGN.md section 6; Allen-Zhu and Li 2024, section 3.)
+
+    A model that knows only how often each value occurs in its world gets N KL(occurrence | uniform) bits, which
+    does not grow with N: about sum over a of (K_a - 1) / (2 ln 2) = 557 in total, standard deviation 28 (a
+    likelihood ratio's chi-square law; from 100 people on it stays within 100 bits of that). So 557 bits is what
+    "nothing about anybody" comes to, and it is small beside N H from a few hundred people on.
+    """
+    if len(probes) != len(log2p) or not probes:
+        raise ValueError(f"got {len(probes)} probes and {len(log2p)} log-probabilities: as many, at least one")
+    told: dict[tuple[int, int], list[float]] = defaultdict(list)
+    entropy: dict[tuple[int, int], float] = {}
+    for probe, value in zip(probes, log2p, strict=True):
+        fact = (probe.person, probe.attribute)
+        told[fact].append(float(value))
+        entropy[fact] = math.log2(len(probe.candidates))
+    means = {fact: sum(values) / len(values) for fact, values in told.items()}
+    by_person: dict[int, float] = defaultdict(float)
+    for fact, mean in means.items():
+        by_person[fact[0]] += entropy[fact] + mean
+    gains = np.array(list(by_person.values()))
+    spread = float(gains.std(ddof=1)) if len(gains) > 1 else 0.0
+    return BitsResult(
+        bits=float(gains.sum()),
+        bits_max=sum(entropy.values()),
+        nll=-sum(means.values()) / len(means) * math.log(2),
+        n=len(means),
+        stderr=math.sqrt(len(gains)) * spread,
+    )
 
 
 class Scored(NamedTuple):

@@ -1,0 +1,130 @@
+"""The `data` block of a cell: its base class, and the registry of its kinds.
+
+A data source is one file in this package: a subclass of `DataConfig`, or of `StreamData` for a stream of documents,
+decorated with `@register` and imported by the package's `__init__`. Its `kind` selects it in a cell.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Self, TypeVar
+
+from pydantic import BeforeValidator, Field, SerializeAsAny
+from pydantic_core import PydanticCustomError
+
+from suite.data.bios.world import World
+from suite.data.packing import Packing, WindowPacking
+from suite.data.resumable_writer import Progress
+from suite.data.shards import Round
+from suite.data.tokenizer_config import TokenizerConfig
+from suite.identity import Frozen
+
+
+class DataConfig(Frozen):
+    """What every kind of data has: a tokenizer, and rows of `seq_len` tokens."""
+
+    kind: str
+    seq_len: int = Field(gt=1, description="tokens per row")
+    tokenizer: TokenizerConfig = Field(description="a tokenizer")
+
+    determines_content: ClassVar[bool]
+    """Whether the identified configuration determines every token. If not, the tokens are fingerprinted."""
+
+    @classmethod
+    def variants(cls) -> Mapping[str, type[Frozen]]:
+        """See Frozen."""
+        return kinds() if cls is DataConfig else {}
+
+    @property
+    def label(self) -> str:
+        """The corpus in a few words."""
+        raise NotImplementedError
+
+    def identified(self) -> Self:
+        """The configuration with the fingerprints of all files it names filled in; those present are retained.
+
+        Raises:
+            UserError: a file cannot be read.
+        """
+        return self.model_copy(update={"tokenizer": self.tokenizer.identified()})
+
+    def corpora(self) -> dict[str | None, DataConfig]:
+        """The corpora that are prepared separately: the parts of a mixture by name, else this one without a name."""
+        return {None: self}
+
+    def weights(self) -> list[float]:
+        """The share of rows read from each of `corpora`, relative to the others."""
+        return [1.0]
+
+    def shard_format(self) -> dict[str, Any]:
+        """Anything but fields that shapes the shards."""
+        return {}
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        """Write the tokenizer and shards to `folder`, which may hold the committed pieces of an interrupted call.
+
+        Args:
+            folder: an existing folder.
+            progress: called with the number of tokens written and the fraction done.
+
+        Raises:
+            UserError: the data cannot be read or used.
+        """
+        raise NotImplementedError
+
+    def check_rounds(self, rounds: Sequence[Round]) -> None:
+        """Raise UserError if the tokenized documents do not suit the configuration."""
+
+    def packing(self, parts: Sequence[Sequence[Round]], eot_id: int, seed: int) -> Packing:
+        """How documents become rows.
+
+        Args:
+            parts: the rounds of each of `corpora`.
+            eot_id: the end-of-text token.
+            seed: of the order of rows.
+        """
+        return WindowPacking(parts[0], self.seq_len, eot_id, seed)
+
+    def synthetic_world(self) -> World | None:
+        """The synthetic world that the text describes, if there is one."""
+        return None
+
+
+Config = TypeVar("Config", bound=DataConfig)
+Variant = TypeVar("Variant", bound=Frozen)
+_KINDS: dict[str, type[DataConfig]] = {}
+
+
+def register(config: type[Config]) -> type[Config]:
+    """Class decorator: select this class by its `kind`. Raises ValueError if the kind is taken."""
+    (kind,) = typing.get_args(config.model_fields["kind"].annotation)
+    if kind in _KINDS:
+        raise ValueError(f"data kind {kind!r} is registered twice")
+    _KINDS[kind] = config
+    return config
+
+
+def kinds() -> dict[str, type[DataConfig]]:
+    """The registered classes by kind, in the order of registration."""
+    return dict(_KINDS)
+
+
+def select(value: object, classes: Mapping[str, type[Variant]]) -> type[Variant]:
+    """The class for a block's `kind`. Raises PydanticCustomError if the kind is missing or unknown."""
+    kind = value.get("kind") if isinstance(value, Mapping) else None
+    if not isinstance(kind, str) or kind not in classes:
+        context = {"given": kind, "kinds": list(classes)}
+        raise PydanticCustomError("unknown_kind", "kind: got {given}, allowed: {kinds}", context)
+    return classes[kind]
+
+
+def _data_config(value: object) -> DataConfig:
+    if isinstance(value, DataConfig):
+        return value
+    return select(value, kinds()).model_validate(value)
+
+
+AnyData = Annotated[SerializeAsAny[DataConfig], BeforeValidator(_data_config)]
+"""A field that holds any registered kind of data."""

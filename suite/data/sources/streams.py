@@ -1,0 +1,62 @@
+"""Data read as a stream of documents, some of which are held out for evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pydantic import Field
+
+from suite.atomic import write_text
+from suite.data import resumable_writer, tokenizers
+from suite.data.reader import Reader, is_held_out
+from suite.data.resumable_writer import Progress
+from suite.data.sources.registry import DataConfig
+from suite.identity import Problem
+
+TOKENIZER = "tokenizer.json"
+BPE_CHARACTERS = 200_000_000
+"""A BPE is trained on the beginning of a corpus, up to the document that reaches this many characters."""
+
+
+class StreamData(DataConfig):
+    """Base class of data that a `Reader` reads. A subclass defines `reader`; it can also be a part of a mixture."""
+
+    held_out: float = Field(gt=0.0, lt=1.0, description="share of documents held out for evaluation")
+
+    determines_content: ClassVar[bool] = False
+
+    def reader(self, position: Any = None) -> Reader:
+        """A reader that starts at `position`; None: at the beginning."""
+        raise NotImplementedError
+
+    @property
+    def max_tokens(self) -> int | None:
+        """The stream ends with the document that reaches this many tokens; None: where the reader ends."""
+        return None
+
+    def problems(self) -> list[Problem]:
+        """Errors that involve several fields."""
+        if self.tokenizer.kind == "word":
+            return [("tokenizer.kind", "word", "bpe, bytes, file (kind word knows the words of a bios world only)")]
+        return []
+
+    def write(self, folder: Path, progress: Progress) -> None:
+        """See DataConfig."""
+        if (folder / TOKENIZER).exists():
+            tokenizer = tokenizers.load(folder / TOKENIZER)
+        else:
+            tokenizer = self.tokenizer.build(self._training_texts())
+            write_text(folder / TOKENIZER, tokenizer.to_json())
+        resumable_writer.write_stream(folder, self.reader, tokenizer, self.held_out, self.max_tokens, progress)
+
+    def _training_texts(self) -> Iterator[str]:
+        """The beginning of the training text."""
+        characters = 0
+        for text in self.reader():
+            if not is_held_out(text, self.held_out):
+                characters += len(text)
+                yield text
+            if characters >= BPE_CHARACTERS:
+                return

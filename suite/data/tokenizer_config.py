@@ -1,0 +1,72 @@
+"""The `tokenizer` block of a cell, and the tokenizer it describes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field
+
+from suite.data import fingerprints, tokenizer_files
+from suite.data.tokenizers import BPETokenizer, BytesTokenizer, Tokenizer, WordTokenizer
+from suite.errors import UserError
+from suite.identity import NOT_IDENTITY, Frozen, Problem
+
+
+class TokenizerConfig(Frozen):
+    """How text becomes tokens."""
+
+    kind: Literal["word", "bpe", "bytes", "file"]
+    vocab_size: int | None = Field(
+        default=None, gt=256, description="for bpe: number of entries, the 256 bytes included"
+    )
+    path: str | None = Field(
+        default=None,
+        json_schema_extra=NOT_IDENTITY,
+        description="for file: a tokenizer.json, a GPT-2 vocab.json or encoder.json (merges next to it), or a .model",
+    )
+    fingerprint: str | None = Field(default=None, description="for file: sha256 of the content; filled in")
+    eot: str | None = Field(default=None, description="for file: its end-of-text token; None: a usual name")
+
+    def problems(self) -> list[Problem]:
+        """Errors that involve several fields."""
+        problems: list[Problem] = []
+        if (self.kind == "bpe") != (self.vocab_size is not None):
+            problems.append(("vocab_size", self.vocab_size, "an integer above 256 for bpe, nothing for other kinds"))
+        if (self.kind == "file") != (self.path is not None):
+            problems.append(("path", self.path, "a tokenizer file for kind file, nothing for other kinds"))
+        if self.kind != "file" and self.eot is not None:
+            problems.append(("eot", self.eot, "nothing unless kind is file: the other kinds have their own"))
+        return problems
+
+    def identified(self) -> Self:
+        """The block with the fingerprint of its file filled in. Raises UserError if the file cannot be read."""
+        if self.kind != "file" or self.fingerprint is not None:
+            return self
+        path = Path(str(self.path))
+        content = fingerprints.cached(tokenizer_files.fingerprint, path, tokenizer_files.files(path))
+        return self.model_copy(update={"fingerprint": content})
+
+    def build(self, texts: Iterable[str]) -> Tokenizer:
+        """The tokenizer: read from its file, or made from the texts of a corpus.
+
+        Raises:
+            UserError: the file cannot be read or has another fingerprint, or the texts are too small for `vocab_size`.
+        """
+        if self.kind == "file":
+            path = Path(str(self.path))
+            fingerprints.check("data.tokenizer", path, tokenizer_files.fingerprint(path), self.fingerprint)
+            return tokenizer_files.read(path, self.eot)
+        if self.kind == "bytes":
+            return BytesTokenizer()
+        if self.kind == "word":
+            return WordTokenizer.of(texts)
+        assert self.vocab_size is not None, "problems() requires it for bpe"
+        tokenizer = BPETokenizer.train(texts, self.vocab_size)
+        if tokenizer.vocab_size < self.vocab_size:
+            raise UserError(
+                f"data.tokenizer.vocab_size: got {self.vocab_size}, allowed: at most {tokenizer.vocab_size}, all that"
+                " this corpus has pairs for"
+            )
+        return tokenizer
