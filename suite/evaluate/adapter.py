@@ -19,8 +19,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from suite.data.tokenizers import Tokenizer
 from suite.errors import UserError
-from suite.inference import loglikelihood as scoring
-from suite.inference.loglikelihood import encode_pair
+from suite.inference.generation import Sampling, generate
+from suite.inference.loglikelihood import Request, encode_pair, score, windows
 from suite.models.transformer import Transformer
 
 DEFAULT_NEW_TOKENS = 256
@@ -95,12 +95,12 @@ class SuiteLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], tasks: Sequence[str] = (), **_: Any
     ) -> list[tuple[float, bool]]:
-        parts: list[scoring.Request] = []
+        parts: list[Request] = []
         owner: list[int] = []
         for index, (_, context, continuation) in enumerate(requests):
             if len(context) + len(continuation) - 1 > self.max_tokens:
                 self.cut[tasks[index] if tasks else ""] += 1
-            found = scoring.windows(context, continuation, self.max_tokens)
+            found = windows(context, continuation, self.max_tokens)
             parts += found
             owner += [index] * len(found)
         results = [(0.0, True)] * len(requests)
@@ -108,23 +108,23 @@ class SuiteLM(TemplateLM):
             results[index] = (results[index][0] + log_p, results[index][1] and is_greedy)
         return results
 
-    def _score(self, parts: list[scoring.Request]) -> list[tuple[float, bool]]:
-        scores = divided(self.model, parts, lambda mine, _: scoring.score(self.model, mine, self.token_budget))
+    def _score(self, parts: list[Request]) -> list[tuple[float, bool]]:
+        scores = divided(self.model, parts, lambda mine, _: score(self.model, mine, self.token_budget))
         if any(math.isnan(log_p) for log_p, _ in scores):
             raise UserError("the model: got log-probabilities that are not numbers, allowed: one that has not diverged")
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
         """Log-probability in nats of whole texts, in windows with as much context as fits."""
-        windows: list[scoring.Request] = []
+        parts: list[Request] = []
         owner: list[int] = []
         for index, request in enumerate(requests):
             ids = self.codec.tokenizer.encode(request.args[0])
             for window in get_rolling_token_windows(ids, self.eot_token_id, self.max_tokens, context_len=1):
-                windows.append(make_disjoint_window(window))
+                parts.append(make_disjoint_window(window))
                 owner.append(index)
         totals = [0.0] * len(requests)
-        for index, (log_p, _) in zip(owner, self._score(windows), strict=True):
+        for index, (log_p, _) in zip(owner, self._score(parts), strict=True):
             totals[index] += log_p
         return totals
 
@@ -155,7 +155,7 @@ class SuiteLM(TemplateLM):
             prompts.append(ids[-room:])
         sampling = None
         if options["do_sample"]:
-            sampling = scoring.Sampling(options["temperature"], options.get("seed", 0))
+            sampling = Sampling(options["temperature"], options.get("seed", 0))
 
         # every token is at least a byte, so a new stop string lies in these last ones
         tail = 1 + max((len(stop.encode()) for stop in stops), default=0)
@@ -164,8 +164,8 @@ class SuiteLM(TemplateLM):
             text = tokenizer.decode(ids[-tail:])
             return any(stop in text for stop in stops)
 
-        def generate(mine: list[list[int]], numbers: list[int]) -> list[list[int]]:
-            return scoring.generate(
+        def generate_share(mine: list[list[int]], numbers: list[int]) -> list[list[int]]:
+            return generate(
                 self.model,
                 mine,
                 new_tokens,
@@ -174,10 +174,10 @@ class SuiteLM(TemplateLM):
                 self.token_budget,
                 sampling,
                 numbers,
-                agree=first_says if goes_together(self.model) else None,
+                agree=broadcast_from_rank0 if is_sharded(self.model) else None,
             )
 
-        generated = divided(self.model, prompts, generate)
+        generated = divided(self.model, prompts, generate_share)
         return [before_stop(tokenizer.decode(ids), stops) for ids in generated]
 
     def _check_stops(self, task: str | None, stops: list[str]) -> None:
@@ -200,7 +200,7 @@ def divided(
     examples depend on the number of processes.) Processes that hold a part of the model each (FSDP, divided tables)
     must go through it together: there, all of them work on all items.
     """
-    if not torch.distributed.is_initialized() or goes_together(model):
+    if not torch.distributed.is_initialized() or is_sharded(model):
         return work(items, list(range(len(items))))
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
     shares: list[list[Result]] = [[] for _ in range(world)]
@@ -208,8 +208,8 @@ def divided(
     return [shares[number % world][number // world] for number in range(len(items))]
 
 
-def goes_together(model: Transformer) -> bool:
-    """Whether several processes hold the model together, and all must go through it."""
+def is_sharded(model: Transformer) -> bool:
+    """Whether the model is sharded over processes, so that all of them must run every forward pass together."""
     if not torch.distributed.is_initialized():
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -217,11 +217,11 @@ def goes_together(model: Transformer) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def first_says(tokens: list[int]) -> list[int]:
-    """The tokens that the first process chose."""
-    said = [tokens]
-    torch.distributed.broadcast_object_list(said, src=0)
-    return said[0]
+def broadcast_from_rank0(tokens: list[int]) -> list[int]:
+    """The tokens of rank 0, in every process."""
+    chosen = [tokens]
+    torch.distributed.broadcast_object_list(chosen, src=0)
+    return chosen[0]
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:

@@ -21,6 +21,7 @@ from suite.data.corpus import Corpus
 from suite.data.loader import Batch
 from suite.data.packing import IGNORED
 from suite.inference import loglikelihood
+from suite.inference.batching import evaluation_mode
 from suite.models.transformer import Transformer
 
 SAMPLE_SEED = 0
@@ -106,7 +107,7 @@ def loss(model: Transformer, rows: Batch) -> float:
     """Mean cross-entropy in nats a target, in evaluation mode, fp32."""
     total = 0.0
     step = max(1, TOKEN_BUDGET // rows.tokens_BT.shape[1])
-    with loglikelihood.evaluation_mode(model) as device:
+    with evaluation_mode(model) as device:
         for start in range(0, len(rows.tokens_BT), step):
             tokens_BT, targets_BT, segments_BT = (
                 part[start : start + step].to(device) for part in (rows.tokens_BT, rows.targets_BT, rows.segments_BT)

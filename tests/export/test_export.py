@@ -107,7 +107,7 @@ def exported(name: str, folder: Path) -> tuple[Transformer, Any]:
 
 @pytest.mark.parametrize("name", [*FAMILIES, "hashed_ngram"])
 def test_greedy_generation_is_ours_with_a_cache_and_without(name: str, tmp_path: Path) -> None:
-    from suite.inference.loglikelihood import generate
+    from suite.inference.generation import generate
 
     model, theirs = exported(name, tmp_path / "out")
     prompts = tokens()[:, :6]

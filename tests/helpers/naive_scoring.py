@@ -9,6 +9,8 @@ from suite.data.corpus import Corpus
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
 
+VOCAB = 40
+
 
 def small_model(corpus: Corpus, seed: int = 0) -> Transformer:
     """A dense model whose predictions differ."""

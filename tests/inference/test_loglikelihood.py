@@ -1,34 +1,17 @@
-"""Batched scoring and cached generation against a loop that does one forward pass per token."""
+"""Batched log-probabilities against a loop that does one forward pass per token."""
 
 from __future__ import annotations
 
 import functools
 
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive_scoring import naive_generate, naive_score
+from naive_scoring import VOCAB, naive_generate, naive_score
 
-from suite import models
 from suite.data.tokenizers import BPETokenizer, BytesTokenizer, Tokenizer
 from suite.inference import loglikelihood
-from suite.models import registry
-from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
-
-VOCAB = 40
-
-
-@pytest.fixture(scope="module")
-def model() -> Transformer:
-    built = models.build(ModelConfig(family="dense", base="w32"), VOCAB, seed=3)
-    # initial weights give nearly equal logits; larger ones make greedy choices and stops differ between rows
-    with torch.no_grad():
-        for parameter in built.parameters():
-            parameter.mul_(2.0)
-    return built.double()
-
 
 tokens = st.integers(0, VOCAB - 1)
 requests = st.lists(st.tuples(st.lists(tokens, min_size=1, max_size=9), st.lists(tokens, max_size=5)), max_size=8)
@@ -36,11 +19,11 @@ requests = st.lists(st.tuples(st.lists(tokens, min_size=1, max_size=9), st.lists
 
 @settings(max_examples=25, deadline=None)
 @given(requests, st.sampled_from([1, 12, 1000]))
-def test_scores_equal_a_loop_over_tokens(model: Transformer, asked: list, budget: int) -> None:
-    found = loglikelihood.score(model, asked, budget)
-    expected = [naive_score(model, *request) for request in asked]
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in expected], abs=1e-4)
+def test_scores_equal_a_loop_over_tokens(model: Transformer, pairs: list, budget: int) -> None:
+    scores = loglikelihood.score(model, pairs, budget)
+    expected = [naive_score(model, *request) for request in pairs]
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+    assert [log_p for log_p, _ in scores] == pytest.approx([log_p for log_p, _ in expected], abs=1e-4)
 
 
 @settings(max_examples=25, deadline=None)
@@ -52,21 +35,21 @@ def test_scores_equal_a_loop_over_tokens(model: Transformer, asked: list, budget
     st.sampled_from([1, 12, 40, 1000]),
 )
 def test_shared_contexts_change_no_score(model: Transformer, families: list, budget: int) -> None:
-    asked = [(context, continuation) for context, continuations in families for continuation in continuations]
-    found = loglikelihood.score(model, asked, budget)
-    expected = [naive_score(model, *request) for request in asked]
-    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-    assert [log_p for log_p, _ in found] == pytest.approx([log_p for log_p, _ in expected], abs=1e-4)
+    pairs = [(context, continuation) for context, continuations in families for continuation in continuations]
+    scores = loglikelihood.score(model, pairs, budget)
+    expected = [naive_score(model, *request) for request in pairs]
+    assert [greedy for _, greedy in scores] == [greedy for _, greedy in expected]
+    assert [log_p for log_p, _ in scores] == pytest.approx([log_p for log_p, _ in expected], abs=1e-4)
 
 
 def test_a_long_context_is_read_once_for_all_its_continuations(model: Transformer) -> None:
     context = [n % VOCAB for n in range(50)]
     read = []
     hook = model.embedding.register_forward_hook(lambda _m, args, _out: read.append(args[0].numel()))
-    found = loglikelihood.score(model, [(context, [first, 2, 3]) for first in range(10)])
+    scores = loglikelihood.score(model, [(context, [first, 2, 3]) for first in range(10)])
     hook.remove()
     assert sum(read) == 50 + 10 * 2
-    assert found[4][0] == pytest.approx(naive_score(model, context, [4, 2, 3])[0], abs=1e-4)
+    assert scores[4][0] == pytest.approx(naive_score(model, context, [4, 2, 3])[0], abs=1e-4)
 
 
 def test_requests_with_a_common_beginning_share_rows(model: Transformer) -> None:
@@ -89,10 +72,10 @@ def test_greedy_continuations_are_recognised(model: Transformer) -> None:
 
 
 def test_small_head_chunks_change_nothing(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = [([1, 2], [3, 4, 5]), ([7], [8, 9])]
-    whole = loglikelihood.score(model, asked)
+    pairs = [([1, 2], [3, 4, 5]), ([7], [8, 9])]
+    whole = loglikelihood.score(model, pairs)
     monkeypatch.setattr(loglikelihood, "LOGITS_AT_ONCE", VOCAB * 2)
-    assert [log_p for log_p, _ in loglikelihood.score(model, asked)] == pytest.approx([log_p for log_p, _ in whole])
+    assert [log_p for log_p, _ in loglikelihood.score(model, pairs)] == pytest.approx([log_p for log_p, _ in whole])
 
 
 def test_an_empty_context_is_refused(model: Transformer) -> None:
@@ -101,10 +84,9 @@ def test_an_empty_context_is_refused(model: Transformer) -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_restored(model: Transformer, training: bool) -> None:
+def test_scoring_restores_the_mode(model: Transformer, training: bool) -> None:
     model.train(training)
     loglikelihood.score(model, [([1], [2])])
-    loglikelihood.generate(model, [[1]], 2)
     assert model.training is training
 
 
@@ -123,41 +105,9 @@ def test_windows_predict_every_token_once_and_fit(context: list[int], continuati
         assert parts == [(context, continuation)]
 
 
-@settings(max_examples=20, deadline=None)
-@given(
-    st.lists(st.lists(tokens, min_size=1, max_size=9), max_size=6),
-    st.integers(0, 6),
-    st.sets(tokens, max_size=12),
-    st.sampled_from([1, 30, 1000]),
-)
-def test_generation_equals_a_loop_over_tokens(
-    model: Transformer, prompts: list[list[int]], most: int, stops: set[int], budget: int
-) -> None:
-    found = loglikelihood.generate(model, prompts, most, stops, token_budget=budget)
-    assert found == [naive_generate(model, prompt, most, stops) for prompt in prompts]
-
-
-def test_a_stop_function_ends_single_rows(model: Transformer) -> None:
-    prompts = [[1, 2], [3], [4, 5, 6, 7]]
-    free = loglikelihood.generate(model, prompts, 8)
-    stopped = loglikelihood.generate(model, prompts, 8, finished=lambda ids: ids == free[1][:3])
-    assert stopped == [free[0], free[1][:3], free[2]]
-
-
-def test_samples_follow_the_model_and_not_the_batch(model: Transformer) -> None:
-    sampling = loglikelihood.Sampling(temperature=1.5, seed=7)
-    prompts = [[1, 2, 3]] * 4000
-    draws = loglikelihood.generate(model, prompts, 1, sampling=sampling)
-    assert draws[:50] == loglikelihood.generate(model, prompts[:50], 1, token_budget=20, sampling=sampling)
-    with torch.no_grad():
-        p_V = (model(torch.tensor([[1, 2, 3]]))[0, -1] / 1.5).softmax(-1)
-    share_V = torch.bincount(torch.tensor([row[0] for row in draws]), minlength=VOCAB) / len(draws)
-    assert float((share_V - p_V).abs().max()) < 4 * float((p_V * (1 - p_V) / len(draws)).sqrt().max())
-
-
 @settings(max_examples=60, deadline=None)
 @given(st.text(alphabet="ab .\n?é", max_size=12), st.text(alphabet="ab .\n", min_size=1, max_size=8), st.booleans())
-def test_pairs_are_the_whole_text_cut_after_the_context(text: str, continuation: str, use_bytes: bool) -> None:
+def test_a_pair_is_the_whole_text_split_after_the_context(text: str, continuation: str, use_bytes: bool) -> None:
     tokenizer: Tokenizer = BytesTokenizer() if use_bytes else trained_bpe()
     context_ids, continuation_ids = loglikelihood.encode_pair(tokenizer, text, continuation)
     bare = text.rstrip(" ")
@@ -169,14 +119,3 @@ def test_pairs_are_the_whole_text_cut_after_the_context(text: str, continuation:
 def trained_bpe() -> Tokenizer:
     """Merges across everything the texts of this test hold."""
     return BPETokenizer.train(["a b ab. a\n ba bb\n\nab? é é b  a   b", "ab ab . \n a"] * 20, 300)
-
-
-@pytest.mark.parametrize("family", registry.families())
-def test_every_family_scores_and_generates_as_one_token_at_a_time(family: str) -> None:
-    options = {"half_keys": 16, "top_k": 4} if registry.family(family).has_memory else {}
-    built = models.build(registry.family(family).config(family=family, base="w32", **options), VOCAB, seed=1).double()
-    prompts = [[1, 2, 3, 4, 5], [6], [7, 8]]
-    asked = [(prompt, [9, 10, 11]) for prompt in prompts]
-    found = loglikelihood.score(built, asked)
-    assert [log_p for log_p, _ in found] == pytest.approx([naive_score(built, *r)[0] for r in asked], abs=1e-4)
-    assert loglikelihood.generate(built, prompts, 6) == [naive_generate(built, prompt, 6, set()) for prompt in prompts]
