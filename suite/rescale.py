@@ -1,4 +1,4 @@
-"""Smaller copies of a grid that keep its ratios: `--scale tokens=0.01`."""
+"""Smaller or larger copies of a grid that keep its ratios: `--scale tokens=0.01`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from suite.grids import Grid
 from suite.yaml_input import explain
 
 SCALES = ("tokens", "batch_rows", "half_keys")
-LEAST, MOST = 1e-9, 1e6
+MIN_FACTOR, MAX_FACTOR = 1e-9, 1e6
 
 
 def parse_scales(texts: list[str]) -> dict[str, float]:
-    """`["tokens=0.01"]` as factors. Raises UserError."""
+    """Parse `["tokens=0.01"]` into factors by name. Raises UserError."""
     factors = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -24,24 +24,28 @@ def parse_scales(texts: list[str]) -> dict[str, float]:
             factor = float(value)
         except ValueError:
             factor = 0.0
-        if name not in SCALES or not LEAST <= factor <= MOST:
+        if name not in SCALES or not MIN_FACTOR <= factor <= MAX_FACTOR:
             raise UserError(
-                f"--scale: got {text!r}, allowed: {', '.join(SCALES)} = a factor from {LEAST:g} to {MOST:g}, "
-                "e.g. tokens=0.01"
+                f"--scale: got {text!r}, allowed: {', '.join(SCALES)} = a factor "
+                f"from {MIN_FACTOR:g} to {MAX_FACTOR:g}, e.g. tokens=0.01"
             )
         if name in factors:
-            raise UserError(f"--scale: got {name} twice, allowed: once")
+            raise UserError(f"--scale: {name} is given twice")
         factors[name] = factor
     return factors
 
 
 def rescale(grid: Grid, factors: Mapping[str, float]) -> Grid:
-    """The grid with every cell's budget, batch or table side multiplied, under a name that says so.
+    """Return a grid in which the budget, batch or table side of every cell is multiplied, under another name.
 
-    `tokens` multiplies tokens or epochs, warm-up steps with them, so that every phase keeps its share, and the tokens
-    taken of a hub data set;
-    `batch_rows` multiplies rows per step (warm-up steps then shrink); `half_keys` the side of product-key tables.
-    Raises UserError where a cell cannot be so scaled or two become one.
+    Args:
+        grid: The grid to scale.
+        factors: `tokens` multiplies the budget (tokens or epochs), the warm-up steps, so that every phase keeps its
+            share, and the tokens taken from hub data sets. `batch_rows` multiplies the rows per step and divides the
+            warm-up steps. `half_keys` multiplies the side of product-key tables.
+
+    Raises:
+        UserError: A scaled cell is invalid, or two cells become equal.
     """
     if not factors:
         return grid
@@ -49,7 +53,7 @@ def rescale(grid: Grid, factors: Mapping[str, float]) -> Grid:
     names = [cell.run_name for cell in cells]
     for name in names:
         if names.count(name) > 1:
-            raise UserError(f"{grid.source}: --scale: two cells become {name}, allowed: factors that keep cells apart")
+            raise UserError(f"{grid.source}: --scale: two cells become {name}; use a larger factor")
     suffix = "".join(f"-{name}-x{factor:g}" for name, factor in factors.items())
     renamed = dict(zip((cell.run_name for cell in grid.cells), names, strict=True))
     contrast = grid.contrast.renamed(renamed) if grid.contrast else None
@@ -57,6 +61,7 @@ def rescale(grid: Grid, factors: Mapping[str, float]) -> Grid:
 
 
 def _scaled(grid: Grid, cell: Cell, factors: Mapping[str, float]) -> Cell:
+    """Return a cell with scaled fields. Raises UserError if it is invalid; `grid` is for the message."""
     budget, batch = factors.get("tokens", 1.0), factors.get("batch_rows", 1.0)
     train = cell.train.model_dump()
     train["batch_rows"] = _whole(train["batch_rows"] * batch / train["accumulate"]) * train["accumulate"]
@@ -81,4 +86,5 @@ def _scaled(grid: Grid, cell: Cell, factors: Mapping[str, float]) -> Cell:
 
 
 def _whole(value: float) -> int:
+    """Round to a whole number of at least 1."""
     return max(1, round(value))

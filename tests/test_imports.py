@@ -18,6 +18,7 @@ LAYERS = {
         "yaml_input",
         "cells",
         "baselines contrast",
+        "blocks",
         "grids",
         "rescale records inference",
         "train evaluate",

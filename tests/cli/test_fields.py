@@ -1,13 +1,13 @@
 """`suite fields`: every field of the schema, with the default that a cell really gets."""
 
 import json
+from typing import Any
 
 import pytest
 from cli_runner import Suite
 
 from suite.cells import Cell
 from suite.cli.fields import CellField, list_fields
-from suite.grids import _put
 from suite.identity import identity
 from suite.models import registry
 
@@ -18,8 +18,8 @@ CELL = {
 }
 
 
-def value_of(content: dict, path: str) -> object:
-    for name in path.split("."):
+def value_of(content: dict, path: str) -> Any:
+    for name in filter(None, path.split(".")):
         content = content[name]
     return content
 
@@ -46,7 +46,8 @@ def test_identity_is_what_changes_the_hash() -> None:
     samples = {"train.log_every": 3, "train.weight_decay": 0.2, "data.world": 4, "seed": 2, "train.keep_checkpoints": 9}
     for path, value in samples.items():
         changed = json.loads(json.dumps(CELL))
-        _put(changed, path, value, "")
+        *parents, name = path.split(".")
+        value_of(changed, ".".join(parents))[name] = value
         differs = identity(Cell.model_validate(changed)) != identity(Cell.model_validate(CELL))
         assert differs == rows[path].identity, path
 

@@ -1,4 +1,4 @@
-"""The capacity grid: no model of it can hold what there is to know."""
+"""The capacity grid: each world holds more bits than its models can store."""
 
 from __future__ import annotations
 

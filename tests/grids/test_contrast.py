@@ -8,7 +8,7 @@ import pytest
 from suite.errors import UserError
 from suite.grids import Grid, load_grid
 from suite.launch.sweep import write_grid
-from suite.rescale import scaled
+from suite.rescale import rescale
 
 GRID = """
 defaults:
@@ -55,7 +55,7 @@ def test_each_side_selects_one_variant_and_the_sweep_records_it(tmp_path: Path) 
 
 
 def test_the_contrast_follows_the_cells_of_a_scaled_grid(tmp_path: Path) -> None:
-    grid = scaled(load(tmp_path, declared()), {"half_keys": 2.0})
+    grid = rescale(load(tmp_path, declared()), {"half_keys": 2.0})
     assert grid.contrast is not None
     assert set(grid.contrast.treatment) == {cell.run_name for cell in grid.cells if "-k64-" in cell.run_name}
 

@@ -1,4 +1,4 @@
-"""The paper's grids: every field says where it comes from, and the cells are those of the paper."""
+"""The paper's grids: every field has a source, and the cells are those of the paper."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def grid(name: str) -> Grid:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_default_says_where_it_comes_from(name: str) -> None:
+def test_every_default_has_a_source(name: str) -> None:
     text = (GRIDS / f"{name}.yaml").read_text()
     defaults = text[text.index("\ndefaults:") : text.index("\nfamilies:")].splitlines()[2:]
     fields = [line for line in defaults if re.match(r"\s+(- )?\w+: \S", line) and "kind: hub" not in line]
@@ -30,24 +30,24 @@ def test_every_default_says_where_it_comes_from(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_family_and_block_says_where_it_comes_from(name: str) -> None:
-    """On its line, or in the comment above it."""
+def test_every_family_and_block_has_a_source(name: str) -> None:
+    """The source is on the line of the field or in the comment above it."""
     text = (GRIDS / f"{name}.yaml").read_text()
-    above, said = "", False
+    comment, is_complete = "", False
     for line in text[text.index("\nfamilies:") :].splitlines():
         if line.lstrip().startswith("#"):
-            above, said = ("" if said else above) + line, False
+            comment, is_complete = ("" if is_complete else comment) + line, False
             continue
-        said = True
+        is_complete = True
         if re.search(r"\w: [^#\s]", line):
-            assert ORIGIN.search(line) or ORIGIN.search(above), line
+            assert ORIGIN.search(line) or ORIGIN.search(comment), line
 
 
 @pytest.mark.parametrize(
     ("name", "table"),
     [("fixed-memory", "table1"), ("memory-scaling", "figure1"), ("8b", "table2_8b"), ("ablations", "ablations")],
 )
-def test_what_is_asked_gives_every_score_that_the_paper_prints(name: str, table: str) -> None:
+def test_the_evaluations_give_every_score_that_the_paper_prints(name: str, table: str) -> None:
     import pandas as pd
 
     from analysis.records.published import printed_as
@@ -67,10 +67,9 @@ def test_what_is_asked_gives_every_score_that_the_paper_prints(name: str, table:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_task_asked_for_is_known(name: str) -> None:
-    known = set(catalog.names())
-    asked = {task for cell in grid(name).cells for config in cell.evaluate for task in config.tasks}
-    assert asked <= known
+def test_every_task_exists(name: str) -> None:
+    tasks = {task for cell in grid(name).cells for config in cell.evaluate for task in config.tasks}
+    assert tasks <= set(catalog.names())
 
 
 def test_fixed_memory_has_every_base_and_family_at_the_papers_sizes() -> None:
