@@ -1,4 +1,4 @@
-"""Reading what people write: YAML without its traps, and complaints that fit one line."""
+"""Reading the YAML that users write, and turning errors in it into one line."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ YAML_1_2_FLOAT = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that takes 1e-3 for a number, as YAML 1.2 does, and refuses a key given twice."""
+    """A SafeLoader that reads 1e-3 as a number, as YAML 1.2 does, and refuses duplicate keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for position, key in enumerate(keys):
             if key in keys[:position]:
                 line = node.value[position][0].start_mark.line + 1
-                raise UserError(f"line {line}: {key}: given twice, allowed: once")
+                raise UserError(f"line {line}: {key}: given twice; remove one")
         return super().construct_mapping(node, deep)
 
 
@@ -45,12 +45,12 @@ _Loader.add_implicit_resolver(
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML (or JSON) file. Raises UserError naming the file, and the line of a syntax error."""
+    """Read the mapping in a YAML or JSON file. Raises UserError with the file, and the line of a syntax error."""
     try:
         text = Path(path).read_text()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: {reason}, allowed: a readable YAML file") from None
+        raise UserError(f"{path}: {reason}; give a readable YAML file") from None
     content = _parse(text, str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path}: got {_short(content)}, allowed: a mapping of fields to values")
@@ -58,7 +58,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 
 def parse_value(text: str, where: str) -> Any:
-    """A YAML value given on the command line. Raises UserError."""
+    """Parse a YAML value of the command line. Raises UserError, which names the option `where`."""
     return _parse(text, where)
 
 
@@ -69,29 +69,32 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: {error}") from None
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"{where}: {line}{error.problem}, allowed: YAML") from None
+        raise UserError(f"{where}: {line}not valid YAML: {error.problem}") from None
     except yaml.YAMLError as error:
-        raise UserError(f"{where}: {str(error).splitlines()[0]}, allowed: YAML") from None
+        raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 
 def whole_numbers(text: str, where: str) -> list[int]:
-    """`1,8,64` as whole numbers above 0. Raises UserError."""
+    """Parse `1,8,64` into whole numbers above 0. Raises UserError, which names the option `where`."""
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"{where}: got {text!r}, allowed: whole numbers above 0 with commas between, e.g. 1,8,64")
+        raise UserError(f"{where}: got {text!r}, allowed: whole numbers above 0, separated by commas, e.g. 1,8,64")
     return [int(part) for part in parts]
 
 
-def did_you_mean(given: object, known: Iterable[str]) -> str:
-    """`, did you mean X?` for the closest known name, or nothing."""
-    close = difflib.get_close_matches(str(given), list(known), n=1)
+def did_you_mean(given: object, names: Iterable[str]) -> str:
+    """Return `, did you mean X?` for the closest of the names, or an empty string."""
+    close = difflib.get_close_matches(str(given), list(names), n=1)
     return f", did you mean {close[0]}?" if close else ""
 
 
 def explain(error: ValidationError, schema: type[BaseModel], given: Any) -> str:
-    """The first complaint of a validation as `field: got value, allowed: what`.
+    """Describe the first error of a validation in one line: `field: got value, allowed: what`.
 
-    `schema` is the model that was validated and `given` the nested mapping it was given.
+    Args:
+        error: The error that pydantic raised.
+        schema: The model that was validated.
+        given: The nested mapping that the user wrote.
     """
     return _explain(error.errors()[0], schema, given)
 
@@ -99,14 +102,14 @@ def explain(error: ValidationError, schema: type[BaseModel], given: Any) -> str:
 def _explain(detail: ErrorDetails, schema: type[BaseModel], given: Any) -> str:
     inner = detail.get("ctx", {}).get("error")
     if isinstance(inner, ValidationError):
-        # A part that is validated by a validator of its own (the model's options): its complaint, from the top.
+        # A part with a validator of its own (the options of the model): report the error within it.
         nested = inner.errors()[0]
         return _explain({**nested, "loc": (*detail["loc"], *nested["loc"])}, schema, given)
     path, part = _locate(detail["loc"], schema, given)
     field = ".".join(path)
     if detail["type"] == "extra_forbidden":
-        known = [] if part is None else list(part.model_fields)
-        return f"{field}: unknown field{did_you_mean(path[-1], known)}, allowed: {', '.join(known)}"
+        names = [] if part is None else list(part.model_fields)
+        return f"{field}: unknown field{did_you_mean(path[-1], names)}, allowed: {', '.join(names)}"
     if detail["type"] == "missing":
         return f"{field}: got nothing, allowed: {_wanted(part, path[-1])}"
     if detail["type"] == "unknown_kind":
@@ -114,7 +117,7 @@ def _explain(detail: ErrorDetails, schema: type[BaseModel], given: Any) -> str:
         given = "nothing" if kind is None else f"{kind!r}{did_you_mean(kind, allowed)}"
         return f"{field}.kind: got {given}, allowed: {', '.join(allowed)}"
     if inner is not None:
-        # Our own validators name field, value and what is allowed themselves.
+        # Validators of this project already name the field, the value and what is allowed.
         own = str(inner)
         return own if not field or own.startswith(field) else f"{field}.{own}"
     return f"{field}: got {_short(detail['input'])}, allowed: {_allowed(detail['msg'])}"
@@ -123,7 +126,7 @@ def _explain(detail: ErrorDetails, schema: type[BaseModel], given: Any) -> str:
 def _locate(
     loc: tuple[int | str, ...], schema: type[BaseModel], given: Any
 ) -> tuple[list[str], type[BaseModel] | None]:
-    """The path of an error as a user writes it, and the model that holds its last field (None if unknown)."""
+    """Return the path of an error as the user writes it, and the model with its last field (None if unknown)."""
     path: list[str] = []
     holder: type[BaseModel] | None = None
     declared: type[BaseModel] | None = schema
@@ -148,13 +151,14 @@ def _locate(
 
 
 def _item(value: Any, step: int | str) -> Any:
+    """Return an element of a mapping or list, or None if there is none."""
     if isinstance(value, dict):
         return value.get(step)
     return value[step] if isinstance(value, list | tuple) and isinstance(step, int) and step < len(value) else None
 
 
 def _class_for(declared: type[BaseModel] | None, value: Any) -> type[BaseModel] | None:
-    """The class that validates `value`: the declared one, or the one it selects by its family or kind."""
+    """Return the class that validates `value`: the declared one, or the one that its family or kind selects."""
     if declared is registry.ModelConfig:
         family = value.get("family") if isinstance(value, dict) else None
         return registry.family(family).config if family in registry.families() else None
@@ -164,7 +168,7 @@ def _class_for(declared: type[BaseModel] | None, value: Any) -> type[BaseModel] 
 
 
 def models_in(annotation: Any) -> list[type[BaseModel]]:
-    """The pydantic models in an annotation such as `A | B` or `tuple[A, ...]`."""
+    """Return the pydantic models in an annotation such as `A | B` or `tuple[A, ...]`."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in models_in(part)]

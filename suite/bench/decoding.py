@@ -1,10 +1,10 @@
-"""Decoding speed: milliseconds a step and tokens a second, by family, batch and table size.
+"""Decoding speed: milliseconds per step and tokens per second, by family, batch and table size.
 
-Reading rows of a table is memory traffic that grows with the batch, where a dense layer reads its weights once for all
-of it: which of the two is faster depends on both. The models take turns within every round, since other work on the
-machine slows all of them; ratios are to the dense model in the same round. Weights are initial ones: what is read
-matters, not what it says. Where one CPU thread decodes, its CPU time is measured, so that other processes count little;
-elsewhere wall-clock. Shapes: B sequences.
+The rows that a batch reads from a table are memory traffic that grows with the batch, while a dense layer reads its
+weights once per batch, so the faster of the two depends on the batch and the table. The models take turns within every
+round, because other work on the machine slows all of them, and ratios are to the dense model in the same round. The
+models are untrained. With one CPU thread its CPU time is measured, which other processes hardly affect; otherwise
+wall-clock time. Shapes: B sequences.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from suite.models.sizes import SIZES
 from suite.yaml_input import explain
 
 VOCAB = 4096
-"""Entries of the vocabulary, where the base has none of its own."""
+"""Size of the vocabulary for bases that do not define one."""
 QUANTILES = (0.2, 0.5, 0.8)
 CLOCKS = {"cpu": time.process_time, "wall": time.perf_counter}
 
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """One model at one batch: milliseconds of a decoding step, tokens a second, and the ratio of times to dense.
+    """One model at one batch: milliseconds per decoding step, tokens per second, and the ratio of times to dense.
 
-    Quantiles are over rounds. `clock`: what was measured, `cpu` time of one thread or the time on the `wall`.
+    Quantiles are over rounds. `clock` is `cpu` for the CPU time of one thread and `wall` for wall-clock time.
     """
 
     family: str
@@ -62,9 +62,11 @@ class DecodeSpeed:
 
 
 def configurations(base: str, half_keys: Iterable[int]) -> list[ModelConfig]:
-    """Every registered family at the base, dense first, those with product keys at every table size.
+    """Return every registered family at the base, dense first; families with product keys once per table size.
 
-    Raises UserError for an unknown base, a table a family cannot have, a baseline that is wrong or that wants options.
+    Raises:
+        UserError: The base is unknown, a family cannot have a table of this size, or a baseline is invalid or has
+            required options.
     """
     if base not in SIZES:
         raise UserError(f"--base: got {base!r}, allowed: {', '.join(SIZES)}")
@@ -91,13 +93,23 @@ def configurations(base: str, half_keys: Iterable[int]) -> list[ModelConfig]:
 def decode_speeds(
     configs: Sequence[ModelConfig], batches: Sequence[int], context: int = 64, steps: int = 16, rounds: int = 8
 ) -> list[DecodeSpeed]:
-    """Measure every model at every batch: `rounds` x `steps` steps of one token after `context` tokens."""
+    """Measure every model at every batch size.
+
+    Args:
+        configs: The models, dense first.
+        batches: Numbers of sequences that are decoded together.
+        context: Tokens that are read before the measurement.
+        steps: Decoding steps per round, of one token each.
+        rounds: Rounds in which every model takes one turn.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     measured = []
     for batch in batches:
         built = [_built(config, device) for config in configs]
         turns = track(range(rounds + 1), f"batch {batch}, {len(built)} models", console=Console(stderr=True))
-        seconds = [[_seconds(model, batch, context, steps) for model in built] for _ in turns][1:]  # the first warms up
+        seconds = [[_seconds(model, batch, context, steps) for model in built] for _ in turns][
+            1:
+        ]  # the first round is a warm-up
         times = np.array(seconds) / steps
         for index, (config, model) in enumerate(zip(configs, built, strict=True)):
             measured.append(_result(config, model, batch, context, times[:, index], times[:, 0]))
@@ -105,7 +117,7 @@ def decode_speeds(
 
 
 def rows(speeds: Iterable[DecodeSpeed]) -> list[dict[str, object]]:
-    """The speeds as records, one per model and batch."""
+    """Return the speeds as records, one per model and batch."""
     return [asdict(speed) for speed in speeds]
 
 
@@ -115,7 +127,7 @@ def _built(config: ModelConfig, device: torch.device) -> Transformer:
 
 @torch.inference_mode()
 def _seconds(model: Transformer, batch: int, context: int, steps: int) -> float:
-    """Of `steps` decoding steps; reading the context is not counted."""
+    """Return the seconds of `steps` decoding steps, without reading the context."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(model.vocab_size, (batch, context), generator=generator).to(device)

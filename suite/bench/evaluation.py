@@ -1,4 +1,4 @@
-"""What evaluation costs beside the model: seconds to build requests, and per further checkpoint to score them."""
+"""The cost of evaluation without the model: seconds to build the requests, and to score one more checkpoint."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from suite.evaluate.oracle import Knowing
 REPEATS = 3
 
 Seconds = tuple[float, float]
-"""(by the clock, of this process' CPU): they differ where the machine is shared"""
+"""(wall-clock, CPU time of this process); they differ when other work runs on the machine"""
 Result = TypeVar("Result")
 
 
 def overhead(data_root: Path) -> dict[str, Seconds]:
-    """Seconds of this process, with a model that answers at once.
+    """Measure this process with a model that answers immediately.
 
-    mmlu_build_s: reading MMLU and building its 5-shot requests; quick_build_s: the same for the `quick` preset;
-    quick_checkpoint_s: scoring one more checkpoint on that preset, the best of a few.
+    Returns:
+        `mmlu_build_s`: reading MMLU and building its 5-shot requests; `quick_build_s`: the same for the `quick` preset;
+        `quick_checkpoint_s`: scoring one more checkpoint on that preset, the fastest of a few.
     """
     sources = catalog.Sources(None, DataRoot(data_root))
     _, mmlu_built = _timed(lambda: prepare(EvalConfig(tasks=("mmlu",), num_fewshot=5), sources))

@@ -1,9 +1,9 @@
-"""Speed and memory of whole training steps per family and table size, measured side by side in one run.
+"""Speed and memory of whole training steps per family and table size.
 
-Machines are shared and noisy, so the models take turns within every round and only ratios to dense within a round
-are compared: p20, p50 and p80 of them over rounds. Where models use one CPU thread, its CPU time is measured, so that
-other processes count little; elsewhere wall-clock. Every model with a table is trained twice: its table updated by
-rows, as sweeps do, and through table-sized gradients (`table_optimizer: dense`).
+The models take turns within every round, and only ratios to dense within a round are compared (p20, p50 and p80 over
+rounds), because machines are shared and noisy. With one CPU thread its CPU time is measured, which other processes
+hardly affect; otherwise wall-clock time. Every model with a table is measured twice: with row-wise updates, as in
+sweeps, and with gradients of the table's size (`table_optimizer: dense`).
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from suite.cells import Cell
-from suite.data.corpus import Corpus, prepare
+from suite.data.corpus import prepare
 from suite.errors import UserError
 from suite.models.accounting import account
 from suite.plan.live_bytes import LiveBytes
@@ -27,10 +28,11 @@ from suite.train.loop import Trainer
 
 @dataclass(frozen=True)
 class StepSpeed:
-    """One model's training step: median milliseconds, tokens (positions) a second and their ratio to dense in the same
-    round, and the most bytes of tensors alive at once, weights and moments included.
+    """The training step of one model.
 
-    `ffn_hidden` is None where it is the base's own; `optimizer` is that of the table, None where there is none.
+    `step_ms` and `tokens_per_s` are medians over rounds, the ratios those of tokens per second to dense in the same
+    round, and `peak_bytes` the most bytes of live tensors, weights and moments included. `ffn_hidden` is None for the
+    width of the base; `optimizer` is that of the table, None without a table.
     """
 
     family: str
@@ -50,17 +52,25 @@ class StepSpeed:
 
 
 def contenders(cells: Iterable[Cell], half_keys: Sequence[int] = ()) -> list[Cell]:
-    """The first cell of every distinct model of the smallest base, dense first; those with a table for each of
-    `half_keys`, if any are given, and with either optimizer. UserError for half keys that a model cannot have."""
-    found: dict[tuple[str, str], Cell] = {}
+    """Return one cell of every distinct model of the smallest base, dense first.
+
+    Args:
+        cells: The cells to choose from; of equal models the first is taken.
+        half_keys: Sides of the tables to measure; empty: those of the cells.
+
+    Raises:
+        UserError: A model cannot have a table of this size.
+    """
+    distinct: dict[tuple[str, str], Cell] = {}
     for cell in cells:
         for variant in _variants(cell, half_keys):
-            found.setdefault((variant.model.model_dump_json(), variant.train.table_optimizer), variant)
-    ordered = sorted(found.values(), key=lambda cell: cell.model.family != "dense")
+            distinct.setdefault((variant.model.model_dump_json(), variant.train.table_optimizer), variant)
+    ordered = sorted(distinct.values(), key=lambda cell: cell.model.family != "dense")
     return [cell for cell in ordered if cell.model.base == ordered[0].model.base]
 
 
 def _variants(cell: Cell, half_keys: Sequence[int]) -> Iterator[Cell]:
+    """Yield the cell with each table size and each table optimizer; unchanged, if its model has no table."""
     own = getattr(cell.model, "half_keys", None)
     if own is None:
         yield cell
@@ -75,35 +85,34 @@ def _variants(cell: Cell, half_keys: Sequence[int]) -> Iterator[Cell]:
 
 
 def step_speeds(models: Sequence[Cell], cache: Path, rounds: int = 8, steps: int = 4) -> list[StepSpeed]:
-    """Train every model `rounds` x `steps` steps, taking turns; ratios are to the first one."""
-    corpora: dict[str, Corpus] = {}
-    for cell in models:
-        corpora.setdefault(cell.data.model_dump_json(), prepare(cell.data, cache))
+    """Measure the training steps of models that take turns.
+
+    Args:
+        models: One cell per model; ratios are to the first.
+        cache: Folder of tokenized corpora.
+        rounds: Rounds in which every model takes one turn; one more precedes them as a warm-up.
+        steps: Training steps per turn.
+    """
+    prepared = {cell.data.model_dump_json(): prepare(cell.data, cache) for cell in models}
+    corpora = [prepared[cell.data.model_dump_json()] for cell in models]
     with TemporaryDirectory() as folder:
 
-        def trainer(number: int) -> Trainer:
+        def new_trainer(number: int) -> Trainer:
             cell, run = models[number], RunDir(Path(folder) / str(number))
             run.path.mkdir(exist_ok=True)
-            return Trainer(cell, corpora[cell.data.model_dump_json()], run)
+            return Trainer(cell, corpora[number], run)
 
-        peaks = []
-        for number in range(len(models)):
-            with LiveBytes() as live:
-                tried = trainer(number)
-                for _ in range(2):  # moments are made in the first
-                    tried.train_step()
-            peaks.append(live.peak)
-            del tried
-        trainers = [trainer(number) for number in range(len(models))]
-        alone = all(each.cell.threads == 1 and each.device.type == "cpu" for each in trainers)
-        clock = time.process_time if alone else time.perf_counter
-        seconds = np.array([[_seconds(each, steps, clock) for each in trainers] for _ in range(rounds + 1)])[1:]
-    tokens = np.array([steps * cell.train.batch_rows * cell.data.seq_len for cell in models])
-    speed = tokens / seconds
+        peaks = [_peak_bytes(partial(new_trainer, number)) for number in range(len(models))]
+        trainers = [new_trainer(number) for number in range(len(models))]
+        one_thread = all(trainer.cell.threads == 1 and trainer.device.type == "cpu" for trainer in trainers)
+        clock = time.process_time if one_thread else time.perf_counter
+        turns = [[_seconds(trainer, steps, clock) for trainer in trainers] for _ in range(rounds + 1)]
+    seconds = np.array(turns[1:])
+    speed = np.array([steps * cell.train.batch_rows * cell.data.seq_len for cell in models]) / seconds
     ratios = np.quantile(speed / speed[:, :1], (0.2, 0.5, 0.8), axis=0)
     macs = [
-        account(cell.model, corpora[cell.data.model_dump_json()].vocab_size, cell.data.seq_len).macs_total
-        for cell in models
+        account(cell.model, corpus.vocab_size, cell.data.seq_len).macs_total
+        for cell, corpus in zip(models, corpora, strict=True)
     ]
     return [
         StepSpeed(
@@ -126,12 +135,22 @@ def step_speeds(models: Sequence[Cell], cache: Path, rounds: int = 8, steps: int
     ]
 
 
+def _peak_bytes(make: Callable[[], Trainer]) -> int:
+    """Return the most bytes of live tensors while a trainer is made and takes two steps."""
+    with LiveBytes() as live:
+        trainer = make()
+        for _ in range(2):  # the first step allocates the moments
+            trainer.train_step()
+    return live.peak
+
+
 def rows(speeds: Iterable[StepSpeed]) -> list[dict[str, object]]:
-    """The speeds as records, one per model."""
+    """Return the speeds as records, one per model."""
     return [asdict(speed) for speed in speeds]
 
 
 def _seconds(trainer: Trainer, steps: int, clock: Callable[[], float]) -> float:
+    """Return the seconds of `steps` training steps."""
     started = clock()
     for _ in range(steps):
         trainer.train_step()

@@ -1,4 +1,4 @@
-"""The decoding bench: every family at every table size, beside dense, and its command."""
+"""`suite bench decode`: every family at every table size, compared with dense."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def test_every_family_and_table_size_is_measured_beside_dense() -> None:
+def test_every_family_and_table_size_is_compared_with_dense() -> None:
     configs = decoding.configurations("w32", [32, 64])
     speeds = decoding.decode_speeds(configs, batches=[1, 3], context=4, steps=2, rounds=2)
     assert {speed.family for speed in speeds} == set(registry.families())
@@ -44,7 +44,7 @@ def test_every_family_and_table_size_is_measured_beside_dense() -> None:
     assert dense.bytes_per_token == account(configs[0], decoding.VOCAB, 4).bytes_per_token
 
 
-def test_what_cannot_be_measured_is_refused() -> None:
+def test_invalid_bases_and_tables_are_refused() -> None:
     with pytest.raises(UserError, match="--base: got 'w7'"):
         decoding.configurations("w7", [32])
     with pytest.raises(UserError, match=r"--half-keys: .*half_keys: got 8, allowed: at least top_k"):
@@ -70,9 +70,7 @@ def test_the_command_writes_a_table(tmp_path: Path) -> None:
         ("x", "widen: float", r"family mine: widen: got nothing, allowed: "),
     ],
 )
-def test_a_baseline_that_is_wrong_is_refused_before_anything_is_measured(
-    body: str, options: str, words: str, tmp_path: Path
-) -> None:
+def test_an_invalid_baseline_is_refused_before_measuring(body: str, options: str, words: str, tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text(
         "from torch import nn\nfrom suite.models import accounting, registry\n"

@@ -1,4 +1,4 @@
-"""The bench of whole training steps: every optimizer of every table, with the memory it takes."""
+"""`suite bench step`: every table optimizer of every table, and its peak memory."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from suite.bench.training import contenders, step_speeds
 from suite.errors import UserError
 
 
-def test_tables_are_trained_by_rows_and_densely_beside_dense(cache: Path) -> None:
+def test_tables_are_measured_with_both_optimizers(cache: Path) -> None:
     cells = [tiny_cell("memory_plus"), tiny_cell("dense"), tiny_cell("memory_plus", seed=1)]
     models = contenders(cells, half_keys=[16, 256])
     found = [(cell.model.family, getattr(cell.model, "half_keys", None), cell.train.table_optimizer) for cell in models]
@@ -22,10 +22,10 @@ def test_tables_are_trained_by_rows_and_densely_beside_dense(cache: Path) -> Non
     table_bytes = 65536 * 32 * 4
     by_rows, densely = speeds[3].peak_bytes, speeds[4].peak_bytes
     assert by_rows > 3 * table_bytes  # rows and both moments
-    assert densely - by_rows > table_bytes / 2  # the gradient, but for the rows that have one
+    assert densely - by_rows > table_bytes / 2  # the dense gradient, less the rows that have a compact one
 
 
-def test_a_grid_keeps_its_own_sizes_unless_told_otherwise() -> None:
+def test_tables_have_the_size_of_the_grid_by_default() -> None:
     assert [cell.model.half_keys for cell in contenders([tiny_cell("pkm")])] == [16, 16]  # type: ignore[attr-defined]
     with pytest.raises(UserError, match=r"--half-keys: got 2, allowed: at least top_k \(4\)"):
         contenders([tiny_cell("pkm")], half_keys=[2])
