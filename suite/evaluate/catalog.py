@@ -1,8 +1,7 @@
-"""Every task by name, made into lm-eval tasks over the data at hand.
+"""Makes the requested tasks into lm-eval tasks over the data at hand.
 
-A task is a YAML file: ours in tasks/, the stock ones where lm-eval keeps them. `dataset_path` says where
-documents come from: those of `corpus` are made from what the model was trained on, anything else is read by
-`data.DataRoot`. lm-eval's own index of 14,000 tasks is never built (it takes 6 to 11 seconds).
+`dataset_path` in a task's YAML file selects its documents: `corpus` means documents made from what the model was
+trained on, anything else is read by `datasets.DataRoot`.
 """
 
 from __future__ import annotations
@@ -14,57 +13,44 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
 from lm_eval.api.group import Group
 from lm_eval.api.task import ConfigurableTask
-from lm_eval.tasks._yaml_loader import load_yaml
 
 from suite.cells import EvalConfig
 from suite.data.corpus import Corpus
 from suite.data.sources.registry import DataConfig
 from suite.errors import UserError
-from suite.evaluate import corpus_docs
+from suite.evaluate import corpus_docs, task_list
 from suite.evaluate.datasets import DataRoot, Docs
 from suite.evaluate.sandbox import Sandbox
 from suite.evaluate.schemas import check
+from suite.evaluate.task_list import CORPUS
 from suite.evaluate.tasks import code
-from suite.yaml_input import did_you_mean
 
-OURS = Path(__file__).parent / "tasks"
-STOCK = Path(lm_eval.tasks.__file__).parent
-STOCK_TASKS = {
-    "nq_open": "nq_open/nq_open.yaml",
-    "triviaqa": "triviaqa/default.yaml",
-    "hellaswag": "hellaswag/hellaswag.yaml",
-    "piqa": "piqa/piqa.yaml",
-    "openbookqa": "openbookqa/openbookqa.yaml",
-}
 FEWSHOT_SEED = 1234
-"""lm-eval's own default, so that stock prompts with examples are the stock ones."""
-
-
-def names(corpus: bool = True, run_code: bool = True) -> list[str]:
-    """Every task that can be asked for; without those about a corpus, or those that run code, if so asked."""
-    ours = [path.stem for path in OURS.glob("*.yaml") if not path.stem.startswith("_")]
-    if not corpus:
-        ours = [name for name in ours if load_yaml(OURS / f"{name}.yaml")["dataset_path"] != "corpus"]
-    return sorted([*ours, *STOCK_TASKS, "mmlu", *(code.TASKS if run_code else ())])
+"""lm-eval's default, so that stock prompts with examples are the stock ones."""
 
 
 def refuse_unfit(tasks: Iterable[str], data: DataConfig, run_code: bool = False) -> None:
-    """Raise UserError for a task that a run on this data cannot be asked; may be called before training."""
-    known = names()
+    """Check, possibly before training, that tasks suit a run.
+
+    Args:
+        tasks: their names.
+        data: what the run is (or will be) trained on.
+        run_code: whether programs may run.
+
+    Raises:
+        UserError: a task is unknown, does not suit the data, or runs programs when none may run.
+    """
     for name in tasks:
-        if name not in known:
-            raise UserError(f"evaluate.tasks: got {name!r}{did_you_mean(name, known)}, allowed: {', '.join(known)}")
-        if name in code.TASKS and not run_code:
-            raise UserError(f"task {name}: runs programs that the model writes, allowed: with --run-code only")
-        config = load_yaml(path) if (path := OURS / f"{name}.yaml").is_file() else {}
-        if config.get("dataset_path") == "corpus":
-            corpus_docs.refuse_unfit(data, name, config["dataset_name"])
+        entry = task_list.entry(name)
+        if entry.programs is not None and not run_code:
+            raise code.needs_sandbox(name)
+        if entry.is_about_corpus:
+            corpus_docs.refuse_unfit(data, name, entry.configs()[0]["dataset_name"])
         elif data.tokenizer.kind == "word":
             raise UserError(
-                f"task {name}: data.tokenizer.kind: got 'word', which knows its own world's words alone, "
+                f"task {name}: data.tokenizer.kind: got 'word', which only knows the words of its own world, "
                 "allowed: bpe, bytes"
             )
 
@@ -99,7 +85,7 @@ def load(wanted: Iterable[str], sources: Sources, num_fewshot: int | None = None
     """Make the tasks of those names.
 
     Args:
-        wanted: names of `names()`.
+        wanted: names of `task_list.names()`.
         sources: what they are made from.
         num_fewshot: examples before each question; None: as the task says, else none. A task that states 0 keeps it.
 
@@ -108,31 +94,19 @@ def load(wanted: Iterable[str], sources: Sources, num_fewshot: int | None = None
     """
     loaded = Loaded()
     for name in wanted:
-        if name == "mmlu":
-            _load_mmlu(loaded, sources, num_fewshot)
-        else:
-            _add(loaded, _config(name, sources), sources, num_fewshot)
+        entry = task_list.entry(name)
+        configs = entry.configs()
+        if entry.programs is not None:
+            (stock,) = configs
+            configs = [code.configure(name, stock, entry.programs, sources.root, sources.sandbox)]
+        members = [_add(loaded, config, sources, num_fewshot) for config in configs]
+        if (stated := entry.group_config()) is not None:
+            # Weighted by questions, so that stock's sub-groups change nothing.
+            group = Group.from_config({key: stated[key] for key in ("group", "aggregate_metric_list", "metadata")})
+            for task in members:
+                group.add(task)
+            loaded.groups[name] = group
     return loaded
-
-
-def _config(name: str, sources: Sources) -> dict[str, Any]:
-    if name in code.TASKS:
-        return code.config(name, STOCK, sources.root, sources.sandbox)
-    if name in STOCK_TASKS:
-        return load_yaml(STOCK / STOCK_TASKS[name])
-    path = OURS / f"{name}.yaml"
-    if name.startswith("_") or not path.is_file():
-        raise UserError(f"evaluate.tasks: got {name!r}{did_you_mean(name, names())}, allowed: {', '.join(names())}")
-    return load_yaml(path)
-
-
-def _load_mmlu(loaded: Loaded, sources: Sources, num_fewshot: int | None) -> None:
-    """The 57 subjects, and the group over them weighted by questions: stock's four sub-groups change nothing."""
-    stock = load_yaml(STOCK / "mmlu/default/_mmlu.yaml")
-    group = Group.from_config({key: stock[key] for key in ("group", "aggregate_metric_list", "metadata")})
-    for path in _mmlu_files():
-        group.add(_add(loaded, load_yaml(path), sources, num_fewshot))
-    loaded.groups["mmlu"] = group
 
 
 def _add(loaded: Loaded, config: dict[str, Any], sources: Sources, num_fewshot: int | None) -> ConfigurableTask:
@@ -182,7 +156,7 @@ def _giving(docs: dict[str, Docs]) -> Callable[..., dict[str, Docs]]:
 def _documents(config: dict[str, Any], sources: Sources) -> tuple[dict[str, Docs], str]:
     """The splits a task needs and the fingerprint of what they were made from."""
     repo, name = config["dataset_path"], config.get("dataset_name")
-    if repo == "corpus":
+    if repo == CORPUS:
         corpus = sources.corpus
         if corpus is None:
             raise UserError(f"task {config['task']}: asks about the corpus a run was trained on, and there is none")
@@ -201,9 +175,13 @@ def _splits(config: dict[str, Any]) -> list[str]:
 
 
 def files_of(name: str) -> list[tuple[str, str | None, str]]:
-    """(repository, configuration, split) of everything a task that reads files may read, examples included."""
-    found = [(c["dataset_path"], c.get("dataset_name"), split) for c in _stated(name) for split in _splits(c)]
-    return [*found, *((repo, config, "prompt") for repo, config, _ in found[:1] if name.startswith("mbpp"))]
+    """(repository, configuration, split) of everything that a task may read from files, few-shot examples included."""
+    entry = task_list.entry(name)
+    configs = entry.configs()
+    files = [(c["dataset_path"], c.get("dataset_name"), split) for c in configs for split in _splits(c)]
+    if entry.programs is not None and entry.programs.problems.examples:
+        files += [(c["dataset_path"], c.get("dataset_name"), code.EXAMPLE_SPLIT) for c in configs]
+    return files
 
 
 def refuse_missing(config: EvalConfig, root: Path) -> None:
@@ -221,26 +199,14 @@ def fingerprints(config: EvalConfig, root: Path) -> dict[str, str]:
 
 
 def _reads(config: EvalConfig) -> Iterator[tuple[str, str, str | None, list[str]]]:
-    """(task, repository, configuration, splits) of what the tasks that read files are made from."""
+    """(task, repository, configuration, splits) that the tasks read from files."""
     for name in config.tasks:
-        for stated in _stated(name):
-            if stated["dataset_path"] != "corpus":
-                asked = _with_examples(stated, config.num_fewshot)
-                task = name if name in code.TASKS else asked["task"]
-                yield task, asked["dataset_path"], asked.get("dataset_name"), _splits(asked)
-
-
-def _stated(name: str) -> list[dict[str, Any]]:
-    """What the task's files say, one for each subject of mmlu."""
-    if name in code.TASKS:
-        return [load_yaml(STOCK / code.TASKS[name][0], resolve_func=False)]
-    if name == "mmlu":
-        return [load_yaml(path) for path in _mmlu_files()]
-    return [load_yaml(STOCK / STOCK_TASKS[name] if name in STOCK_TASKS else OURS / f"{name}.yaml")]
-
-
-def _mmlu_files() -> list[Path]:
-    return sorted((STOCK / "mmlu/default").glob("mmlu_*.yaml"))
+        entry = task_list.entry(name)
+        for stated in entry.configs():
+            if stated["dataset_path"] != CORPUS:
+                used = _with_examples(stated, config.num_fewshot)
+                task = used["task"] if entry.programs is None else name
+                yield task, used["dataset_path"], used.get("dataset_name"), _splits(used)
 
 
 def prompt_hash(task: ConfigurableTask) -> str:

@@ -5,26 +5,20 @@
 
 from __future__ import annotations
 
-import io
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
-from functools import lru_cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lm_eval.utils
 from lm_eval import evaluator
 from lm_eval.api.model import LM
-from lm_eval.api.task import ConfigurableTask
 
 from suite.cells import EvalConfig
 from suite.data.corpus import Corpus
 from suite.evaluate import catalog
 from suite.evaluate.adapter import Codec, SuiteLM
-from suite.evaluate.datasets import DataRoot, Doc
+from suite.evaluate.datasets import DataRoot
+from suite.evaluate.lm_eval_patches import compiled_templates, freeze_requests, quiet
 from suite.evaluate.sandbox import Sandbox
 from suite.models.transformer import Transformer
 
@@ -124,12 +118,11 @@ def prepare(config: EvalConfig, sources: catalog.Sources) -> Prepared:
     Raises:
         UserError: as `catalog.load`.
     """
-    with _quiet(), _compiled_templates():
+    with quiet(), compiled_templates():
         loaded = catalog.load(config.tasks, sources, config.num_fewshot)
         for task in loaded.tasks.values():
             task.build_all_requests(limit=config.limit)
-            # requests stay as they are: another model only forgets the answers of the one before
-            task.build_all_requests = partial(_forget_answers, task)
+            freeze_requests(task)
     hashes = {name: catalog.prompt_hash(task) for name, task in loaded.tasks.items()}
     return Prepared(loaded, config.limit, hashes)
 
@@ -138,12 +131,12 @@ def scores_of(lm: LM, prepared: Prepared) -> dict[str, dict[str, Any]]:
     """The entry of every task and group: version, few_shot, n, prompt_hash, data_fingerprint, metrics; tasks' answers,
     too."""
     loaded = prepared.loaded
-    with _quiet(), _compiled_templates(), _kept_answers(loaded.tasks) as kept:
+    with quiet(), compiled_templates():
         outcome = evaluator.evaluate(
             lm,
             {"tasks": loaded.tasks, "groups": loaded.groups},
             limit=prepared.limit,
-            log_samples=False,
+            log_samples=True,
             # our sandbox runs the programs, and tasks that have any are refused without one
             confirm_run_unsafe_code=True,
         )
@@ -157,7 +150,7 @@ def scores_of(lm: LM, prepared: Prepared) -> dict[str, dict[str, Any]]:
             "prompt_hash": prepared.prompt_hashes[name],
             "data_fingerprint": loaded.fingerprints[name],
             "metrics": _metrics(results[name]),
-            "answers": _answers(kept[name], results[name]["sample_len"], _metrics(results[name])),
+            "answers": _answers(outcome["samples"][name], results[name]["sample_len"], _metrics(results[name])),
         }
         for name, task in loaded.tasks.items()
     }
@@ -191,76 +184,20 @@ def _metrics(result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     return {metric: {"value": value, "stderr": errors.get(metric)} for metric, value in values.items()}
 
 
-@contextmanager
-def _kept_answers(tasks: dict[str, ConfigurableTask]) -> Iterator[dict[str, dict[str, list[Any]]]]:
-    """What each question scores while lm-eval only averages it: task -> metric -> values."""
-    kept: dict[str, dict[str, list[Any]]] = {name: {} for name in tasks}
+def _answers(samples: list[dict[str, Any]], n: int, metrics: dict[str, dict[str, float | None]]) -> dict[str, str]:
+    """One character per question, for metrics that are means of zeros and ones.
 
-    def keep(name: str, process: Any, doc: Doc, results: list[Any]) -> dict[str, Any]:
-        scores: dict[str, Any] = process(doc, results)
-        for metric, value in scores.items():
-            kept[name].setdefault(metric, []).append(value)
-        return scores
-
-    for name, task in tasks.items():
-        task.process_results = partial(keep, name, task.process_results)
-    try:
-        yield kept
-    finally:
-        for task in tasks.values():
-            del task.process_results
-
-
-def _answers(kept: dict[str, list[Any]], n: int, metrics: dict[str, dict[str, float | None]]) -> dict[str, str]:
-    """A character a question, of metrics that are means of zeros and ones (of the last filter, as in `_metrics`)."""
-    found = {}
-    for metric, values in kept.items():
-        last = values[-n:]
-        reported = metrics.get(metric, {}).get("value")
-        if reported is None or not all(isinstance(value, int | float) and value in (0, 1) for value in last):
-            continue
-        if abs(sum(last) / n - reported) < 1e-9:
-            found[metric] = "".join(str(int(value)) for value in last)
-    return found
-
-
-def _forget_answers(task: ConfigurableTask, **_: Any) -> None:
-    for request in task.instances:
-        request.resps, request.filtered_resps = [], {}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without lm-eval's progress bars and advice; errors are raised and seen."""
-    logger = logging.getLogger("lm_eval")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with redirect_stderr(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextmanager
-def _compiled_templates() -> Iterator[None]:
-    """Compile each Jinja template once, and render it once a document: lm-eval spends most of its time there.
-
-    lm-eval renders a task's examples anew for every question.
+    Args:
+        samples: lm-eval's log of every question, for each filter in turn; the last filter counts, as in `_metrics`.
+        n: the number of questions.
+        metrics: the reported values.
     """
-    compiled = lru_cache(4096)(lm_eval.utils.env.from_string)
-    plain = lm_eval.utils.apply_template
-    # the document is kept beside its text: while it lives, nothing else has its id
-    rendered: dict[tuple[str, int], tuple[Doc, str]] = {}
-
-    def render(template: str, doc: Doc) -> str:
-        key = template, id(doc)
-        if key not in rendered:
-            rendered[key] = doc, compiled(template).render(**doc)
-        return rendered[key][1]
-
-    lm_eval.utils.apply_template = render
-    try:
-        yield
-    finally:
-        lm_eval.utils.apply_template = plain
+    last = samples[-n:]
+    answers = {}
+    for metric, reported in metrics.items():
+        values: list[Any] = [sample.get(metric) for sample in last]
+        if reported["value"] is None or not all(isinstance(value, int | float) and value in (0, 1) for value in values):
+            continue
+        if abs(sum(values) / n - reported["value"]) < 1e-9:
+            answers[metric] = "".join(str(int(value)) for value in values)
+    return answers

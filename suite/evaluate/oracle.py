@@ -17,12 +17,13 @@ from lm_eval.api.task import ConfigurableTask
 
 from suite.cells import EvalConfig
 from suite.data.corpus import Corpus
-from suite.evaluate import catalog
+from suite.evaluate import catalog, task_list
 from suite.evaluate.adapter import before_stop
 from suite.evaluate.datasets import DataRoot, Doc
 from suite.evaluate.harness import prepare, scores_of
 from suite.evaluate.sandbox import Sandbox
-from suite.evaluate.tasks import answers, code
+from suite.evaluate.tasks import answers
+from suite.evaluate.tasks.code import Programs
 
 ACCURACY_LIKE = ("em", "f1", "exact_match", "acc", "acc_norm", "greedy", "recall", "pass@1", "pass@10")
 NONSENSE = " xqzv"
@@ -52,7 +53,7 @@ def run(
     Raises:
         UserError: as `catalog.load`.
     """
-    wanted = [*tasks] if tasks is not None else catalog.names(corpus is not None, sandbox is not None)
+    wanted = [*tasks] if tasks is not None else task_list.names(corpus is not None, sandbox is not None)
     prepared = prepare(
         EvalConfig(tasks=tuple(wanted), limit=limit), catalog.Sources(corpus, DataRoot(data_root), sandbox)
     )
@@ -120,17 +121,23 @@ def _best(task: ConfigurableTask, doc: Doc, stops: Sequence[str]) -> str:
     return whole[0] if whole else before_stop(texts[0], stops)
 
 
+def _programs(task: ConfigurableTask) -> Programs | None:
+    entry = task_list.TASKS.get(task.config.task)
+    return None if entry is None else entry.programs
+
+
 def _accepted(task: ConfigurableTask, doc: Doc) -> list[str]:
     """Everything a model could generate that the task calls right, the canonical one first."""
-    if task.config.task in code.TASKS:
-        return [code.canonical(task.config.task, doc)]
+    programs = _programs(task)
+    if programs is not None:
+        return [programs.problems.canonical(doc)]
     target = task.doc_to_target(doc)
     return [f" {text}" for text in (target if isinstance(target, list) else answers.accepted(doc))]
 
 
 def _ceiling(task: ConfigurableTask | None, metric: str) -> float:
     """The mean over documents of the best score that an accepted answer gets after the stops have cut it."""
-    if task is None or task.OUTPUT_TYPE != "generate_until" or task.config.task in code.TASKS:
+    if task is None or task.OUTPUT_TYPE != "generate_until" or _programs(task) is not None:
         return 1.0
     stops = task.config.generation_kwargs["until"]
     docs = {request.doc_id: request.doc for request in task.instances}.values()

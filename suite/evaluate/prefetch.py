@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from suite.errors import UserError
-from suite.evaluate import catalog
+from suite.evaluate import catalog, task_list
 from suite.evaluate.datasets import DataRoot, Docs
 
 Download = Callable[[str, str | None, str], Docs]
@@ -45,7 +45,7 @@ def prefetch(root: Path, tasks: Iterable[str] | None = None, download: Download 
 
 def _needed(tasks: Iterable[str] | None) -> list[tuple[str, str | None, str]]:
     """Every (repository, configuration, split) that the tasks may read, examples included, once."""
-    known = catalog.names(corpus=False)
+    known = task_list.names(corpus=False)
     needed: dict[tuple[str, str | None, str], None] = {}
     for name in known if tasks is None else tasks:
         if name not in known:

@@ -1,83 +1,136 @@
-"""What the rows of each data set must hold; a row that does not is named, before anything is scored."""
+"""The fields that the rows of each data set must have; checked before anything is scored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from suite.errors import UserError
 from suite.evaluate.datasets import Doc
 
-Check = tuple[Callable[[Any], bool], str]
-"""(test of the field's value, what is allowed in words)"""
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("text that is not empty")
+    return text
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+Text = Annotated[str, AfterValidator(_not_blank)]
+Texts = Annotated[list[Text], Field(min_length=1)]
+FourTexts = Annotated[list[str], Field(min_length=4, max_length=4)]
 
 
-def _texts(value: Any) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and bool(value) and all(map(_text, value))
+class TriviaQAAnswer(TypedDict):
+    value: Text
+    aliases: Texts
 
 
-TEXT: Check = (_text, "text that is not empty")
-TEXTS: Check = (_texts, "a list of texts, none empty")
-NUMBER: Check = (lambda value: isinstance(value, int), "an integer")
+class TriviaQA(TypedDict):
+    question: Text
+    answer: TriviaQAAnswer
 
-SCHEMAS: dict[str, dict[str, Check]] = {
-    "mandarjoshi/trivia_qa": {
-        "question": TEXT,
-        "answer": (
-            lambda value: isinstance(value, dict) and _text(value.get("value")) and _texts(value.get("aliases")),
-            "an object with value (text) and aliases (texts, none empty)",
-        ),
-    },
-    "google-research-datasets/nq_open": {"question": TEXT, "answer": TEXTS},
-    "hotpotqa/hotpot_qa": {"question": TEXT, "answer": TEXT},
-    "cais/mmlu": {
-        "question": TEXT,
-        "choices": (lambda value: _is_list(value, 4), "a list of 4 texts"),
-        "answer": (lambda value: value in (0, 1, 2, 3), "0, 1, 2 or 3"),
-    },
-    "Rowan/hellaswag": {
-        "activity_label": TEXT,
-        "ctx_a": TEXT,
-        "ctx_b": (lambda value: isinstance(value, str), "text"),
-        "endings": (lambda value: _is_list(value, 4), "a list of 4 texts"),
-        "label": (lambda value: str(value) in ("0", "1", "2", "3"), "0, 1, 2 or 3"),
-    },
-    "baber/piqa": {
-        "goal": TEXT,
-        "sol1": TEXT,
-        "sol2": TEXT,
-        "label": (lambda value: value in (0, 1), "0 or 1"),
-    },
-    "allenai/openbookqa": {
-        "question_stem": TEXT,
-        "choices": (
-            lambda value: isinstance(value, dict) and _texts(value.get("text")) and _texts(value.get("label")),
-            "an object with text and label (lists of texts)",
-        ),
-        "answerKey": TEXT,
-    },
-    "openai/openai_humaneval": dict.fromkeys(("task_id", "prompt", "canonical_solution", "test", "entry_point"), TEXT),
-    "google-research-datasets/mbpp": {"text": TEXT, "code": TEXT, "test_list": TEXTS, "task_id": NUMBER},
+
+class NQOpen(TypedDict):
+    question: Text
+    answer: Texts
+
+
+class HotpotQA(TypedDict):
+    question: Text
+    answer: Text
+
+
+class MMLU(TypedDict):
+    question: Text
+    choices: FourTexts
+    answer: Literal[0, 1, 2, 3]
+
+
+class HellaSwag(TypedDict):
+    activity_label: Text
+    ctx_a: Text
+    ctx_b: str
+    endings: FourTexts
+    label: Literal["0", "1", "2", "3", 0, 1, 2, 3]
+
+
+class PIQA(TypedDict):
+    goal: Text
+    sol1: Text
+    sol2: Text
+    label: Literal[0, 1]
+
+
+class OpenBookQAChoices(TypedDict):
+    text: Texts
+    label: Texts
+
+
+class OpenBookQA(TypedDict):
+    question_stem: Text
+    choices: OpenBookQAChoices
+    answerKey: Text
+
+
+class HumanEval(TypedDict):
+    task_id: Text
+    prompt: Text
+    canonical_solution: Text
+    test: Text
+    entry_point: Text
+
+
+class MBPP(TypedDict):
+    text: Text
+    code: Text
+    test_list: Texts
+    task_id: int
+
+
+ROWS: dict[str, TypeAdapter[Any]] = {
+    "mandarjoshi/trivia_qa": TypeAdapter(TriviaQA),
+    "google-research-datasets/nq_open": TypeAdapter(NQOpen),
+    "hotpotqa/hotpot_qa": TypeAdapter(HotpotQA),
+    "cais/mmlu": TypeAdapter(MMLU),
+    "Rowan/hellaswag": TypeAdapter(HellaSwag),
+    "baber/piqa": TypeAdapter(PIQA),
+    "allenai/openbookqa": TypeAdapter(OpenBookQA),
+    "openai/openai_humaneval": TypeAdapter(HumanEval),
+    "google-research-datasets/mbpp": TypeAdapter(MBPP),
 }
-
-
-def _is_list(value: Any, length: int) -> bool:
-    return isinstance(value, list) and len(value) == length and all(isinstance(text, str) for text in value)
+"""The type of a row, by data set."""
 
 
 def check(repo: str, docs: Sequence[Doc], where: str) -> None:
-    """Every field of every row against the data set's schema.
+    """Validate every row of a data set.
+
+    Args:
+        repo: the data set's name; one without a schema is not checked.
+        docs: its rows.
+        where: their file, for errors.
 
     Raises:
-        UserError: the first row that fails, with its number (from 1), field, value and what is allowed.
+        UserError: the first invalid row, with its number (from 1), field, value and what is allowed.
     """
+    rows = ROWS.get(repo)
+    if rows is None:
+        return
     for number, doc in enumerate(docs, start=1):
-        for field, (holds, allowed) in SCHEMAS.get(repo, {}).items():
-            if field not in doc:
-                raise UserError(f"{where}: row {number}: no field {field}, allowed: {allowed}")
-            if not holds(doc[field]):
-                raise UserError(f"{where}: row {number}: {field}: got {doc[field]!r:.80}, allowed: {allowed}")
+        try:
+            rows.validate_python(doc, strict=True)
+        except ValidationError as error:
+            raise UserError(f"{where}: row {number}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    first = error.errors(include_url=False)[0]
+    field = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).removeprefix(".")
+    if first["type"] == "missing":
+        return f"no field {field}"
+    if first["type"] == "string_unicode":
+        return f"{field}: got half of a surrogate pair, allowed: Unicode text"
+    allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    return f"{field}: got {first['input']!r:.80}, allowed: {allowed}"

@@ -212,9 +212,9 @@ def refuse_unfit_tasks(grid: Grid, results: Path, scoring: Scorer) -> None:
 
 def refuse_unknown_tasks(grid: Grid) -> None:
     """Raise UserError for a task that nothing can be asked, whatever else a sweep would need."""
-    from suite.evaluate import catalog
+    from suite.evaluate import task_list
 
-    known = catalog.names()
+    known = task_list.names()
     for name in dict.fromkeys(task for cell in grid.cells for config in cell.evaluate for task in config.tasks):
         if name not in known:
             allowed = ", ".join(known)

@@ -12,7 +12,7 @@ import pytest
 
 from suite.cells import EvalConfig
 from suite.errors import UserError
-from suite.evaluate import catalog, oracle, presets
+from suite.evaluate import catalog, oracle, presets, task_list
 from suite.evaluate.datasets import DataRoot, Docs
 from suite.evaluate.prefetch import prefetch
 
@@ -50,11 +50,11 @@ def test_parquet_shards_equal_jsonl(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"question": "q"}, r"nq_open/validation.jsonl: row 2: no field answer"),
-        ({"question": "q", "answer": []}, r"row 2: answer: got \[\], allowed: a list of texts"),
-        ({"question": "q", "answer": [""]}, r"row 2: answer: got \[''\], allowed"),
-        ({"question": "q", "answer": [1988]}, r"row 2: answer: got \[1988\], allowed"),
-        ({"question": "q", "answer": "Paris"}, r"row 2: answer: got 'Paris', allowed: a list of texts"),
-        ({"question": None, "answer": ["a"]}, r"row 2: question: got None, allowed: text"),
+        ({"question": "q", "answer": []}, r"row 2: answer: got \[\]"),
+        ({"question": "q", "answer": [""]}, r"row 2: answer\[0\]: got ''"),
+        ({"question": "q", "answer": [1988]}, r"row 2: answer\[0\]: got 1988"),
+        ({"question": "q", "answer": "Paris"}, r"row 2: answer: got 'Paris'"),
+        ({"question": None, "answer": ["a"]}, r"row 2: question: got None"),
         ("not an object", r"validation.jsonl:2: got str, allowed: one JSON object a line"),
     ],
 )
@@ -126,7 +126,7 @@ def test_prefetch_knows_every_file_that_the_tasks_read(real_data: Path) -> None:
 
 def test_presets_ask_for_tasks_that_exist() -> None:
     asked = {task for configs in presets.PRESETS.values() for config in configs for task in config.tasks}
-    assert asked <= set(catalog.names())
+    assert asked <= set(task_list.names())
     assert all(isinstance(config, EvalConfig) for config in presets.preset("quick"))
     with pytest.raises(UserError, match="--preset: got 'fast', allowed: paper, quick"):
         presets.preset("fast")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from suite.evaluate import catalog
+from suite.evaluate import task_list
 from suite.grids import Grid, load_grid
 
 GRIDS = Path(__file__).resolve().parents[2] / "grids"
@@ -60,7 +60,7 @@ def test_the_evaluations_give_every_score_that_the_paper_prints(name: str, table
             metrics = (
                 {"pass@1"}
                 if task in ("humaneval", "mbpp")
-                else {entry["metric"] for stated in catalog._stated(task) for entry in stated["metric_list"]}
+                else {entry["metric"] for stated in task_list.entry(task).configs() for entry in stated["metric_list"]}
             )
             given |= {printed_as(task, metric) for metric in metrics}
         assert wanted <= given, cell.run_name
@@ -69,7 +69,7 @@ def test_the_evaluations_give_every_score_that_the_paper_prints(name: str, table
 @pytest.mark.parametrize("name", NAMES)
 def test_every_task_exists(name: str) -> None:
     tasks = {task for cell in grid(name).cells for config in cell.evaluate for task in config.tasks}
-    assert tasks <= set(catalog.names())
+    assert tasks <= set(task_list.names())
 
 
 def test_fixed_memory_has_every_base_and_family_at_the_papers_sizes() -> None:

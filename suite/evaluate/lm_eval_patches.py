@@ -1,0 +1,69 @@
+"""Everything of lm-eval that is private or replaced at run time; written for 0.4.13."""
+
+from __future__ import annotations
+
+import io
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from functools import lru_cache, partial
+from typing import Any
+
+import lm_eval.utils
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.tasks._yaml_loader import load_yaml
+
+from suite.evaluate.datasets import Doc
+
+__all__ = ["compiled_templates", "freeze_requests", "load_yaml", "quiet"]
+
+
+def freeze_requests(task: ConfigurableTask) -> None:
+    """Keep the requests that the task has built: `evaluate` then only clears the responses of the previous model.
+
+    Building them again would take long, and would draw other few-shot examples.
+    """
+    task.build_all_requests = partial(_clear_responses, task)
+
+
+def _clear_responses(task: ConfigurableTask, **_: Any) -> None:
+    for request in task.instances:
+        request.resps, request.filtered_resps = [], {}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Suppress lm-eval's progress bars and warnings; errors are still logged and raised."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def compiled_templates() -> Iterator[None]:
+    """Compile each Jinja template once, and render it once per document.
+
+    lm-eval compiles a template on every use and renders the few-shot examples again for every question, which is where
+    most of its time goes.
+    """
+    compiled = lru_cache(4096)(lm_eval.utils.env.from_string)
+    original = lm_eval.utils.apply_template
+    # The value holds the document, so that no other object can get its id.
+    rendered: dict[tuple[str, int], tuple[Doc, str]] = {}
+
+    def render(template: str, doc: Doc) -> str:
+        key = template, id(doc)
+        if key not in rendered:
+            rendered[key] = doc, compiled(template).render(**doc)
+        return rendered[key][1]
+
+    lm_eval.utils.apply_template = render
+    try:
+        yield
+    finally:
+        lm_eval.utils.apply_template = original

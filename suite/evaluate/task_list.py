@@ -1,0 +1,100 @@
+"""Every task that can be requested, one entry each.
+
+A task of ours is a YAML file in tasks/ and needs no entry here. A stock task is an entry in `STOCK_TASKS`: the YAML
+file of lm-eval, or the files of a group. A new data set also gets a row type in schemas.py. lm-eval's index of 14,000
+tasks is never built, because that takes 6 to 11 seconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lm_eval.tasks
+
+from suite.errors import UserError
+from suite.evaluate.lm_eval_patches import load_yaml
+from suite.evaluate.tasks.code import HUMANEVAL, MBPP, Programs
+from suite.yaml_input import did_you_mean
+
+OURS = Path(__file__).parent / "tasks"
+STOCK = Path(lm_eval.tasks.__file__).parent
+CORPUS = "corpus"
+"""`dataset_path` of tasks whose documents come from what the model was trained on."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A task.
+
+    files: a glob of its lm-eval tasks' YAML files; several are the members of a group.
+    group: the YAML file of the group, for a group.
+    programs: how it runs programs that the model writes, if it does.
+    """
+
+    folder: Path
+    files: str
+    group: str | None = None
+    programs: Programs | None = None
+
+    def paths(self) -> list[Path]:
+        """The YAML file of each lm-eval task."""
+        return sorted(self.folder.glob(self.files))
+
+    def configs(self) -> list[dict[str, Any]]:
+        """What the YAML file of each lm-eval task states."""
+        # The modules that stock code tasks name load a metric from the hub on import.
+        return [load_yaml(path, resolve_func=self.programs is None) for path in self.paths()]
+
+    def group_config(self) -> dict[str, Any] | None:
+        """What the YAML file of the group states."""
+        return None if self.group is None else load_yaml(self.folder / self.group)
+
+    @property
+    def is_about_corpus(self) -> bool:
+        """Whether the documents come from what the model was trained on."""
+        return bool(load_yaml(self.paths()[0], resolve_func=False)["dataset_path"] == CORPUS)
+
+
+def _ours() -> Iterator[tuple[str, Entry]]:
+    for path in OURS.glob("*.yaml"):
+        if not path.stem.startswith("_"):
+            yield path.stem, Entry(OURS, path.name)
+
+
+STOCK_TASKS: dict[str, Entry] = {
+    "nq_open": Entry(STOCK, "nq_open/nq_open.yaml"),
+    "triviaqa": Entry(STOCK, "triviaqa/default.yaml"),
+    "hellaswag": Entry(STOCK, "hellaswag/hellaswag.yaml"),
+    "piqa": Entry(STOCK, "piqa/piqa.yaml"),
+    "openbookqa": Entry(STOCK, "openbookqa/openbookqa.yaml"),
+    "mmlu": Entry(STOCK, "mmlu/default/mmlu_*.yaml", group="mmlu/default/_mmlu.yaml"),
+    "humaneval": Entry(STOCK, "humaneval/humaneval.yaml", programs=Programs(HUMANEVAL, 1)),
+    "humaneval_10": Entry(STOCK, "humaneval/humaneval.yaml", programs=Programs(HUMANEVAL, 10)),
+    "mbpp": Entry(STOCK, "mbpp/mbpp.yaml", programs=Programs(MBPP, 1)),
+    "mbpp_10": Entry(STOCK, "mbpp/mbpp.yaml", programs=Programs(MBPP, 10)),
+}
+TASKS: dict[str, Entry] = dict(sorted([*_ours(), *STOCK_TASKS.items()]))
+
+
+def entry(name: str) -> Entry:
+    """The entry of a task. Raises UserError for an unknown name."""
+    if name not in TASKS:
+        raise UserError(f"evaluate.tasks: got {name!r}{did_you_mean(name, TASKS)}, allowed: {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def names(corpus: bool = True, run_code: bool = True) -> list[str]:
+    """The names of tasks, sorted.
+
+    Args:
+        corpus: include tasks about what the model was trained on.
+        run_code: include tasks that run programs.
+    """
+    return [
+        name
+        for name, task in TASKS.items()
+        if (corpus or not task.is_about_corpus) and (run_code or task.programs is None)
+    ]
