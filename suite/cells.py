@@ -25,6 +25,9 @@ ROW_WISE_OPTIONS = ("value_precision", "value_second_moment", "value_replay_limi
 """Fields of TrainConfig that configure `table_optimizer: row_wise` (docs/training.md)."""
 
 
+LoggerName = Literal["tensorboard", "wandb"]
+
+
 class TrainConfig(Frozen):
     """How long, how fast and how precisely. Exactly one of `tokens` and `epochs` is the budget."""
 
@@ -77,6 +80,12 @@ class TrainConfig(Frozen):
     stop_past: float | None = Field(default=None, gt=0, lt=1, description="stop two probes past this share of N H")
     log_every: int = Field(default=10, gt=0, json_schema_extra=NOT_IDENTITY)
     checkpoint_every: int = Field(default=200, gt=0, json_schema_extra=NOT_IDENTITY)
+    loggers: tuple[LoggerName, ...] = Field(
+        default=(),
+        strict=False,
+        json_schema_extra=NOT_IDENTITY,
+        description="also log to: tensorboard, wandb (each an extra of the package); train.jsonl is always written",
+    )
     keep_checkpoints: int = Field(default=2, gt=0, json_schema_extra=NOT_IDENTITY)
     evaluate_every: int | None = Field(
         default=None,

@@ -25,6 +25,7 @@ from suite.launch.scorer import Scorer, is_finished
 from suite.launch.status import CellStatus, cell_status, grid_status
 from suite.launch.worker import CELL_FACTS, refuse_unfit
 from suite.records import GRIDS, Locked, RunDir, run_dir
+from suite.train.loggers import require_packages
 from suite.yaml_input import did_you_mean
 
 POLL_S = 0.1
@@ -205,6 +206,7 @@ def refuse_unfit_tasks(grid: Grid, results: Path, scoring: Scorer) -> None:
         if is_finished(run, cell):
             continue
         try:
+            require_packages(cell.train.loggers)
             refuse_unfit(run, cell, scoring)
         except UserError as error:
             raise UserError(f"{grid.source}: {error}") from None

@@ -25,6 +25,7 @@ from suite.models.transformer import Transformer
 from suite.models.usage import Reads
 from suite.records import RunDir
 from suite.train import checkpoint
+from suite.train.loggers import open_loggers
 from suite.train.optim import Optimizer
 from suite.train.parallel import World, recompute_blocks
 from suite.train.probe import Prober
@@ -80,6 +81,7 @@ class Trainer:
         self.flops_per_token = account(cell.model, corpus.vocab_size, cell.data.seq_len).flops_per_token
         self.step, self.train_s, self.finished, self.past = 0, 0.0, False, False
         self._restore()
+        self.loggers = open_loggers(run, cell, self.step) if self.world.is_first else []
 
     def _build(self) -> tuple[Transformer, Any]:
         """The model, and what is called to train it."""
@@ -195,9 +197,10 @@ class Trainer:
         }
 
     def record(self, line: dict[str, Any]) -> None:
-        """A line of train.jsonl, from one process."""
-        if self.world.is_first:
-            self.run.append_train(self.position() | line)
+        """Log a record of the current step, from rank 0."""
+        record = self.position() | line
+        for logger in self.loggers:
+            logger.log(self.step, record)
 
     def probe(self) -> None:
         """Score the fixed probes in evaluation mode, record them, and decide whether the run may stop."""
@@ -231,6 +234,8 @@ class Trainer:
             return "done"
         finally:
             telemetry.close()
+            for logger in self.loggers:
+                logger.close()
 
     def _timed_step(self, telemetry: Telemetry) -> None:
         is_logged = (self.step + 1) % self.config.log_every == 0 or self.step + 1 == self.steps
