@@ -1,5 +1,5 @@
-# The three commands: `make sweep`, `make figures`, and adding a baseline (docs/adding-a-baseline.md).
-# Everything runs in .venv, which is made when it is first needed; Python 3.11 or 3.12 is all it takes.
+# The main commands are `make sweep` and `make figures`. Everything runs in .venv, which is created when it is first
+# needed; that takes Python 3.11 or 3.12.
 
 GRID ?= laptop
 ARGS ?=
@@ -16,17 +16,17 @@ setup: .venv/.installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-# Train and evaluate what the grid is missing, fit, draw. Options go in ARGS: make sweep ARGS="--jobs 4"
+# Train and evaluate the cells of the grid that are not done, then fit and draw. Options: make sweep ARGS="--jobs 4"
 sweep: setup
 	$(BIN)/suite sweep $(GRID) $(ARGS)
 
-# The paper's figures from results/published and matching runs, the kernels' from results/bench, then those of the
-# grid, if it has any runs.
+# Draw the paper's figures (results/published and matching runs), those of the kernels (results/bench), and those of the
+# grid if it has runs.
 figures: setup
 	$(BIN)/python -m analysis paper
 	$(BIN)/python -m analysis kernels
 	@if ls results/grids/$(GRID)/grid.json >/dev/null 2>&1; then $(BIN)/python -m analysis report --grid $(GRID) $(ARGS); \
-	else echo "figures of grid $(GRID): none yet; first: make sweep GRID=$(GRID)"; fi
+	else echo "grid $(GRID) has no runs to draw; run: make sweep GRID=$(GRID)"; fi
 
 test: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n 2 -m 'not slow and not slurm' $(ARGS)
@@ -34,11 +34,11 @@ test: setup
 test-slow: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m slow $(ARGS)
 
-# Against the Slurm that answers `sinfo`; tests/slurm/cluster.py starts one on this host.
+# Uses the Slurm that answers `sinfo`; tests/slurm/cluster.py starts one on this host.
 test-slurm: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m 'slurm and not slow' tests/slurm $(ARGS)
 
-# The Triton kernels under the oldest triton they must run with, which is put before the installed one.
+# Test the Triton kernels with the oldest supported triton, placed before the installed one on the path.
 OLD_TRITON := .venv/triton-3.6
 test-triton: $(OLD_TRITON)/.installed
 	PYTHONPATH=$(OLD_TRITON) $(BIN)/python -c 'import sys, triton; print("triton", triton.__version__); \
@@ -56,8 +56,9 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Kernels and whole training steps; with DATA_ROOT=path/to/eval, what evaluation takes beside the model, too.
+# Measure kernels, whole training steps and the reading of records; with DATA_ROOT=path/to/eval also evaluation.
 bench: setup
 	$(BIN)/suite bench kernels
 	$(BIN)/suite bench step --half-keys 32,128,512 $(ARGS)
+	$(BIN)/suite bench records
 	$(if $(DATA_ROOT),$(BIN)/suite bench evaluate --data-root $(DATA_ROOT))
