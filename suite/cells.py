@@ -1,8 +1,8 @@
 """A cell: one point of a grid, frozen, fully explicit and content-hashed.
 
-The hash of a cell is the identity of its run: it covers what made the weights (model, data, training, seed,
-threads, the source of an external baseline) and leaves out fields at their default, so that adding a field to
-the schema changes no old hash. Evaluations carry a hash of their own.
+The hash of a cell identifies its run. It covers everything that makes the weights (model, data, training, seed,
+threads, the source of an external baseline) and leaves out fields at their default, so that adding a field to the
+schema changes no existing hash. Evaluations have hashes of their own.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ LoggerName = Literal["tensorboard", "wandb"]
 
 
 class TrainConfig(Frozen):
-    """How long, how fast and how precisely. Exactly one of `tokens` and `epochs` is the budget."""
+    """Budget, optimizers, precision, and what is logged and saved. Set exactly one of `tokens` and `epochs`."""
 
     batch_rows: int = Field(gt=0, description="rows of seq_len tokens per optimizer step")
-    tokens: int | None = Field(default=None, gt=0)
-    epochs: float | None = Field(default=None, gt=0, description="for bios: exposures of every fact")
-    lr: float = Field(gt=0)
+    tokens: int | None = Field(default=None, gt=0, description="training tokens, padding included")
+    epochs: float | None = Field(default=None, gt=0, description="passes over the data; for bios: exposures per fact")
+    lr: float = Field(gt=0, description="peak learning rate")
     value_lr: float | None = Field(
-        default=None, gt=0, description="of value tables; None: ten times lr (released template)"
+        default=None, gt=0, description="peak learning rate of value tables; None: ten times lr (released template)"
     )
     matrix_optimizer: Literal["adamw", "muon"] = Field(
         default="adamw",
@@ -48,50 +48,70 @@ class TrainConfig(Frozen):
         description="optimizer of value tables: AdamW or SGD on the rows read; dense: AdamW on all rows",
     )
     value_precision: Literal["fp32", "bf16", "bf16_master", "bf16_stochastic"] = Field(
-        default="fp32", description="of value tables; bf16: rounded to nearest, with an fp32 copy, or stochastically"
+        default="fp32",
+        description="storage of value tables: fp32, or bf16 rounded to nearest, with an fp32 master copy, or "
+        "stochastically rounded",
     )
     value_second_moment: Literal["element", "row"] = Field(
-        default="element", description="of value tables: one for each element, or one a row, of its mean square"
+        default="element", description="second moment of value tables: per element, or one per row (its mean square)"
     )
     value_replay_limit: int | None = Field(
-        default=None, gt=0, description="most missed steps a row makes up for; None: all on a CPU, 256 on a GPU"
+        default=None,
+        gt=0,
+        description="maximum number of skipped steps replayed per row; None: all on a CPU, 256 on a GPU",
     )
-    value_lazy: bool = Field(default=False, description="rows that are not read stand still (LazyAdam), not as AdamW")
-    weight_decay: float = Field(default=0.1, ge=0)
-    value_weight_decay: float | None = Field(default=None, ge=0, description="None: as weight_decay")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False)
-    eps: float = Field(default=1e-8, gt=0)
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "linear"
-    warmup: int = Field(default=0, ge=0, description="steps")
-    final_lr: float = Field(default=0.01, ge=0, le=1, description="share of lr at the end of linear, cosine and wsd")
-    decay: float = Field(default=0.2, gt=0, le=1, description="wsd: share of the steps, at the end, in which lr falls")
-    decay_shape: Literal["1-sqrt", "linear"] = Field(default="1-sqrt", description="wsd: how lr falls")
+    value_lazy: bool = Field(default=False, description="do not update unread rows (LazyAdam)")
+    weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay, of every parameter")
+    value_weight_decay: float | None = Field(
+        default=None, ge=0, description="weight decay of value tables; None: weight_decay"
+    )
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False, description="AdamW's betas")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
+        default="linear", description="learning rate after warm-up; wsd: constant, then a decay at the end"
+    )
+    warmup: int = Field(default=0, ge=0, description="steps of linear warm-up")
+    final_lr: float = Field(
+        default=0.01, ge=0, le=1, description="final learning rate as a fraction of lr (linear, cosine, wsd)"
+    )
+    decay: float = Field(default=0.2, gt=0, le=1, description="wsd: fraction of the steps in the final decay")
+    decay_shape: Literal["1-sqrt", "linear"] = Field(default="1-sqrt", description="wsd: shape of the decay")
     branches: tuple[int, ...] = Field(
         default=(),
         strict=False,
         json_schema_extra=NOT_IDENTITY,
-        description="wsd: the token budgets, this one among them, of the cells that share one stable phase",
+        description="wsd: token budgets, this cell's included, of the cells that share one stable phase",
     )
-    clip: float | None = Field(default=1.0, gt=0, description="largest norm, of the values and of the rest apart")
+    clip: float | None = Field(
+        default=1.0,
+        gt=0,
+        description="gradient-clipping norm; value tables and all other parameters are clipped separately; None: off",
+    )
     accumulate: int = Field(default=1, gt=0, description="micro-batches per step; divides batch_rows")
-    precision: Literal["fp32", "bf16"] = "fp32"
-    compile: bool = False
-    probes: int = Field(default=0, ge=0, description="log-spaced scorings of bits learned during training")
-    stop_past: float | None = Field(default=None, gt=0, lt=1, description="stop two probes past this share of N H")
-    log_every: int = Field(default=10, gt=0, json_schema_extra=NOT_IDENTITY)
-    checkpoint_every: int = Field(default=200, gt=0, json_schema_extra=NOT_IDENTITY)
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast over fp32 weights")
+    compile: bool = Field(default=False, description="compile the model with torch.compile")
+    probes: int = Field(default=0, ge=0, description="number of log-spaced probes (bits learned) during training")
+    stop_past: float | None = Field(
+        default=None, gt=0, lt=1, description="stop after two probes in a row above this fraction of all bits"
+    )
+    log_every: int = Field(default=10, gt=0, json_schema_extra=NOT_IDENTITY, description="steps between log lines")
     loggers: tuple[LoggerName, ...] = Field(
         default=(),
         strict=False,
         json_schema_extra=NOT_IDENTITY,
-        description="also log to: tensorboard, wandb (each an extra of the package); train.jsonl is always written",
+        description="also log to tensorboard, wandb (extras of the package); train.jsonl is always written",
     )
-    keep_checkpoints: int = Field(default=2, gt=0, json_schema_extra=NOT_IDENTITY)
+    checkpoint_every: int = Field(
+        default=200, gt=0, json_schema_extra=NOT_IDENTITY, description="steps between checkpoints"
+    )
+    keep_checkpoints: int = Field(
+        default=2, gt=0, json_schema_extra=NOT_IDENTITY, description="number of most recent checkpoints to retain"
+    )
     evaluate_every: int | None = Field(
         default=None,
         gt=0,
         json_schema_extra=NOT_IDENTITY,
-        description="steps between checkpoints that are asked the cell's evaluations too, beside training",
+        description="evaluate every N steps during training; a multiple of checkpoint_every",
     )
 
     @model_validator(mode="before")
@@ -102,37 +122,43 @@ class TrainConfig(Frozen):
         return fields
 
     def problems(self) -> list[tuple[str, object, str]]:
-        found: list[tuple[str, object, str]] = []
+        """Inconsistencies between fields: (field, value, what is allowed)."""
+        problems: list[tuple[str, object, str]] = []
         if (self.tokens is None) == (self.epochs is None):
-            found.append(("tokens", self.tokens, "exactly one of tokens and epochs"))
+            problems.append(("tokens", self.tokens, "exactly one of tokens and epochs"))
         if self.batch_rows % self.accumulate:
-            found.append(("accumulate", self.accumulate, f"a divisor of batch_rows ({self.batch_rows})"))
-        if self.table_optimizer != "row_wise":
-            for name in ROW_WISE_OPTIONS:
-                default = type(self).model_fields[name].default
-                if getattr(self, name) != default:
-                    found.append((name, getattr(self, name), f"{default} with table_optimizer {self.table_optimizer}"))
-        if self.table_optimizer == "sgd" and self.value_lr is None:
-            found.append(("value_lr", None, "a learning rate for table_optimizer sgd, which has no default"))
-        limit = self.value_replay_limit
-        if self.value_lazy and limit is not None:
-            found.append(("value_replay_limit", limit, "nothing with value_lazy: it replays nothing"))
+            problems.append(("accumulate", self.accumulate, f"a divisor of batch_rows ({self.batch_rows})"))
+        problems += self._table_problems()
         if self.branches and (self.schedule != "wsd" or self.tokens not in self.branches):
-            found.append(("branches", self.branches, "token budgets of wsd cells, train.tokens among them"))
+            problems.append(("branches", self.branches, "token budgets that include train.tokens, with schedule wsd"))
         if self.branches and self.stop_past is not None:
-            found.append(("stop_past", self.stop_past, "nothing beside branches: they end at their budgets"))
+            problems.append(("stop_past", self.stop_past, "None with branches, which end at their budgets"))
         if self.evaluate_every is not None and self.evaluate_every % self.checkpoint_every:
             allowed = f"a multiple of checkpoint_every ({self.checkpoint_every})"
-            found.append(("evaluate_every", self.evaluate_every, allowed))
-        return found
+            problems.append(("evaluate_every", self.evaluate_every, allowed))
+        return problems
+
+    def _table_problems(self) -> list[tuple[str, object, str]]:
+        problems: list[tuple[str, object, str]] = []
+        if self.table_optimizer != "row_wise":
+            for name in ROW_WISE_OPTIONS:
+                value, default = getattr(self, name), type(self).model_fields[name].default
+                if value != default:
+                    problems.append((name, value, f"{default} with table_optimizer {self.table_optimizer}"))
+        if self.table_optimizer == "sgd" and self.value_lr is None:
+            problems.append(("value_lr", None, "a learning rate for table_optimizer sgd, which has no default"))
+        limit = self.value_replay_limit
+        if self.value_lazy and limit is not None:
+            problems.append(("value_replay_limit", limit, "None with value_lazy, which replays nothing"))
+        return problems
 
 
 class EvalConfig(Frozen):
-    """Tasks asked of a finished run, scored through lm-eval; hashed by itself."""
+    """Evaluation tasks for a finished run, scored through lm-eval and hashed separately from the run."""
 
-    tasks: tuple[str, ...] = Field(strict=False, min_length=1)
-    num_fewshot: int | None = Field(default=None, ge=0, description="None: as each task says")
-    limit: int | None = Field(default=None, gt=0, description="first documents of each task only")
+    tasks: tuple[str, ...] = Field(strict=False, min_length=1, description="names of tasks")
+    num_fewshot: int | None = Field(default=None, ge=0, description="examples per prompt; None: the task's default")
+    limit: int | None = Field(default=None, gt=0, description="score only the first N documents of each task")
 
     @property
     def hash8(self) -> str:
@@ -141,7 +167,7 @@ class EvalConfig(Frozen):
 
 
 def _model_config(value: Any) -> ModelConfig:
-    """The `model` block as its family's own options class."""
+    """Validate the `model` block with the options class of its family."""
     if isinstance(value, ModelConfig):
         return value
     if not isinstance(value, dict):
@@ -150,14 +176,14 @@ def _model_config(value: Any) -> ModelConfig:
 
 
 class Cell(Frozen):
-    """One model x data x training x seed, with the evaluations asked of it."""
+    """One model x data x training x seed, with its evaluations."""
 
     model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_model_config)]
     data: AnyData
     train: TrainConfig
-    seed: int = Field(default=0, ge=0, description="initial weights and data order")
-    threads: int = Field(default=1, gt=0, description="CPU threads: sums differ between thread counts")
-    baseline: str | None = Field(default=None, description="sha256 of an external baseline's source")
+    seed: int = Field(default=0, ge=0, description="seed of initial weights and data order")
+    threads: int = Field(default=1, gt=0, description="CPU threads; part of the identity, since sums depend on it")
+    baseline: str | None = Field(default=None, description="sha256 of an external baseline's source; filled in")
     evaluate: tuple[EvalConfig, ...] = Field(default=(), strict=False, json_schema_extra=NOT_IDENTITY)
 
     @model_validator(mode="after")
@@ -172,15 +198,15 @@ class Cell(Frozen):
                 raise ValueError(f"{name}.{field}: got {given!r}, allowed: {allowed}")
         return self
 
-    def also_asked(self, configs: tuple[EvalConfig, ...]) -> Cell:
-        """The cell with further evaluations behind those it was asked before, less the tasks that are among them."""
-        asked = self.evaluate
+    def with_evaluations(self, configs: tuple[EvalConfig, ...]) -> Cell:
+        """The cell with more evaluations, without the tasks that it already has with the same settings."""
+        evaluations = self.evaluate
         for config in configs:
-            terms = config.num_fewshot, config.limit
-            known = {task for one in asked for task in one.tasks if (one.num_fewshot, one.limit) == terms}
-            if new := tuple(task for task in dict.fromkeys(config.tasks) if task not in known):
-                asked += (config.model_copy(update={"tasks": new}),)
-        return self.model_copy(update={"evaluate": asked})
+            settings = config.num_fewshot, config.limit
+            present = {task for one in evaluations for task in one.tasks if (one.num_fewshot, one.limit) == settings}
+            if new := tuple(task for task in dict.fromkeys(config.tasks) if task not in present):
+                evaluations += (config.model_copy(update={"tasks": new}),)
+        return self.model_copy(update={"evaluate": evaluations})
 
     @property
     def hash8(self) -> str:
@@ -189,7 +215,7 @@ class Cell(Frozen):
 
     @property
     def slug(self) -> str:
-        """A readable name: family, base, half keys where there are any, seed."""
+        """A readable name: family, base size, half keys (if any) and seed."""
         half_keys = getattr(self.model, "half_keys", None)
         parts = [self.model.family, self.model.base, f"k{half_keys}" if half_keys else "", f"s{self.seed}"]
         return "-".join(part for part in parts if part)
@@ -210,44 +236,42 @@ def with_current_names(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def variants(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """Run name -> the settings in which the cell is not as most cells of its family and base: what tells them apart.
+    """The settings that distinguish each cell, by run name.
 
-    Dotted, without `model.`. Where no value is the most frequent each cell's own is given. Half keys and seeds stand in
-    the run's name.
+    These are the settings that differ from the most common value within the same family and base size; if no value is
+    the most common, every cell's own. Names are dotted, without `model.`. Half keys and seeds are left out, since the
+    run name has them.
     """
     groups: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells:
         groups.setdefault((cell.model.family, cell.model.base), []).append(cell)
-    found: dict[str, dict[str, Any]] = {cell.run_name: {} for cell in cells}
+    distinct: dict[str, dict[str, Any]] = {cell.run_name: {} for cell in cells}
     for members in groups.values():
         settings = {cell.run_name: flat(cell.model_dump(mode="json")) for cell in members}
-        for key in {key for cell in members for key in flat(identity(cell, current_names=True))} - {
-            "model.half_keys",
-            "seed",
-        }:
+        keys = {key for cell in members for key in flat(identity(cell, current_names=True))}
+        for key in keys - {"model.half_keys", "seed"}:
             values = {run: json.dumps(fields.get(key)) for run, fields in settings.items()}
             counts = Counter(values.values()).most_common(2)
             usual = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else None
-            # A file is told by its place, which says more than what identifies its content.
-            shown = key.replace("fingerprint", "path")
+            shown = key.replace("fingerprint", "path")  # a path tells a reader more than the hash of its content
             for run, value in values.items():
                 if value != usual:
-                    found[run][shown.removeprefix("model.")] = settings[run].get(shown)
-    return {run: dict(sorted(variant.items())) for run, variant in found.items()}
+                    distinct[run][shown.removeprefix("model.")] = settings[run].get(shown)
+    return {run: dict(sorted(variant.items())) for run, variant in distinct.items()}
 
 
-def described(run: str, variant: dict[str, Any]) -> str:
-    """A run's name with what tells it apart on a line below, for tables."""
-    said = " ".join(f"{key}={value}" for key, value in variant.items())
-    return f"{run}\n  {said}" if said else run
+def display_name(run: str, variant: dict[str, Any]) -> str:
+    """A run's name, and on a second line the settings that distinguish it."""
+    settings = " ".join(f"{key}={value}" for key, value in variant.items())
+    return f"{run}\n  {settings}" if settings else run
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted paths; lists and scalars are values."""
-    found: dict[str, Any] = {}
+    """Nested mappings as one mapping with dotted keys; lists and scalars are values."""
+    flattened: dict[str, Any] = {}
     for key, value in nested.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        flattened |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flattened
 
 
 def _digest(content: dict[str, Any]) -> str:

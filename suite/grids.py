@@ -184,7 +184,7 @@ def _cells_of_grids(source: Path, names: list[Any], overrides: Flat, need_data: 
             raise UserError(f"{source}: grids: got {name!r}, which names grids itself, allowed: grids with blocks")
         for cell in _cells_of_blocks(inner, content, overrides, need_data):
             earlier = cells.get(cell.run_name)
-            cells[cell.run_name] = cell if earlier is None else earlier.also_asked(cell.evaluate)
+            cells[cell.run_name] = cell if earlier is None else earlier.with_evaluations(cell.evaluate)
     return tuple(cells.values())
 
 

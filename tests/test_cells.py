@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 import suite.models  # noqa: F401  (registers the families)
-from suite.cells import Cell, EvalConfig, described, variants, with_current_names
+from suite.cells import Cell, EvalConfig, display_name, variants, with_current_names
 
 
 def fields(**changes: Any) -> dict[str, Any]:
@@ -28,7 +28,7 @@ def cell(**changes: Any) -> Cell:
     return Cell.model_validate(fields(**changes))
 
 
-def test_a_field_written_out_at_its_default_changes_no_hash() -> None:
+def test_a_field_set_to_its_default_changes_no_hash() -> None:
     assert cell().hash8 == cell(seed=0, threads=1, train__weight_decay=0.1, data__world=0).hash8
 
 
@@ -64,24 +64,24 @@ def test_the_old_name_of_a_field_is_refused_with_the_new_one() -> None:
         {"baseline": "ab"},
     ],
 )
-def test_whatever_makes_the_weights_changes_the_hash(change: dict[str, Any]) -> None:
+def test_every_setting_that_affects_weights_changes_the_hash(change: dict[str, Any]) -> None:
     assert cell(**change).hash8 != cell().hash8
 
 
-def test_evaluations_paths_and_logging_change_no_run() -> None:
+def test_evaluations_paths_and_logging_change_no_hash() -> None:
     assert cell(evaluate=[{"tasks": ["bios_qa"]}]).hash8 == cell().hash8
     assert cell(train__log_every=1, train__checkpoint_every=7).hash8 == cell().hash8
     text = {"kind": "text", "fingerprint": "f" * 64}
     assert cell(data={**text, "path": "/a"}).hash8 == cell(data={**text, "path": "/b"}).hash8
 
 
-def test_an_evaluation_has_a_hash_of_its_own() -> None:
+def test_an_evaluation_has_its_own_hash() -> None:
     assert EvalConfig(tasks=("bios_qa",)).hash8 != EvalConfig(tasks=("bios_qa",), limit=3).hash8
 
 
-def test_a_task_is_asked_once_on_the_same_terms() -> None:
+def test_added_evaluations_repeat_no_task_with_the_same_settings() -> None:
     first = EvalConfig(tasks=("a", "b"), limit=3)
-    asked = cell(evaluate=[first.model_dump()]).also_asked(
+    extended = cell(evaluate=[first.model_dump()]).with_evaluations(
         (
             EvalConfig(tasks=("b",), limit=3),
             EvalConfig(tasks=("b",)),
@@ -90,7 +90,7 @@ def test_a_task_is_asked_once_on_the_same_terms() -> None:
             EvalConfig(tasks=("c", "b", "c")),
         )
     )
-    assert asked.evaluate == (
+    assert extended.evaluate == (
         first,
         EvalConfig(tasks=("b",)),
         EvalConfig(tasks=("c",), limit=3),
@@ -117,7 +117,7 @@ def test_a_cell_survives_json() -> None:
         ({"model__half_keys": 5}, "half_keys"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(change: dict[str, Any], words: str) -> None:
+def test_an_invalid_field_is_named(change: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         cell(**change)
 
@@ -132,7 +132,7 @@ def memory(train__table_optimizer: str = "row_wise", seed: int = 0, **changes: A
     return cell(model=model, train__table_optimizer=train__table_optimizer, seed=seed)
 
 
-def test_what_tells_cells_apart_is_what_most_of_their_family_and_base_have_not() -> None:
+def test_variants_are_the_settings_that_differ_from_the_most_common_value() -> None:
     cells = [
         memory(),
         memory(half_keys=64),
@@ -145,8 +145,8 @@ def test_what_tells_cells_apart_is_what_most_of_their_family_and_base_have_not()
         cell(model__base="w64", train__lr=5e-3),
         cell(model__base="w64", train__lr=5e-3, data__people=51),
     ]
-    found = variants(cells)
-    assert [found[each.run_name] for each in cells] == [
+    by_run = variants(cells)
+    assert [by_run[each.run_name] for each in cells] == [
         {},
         {},
         {"qk_norm": True},
@@ -160,14 +160,14 @@ def test_what_tells_cells_apart_is_what_most_of_their_family_and_base_have_not()
     ]
 
 
-def test_files_are_told_apart_by_their_places() -> None:
+def test_data_files_are_distinguished_by_path() -> None:
     def on(path: str, content: str) -> Cell:
         return cell(data={"kind": "text", "path": path, "fingerprint": content * 64}, train__epochs=1.0)
 
-    found = variants([on("here/a", "a"), on("b", "b")])
-    assert list(found.values()) == [{"data.path": "here/a"}, {"data.path": "b"}]
+    by_run = variants([on("here/a", "a"), on("b", "b")])
+    assert list(by_run.values()) == [{"data.path": "here/a"}, {"data.path": "b"}]
 
 
-def test_a_run_is_described_by_its_name_and_on_a_line_below_by_its_variant() -> None:
-    assert described("run", {}) == "run"
-    assert described("run", {"k_dim": 32, "placement": [0]}) == "run\n  k_dim=32 placement=[0]"
+def test_the_display_name_has_the_variant_on_a_second_line() -> None:
+    assert display_name("run", {}) == "run"
+    assert display_name("run", {"k_dim": 32, "placement": [0]}) == "run\n  k_dim=32 placement=[0]"

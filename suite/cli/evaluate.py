@@ -77,7 +77,7 @@ def evaluate(
         raise UserError("RUN|GRID: missing; give a run, a grid, or --oracle")
     extra = _extra_evaluations(tasks, preset, num_fewshot, limit)
     grid, runs, results = _find_runs(target, options)
-    wanted = [(run, cell.also_asked(extra).evaluate) for run, cell in zip(runs, grid.cells, strict=True)]
+    wanted = [(run, cell.with_evaluations(extra).evaluate) for run, cell in zip(runs, grid.cells, strict=True)]
     untrained = _score(wanted, scoring)
     _print_scores(grid, results, wanted, options.as_json)
     if untrained:

@@ -30,7 +30,7 @@ def score_runs(
     if not trained:
         raise UserError(f"{asked_of[0][0].path}: is not trained to its end, allowed: a run that is")
     for run, asked in trained:
-        refuse_unfit(run, run.read_cell().also_asked(asked), scoring)
+        refuse_unfit(run, run.read_cell().with_evaluations(asked), scoring)
     for number, (run, asked) in enumerate(trained, start=1):
         tell(f"scoring {run.name} ({number} of {len(trained)})")
         evaluate_run(run.path, asked, scoring)

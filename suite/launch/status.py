@@ -11,7 +11,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from suite.cells import Cell, described, variants
+from suite.cells import Cell, display_name, variants
 from suite.grids import Grid
 from suite.launch.provenance import stale_because
 from suite.launch.scorer import missing_evals
@@ -115,7 +115,7 @@ def table(grid: Grid, statuses: list[CellStatus]) -> Table:
         style = {"failed": "red", "done": "green", "running": "cyan"}.get(status.state, "")
         said = " ".join(filter(None, (status.headline, f"({status.note})" if status.note else None)))
         columns.add_row(
-            escape(described(status.run, apart[status.run])),
+            escape(display_name(status.run, apart[status.run])),
             status.state,
             f"{status.progress:.0%}",
             _number(status.step),

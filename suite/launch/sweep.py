@@ -294,7 +294,7 @@ def prepare(results: Path, cell: Cell) -> RunDir:
         if run.cell_path.exists() and stale_because(run, cell) is None:
             record = run.read_record()
             facts = {name: value for name, value in record.items() if name not in CELL_FACTS}
-            cell = run.read_cell().also_asked(cell.evaluate)
+            cell = run.read_cell().with_evaluations(cell.evaluate)
         run.write_cell(cell, **facts)
     return run
 

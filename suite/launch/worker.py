@@ -86,7 +86,7 @@ def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) 
                     f"{run.path}: is not trained to its end; bring it there with suite sweep or suite train"
                 )
             recorded = run.read_cell()
-            cell = recorded.also_asked(added)
+            cell = recorded.with_evaluations(added)
             score_missing(run, cell, prepare(cell.data, cache=cache_of(run)), scorer)
             if cell != recorded:
                 # Recorded after scoring: an evaluation that fails is not left for the next sweep to try again.

@@ -8,7 +8,7 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from suite.cells import Cell, described
+from suite.cells import Cell, display_name
 from suite.plan.plan import MEASURES, Assumptions, CellPlan
 from suite.records import run_dir
 
@@ -42,7 +42,7 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
     for one in plans:
         mesh = one.mesh
         table.add_row(
-            escape(described(one.cell.run_name, one.variant)),
+            escape(display_name(one.cell.run_name, one.variant)),
             f"{one.account.params_total / 1e6:,.1f}m",
             f"{one.ratio(MEASURES['flops'], one.dense):.3f}",
             f"{one.total_flops:.2e}",

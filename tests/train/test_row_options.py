@@ -116,7 +116,7 @@ def test_the_limit_is_the_optimizers(cache: Path, tmp_path: Path) -> None:
     [
         ({"table_optimizer": "dense", "value_precision": "bf16"}, "train.value_precision: got 'bf16', allowed: fp32"),
         ({"table_optimizer": "dense", "value_lazy": True}, "train.value_lazy: got True, allowed: False"),
-        ({"value_lazy": True, "value_replay_limit": 3}, "train.value_replay_limit: got 3, allowed: nothing with"),
+        ({"value_lazy": True, "value_replay_limit": 3}, "train.value_replay_limit: got 3"),
     ],
 )
 def test_what_does_not_go_together_is_refused_by_name(train: dict[str, Any], words: str) -> None:
