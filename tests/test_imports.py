@@ -42,10 +42,6 @@ FORBIDDEN = {
     "suite": {"analysis"},
 }
 REMAINING = {
-    ("analysis.comparisons", "analysis.figures"),
-    ("analysis.fits", "analysis.figures"),
-    ("analysis.fits.fitting", "analysis.fits.isoflop"),
-    ("analysis.fits.fitting", "analysis.fits.joint"),
     ("suite.baselines", "suite.plan"),
     ("suite.models.accounting", "suite.models.memory_table"),
     ("suite.models.accounting", "suite.models.transformer"),

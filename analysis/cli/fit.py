@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analysis.cli.options import AsJson, Data, Grid, Results, print_json
+from analysis.cli.options import REFERENCE, AsJson, Data, Grid, Results, print_json
 from analysis.errors import InputError
 from analysis.fits.laws import LAWS
 
@@ -197,9 +197,9 @@ def _text(document: Mapping[str, Any]) -> str:
 def _trends(results: Path, grid: str | None, as_json: bool) -> int:
     """The log-linear fits of a grid's outcomes."""
     from analysis.comparisons.trends import trends
-    from analysis.records.runs import read_runs
+    from analysis.records.grid_data import load
 
-    found = trends(read_runs(results, grid))
+    found = trends(load(results, grid, fallback=REFERENCE))
     if as_json:
         print_json({"grid": grid, "fits": [asdict(trend) for trend in found]})
         return 0

@@ -11,6 +11,16 @@ import typer
 
 Results = Annotated[Path, typer.Option("--results", metavar="DIR", help="folder of runs/ and grids/")]
 Grid = Annotated[str | None, typer.Option("--grid", metavar="NAME", help="one grid; default: all runs")]
+REFERENCE = "dense"
+"""Family that the others are compared with, unless a grid's contrast or an option names another."""
+Reference = Annotated[
+    str | None,
+    typer.Option(
+        "--reference",
+        metavar="FAMILY",
+        help=f"family that the others are compared with; default: that of the grid's contrast, or {REFERENCE}",
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, everything else on stderr")]
 FigureFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="folder of the figures")]
 Data = Annotated[

@@ -4,52 +4,62 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from analysis.cli.options import AsJson, FigureFolder, Grid, Results, print_json
+from analysis.cli.options import REFERENCE, AsJson, FigureFolder, Grid, Reference, Results, print_json
 from analysis.errors import InputError
+
+if TYPE_CHECKING:
+    from analysis.records.grid_data import GridData
+
+FAILED = 10
+"""Most failed runs that are named on the terminal."""
 
 
 def frame(
     results: Results = Path("results"),
     grid: Grid = None,
+    reference: Reference = None,
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="write a .csv, .jsonl or .parquet file")] = None,
     as_json: AsJson = False,
 ) -> int:
     """The tidy frame: one row per run, step, task and metric; to a file, or to stdout as CSV or JSON."""
     from analysis.records.frame import load
-    from analysis.records.tables import write_table
+    from analysis.records.tables import csv_chunks, write_table
 
-    table = load(results, grid)
+    loaded = load(results, grid, reference or REFERENCE)
     if out is not None:
-        write_table(table, out)
-        print(f"{out}: {len(table)} rows", file=sys.stderr)
+        write_table(loaded.table, out)
+        print(f"{out}: {len(loaded.table)} rows", file=sys.stderr)
     elif as_json:
-        print(table.to_json(orient="records"))
+        print(loaded.table.to_json(orient="records"))
     else:
-        table.to_csv(sys.stdout, index=False)
-    return 0
+        sys.stdout.writelines(chunk.decode() for chunk in csv_chunks(loaded.table))
+    for run, cause in loaded.damaged.itertuples(index=False):
+        print(f"left out: {run}: damaged: {cause}", file=sys.stderr)
+    return 1 if len(loaded.damaged) else 0
 
 
 def figures(
-    results: Results = Path("results"), grid: Grid = None, out: FigureFolder = None, as_json: AsJson = False
+    results: Results = Path("results"),
+    grid: Grid = None,
+    reference: Reference = None,
+    out: FigureFolder = None,
+    as_json: AsJson = False,
 ) -> int:
     """Draw every figure of a grid and list the missing ones with the reason."""
+    from analysis.comparisons.grid import Comparisons
+    from analysis.figures.context import context
     from analysis.figures.gallery import draw
-    from analysis.records.frame import load_published
-    from analysis.records.runs import read_runs, read_source
-    from analysis.report.build import grids
 
     documents = []
-    for name in grids(results, grid):
-        folder = out or _figures(results) / name
-        drawn, missing = draw(
-            read_runs(results, name), name, folder, load_published(results), read_source(results, name)
-        )
+    for name, data in _grids(results, grid, reference):
+        drawn, missing = draw(context(Comparisons(data)), out or _figures(results) / name)
         paths = {figure: [str(path) for path in files] for figure, files in drawn.items()}
         documents.append({"grid": name, "figures": paths, "missing": missing})
         _log([files[0] for files in paths.values()], missing)
@@ -59,22 +69,36 @@ def figures(
 
 
 def report(
-    results: Results = Path("results"), grid: Grid = None, out: FigureFolder = None, as_json: AsJson = False
+    results: Results = Path("results"),
+    grid: Grid = None,
+    reference: Reference = None,
+    out: FigureFolder = None,
+    as_json: AsJson = False,
 ) -> int:
-    """Figures and report.md of a grid; exit code 1 if any of its runs failed."""
-    from analysis.report.build import grids, write
+    """Figures and report.md of a grid; exit code 1 if any of its runs failed or is damaged."""
+    from analysis.report.build import write
 
     documents = []
-    for name in grids(results, grid):
-        document = write(results, name, out or _figures(results) / name)
+    for name, data in _grids(results, grid, reference):
+        document = write(data, results / "grids" / name, out or _figures(results) / name)
         documents.append(document)
         _log([document["report"], document["page"]], document["missing"])
     if as_json:
         print(json.dumps(documents))
     failed = [name for document in documents for name in document["failed"]]
     if failed:
-        print(f"{len(failed)} runs failed: {', '.join(failed)}; causes are in the report", file=sys.stderr)
+        names = ", ".join(failed[:FAILED]) + (f" and {len(failed) - FAILED} more" if len(failed) > FAILED else "")
+        print(f"{len(failed)} runs failed: {names}; causes are in the report", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _grids(results: Path, grid: str | None, reference: str | None) -> Iterator[tuple[str, GridData]]:
+    """The records of the named grid, or of every grid."""
+    from analysis.records.frame import load_published
+    from analysis.records.grid_data import grids_of, load
+
+    for name in grids_of(results, grid):
+        yield name, load(results, name, reference, load_published(results), fallback=REFERENCE)
 
 
 def tuning(
@@ -84,19 +108,19 @@ def tuning(
     as_json: AsJson = False,
 ) -> int:
     """What a tuning grid chose for each family, whether the choice is interior, and every setting tried."""
-    from analysis.comparisons.tuning import choices, markdown
-    from analysis.records.runs import read_runs
+    from analysis.comparisons.tuning import choices, markdown, table
+    from analysis.records.grid_data import load
 
-    runs = read_runs(results, grid)
+    scored = table(load(results, grid, fallback=REFERENCE))
     if as_json:
-        print_json([asdict(choice) for choice in choices(runs)])
+        print_json([asdict(choice) for choice in choices(scored)])
     elif out is not None:
         try:
-            out.write_text(markdown(runs))
+            out.write_text(markdown(scored))
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
     else:
-        print(markdown(runs), end="")
+        print(markdown(scored), end="")
     return 0
 
 

@@ -1,8 +1,14 @@
-"""The compute multiplier: how much dense training compute gives what a family reaches, and the interval of that.
+"""The compute multiplier: training compute of the reference for what a family reaches, over the family's own.
 
-A power law with offset is fitted to dense runs, loss (or error, 1 - accuracy) against training FLOPs, and inverted at
-each cell of the family. The run is the unit: whole runs are resampled within cells, on both sides, and everything is
-fitted again. An outcome better or worse than every dense run's is answered by extrapolation and marked so.
+A power law with offset is fitted to runs of the reference, loss (or error, 1 - accuracy) against training FLOPs, and
+solved at the outcome of each cell of the family. Loss is a function of compute along one curve only: the reference's
+envelope, that is, cells without another one that reaches as low a loss with as little compute. Cells off the envelope
+(too large or too small a model for their budget) do not enter the fit, and the family's cell that shares such a cell's
+size and budget has no multiplier: the difference between the two is the paired one.
+
+The run is the unit: whole runs are resampled within cells, on both sides, and everything is fitted again. An outcome
+better or worse than that of every run of the curve is answered by extrapolation and marked so. A curve that misses its
+own cells by more than the family's distance from it does not tell the two apart, and the multiplier is refused.
 """
 
 from __future__ import annotations
@@ -16,19 +22,25 @@ import numpy as np
 import pandas as pd
 
 from analysis.errors import InputError
+from analysis.fits.budgets import SAME_BUDGET, budgets
 from analysis.fits.fit import Fit, Problem, fit
 from analysis.fits.intervals import Bootstrap, bootstrap
 from analysis.fits.laws import LAWS
 
-DENSE_SIZES = 4
-SAME_BUDGET = 1.05
+BUDGETS = 4
+"""Fewest compute budgets on the curve of the reference."""
+EXACT = 1e-4
+"""A misfit below this share of the outcome is that of the fit's numerics, not of the curve."""
 
 
 @dataclass(frozen=True)
 class Multiplier:
-    """One cell: its mean compute and outcome, dense FLOPs for the same outcome over its own, with a 95 % interval.
+    """One cell of a family.
 
-    Infinite where the outcome is beyond the dense law's offset; low and high are NaN where no cell repeats.
+    flops, outcome: its mean compute and outcome. value: FLOPs of the reference for the same outcome over its own, with
+    a 95 % interval; infinite where the outcome is beyond the law's offset, NaN where it is refused for `reason`. low
+    and high are NaN where no cell repeats. misfit: root mean square distance of the reference's cells from the curve,
+    in units of the outcome.
     """
 
     cell: str
@@ -39,62 +51,112 @@ class Multiplier:
     high: float
     runs: int
     extrapolated: bool
+    misfit: float
+    reason: str | None = None
 
 
-def multipliers(dense: pd.DataFrame, family: pd.DataFrame, draws: int = 1000, seed: int = 0) -> list[Multiplier]:
-    """Multipliers of a family's cells; both tables have columns cell, C (training FLOPs) and y (loss or error, above
-    0).
+def multipliers(reference: pd.DataFrame, family: pd.DataFrame, draws: int = 1000, seed: int = 0) -> list[Multiplier]:
+    """Multipliers of a family's cells.
+
+    Args:
+        reference: runs with columns cell, C (training FLOPs) and y (loss or error, above 0).
+        family: the same. A column `shared` in both names the size and budget that cells of the two share; it is `cell`
+            by default.
+        draws: bootstrap draws.
+        seed: of the fit and the draws.
 
     Raises:
-        InputError: fewer than four dense compute budgets, values a law cannot be fitted to, or a cell of the family
+        InputError: fewer than four budgets on the reference's curve, values that a law cannot be fitted to, or a cell
             that spans more than one budget.
     """
-    _check("dense", dense)
-    budgets = 1 + int((np.diff(np.sort(np.log(dense["C"].to_numpy(float)))) > math.log(SAME_BUDGET)).sum())
-    if budgets < DENSE_SIZES:
-        raise InputError(f"compute multiplier: {budgets} dense compute budgets, needed: at least {DENSE_SIZES}")
+    _check("reference", reference)
+    curve = reference[envelope(reference)]
+    known = len(np.unique(budgets(curve["C"].to_numpy(float))))
+    if known < BUDGETS:
+        raise InputError(
+            f"compute multiplier: the reference's curve has {known} of the {BUDGETS} compute budgets that it needs"
+        )
     _check("family", family)
+    _check_budgets(family)
+    law = fit(Problem(LAWS["power"], {"x": curve["C"].to_numpy(float)}, curve["y"].to_numpy(float)), seed)
+    misfit = _misfit(law, curve)
+    repeats = curve.groupby("cell").size().min() > 1
+    drawn = bootstrap(law, draws, seed, strata=curve["cell"].astype(str).to_numpy()) if repeats else None
+    beyond = len(curve) - curve["cell"].nunique()
+    best, worst = float(curve["y"].min()), float(curve["y"].max())
+    off_curve = set(_shared(reference)) - set(_shared(curve))
+    generator = np.random.default_rng(seed)
+    results = []
     for cell, group in family.groupby("cell", sort=False):
+        y, c = group["y"].to_numpy(float), float(group["C"].mean())
+        outcome = float(y.mean())
+        value, low, high = float(_inverse(law.parameters, outcome)) / c, math.nan, math.nan
+        if drawn is not None and drawn.kept and len(y) > 1:
+            means = generator.choice(y, (drawn.kept, len(y) - 1)).mean(1)
+            low, high = (end / c for end in _interval(law, drawn, y, means, beyond))
+        effect = abs(outcome - float(law.predict({"x": np.array([c])})[0]))
+        reason = None
+        if set(_shared(group)) & off_curve:
+            reason = "the reference's own cell of this size and budget is not on the reference's curve"
+        elif misfit > max(effect, EXACT * outcome):
+            reason = f"the curve misses the reference's cells by {misfit:.2g}, and this one is {effect:.2g} from it"
+        if reason:
+            value = low = high = math.nan
+        outside = not best <= outcome <= worst
+        results.append(Multiplier(str(cell), c, outcome, value, low, high, len(y), outside, misfit, reason))
+    return results
+
+
+def envelope(runs: pd.DataFrame) -> np.ndarray:
+    """Which runs are of cells that no other cell dominates: none reaches as low a mean outcome with no more compute.
+
+    Runs of one cell at several budgets count as several cells.
+    """
+    budget = budgets(runs["C"].to_numpy(float))
+    cells = runs.assign(budget=budget).groupby(["budget", "cell"])["y"].mean()
+    best = cells.groupby(level="budget").min()
+    on_curve = best[best < best.cummin().shift(fill_value=math.inf)]
+    kept = cells.reset_index().merge(on_curve.reset_index(), on=["budget", "y"])
+    return pd.MultiIndex.from_arrays([budget, runs["cell"]]).isin(pd.MultiIndex.from_frame(kept[["budget", "cell"]]))
+
+
+def _shared(runs: pd.DataFrame) -> pd.Series:
+    return runs["shared"] if "shared" in runs else runs["cell"]
+
+
+def _check(name: str, runs: pd.DataFrame) -> None:
+    values = runs[["C", "y"]].to_numpy(float)
+    if not len(runs) or not (np.isfinite(values) & (values > 0)).all():
+        raise InputError(f"compute multiplier: the {name}'s runs need finite C and y above 0")
+
+
+def _check_budgets(runs: pd.DataFrame) -> None:
+    for cell, group in runs.groupby("cell", sort=False):
         low, high = float(group["C"].min()), float(group["C"].max())
         if high > low * SAME_BUDGET:
             raise InputError(
                 f"compute multiplier: cell {cell} spans {low:.3g} to {high:.3g} FLOPs, allowed: one budget a cell, "
                 f"within {SAME_BUDGET - 1:.0%}"
             )
-    found = fit(Problem(LAWS["power"], {"x": dense["C"].to_numpy(float)}, dense["y"].to_numpy(float)), seed)
-    repeats = dense.groupby("cell").size().min() > 1
-    drawn = bootstrap(found, draws, seed, strata=dense["cell"].astype(str).to_numpy()) if repeats else None
-    best, worst = float(dense["y"].min()), float(dense["y"].max())
-    generator = np.random.default_rng(seed)
-    answers = []
-    for cell, group in family.groupby("cell", sort=False):
-        y, c = group["y"].to_numpy(float), float(group["C"].mean())
-        value = float(_inverse(found.parameters, y.mean())) / c
-        low = high = math.nan
-        if drawn is not None and drawn.kept and len(y) > 1:
-            means = generator.choice(y, (drawn.kept, len(y) - 1)).mean(1)
-            low, high = (end / c for end in _interval(found, drawn, y, means, len(dense) - dense["cell"].nunique()))
-        outside = not best <= float(y.mean()) <= worst
-        answers.append(Multiplier(str(cell), c, float(y.mean()), value, low, high, len(y), outside))
-    return answers
 
 
-def _check(name: str, table: pd.DataFrame) -> None:
-    values = table[["C", "y"]].to_numpy(float)
-    if not len(table) or not (np.isfinite(values) & (values > 0)).all():
-        raise InputError(f"compute multiplier: {name} runs need finite C and y above 0")
+def _misfit(law: Fit, curve: pd.DataFrame) -> float:
+    """Root mean square distance of the cells' means from the law, for the degrees of freedom that are left."""
+    means = curve.groupby("cell")[["C", "y"]].mean()
+    residuals = means["y"].to_numpy() - law.predict({"x": means["C"].to_numpy()})
+    return float(np.sqrt((residuals**2).sum() / max(len(means) - len(law.parameters), 1)))
 
 
-def _interval(found: Fit, drawn: Bootstrap, y: np.ndarray, means: np.ndarray, beyond: int) -> tuple[float, float]:
-    """95 % interval of the compute dense needs for a family's mean outcome, over draws of both sides.
+def _interval(law: Fit, drawn: Bootstrap, y: np.ndarray, means: np.ndarray, beyond: int) -> tuple[float, float]:
+    """95 % interval of the compute that the reference needs for a family's mean outcome, over draws of both sides.
 
-    Percentiles are those of a t-quantile, its degrees of freedom Satterthwaite's of the two sides: the family's runs
-    but one, and the dense runs `beyond` one per cell.
+    Percentiles are those of a t-quantile with Satterthwaite's degrees of freedom of the two sides: the family's runs
+    but one, and the runs of the reference `beyond` one per cell.
     """
     from scipy.special import ndtr, stdtrit
 
     with np.errstate(all="ignore"):
-        ours = np.log(_inverse(found.parameters, means)).var()
+        ours = np.log(_inverse(law.parameters, means)).var()
         theirs = np.log(_inverse(drawn.values, y.mean())).var()
         degrees = (ours + theirs) ** 2 / (ours**2 / (len(y) - 1) + theirs**2 / beyond)
     tail = 100 * float(ndtr(-stdtrit(degrees if np.isfinite(degrees) else len(y) - 1, 0.975)))
@@ -104,5 +166,6 @@ def _interval(found: Fit, drawn: Bootstrap, y: np.ndarray, means: np.ndarray, be
 
 def _inverse(p: Mapping[str, Any], y: Any) -> np.ndarray:
     """Compute at which E + A C^-alpha = y; infinite at or below E."""
+    y = np.asarray(y, float)
     with np.errstate(all="ignore"):
         return np.where(y > p["E"], (p["A"] / (y - p["E"])) ** (1 / p["alpha"]), math.inf)

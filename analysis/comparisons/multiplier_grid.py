@@ -1,4 +1,4 @@
-"""The compute multiplier of a grid's variants: final loss against training FLOPs along its plain dense runs."""
+"""The compute multiplier of a grid's variants: final loss against training FLOPs along its plain reference runs."""
 
 from __future__ import annotations
 
@@ -8,38 +8,47 @@ from dataclasses import replace
 import pandas as pd
 
 from analysis.comparisons.multiplier import Multiplier, multipliers
-from analysis.comparisons.paired import MIN_PAIRS
+from analysis.comparisons.statistics import MIN_PAIRS
 from analysis.errors import InputError
-from analysis.figures.scene import ordered
-from analysis.records.runs import Run, summary
+from analysis.records.grid_data import GridData
+
+Named = tuple[str, str, Multiplier]
 
 
-def multipliers_along_dense(runs: list[Run]) -> tuple[list[tuple[str, str, Multiplier]], list[str]]:
-    """(base, variant, multiplier) of each variant, by data, without intervals below MIN_PAIRS runs; and why some
-    have none."""
-    table = ordered(summary(runs))
-    table = table[(table["state"] == "done") & table["eval_loss"].gt(0) & table["train_flops"].gt(0)]
+def multipliers_along_reference(data: GridData) -> tuple[list[Named], list[str]]:
+    """The multiplier of each variant, by data.
+
+    Returns:
+        (base, variant, multiplier), without intervals below MIN_PAIRS runs; and the reasons why some have none.
+    """
+    table = data.done[data.done["eval_loss"].gt(0) & data.done["train_flops"].gt(0)]
     if table.empty:
         return [], ["no finished run has a final loss"]
-    cells = {run.name: run.cell for run in runs}
-    if any(cells[name].get("train", {}).get("stop_past") for name in table["run"]):
-        return [], ["runs stop by what they have learned, so their final loss does not answer to a budget"]
-    table = table.assign(cell=table["base"] + " " + table["label"], C=table["train_flops"], y=table["eval_loss"])
-    found: list[tuple[str, str, Multiplier]] = []
+    if table["stops_early"].any():
+        return [], ["runs stop at a share of what there is to learn, so their final loss does not belong to a budget"]
+    budget = table["tokens"].map("{:.3g} tokens".format)
+    table = table.assign(
+        cell=table["base"] + " " + table["label"] + " " + budget,
+        shared=table["base"] + " " + budget,
+        C=table["train_flops"],
+        y=table["eval_loss"],
+    )
+    results: list[Named] = []
     reasons: list[str] = []
     for _, part in table.groupby(table["pairing"].map(_data), sort=False):
-        plain = part["family"].eq("dense") & ~part["reshaped"]
+        plain = part["family"].eq(data.reference) & ~part["reshaped"]
         try:
-            found += [_named(part, item) for item in multipliers(part[plain], part[~plain])]
+            results += [_named(part, item) for item in multipliers(part[plain], part[~plain])]
         except InputError as error:
             reasons.append(str(error))
-    return found, list(dict.fromkeys(reasons))
+    return results, list(dict.fromkeys(reasons))
 
 
-def _named(part: pd.DataFrame, item: Multiplier) -> tuple[str, str, Multiplier]:
+def _named(part: pd.DataFrame, item: Multiplier) -> Named:
     first = part[part["cell"] == item.cell].iloc[0]
-    known = item if item.runs >= MIN_PAIRS else replace(item, low=float("nan"), high=float("nan"))
-    return str(first["base"]), str(first["label"]), known
+    few = item.runs < MIN_PAIRS
+    shown = replace(item, low=float("nan"), high=float("nan")) if few else item
+    return str(first["base"]), str(first["label"]), shown
 
 
 def _data(pairing: str) -> str:

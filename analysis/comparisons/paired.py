@@ -1,75 +1,97 @@
-"""Comparisons of a family with dense, paired over seeds.
+"""Comparisons of every variant with the reference family, paired over seeds.
 
-The run is the unit: a pair is two runs that share base size, data and seed (hence initial shared weights
-and data order). Outcomes: log E50 (its difference is a ratio of exposures), bits learned at one exposure
-that every run of the contrast reached, and final scores where both runs saw the same number of tokens.
+The run is the unit: a pair is two runs that share base size, data and seed (hence initial shared weights and data
+order). Outcomes: log E50 (its difference is a ratio of exposures), bits learned at one exposure that every run of the
+contrast reached, and final scores where both runs saw the same number of tokens.
 
-Censored runs (half of N H never reached) leave no t-interval: their E50 is taken at the last exposure they
-were probed at, which bounds the pair's ratio from one side; such a contrast is printed as a bound, with the
-number of pairs whose direction is certain and an exact sign test over them. A pair of two censored runs, or
-one whose direction the bound leaves open, counts as unknown.
+Two final scores are paired only if they are the same thing (analysis.records.scores); those that are not are listed.
+
+Censored runs (half of N H never reached) leave no t-interval: their E50 is taken at the last exposure they were probed
+at, which bounds the pair's ratio from one side. Such a contrast is given as a bound, with the number of pairs whose
+direction is certain and an exact sign test over them. A pair of two censored runs, or one whose direction the bound
+leaves open, counts as unknown.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import numpy as np
 import pandas as pd
 
 from analysis.comparisons.crossed import crossed_difference
+from analysis.comparisons.statistics import MIN_PAIRS, Difference, holm, paired_by_group, sign_test
 from analysis.errors import InputError
-from analysis.records.runs import EQUAL, Run, at_exposure, summary
+from analysis.records.grid_data import DONE, EQUAL, GridData
+from analysis.records.scores import setting
 
-MIN_PAIRS = 5
-"""Below this many pairs a point is given without an interval."""
-PRIMARY_FAMILY = "memory_plus"
-Answers = dict[str, tuple[str, np.ndarray]]
+E50 = "e50"
+SAME_TOKENS = 0.01
+"""Runs whose tokens differ by less than this share ended at the same number of tokens."""
+NAN = float("nan")
 
 
 @dataclass(frozen=True)
-class Difference:
-    """A mean paired difference; low and high are the 95 % t-interval, NaN below MIN_PAIRS; p is of the
-    paired t-test."""
+class ScoreDifference:
+    """A difference of one final score over pairs of runs.
 
-    mean: float
-    low: float
-    high: float
-    p: float
-    n: int
+    `crossed` is its 95 % interval over runs x questions, where every run has its answers recorded question by question.
+    """
+
+    key: str
+    few_shot: float
+    n: float
+    difference: Difference
+    crossed: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class Unpaired:
+    """A score that both runs of some pairs have, but not of the same thing."""
+
+    key: str
+    seeds: tuple[int, ...]
+    ours: str
+    theirs: str
 
 
 @dataclass
 class Contrast:
-    """One variant against one dense reference at the same base and data."""
+    """One variant against one variant of the reference at the same base and data."""
 
     base: str
     variant: str
     reference: str
     family: str
-    primary: bool
     control: bool
-    planned: int
+    """Whether the reference is a control of equal MACs, not the family's plain model."""
     macs_ratio: float
     params_ratio: float
     bytes_ratio: float
-    speed_ratio: float
+    planned: int = 0
+    speed_ratio: float = NAN
+    primary: bool = False
+    metric: str = ""
+    """What the contrast is tested on: e50, or the key of a final score; empty without any outcome."""
     seeds: list[int] = field(default_factory=list)
     log_e50: Difference | None = None
     e50: Difference | None = None
     bound: str = ""
     censored: tuple[int, int] = (0, 0)
     decided: tuple[int, int] = (0, 0)
-    sign_p: float = float("nan")
-    exposure: float = float("nan")
+    sign_p: float = NAN
+    exposure: float = NAN
     bits_share: Difference | None = None
     bits: Difference | None = None
     log_wall: Difference | None = None
     log_flops: Difference | None = None
-    finals: dict[str, Difference] = field(default_factory=dict)
-    crossed: dict[str, tuple[float, float]] = field(default_factory=dict)
-    p_holm: float = float("nan")
+    flops_ratios: np.ndarray = field(default_factory=lambda: np.array([]))
+    """Training FLOPs to E50 of the reference over those of the variant, by pair."""
+    finals: list[ScoreDifference] = field(default_factory=list)
+    unpaired: list[Unpaired] = field(default_factory=list)
+    p_holm: float = NAN
 
     @property
     def equal_flop(self) -> bool:
@@ -77,222 +99,268 @@ class Contrast:
         return abs(self.macs_ratio - 1) <= EQUAL
 
     @property
+    def final(self) -> ScoreDifference | None:
+        """The final score that the contrast is tested on."""
+        return next((score for score in self.finals if score.key == self.metric), None)
+
+    @property
     def p(self) -> float:
-        """The contrast's own p-value, before Holm: of log E50, of the first final score where there is no
-        E50."""
-        if self.log_e50 is not None:
-            return self.log_e50.p if not self.bound else self.sign_p
-        return next(iter(self.finals.values())).p if self.finals else float("nan")
+        """The p-value of its metric, before Holm's adjustment."""
+        if self.metric == E50 and self.log_e50 is not None:
+            return self.sign_p if self.bound else self.log_e50.p
+        return self.final.difference.p if self.final else NAN
 
 
-def paired(differences: np.ndarray) -> Difference:
-    """Mean with its 95 % t-interval, from MIN_PAIRS values on; of paired differences, or of one variant's
-    runs."""
-    from scipy.special import stdtr, stdtrit
+def contrasts(data: GridData) -> list[Contrast]:
+    """Every variant against the plain variants of the reference family, and against its controls of equal MACs.
 
-    values = np.asarray(differences, float)
-    n, nothing = len(values), float("nan")
-    if n == 0:
-        return Difference(nothing, nothing, nothing, nothing, 0)
-    mean = float(values.mean())
-    if n < MIN_PAIRS:
-        return Difference(mean, nothing, nothing, nothing, n)
-    error = float(values.std(ddof=1) / math.sqrt(n))
-    reach = float(stdtrit(n - 1, 0.975)) * error
-    p = (1.0 if mean == 0 else 0.0) if error == 0 else float(2 * stdtr(n - 1, -abs(mean) / error))
-    return Difference(mean, mean - reach, mean + reach, p, n)
+    The contrast that the grid declares is primary and comes first. Holm's adjustment covers all others.
 
-
-def holm(p_values: list[float]) -> list[float]:
-    """Holm's step-down adjusted p-values; NaN stays NaN and is not counted."""
-    order = sorted((p, position) for position, p in enumerate(p_values) if not math.isnan(p))
-    adjusted = [float("nan")] * len(p_values)
-    largest = 0.0
-    for rank, (p, position) in enumerate(order):
-        largest = max(largest, min(1.0, (len(order) - rank) * p))
-        adjusted[position] = largest
-    return adjusted
-
-
-def sign_test(lower: int, higher: int) -> float:
-    """Exact two-sided binomial p of `lower` against `higher` under equal chances; NaN below MIN_PAIRS
-    decided pairs."""
-    n = lower + higher
-    if n < MIN_PAIRS:
-        return float("nan")
-    tail = sum(math.comb(n, k) for k in range(min(lower, higher) + 1)) / 2**n
-    return min(1.0, 2 * tail)
-
-
-def contrasts(runs: list[Run]) -> list[Contrast]:
-    """Every variant against plain dense, and against dense controls of equal MACs, paired over seeds.
-
-    One contrast is primary: Memory+ against plain dense at the base and table with the most planned pairs
-    (ties: the larger table), a choice made from the grid alone. Holm's adjustment covers all the others.
+    Raises:
+        InputError: two runs of one variant and one seed.
     """
-    by_name = {run.name: run for run in runs}
-    table = summary(runs)
-    table = table[table["macs"].notna()]
-    found = []
-    for (pairing, _label), members in table.groupby(["pairing", "label"], sort=False):
-        for reference, control in _references(table, str(pairing), members):
-            found.append(_contrast(members, reference, control, by_name))
-    candidates = [c for c in found if c.family == PRIMARY_FAMILY and not c.control]
-    if candidates:
-        max(candidates, key=lambda c: (c.planned, c.params_ratio)).primary = True
-    rest = [c for c in found if not c.primary]
-    for contrast, p in zip(rest, holm([c.p for c in rest]), strict=True):
-        contrast.p_holm = p
-    return found
+    sides = _sides(data)
+    if sides.empty:
+        return []
+    result = [_contrast(data.runs, *side) for side in sides[["ours", "theirs", "control"]].itertuples(index=False)]
+    pairs = _pairs(data, sides)
+    planned = pairs.groupby("contrast").agg(planned=("seed", "size"), speed=("speed_ratio", "median"))
+    for at, row in planned.iterrows():
+        result[int(str(at))].planned, result[int(str(at))].speed_ratio = int(row["planned"]), float(row["speed"])
+    pairs = pairs[pairs["done"]]
+    for at, part in pairs.groupby("contrast")["seed"]:
+        result[int(str(at))].seeds = [int(seed) for seed in part]
+    _compare_e50(result, pairs)
+    _compare_bits(data, result, pairs)
+    _compare_finals(data, result, pairs)
+    return _tested(data, result, sides)
 
 
-def _references(table: pd.DataFrame, pairing: str, members: pd.DataFrame) -> list[tuple[pd.DataFrame, bool]]:
-    """The dense variants this variant is held against: plain dense, then controls within 5 % of its MACs.
-
-    Among several plain dense variants (a tuning grid) only one trained alike is a partner.
-    """
-    first = members.iloc[0]
-    dense = table[(table["pairing"] == pairing) & (table["family"] == "dense")]
-    plain = [group for _, group in dense[~dense["reshaped"]].groupby("label", sort=False)]
-    if len(plain) > 1:
-        plain = [group for group in plain if group.iloc[0]["train_key"] == first["train_key"]]
-    chosen = [(group, False) for group in plain if group.iloc[0]["label"] != first["label"]]
-    if first["family"] == "dense":
-        return chosen if first["reshaped"] else []
-    for _, group in dense[dense["reshaped"]].groupby("label", sort=False):
-        if abs(first["macs"] / group.iloc[0]["macs"] - 1) <= EQUAL:
-            chosen.append((group, True))
-    return chosen
+def _variants(data: GridData) -> pd.DataFrame:
+    """One row per variant (label at one base and data): the position of its first run, and its number as index."""
+    runs = data.runs[data.runs["macs"].notna()]
+    first = runs.assign(position=runs.index).drop_duplicates(["pairing", "label"])
+    return first.set_index(["pairing", "label"])
 
 
-def _contrast(ours: pd.DataFrame, theirs: pd.DataFrame, control: bool, runs: dict[str, Run]) -> Contrast:
-    """All outcomes of one variant against one reference."""
-    a, b = ours.iloc[0], theirs.iloc[0]
-    for part in (ours, theirs):
-        if (twice := part["seed"].duplicated(keep=False)).any():
-            names = ", ".join(part.loc[twice, "run"])
-            raise InputError(f"{part['label'].iloc[0]}: {names}: of one seed, and equal in all else that is compared")
-    joined = ours.merge(theirs, on="seed", suffixes=("", "_ref"))
-    contrast = Contrast(
-        base=a["base"],
-        variant=a["label"],
-        reference=b["label"],
-        family=a["family"],
-        primary=False,
-        control=control,
-        planned=len(joined),
-        macs_ratio=_ratio(a, b, "macs"),
-        params_ratio=_ratio(a, b, "params_total"),
-        bytes_ratio=_ratio(a, b, "bytes_per_token"),
-        speed_ratio=float((joined["tokens_per_s"] / joined["tokens_per_s_ref"]).median()),
+def _sides(data: GridData) -> pd.DataFrame:
+    """One row per contrast: the first run of each side, whether it is to a control, and whether it is primary."""
+    columns = ["pairing", "label", "family", "reshaped", "train_key", "macs", "position"]
+    variants = _variants(data).reset_index()[columns]
+    reference = variants[variants["family"] == data.reference]
+    both = variants.merge(reference, on="pairing", suffixes=("", "_ref"))
+    plain = both[~both["reshaped_ref"]]
+    several = plain.groupby(["pairing", "label"])["label_ref"].transform("size") > 1
+    plain = plain[~several | (plain["train_key"] == plain["train_key_ref"])]
+    plain = plain[(plain["label"] != plain["label_ref"]) & ((plain["family"] != data.reference) | plain["reshaped"])]
+    controls = both[both["reshaped_ref"] & (both["family"] != data.reference)]
+    controls = controls[(controls["macs"] / controls["macs_ref"] - 1).abs() <= EQUAL]
+    sides = pd.concat([plain.assign(control=False), controls.assign(control=True)], ignore_index=True)
+    sides = sides.rename(columns={"position": "ours", "position_ref": "theirs"})[["ours", "theirs", "control"]]
+    sides = sides.sort_values(["ours", "control", "theirs"]).assign(primary=False)
+    declared = _declared(data, variants)
+    if declared is not None:
+        ours, theirs = declared
+        rest = sides[(sides["ours"] != ours) | (sides["theirs"] != theirs)]
+        first = pd.DataFrame({"ours": [ours], "theirs": [theirs], "control": [False], "primary": [True]})
+        sides = pd.concat([first, rest])
+    return sides.reset_index(drop=True)
+
+
+def _declared(data: GridData, variants: pd.DataFrame) -> tuple[int, int] | None:
+    """First runs of the two sides of the grid's contrast; None without one, or before runs of both have started."""
+    if data.contrast is None:
+        return None
+    firsts = []
+    for side in (data.contrast.treatment, data.contrast.reference):
+        members = data.runs[data.runs["run"].isin(side)]
+        of_variant = variants.merge(members[["pairing", "label"]].drop_duplicates(), on=["pairing", "label"])
+        if of_variant.empty:
+            return None
+        firsts.append(int(of_variant["position"].iloc[0]))
+    return firsts[0], firsts[1]
+
+
+def _contrast(runs: pd.DataFrame, ours: int, theirs: int, control: bool) -> Contrast:
+    """A contrast without its outcomes."""
+    a, b = runs.iloc[ours].to_dict(), runs.iloc[theirs].to_dict()
+    macs, params, read = (_ratio(a[key], b[key]) for key in ("macs", "params_total", "bytes_per_token"))
+    return Contrast(a["base"], a["label"], b["label"], a["family"], control, macs, params, read)
+
+
+def _ratio(a: float, b: float) -> float:
+    return float(a / b) if a and b else NAN
+
+
+def _pairs(data: GridData, sides: pd.DataFrame) -> pd.DataFrame:
+    """One row per pair of runs: contrast, seed, positions `ours` and `theirs`, and the columns of both (`_ref`)."""
+    runs = data.runs.assign(position=data.runs.index)
+    variant = runs.groupby(["pairing", "label"], sort=False)["position"].transform("first")
+    columns = ["seed", "state", "tokens_per_s", "tokens", "e50", "e50_state", "wall_to_e50", "flops_to_e50", "bits_max"]
+    columns += ["steady", "run", "label"]
+    members = runs[[*columns, "position"]].assign(variant=variant)
+    _refuse_repeats(members, sides)
+    numbered = sides.assign(contrast=sides.index)[["contrast", "ours", "theirs"]]
+    ours = numbered.merge(members, left_on="ours", right_on="variant")
+    theirs = numbered[["contrast", "theirs"]].merge(members, left_on="theirs", right_on="variant")
+    pairs = ours.merge(theirs, on=["contrast", "seed"], suffixes=("", "_ref"))
+    pairs = pairs.assign(ours=pairs["position"], theirs=pairs["position_ref"])
+    done = (pairs["state"] == DONE) & (pairs["state_ref"] == DONE)
+    return pairs.assign(done=done, speed_ratio=pairs["tokens_per_s"] / pairs["tokens_per_s_ref"])
+
+
+def _refuse_repeats(members: pd.DataFrame, sides: pd.DataFrame) -> None:
+    compared = members[members["variant"].isin(pd.concat([sides["ours"], sides["theirs"]]))]
+    repeated = compared[compared.duplicated(["variant", "seed"], keep=False)]
+    if len(repeated):
+        same = repeated[repeated["variant"] == repeated["variant"].iloc[0]]
+        raise InputError(f"{same['label'].iloc[0]}: {', '.join(same['run'])}: of one seed, and equal in all else")
+
+
+def _grouped(values: pd.Series | np.ndarray, pairs: pd.DataFrame, contrasts: int) -> list[Difference]:
+    return paired_by_group(np.asarray(values, float), pairs["contrast"].to_numpy(int), contrasts)
+
+
+def _compare_e50(result: list[Contrast], pairs: pd.DataFrame) -> None:
+    """Fill in the E50 fields from pairs whose two runs have storage probes; see the module's note on censoring."""
+    pairs = pairs[(pairs["e50_state"] != "none") & (pairs["e50_state_ref"] != "none")]
+    if pairs.empty:
+        return
+    late, late_ref = (pairs[key] == "censored" for key in ("e50_state", "e50_state_ref"))
+    early, early_ref = (pairs[key] == "early" for key in ("e50_state", "e50_state_ref"))
+    ours, theirs = pairs["e50"].astype(float), pairs["e50_ref"].astype(float)
+    pairs = pairs.assign(
+        late=late,
+        late_ref=late_ref,
+        from_below=late | early_ref,
+        from_above=late_ref | early,
+        lower=(ours < theirs) & ~late & ~early_ref,
+        higher=(ours > theirs) & ~late_ref & ~early,
+        flops_ratio=pairs["flops_to_e50_ref"] / pairs["flops_to_e50"],
     )
-    joined = joined[(joined["state"] == "done") & (joined["state_ref"] == "done")]
-    contrast.seeds = [int(seed) for seed in joined["seed"]]
-    if len(joined):
-        _compare_e50(contrast, joined)
-        _compare_bits(contrast, [(runs[x], runs[y]) for x, y in zip(joined["run"], joined["run_ref"], strict=True)])
-        _compare_finals(contrast, joined, runs)
-    return contrast
+    counts = pairs.groupby("contrast")[["late", "late_ref", "lower", "higher", "from_below", "from_above"]].sum()
+    logs, plain = (_grouped(values, pairs, len(result)) for values in (np.log(ours / theirs), ours - theirs))
+    wall, flops = (
+        _grouped(np.log(pairs[key] / pairs[f"{key}_ref"]), pairs, len(result))
+        for key in ("wall_to_e50", "flops_to_e50")
+    )
+    flops_ratios = {int(str(at)): part.to_numpy(float) for at, part in pairs.groupby("contrast")["flops_ratio"]}
+    for at, count in counts.astype(int).iterrows():
+        contrast = result[int(str(at))]
+        contrast.censored = (int(count["late"]), int(count["late_ref"]))
+        contrast.decided = (int(count["lower"]), int(count["higher"]))
+        contrast.sign_p = sign_test(*contrast.decided)
+        contrast.log_e50, contrast.e50 = logs[int(str(at))], plain[int(str(at))]
+        if count["from_below"] or count["from_above"]:
+            contrast.bound = "unknown" if count["from_below"] and count["from_above"] else "at least"
+            contrast.bound = "at most" if not count["from_below"] else contrast.bound
+            contrast.log_e50, contrast.e50 = _unbounded(contrast.log_e50), _unbounded(contrast.e50)
+        else:
+            contrast.log_wall, contrast.log_flops = (_or_none(values[int(str(at))]) for values in (wall, flops))
+            contrast.flops_ratios = flops_ratios[int(str(at))]
 
 
-def _ratio(a: pd.Series, b: pd.Series, key: str) -> float:
-    return float(a[key] / b[key]) if a[key] and b[key] else float("nan")
+def _unbounded(difference: Difference) -> Difference:
+    return Difference(difference.mean, NAN, NAN, NAN, difference.n)
 
 
-def _compare_e50(contrast: Contrast, joined: pd.DataFrame) -> None:
-    """Fill in the E50 fields from pairs whose two runs have storage probes; see the module's note on
-    censoring."""
-    known = joined[(joined["e50_state"] != "none") & (joined["e50_state_ref"] != "none")]
-    if known.empty:
+def _or_none(difference: Difference) -> Difference | None:
+    """None where some pair lacks the value."""
+    return difference if np.isfinite(difference.mean) else None
+
+
+def _compare_bits(data: GridData, result: list[Contrast], pairs: pd.DataFrame) -> None:
+    """Bits learned at the last exposure that every run of a contrast reached."""
+    curves, last = data.curves("storage_bits"), data.curves("epoch").last_x()
+    probed = curves.count > 0
+    pairs = pairs[probed[pairs["ours"]] & probed[pairs["theirs"]] & pairs["steady"] & pairs["steady_ref"]]
+    if pairs.empty:
         return
-    ours, theirs = known["e50"].to_numpy(float), known["e50_ref"].to_numpy(float)
-    late, late_ref = (known[key].eq("censored").to_numpy() for key in ("e50_state", "e50_state_ref"))
-    early, early_ref = (known[key].eq("early").to_numpy() for key in ("e50_state", "e50_state_ref"))
-    contrast.censored = (int(late.sum()), int(late_ref.sum()))
-    logs = np.log(ours / theirs)
-    least_known = not (late.any() or early_ref.any())
-    most_known = not (late_ref.any() or early.any())
-    lower = (ours < theirs) & ~late & ~early_ref
-    higher = (ours > theirs) & ~late_ref & ~early
-    contrast.decided = (int(lower.sum()), int(higher.sum()))
-    contrast.sign_p = sign_test(*contrast.decided)
-    contrast.log_e50, contrast.e50 = paired(logs), paired(ours - theirs)
-    if not (least_known and most_known):
-        contrast.bound = "at most" if least_known else "at least" if most_known else "unknown"
-        nothing = float("nan")
-        contrast.log_e50 = Difference(contrast.log_e50.mean, nothing, nothing, nothing, len(known))
-        contrast.e50 = Difference(contrast.e50.mean, nothing, nothing, nothing, len(known))
-    else:
-        contrast.log_wall, contrast.log_flops = (_log_ratio(known, key) for key in ("wall_to_e50", "flops_to_e50"))
+    ends = np.minimum(last[pairs["ours"]], last[pairs["theirs"]])
+    exposure = pd.Series(ends, index=pairs.index).groupby(pairs["contrast"]).transform("min").to_numpy(float)
+    ours, theirs = (curves.at(exposure, pairs[side].to_numpy(int)) for side in ("ours", "theirs"))
+    bits = _grouped(ours - theirs, pairs, len(result))
+    shares = _grouped((ours - theirs) / pairs["bits_max"].to_numpy(float), pairs, len(result))
+    for at, where in pd.Series(exposure, index=pairs["contrast"]).groupby(level=0).first().items():
+        contrast = result[int(str(at))]
+        contrast.exposure, contrast.bits, contrast.bits_share = float(where), bits[int(str(at))], shares[int(str(at))]
 
 
-def _log_ratio(pairs: pd.DataFrame, key: str) -> Difference | None:
-    """Paired difference of the logarithm of a column; None where a pair lacks it."""
-    ratio = pairs[key].to_numpy(float) / pairs[f"{key}_ref"].to_numpy(float)
-    return paired(np.log(ratio)) if np.isfinite(ratio).all() else None
+def _compare_finals(data: GridData, result: list[Contrast], pairs: pd.DataFrame) -> None:
+    """Final scores, where the two runs of every pair ended at the same number of tokens."""
+    unequal = (pairs["tokens"] / pairs["tokens_ref"] - 1).abs() > SAME_TOKENS
+    pairs = pairs[~unequal.groupby(pairs["contrast"]).transform("any")][["contrast", "seed", "ours", "theirs"]]
+    columns = ["run", "score", "key", "few_shot", "n", "value", "answers"]
+    ours = pairs.merge(data.scores[columns], left_on="ours", right_on="run")
+    theirs = pairs[["contrast", "seed", "theirs"]].merge(data.scores[columns], left_on="theirs", right_on="run")
+    same = ours.merge(theirs, on=["contrast", "seed", "score"], suffixes=("", "_ref"))
+    for at, finals in _final_differences(same):
+        result[at].finals = finals
+    for at, unpaired in _unpaired(ours, theirs, same):
+        result[at].unpaired = unpaired
 
 
-def _compare_bits(contrast: Contrast, pairs: list[tuple[Run, Run]]) -> None:
-    """Bits learned at the last exposure that every run of the contrast reached."""
-    pairs = [pair for pair in pairs if all("storage_bits" in run.probes and run.steady for run in pair)]
-    if not pairs:
+def _final_differences(same: pd.DataFrame) -> Iterator[tuple[int, list[ScoreDifference]]]:
+    """Contrast -> differences by score, LOSS first."""
+    if same.empty:
         return
-    contrast.exposure = min(float(run.probes["epoch"].iloc[-1]) for pair in pairs for run in pair)
-    bits = np.array([[bits_at(run, contrast.exposure) for run in pair] for pair in pairs])
-    most = np.array([float(x.probes["storage_bits_max"].iloc[-1]) for x, _ in pairs])
-    contrast.bits = paired(bits[:, 0] - bits[:, 1])
-    contrast.bits_share = paired((bits[:, 0] - bits[:, 1]) / most)
+    numbered = same.assign(group=same.groupby(["contrast", "score"]).ngroup())
+    first = numbered.drop_duplicates("group").set_index("group").sort_index()
+    values = (numbered["value"] - numbered["value_ref"]).to_numpy(float)
+    differences = paired_by_group(values, numbered["group"].to_numpy(int), len(first))
+    crossed = dict(_crossed(numbered))
+    rows = zip(first.reset_index().to_dict("records"), differences, strict=True)
+    for at, group in groupby(rows, key=lambda row: int(row[0]["contrast"])):
+        yield (
+            at,
+            [
+                ScoreDifference(row["key"], row["few_shot"], row["n"], difference, crossed.get(row["group"]))
+                for row, difference in group
+            ],
+        )
 
 
-def bits_at(run: Run, exposure: float, column: str = "storage_bits") -> float:
-    """A probe's column at an exposure, linear in log exposure between probes."""
-    probes = run.probes.dropna(subset=[column])
-    return at_exposure(probes["epoch"].to_numpy(float), probes[column].to_numpy(float), exposure)
+def _crossed(same: pd.DataFrame) -> Iterator[tuple[int, tuple[float, float]]]:
+    """Group -> 95 % interval over runs x questions, of groups whose runs all have recorded answers."""
+    answered = same["answers"].notna() & same["answers_ref"].notna()
+    complete = answered.groupby(same["group"]).transform("all")
+    enough = same.groupby("group")["group"].transform("size") >= MIN_PAIRS
+    for group, part in same[complete & enough].groupby("group"):
+        texts = [*part["answers"], *part["answers_ref"]]
+        if len({len(text) for text in texts}) == 1 and len(texts[0]) > 1:
+            scores = np.frombuffer("".join(texts).encode(), np.uint8).reshape(len(texts), -1) - float(ord("0"))
+            _, low, high = crossed_difference(scores[: len(part)], scores[len(part) :])
+            yield int(str(group)), (low, high)
 
 
-def _compare_finals(contrast: Contrast, joined: pd.DataFrame, runs: dict[str, Run]) -> None:
-    """Final scores, only where every pair's two runs ended at the same number of tokens (within 1 %)."""
-    if ((joined["tokens"] / joined["tokens_ref"] - 1).abs() > 0.01).any():
-        return
-    ours, theirs = ([final_scores(runs[name]) for name in joined[key]] for key in ("run", "run_ref"))
-    shared = set.intersection(*(set(scores) for scores in ours + theirs)) if ours else set()
-    for key in sorted(shared, key=lambda key: (key != "eval/nll", key)):  # the first is what the contrast is tested on
-        if not key.endswith("/bits_max"):
-            contrast.finals[key] = paired(np.array([x[key] - y[key] for x, y in zip(ours, theirs, strict=True)]))
-    if len(joined) >= MIN_PAIRS:
-        _cross(contrast, *([answers(runs[name]) for name in joined[key]] for key in ("run", "run_ref")))
+def _unpaired(ours: pd.DataFrame, theirs: pd.DataFrame, same: pd.DataFrame) -> Iterator[tuple[int, list[Unpaired]]]:
+    """Contrast -> the scores that both runs of a pair have, but never of the same thing."""
+    place = ["contrast", "seed", "key"]
+    both = ours.drop_duplicates(place).merge(theirs.drop_duplicates(place), on=place, suffixes=("", "_ref"))
+    index = pd.MultiIndex.from_frame(both[place])
+    both = both[~index.isin(pd.MultiIndex.from_frame(same[place]))]
+    for at, part in both.groupby("contrast"):
+        scores = []
+        for key, rows in part.groupby("key"):
+            sides = [
+                " or ".join(sorted({setting(few_shot, n) for few_shot, n in zip(rows[f], rows[c], strict=True)}))
+                for f, c in (("few_shot", "n"), ("few_shot_ref", "n_ref"))
+            ]
+            scores.append(Unpaired(str(key), tuple(int(seed) for seed in rows["seed"]), *sides))
+        yield int(str(at)), scores
 
 
-def _cross(contrast: Contrast, ours: list[Answers], theirs: list[Answers]) -> None:
-    """95 % intervals over runs x questions, of scores for which every run has its answers to the same questions."""
-    for key in contrast.finals:
-        every = [found.get(key) for found in ours + theirs]
-        asked = {None if answer is None else (answer[0], len(answer[1])) for answer in every}
-        if len(asked) != 1 or None in asked:
-            continue
-        scores = np.array([answer[1] for answer in every if answer is not None])
-        if scores.shape[1] > 1:
-            _, *ends = crossed_difference(scores[: len(ours)], scores[len(ours) :])
-            contrast.crossed[key] = ends[0], ends[1]
-
-
-def answers(run: Run) -> Answers:
-    """`task/metric` -> (the questions' fingerprint, 1.0 or 0.0 by question) of all evaluations of a run."""
-    return {
-        f"{task}/{metric}": (str(scored.get("prompt_hash")), np.array(list(text), float))
-        for evaluation in run.evals
-        for task, scored in evaluation.get("tasks", {}).items()
-        for metric, text in (scored.get("answers") or {}).items()
-    }
-
-
-def final_scores(run: Run) -> dict[str, float]:
-    """`task/metric` -> value over all evaluations of a run, and `eval/nll`, the last evaluation-mode loss."""
-    scores = {}
-    for evaluation in run.evals:
-        for task, scored in evaluation.get("tasks", {}).items():
-            for metric, score in scored.get("metrics", {}).items():
-                if score.get("value") is not None:
-                    scores[f"{task}/{metric}"] = float(score["value"])
-    last = run.last("eval_loss")
-    return scores if math.isnan(last) else {"eval/nll": last} | scores
+def _tested(data: GridData, result: list[Contrast], sides: pd.DataFrame) -> list[Contrast]:
+    """Mark the primary contrast and what each is tested on, and adjust the p-values of all others."""
+    declared = data.contrast.metric if data.contrast else None
+    for contrast, primary in zip(result, sides["primary"], strict=True):
+        contrast.primary = bool(primary)
+        available = [E50] if contrast.log_e50 else []
+        available += [score.key for score in contrast.finals]
+        contrast.metric = declared if declared in available else next(iter(available), "")
+        if contrast.primary and declared:
+            contrast.metric = declared
+    rest = [contrast for contrast in result if not contrast.primary]
+    for contrast, p in zip(rest, holm([contrast.p for contrast in rest]), strict=True):
+        contrast.p_holm = p
+    return result

@@ -1,7 +1,7 @@
 """The `compare` verb: families of any table of runs against a reference, paired over seeds and by compute multiplier.
 
-The run is the unit. Pairs share cell and seed; one contrast may be declared primary, all others are adjusted by Holm's
-method.
+The run is the unit. Pairs share cell and seed. One contrast may be declared primary; the p-values of all others are
+adjusted by Holm's method.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 
 from analysis.comparisons.multiplier import multipliers
-from analysis.comparisons.paired import MIN_PAIRS, holm, paired
+from analysis.comparisons.statistics import MIN_PAIRS, holm, paired
 from analysis.errors import InputError
 from analysis.fits.budgets import budgets
 from analysis.fits.columns import chosen, evaluate, expressions, number
-from analysis.records.runs import EQUAL
+from analysis.records.grid_data import EQUAL
 
 NEEDED = {"family": "names of families", "y": "loss or error, lower is better"}
 OPTIONAL = {
@@ -31,19 +31,31 @@ OPTIONAL = {
 
 
 def columns_of(table: pd.DataFrame, columns: str, where: str | None) -> pd.DataFrame:
-    """The named expressions as columns; family, cell and seed as labels, the rest as positive numbers."""
-    found, rows = expressions(columns), chosen(table, where, "--where")
-    unknown = [name for name in found if name not in NEEDED | OPTIONAL]
-    missing = [name for name in NEEDED if name not in found]
+    """The columns that a comparison needs, from expressions.
+
+    Args:
+        table: runs as read from a file.
+        columns: NAME=EXPRESSION,... with the names of NEEDED and OPTIONAL.
+        where: a condition that rows have to satisfy.
+
+    Returns:
+        family, cell and seed as labels, the rest as positive numbers.
+
+    Raises:
+        InputError: an unknown or missing column, or values that are missing or not positive.
+    """
+    requested, rows = expressions(columns), chosen(table, where, "--where")
+    unknown = [name for name in requested if name not in NEEDED | OPTIONAL]
+    missing = [name for name in NEEDED if name not in requested]
     if unknown or missing:
-        word = f"got {unknown[0]!r}" if unknown else f"{missing[0]} is missing ({NEEDED[missing[0]]})"
-        raise InputError(f"--columns: {word}; allowed: {', '.join(NEEDED)} and, as there are, {', '.join(OPTIONAL)}")
-    if not {"C", "seed"} & found.keys():
+        problem = f"got {unknown[0]!r}" if unknown else f"{missing[0]} is missing ({NEEDED[missing[0]]})"
+        raise InputError(f"--columns: {problem}; allowed: {', '.join(NEEDED)}, and optionally {', '.join(OPTIONAL)}")
+    if not {"C", "seed"} & requested.keys():
         raise InputError("--columns: C (for the compute multiplier) or seed (for paired differences) is needed")
-    if not {"C", "cell"} & found.keys():
-        raise InputError("--columns: cell is missing: what pairs share, as the base size")
+    if not {"C", "cell"} & requested.keys():
+        raise InputError("--columns: cell is missing: what pairs share, such as the base size")
     values: dict[str, Any] = {}
-    for name, expression in found.items():
+    for name, expression in requested.items():
         series = evaluate(rows, expression, f"--columns: {name}")
         if series.isna().any():
             raise InputError(f"--columns: {name} is missing in {int(series.isna().sum())} of {len(series)} rows")
@@ -63,23 +75,30 @@ def compare(
 ) -> dict[str, Any]:
     """Paired differences and compute multipliers of every family against the reference.
 
+    Args:
+        runs: the columns of `columns_of`.
+        reference: family that the others are compared with.
+        primary: FAMILY:CELL of the one contrast whose p-value is not adjusted.
+        draws: bootstrap draws of the multipliers.
+        seed: of the draws.
+
     Raises:
-        InputError: no runs of the reference, none of another family, a primary contrast that is not there, or two runs
+        InputError: no runs of the reference, none of another family, an unknown primary contrast, or two runs
             of a family that share cell and seed.
     """
     families = list(dict.fromkeys(runs["family"]))
     if reference not in families:
-        raise InputError(f"--reference: got {reference!r}, families are {', '.join(families)}")
+        raise InputError(f"--reference: got {reference!r}, allowed: {', '.join(families)}")
     others = [name for name in families if name != reference]
     if not others:
         raise InputError(f"--columns: family is {reference!r} in every row, so there is nothing to compare")
-    dense = runs[runs["family"] == reference]
+    of_reference = runs[runs["family"] == reference]
     differences = []
     if "seed" in runs:
         for (family, cell), part in runs[runs["family"] != reference].groupby(["family", "cell"], sort=False):
-            differences += _difference(part, dense[dense["cell"] == cell], str(family), str(cell))
+            differences += _difference(part, of_reference[of_reference["cell"] == cell], str(family), str(cell))
     _tested(differences, primary)
-    return {"reference": reference, "differences": differences} | _multipliers(runs, dense, others, draws, seed)
+    return {"reference": reference, "differences": differences} | _multipliers(runs, of_reference, others, draws, seed)
 
 
 def _tested(differences: list[dict[str, Any]], primary: str | None) -> None:
@@ -103,7 +122,7 @@ def _difference(ours: pd.DataFrame, theirs: pd.DataFrame, family: str, cell: str
     joined = ours.merge(theirs, on="seed", suffixes=("", "_ref"))
     if joined.empty:
         return []
-    found = paired((joined["y"] - joined["y_ref"]).to_numpy())
+    difference = paired((joined["y"] - joined["y_ref"]).to_numpy())
     ratios = {
         name: float((joined[name] / joined[f"{name}_ref"]).mean()) for name in ("C", "params", "bytes") if name in ours
     }
@@ -113,33 +132,35 @@ def _difference(ours: pd.DataFrame, theirs: pd.DataFrame, family: str, cell: str
             "family": family,
             "cell": cell,
             "primary": False,
-            "pairs": found.n,
-            "difference": found.mean,
-            "low": found.low,
-            "high": found.high,
-            "p": found.p,
+            "pairs": difference.n,
+            "difference": difference.mean,
+            "low": difference.low,
+            "high": difference.high,
+            "p": difference.p,
             "ratios": ratios,
             "equal_flop": equal,
         }
     ]
 
 
-def _multipliers(runs: pd.DataFrame, dense: pd.DataFrame, others: list[str], draws: int, seed: int) -> dict[str, Any]:
+def _multipliers(
+    runs: pd.DataFrame, reference: pd.DataFrame, others: list[str], draws: int, seed: int
+) -> dict[str, Any]:
     """By family and cell; the reason where the reference does not allow them."""
     if "C" not in runs:
         return {"multipliers": [], "reason": "no column C"}
     try:
-        found = [
+        items = [
             {"family": name} | asdict(item)
             for name in others
-            for item in multipliers(dense, runs[runs["family"] == name], draws, seed)
+            for item in multipliers(reference, runs[runs["family"] == name], draws, seed)
         ]
     except InputError as error:
         return {"multipliers": [], "reason": str(error)}
-    for item in found:
+    for item in items:
         if item["runs"] < MIN_PAIRS:
             item["low"] = item["high"] = float("nan")
-    return {"multipliers": found, "reason": None}
+    return {"multipliers": items, "reason": None}
 
 
 def text(result: Mapping[str, Any]) -> str:
@@ -151,14 +172,18 @@ def text(result: Mapping[str, Any]) -> str:
             p = f", p {item['p_holm']:.3g} (Holm)"
         ratios = ", ".join(f"{value:.3g}x {name}" for name, value in item["ratios"].items())
         flops = {None: "", True: ", equal-FLOP", False: ", not equal-FLOP"}[item["equal_flop"]]
-        found = f"{item['difference']:+.5g}{_ends(item)}, {item['pairs']} pairs{p}"
+        value = f"{item['difference']:+.5g}{_ends(item)}, {item['pairs']} pairs{p}"
         lines.append(
-            f"{item['family']} - {result['reference']} at {item['cell']}: {found}; {ratios}{flops}".rstrip("; ")
+            f"{item['family']} - {result['reference']} at {item['cell']}: {value}; {ratios}{flops}".rstrip("; ")
         )
     for item in result["multipliers"]:
         note = ", extrapolated" if item["extrapolated"] else ""
-        value = f"{item['value']:.4g}{_ends(item)}"
-        lines.append(f"compute multiplier of {item['family']} at {item['cell']}: {value}, {item['runs']} runs{note}")
+        value = f"{item['value']:.4g}{_ends(item)}, {item['runs']} runs{note}"
+        value = f"refused: {item['reason']}" if item["reason"] else value
+        lines.append(f"compute multiplier of {item['family']} at {item['cell']}: {value}")
+    if result["multipliers"]:
+        misfit = result["multipliers"][0]["misfit"]
+        lines.append(f"the {result['reference']} curve misses its own cells by {misfit:.2g} (root mean square)")
     if result["reason"]:
         lines.append(f"no compute multiplier: {result['reason']}")
     lines.append(f"95 % intervals from {MIN_PAIRS} pairs or runs on")

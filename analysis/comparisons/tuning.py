@@ -1,16 +1,17 @@
-"""What a tuning grid chose: the best setting of each family, whether it lies inside its axes, how much it matters.
+"""What a tuning grid chose: the best setting of each family, whether it is interior, and how much it matters.
 
-Every family must have had the same number of runs, or its best is not comparable with the others'.
+Every family needs the same number of runs, or its best is not comparable with the others'.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 
 from analysis.errors import InputError
-from analysis.records.runs import Run
+from analysis.records.grid_data import GridData
 
 AXES = ("lr", "value_lr", "value_weight_decay")
 
@@ -31,24 +32,22 @@ class Choice:
     worst_neighbour: float
 
 
-def table(runs: list[Run]) -> pd.DataFrame:
-    """One row per run that is done: family, the tuned fields (absent ones NaN) and the share of bits stored."""
-    rows = []
-    for run in runs:
-        if run.state.get("state") != "done" or "storage_bits" not in run.probes:
-            continue
-        train = run.cell["train"]
-        share = float(run.probes["storage_bits"].iloc[-1]) / run.bits_max
-        setting = {axis: train.get(axis) for axis in AXES if run.account.get("params_memory") or axis == "lr"}
-        rows.append({"family": run.model["family"], "seed": run.cell["seed"], **setting, "share": share})
-    if not rows:
+def table(data: GridData) -> pd.DataFrame:
+    """One row per finished run: family, seed, the tuned fields (NaN where it has none) and the share of bits stored."""
+    runs = data.done.assign(share=data.curves("storage_bits").last_y()[data.done.index] / data.done["bits_max"])
+    runs = runs[runs["share"].notna()].sort_values("stored")
+    if runs.empty:
         raise InputError("no run of this grid is done with storage probes; run it first")
-    return pd.DataFrame(rows).reindex(columns=["family", "seed", *AXES, "share"])
+    has_table = runs["params_memory"].fillna(0) > 0
+    for axis in AXES:
+        values = [train.get(axis) for train in runs["train"]]
+        tuned = has_table | (axis == "lr")
+        runs[axis] = np.where(tuned, pd.to_numeric(pd.Series(values, index=runs.index, dtype=object)), np.nan)
+    return runs[["family", "seed", *AXES, "share"]].reset_index(drop=True)
 
 
-def choices(runs: list[Run]) -> list[Choice]:
-    """The choice of every family, in the grid's order."""
-    scored = table(runs)
+def choices(scored: pd.DataFrame) -> list[Choice]:
+    """The choice of every family of a tuning table, in the grid's order."""
     return [_choice(str(family), part) for family, part in scored.groupby("family", sort=False)]
 
 
@@ -63,8 +62,8 @@ def _choice(family: str, scored: pd.DataFrame) -> Choice:
     for axis in axes:
         others = [other for other in axes if other != axis]
         near = [tried[axis][i] for i in (place[axis] - 1, place[axis] + 1) if 0 <= i < len(tried[axis])]
-        alike = (means[others] == best[others]).all(axis=1) if others else pd.Series(True, index=means.index)
-        neighbours += means.loc[means[axis].isin(near) & alike, "share"].tolist()
+        same = (means[others] == best[others]).all(axis=1) if others else pd.Series(True, index=means.index)
+        neighbours += means.loc[means[axis].isin(near) & same, "share"].tolist()
     return Choice(
         family=family,
         runs=len(scored),
@@ -75,18 +74,18 @@ def _choice(family: str, scored: pd.DataFrame) -> Choice:
     )
 
 
-def markdown(runs: list[Run]) -> str:
-    """The choices as a table, and under it every setting tried."""
+def markdown(scored: pd.DataFrame) -> str:
+    """The choices as a table, followed by every setting tried."""
     lines = [
         "| family | runs | lr | value lr | value weight decay | stored | worst neighbour | at an edge |",
         "|---" * 8 + "|",
     ]
-    for choice in choices(runs):
+    for choice in choices(scored):
         setting = [f"{choice.setting[axis]:g}" if axis in choice.setting else "" for axis in AXES]
         cells = [choice.family, str(choice.runs), *setting, f"{choice.share:.1%}", f"{choice.worst_neighbour:.1%}"]
         lines.append("| " + " | ".join([*cells, ", ".join(choice.edges) or "no"]) + " |")
     lines += ["", "| family | lr | value lr | value weight decay | seeds | stored |", "|---" * 6 + "|"]
-    grouped = table(runs).groupby(["family", *AXES], dropna=False)["share"].agg(["count", "mean"])
+    grouped = scored.groupby(["family", *AXES], dropna=False)["share"].agg(["count", "mean"])
     for _, row in grouped.reset_index().iterrows():
         shown = ["" if pd.isna(row[axis]) else f"{row[axis]:g}" for axis in AXES]
         lines.append("| " + " | ".join([row["family"], *shown, f"{row['count']:.0f}", f"{row['mean']:.1%}"]) + " |")

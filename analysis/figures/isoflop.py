@@ -8,27 +8,28 @@ import numpy as np
 
 from analysis.errors import InputError
 from analysis.figures import style
-from analysis.figures.scene import Missing, Scene
+from analysis.figures.context import Context, Missing
 from analysis.fits.intervals import standard_errors
 from analysis.fits.isoflop import IsoFlops, inside, isoflops
 from analysis.fits.request import Request
 
 
-def isoflops_of_grid(scene: Scene, folder: Path) -> list[Path]:
-    """Draw the dense runs of a grid at equal training FLOPs; sizes are non-embedding parameters."""
-    table = scene.table[(scene.table["family"] == "dense") & (scene.table["train_flops"] > 0)]
+def isoflops_of_grid(context: Context, folder: Path) -> list[Path]:
+    """Draw the runs of the reference at equal training FLOPs; sizes are non-embedding parameters."""
+    reference = context.data.reference
+    table = context.table[(context.table["family"] == reference) & (context.table["train_flops"] > 0)]
     table = table.assign(N=table["params_total"] - table["params_embedding"].fillna(0))
     request = Request("isoflop", "N=N,L=eval_loss", group="train_flops", drop_missing=True)
     try:
         if table.empty:
-            raise InputError("no dense run")
-        found = isoflops(table, {"N": "N", "L": "eval_loss"}, request)
+            raise InputError("no run of the reference")
+        profiles = isoflops(table, {"N": "N", "L": "eval_loss"}, request)
     except InputError:
         raise Missing(
-            f"grid {scene.grid} has no four sizes of dense at one training budget; from any table: "
+            f"grid {context.grid} lacks four sizes of {reference} at one training budget; from any table: "
             "python -m analysis fit --law isoflop --group C --data FILE --columns N=...,L=... --figure FOLDER"
         ) from None
-    return isoflop_figure(found, folder, f"our runs, grid {scene.grid}")
+    return isoflop_figure(profiles, folder, f"our runs, grid {context.grid}")
 
 
 def isoflop_figure(found: IsoFlops, folder: Path, source: str) -> list[Path]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.comparisons.paired import MIN_PAIRS, paired
+from analysis.comparisons.statistics import MIN_PAIRS, paired, paired_by_group
 from analysis.figures import style
-from analysis.figures.scene import Missing, Scene, common_exposure, dot, face
-from analysis.records.runs import Run
+from analysis.figures.context import Context, Missing
+from analysis.figures.marks import dot, face
+from analysis.records.curves import Curves
+from analysis.records.grid_data import GridData
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,86 +24,120 @@ AXES = {
     "wall_s": "wall-clock of training, seconds",
     "tokens": "training tokens",
 }
+LINES = 20
+"""Most runs of a variant that are drawn as lines; more are drawn as a band."""
+QUANTILES = (0.1, 0.9)
 
 
-def mean_curve(runs: list[Run], x: str, y: str) -> tuple[np.ndarray, list[np.ndarray], list[list[tuple[float, float]]]]:
-    """The variant's mean curve on its own probe exposures, as far as all its runs got, and each run's own
-    points.
+def mean_curve(data: GridData, runs: np.ndarray, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+    """The curves of some runs on the probe exposures of the one that ended first.
 
-    Returns x of the mean, [mean, low, high] (low and high NaN below MIN_PAIRS runs), and the runs' (x, y)
-    points.
+    Args:
+        data: the grid.
+        runs: positions of the runs.
+        x: probe column of the horizontal axis.
+        y: probe column of the outcome.
+
+    Returns:
+        The mean of x, (exposures,), and y of each run, (runs with such probes, exposures).
     """
-    tables = [run.probes.dropna(subset=["epoch", x, y]) for run in runs if {x, y} <= set(run.probes.columns)]
-    tables = [table for table in tables if len(table)]
-    if not tables:
-        return np.array([]), [np.array([])] * 3, []
-    last = min(float(table["epoch"].iloc[-1]) for table in tables)
-    longest = min(tables, key=lambda table: float(table["epoch"].iloc[-1]))
-    epochs = longest["epoch"].to_numpy(float)
-    epochs = epochs[(epochs <= last) & (epochs > 0)]
-    grids = {key: np.array([_resampled(table, key, epochs) for table in tables]) for key in (x, y)}
-    summaries = [paired(column) for column in grids[y].T]
-    middle = [np.array([getattr(item, part) for item in summaries]) for part in ("mean", "low", "high")]
-    points = [list(zip(table[x].astype(float), table[y].astype(float), strict=True)) for table in tables]
-    return grids[x].mean(0), middle, points
+    over_x, over_y = data.curves(x), data.curves(y)
+    runs = runs[(over_x.count[runs] > 0) & (over_y.count[runs] > 0)]
+    if not len(runs):
+        return np.array([]), np.empty((0, 0))
+    ends = over_y.last_x()[runs]
+    shortest = runs[int(ends.argmin())]
+    points = slice(over_y.first[shortest], over_y.first[shortest] + over_y.count[shortest])
+    exposures = over_y.x[points]
+    exposures = exposures[exposures > 0]
+    return _resampled(over_x, runs, exposures).mean(0), _resampled(over_y, runs, exposures)
 
 
-def _resampled(table: pd.DataFrame, key: str, epochs: np.ndarray) -> np.ndarray:
-    """A probe column at these exposures, linear in log exposure."""
-    known = table[table["epoch"] > 0]
-    return np.interp(np.log(epochs), np.log(known["epoch"].to_numpy(float)), known[key].to_numpy(float))
+def _resampled(curves: Curves, runs: np.ndarray, exposures: np.ndarray) -> np.ndarray:
+    """Each run's values at these exposures, (runs, exposures)."""
+    queries = np.repeat(runs, len(exposures))
+    return curves.at(np.tile(exposures, len(runs)), queries, clamp=True).reshape(len(runs), len(exposures))
 
 
-def curves(axis: Axes, found: Scene, base: str, x: str, y: str) -> None:
-    """Mean curves of every variant of a base with 95 % bands (from five runs) and each run as a thin line."""
-    for label, runs in found.variants(base):
-        look = found.looks[label]
-        at, (mean, low, high), points = mean_curve(runs, x, y)
-        if not points:
+def curves(axis: Axes, context: Context, base: str, x: str, y: str) -> None:
+    """Draw the mean curve of every variant of a base with its 95 % band, and each run as a thin line.
+
+    Of more than LINES runs the band holds the runs between QUANTILES, and there are no thin lines.
+
+    Args:
+        axis: where.
+        context: the grid.
+        base: base size.
+        x: probe column of the horizontal axis, a key of AXES.
+        y: probe column of the outcome.
+    """
+    for label, group in context.variants(base):
+        look, runs = context.looks[label], group.index.to_numpy(int)
+        at, values = mean_curve(context.data, runs, x, y)
+        if not len(values):
             continue
-        for run in points:
-            axis.plot(*zip(*run, strict=True), color=look.color, alpha=0.18, linewidth=0.6)
+        if len(values) <= LINES:
+            _single_runs(axis, context.data, runs, x, y, look)
         axis.plot(
             at,
-            mean,
+            values.mean(0),
             color=look.color,
             linestyle=look.linestyle,
             marker=look.marker,
             alpha=look.alpha,
             markersize=3,
-            label=found.named(label),
+            label=context.legend(label),
         )
-        if len(points) >= MIN_PAIRS:
-            axis.fill_between(at, low, high, color=look.color, alpha=0.15, linewidth=0)
+        low, high = _band(values)
+        axis.fill_between(at, low, high, color=look.color, alpha=0.15, linewidth=0)
     axis.set_xlabel(AXES[x])
     axis.set_title(f"base {base}", loc="left")
 
 
+def _single_runs(axis: Axes, data: GridData, runs: np.ndarray, x: str, y: str, look: style.Look) -> None:
+    if x not in data.probes or y not in data.probes:
+        return
+    points = data.probes[data.probes["run"].isin(runs)].dropna(subset=[x, y])
+    for _, run in points.groupby("run"):
+        axis.plot(run[x], run[y], color=look.color, alpha=0.18, linewidth=0.6)
+
+
+def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the band over (runs, exposures): quantiles of many runs, or the t-interval of the mean (NaN for few)."""
+    if len(values) > LINES:
+        low, high = np.quantile(values, QUANTILES, axis=0)
+        return low, high
+    places = np.tile(np.arange(values.shape[1]), len(values))
+    intervals = paired_by_group(values.ravel(), places, values.shape[1])
+    return np.array([one.low for one in intervals]), np.array([one.high for one in intervals])
+
+
 CURVE_NOTE = (
-    "Thick: mean over seeds as far as all of them ran (runs stop once past half of N H); band: 95 % "
-    f"t-interval, drawn from {MIN_PAIRS} runs on; thin: single runs; n: number of runs, a/b by base."
+    "Thick: mean over seeds as far as all of them ran (runs stop once past half of N H); band: 95 % t-interval, drawn "
+    f"from {MIN_PAIRS} runs on, or, of more than {LINES} runs, the middle 80 % of them; thin: single runs; n: number "
+    "of runs, a/b by base."
 )
 
 
-CUT_NOTE = " Cut off below −¼ N H, where a model is surely wrong."
+CUT_NOTE = " Cut off below −¼ N H, where a model is confidently wrong."
 
 
 def cut_below(axis: Axes, bits_max: float) -> None:
-    """Leave out what lies below -N H / 4: an untrained model is surely wrong, and its bits fill the panel."""
+    """Leave out what lies below -N H / 4: an untrained model is confidently wrong, and its bits fill the panel."""
     if axis.get_ylim()[0] < -bits_max / 4:
         axis.set_ylim(bottom=-bits_max / 4)
 
 
-def bits_against_exposures(found: Scene, folder: Path) -> list[Path]:
+def bits_against_exposures(context: Context, folder: Path) -> list[Path]:
     """Bits learned (storage) against exposures, one panel per base, half of N H marked."""
-    bases = found.bases
+    bases = context.bases
     with style.figure(1, len(bases), width=max(4.4, 3.6 * len(bases)), height=4.2, sharey=False) as (
         drawn,
         axes,
     ):
         for axis, base in zip(axes, bases, strict=True):
-            curves(axis, found, base, "epoch", "storage_bits")
-            half = float(found.table[found.table["base"] == base]["bits_max"].max()) / 2
+            curves(axis, context, base, "epoch", "storage_bits")
+            half = float(context.of_base(base)["bits_max"].max()) / 2
             axis.axhline(half, color="#888888", linewidth=0.8, linestyle=":")
             axis.annotate(
                 "½ N H",
@@ -116,43 +152,43 @@ def bits_against_exposures(found: Scene, folder: Path) -> list[Path]:
             cut_below(axis, 2 * half)
         axes[0].set_ylabel("bits learned (storage)")
         style.legend_above(drawn, axes)
-        return style.save(drawn, folder, "bits-exposures", found.note(CURVE_NOTE + CUT_NOTE))
+        return style.save(drawn, folder, "bits-exposures", context.note(CURVE_NOTE + CUT_NOTE))
 
 
-def bits_against_compute(found: Scene, folder: Path) -> list[Path]:
+def bits_against_compute(context: Context, folder: Path) -> list[Path]:
     """Bits learned against training FLOPs (above) and against wall-clock (below), one column per base."""
-    bases = found.bases
+    bases = context.bases
     with style.figure(2, len(bases), width=max(4.4, 3.6 * len(bases)), height=6.4) as (drawn, axes):
         for row, x in enumerate(("train_flops", "wall_s")):
             for axis, base in zip(axes[row * len(bases) :], bases, strict=False):
-                curves(axis, found, base, x, "storage_bits")
-                cut_below(axis, float(found.table[found.table["base"] == base]["bits_max"].max()))
+                curves(axis, context, base, x, "storage_bits")
+                cut_below(axis, float(context.of_base(base)["bits_max"].max()))
                 style.log_axis(axis)
             axes[row * len(bases)].set_ylabel("bits learned (storage)")
         style.legend_above(drawn, axes)
-        note = CURVE_NOTE + CUT_NOTE + " Wall-clock on the machine that ran the grid, other cells beside it."
-        return style.save(drawn, folder, "bits-compute", found.note(note))
+        note = CURVE_NOTE + CUT_NOTE + " Wall-clock is that of the machine that ran the grid, which runs shared."
+        return style.save(drawn, folder, "bits-compute", context.note(note))
 
 
-def loss_curves(found: Scene, folder: Path) -> list[Path]:
+def loss_curves(context: Context, folder: Path) -> list[Path]:
     """Evaluation-mode loss against training tokens, one panel per base; training-mode loss is never drawn."""
-    bases = found.bases
+    bases = context.bases
     with style.figure(1, len(bases), width=max(4.4, 3.6 * len(bases)), height=4.2) as (drawn, axes):
         for axis, base in zip(axes, bases, strict=True):
-            curves(axis, found, base, "tokens", "eval_loss")
+            curves(axis, context, base, "tokens", "eval_loss")
             style.log_axis(axis)
         axes[0].set_ylabel("loss in evaluation mode, nats/token")
         style.legend_above(drawn, axes)
-        return style.save(drawn, folder, "loss-curves", found.note(CURVE_NOTE))
+        return style.save(drawn, folder, "loss-curves", context.note(CURVE_NOTE))
 
 
-def against_rows(found: Scene, folder: Path) -> list[Path]:
-    """The paper's figure 1 form: E50 and NLL against memory rows, dense and MoE as horizontal references."""
-    bases = found.bases
-    if not (found.table["memory_rows"] > 0).any():
+def against_rows(context: Context, folder: Path) -> list[Path]:
+    """The paper's figure 1 form: E50 and NLL against memory rows, models without a table as horizontal references."""
+    bases = context.bases
+    if not (context.table["memory_rows"] > 0).any():
         raise Missing(
-            f"grid {found.grid} has no model with a memory; add a family with half_keys to it, then: "
-            f"suite sweep {found.source}"
+            f"grid {context.grid} has no model with a memory; add a family with half_keys to it, then: "
+            f"suite sweep {context.source}"
         )
     with style.figure(2, len(bases), width=max(4.4, 3.6 * len(bases)), height=6.2, sharex="col") as (
         drawn,
@@ -160,11 +196,11 @@ def against_rows(found: Scene, folder: Path) -> list[Path]:
     ):
         notes = []
         for column, base in enumerate(bases):
-            part = found.table[found.table["base"] == base]
-            points, exposure = common_exposure(found, part)
+            part = context.of_base(base)
+            points, exposure = context.with_bits_at_common_exposure(part)
             top, bottom = axes[column], axes[len(bases) + column]
-            rows_panel(top, found, points, "e50", "E50, exposures" if column == 0 else "")
-            rows_panel(bottom, found, points, "nll", "answer NLL, nats" if column == 0 else "")
+            rows_panel(top, context, points, "e50", "E50, exposures" if column == 0 else "")
+            rows_panel(bottom, context, points, "nll", "answer NLL, nats" if column == 0 else "")
             bottom.set_xlabel("memory rows")
             top.set_title(f"base {base}", loc="left")
             notes.append(f"{base}: {exposure:.3g}")
@@ -175,21 +211,22 @@ def against_rows(found: Scene, folder: Path) -> list[Path]:
             "without a table. NLL per attribute at the last exposure all runs of a base reached "
             f"({', '.join(notes)})."
         )
-        return style.save(drawn, folder, "memory-rows", found.note(note))
+        return style.save(drawn, folder, "memory-rows", context.note(note))
 
 
-def rows_panel(axis: Axes, found: Scene, points: pd.DataFrame, key: str, ylabel: str) -> None:
+def rows_panel(axis: Axes, context: Context, points: pd.DataFrame, key: str, ylabel: str) -> None:
     """One outcome against memory rows: tables as joined points, families without a table as lines with a
     band."""
     for family, members in points.groupby("family", sort=False):
         with_table = members[members["memory_rows"] > 0]
         if len(with_table):
-            _rows_family(axis, found, str(family), with_table, key)
+            _rows_family(axis, context, str(family), with_table, key)
     bounds: list[tuple[float, str]] = []
     for label, group in points[points["memory_rows"] == 0].groupby("label", sort=False):
-        look, middle = found.looks[str(label)], paired(group[key].to_numpy(float))
-        dashes = look.linestyle if group["family"].iloc[0] == "dense" else (0, (6, 3))  # none hides another
-        axis.axhline(middle.mean, color=look.color, linestyle=dashes, linewidth=1.2, label=found.named(str(label)))
+        look, middle = context.looks[str(label)], paired(group[key].to_numpy(float))
+        is_reference = group["family"].iloc[0] == context.data.reference
+        dashes: Any = look.linestyle if is_reference else (0, (6, 3))  # equal lines stay visible
+        axis.axhline(middle.mean, color=look.color, linestyle=dashes, linewidth=1.2, label=context.legend(str(label)))
         if key == "e50" and group["e50_state"].eq("censored").any():
             bounds.append((middle.mean, str(label)))
         if not np.isnan(middle.low):
@@ -225,13 +262,13 @@ def _bounds(axis: Axes, bounds: list[tuple[float, str]]) -> None:
         )
 
 
-def _rows_family(axis: Axes, found: Scene, family: str, members: pd.DataFrame, key: str) -> None:
+def _rows_family(axis: Axes, context: Context, family: str, members: pd.DataFrame, key: str) -> None:
     """A family with tables: one point per number of rows, joined, with intervals; open where runs are
     censored."""
-    look = found.looks[str(members["label"].iloc[0])]
+    look = context.looks[str(members["label"].iloc[0])]
     groups = [(float(group["memory_rows"].iloc[0]), group) for _, group in members.groupby("memory_rows")]
     middles = [paired(group[key].to_numpy(float)) for _, group in groups]
-    everywhere = found.table[(found.table["family"] == family) & (found.table["memory_rows"] > 0)]
+    everywhere = context.table[(context.table["family"] == family) & (context.table["memory_rows"] > 0)]
     counts = sorted({int(count) for count in everywhere.groupby(["base", "label"]).size()})
     count = f"{counts[0]}–{counts[-1]}" if len(counts) > 1 else str(counts[0])
     rows = [row for row, _ in groups]

@@ -1,7 +1,6 @@
 """One look for every figure: colours that survive colour blindness and print, markers that survive grey.
 
-Colours are Okabe and Ito's (Color Universal Design, 2008), one per family; a table size is a line style and
-a shade.
+Colours are Okabe and Ito's (Color Universal Design, 2008), one per family; a table size is a line style and a shade.
 """
 
 from __future__ import annotations
@@ -65,21 +64,25 @@ class Look:
     size: float
 
 
+PLAIN = Look("#7F7F7F", "o", "-", 1.0, 4.0)
+"""What is drawn without a legend entry."""
+
+
 def looks(variants: list[tuple[str, str]]) -> dict[str, Look]:
-    """Label -> look, for (family, label) pairs in drawing order: families by colour and marker, members by
-    line style and the marker's size."""
+    """Label -> look, for (family, label) pairs in drawing order: families by colour and marker, members by line style
+    and the marker's size."""
     unknown = [family for family in dict.fromkeys(family for family, _ in variants) if family not in COLOURS]
     colours = COLOURS | {family: SPARE[i % len(SPARE)] for i, family in enumerate(unknown)}
     seen: dict[str, int] = {}
-    found = {}
+    by_label = {}
     for family, label in dict.fromkeys(variants):
         rank = seen.get(family, 0)
         seen[family] = rank + 1
         alpha = 1.0 if rank == 0 else max(0.5, 1 - 0.2 * rank)
-        found[label] = Look(
+        by_label[label] = Look(
             colours[family], MARKERS.get(family, "X"), STYLES[rank % len(STYLES)], alpha, 4 + 1.5 * min(rank, 5)
         )
-    return found
+    return by_label
 
 
 @contextmanager

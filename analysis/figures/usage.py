@@ -3,42 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
 import pandas as pd
 
 from analysis.figures import style
-from analysis.figures.scene import BESIDE, Missing, Scene, dot
-from analysis.records.runs import Run
+from analysis.figures.context import SIDE_BY_SIDE, Context, Missing
+from analysis.figures.learning import LINES, QUANTILES
+from analysis.figures.marks import dot
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
-def usage_figure(found: Scene, folder: Path) -> list[Path]:
+def usage_figure(context: Context, folder: Path) -> list[Path]:
     """Share of rows read and unevenness of reads, of every model with a table; the mean over a run's tables."""
-    used: list[tuple[str, str, np.ndarray]] = []
-    uneven: list[tuple[str, str, np.ndarray]] = []
-    for base in found.bases:
-        for label, runs in found.variants(base):
-            known = [tables for run in runs if (tables := run.usage.get("tables"))]
-            if known:
-                shares = [100 * float(np.mean([table["used"] for table in tables])) for tables in known]
-                bits = [float(np.mean([table["kl_bits"] for table in tables])) for tables in known]
-                used.append((f"{base} {label}", label, np.array(shares)))
-                uneven.append((f"{base} {label}", label, np.array(bits)))
-    if not used:
+    runs = context.table[context.table["usage_used"].notna()]
+    groups = [(str(base), label, group) for base in context.bases for label, group in context.variants(base)]
+    groups = [(base, label, group.loc[group.index.isin(runs.index)]) for base, label, group in groups]
+    groups = [item for item in groups if len(item[2])]
+    if not groups:
         raise Missing(
-            f"no usage.json in grid {found.grid}; suite sweep {found.source} writes it for models with a memory"
+            f"no usage.json in grid {context.grid}; suite sweep {context.source} writes it for models with a memory"
         )
+    used = [(f"{base} {label}", label, 100 * group["usage_used"].to_numpy(float)) for base, label, group in groups]
+    uneven = [(f"{base} {label}", label, group["usage_kl_bits"].to_numpy(float)) for base, label, group in groups]
     with style.figure(1, 2, width=7.0, height=1.3 + 0.3 * len(used), sharey=True) as (drawn, axes):
         for axis, rows, words in zip(
             axes, (used, uneven), ("rows read at all, %", "KL from even use, bits"), strict=True
         ):
             for position, (_, label, values) in enumerate(rows):
-                dot(axis, position, values, found.looks[label], sideways=True)
+                dot(axis, position, values, context.looks[label], sideways=True)
             axis.set_yticks(range(len(rows)), [f"{text} (n={len(values)})" for text, _, values in rows])
             axis.set_ylim(len(rows) - 0.5, -0.5)
             axis.set_xlabel(words)
-        note = "Reads of the finished model over a fixed sample of training text, mean over its tables. " + BESIDE
-        return style.save(drawn, folder, "key-usage", found.note(note))
+        note = "Reads of the finished model over a fixed sample of training text, mean over its tables. " + SIDE_BY_SIDE
+        return style.save(drawn, folder, "key-usage", context.note(note))
 
 
 PANELS = (
@@ -48,54 +48,56 @@ PANELS = (
 )
 
 
-def usage_in_training(found: Scene, folder: Path) -> list[Path]:
-    """Rows read, rows never read and unevenness of reads against training tokens, a line of panels per base."""
-    known = {base: variants for base in found.bases if (variants := _recorded(found, base))}
-    if not known:
+def usage_in_training(context: Context, folder: Path) -> list[Path]:
+    """Rows read, rows never read and unevenness of reads against training tokens, a row of panels per base."""
+    use = context.data.table_use
+    by_base = {
+        base: [
+            (label, part) for label, group in context.variants(base) if len(part := use[use["run"].isin(group.index)])
+        ]
+        for base in context.bases
+    }
+    by_base = {base: variants for base, variants in by_base.items() if variants}
+    if not by_base:
         raise Missing(
-            f"no usage in train.jsonl of grid {found.grid}; suite sweep {found.source} writes it for memories"
+            f"no usage in train.jsonl of grid {context.grid}; suite sweep {context.source} writes it for memories"
         )
-    with style.figure(len(known), len(PANELS), width=7.4, height=2.5 * len(known), sharex="row") as (drawn, axes):
-        for row, (base, variants) in enumerate(known.items()):
-            for axis, (key, factor, words) in zip(axes[len(PANELS) * row :], PANELS, strict=False):
-                for label, tables in variants:
-                    look = found.looks[label]
-                    for table in tables:
-                        axis.plot(table["tokens"], factor * table[key], color=look.color, alpha=0.18, linewidth=0.6)
-                    mean = _mean(tables)
-                    axis.plot(
-                        mean["tokens"],
-                        factor * mean[key],
-                        color=look.color,
-                        linestyle=look.linestyle,
-                        alpha=look.alpha,
-                        label=found.named(label),
-                    )
+    with style.figure(len(by_base), len(PANELS), width=7.4, height=2.5 * len(by_base), sharex="row") as (drawn, axes):
+        for row, (base, variants) in enumerate(by_base.items()):
+            for axis, (key, factor, ylabel) in zip(axes[len(PANELS) * row :], PANELS, strict=False):
+                for label, part in variants:
+                    _over_training(axis, context, label, part.assign(y=factor * part[key]))
                 style.log_axis(axis)
                 axis.set_ylim(bottom=0)
                 axis.set_xlabel("training tokens")
-                axis.set_ylabel(words)
+                axis.set_ylabel(ylabel)
                 axis.set_title(f"base {base}", loc="left")
         style.legend_above(drawn, axes)
         note = (
-            "Reads of single training steps, mean over tables; a step reads no more rows than it looks up, and fewer "
-            "lookups look less even. Thick: mean over seeds as far as all of them ran; thin: single runs; n: number of "
-            "runs."
+            "Reads of single training steps, mean over tables. A step reads at most as many rows as it looks up, and "
+            "fewer lookups look less even. Thick: mean over seeds as far as all of them ran; thin: single runs, or, of "
+            f"more than {LINES} runs, a band with the middle 80 % of them; n: number of runs."
         )
-        return style.save(drawn, folder, "key-usage-training", found.note(note))
+        return style.save(drawn, folder, "key-usage-training", context.note(note))
 
 
-def _recorded(found: Scene, base: str) -> list[tuple[str, list[pd.DataFrame]]]:
-    """The variants of a base whose runs recorded their use of tables, with what they recorded."""
-    variants = [(label, _tables(runs)) for label, runs in found.variants(base)]
-    return [(label, tables) for label, tables in variants if tables]
-
-
-def _tables(runs: list[Run]) -> list[pd.DataFrame]:
-    return [run.table_use for run in runs if len(run.table_use)]
-
-
-def _mean(tables: list[pd.DataFrame]) -> pd.DataFrame:
-    """The mean over runs at the tokens that all of them recorded."""
-    every = pd.concat(tables).groupby("tokens")
-    return every.mean()[every.size() == len(tables)].reset_index()
+def _over_training(axis: Axes, context: Context, label: str, part: pd.DataFrame) -> None:
+    """The runs of one variant, and their mean at the tokens that all of them logged."""
+    look, runs = context.looks[label], part["run"].nunique()
+    by_tokens = part.groupby("tokens")["y"]
+    shared = by_tokens.size() == runs
+    mean = by_tokens.mean()[shared]
+    if runs > LINES:
+        low, high = (by_tokens.quantile(share)[shared] for share in QUANTILES)
+        axis.fill_between(mean.index, low, high, color=look.color, alpha=0.15, linewidth=0)
+    else:
+        for _, run in part.groupby("run"):
+            axis.plot(run["tokens"], run["y"], color=look.color, alpha=0.18, linewidth=0.6)
+    axis.plot(
+        mean.index,
+        mean,
+        color=look.color,
+        linestyle=look.linestyle,
+        alpha=look.alpha,
+        label=context.legend(label),
+    )

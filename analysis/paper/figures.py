@@ -1,8 +1,8 @@
 """The figures and tables of "Memory Layers at Scale" from its published numbers, and from our runs that match.
 
 A run matches a published number if its model is the paper's of that base, family and table rows (in the ablations: the
-variant), whatever else it could be, and the task and metric are the same; how many tokens it saw is said beside it. A
-widened dense model, a Memory+ with a feed-forward beside it and the like match nothing.
+variant) without other options, and if the task and metric are the same; the tokens that it saw are stated next to it. A
+widened dense model, a Memory+ that keeps its feed-forward and the like match nothing.
 Every published number carries the first letter of its confidence: A (two or more transcriptions agree, or the paper's
 text), B (one transcription), C (read off a figure).
 """
@@ -19,8 +19,9 @@ import pandas as pd
 from analysis.errors import InputError
 from analysis.figures import style
 from analysis.paper.tables import LETTERS, TRAPS, draw_tables, tables
+from analysis.records.grid_data import COLUMNS, positions, read_store, run_table, unnest
 from analysis.records.published import printed_as
-from analysis.records.runs import Run, read_runs
+from analysis.records.scores import LOSS, final_scores
 from analysis.records.shipped import published_folder
 from analysis.records.tables import number, read_table
 
@@ -41,12 +42,10 @@ EXPERTS = {"134m": 16, "373m": 8, "720m": 6, "1.3b": 4}
 FAMILIES = ("dense", "moe", "peer", "pkm", "memory_plus")
 HALF_KEYS = {None: 1024, 64: 4096, 256: 2048, 2048: 724}
 """Ablations: width of a value -> half keys; None: the model's width. 724 x 724 is as near to 512k as a square comes."""
-BESIDE = 0.11
-"""Between the families of a base, as a share of the way to the next."""
+OFFSET = 0.11
+"""Between the families of a base, as a share of the distance to the next base."""
 FILLS = ("full", "left", "bottom", "right", "top")
 KEY_DIM = "key_dim={} (sum of both sub-keys)"
-LAST = 10
-"""Logged steps at the end whose mean loss stands beside the paper's training NLL."""
 PANELS = (
     ("nq_open", "exact_match", "NQ, exact match, %"),
     ("triviaqa", "f1", "TriviaQA, F1, %"),
@@ -65,41 +64,48 @@ def published(results: Path) -> pd.DataFrame:
 def ours(results: Path) -> pd.DataFrame:
     """Final scores of our runs of the paper's models, one row per run and score, under the paper's names of tasks and
     variants."""
-    try:
-        runs = read_runs(results)
-    except InputError:
-        runs = []
-    rows = [row for run in runs for row in _scores(run)]
     columns = ["run", "family", "base", "memory_rows", "plain", "variant", "tokens", "task", "metric", "value"]
-    return pd.DataFrame(rows, columns=columns)
+    try:
+        store = read_store(results, None, COLUMNS)
+    except InputError:
+        return pd.DataFrame(columns=columns)
+    runs, _ = run_table(store, {})
+    position = positions(runs, len(store))
+    scores = final_scores(runs, unnest(store, "scores", position), unnest(store, "answers", position))
+    runs = runs[runs["family"].isin(FAMILIES) & runs["base"].isin(SHAPES)]
+    models = list(runs["model"])
+    named = pd.Series([variants(model) for model in models], index=runs.index, dtype=object)
+    runs = runs.assign(plain=[not own_options(model) for model in models], variant=named)
+    scores = pd.concat([_one_setting(scores[scores["key"] != LOSS]), _recent_losses(runs)])
+    return scores.merge(runs, left_on="run", right_index=True, suffixes=("_position", ""))[columns].reset_index(
+        drop=True
+    )
 
 
-def _scores(run: Run) -> list[dict[str, Any]]:
-    model = run.model
-    if model["family"] not in FAMILIES or model["base"] not in SHAPES:
-        return []
-    common = {
-        "run": run.name,
-        "family": model["family"],
-        "base": model["base"],
-        "memory_rows": run.memory_rows,
-        "plain": not own_options(model),
-        "variant": variants(model),
-        "tokens": run.last("tokens"),
-    }
-    found: dict[tuple[str, str], float] = {}
-    if run.training:  # one step's loss is noisy
-        found["train", "nll"] = float(np.mean([line["loss"] for line in run.training[-LAST:]]))
-    asked = [(task, scored) for evaluation in run.evals for task, scored in evaluation.get("tasks", {}).items()]
-    # Of two tasks that are one in the paper, lm-eval's own counts: the released template's.
-    for task, scored in sorted(asked, key=lambda item: not item[0].endswith("_qa")):
-        for metric, score in scored.get("metrics", {}).items():
-            found[printed_as(task, metric)] = score["value"]
-    return [common | {"task": task, "metric": metric, "value": value} for (task, metric), value in found.items()]
+def _one_setting(scores: pd.DataFrame) -> pd.DataFrame:
+    """One score of each task of the paper per run: on the most questions, and with the most examples of those.
+
+    Where two tasks are one in the paper, lm-eval's own counts: it is the released template's.
+    """
+    names = [printed_as(task, metric) for task, metric in zip(scores["task"], scores["metric"], strict=True)]
+    named = scores.assign(
+        own=[task.endswith("_qa") for task in scores["task"]],
+        task=[task for task, _ in names],
+        metric=[metric for _, metric in names],
+    )
+    order = ["own", "limit", "n", "few_shot"]
+    ordered = named.sort_values(order, ascending=[False, True, True, True], na_position="last", kind="stable")
+    return ordered.drop_duplicates(["run", "task", "metric"], keep="last")[["run", "task", "metric", "value"]]
+
+
+def _recent_losses(runs: pd.DataFrame) -> pd.DataFrame:
+    """The mean training loss of the last logged steps, since a single step's loss is noisy."""
+    losses = runs["recent_loss"].dropna()
+    return pd.DataFrame({"run": losses.index, "task": "train", "metric": "nll", "value": losses.to_numpy(float)})
 
 
 def own_options(model: dict[str, Any]) -> dict[str, Any]:
-    """The options by which a model differs from the paper's of its family and base, table rows apart."""
+    """The options, other than table rows, by which a model differs from the paper's of its family and base."""
     layers, width, stride = SHAPES[model["base"]]
     middle, plus = layers // 2, model["family"] == "memory_plus"
     papers = {
@@ -111,8 +117,8 @@ def own_options(model: dict[str, Any]) -> dict[str, Any]:
         "k_dim": width // 2 if plus else 256,
         "placement": [middle - stride, middle, middle + stride] if plus else [middle],
     }
-    given = {name: value for name, value in model.items() if name not in ("family", "base", "half_keys")}
-    return {name: value for name, value in given.items() if value is not None and value != papers.get(name, False)}
+    options = {name: value for name, value in model.items() if name not in ("family", "base", "half_keys")}
+    return {name: value for name, value in options.items() if value is not None and value != papers.get(name, False)}
 
 
 def variants(model: dict[str, Any]) -> tuple[str, ...]:
@@ -141,7 +147,7 @@ def variants(model: dict[str, Any]) -> tuple[str, ...]:
 
 
 def draw(results: Path, folder: Path) -> dict[str, list[Path]]:
-    """Figure 1, figure 4 and the four tables: name -> files. InputError if the published numbers are not there."""
+    """Figure 1, figure 4 and the four tables: name -> files. InputError if there are no published numbers."""
     theirs, mine = published(results), ours(results)
     files = {
         "figure1": _figure1(theirs, mine, folder),
@@ -193,7 +199,7 @@ def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
     at = {base: index for index, base in enumerate(BASES)}
     shown = _shown(mine[mine["base"].isin(BASES) & (mine["memory_rows"] <= 2**20)], PANELS[:2])
     families = [family for family in style.COLOURS if family in set(theirs["family"][theirs["table"] == "Table 1"])]
-    beside = {family: BESIDE * (number - (len(families) - 1) / 2) for number, family in enumerate(families)}
+    offset = {family: OFFSET * (number - (len(families) - 1) / 2) for number, family in enumerate(families)}
     with style.figure(1, 2, width=7.6, height=3.4) as (drawn, axes):
         for axis, (task, metric, title) in zip(axes, PANELS[:2], strict=True):
             part = theirs[(theirs["table"] == "Table 1") & (theirs["task"] == task) & (theirs["metric"] == metric)]
@@ -201,7 +207,7 @@ def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
             axis.margins(y=0.12)  # room for letters
             for family in families:
                 rows = part[part["family"] == family]
-                rows = rows.assign(place=rows["base"].map(at) + beside[family]).sort_values("place")
+                rows = rows.assign(place=rows["base"].map(at) + offset[family]).sort_values("place")
                 axis.plot(
                     rows["place"],
                     rows["value"] * 100,
@@ -214,14 +220,14 @@ def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
                 )
                 _letters(axis, rows["place"], rows["value"] * 100, rows["letter"])
             matching = shown[(shown["task"] == task) & (shown["metric"] == metric)]
-            _ours(axis, matching, lambda row: at[row["base"]] + beside[row["family"]], 100)
+            _ours(axis, matching, lambda row: at[row["base"]] + offset[row["family"]], 100)
             axis.set_xticks(list(at.values()), list(at))
             axis.set_xlabel("base, 1T tokens")
             axis.set_title(title, loc="left")
         style.legend_above(drawn, axes)
         note = (
-            f"{LETTERS} Numbers of table 1; the values of the paper's figure 4 were not found, nor any of the 720m "
-            "base or of 373m Memory. Families of a base stand side by side; dotted lines lead the eye. Mixtures: "
+            f"{LETTERS} Numbers of table 1; the values of the paper's figure 4 are not available, nor any of the 720m "
+            "base or of 373m Memory. Families of a base stand side by side; dotted lines guide the eye. Mixtures: "
             "expert choice in training, top-1 in evaluation. Source: arXiv:2412.09764"
         )
         return style.save(drawn, folder, "accuracy-base-size", f"{note}{_also(shown)}.")
@@ -230,8 +236,8 @@ def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
 def _shown(mine: pd.DataFrame, panels: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
     """Our scores that have a panel, of the paper's models."""
     mine = mine[mine["plain"].astype(bool)]
-    asked = [mine["task"].eq(task) & mine["metric"].eq(metric) for task, metric, _ in panels]
-    return mine[np.logical_or.reduce(asked)]
+    in_panels = [mine["task"].eq(task) & mine["metric"].eq(metric) for task, metric, _ in panels]
+    return mine[np.logical_or.reduce(in_panels)]
 
 
 def _also(mine: pd.DataFrame) -> str:

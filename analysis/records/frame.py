@@ -1,25 +1,30 @@
 """The tidy frame: one row per run x step x task x metric, with the columns of the design and no others.
 
-Rows come from run directories (source `run`) and from published tables (source: the paper). What a run logs
-maps to
+Rows come from run directories (source `run`) and from published tables (source: the paper). What a run logs maps to
     training lines   split train   task train            metrics loss (training mode, nats per token), epoch
     probe lines      split probe   task eval             metrics nll (evaluation mode, nats per token), epoch
                                    task bios_<kind>      metrics bits, bits_max, nll, recall
     eval files       split final   task as evaluated     every metric, with stderr
-    eval/steps       split steps   the same, of checkpoints on the way
+    eval/steps       split steps   the same, of intermediate checkpoints
+Columns of text are categorical.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+from pandas.api.types import union_categoricals
 
 from analysis.errors import InputError
-from analysis.records.runs import Run, partners, ratios, read_grids, read_runs
+from analysis.records import grid_data
+from analysis.records.grid_data import unnest
+from analysis.records.grids import read_grids, read_plans
 from analysis.records.tables import read_table
 
 COLUMNS = [
@@ -75,95 +80,181 @@ PUBLISHED = {
     "total_params": "params_total",
 }
 """Column names in tables taken from papers -> ours."""
+WHOLE = ("seed", "half_keys", "memory_rows", "params_total", "params_memory", "params_active", "tokens", "step", "n")
+"""Columns of whole numbers: integers where none is missing."""
+PROBED = ("bits", "bits_max", "nll", "recall")
+"""Metrics of a probe, in the order of their rows."""
+OF_RUN: tuple[str, ...] = (
+    "cell",
+    "run",
+    "family",
+    "base",
+    "seed",
+    "half_keys",
+    "memory_rows",
+    "params_total",
+    "params_memory",
+)
+OF_RUN += ("params_active", "flops_per_token", "bytes_per_token", "macs_ratio", "params_ratio", "predicted_wall_s")
+"""Columns that are the same in all rows of a run."""
 
 
-def load(results: Path, grid: str | None = None, published: bool = True) -> pd.DataFrame:
-    """The frame of a results folder: its runs (of one grid, if named) and its published tables."""
-    grids = read_grids(results)
-    parts = [from_runs(read_runs(results, grid), grids)]
+@dataclass(frozen=True)
+class Frame:
+    """The frame, and the run and cause of every run that was left out because a record file cannot be read."""
+
+    table: pd.DataFrame
+    damaged: pd.DataFrame
+
+
+def load(results: Path, grid: str | None, reference: str, published: bool = True) -> Frame:
+    """The frame of a results folder: its runs and its published tables.
+
+    Args:
+        results: folder of runs/, grids/, plans/ and published/.
+        grid: only the runs of this grid; None: all runs.
+        reference: family whose plain model is the partner that ratios are relative to.
+        published: whether to append the published tables.
+    """
+    names = {name: recorded.runs for name, recorded in read_grids(results).items()}
+    columns = [name for name in grid_data.COLUMNS if name != "answers"]
+    table = grid_data.read_store(results, grid, columns)
+    runs, damaged = grid_data.run_table(table, read_plans(results))
+    runs = grid_data.with_partners(runs, reference)
+    position = grid_data.positions(runs, len(table))
+    lists = {name: unnest(table, name, position) for name in ("lines", "probes", "scores")}
+    parts = [_of_runs(runs, lists, names)] if len(runs) else []
     if published:
         parts.append(load_published(results))
-    return pd.concat([part for part in parts if len(part)], ignore_index=True)
+    parts = [part for part in parts if len(part)]
+    return Frame(_concatenated(parts, COLUMNS) if parts else _typed(pd.DataFrame()), damaged)
 
 
 def load_published(results: Path) -> pd.DataFrame:
     """All published tables of a results folder, as one frame (empty without any)."""
     parts = [read_published(path) for path in sorted(results.glob("published/*.csv"))]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=COLUMNS)
+    return _concatenated(parts, COLUMNS) if parts else pd.DataFrame(columns=COLUMNS)
 
 
-def from_runs(runs: list[Run], grids: dict[str, list[str]]) -> pd.DataFrame:
-    """The frame of these runs; `grids` maps a grid to its run names."""
-    partner = partners(runs)
-    rows: list[dict[str, Any]] = []
-    for run in runs:
-        member = ";".join(name for name, names in grids.items() if run.name in names)
-        relative = ratios(run, partner.get(run.name))
-        common = {
-            "cell": run.hash,
-            "run": run.name,
-            "family": run.model["family"],
-            "base": run.model["base"],
-            "seed": run.cell["seed"],
-            "half_keys": run.model.get("half_keys"),
-            "memory_rows": run.memory_rows,
-            "grids": member,
-            "macs_ratio": relative["macs_ratio"],
-            "params_ratio": relative["params_ratio"],
-            "predicted_wall_s": run.predicted_wall_s,
-            "source": "run",
-            **{
-                key: run.account.get(key)
-                for key in ("params_total", "params_memory", "params_active", "flops_per_token", "bytes_per_token")
-            },
-        }
-        rows += [common | row for row in _rows(run)]
-    return _typed(pd.DataFrame(rows))
+def _of_runs(runs: pd.DataFrame, lists: Mapping[str, pd.DataFrame], grids: Mapping[str, Sequence[str]]) -> pd.DataFrame:
+    """The rows of these runs: by run, then training and probe lines as logged, then final and intermediate scores."""
+    lines = lists["lines"].assign(line=lambda table: table.groupby("run").cumcount())
+    trained, evaluated = lines[lines["loss"].notna()], lines[lines["eval_loss"].notna()]
+    parts = [
+        _logged(trained, "train", "train", "loss", trained["loss"], 0),
+        _logged(trained, "train", "train", "epoch", trained["epoch"], 1),
+        _logged(evaluated, "probe", "eval", "nll", evaluated["eval_loss"], 2),
+        _logged(evaluated, "probe", "eval", "epoch", evaluated["epoch"], 3),
+        *_probed(lines, lists["probes"]),
+        _final(runs, lists["scores"]),
+        _intermediate(runs, lists["scores"]),
+    ]
+    columns = ["run", "line", "order", *WITHIN_A_RUN]
+    rows = _concatenated([part for part in parts if len(part)] or parts[:1], columns)
+    rows = rows.take(np.lexsort([rows["order"], rows["line"], rows["run"]])).reset_index(drop=True)
+    at = rows["run"].to_numpy(int)
+    shared = {name: _repeated(runs[name], at) for name in OF_RUN}
+    shared["grids"] = _repeated(_memberships(runs["run"], grids), at)
+    shared["source"] = _constant("run", len(at))
+    return _typed(rows.drop(columns="run").assign(**shared))
 
 
-def _rows(run: Run) -> Iterator[dict[str, Any]]:
-    """What varies within a run: one dictionary per step, task and metric."""
-    for line in run.lines:
-        at = {key: line.get(key) for key in ("step", "tokens", "train_flops", "wall_s", "tokens_per_s")}
-        if "loss" in line:
-            yield at | {"split": "train", "task": "train", "metric": "loss", "value": line["loss"]}
-            yield at | {"split": "train", "task": "train", "metric": "epoch", "value": line.get("epoch")}
-        if "eval_loss" in line:
-            yield at | {"split": "probe", "task": "eval", "metric": "nll", "value": line["eval_loss"]}
-            yield at | {"split": "probe", "task": "eval", "metric": "epoch", "value": line.get("epoch")}
-        for kind, scores in (line.get("probe") or {}).items():
-            for metric in ("bits", "bits_max", "nll", "recall"):
-                if metric in scores:
-                    yield at | {
-                        "split": "probe",
-                        "task": f"bios_{kind}",
-                        "metric": metric,
-                        "value": scores[metric],
-                        "n": scores.get("n"),
-                    }
-    end = {key: run.last(key) for key in ("tokens", "train_flops", "wall_s")} | {"tokens_per_s": run.tokens_per_s}
-    for evaluation in run.evals:
-        yield from (end | {"split": "final"} | score for score in _scores(evaluation))
-    for evaluation in run.step_evals:
-        tokens = evaluation.get("tokens") or 0
-        at = {"split": "steps", "tokens": tokens, "train_flops": tokens * (run.account.get("flops_per_token") or 0)}
-        yield from (at | score for score in _scores(evaluation))
+WITHIN_A_RUN: tuple[str, ...] = (
+    "step",
+    "tokens",
+    "train_flops",
+    "wall_s",
+    "tokens_per_s",
+    "split",
+    "task",
+    "metric",
+    "value",
+)
+WITHIN_A_RUN += ("task_version", "few_shot", "n", "stderr")
+"""Columns that differ between the rows of a run."""
+AFTER_ALL_LINES = 2**40
 
 
-def _scores(evaluation: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The metrics of an evaluation's tasks."""
-    for task, scored in evaluation.get("tasks", {}).items():
-        for metric, score in scored.get("metrics", {}).items():
-            yield {
-                "step": evaluation.get("step"),
-                "task": task,
-                "metric": metric,
-                "task_version": scored.get("version"),
-                "few_shot": scored.get("few_shot"),
-                "n": scored.get("n"),
-                "value": score.get("value"),
-                "stderr": score.get("stderr"),
-            }
+def _logged(lines: pd.DataFrame, split: str, task: str, metric: str, value: Any, order: Any) -> pd.DataFrame:
+    """One row per logged line; `order` is its place among the rows of the line."""
+    constants = {
+        name: _constant(text, len(lines)) for name, text in (("split", split), ("task", task), ("metric", metric))
+    }
+    at = ["run", "line", "step", "tokens", "train_flops", "wall_s", "tokens_per_s"]
+    return lines[at].assign(value=np.asarray(value, float), order=order, **constants)
+
+
+def _probed(lines: pd.DataFrame, probes: pd.DataFrame) -> list[pd.DataFrame]:
+    """One row per probe, kind and metric."""
+    keys = pd.MultiIndex.from_frame(probes[["run", "line"]].astype(int))
+    of_probe = lines.take(pd.MultiIndex.from_frame(lines[["run", "line"]]).get_indexer(keys))
+    place = len(PROBED) * probes.groupby("run").cumcount().to_numpy()
+    parts = []
+    for kind in probes["kind"].unique():
+        for number, metric in enumerate(PROBED):
+            rows = ((probes["kind"] == kind) & probes[metric].notna()).to_numpy()
+            values, order = probes.loc[rows, metric], 4 + place[rows] + number
+            part = _logged(of_probe[rows], "probe", f"bios_{kind}", metric, values, order)
+            parts.append(part.assign(n=probes.loc[rows, "n"].to_numpy()))
+    return parts
+
+
+def _final(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """One row per final score, at the run's last values."""
+    table = scores[scores["split"] == "final"].drop(columns="tokens")
+    at = table["run"].to_numpy(int)
+    ends = {name: runs[name].to_numpy(float)[at] for name in ("tokens", "train_flops", "wall_s", "tokens_per_s")}
+    return _scored(table.assign(**ends), AFTER_ALL_LINES)
+
+
+def _intermediate(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+    """One row per score of an intermediate checkpoint."""
+    table = scores[scores["split"] == "steps"]
+    per_token = np.nan_to_num(runs["flops_per_token"].to_numpy(float)[table["run"].to_numpy(int)])
+    tokens = table["tokens"].fillna(0)
+    return _scored(table.assign(tokens=tokens, train_flops=tokens * per_token), AFTER_ALL_LINES + 1)
+
+
+def _scored(table: pd.DataFrame, line: int) -> pd.DataFrame:
+    """Scores as rows after all lines of their run, in the files' order."""
+    table = table.rename(columns={"version": "task_version"}).assign(line=line, order=np.arange(len(table)))
+    return table.astype(dict.fromkeys(("split", "task", "metric", "task_version"), "category"))
+
+
+def _memberships(names: pd.Series, grids: Mapping[str, Sequence[str]]) -> pd.Series:
+    """The grids of each run, separated by semicolons."""
+    member: dict[str, list[str]] = {}
+    for grid, runs in grids.items():
+        for name in dict.fromkeys(runs):
+            member.setdefault(name, []).append(grid)
+    return names.map(lambda name: ";".join(member.get(name, ())))
+
+
+def _constant(text: str, rows: int) -> pd.Categorical[str]:
+    """One text in every row."""
+    return pd.Categorical.from_codes(np.zeros(rows, np.int8), pd.Index([text]))
+
+
+def _repeated(values: pd.Series, at: np.ndarray) -> Any:
+    """A run's value in each of its rows; text as categories."""
+    if pd.api.types.is_numeric_dtype(values):
+        return values.to_numpy(float)[at]
+    codes, texts = pd.factorize(values)
+    return pd.Categorical.from_codes(codes[at], pd.Index(texts, dtype=object))
+
+
+def _concatenated(parts: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """The rows of all parts, the categories of text columns united."""
+    joined: dict[str, Any] = {}
+    for name in columns:
+        pieces = [part[name] if name in part else pd.Series(np.nan, index=part.index) for part in parts]
+        if any(isinstance(piece.dtype, pd.CategoricalDtype) for piece in pieces):
+            texts = [piece.astype(object).astype("category") if piece.isna().all() else piece for piece in pieces]
+            texts = [text.cat.set_categories(text.cat.categories.astype(object)) for text in texts]
+            joined[name] = union_categoricals(texts)
+        else:
+            joined[name] = np.concatenate([piece.to_numpy() for piece in pieces])
+    return pd.DataFrame(joined)
 
 
 def read_published(path: Path) -> pd.DataFrame:
@@ -193,12 +284,14 @@ def amount(text: object) -> float:
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    """Exactly the columns of the frame: text as objects (None where absent), everything else as numbers."""
+    """Exactly the columns of the frame: text as categories, everything else as numbers."""
     table = table.reindex(columns=COLUMNS)
     for column in COLUMNS:
-        if column in TEXT:
-            table[column] = table[column].astype(object).where(table[column].notna(), None)
-            table[column] = [None if value is None else str(value) for value in table[column]]
-        else:
+        if column not in TEXT:
             table[column] = pd.to_numeric(table[column], errors="coerce")
+            if column in WHOLE and table[column].notna().all():
+                table[column] = table[column].astype(np.int64)
+        elif not isinstance(table[column].dtype, pd.CategoricalDtype):
+            text = table[column].astype(object).where(table[column].notna(), None)
+            table[column] = pd.Categorical([None if value is None else str(value) for value in text])
     return table

@@ -22,7 +22,7 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph of plain words; `lead` is the sentence a hurried reader takes away."""
+    """A paragraph of plain text; `lead` marks the main result."""
 
     text: str
     lead: bool = False
@@ -37,11 +37,12 @@ class Items:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows under headers; the first `left` columns are words, the rest numbers."""
+    """Rows under headers; the first `left` columns are text, the rest numbers. `name` is of its CSV file."""
 
     headers: Sequence[str]
     rows: Sequence[Sequence[object]]
     left: int = 1
+    name: str = "table"
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ figcaption { font-size: .9rem; color: #444; }
 
 
 def to_markdown(blocks: Sequence[Block], folder: Path) -> str:
-    """The blocks as Markdown, with figures linked relative to the folder the report lies in."""
+    """The blocks as Markdown; links to figures are relative to the folder of the report."""
     parts = []
     for block in blocks:
         match block:
@@ -90,7 +91,7 @@ def to_markdown(blocks: Sequence[Block], folder: Path) -> str:
                 parts.append(f"**{text}**\n" if lead else text + "\n")
             case Items(lines):
                 parts.append("".join(f"- {line}\n" for line in lines))
-            case Table(headers, rows, left):
+            case Table(headers, rows, left, _):
                 parts.append(markdown(headers, rows, left))
             case Figure(png, caption):
                 parts.append(f"![{caption}]({Path(os.path.relpath(png, folder)).as_posix()})\n")
@@ -98,7 +99,7 @@ def to_markdown(blocks: Sequence[Block], folder: Path) -> str:
 
 
 def to_html(blocks: Sequence[Block]) -> str:
-    """The blocks as one HTML page that needs nothing else: styles and pictures are inside."""
+    """The blocks as one HTML page that contains its styles and pictures."""
     title = next((block.text for block in blocks if isinstance(block, Heading)), "Report")
     sections = [block.text for block in blocks if isinstance(block, Heading) and block.level == 2]
     links = "".join(f'<a href="#{_anchor(text)}">{html.escape(text)}</a>' for text in sections)
@@ -130,7 +131,7 @@ def _element(block: Block) -> str:
             return f"<p{mark}>{html.escape(text)}</p>"
         case Items(lines):
             return "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
-        case Table(headers, rows, left):
+        case Table(headers, rows, left, _):
             return _html_table(headers, rows, left)
         case Figure(png, caption):
             picture = base64.b64encode(png.read_bytes()).decode()
@@ -142,7 +143,7 @@ def _element(block: Block) -> str:
 
 
 def _html_table(headers: Sequence[str], rows: Sequence[Sequence[object]], left: int) -> str:
-    """A table that scrolls sideways by itself on a narrow screen."""
+    """A table that scrolls sideways on a narrow screen."""
 
     def line(tag: str, cells: Sequence[object]) -> str:
         marks = [' class="l"' if column < left else "" for column in range(len(cells))]

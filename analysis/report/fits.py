@@ -1,75 +1,80 @@
-"""The report's fits: log-linear trends, and the compute multiplier along the dense runs."""
+"""The report's fits: log-linear trends, and the compute multiplier along the reference's runs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from analysis.comparisons.multiplier import Multiplier
-from analysis.comparisons.multiplier_grid import multipliers_along_dense
-from analysis.comparisons.paired import MIN_PAIRS, Difference
+from analysis.comparisons.multiplier_grid import Named
+from analysis.comparisons.statistics import MIN_PAIRS, Difference
 from analysis.comparisons.trends import Trend
-from analysis.records.runs import Run
+from analysis.records.grid_data import GridData
 from analysis.records.tables import number
 from analysis.report.blocks import Block, Table, Text
 from analysis.report.formatting import with_interval
 
 
-def trend_blocks(found: list[Trend]) -> list[Block]:
-    """The log-linear fits with their held-out cell."""
-    if not found:
-        return [Text("None: they need a memory family beside dense.")]
+def trend_blocks(trends: Sequence[Trend]) -> list[Block]:
+    """The log-linear fits with their held-out variant."""
+    if not trends:
+        return [Text("None: they need runs of a memory family and of the reference.")]
     rows = []
-    for trend in found:
+    for trend in trends:
         cells = [
             "not identified" if term in trend.not_identified else _estimate(trend.estimates[term])
             for term in ("ln(1 + M/N)", "ln N")
         ]
         out = trend.held_out
-        score = f"{out['cell']}: {100 * float(out['relative_error']):+.1f} %" if out else "too few cells"
+        score = f"{out['cell']}: {100 * float(out['relative_error']):+.1f} %" if out else "too few variants"
         rows.append([trend.outcome, trend.family, trend.runs, trend.cells, *cells, score, trend.left_out or "–"])
-    headers = [
-        "outcome",
-        "family",
-        "runs",
-        "cells",
-        "exponent of 1 + M/N",
-        "exponent of N",
-        "held out: error",
-        "left out",
-    ]
+    headers = ["outcome", "family", "runs", "variants", "exponent of 1 + M/N", "exponent of N", "held out: error"]
     note = (
-        "ln y = a + b ln(1 + M/N) + c ln N with M table parameters and N non-embedding base parameters, dense at "
-        "M = 0; least squares over runs, t-intervals from the spread of runs within cells (cells are few: the "
-        "interval is of this form on these cells, not of the form's truth). The cell with the largest table is "
-        "predicted from the others before the fit printed."
+        "ln y = a + b ln(1 + M/N) + c ln N with M table parameters and N non-embedding base parameters, the reference "
+        "at M = 0. Least squares over runs, t-intervals from the spread of runs within variants: with few variants the "
+        "interval is conditional on this form, and does not test it. The variant with the largest table is predicted "
+        "from the others before the fit shown."
     )
-    return [Table(headers, rows, left=2), Text(note)]
+    return [Table([*headers, "left out"], rows, left=2, name="trends"), Text(note)]
 
 
-def _estimate(found: tuple[float, float, float]) -> str:
-    return with_interval(Difference(*found, p=float("nan"), n=1))
+def _estimate(ends: tuple[float, float, float]) -> str:
+    return with_interval(Difference(*ends, p=math.nan, n=1))
 
 
-_HOW_MULTIPLIED = (
-    "A power law with offset, final evaluation-mode loss against training FLOPs, fitted to the plain dense runs of the "
-    "same data as they are (not along a compute-optimal frontier) and solved at each variant's loss: FLOPs of such a "
-    "dense run over the variant's own. No finished run is cut: every point is a run's end. Intervals, from "
-    f"{MIN_PAIRS} runs of a variant on, resample runs on both sides. A loss outside the dense runs': extrapolated."
-)
+def multiplier_blocks(data: GridData, multipliers: Sequence[Named], reasons: Sequence[str]) -> list[Block]:
+    """What each variant's final loss would cost the reference, by data; or why the grid does not tell.
 
-
-def multiplier_blocks(runs: list[Run]) -> list[Block]:
-    """What each variant's final loss would have cost dense, by data; or why the grid cannot say."""
-    found, reasons = multipliers_along_dense(runs)
-    if not found:
+    Args:
+        data: the grid.
+        multipliers: (base, variant, multiplier).
+        reasons: why some data have none.
+    """
+    if not multipliers:
         return [Text(f"None: {'; '.join(reasons)}.")]
-    headers = ["base", "variant", "runs", "training FLOPs", "loss", "multiplier", "extrapolated"]
-    rows = [_multiplier_row(base, variant, item) for base, variant, item in found]
-    return [Table(headers, rows, left=2), Text(" ".join([_HOW_MULTIPLIED, *(f"None: {why}." for why in reasons)]))]
+    reference = data.reference
+    headers = ["base", "variant", "runs", "training FLOPs", "loss", "multiplier", "extrapolated", "misfit", "refused"]
+    rows = [_multiplier_row(base, variant, item) for base, variant, item in multipliers]
+    note = (
+        f"A power law with offset, final evaluation-mode loss against training FLOPs, is fitted to the envelope of the "
+        f"plain {reference} runs of the same data (runs without another one that reaches as low a loss with as little "
+        f"compute) and solved at each variant's loss: FLOPs of such a {reference} run over the variant's own. Every "
+        f"point is the end of a finished run. Intervals, from {MIN_PAIRS} runs of a variant on, resample runs on both "
+        "sides. Extrapolated: the loss is outside those of the curve. Misfit: root mean square distance, in nats, of "
+        "the curve from its own runs; a variant that is closer to the curve than that has no multiplier."
+    )
+    return [
+        Table(headers, rows, left=2, name="multipliers"),
+        Text(" ".join([note, *(f"Not for all data: {reason}." for reason in reasons)])),
+    ]
 
 
 def _multiplier_row(base: str, variant: str, item: Multiplier) -> list[object]:
-    found = with_interval(Difference(item.value, item.low, item.high, p=math.nan, n=item.runs))
-    value = found if math.isfinite(item.value) else "beyond the law"
-    marked = "yes" if item.extrapolated else "no"
-    return [base, variant, item.runs, number(item.flops), number(item.outcome, 4), value, marked]
+    value = with_interval(Difference(item.value, item.low, item.high, p=math.nan, n=item.runs))
+    if item.reason:
+        value = "–"
+    elif not math.isfinite(item.value):
+        value = "beyond the law"
+    shown = "yes" if item.extrapolated else "no"
+    cells = [base, variant, item.runs, number(item.flops), number(item.outcome, 4), value, shown]
+    return [*cells, number(item.misfit, 2), item.reason or "–"]

@@ -1,24 +1,31 @@
-"""Differences and their intervals in words, for the report's tables."""
+"""Differences and their intervals as text, for the report's tables."""
 
 from __future__ import annotations
 
 import math
 
-from analysis.comparisons.paired import Difference
+from analysis.comparisons.statistics import Difference
 from analysis.records.tables import number, signed
 
 
-def with_interval(found: Difference | None, digits: int = 3, sign: bool = False) -> str:
-    """mean [low, high], or the mean alone below MIN_PAIRS."""
-    if found is None or found.n == 0:
+def with_interval(difference: Difference | None, digits: int = 3, sign: bool = False) -> str:
+    """`mean [low, high]`, or the mean alone below MIN_PAIRS.
+
+    Args:
+        difference: None where there is none.
+        digits: significant digits.
+        sign: whether to write the sign of positive numbers.
+    """
+    if difference is None or difference.n == 0:
         return "–"
     write = signed if sign else number
-    text = write(found.mean, digits)
-    return text if math.isnan(found.low) else f"{text} [{write(found.low, digits)}, {write(found.high, digits)}]"
+    mean, low, high = (write(value, digits) for value in (difference.mean, difference.low, difference.high))
+    return mean if math.isnan(difference.low) else f"{mean} [{low}, {high}]"
 
 
-def exp_cell(found: Difference | None) -> str:
+def exp_cell(difference: Difference | None) -> str:
     """The ratio whose logarithm the difference is, with its interval."""
-    if found is None:
+    if difference is None:
         return "–"
-    return with_interval(Difference(math.exp(found.mean), math.exp(found.low), math.exp(found.high), found.p, found.n))
+    mean, low, high = (math.exp(value) for value in (difference.mean, difference.low, difference.high))
+    return with_interval(Difference(mean, low, high, difference.p, difference.n))

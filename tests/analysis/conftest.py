@@ -31,5 +31,8 @@ def results(tmp_path: Path) -> Path:
         names.append(write_run(root, "memory_plus", "w64", seed, 9.0 + seed, half_keys=64))
     names.append(write_run(root, "moe", "w32", 3, 40.0, state="failed", last=8.0))
     names.append("pkm-w32-k64-s9-00000000")
-    write_json(root / "grids" / "demo" / "grid.json", {"grid": "demo", "source": "grids/demo.yaml", "runs": names})
+    sides = [[name for name in names if name.startswith(start)] for start in ("memory_plus-w32-k64-", "dense-w32-s")]
+    contrast = {"metric": "e50", "treatment": sides[0], "reference": sides[1][::2]}
+    grid = {"grid": "demo", "source": "grids/demo.yaml", "runs": names, "contrast": contrast}
+    write_json(root / "grids" / "demo" / "grid.json", grid)
     return root

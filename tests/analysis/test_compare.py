@@ -11,9 +11,9 @@ import pytest
 from run_folders import BITS_MAX, EXPOSURES, curve, write_run
 from scipy import stats
 
-from analysis.comparisons import paired
+from analysis.comparisons import paired, statistics
 from analysis.comparisons.paired import Contrast
-from analysis.records import runs
+from analysis.records.grid_data import load
 
 
 def find(found: list[Contrast], variant: str, reference: str = "dense", base: str = "w32") -> Contrast:
@@ -22,30 +22,30 @@ def find(found: list[Contrast], variant: str, reference: str = "dense", base: st
 
 def test_interval_and_p_equal_scipys_paired_t() -> None:
     a, b = np.array([1.0, 2.0, 4.0, 3.0, 6.0]), np.array([0.5, 2.2, 3.0, 1.0, 4.0])
-    ours, theirs = paired.paired(a - b), stats.ttest_rel(a, b)
+    ours, theirs = statistics.paired(a - b), stats.ttest_rel(a, b)
     interval = theirs.confidence_interval(0.95)
     assert ours.p == pytest.approx(theirs.pvalue)
     assert (ours.low, ours.high) == pytest.approx((interval.low, interval.high))
 
 
 def test_below_five_pairs_a_point_has_no_interval() -> None:
-    few = paired.paired(np.array([1.0, 2.0, 3.0, 4.0]))
+    few = statistics.paired(np.array([1.0, 2.0, 3.0, 4.0]))
     assert few.mean == 2.5
     assert math.isnan(few.low)
     assert math.isnan(few.p)
 
 
 def test_holm_is_the_textbook_step_down() -> None:
-    assert paired.holm([0.01, 0.04, 0.03, math.nan]) == pytest.approx([0.03, 0.06, 0.06, math.nan], nan_ok=True)
+    assert statistics.holm([0.01, 0.04, 0.03, math.nan]) == pytest.approx([0.03, 0.06, 0.06, math.nan], nan_ok=True)
 
 
 def test_sign_test_equals_the_binomial() -> None:
-    assert paired.sign_test(5, 1) == pytest.approx(stats.binomtest(5, 6).pvalue)
-    assert math.isnan(paired.sign_test(4, 0))
+    assert statistics.sign_test(5, 1) == pytest.approx(stats.binomtest(5, 6).pvalue)
+    assert math.isnan(statistics.sign_test(4, 0))
 
 
 def test_headline_contrast_recovers_the_known_ratio(results: Path) -> None:
-    contrast = find(paired.contrasts(runs.read_runs(results, "demo")), "memory_plus k64")
+    contrast = find(paired.contrasts(load(results, "demo")), "memory_plus k64")
     truth = np.log(0.5 * (1 + 0.01 * np.arange(5)))
     assert contrast.log_e50 is not None
     assert contrast.log_e50.mean == pytest.approx(truth.mean(), rel=1e-6)
@@ -59,7 +59,7 @@ def test_headline_contrast_recovers_the_known_ratio(results: Path) -> None:
 
 
 def test_only_one_contrast_is_primary_and_the_rest_are_adjusted(results: Path) -> None:
-    found = paired.contrasts(runs.read_runs(results, "demo"))
+    found = paired.contrasts(load(results, "demo"))
     assert sum(c.primary for c in found) == 1
     tested = [c for c in found if not c.primary and not math.isnan(c.p)]
     assert tested
@@ -68,7 +68,7 @@ def test_only_one_contrast_is_primary_and_the_rest_are_adjusted(results: Path) -
 
 
 def test_equal_mac_control_is_a_reference_of_its_own(results: Path) -> None:
-    found = paired.contrasts(runs.read_runs(results, "demo"))
+    found = paired.contrasts(load(results, "demo"))
     control = find(found, "memory_plus k64", "dense ffn128")
     assert control.equal_flop
     assert control.control
@@ -76,11 +76,11 @@ def test_equal_mac_control_is_a_reference_of_its_own(results: Path) -> None:
 
 
 def test_bits_are_compared_at_an_exposure_every_run_reached(results: Path) -> None:
-    contrast = find(paired.contrasts(runs.read_runs(results, "demo")), "memory_plus k64")
+    contrast = find(paired.contrasts(load(results, "demo")), "memory_plus k64")
     assert contrast.exposure <= 64
     assert contrast.exposure in EXPOSURES
     assert contrast.bits is not None
-    table = runs.summary(runs.read_runs(results, "demo"))
+    table = load(results, "demo").runs
     pairs = [
         [
             table[(table["label"] == label) & (table["base"] == "w32") & (table["seed"] == seed)]["e50"].item()
@@ -99,7 +99,7 @@ def test_a_censored_reference_gives_a_bound_and_no_interval(tmp_path: Path) -> N
     for seed in range(5):
         write_run(tmp_path, "dense", "w32", seed, 200.0 if seed == 0 else 50.0)
         write_run(tmp_path, "memory_plus", "w32", seed, 20.0, half_keys=16)
-    contrast = find(paired.contrasts(runs.read_runs(tmp_path)), "memory_plus k16")
+    contrast = find(paired.contrasts(load(tmp_path, fallback="dense")), "memory_plus k16")
     assert contrast.bound == "at most"
     assert contrast.censored == (0, 1)
     assert contrast.log_e50 is not None
@@ -113,7 +113,7 @@ def test_pairs_whose_direction_is_open_are_not_counted(tmp_path: Path) -> None:
     for seed in range(5):
         write_run(tmp_path, "dense", "w32", seed, 200.0)
         write_run(tmp_path, "memory_plus", "w32", seed, 300.0, half_keys=16)
-    contrast = find(paired.contrasts(runs.read_runs(tmp_path)), "memory_plus k16")
+    contrast = find(paired.contrasts(load(tmp_path, fallback="dense")), "memory_plus k16")
     assert contrast.bound == "unknown"
     assert contrast.decided == (0, 0)
     assert math.isnan(contrast.p)
@@ -123,13 +123,13 @@ def test_unfinished_runs_take_no_part(tmp_path: Path) -> None:
     for seed in range(5):
         write_run(tmp_path, "dense", "w32", seed, 20.0)
         write_run(tmp_path, "memory_plus", "w32", seed, 10.0, half_keys=16, state="failed" if seed == 4 else "done")
-    contrast = find(paired.contrasts(runs.read_runs(tmp_path)), "memory_plus k16")
+    contrast = find(paired.contrasts(load(tmp_path, fallback="dense")), "memory_plus k16")
     assert (contrast.planned, contrast.seeds) == (5, [0, 1, 2, 3])
     assert contrast.log_e50 is not None
     assert math.isnan(contrast.log_e50.low)
 
 
-def test_a_probe_under_a_decaying_rate_is_no_shorter_run(tmp_path: Path) -> None:
+def test_a_probe_under_a_decaying_learning_rate_is_not_that_of_a_shorter_run(tmp_path: Path) -> None:
     for seed in range(5):
         for family, keys in (("dense", None), ("memory_plus", 16)):
             name = write_run(tmp_path, family, "w32", seed, 20.0, half_keys=keys)
@@ -137,7 +137,7 @@ def test_a_probe_under_a_decaying_rate_is_no_shorter_run(tmp_path: Path) -> None
             content = json.loads(path.read_text())
             content["cell"]["train"]["schedule"] = "cosine"
             path.write_text(json.dumps(content))
-    found = runs.read_runs(tmp_path)
+    found = load(tmp_path, fallback="dense")
     contrast = find(paired.contrasts(found), "memory_plus k16")
     assert (contrast.log_e50, contrast.bits) == (None, None)
-    assert set(runs.summary(found)["e50_state"]) == {"none"}
+    assert set(found.runs["e50_state"]) == {"none"}

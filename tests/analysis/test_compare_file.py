@@ -98,7 +98,7 @@ def test_a_reader_that_leaves_early_is_no_error(table: pd.DataFrame, tmp_path: P
         (["--columns", "family=kind,y=loss,C=flops,z=1"], "got 'z'; allowed: family, y"),
         (["--columns", "family=kind,y=-loss,C=flops"], "y must be finite and above 0"),
         (["--columns", "family=kind,y=kind,C=flops"], "'dense' is not a number"),
-        (["--columns", "family=kind,y=loss,C=flops", "--reference", "pkm"], "families are dense, memory, moe"),
+        (["--columns", "family=kind,y=loss,C=flops", "--reference", "pkm"], "got 'pkm', allowed: dense, memory, moe"),
         (["--columns", "family=kind,y=loss,C=flops", "--where", "kind == 'dense'"], "nothing to compare"),
         (["--columns", "family=kind,cell=1,seed=seed,y=loss"], "two runs of memory at cell 1 and seed 0.0, allowed"),
         (["--columns", COLUMNS, "--primary", "memory"], "--primary: got 'memory', allowed: memory:size0"),

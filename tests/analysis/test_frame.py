@@ -14,19 +14,21 @@ import pytest
 from run_folders import BITS_MAX, EXPOSURES, curve, write_run
 
 from analysis.errors import InputError
-from analysis.records import frame, runs
+from analysis.records import frame
+from analysis.records.curves import Curves
+from analysis.records.grid_data import load
 from analysis.records.tables import read_lines, read_table
 
 
 def test_columns_are_the_designs(results: Path) -> None:
-    table = frame.load(results, "demo")
+    table = frame.load(results, "demo", "dense").table
     assert list(table.columns) == frame.COLUMNS
     assert len(frame.COLUMNS) == 31
     assert (table["source"] == "run").all()
 
 
 def test_values_are_those_of_the_files(results: Path) -> None:
-    table = frame.load(results, "demo")
+    table = frame.load(results, "demo", "dense").table
     name = table["run"].iloc[0]
     lines = [json.loads(line) for line in (results / "runs" / name / "train.jsonl").read_text().splitlines()]
     probe = next(line for line in lines if "probe" in line)
@@ -43,13 +45,13 @@ def test_values_are_those_of_the_files(results: Path) -> None:
     assert final["grids"].tolist() == ["demo"]
 
 
-def test_scores_of_checkpoints_on_the_way_stand_apart_from_the_final_ones(results: Path) -> None:
-    name = frame.load(results, "demo")["run"].iloc[0]
+def test_scores_of_intermediate_checkpoints_are_not_final_scores(results: Path) -> None:
+    name = frame.load(results, "demo", "dense").table["run"].iloc[0]
     (path,) = (results / "runs" / name / "eval").glob("*.json")
     scores = json.loads(path.read_text()) | {"step": 7, "tokens": 700}
     (path.parent / "steps").mkdir()
     (path.parent / "steps" / f"{path.stem}-7.json").write_text(json.dumps(scores))
-    table = frame.load(results, "demo")
+    table = frame.load(results, "demo", "dense").table
     of_run = table[table["run"] == name]
     assert len(of_run[of_run["split"] == "final"]) == 1
     row = of_run[of_run["split"] == "steps"].iloc[0]
@@ -57,29 +59,55 @@ def test_scores_of_checkpoints_on_the_way_stand_apart_from_the_final_ones(result
 
 
 def test_ratios_are_to_the_dense_model_of_the_same_base(results: Path) -> None:
-    table = frame.load(results, "demo").drop_duplicates("run").set_index("run")
+    table = frame.load(results, "demo", "dense").table.drop_duplicates("run").set_index("run")
     memory = table[(table["family"] == "memory_plus") & (table["half_keys"] == 64) & (table["base"] == "w32")].iloc[0]
     assert memory["macs_ratio"] == pytest.approx(1.2)
     assert memory["params_ratio"] == pytest.approx((50_000 + 64 * 64 * 32) / 50_000)
     assert memory["memory_rows"] == 4096
 
 
-def test_e50_of_a_curve_linear_in_log_exposure_is_exact(tmp_path: Path) -> None:
+def crossing(x: np.ndarray, y: np.ndarray, level: float) -> tuple[float, str]:
+    one = Curves(np.zeros(len(x), int), x, y, 1)
+    value, state = one.crossing(np.array([level]))
+    return float(value[0]), str(state[0])
+
+
+def test_e50_of_a_curve_linear_in_log_exposure_is_exact() -> None:
     for e50 in (1.7, 13.0, 50.0):
-        found = runs.crossing(EXPOSURES, curve(EXPOSURES, e50), BITS_MAX / 2)
-        assert found.state == "reached"
-        assert found.value == pytest.approx(e50, rel=1e-9)
+        value, state = crossing(EXPOSURES, curve(EXPOSURES, e50), BITS_MAX / 2)
+        assert state == "reached"
+        assert value == pytest.approx(e50, rel=1e-9)
 
 
 def test_runs_that_never_cross_are_censored_and_early_ones_marked() -> None:
-    assert runs.crossing(EXPOSURES, curve(EXPOSURES, 300.0), BITS_MAX / 2) == runs.Crossing(EXPOSURES[-1], "censored")
-    assert runs.crossing(EXPOSURES, curve(EXPOSURES, 0.5), BITS_MAX / 2) == runs.Crossing(EXPOSURES[0], "early")
-    from_zero = runs.crossing(np.array([0.0, 2.0]), np.array([0.0, 4.0]), 1.0)
-    assert from_zero.value == pytest.approx(0.5)
+    assert crossing(EXPOSURES, curve(EXPOSURES, 300.0), BITS_MAX / 2) == (EXPOSURES[-1], "censored")
+    assert crossing(EXPOSURES, curve(EXPOSURES, 0.5), BITS_MAX / 2) == (EXPOSURES[0], "early")
+    assert crossing(np.array([0.0, 2.0]), np.array([0.0, 4.0]), 1.0)[0] == pytest.approx(0.5)
+
+
+def test_values_of_many_curves_are_those_of_numpy_one_by_one() -> None:
+    generator = np.random.default_rng(0)
+    lengths = [3, 0, 7, 1, 5]
+    x = np.concatenate([np.sort(generator.uniform(0.5, 50, length)) for length in lengths])
+    y = generator.normal(size=len(x))
+    run = np.repeat(np.arange(len(lengths)), lengths)
+    curves = Curves(run, x, y, len(lengths))
+    queries, targets = generator.integers(0, len(lengths), 200), generator.uniform(0.1, 80, 200)
+    for log in (True, False):
+        scale = np.log if log else np.asarray
+        values = curves.at(targets, queries, log=log)
+        clamped = curves.at(targets, queries, log=log, clamp=True)
+        for at, target, value, inside in zip(queries, targets, clamped, values, strict=True):
+            xs, ys = x[run == at], y[run == at]
+            if not len(xs):
+                assert np.isnan(value)
+                continue
+            assert value == pytest.approx(np.interp(scale(target), scale(xs), ys))
+            assert np.isnan(inside) == (not xs[0] <= target <= xs[-1])
 
 
 def test_wall_clock_to_e50_follows_the_exposures(results: Path) -> None:
-    row = runs.summary(runs.read_runs(results, "demo")).iloc[0]
+    row = load(results, "demo").runs.iloc[0]
     assert row["wall_to_e50"] == pytest.approx(row["e50"] * 20_000 / 30_000, rel=1e-3)
 
 
@@ -99,12 +127,12 @@ def test_published_tables_load_into_the_same_columns(tmp_path: Path, results: Pa
         "source,table,base_size,model_family,memory_keys,total_params,tokens,task,metric,value,confidence\n"
         "arXiv:2412.09764,Table 1,1.3b,memory_plus,1048576,3.377b,1T,NQ,exact_match,13.68,A\n"
     )
-    row = frame.load(results).iloc[-1]
+    row = frame.load(results, None, "dense").table.iloc[-1]
     assert (row["base"], row["family"], row["memory_rows"]) == ("1.3b", "memory_plus", 2**20)
     assert (row["params_total"], row["tokens"], row["value"]) == (3.377e9, 1e12, 13.68)
     published.write_text("a,b\n1,2\n")
     with pytest.raises(InputError, match="columns metric, source, task, value are missing"):
-        frame.load(results)
+        frame.load(results, None, "dense")
 
 
 @pytest.mark.parametrize(
@@ -151,13 +179,13 @@ def test_labels_name_what_varies(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "runs" / name / "cell.json").read_text())
     content["cell"]["train"]["lr"] = 0.5
     (tmp_path / "runs" / name / "cell.json").write_text(json.dumps(content))
-    found = runs.labels(runs.read_runs(tmp_path))
-    assert sorted(found.values()) == ["memory_plus k16 lr=0.008", "memory_plus k16 lr=0.5"]
+    found = load(tmp_path, fallback="dense").runs["label"]
+    assert sorted(found) == ["memory_plus k16 lr=0.008", "memory_plus k16 lr=0.5"]
 
 
 def test_unknown_grid_is_named_with_the_known_ones(results: Path) -> None:
     with pytest.raises(InputError, match=r"grid 'nope' has no records .*known: demo"):
-        frame.load(results, "nope")
+        frame.load(results, "nope", "dense")
 
 
 def test_analysis_imports_neither_torch_nor_suite() -> None:
@@ -169,11 +197,11 @@ def test_analysis_imports_neither_torch_nor_suite() -> None:
 
 
 def test_plans_give_predicted_wall_clock(results: Path) -> None:
-    name = runs.read_runs(results, "demo")[0].name
+    name = load(results, "demo").runs["run"].iloc[0]
     cells = [{"run": name, "gpus": 4, "gpu_hours": 2.0}, {"run": "other", "gpus": None, "gpu_hours": 0}]
     (results / "plans").mkdir()
     (results / "plans" / "demo-h100.json").write_text(json.dumps({"grid": "demo", "cells": cells}))
-    table = frame.load(results, "demo")
+    table = frame.load(results, "demo", "dense").table
     assert table.loc[table["run"] == name, "predicted_wall_s"].unique().tolist() == [1800.0]
     (results / "plans" / "demo-a100.json").write_text(json.dumps({"grid": "demo", "cells": cells}))
-    assert frame.load(results, "demo")["predicted_wall_s"].isna().all()
+    assert frame.load(results, "demo", "dense").table["predicted_wall_s"].isna().all()

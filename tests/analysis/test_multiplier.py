@@ -42,7 +42,7 @@ def test_beyond_the_dense_runs_is_marked_and_beyond_the_law_is_infinite() -> Non
 
 
 def test_too_few_dense_budgets_are_refused() -> None:
-    with pytest.raises(InputError, match="3 dense compute budgets, needed: at least 4"):
+    with pytest.raises(InputError, match="3 of the 4"):
         multipliers(runs(np.array([1e18, 1e19, 1e20]), 1.0, 0.0, 0), runs(np.array([1e19]), 2.0, 0.0, 0))
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pytest
+from run_folders import write_json
 
 from analysis.paper import figures
-from analysis.records.runs import Run
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published"
 
@@ -21,19 +22,16 @@ def results(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(model: dict[str, Any], tasks: dict[str, dict[str, float]], tokens: float = 1e10) -> Run:
-    scored = {name: {"metrics": {m: {"value": v} for m, v in metrics.items()}} for name, metrics in tasks.items()}
-    return Run(
-        name="r",
-        cell={"model": model, "data": {}, "seed": 0},
-        hash="h",
-        account={},
-        versions={},
-        lines=[{"step": 1, "tokens": tokens, "loss": 2.5}],
-        evals=[{"tasks": scored}],
-        state={"state": "done"},
-        usage={},
-    )
+def scores(root: Path, *runs: tuple[dict[str, Any], dict[str, dict[str, float]], float]) -> pd.DataFrame:
+    """Final scores of runs with these models, tasks and tokens, as the paper's tables take them."""
+    for number, (model, tasks, tokens) in enumerate(runs):
+        folder = root / "runs" / f"r{number}"
+        scored = {name: {"metrics": {m: {"value": v} for m, v in metrics.items()}} for name, metrics in tasks.items()}
+        write_json(folder / "cell.json", {"cell": {"model": model, "data": {}, "seed": 0}, "hash": "h"})
+        write_json(folder / "state.json", {"state": "done"})
+        write_json(folder / "eval" / "0.json", {"tasks": scored})
+        (folder / "train.jsonl").write_text(json.dumps({"step": 1, "tokens": tokens, "loss": 2.5}) + "\n")
+    return figures.ours(root)
 
 
 def test_everything_is_drawn_without_any_run_of_ours(results: Path) -> None:
@@ -63,10 +61,9 @@ def test_everything_is_drawn_without_any_run_of_ours(results: Path) -> None:
     assert "copied" in drawn["table1"]
 
 
-def test_a_matching_run_stands_beside_the_published_number_with_its_tokens(results: Path) -> None:
+def test_a_matching_run_stands_next_to_the_published_number_with_its_tokens(results: Path) -> None:
     model = {"family": "memory_plus", "base": "1.3b", "half_keys": 1024}
-    rows = figures._scores(run(model, {"nq_open": {"exact_match": 0.05}, "triviaqa_nll": {"nll": 6.5}}))
-    mine = pd.DataFrame(rows)
+    mine = scores(results, (model, {"nq_open": {"exact_match": 0.05}, "triviaqa_nll": {"nll": 6.5}}, 1e10))
     page = figures.tables(figures.published(results), mine)
     assert "13.68 A; ours 5.00 (1, 10.0b)" in page
     assert "14.43 A; ours" not in page  # another table size
@@ -88,40 +85,36 @@ def test_a_run_of_another_model_than_the_papers_matches_nothing(results: Path) -
         {"family": "moe_topk", "base": "1.3b", "experts": 64},
         {"family": "dense", "base": "w32"},
     ]
-    rows = [row for model in others for row in figures._scores(run(model, {"nq_open": {"exact_match": 0.01}}))]
-    rows += figures._scores(run(plus | {"k_dim": 1024, "placement": [3, 11, 19]}, {"nq_open": {"exact_match": 0.05}}))
-    mine = pd.DataFrame(rows)
+    same = plus | {"k_dim": 1024, "placement": [3, 11, 19]}
+    values = [*((model, 0.01) for model in others), (same, 0.05)]
+    mine = scores(results, *((model, {"nq_open": {"exact_match": value}}, 1e10) for model, value in values))
     page = figures.tables(figures.published(results), mine)
     assert page.count("; ours") == 1
     assert "13.68 A; ours 5.00 (1, 10.0b)" in page
     assert figures._shown(mine, figures.PANELS)["value"].tolist() == [0.05]
 
 
-def test_a_run_stands_beside_the_nearest_budget_and_budgets_are_not_averaged(results: Path) -> None:
+def test_a_run_stands_next_to_the_nearest_budget_and_budgets_are_not_averaged(results: Path) -> None:
     model = {"family": "dense", "base": "8b"}
     budgets = {2e11: 0.1, 1e12: 0.2, 9e11: 0.3}
-    rows = [
-        row
-        for tokens, value in budgets.items()
-        for row in figures._scores(run(model, {"nq_open": {"exact_match": value}}, tokens))
-    ]
-    page = figures.tables(figures.published(results), pd.DataFrame(rows))
+    runs = [(model, {"nq_open": {"exact_match": value}}, tokens) for tokens, value in budgets.items()]
+    page = figures.tables(figures.published(results), scores(results, *runs))
     assert "18.61 A; ours 10.00 (1, 200b) |" in page
     assert "25.24 B; ours 30.00 (1, 900b); ours 20.00 (1, 1,000b) |" in page
     assert page.count("; ours") == 3
 
 
-def test_a_score_of_ours_is_the_papers_once() -> None:
+def test_a_score_of_ours_is_the_papers_once(tmp_path: Path) -> None:
     tasks = {
         "nq_open": {"exact_match": 0.1},
         "nq_open_qa": {"em": 0.2, "f1": 0.3},
         "nq_open_nll": {"nll": 6.0},
         "triviaqa_qa": {"em": 0.4, "f1": 0.5},
     }
-    rows = figures._scores(run({"family": "dense", "base": "1.3b"}, tasks))
-    found = {(row["task"], row["metric"]): row["value"] for row in rows}
-    assert len(found) == len(rows)
-    assert found == {
+    mine = scores(tmp_path, ({"family": "dense", "base": "1.3b"}, tasks, 1e10))
+    values = {(row["task"], row["metric"]): row["value"] for row in mine.to_dict("records")}
+    assert len(values) == len(mine)
+    assert values == {
         ("nq_open", "exact_match"): 0.1,
         ("nq_open", "f1"): 0.3,
         ("triviaqa", "exact_match"): 0.4,
@@ -131,9 +124,9 @@ def test_a_score_of_ours_is_the_papers_once() -> None:
     }
 
 
-def test_training_loss_stands_beside_the_papers_training_nll(results: Path) -> None:
-    rows = figures._scores(run({"family": "pkm", "base": "373m", "half_keys": 1024, "sink": True}, {}))
-    page = figures.tables(figures.published(results), pd.DataFrame(rows))
+def test_training_loss_stands_next_to_the_papers_training_nll(results: Path) -> None:
+    mine = scores(results, ({"family": "pkm", "base": "373m", "half_keys": 1024, "sink": True}, {}, 1e10))
+    page = figures.tables(figures.published(results), mine)
     assert "| +softmax sink | 1,048,576 | 2.11 A; ours 2.50 (1, 10.0b) | 12.19 A | 8.04 A |" in page
     assert page.count("; ours") == 1
 

@@ -5,22 +5,53 @@ from __future__ import annotations
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from run_folders import write_json, write_run
 
 from analysis.__main__ import main
+from analysis.comparisons.grid import Comparisons
+from analysis.comparisons.multiplier_grid import multipliers_along_reference
 from analysis.comparisons.trends import trends
+from analysis.figures.context import Context, context
 from analysis.figures.gallery import CAPTIONS, draw
-from analysis.figures.scene import scene
 from analysis.figures.variants import multiplier_figure
-from analysis.records import runs
 from analysis.records.frame import read_published
+from analysis.records.grid_data import GridData, load
+from analysis.records.grids import Contrast, read_source
+from analysis.records.regime import regime
 from analysis.report.blocks import to_markdown
 from analysis.report.build import build
 from analysis.report.fits import multiplier_blocks
+
+
+def plots(root: Path, published: pd.DataFrame | None = None) -> Context:
+    data = load(root, published=published, fallback="dense")
+    return context(Comparisons(replace(data, grid="g")))
+
+
+def declared(root: Path, treatment: str, reference: str) -> GridData:
+    """The runs of a folder, with the contrast of those whose names start so."""
+    data = load(root, reference="dense")
+    names = [tuple(name for name in data.runs["run"] if name.startswith(start)) for start in (treatment, reference)]
+    return replace(data, contrast=Contrast("e50", *names))
+
+
+def text_of(data: GridData, folder: Path) -> str:
+    return to_markdown(build(context(Comparisons(data)), [], []), folder)
+
+
+def report_text(root: Path) -> str:
+    return text_of(declared(root, "memory_plus", "dense"), root)
+
+
+def multiplier_text(root: Path) -> str:
+    data = load(root, fallback="dense")
+    return to_markdown(multiplier_blocks(data, *multipliers_along_reference(data)), root)
 
 
 @pytest.mark.filterwarnings("error")
@@ -62,7 +93,7 @@ def test_figures_say_what_is_missing_and_what_makes_it(tmp_path: Path, capsys: p
     missing = dict(line.split(": ", 1) for line in document["missing"])
     assert missing["base-size"].startswith("grid one has one base size; a figure against base size needs two")
     assert all(re.search(r"suite (sweep|plan) one|python -m analysis", line) for line in document["missing"])
-    assert missing["plan"].endswith("suite plan one predicts it before a sweep")
+    assert missing["plan"].endswith("suite plan one.yaml")
     assert not set(missing) & set(document["figures"])
     assert {*missing, *document["figures"]} == set(CAPTIONS)
 
@@ -91,7 +122,7 @@ def test_trend_recovers_a_known_power_law(tmp_path: Path) -> None:
             for seed in range(2):
                 e50 = 3000 * (1 + memory / size) ** -0.4 * size**-0.45
                 write_run(tmp_path, "memory_plus" if keys else "dense", base, seed, e50, half_keys=keys)
-    found = trends(runs.read_runs(tmp_path))[0]
+    found = trends(load(tmp_path, fallback="dense"))[0]
     assert found.estimates["ln(1 + M/N)"][0] == pytest.approx(-0.4, abs=1e-6)
     assert found.estimates["ln N"][0] == pytest.approx(-0.45, abs=1e-6)
     assert float(found.held_out["relative_error"]) == pytest.approx(0, abs=1e-6)
@@ -100,7 +131,7 @@ def test_trend_recovers_a_known_power_law(tmp_path: Path) -> None:
 def test_trend_leaves_out_what_one_base_cannot_tell(tmp_path: Path) -> None:
     for keys in (None, 16, 32, 64):
         write_run(tmp_path, "memory_plus" if keys else "dense", "w32", 0, 20.0 / (1 + (keys or 0) / 64), half_keys=keys)
-    found = trends(runs.read_runs(tmp_path))[0]
+    found = trends(load(tmp_path, fallback="dense"))[0]
     assert found.not_identified == ("ln N",)
     assert math.isnan(found.estimates["constant"][1])
 
@@ -137,8 +168,10 @@ def test_text_runs_are_compared_at_equal_tokens(tmp_path: Path, capsys: pytest.C
     assert main(["report", "--results", str(root), "--out", str(tmp_path / "f"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)[0]["failed"] == []
     text = (root / "grids" / "text" / "report.md").read_text()
-    assert "| w32 | memory_plus k16 | dense | held_out/bits_per_byte | 5 | −0.100 [−0.100, −0.100] | – |" in text
-    crossed = re.search(r"nq/em \| 5 \| \S+ \[\S+, \S+\] \| \[(\S+), (\S+)\]", text)
+    assert (
+        "| w32 | memory_plus k16 | dense | held_out/bits_per_byte | 0 | 9 | 5 | −0.100 [−0.100, −0.100] | – |" in text
+    )
+    crossed = re.search(r"nq/em \| – \| 400 \| 5 \| \S+ \[\S+, \S+\] \| \[(\S+), (\S+)\]", text)
     assert crossed is not None
     low, high = (float(end) for end in crossed.groups())
     # the same 400 random numbers a seed: a question changes from wrong to right with chance 0.1, in 2,000 pairs
@@ -152,14 +185,14 @@ def test_a_headline_of_few_pairs_has_no_verdict(tmp_path: Path) -> None:
     for seed in range(2):
         write_run(tmp_path, "dense", "w32", seed, 30.0 + seed)
         write_run(tmp_path, "memory_plus", "w32", seed, 20.0 + seed, half_keys=32)
-    text = to_markdown(build(runs.read_runs(tmp_path), "few", [], [], []), tmp_path)
+    text = report_text(tmp_path)
     assert "times the exposures of dense to learn half of N H (no verdict below 5 pairs), 2 pairs, at" in text
 
 
 def test_undecided_headline_says_so(tmp_path: Path) -> None:
     for family, keys in (("dense", None), ("memory_plus", 16)):
         write_run(tmp_path, family, "w32", 0, 900.0, half_keys=keys)
-    text = to_markdown(build(runs.read_runs(tmp_path), "late", [], [], []), tmp_path)
+    text = report_text(tmp_path)
     assert "is undecided, because 1 and 1 of the runs never reached half of N H" in text
     assert "≥ 64.0 (1 of 1 censored)" in text
 
@@ -167,19 +200,18 @@ def test_undecided_headline_says_so(tmp_path: Path) -> None:
 def test_an_unsteady_machine_is_named(tmp_path: Path) -> None:
     for seed in range(2):
         name = write_run(tmp_path, "dense", "w32", seed, 9.0)
-    assert "machine was unsteady" not in to_markdown(build(runs.read_runs(tmp_path), "g", [], [], []), tmp_path)
+    assert "machine was unsteady" not in report_text(tmp_path)
     path = tmp_path / "runs" / name / "train.jsonl"
     path.write_text(path.read_text().replace('"tokens_per_s": 30000.0', '"tokens_per_s": 10000.0'))
-    text = to_markdown(build(runs.read_runs(tmp_path), "g", [], [], []), tmp_path)
+    text = report_text(tmp_path)
     assert "runs of one variant differ in speed by up to 3.0 times" in text
 
 
 def test_worlds_beyond_capacity_are_not_called_learning_speed(tmp_path: Path) -> None:
-    name = write_run(tmp_path, "dense", "w32", 0, 20.0)
-    run = runs.read_run(tmp_path / "runs" / name)
-    assert "learning speed" in runs.regime([run])
-    run.cell["data"]["people"] = 5000
-    assert runs.regime([run]) == "Worlds hold 4 to 4 bits per parameter (a dense model stores about 2)."
+    write_run(tmp_path, "dense", "w32", 0, 20.0)
+    table = load(tmp_path, fallback="dense").runs
+    assert "learning speed" in regime(table)
+    assert "4 bits per parameter" in regime(table.assign(people=5000))
 
 
 def _budget_run(root: Path, family: str, seed: int, epochs: float, gain: float, keys: int | None = None) -> str:
@@ -199,20 +231,20 @@ def test_compute_multiplier_along_dense_budgets(tmp_path: Path) -> None:
     for seed, epochs in enumerate((2.0, 8.0, 32.0, 64.0)):
         _budget_run(tmp_path, "dense", seed, epochs, 1.0)
     _budget_run(tmp_path, "memory_plus", 1, 8.0, 3.0, keys=16)
-    found = to_markdown(multiplier_blocks(runs.read_runs(tmp_path)), tmp_path)
+    found = multiplier_text(tmp_path)
     assert re.search(r"\| w32 \| memory_plus k16 \| 1 \| [\d,]+ \| [\d.]+ \| 3\.00 \| no \|", found)
 
 
 def test_compute_multiplier_says_what_it_lacks(tmp_path: Path) -> None:
     for seed, epochs in enumerate((2.0, 8.0, 32.0)):
         name = _budget_run(tmp_path, "dense", seed, epochs, 1.0)
-    found = to_markdown(multiplier_blocks(runs.read_runs(tmp_path)), tmp_path)
-    assert found == "None: compute multiplier: 3 dense compute budgets, needed: at least 4.\n"
+    found = multiplier_text(tmp_path)
+    assert "has 3 of the 4 compute budgets" in found
     path = tmp_path / "runs" / name / "cell.json"
     content = json.loads(path.read_text())
     content["cell"]["train"]["stop_past"] = 0.5
     write_json(path, content)
-    assert "runs stop by what they have learned" in to_markdown(multiplier_blocks(runs.read_runs(tmp_path)), tmp_path)
+    assert "runs stop at a share of what there is to learn" in multiplier_text(tmp_path)
 
 
 def _without_probes(root: Path, name: str) -> None:
@@ -233,7 +265,7 @@ def test_text_grids_draw_scores_against_base_and_cost(tmp_path: Path) -> None:
         "source,base,family,memory_rows,task,metric,value,confidence\n"
         "a paper,w32,memory_plus,256,triviaqa,f1,0.4,B: one\na paper,w32,pkm,256,triviaqa,exact_match,0.4,C: read off\n"
     )
-    drawn, missing = draw(runs.read_runs(tmp_path), "g", tmp_path / "figures", read_published(table))
+    drawn, missing = draw(plots(tmp_path, read_published(table)), tmp_path / "figures")
     points = next(path for path in drawn["scores-rows"] if path.suffix == ".svg").read_text()
     assert ">memory_plus B<" in points
     assert ">published: a paper<" in points
@@ -247,7 +279,7 @@ def test_text_grids_draw_the_compute_multiplier_along_dense_budgets(tmp_path: Pa
     for seed, epochs in enumerate((2.0, 8.0, 32.0, 64.0)):
         _without_probes(tmp_path, _budget_run(tmp_path, "dense", seed, epochs, 1.0))
     _without_probes(tmp_path, _budget_run(tmp_path, "memory_plus", 1, 8.0, 3.0, keys=16))
-    paths = multiplier_figure(scene(runs.read_runs(tmp_path), "g"), tmp_path)
+    paths = multiplier_figure(plots(tmp_path), tmp_path)
     assert "compute multiplier at the final loss" in paths[2].read_text()
     assert "w32 memory_plus k16 (n=1)" in paths[2].read_text()
 
@@ -255,7 +287,7 @@ def test_text_grids_draw_the_compute_multiplier_along_dense_budgets(tmp_path: Pa
 def test_without_a_memory_nothing_is_drawn_against_rows(tmp_path: Path) -> None:
     for seed in range(2):
         write_run(tmp_path, "dense", "w32", seed, 20.0)
-    drawn, missing = draw(runs.read_runs(tmp_path), "g", tmp_path / "figures")
+    drawn, missing = draw(plots(tmp_path), tmp_path / "figures")
     assert "memory-rows" not in drawn
     assert any(line.startswith("memory-rows: grid g has no model with a memory") for line in missing)
 
@@ -266,18 +298,18 @@ def test_what_would_make_a_figure_is_said_as_the_grid_was_given(
     name = write_run(tmp_path, "dense", "w32", 0, 20.0)
     grid = {"grid": "g", "source": "/else/g.yaml", "runs": [name]}
     write_json(tmp_path / "grids" / "g" / "grid.json", grid)
-    assert runs.read_source(tmp_path, "g") == "/else/g.yaml"
+    assert read_source(tmp_path, "g") == "/else/g.yaml"
     kept = tmp_path / "runs" / name / "baseline.py"
     kept.write_text("pass\n")
-    _, missing = draw(runs.read_runs(tmp_path), "g", tmp_path, source=runs.read_source(tmp_path, "g"))
+    _, missing = draw(context(Comparisons(load(tmp_path, "g", fallback="dense"))), tmp_path)
     assert any(line.endswith(f"suite sweep /else/g.yaml --baseline={kept}") for line in missing)
     kept.unlink()
     write_json(tmp_path / "grids" / "g" / "grid.json", {**grid, "source": "/else/grids/g.yaml"})
-    assert runs.read_source(tmp_path, "g") == "/else/grids/g.yaml"  # no grid of that name is found from here
+    assert read_source(tmp_path, "g") == "/else/grids/g.yaml"  # no grid of that name is found from here
     write_json(tmp_path / "grids" / "g" / "grid.json", {**grid, "source": "with space/g.yaml"})
-    assert runs.read_source(tmp_path, "g") == "'with space/g.yaml'"
+    assert read_source(tmp_path, "g") == "'with space/g.yaml'"
     monkeypatch.chdir(tmp_path)
     scaled = "g-tokens-x0.01-batch_rows-x1e-05"
     for name, words in (("g", "g"), (scaled, "g --scale=tokens=0.01 --scale=batch_rows=1e-05")):
         write_json(tmp_path / "grids" / name / "grid.json", {"grid": name, "source": "grids/g.yaml", "runs": []})
-        assert runs.read_source(tmp_path, name) == words
+        assert read_source(tmp_path, name) == words

@@ -1,0 +1,33 @@
+"""All comparisons of a grid, each computed once, when it is first needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from analysis.comparisons.multiplier_grid import Named, multipliers_along_reference
+from analysis.comparisons.paired import Contrast, contrasts
+from analysis.comparisons.trends import Trend, trends
+from analysis.records.grid_data import GridData
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """The paired contrasts, trends and compute multipliers of a grid."""
+
+    data: GridData
+
+    @cached_property
+    def contrasts(self) -> list[Contrast]:
+        """See analysis.comparisons.paired."""
+        return contrasts(self.data)
+
+    @cached_property
+    def trends(self) -> list[Trend]:
+        """See analysis.comparisons.trends."""
+        return trends(self.data)
+
+    @cached_property
+    def multipliers(self) -> tuple[list[Named], list[str]]:
+        """Along the reference's runs, and the reasons for those that are missing."""
+        return multipliers_along_reference(self.data)

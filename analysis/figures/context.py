@@ -1,0 +1,156 @@
+"""What the figures of a grid share: its finished runs, the labels and looks they are drawn with, and footnotes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from analysis.comparisons.grid import Comparisons
+from analysis.comparisons.statistics import MIN_PAIRS
+from analysis.figures import style
+from analysis.records.grid_data import GridData
+from analysis.records.regime import regime
+from analysis.records.scores import identities
+
+POINT_NOTE = f"Points: mean over seeds, 95 % t-interval from {MIN_PAIRS} runs on, n in the legend; faint: single runs."
+SIDE_BY_SIDE = POINT_NOTE.replace("n in the legend", "n at the label")
+LEGEND = 16
+"""Most variants that a figure tells apart."""
+
+
+class Missing(Exception):
+    """A figure that the runs do not allow; the message gives the reason and what would make it possible."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the figures of one grid are drawn from.
+
+    comparisons: the grid's records and comparisons.
+    table: the finished runs, their `label` replaced by the one they are drawn under: that of their variant,
+        or, in a grid of more than LEGEND variants, their family and table size.
+    looks: label -> how it is drawn.
+    drawn_as: label of a variant -> label it is drawn under.
+    remark: what the footnotes have to say about labels.
+    """
+
+    comparisons: Comparisons
+    table: pd.DataFrame
+    looks: dict[str, style.Look]
+    drawn_as: dict[str, str]
+    remark: str = ""
+
+    @property
+    def data(self) -> GridData:
+        """The grid's records."""
+        return self.comparisons.data
+
+    @property
+    def grid(self) -> str:
+        """The grid's name."""
+        return self.data.grid
+
+    @property
+    def source(self) -> str:
+        """The arguments with which `suite sweep` continues the grid."""
+        return self.data.source or self.data.grid
+
+    @property
+    def bases(self) -> list[str]:
+        """Base sizes, smallest first."""
+        return [base for base in self.data.bases if base in set(self.table["base"])]
+
+    def of_base(self, base: str) -> pd.DataFrame:
+        """The runs of a base size."""
+        return self.table[self.table["base"] == base]
+
+    def variants(self, base: str) -> Iterator[tuple[str, pd.DataFrame]]:
+        """Label and runs of each variant of a base, in reading order."""
+        for label, group in self.of_base(base).groupby("label", sort=False):
+            yield str(label), group
+
+    def legend(self, label: str) -> str:
+        """A legend entry: the label and its number of runs, by base where they differ."""
+        counts = self.table[self.table["label"] == label].groupby("base").size()
+        numbers = [int(counts[base]) for base in self.bases if base in counts.index]
+        return f"{label} (n={'/'.join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))})"
+
+    def note(self, text: str) -> str:
+        """A footnote: what the marks are, the source, and what the worlds can show."""
+        source = f"Source: our runs, grid {self.grid}, {len(self.table)} runs."
+        return " ".join(filter(None, [text, self.remark, source, regime(self.data.done)]))
+
+    @cached_property
+    def titles(self) -> pd.DataFrame:
+        """One row per score: its identity and its title."""
+        return identities(self.data.scores)
+
+    def no_bits(self) -> str:
+        """Why there is no figure of bits learned, and what would make one."""
+        if not len(self.table):
+            return f"no finished run in grid {self.grid}: suite sweep {self.source}"
+        return (
+            f"no storage probes at a constant learning rate in grid {self.grid}; they come with bios data, "
+            f"train.probes > 0 and train.schedule constant: suite sweep {self.source}"
+        )
+
+    def with_bits_at_common_exposure(self, part: pd.DataFrame) -> tuple[pd.DataFrame, float]:
+        """Runs with storage probes and the last exposure that all of them reached, where `nll` and `flops_there` are
+        taken."""
+        part = part[part["e50_state"] != "none"]
+        exposure, at = self.data.common_exposure(part.index), part.index.to_numpy(int)
+        nll = self.data.curves("storage_nll").at(exposure, at)
+        return part.assign(nll=nll, flops_there=self.data.curves("train_flops").at(exposure, at)), exposure
+
+    def bases_of_equal_tokens(self) -> list[str]:
+        """Bases whose finished runs all saw the same number of tokens, within 1 %.
+
+        Raises:
+            Missing: there is none.
+        """
+        tokens = self.table.groupby("base")["tokens"]
+        spread = tokens.max() / tokens.min()
+        bases = [base for base in self.bases if spread[base] <= 1.01]
+        if not bases:
+            raise Missing(
+                f"runs of grid {self.grid} ended at different numbers of tokens; without train.stop_past they end at "
+                f"the same: suite sweep {self.source}"
+            )
+        return bases
+
+    def base_sizes(self) -> dict[str, float]:
+        """Non-embedding parameters of the reference's plain model of each base; of its smallest model without one."""
+        size, base = self.table["params_total"] - self.table["params_embedding"].fillna(0), self.table["base"]
+        plain = self.table["family"].eq(self.data.reference) & ~self.table["reshaped"]
+        smallest = size.groupby(base).min().to_dict() | size[plain].groupby(base[plain]).min().to_dict()
+        return {str(name): float(value) for name, value in smallest.items()}
+
+
+def context(comparisons: Comparisons) -> Context:
+    """The figures' view of a grid's finished runs."""
+    data = comparisons.data
+    table = data.done
+    labels, remark = table["label"], ""
+    if labels.nunique() > LEGEND:
+        labels = _pooled(table)
+        remark = f"The grid has {table['label'].nunique():,} variants: those of one family and table size are pooled."
+    drawn = labels.drop_duplicates()[:LEGEND]
+    if labels.nunique() > LEGEND:
+        remark += f" {labels.nunique() - LEGEND} of {labels.nunique()} families and sizes are not drawn."
+    drawn_as = dict(zip(table["label"], labels, strict=True))
+    table = table.assign(label=labels)
+    table = table[table["label"].isin(drawn)]
+    pairs = table.drop_duplicates("label")
+    looks = style.looks(list(zip(pairs["family"], pairs["label"], strict=True)))
+    return Context(comparisons, table, looks, drawn_as, remark)
+
+
+def _pooled(table: pd.DataFrame) -> pd.Series:
+    """Family and table size, or width, of each run."""
+    keys = np.where(table["half_keys"].notna(), " k" + table["half_keys"].fillna(0).astype(int).astype(str), "")
+    width = np.where(table["ffn_hidden"].notna(), " ffn" + table["ffn_hidden"].fillna(0).astype(int).astype(str), "")
+    return table["family"] + keys + width

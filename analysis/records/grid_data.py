@@ -1,0 +1,336 @@
+"""The runs of a grid (or of a results folder) as one set of tables, built once for a command.
+
+Every figure, comparison, fit and report reads GridData. `runs` has a row per run in reading order; the longer tables
+name a run by its position in `runs`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+
+from analysis.errors import InputError
+from analysis.records import store
+from analysis.records.curves import Curves
+from analysis.records.grids import Contrast, read_grid, read_grids, read_plans, read_source
+from analysis.records.labels import is_reshaped, labels, pairing, training
+from analysis.records.run_files import DAMAGED
+from analysis.records.scores import final_scores
+
+EQUAL = 0.05
+"""Largest deviation of a ratio from 1 that is still called equal."""
+DONE = "done"
+ACCOUNT = {
+    "params_total": "params_total",
+    "params_active": "params_active",
+    "params_memory": "params_memory",
+    "params_embedding": "params_embedding",
+    "macs": "macs_total",
+    "flops_per_token": "flops_per_token",
+    "bytes_per_token": "bytes_per_token",
+}
+"""Column -> field of a run's account."""
+RATIOS = {"macs_ratio": "macs", "params_ratio": "params_total", "bytes_ratio": "bytes_per_token"}
+PROBE_COLUMNS = ("bits", "bits_max", "nll", "recall", "n")
+COLUMNS = (
+    "cell",
+    "hash",
+    "account",
+    "versions",
+    "state",
+    "cause",
+    "usage_used",
+    "usage_kl_bits",
+    "tokens_per_s",
+    "tokens",
+    "epoch",
+    "train_flops",
+    "wall_s",
+    "eval_loss",
+    "recent_loss",
+    "lines",
+    "probes",
+    "table_use",
+    "scores",
+    "answers",
+)
+
+
+@dataclass(frozen=True)
+class GridData:
+    """The records of a grid.
+
+    runs: one row per readable run, in reading order: identity (run, cell, label, family, base, seed, half_keys,
+        memory_rows, ffn_hidden, reshaped, pairing, train_key), state and cause, the account, ratios to the partner,
+        speed, how far it got, and E50. `e50` is an exposure; `e50_state` is reached, censored (`e50` is then the last
+        exposure, a lower bound), early (an upper bound) or none (no storage probes at a constant learning rate).
+        `partner` is the position of the reference run that ratios are relative to, -1 without one.
+    probes: one row per probe: run, step, tokens, epoch, train_flops, wall_s, eval_loss and `<kind>_<metric>`.
+    table_use: one row per logged step of a run with tables: run, tokens, used, never_read, kl_bits.
+    scores: one row per final score, see analysis.records.scores.
+    damaged: run and cause of the runs with a record file that cannot be read.
+    absent: runs that the grid names and that have no directory.
+    """
+
+    runs: pd.DataFrame
+    probes: pd.DataFrame
+    table_use: pd.DataFrame
+    scores: pd.DataFrame
+    reference: str
+    damaged: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["run", "cause"]))
+    grid: str = ""
+    source: str = ""
+    contrast: Contrast | None = None
+    absent: Sequence[str] = ()
+    published: pd.DataFrame | None = None
+
+    @cached_property
+    def done(self) -> pd.DataFrame:
+        """The finished runs; their index is the position in `runs`."""
+        return self.runs[self.runs["state"] == DONE]
+
+    @cached_property
+    def bases(self) -> list[str]:
+        """Base sizes of the finished runs, smallest first."""
+        size = self.done.groupby("base")["params_active"].min()
+        return [str(base) for base in size.sort_values().index]
+
+    def curves(self, y: str, x: str = "epoch") -> Curves:
+        """The curves of a probe column over another, of all runs; empty where no run has it."""
+        if y not in self.probes or x not in self.probes:
+            nothing = np.array([])
+            return Curves(nothing.astype(int), nothing, nothing, len(self.runs))
+        table = self.probes.dropna(subset=[x, y])
+        return Curves(table["run"].to_numpy(int), table[x].to_numpy(float), table[y].to_numpy(float), len(self.runs))
+
+    def common_exposure(self, positions: pd.Index) -> float:
+        """The last exposure that all of these runs were probed at; NaN without probes."""
+        last = self.curves("epoch").last_x()[positions.to_numpy(int)]
+        return float(last.min()) if len(last) else float("nan")
+
+    @cached_property
+    def has_bits(self) -> bool:
+        """Whether any finished run has storage probes at a constant learning rate."""
+        return bool(self.done["e50_state"].ne("none").any())
+
+
+def load(
+    results: Path,
+    grid: str | None = None,
+    reference: str | None = None,
+    published: pd.DataFrame | None = None,
+    fallback: str | None = None,
+) -> GridData:
+    """The records of a results folder, or of one grid in it.
+
+    Args:
+        results: folder of runs/, grids/ and plans/.
+        grid: name of a grid that has records; None: all runs.
+        reference: family that the others are compared with; None: that of the grid's declared contrast.
+        published: numbers from papers, to be drawn with the runs.
+        fallback: the reference family of a grid that declares no contrast.
+
+    Raises:
+        InputError: an unknown grid, no run at all, or no reference family.
+    """
+    recorded = None if grid is None else read_grid(results, grid)
+    table = read_store(results, grid, COLUMNS)
+    contrast = recorded.contrast if recorded else None
+    data = from_store(table, reference, contrast, read_plans(results), fallback)
+    return replace(
+        data,
+        grid=grid or "",
+        source=read_source(results, grid) if grid else "",
+        absent=tuple(sorted(set(recorded.runs) - set(table["run"].to_pylist()))) if recorded else (),
+        published=published,
+    )
+
+
+def read_store(results: Path, grid: str | None, columns: Sequence[str]) -> pa.Table:
+    """The run table of a results folder, or of one grid in it.
+
+    Raises:
+        InputError: an unknown grid, or no run at all.
+    """
+    table = store.load(results, columns, None if grid is None else read_grid(results, grid).runs)
+    if not len(table):
+        raise InputError(f"{results / 'runs'}: no runs here; make some: suite sweep {grid or 'smoke'}")
+    return table
+
+
+def from_store(
+    table: pa.Table,
+    reference: str | None,
+    contrast: Contrast | None,
+    predicted: Mapping[str, float],
+    fallback: str | None = None,
+) -> GridData:
+    """The tables of the runs of a store; see `load`."""
+    runs, damaged = run_table(table, predicted)
+    reference = _reference(runs, reference, contrast) or fallback
+    if reference is None:
+        raise InputError("--reference: missing, and the grid declares no contrast; name the family to compare with")
+    runs = with_partners(_ordered(runs, reference), reference)
+    position = positions(runs, len(table))
+    nothing = pd.DataFrame()
+    data = GridData(runs, _probes(table, position), unnest(table, "table_use", position), nothing, reference, damaged)
+    runs = _with_e50(data)
+    scores = final_scores(runs, unnest(table, "scores", position), unnest(table, "answers", position))
+    return replace(data, runs=runs, scores=scores, contrast=contrast)
+
+
+def run_table(table: pa.Table, predicted: Mapping[str, float]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The readable runs of a store in its order, `stored` their row in it; and run and cause of the damaged ones."""
+    flat = table.select([name for name in table.column_names if not pa.types.is_list(table[name].type)]).to_pandas()
+    unreadable = (flat["state"] == DAMAGED).to_numpy()
+    cells = [json.loads(text) for text in flat.loc[~unreadable, "cell"]]
+    accounts = [json.loads(text) for text in flat.loc[~unreadable, "account"]]
+    runs = flat[~unreadable].drop(columns=["cell", "account"]).rename(columns={"hash": "cell"})
+    runs = runs.reset_index(drop=True).assign(stored=np.flatnonzero(~unreadable))
+    runs = _identified(runs, cells, accounts).assign(predicted_wall_s=runs["run"].map(predicted).astype(float))
+    return runs, flat.loc[unreadable, ["run", "cause"]].reset_index(drop=True)
+
+
+def positions(runs: pd.DataFrame, stored: int) -> np.ndarray:
+    """For every row of the store the position of its run in `runs`; -1 for the others."""
+    position = np.full(stored, -1)
+    position[runs["stored"]] = np.arange(len(runs))
+    return position
+
+
+def unnest(table: pa.Table, column: str, position: np.ndarray) -> pd.DataFrame:
+    """A list column as a table of its entries, with the position of their run; -1 leaves a run's entries out."""
+    lists = table[column].combine_chunks()
+    entries = lists.flatten()
+    run = position[np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy(zero_copy_only=False))]
+    columns: dict[str, Any] = {"run": run}
+    for at, leaf in enumerate(entries.type):
+        values = entries.field(at)
+        numeric = pa.types.is_floating(leaf.type)
+        columns[leaf.name] = values.to_numpy(zero_copy_only=False) if numeric else values.to_numpy(False)
+    frame = pd.DataFrame(columns)
+    return frame[frame["run"] >= 0].sort_values("run", kind="stable", ignore_index=True)
+
+
+def _reference(runs: pd.DataFrame, reference: str | None, contrast: Contrast | None) -> str | None:
+    """The family that the others are compared with, as named or as declared."""
+    if reference is not None:
+        return reference
+    declared = runs.loc[runs["run"].isin(contrast.reference), "family"] if contrast else runs["family"].iloc[:0]
+    return str(declared.iloc[0]) if len(declared) else None
+
+
+def _identified(runs: pd.DataFrame, cells: list[dict[str, Any]], accounts: list[dict[str, Any]]) -> pd.DataFrame:
+    """The runs with what their cells and accounts state."""
+    models = [cell["model"] for cell in cells]
+    half_keys = pd.array([model.get("half_keys") for model in models], "Float64").to_numpy(float, na_value=np.nan)
+    stated = {
+        "label": labels(cells),
+        "family": [model["family"] for model in models],
+        "base": [model["base"] for model in models],
+        "seed": [cell["seed"] for cell in cells],
+        "half_keys": half_keys,
+        "memory_rows": np.nan_to_num(half_keys) ** 2,
+        "ffn_hidden": pd.to_numeric(pd.Series([model.get("ffn_hidden") for model in models], dtype=object)),
+        "reshaped": [is_reshaped(model) for model in models],
+        "pairing": [pairing(cell) for cell in cells],
+        "train_key": [training(cell) for cell in cells],
+        "steady": [(cell.get("train") or {}).get("schedule", "constant") == "constant" for cell in cells],
+        "stops_early": [bool((cell.get("train") or {}).get("stop_past")) for cell in cells],
+        "train": [cell.get("train") or {} for cell in cells],
+        "model": models,
+        "people": [cell["data"].get("people") if cell["data"].get("kind") == "bios" else None for cell in cells],
+    }
+    counted = {
+        name: pd.to_numeric(pd.Series([account.get(field) for account in accounts], dtype=object))
+        for name, field in ACCOUNT.items()
+    }
+    return runs.assign(**stated, **counted)
+
+
+def _ordered(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """Runs in reading order: bases from small to large, the reference family first, then families without a table."""
+    size = runs.groupby("base")["params_active"].transform("min")
+    tables = runs.groupby("family")["memory_rows"].transform("max") > 0
+    keys = ["size", "base", "rank", "family", "ffn_hidden", "memory_rows", "label", "seed"]
+    rank = np.where(runs["family"] == reference, 0, np.where(tables, 2, 1))
+    ordered = runs.assign(rank=rank, size=size).sort_values(keys, na_position="first", kind="stable")
+    return ordered.drop(columns=["rank", "size"]).reset_index(drop=True)
+
+
+def with_partners(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
+    """The runs with their partner, a run of the reference family in its base shape, and the ratios to it.
+
+    A partner shares base and data, and the training settings where one does. N of a cell is the partner's non-embedding
+    parameters.
+    """
+    plain = runs[(runs["family"] == reference) & ~runs["reshaped"] & runs["params_total"].notna()]
+    plain = plain.sort_values("stored")
+    same_training = _first(plain, ["pairing", "train_key"], runs)
+    same_data = _first(plain, ["pairing"], runs)
+    partner = np.where(same_training >= 0, same_training, same_data)
+    paired, at = partner >= 0, np.where(partner >= 0, partner, 0)
+    columns: dict[str, Any] = {"partner": partner}
+    for name, key in RATIOS.items():
+        ours, theirs = runs[key].to_numpy(float), runs[key].to_numpy(float)[at]
+        valid = paired & (np.nan_to_num(ours) != 0) & (np.nan_to_num(theirs) != 0)
+        columns[name] = np.divide(ours, theirs, out=np.full(len(runs), np.nan), where=valid)
+    size = (runs["params_total"] - runs["params_embedding"].fillna(0)).to_numpy(float)
+    return runs.assign(**columns, N=np.where(paired, size[at], np.nan))
+
+
+def _first(plain: pd.DataFrame, keys: list[str], runs: pd.DataFrame) -> np.ndarray:
+    """For every run the position of the first plain run with the same keys; -1 without one."""
+    first = plain.drop_duplicates(keys).assign(position=lambda table: table.index)[[*keys, "position"]]
+    return runs[keys].merge(first, on=keys, how="left")["position"].fillna(-1).to_numpy(int)
+
+
+def _probes(table: pa.Table, position: np.ndarray) -> pd.DataFrame:
+    """One row per line of train.jsonl with an evaluation-mode loss or a probe."""
+    lines = unnest(table, "lines", position)
+    lines["line"] = lines.groupby("run").cumcount()
+    scores = unnest(table, "probes", position)
+    wide = lines.set_index(["run", "line"])
+    scored = pd.MultiIndex.from_frame(scores[["run", "line"]].astype({"line": int}))
+    wide = wide[wide["eval_loss"].notna() | wide.index.isin(scored)].drop(columns=["loss", "tokens_per_s"])
+    for kind, part in scores.groupby("kind", sort=False):
+        part = part.astype({"line": int}).set_index(["run", "line"])[list(PROBE_COLUMNS)]
+        wide = wide.join(part.add_prefix(f"{kind}_"))
+    return wide.reset_index().drop(columns="line")
+
+
+def _with_e50(data: GridData) -> pd.DataFrame:
+    """The runs with E50, what it cost, and N H of the people that the storage probes cover."""
+    bits, runs = data.curves("storage_bits"), data.runs
+    bits_max = data.curves("storage_bits_max").last_y()
+    e50, state = bits.crossing(bits_max / 2)
+    unsteady = ~runs["steady"].to_numpy(bool)
+    e50[unsteady], state[unsteady] = np.nan, "none"
+    reached = np.where(state == "reached", e50, np.nan)
+    costs = {name: data.curves(key).at(reached, log=False) for name, key in TO_E50.items()}
+    return runs.assign(e50=e50, e50_state=state, bits_max=bits_max, **costs)
+
+
+TO_E50 = {"wall_to_e50": "wall_s", "flops_to_e50": "train_flops"}
+
+
+def grids_of(results: Path, grid: str | None) -> list[str]:
+    """The grid that was named, or all that have records.
+
+    Raises:
+        InputError: none has.
+    """
+    if grid is not None:
+        return [grid]
+    known = list(read_grids(results))
+    if not known:
+        raise InputError(f"{results / 'grids'}: no grids here; make one: suite sweep smoke")
+    return known

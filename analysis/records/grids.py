@@ -1,0 +1,91 @@
+"""Grids and plans as a sweep recorded them: which runs belong together, and what is compared."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.errors import InputError
+from analysis.records.shipped import shipped
+from analysis.records.tables import read_json
+
+GRID_FOLDERS = (Path("grids"), shipped("grids"))
+"""Where a grid is found by its name."""
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The primary contrast: its metric (e50, eval/nll or TASK/METRIC) and the names of the runs on each side."""
+
+    metric: str
+    treatment: tuple[str, ...]
+    reference: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A grid's record: its runs in order, and its primary contrast where it declares one."""
+
+    runs: list[str]
+    contrast: Contrast | None = None
+
+
+def read_grids(results: Path) -> dict[str, Recorded]:
+    """Grid name -> its record, from results/grids/*/grid.json."""
+    return dict(_read(path) for path in sorted(results.glob("grids/*/grid.json")))
+
+
+def read_grid(results: Path, grid: str) -> Recorded:
+    """The record of one grid.
+
+    Raises:
+        InputError: it has none.
+    """
+    path = results / "grids" / grid / "grid.json"
+    if path.is_file():
+        return _read(path)[1]
+    known = ", ".join(path.parent.name for path in sorted(results.glob("grids/*/grid.json"))) or "none yet"
+    raise InputError(
+        f"{results / 'grids'}: grid {grid!r} has no records (make them: suite sweep {grid}); known: {known}"
+    )
+
+
+def _read(path: Path) -> tuple[str, Recorded]:
+    content = read_json(path)
+    if not isinstance(content.get("runs"), list):
+        raise InputError(f"{path}: field runs: allowed: a list of run names")
+    declared = content.get("contrast")
+    try:
+        contrast = declared and Contrast(
+            str(declared["metric"]), tuple(declared["treatment"]), tuple(declared["reference"])
+        )
+    except (KeyError, TypeError):
+        raise InputError(f"{path}: field contrast: needs metric, treatment and reference") from None
+    return str(content.get("grid", path.parent.name)), Recorded([str(run) for run in content["runs"]], contrast or None)
+
+
+def read_source(results: Path, grid: str) -> str:
+    """The arguments with which `suite sweep` continues the grid: name or path, scales, and its runs' baseline files."""
+    path = Path(str(read_json(results / "grids" / grid / "grid.json").get("source", grid)))
+    runs = set(read_grid(results, grid).runs)
+    is_named = any((folder / path.name).resolve() == path.resolve() for folder in GRID_FOLDERS)
+    scales = re.findall(r"-([a-z_]+)-x([^-]+(?:-\d+)?)", grid.removeprefix(path.stem))
+    baselines = {
+        file.read_bytes(): file
+        for file in sorted(results.glob("runs/*/baseline.py"), reverse=True)
+        if file.parent.name in runs
+    }
+    arguments = [path.stem if is_named else str(path), *(f"--scale={name}={factor}" for name, factor in scales)]
+    return shlex.join([*arguments, *(f"--baseline={file}" for file in baselines.values())])
+
+
+def read_plans(results: Path) -> dict[str, float]:
+    """Run name -> seconds of training predicted by results/plans/*.json; not for runs planned for several GPUs."""
+    seconds: dict[str, list[float]] = {}
+    for path in sorted(results.glob("plans/*.json")):
+        for cell in read_json(path).get("cells", []):
+            if cell.get("gpus"):
+                seconds.setdefault(str(cell["run"]), []).append(3600 * float(cell["gpu_hours"]) / float(cell["gpus"]))
+    return {name: predictions[0] for name, predictions in seconds.items() if len(predictions) == 1}

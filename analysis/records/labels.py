@@ -1,0 +1,64 @@
+"""What tells runs apart, and what they share: labels of variants, and the keys by which runs are compared."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SHAPE = ("layers", "dim", "heads", "kv_heads", "ffn_hidden")
+NAMED_FIRST = {"model.half_keys": "k{}", "model.ffn_hidden": "ffn{}"}
+"""Settings that every label of a model with them starts with."""
+OUTSIDE_A_LABEL = ("seed", "evaluate")
+
+
+def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The variant of each cell: family, table or width, and what else varies within its family and base."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for position, cell in enumerate(cells):
+        groups.setdefault((cell["model"]["family"], cell["model"]["base"]), []).append(position)
+    result = [""] * len(cells)
+    for (family, _), members in groups.items():
+        settings = [flat({k: v for k, v in cells[at].items() if k not in OUTSIDE_A_LABEL}) for at in members]
+        values: dict[str, set[str]] = {}
+        for options in settings:
+            for key, value in options.items():
+                values.setdefault(key, set()).add(repr(value))
+        everywhere = {key for key in values if all(key in options for options in settings)}
+        varying = [
+            key
+            for key in sorted(values)
+            if key not in NAMED_FIRST and (len(values[key]) > 1 or (key not in everywhere and values[key] != {"None"}))
+        ]
+        for at, options in zip(members, settings, strict=True):
+            parts = [form.format(options[key]) for key, form in NAMED_FIRST.items() if options.get(key)]
+            parts += [f"{key.split('.')[-1]}={options.get(key)}" for key in varying]
+            result[at] = " ".join([family, *parts])
+    return result
+
+
+def flat(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted names, without paths, which are not part of a cell's identity."""
+    settings: dict[str, Any] = {}
+    for key, value in block.items():
+        if isinstance(value, dict):
+            settings |= flat(value, f"{prefix}{key}.")
+        elif key != "path":
+            settings[prefix + key] = value
+    return settings
+
+
+def is_reshaped(model: Mapping[str, Any]) -> bool:
+    """Whether a model overrides the shape of its base size, as controls of equal MACs do."""
+    return any(model.get(name) is not None for name in SHAPE)
+
+
+def pairing(cell: Mapping[str, Any]) -> str:
+    """What two runs must share to be compared: base size and data, as JSON."""
+    data = {key: value for key, value in cell["data"].items() if key != "path"}
+    return json.dumps([cell["model"]["base"], data], sort_keys=True)
+
+
+def training(cell: Mapping[str, Any]) -> str:
+    """The training settings of a cell, as JSON."""
+    return json.dumps(cell.get("train"), sort_keys=True)

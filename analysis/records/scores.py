@@ -1,0 +1,68 @@
+"""Final scores, and when two of them are the same thing.
+
+Two scores may be compared only if they agree in all of IDENTITY: task and its version, the prompts (by their hash),
+few-shot examples, limit, number of documents, and the data (by its fingerprint).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+IDENTITY = ("task", "metric", "version", "prompt_hash", "few_shot", "limit", "n", "data_fingerprint")
+LOSS = "eval/nll"
+"""The last evaluation-mode loss of training, as a score."""
+NOT_A_SCORE = ("bits_max",)
+
+
+def final_scores(runs: pd.DataFrame, scores: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
+    """The final scores of all runs.
+
+    Args:
+        runs: one row per run, with its last `eval_loss`.
+        scores: all recorded scores: run, split, IDENTITY, value, stderr.
+        answers: for each of `scores`, 0 and 1 by question as text, or None.
+
+    Returns:
+        One row per run and score: run (position), IDENTITY, value, stderr, answers, `key` (task/metric) and `score`, a
+        number that equal identities share, in the order of their keys, LOSS first.
+    """
+    table = scores.assign(answers=answers["answers"])
+    table = table[(table["split"] == "final") & table["value"].notna() & ~table["metric"].isin(NOT_A_SCORE)]
+    loss = runs["eval_loss"].dropna()
+    task, metric = LOSS.split("/")
+    losses = pd.DataFrame({"run": loss.index, "task": task, "metric": metric, "value": loss.to_numpy(float)})
+    table = pd.concat([losses, table], ignore_index=True) if len(losses) else table.reset_index(drop=True)
+    table = table.reindex(columns=["run", *IDENTITY, "value", "stderr", "answers"])
+    table = table.drop_duplicates(["run", *IDENTITY], keep="last", ignore_index=True)
+    table = table.assign(key=table["task"] + "/" + table["metric"])
+    order = ["loss_first", "key", *IDENTITY[2:]]
+    table["loss_first"] = table["key"] != LOSS
+    table["score"] = table.groupby(order, dropna=False).ngroup() if len(table) else 0
+    return table.drop(columns="loss_first").sort_values(["run", "score"], ignore_index=True)
+
+
+def identities(scores: pd.DataFrame) -> pd.DataFrame:
+    """One row per score identity, by `score`, with a `title` that tells it from others of the same task and metric."""
+    unique = scores.drop_duplicates("score").set_index("score").sort_index()[["key", *IDENTITY]]
+    several = unique["key"].duplicated(keep=False)
+    titles = [
+        f"{key} ({setting(few_shot, n)})" if repeated else key
+        for key, few_shot, n, repeated in zip(unique["key"], unique["few_shot"], unique["n"], several, strict=True)
+    ]
+    return unique.assign(title=_distinct(titles, unique["prompt_hash"]))
+
+
+def setting(few_shot: float, n: float) -> str:
+    """Few-shot examples and number of questions, for people."""
+    parts = [] if np.isnan(few_shot) else [f"{few_shot:.0f}-shot"]
+    return ", ".join(parts + ([] if np.isnan(n) else [f"n={n:,.0f}"])) or "settings not recorded"
+
+
+def _distinct(titles: list[str], hashes: pd.Series) -> list[str]:
+    """Titles that are still equal get the start of their prompts' hash."""
+    repeated = pd.Series(titles).duplicated(keep=False)
+    return [
+        f"{title} prompts {str(digest)[:6]}" if same else title
+        for title, digest, same in zip(titles, hashes, repeated, strict=True)
+    ]

@@ -1,0 +1,34 @@
+"""Tables that are too long to read: the report shows their first rows, and a CSV file next to it holds all of them."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from analysis.report.blocks import Block, Table, Text
+
+ROWS = 60
+"""Most rows of a table in the report."""
+
+
+def shortened(blocks: Sequence[Block], folder: Path) -> list[Block]:
+    """The blocks with long tables cut to ROWS rows, each followed by the name of the CSV file with all of its rows.
+
+    Files of an earlier report are removed from the folder.
+    """
+    for path in folder.glob("*.csv"):
+        path.unlink()
+    result: list[Block] = []
+    for block in blocks:
+        if not isinstance(block, Table) or len(block.rows) <= ROWS:
+            result.append(block)
+            continue
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{block.name}.csv"
+        with path.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([block.headers, *block.rows])
+        text = f"The first {ROWS} of {len(block.rows):,} rows; all of them: {folder.name}/{path.name}."
+        result += [replace(block, rows=block.rows[:ROWS]), Text(text)]
+    return result
