@@ -284,8 +284,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     parser.add_argument("--out", type=Path, help="folder for kernels-<device>.csv and step-against-dense-<device>.csv")
     parser.add_argument("--rows", type=int, nargs="*", help="only tables of these sizes")
-    parser.add_argument("--all", action="store_true", help="on CPU too: every table that memory holds")
+    parser.add_argument("--all", action="store_true", help="every table that memory holds; every shape to compile")
+    parser.add_argument("--compile", action="store_true", help="measure nothing: print what the kernels compile to")
     given = parser.parse_args(arguments)
+    if given.compile:
+        from kernels.bench import compile as compiler
+
+        return compiler.main(given.all, given.json, tuple(compiler.DEVICES))
     if given.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got cuda, allowed: cpu (torch sees no CUDA device)")
     every = CUDA_CASES if given.device == "cuda" else CPU_CASES + (CPU_MORE if given.all else [])

@@ -1,18 +1,30 @@
-"""The product-key search in Triton: half scores live in registers, a block of keys at a time.
+"""The product-key search in Triton: scores on tensor cores, then exact selection by sorting networks.
 
-`_half_kernel` scores a block of tokens against one head's half keys, block by block, and keeps a running top_k: the
-[N, n] scores are never in memory. `_pair_kernel` picks the top_k among the pairs that can be. Ranking is by one
-int64: the score's bits, made to rise with it, above the inverted position, so that ties go to the lower position.
+A chunk of tokens at a time, so that its half scores stay in the second-level cache:
+`half_scores`     products of queries and half keys, by the matrix library
+`_select_kernel`  the top_k half keys of every token and side
+and then, for all tokens together,
+`_pair_kernel`    the top_k among the pairs that can be (reference.pairs)
+
+Scores. Tensor cores multiply bfloat16 exactly and sum in float32. A float32 number is the sum of three bfloat16
+numbers, so the products of the parts, all terms of one longer sum, are as exact as a float32 product.
+
+Selection. A candidate is one int64: the score's bits, made to rise with the score, above the inverted position. No two
+are equal, so ties go to the lower position. Groups of 16 neighbours are ranked first, by their highest score: a key
+outside the top_k best groups has at least one key of each of them before it. Then the groups of four within those are
+ranked in the same way, and then the keys within these.
+
 Backward is two weighted bags over the half keys (kernels.embedding_bag): sums in fixed order.
 
-Shapes: N tokens, M heads, W half of a key's width, n half keys, K rows kept, P candidate pairs; B block.
-float64 queries are searched by reference.py. Products are float32 (no TF32): exact ranking costs tensor-core speed.
-Tested under TRITON_INTERPRET=1 only. Not measured or run on a GPU yet: block sizes are guesses, and selecting by
-top_k rounds of a maximum may well be slower than a sort there.
+Shapes: N tokens, C tokens of a chunk, M heads, W width of a half key, n half keys, K rows kept, P candidate pairs,
+T parts of a number; B blocks of these in kernels.
+float64 queries are searched by reference.py. Checked in Triton's interpreter and by compiling; not run on a device yet.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -23,120 +35,126 @@ from kernels.embedding_bag import triton as bags
 from kernels.embedding_bag.reference import group_by_row
 from kernels.product_key import reference
 
-TOKENS = 16
-"""Tokens of a program; the least that tl.dot takes."""
-KEYS = 64
-"""Half keys scored at a time."""
+CHUNK_BYTES = 32 << 20
+"""Half scores of a chunk of tokens; the second-level caches have 40 MiB (A100), 50 MiB (H100) and more."""
+GROUPS = 64
+"""Groups of 16 half keys that a program ranks at a time, unless top_k needs more."""
 NONE = tl.constexpr(-(1 << 63))
-"""Below the rank of every score."""
+"""Below every candidate."""
+LOWEST = tl.constexpr(-(1 << 31))
+"""Not above any score."""
+
+PARTS_BFLOAT16 = ((0, 0), (0, 1), (0, 2))
+"""Products of a bfloat16 query's only part with the three parts of a float32 key."""
+PARTS_FLOAT32 = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))
+"""Of two float32 numbers; what is left out is below the last bit of the product."""
 
 
 @triton.jit
-def _rank(scores, positions):
-    """One int64 per score: rises with the score, falls with the position."""
-    bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)  # minus zero ties with zero
-    rising = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _rising(scores):
+    """An int32 per score that orders as the scores do; minus zero is zero."""
+    bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _candidate(rising, positions):
+    """One int64: rises with the score, falls with the position."""
     return (rising.to(tl.int64) << 32) | (0xFFFFFFFF - positions.to(tl.int64))
 
 
 @triton.jit
-def _position(rank):
-    return 0xFFFFFFFF - (rank & 0xFFFFFFFF)
+def _position(candidates):
+    return 0xFFFFFFFF - (candidates & 0xFFFFFFFF)
 
 
 @triton.jit
-def _score(rank):
-    rising = (rank >> 32).to(tl.int32)
+def _score(candidates):
+    rising = (candidates >> 32).to(tl.int32)
     return (rising ^ ((rising >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def _merge(best, more, top_k: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The top_k of both, best first; columns from top_k on hold NONE."""
-    slots = tl.arange(0, BLOCK_K)[None, :]
-    merged = tl.full(best.shape, NONE, tl.int64)
-    for slot in range(top_k):
-        first = tl.maximum(tl.max(best, 1), tl.max(more, 1))[:, None]
-        merged = tl.where(slots == slot, first, merged)
-        best = tl.where(best == first, NONE, best)
-        more = tl.where(more == first, NONE, more)
-    return merged
+def _highest_of_four(row, first, half_keys: tl.constexpr):
+    """The highest _rising of keys first to first + 3 of a row of scores, for a block of any shape; LOWEST of none."""
+    key = tl.expand_dims(first, -1) + tl.arange(0, 4)
+    inside = key < half_keys
+    rising = tl.where(inside, _rising(tl.load(row + key, mask=inside, other=0.0)), LOWEST)
+    return tl.max(rising, len(rising.shape) - 1)
 
 
-@triton.jit
-def _half_kernel(
-    q,
-    keys,
-    out_scores,
-    out_keys,
+@triton.jit(do_not_specialize=["start", "chunk", "tokens"])
+def _select_kernel(
+    half_scores,
+    best_scores,
+    best_keys,
+    start,
+    chunk,
     tokens,
     half_keys: tl.constexpr,
-    width,
     top_k: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    BLOCK_W: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # One of 2M sides (head, half): q [2M, N, W], keys [2M, n, W], out [2M, N, K].
+    # Of one token and side: half_scores [2M, C, n] to best_scores and best_keys [2M, N, K], tokens from `start` on.
+    token = tl.program_id(0).to(tl.int64)
     side = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    column = tl.arange(0, BLOCK_W)
-    given = token < tokens
-    places = (side * tokens + token)[:, None] * width + column[None, :]
-    q_BW = tl.load(q + places, mask=given[:, None] & (column < width)[None, :], other=0.0).to(tl.float32)
-    best = tl.full((BLOCK_N, BLOCK_K), NONE, tl.int64)
-    for start in range(0, half_keys, BLOCK_H):
-        key = start + tl.arange(0, BLOCK_H)
-        places = (side * half_keys + key)[None, :] * width + column[:, None]
-        inside = (key < half_keys)[None, :] & (column < width)[:, None]
-        keys_WH = tl.load(keys + places, mask=inside, other=0.0).to(tl.float32)
-        rank = _rank(tl.dot(q_BW, keys_WH, input_precision="ieee"), key[None, :])
-        best = _merge(best, tl.where((key < half_keys)[None, :], rank, NONE), top_k, BLOCK_K)
-    slot = tl.arange(0, BLOCK_K)
-    places = (side * tokens + token)[:, None] * top_k + slot[None, :]
-    inside = given[:, None] & (slot < top_k)[None, :]
-    tl.store(out_scores + places, _score(best), mask=inside)
-    tl.store(out_keys + places, _position(best).to(tl.int32), mask=inside)
+    row = half_scores + (side * chunk + token) * half_keys
+    best = tl.full((1, BLOCK_K), NONE, tl.int64)
+    for start_group in range(0, tl.cdiv(half_keys, 16), BLOCK_G):
+        group = (start_group + tl.arange(0, BLOCK_G))[None, :]
+        highest = _highest_of_four(row, group * 16, half_keys)
+        for part in tl.static_range(4, 16, 4):
+            highest = tl.maximum(highest, _highest_of_four(row, group * 16 + part, half_keys))
+        candidates = tl.where(group * 16 < half_keys, _candidate(highest, group), NONE)
+        # `best` rises and the new ones fall, so the larger of each two are the best of both, and need only be merged.
+        best = tl.bitonic_merge(tl.maximum(best, tl.topk(candidates, BLOCK_K)), 1, False)
+    group = (_position(best) * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]  # of four, in the best groups of 16
+    inside = (best != NONE)[:, :, None] & (group * 4 < half_keys)
+    candidates = tl.where(inside, _candidate(_highest_of_four(row, group * 4, half_keys), group), NONE)
+    best = tl.topk(tl.reshape(candidates, (1, BLOCK_K * 4)), BLOCK_K)
+    key = (_position(best) * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
+    inside = (best != NONE)[:, :, None] & (key < half_keys)
+    candidates = tl.where(inside, _candidate(_rising(tl.load(row + key, mask=inside, other=0.0)), key), NONE)
+    best = tl.topk(tl.reshape(candidates, (1, BLOCK_K * 4)), BLOCK_K)
+    slot = tl.arange(0, BLOCK_K)[None, :]
+    places = (side * tokens + start + token) * top_k + slot
+    tl.store(best_scores + places, _score(best), mask=slot < top_k)
+    tl.store(best_keys + places, _position(best).to(tl.int32), mask=slot < top_k)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _pair_kernel(
-    half_scores,
-    half_ids,
-    firsts,
-    seconds,
+    best_scores,
+    best_keys,
+    pair_ranks,
     rows,
     scores,
     tokens,
-    half_keys,
-    pairs,
+    half_keys: tl.constexpr,
+    pairs: tl.constexpr,
     top_k: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Halves [M, 2, N, K] and pairs of ranks [P] to rows and scores [M, N, K].
+    # Of one token and head: best_scores and best_keys [M, 2, N, K], pair_ranks [2, P] to rows and scores [M, N, K].
+    token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
-    token = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    given = token < tokens
-    pair = tl.arange(0, BLOCK_P)
-    first_N = ((head * 2) * tokens + token) * top_k
-    second_N = ((head * 2 + 1) * tokens + token) * top_k
-    first_P = tl.load(firsts + pair, mask=pair < pairs, other=0)
-    second_P = tl.load(seconds + pair, mask=pair < pairs, other=0)
-    inside = given[:, None] & (pair < pairs)[None, :]
-    sums = tl.load(half_scores + first_N[:, None] + first_P[None, :], mask=inside, other=0.0)
-    sums += tl.load(half_scores + second_N[:, None] + second_P[None, :], mask=inside, other=0.0)
-    ranks = tl.where((pair < pairs)[None, :], _rank(sums, pair[None, :]), NONE)
-    best = _merge(tl.full((BLOCK_N, BLOCK_K), NONE, tl.int64), ranks, top_k, BLOCK_K)
-    slot = tl.arange(0, BLOCK_K)
-    inside = given[:, None] & (slot < top_k)[None, :]
-    chosen = tl.where((slot < top_k)[None, :], _position(best), 0)
-    first = tl.load(half_ids + first_N[:, None] + tl.load(firsts + chosen), mask=inside, other=0)
-    second = tl.load(half_ids + second_N[:, None] + tl.load(seconds + chosen), mask=inside, other=0)
-    places = (head * tokens + token)[:, None] * top_k + slot[None, :]
-    tl.store(rows + places, first.to(tl.int64) * half_keys + second.to(tl.int64), mask=inside)
+    first = (head * 2 * tokens + token) * top_k
+    second = first + tokens.to(tl.int64) * top_k
+    pair = tl.arange(0, BLOCK_P)[None, :]
+    inside = pair < pairs
+    sums = tl.load(best_scores + first + tl.load(pair_ranks + pair, mask=inside, other=0), mask=inside, other=0.0)
+    ranks = tl.load(pair_ranks + pairs + pair, mask=inside, other=0)
+    sums += tl.load(best_scores + second + ranks, mask=inside, other=0.0)
+    best = tl.topk(tl.where(inside, _candidate(_rising(sums), pair), NONE), BLOCK_K)
+    slot = tl.arange(0, BLOCK_K)[None, :]
+    inside = slot < top_k
+    chosen = tl.where(inside, _position(best), 0)
+    one = tl.load(best_keys + first + tl.load(pair_ranks + chosen), mask=inside, other=0)
+    two = tl.load(best_keys + second + tl.load(pair_ranks + pairs + chosen), mask=inside, other=0)
+    places = (head * tokens + token) * top_k + slot
+    tl.store(rows + places, one.to(tl.int64) * half_keys + two, mask=inside)
     tl.store(scores + places, _score(best), mask=inside)
 
 
@@ -144,46 +162,93 @@ def search(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tenso
     """As reference.search."""
     if q_NM2W.dtype == torch.float64:
         return reference.search(q_NM2W, keys_M2nW, top_k)
-    (tokens, heads, _, width), half_keys = q_NM2W.shape, keys_M2nW.shape[2]
-    device = q_NM2W.device
-    half_scores = torch.empty(heads, 2, tokens, top_k, dtype=torch.float32, device=device)
-    half_ids = torch.empty(heads, 2, tokens, top_k, dtype=torch.int32, device=device)
-    rows_MNK = torch.empty(heads, tokens, top_k, dtype=torch.int64, device=device)
-    scores_MNK = torch.empty(heads, tokens, top_k, dtype=torch.float32, device=device)
-    if tokens == 0:
-        return rows_MNK, scores_MNK
-    blocks, block_k = triton.cdiv(tokens, TOKENS), triton.next_power_of_2(top_k)
-    _half_kernel[(blocks, 2 * heads)](
-        q_NM2W.permute(1, 2, 0, 3).contiguous(),
-        keys_M2nW.contiguous(),
-        half_scores,
-        half_ids,
+    (tokens, heads), half_keys = q_NM2W.shape[:2], keys_M2nW.shape[2]
+    parts = PARTS_BFLOAT16 if q_NM2W.dtype == torch.bfloat16 else PARTS_FLOAT32
+    keys_SnV = split(keys_M2nW.flatten(0, 1), [of_key for _, of_key in parts])
+    best_scores_SNK = torch.empty(2 * heads, tokens, top_k, dtype=torch.float32, device=q_NM2W.device)
+    best_keys_SNK = torch.empty(2 * heads, tokens, top_k, dtype=torch.int32, device=q_NM2W.device)
+    chunk = max(1, CHUNK_BYTES // (4 * 2 * heads * half_keys))
+    for start in range(0, tokens, chunk):
+        q_SCW = q_NM2W[start : start + chunk].permute(1, 2, 0, 3).flatten(0, 1)
+        scores_SCn = products(split(q_SCW, [of_query for of_query, _ in parts]), keys_SnV.mT)
+        select(scores_SCn, start, best_scores_SNK, best_keys_SNK)
+        del scores_SCn  # before the next chunk's are made
+    return combine(best_scores_SNK, best_keys_SNK, half_keys)
+
+
+def split(x: Tensor, wanted: list[int]) -> Tensor:
+    """Parts of x as bfloat16, side by side in the last dimension: [..., W] to [..., T*W].
+
+    Part 0 is x rounded, part 1 the rounded rest, and so on; three hold all bits of a float32 number. Infinities are
+    all in part 0.
+    """
+    parts, rest = [], x
+    for _ in range(max(wanted) + 1):
+        parts.append(rest.bfloat16())
+        rest = rest.float() - parts[-1].float()
+        rest = torch.where(parts[-1].isfinite(), rest, 0.0)
+    return torch.cat([parts[part] for part in wanted], -1)
+
+
+def products(q_SCV: Tensor, keys_SVn: Tensor) -> Tensor:
+    """Batched products of bfloat16 numbers, summed and returned in float32."""
+    if q_SCV.is_cuda:
+        return torch.bmm(q_SCV, keys_SVn, out_dtype=torch.float32)
+    return torch.bmm(q_SCV.float(), keys_SVn.float())
+
+
+def select(scores_SCn: Tensor, start: int, best_scores_SNK: Tensor, best_keys_SNK: Tensor) -> None:
+    """The best half keys of a chunk of tokens, best first, written at [:, start : start + C]."""
+    (sides, chunk, half_keys), (_, tokens, top_k) = scores_SCn.shape, best_scores_SNK.shape
+    block_k = _power_of_2(top_k)
+    _select_kernel[(chunk, sides)](
+        scores_SCn,
+        best_scores_SNK,
+        best_keys_SNK,
+        start,
+        chunk,
         tokens,
         half_keys,
-        width,
         top_k,
-        BLOCK_N=TOKENS,
-        BLOCK_H=KEYS,
-        BLOCK_W=max(16, triton.next_power_of_2(width)),
+        BLOCK_G=max(block_k, min(GROUPS, _power_of_2(half_keys // 16))),
         BLOCK_K=block_k,
+        num_warps=1,
     )
-    first_P, second_P = reference.pairs(top_k).to(device)
-    _pair_kernel[(blocks, heads)](
-        half_scores,
-        half_ids,
-        first_P.contiguous(),
-        second_P.contiguous(),
-        rows_MNK,
-        scores_MNK,
-        tokens,
-        half_keys,
-        len(first_P),
-        top_k,
-        BLOCK_N=TOKENS,
-        BLOCK_P=triton.next_power_of_2(len(first_P)),
-        BLOCK_K=block_k,
-    )
+
+
+def combine(best_scores_SNK: Tensor, best_keys_SNK: Tensor, half_keys: int) -> tuple[Tensor, Tensor]:
+    """Rows and scores of the best pairs, both [M, N, K], from the best half keys of both sides."""
+    sides, tokens, top_k = best_scores_SNK.shape
+    rows_MNK = torch.empty(sides // 2, tokens, top_k, dtype=torch.int64, device=best_scores_SNK.device)
+    scores_MNK = torch.empty(sides // 2, tokens, top_k, dtype=torch.float32, device=best_scores_SNK.device)
+    pairs_2P = _pairs(top_k, best_scores_SNK.device)
+    if tokens:
+        _pair_kernel[(tokens, sides // 2)](
+            best_scores_SNK,
+            best_keys_SNK,
+            pairs_2P,
+            rows_MNK,
+            scores_MNK,
+            tokens,
+            half_keys,
+            pairs_2P.shape[1],
+            top_k,
+            BLOCK_P=max(_power_of_2(pairs_2P.shape[1]), _power_of_2(top_k)),
+            BLOCK_K=_power_of_2(top_k),
+            num_warps=1,
+        )
     return rows_MNK, scores_MNK
+
+
+@functools.cache
+def _pairs(top_k: int, device: torch.device) -> Tensor:
+    """reference.pairs as int32 on the device, where it stays: copying it for every search would stop the host."""
+    return reference.pairs(top_k).to(device, torch.int32).contiguous()
+
+
+def _power_of_2(count: int) -> int:
+    """The least power of two from `count` on, at least 2: Triton's sorting networks take no less."""
+    return max(2, triton.next_power_of_2(count))
 
 
 def search_backward(grad_MNK: Tensor, rows_MNK: Tensor, q_NM2W: Tensor, keys_M2nW: Tensor) -> tuple[Tensor, Tensor]:

@@ -60,11 +60,17 @@ def step(
 def kernels(
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="default: cuda if there is one")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="only tables of this many rows; repeatable")] = None,
-    every: Annotated[bool, typer.Option("--all", help="on a CPU, too, every table that fits in memory")] = False,
+    every: Annotated[
+        bool, typer.Option("--all", help="every table that fits in memory; every shape to compile")
+    ] = False,
+    compiled: Annotated[bool, typer.Option("--compile", help="compile for GPUs instead of measuring")] = False,
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
     """Compare every kernel with PyTorch's operators; a kernel is timed only if its results are correct.
+
+    With --compile, compile the Triton kernels for A100, H100 and B200 instead, without a GPU: registers, spills, shared
+    memory, and the share of the memory bandwidth that these predict.
 
     `python -m kernels.bench` does the same without the rest of this package.
 
@@ -75,6 +81,7 @@ def kernels(
     arguments = ["--out", str(results / "bench"), *(["--json"] if as_json else [])]
     arguments += ["--device", device] if device else []
     arguments += ["--all"] if every else []
+    arguments += ["--compile"] if compiled else []
     arguments += ["--rows", *map(str, rows)] if rows else []
     raise typer.Exit(main.main(arguments))
 

@@ -85,6 +85,82 @@ def test_low_precision_queries_are_summed_in_float32(backend: str, dtype: torch.
     torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def hard_to_rank(half_keys: int) -> Tensor:
+    """Half scores [S, 1, n]: random, with ties, zeros of both signs, infinities and denormals, falling."""
+    random = torch.randn(half_keys, generator=torch.Generator().manual_seed(half_keys))
+    extremes = random.clone()
+    extremes[::7], extremes[1::7], extremes[3::5], extremes[4::5] = float("inf"), float("-inf"), 1e-42, -1e-42
+    rows = (random, (random * 2).round() / 2, torch.where(random < 0, 0.0, -0.0), extremes)
+    return torch.stack((*rows, random.sort(descending=True).values, -random)).unsqueeze(1)
+
+
+@pytest.mark.parametrize(("half_keys", "top_k"), [(1, 1), (33, 3), (70, 20), (300, 32), (1100, 8)])
+def test_triton_selects_and_pairs_as_the_reference_does(half_keys: int, top_k: int) -> None:
+    """Bit for bit: groups that are not full, several blocks of groups, and a top_k that is no power of two."""
+    from kernels.product_key import triton
+
+    scores_SCn = hard_to_rank(half_keys)
+    best_scores_SNK = torch.empty(len(scores_SCn), 1, top_k)
+    best_keys_SNK = torch.empty(len(scores_SCn), 1, top_k, dtype=torch.int32)
+    triton.select(scores_SCn, 0, best_scores_SNK, best_keys_SNK)
+    expected_SCK = reference.best(scores_SCn, top_k)
+    assert torch.equal(best_keys_SNK.long(), expected_SCK)
+    assert torch.equal(best_scores_SNK, scores_SCn.gather(-1, expected_SCK))
+    results = triton.combine(best_scores_SNK, best_keys_SNK, half_keys)
+    for ours, theirs in zip(results, reference.combine(scores_SCn.unflatten(0, (-1, 2)), top_k), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_triton_scores_by_parts_are_those_of_float32_products(dtype: torch.dtype) -> None:
+    """Within the error bound of a float32 product of that width, which is no power of two."""
+    from kernels.product_key import triton
+
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(5, 2, 2, 45, generator=generator).to(dtype)
+    keys = torch.randn(2, 2, 40, 45, generator=generator) * 10.0 ** torch.linspace(-6, 2, 40).view(-1, 1)
+    rows, scores = triton.search(q, keys, 8)
+    exact, terms = every_row(q.double(), keys.double()), every_row(q.double().abs(), keys.double().abs())
+    assert ((exact.gather(-1, rows) - scores).abs() <= 45 * 2**-24 * terms.gather(-1, rows)).all()
+    torch.testing.assert_close(scores.double(), exact.topk(8).values, rtol=1e-5, atol=1e-4)
+
+
+def test_parts_of_a_number_add_up_to_it() -> None:
+    from kernels.product_key import triton
+
+    x = torch.randn(100, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.linspace(-30, 30, 100)
+    x[0], x[1], x[2] = float("inf"), float("-inf"), -0.0
+    assert torch.equal(triton.split(x, [0, 1, 2]).view(3, 100).float().sum(0), x)
+
+
+def test_triton_searches_chunks_of_tokens_as_it_does_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernels.product_key import triton
+
+    q, keys = torch.randn(7, 2, 2, 4).bfloat16(), torch.randn(2, 2, 50, 4)
+    whole = triton.search(q, keys, 5)
+    monkeypatch.setattr(triton, "CHUNK_BYTES", 4 * 2 * 2 * 50 * 3)  # three tokens
+    for parts, at_once in zip(triton.search(q, keys, 5), whole, strict=True):
+        torch.testing.assert_close(parts, at_once, rtol=1e-6, atol=1e-6)
+
+
+def test_memory_of_a_search_is_bounded_by_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16,384 tokens and 8,192 half keys: 4.3 GB of half scores, of which 32 MiB are held."""
+    from kernels.product_key import triton
+
+    sizes = []
+
+    def products(q_SCV: Tensor, keys_SVn: Tensor) -> Tensor:
+        sizes.append(4 * q_SCV.shape[0] * q_SCV.shape[1] * keys_SVn.shape[2])
+        return torch.empty(q_SCV.shape[0], q_SCV.shape[1], keys_SVn.shape[2], device="meta")
+
+    monkeypatch.setattr(triton, "products", products)
+    monkeypatch.setattr(triton, "select", lambda *_: None)
+    monkeypatch.setattr(triton, "combine", lambda *_: (torch.empty(0), torch.empty(0)))
+    triton.search(torch.empty(16384, 4, 2, 512, dtype=torch.bfloat16, device="meta"), torch.zeros(4, 2, 8192, 512), 32)
+    assert sum(sizes) == 4 * 16384 * 8 * 8192
+    assert max(sizes) == 32 << 20
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 999),
