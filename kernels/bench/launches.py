@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -54,9 +55,9 @@ def _searches(every: bool) -> Iterator[Call]:
         for half_keys, dtype in product(HALF_KEYS, (torch.bfloat16, torch.float32)):
             if every or (dtype == torch.bfloat16 and (size, half_keys) in (("pkm", 1024), ("1.3b", 8192))):
                 label = f"{size}: half keys {half_keys} x {width}, {_name(dtype)} queries"
-                yield Call(label, lambda w=width, n=half_keys, d=dtype: _search(w, n, 32, d))
+                yield Call(label, partial(_search, width, half_keys, 32, dtype))
     for top_k, half_keys in ((1, 8), (3, 33), (20, 768), (64, 1000)) if every else ((3, 33),):
-        yield Call(f"top {top_k} of {half_keys}^2", lambda n=half_keys, k=top_k: _search(40, n, k, torch.float32))
+        yield Call(f"top {top_k} of {half_keys}^2", partial(_search, 40, half_keys, top_k, torch.float32))
 
 
 def _search(width: int, half_keys: int, top_k: int, dtype: torch.dtype) -> None:
@@ -69,10 +70,10 @@ def _search(width: int, half_keys: int, top_k: int, dtype: torch.dtype) -> None:
 def _bags(every: bool) -> Iterator[Call]:
     for (size, width), dtype in product({**WIDTHS, **SHARDS}.items(), (torch.float32, torch.bfloat16)):
         if every or size == "1.3b" or (dtype == torch.float32 and size in ("134m / 8", "8b / 64")):
-            yield Call(f"{size}: width {width}, {_name(dtype)} table", lambda w=width, d=dtype: _bag(w, READ, d))
+            yield Call(f"{size}: width {width}, {_name(dtype)} table", partial(_bag, width, READ, dtype))
     if every:
-        yield Call("width 48, float64 table", lambda: _bag(48, 8, torch.float64))
-        yield Call("width 33, 20 rows per token", lambda: _bag(33, 20, torch.float32))
+        yield Call("width 48, float64 table", partial(_bag, 48, 8, torch.float64))
+        yield Call("width 33, 20 rows per token", partial(_bag, 33, 20, torch.float32))
 
 
 def _bag(width: int, read: int, dtype: torch.dtype) -> None:
@@ -100,11 +101,11 @@ def _updates(every: bool) -> Iterator[Call]:
                 "row_second_moment": by_row,
                 "weight_decay": decay,
             }
-            yield Call(shape, lambda w=width, d=dtype, u=update: take_steps(2, torch.zeros(ROWS, w, dtype=d), u))
+            yield Call(shape, partial(take_steps, 2, torch.zeros(ROWS, width, dtype=dtype), update))
     if every:
         for path in ("replay", "sweep"):
-            table_RD, update = torch.zeros(ROWS, 2048, dtype=torch.float64), {"path": path}
-            yield Call(f"width 2048, float64, {path}", lambda t=table_RD, u=update: take_steps(2, t, u))
+            table_RD = torch.zeros(ROWS, 2048, dtype=torch.float64)
+            yield Call(f"width 2048, float64, {path}", partial(take_steps, 2, table_RD, {"path": path}))
 
 
 def take_steps(steps: int, table_RD: torch.Tensor, options: dict[str, Any], flush_every: int = 0) -> None:
