@@ -1,8 +1,8 @@
-"""Checkpoints: a folder `step-N` that exists only when it is whole; the newest is found by its name.
+"""Checkpoints: folders `step-N`, each complete or absent.
 
-A folder holds `position.json` (where the run stood) and tensors by name: one `state.pt` where one process trained, the
-files of torch.distributed.checkpoint where several did, each having written its part. Either is read by any number of
-processes, on any mesh: each takes the parts it holds.
+A folder holds `position.json` (the position of the run) and tensors by name: one `state.pt` from a single process, or
+the files of torch.distributed.checkpoint, to which each process writes its shards. Any number of processes on any mesh
+can read either; each reads the shards that it holds.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ STATE_FILE = "state.pt"
 POSITION_FILE = "position.json"
 
 Tensors = Mapping[str, Any]
-"""Tensors, nested by name; DTensors where this process holds a part only."""
+"""Tensors, nested by name; DTensors where this process holds a shard."""
 
 
 def steps_saved(run: RunDir) -> list[int]:
-    """The steps of the run's whole checkpoints, ascending."""
+    """Steps of the run's complete checkpoints, ascending."""
     names = [path.name for path in run.checkpoints.iterdir()] if run.checkpoints.exists() else []
     return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))
 
@@ -48,29 +48,38 @@ def save(
     world: World,
     always: Collection[int] = (),
 ) -> None:
-    """Write checkpoint `step`, keep the newest `keep` and those of the steps `always`; called by all processes.
+    """Write a checkpoint and remove old ones. All processes call it together.
 
-    The folder is filled under another name, synced and renamed: a kill at any moment leaves the older
-    checkpoints as they were, and at most a leftover that the next save removes.
+    The folder is written under a temporary name, synced and renamed. A kill at any moment leaves older checkpoints
+    intact and at most a temporary folder, which the next save removes.
+
+    Args:
+        run: the run directory.
+        step: number of steps taken.
+        tensors: model and optimizer tensors by name.
+        position: content of position.json.
+        keep: number of most recent checkpoints to retain.
+        world: the processes that train together.
+        always: steps whose checkpoints are retained in any case.
     """
-    beside = run.checkpoints / f".step-{step}"
+    partial = run.checkpoints / f".step-{step}"
     if world.is_first:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
         for leftover in run.checkpoints.glob(".*"):
             shutil.rmtree(leftover)
-        beside.mkdir()
-        write_json(beside / POSITION_FILE, position)
+        partial.mkdir()
+        write_json(partial / POSITION_FILE, position)
     world.wait()
-    _write(beside, tensors, world)
+    _write(partial, tensors, world)
     world.wait()
     if world.is_first:
-        _publish(run, beside, step, keep, always)
+        _publish(run, partial, step, keep, always)
     world.wait()
 
 
 def _write(folder: Path, tensors: Tensors, world: World) -> None:
-    if world.joined:
-        # Imported where several processes run: it takes most of two seconds.
+    if world.distributed:
+        # Imported here because it takes almost two seconds and one process does not need it.
         import torch.distributed.checkpoint as dcp
 
         dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder, sync_files=True))
@@ -81,40 +90,40 @@ def _write(folder: Path, tensors: Tensors, world: World) -> None:
         os.fsync(file.fileno())
 
 
-def _publish(run: RunDir, beside: Path, step: int, keep: int, always: Collection[int]) -> None:
-    sync_folder(beside)
+def _publish(run: RunDir, partial: Path, step: int, keep: int, always: Collection[int]) -> None:
+    sync_folder(partial)
     target = _folder(run, step)
     if target.exists():
         shutil.rmtree(target)
-    beside.rename(target)
+    partial.rename(target)
     sync_folder(run.checkpoints)
     for old in steps_saved(run)[:-keep]:
         if old in always:
             continue
-        # Renamed first, so that a kill in the middle of the removal leaves no broken step-N.
-        doomed = _folder(run, old).rename(run.checkpoints / f".old-{old}")
-        shutil.rmtree(doomed)
+        # Renamed first, so that a kill during the removal leaves no incomplete step-N.
+        removed = _folder(run, old).rename(run.checkpoints / f".old-{old}")
+        shutil.rmtree(removed)
 
 
 def restore(run: RunDir, tensors: Tensors) -> dict[str, Any] | None:
-    """Fill `tensors` in place from the newest whole checkpoint, and give its position; None where there is none.
+    """Load the newest complete checkpoint into `tensors` in place; returns its position, or None if there is none.
 
-    What the checkpoint holds beyond `tensors` is not read. All processes that hold parts call it together.
+    Other tensors of the checkpoint are not read. With a sharded model, all processes call it together.
     """
     steps = steps_saved(run)
     if not steps:
         return None
     folder = _folder(run, steps[-1])
     if (folder / STATE_FILE).exists():
-        # Mapped into memory: a process reads the parts it holds, and no more.
+        # Memory-mapped, so that a process reads only the shards that it holds.
         _copy(tensors, torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=True))
     else:
-        _read_parts(folder, tensors)
+        _read_shards(folder, tensors)
     position: dict[str, Any] = json.loads((folder / POSITION_FILE).read_text())
     return position
 
 
-def _read_parts(folder: Path, tensors: Tensors) -> None:
+def _read_shards(folder: Path, tensors: Tensors) -> None:
     import torch.distributed.checkpoint as dcp
 
     with warnings.catch_warnings():
@@ -128,29 +137,35 @@ def _copy(target: Tensors, source: Tensors) -> None:
         if isinstance(value, Mapping):
             _copy(value, source[name])
         elif hasattr(value, "device_mesh"):  # a DTensor
-            from suite.train.sharding import copy_part
+            from suite.train.sharding import copy_shard
 
-            copy_part(value, source[name])
+            copy_shard(value, source[name])
         else:
             value.copy_(source[name])
 
 
 def load_model(run: RunDir, cell: Cell, corpus: Corpus, world: World | None = None) -> Transformer:
-    """The run's model with its newest weights, in fp32 and evaluation mode, on the world's device (None: the CPU).
+    """The run's model with its newest weights, in fp32 and evaluation mode.
 
-    Whole in this process, or, where processes are joined, divided among them as in training: each reads its part.
-    FileNotFoundError where none were saved.
+    Args:
+        run: the run directory.
+        cell: its cell.
+        corpus: its prepared data, which gives the vocabulary size.
+        world: the processes that share the model, sharded as in training; None: a whole model on the CPU.
+
+    Raises:
+        FileNotFoundError: the run has no complete checkpoint.
     """
-    if world is not None and world.joined:
-        from suite.train.sharding import as_parts, build_sharded
+    if world is not None and world.distributed:
+        from suite.train.sharding import as_dtensors, build_sharded
 
         model = build_sharded(cell.model, corpus.vocab_size, cell.seed, world, "fp32")
-        state = {"model": as_parts(model, {"model": model.state_dict(), "optimizer": {}})["model"]}
+        state = {"model": as_dtensors(model, {"model": model.state_dict(), "optimizer": {}})["model"]}
     else:
         model = models.build(cell.model, corpus.vocab_size, cell.seed).to("cpu" if world is None else world.device)
         state = {"model": model.state_dict()}
     if restore(run, state) is None:
-        raise FileNotFoundError(f"{run.checkpoints}: no whole checkpoint")
+        raise FileNotFoundError(f"{run.checkpoints}: no complete checkpoint")
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""The training loop: one cell, one process or several, resumable at every checkpoint (on one CPU bit for bit).
+"""The training loop of one cell, in one or several processes. Runs resume at every checkpoint, on one CPU bit for bit.
 
 Shapes: B rows, T positions.
 """
@@ -33,17 +33,17 @@ from suite.train.schedules import branch_steps, lr_factor, steps_of
 from suite.train.telemetry import Telemetry
 
 FIRST_PROBE = 1 / 16
-"""The first probe's place, as a share of all steps; the rest follow log-spaced up to the last step."""
+"""Position of the first probe as a fraction of all steps; the others are log-spaced from there to the last step."""
 
-Outcome = Literal["done", "cut"]
+Outcome = Literal["done", "interrupted"]
 
 
 class Diverged(Exception):
-    """The loss is NaN or infinite; the message names the step and the value."""
+    """The loss is NaN or infinite; the message gives the step and the value."""
 
 
 def total_steps(config: TrainConfig, loader: Loader, seq_len: int) -> int:
-    """Optimizer steps of a cell: its tokens (padding included) or epochs over rows per step, at least one."""
+    """Optimizer steps of a cell: its budget of tokens or epochs over the batch size, at least one."""
     if config.tokens is not None:
         return steps_of(config, config.tokens, seq_len)
     assert config.epochs is not None
@@ -51,7 +51,7 @@ def total_steps(config: TrainConfig, loader: Loader, seq_len: int) -> int:
 
 
 def probe_steps(config: TrainConfig, steps: int) -> set[int]:
-    """The steps after which bits learned are scored: log-spaced, the last step among them."""
+    """The steps after which probes run: log-spaced, the last step included."""
     if config.probes == 0:
         return set()
     spaced = np.geomspace(max(1.0, steps * FIRST_PROBE), steps, config.probes)
@@ -59,9 +59,9 @@ def probe_steps(config: TrainConfig, steps: int) -> set[int]:
 
 
 class Trainer:
-    """A cell in training: model, optimizer, position. Every method leaves it at a whole step.
+    """A cell in training: model, optimizer and position. Every method ends between two optimizer steps.
 
-    Where several processes train it, each has a Trainer, and calls what the others call.
+    With several processes, each has a Trainer, and all of them call the same methods in the same order.
     """
 
     def __init__(self, cell: Cell, corpus: Corpus, run: RunDir, world: World | None = None) -> None:
@@ -84,10 +84,10 @@ class Trainer:
         self.loggers = open_loggers(run, cell, self.step) if self.world.is_first else []
 
     def _build(self) -> tuple[Transformer, Any]:
-        """The model, and what is called to train it."""
+        """The model, and the callable that runs its forward pass in training."""
         cell, world = self.cell, self.world
-        if world.joined:
-            # Imported where several processes run: it takes most of two seconds.
+        if world.distributed:
+            # Imported here because it takes almost two seconds and one process does not need it.
             from suite.train.sharding import build_sharded
 
             model = build_sharded(cell.model, self.corpus.vocab_size, cell.seed, world, self.config.precision)
@@ -97,26 +97,26 @@ class Trainer:
             recompute_blocks(model)
         if not self.config.compile:
             return model, model
-        if self.device.type == "cpu":  # where memory layers are C code, of which the compiler sees nothing
+        if self.device.type == "cpu":  # memory layers run C code, which the compiler cannot trace
             for layer in model.memory_layers().values():
                 layer.forward = torch.compiler.disable(layer.forward)
-        if not world.joined:
+        if not world.distributed:
             return model, torch.compile(model)
-        for block in model.layers:  # what FSDP does between blocks is not for the compiler
+        for block in model.layers:  # FSDP's work between blocks stays outside the compiler
             block.forward = torch.compile(block.forward)
         return model, model
 
     def _tensors(self, moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
-        """All that a checkpoint holds: the tensors in use, where divided as parts of whole ones."""
+        """All tensors of a checkpoint: those in use, as DTensors if they are sharded."""
         state = {"model": self.model.state_dict(), "optimizer": moments}
-        if not self.world.joined:
+        if not self.world.distributed:
             return state
-        from suite.train.sharding import as_parts
+        from suite.train.sharding import as_dtensors
 
-        return as_parts(self.model, state)
+        return as_dtensors(self.model, state)
 
     def _restore(self) -> None:
-        """Continue from the newest whole checkpoint, where there is one."""
+        """Resume from the newest complete checkpoint, if there is one."""
         moments = self.optimizer.state()
         position = checkpoint.restore(self.run, self._tensors(moments))
         if position is not None:
@@ -135,7 +135,7 @@ class Trainer:
         self.saved = self.step
 
     def train_step(self) -> dict[str, float | None]:
-        """One optimizer step over `batch_rows` rows; gives what train.jsonl says of it. Raises Diverged."""
+        """One optimizer step over `batch_rows` rows. Returns what is logged of it. Raises Diverged."""
         self.model.train()
         lrs = self.optimizer.set_lr(lr_factor(self.config, self.step, self.steps))
         loss = self._backward()
@@ -153,10 +153,10 @@ class Trainer:
         }
 
     def _backward(self) -> float:
-        """Gradients of the mean loss over the step's targets, summed over micro-batches; gives that loss.
+        """Compute gradients of the mean loss over the step's targets, and return that loss.
 
-        Micro-batches are divided among processes, not the other way round: each is the same rows in any world. Random
-        numbers are those of (seed, step, process), so that resuming needs none of what came before.
+        Each micro-batch is split over processes, so it has the same rows in any world. The random generator is seeded
+        by (seed, step, rank), so that resuming needs no generator state.
         """
         world, parts = self.world, self.world.micro_batches(self.cell)
         key = np.random.SeedSequence((self.cell.seed, self.step, world.rank))
@@ -179,14 +179,14 @@ class Trainer:
         return world.total(loss)[0]
 
     def _after_step(self) -> None:
-        if self.world.joined:
+        if self.world.distributed:
             from suite.train.sharding import sum_statistics
 
             sum_statistics(self.model, self.world)
         self.model.after_step()
 
     def position(self) -> dict[str, float]:
-        """Where the run stands: step, tokens (padding included), exposures, FLOPs and seconds of training."""
+        """Position of the run: step, tokens (padding included), epochs, training FLOPs and seconds."""
         tokens = self.step * self.config.batch_rows * self.cell.data.seq_len
         return {
             "step": self.step,
@@ -203,20 +203,24 @@ class Trainer:
             logger.log(self.step, record)
 
     def probe(self) -> None:
-        """Score the fixed probes in evaluation mode, record them, and decide whether the run may stop."""
+        """Score the fixed probes in evaluation mode, log the scores, and decide whether the run stops."""
         scores = self.prober.run(self.model)
         self.record(scores)
         storage = scores.get("probe", {}).get("storage")
         if self.config.stop_past is not None and storage is not None:
-            # Two probes in a row: the crossing is then bracketed, and one lucky probe ends nothing.
+            # Two probes in a row bracket the crossing, and a single lucky probe does not end the run.
             is_past = self.world.any(storage["bits"] >= self.config.stop_past * storage["bits_max"])
             self.finished = self.finished or (is_past and self.past)
             self.past = is_past
 
     def run_to_end(self, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
-        """Train to the last step or the stop rule, recording and saving on the way: "done".
+        """Train to the last step or the stopping rule, logging and saving.
 
-        "cut": before the end `should_stop`, asked between steps, said yes to one of the processes; all have saved.
+        Args:
+            should_stop: called between steps; if it returns true in any process, all save a checkpoint and stop.
+
+        Returns:
+            "done", or "interrupted" if `should_stop` ended the training.
         """
         telemetry = Telemetry(self.run, self.step, self.steps, self.train_s, quiet=not self.world.is_first)
         try:
@@ -224,7 +228,7 @@ class Trainer:
                 if self.world.any(should_stop()):
                     if self.saved != self.step:
                         self.save()
-                    return "cut"
+                    return "interrupted"
                 self._timed_step(telemetry)
                 if self.step in self.probes:
                     self.probe()
@@ -252,12 +256,12 @@ class Trainer:
             self.record(facts | telemetry.speed() | self._usage())
 
     def _usage(self) -> dict[str, Any]:
-        """What the step just taken read of its tables, and how many of their rows no step has read yet."""
+        """Table reads of the last step, and the number of rows that no step has read yet."""
         usage = self.reads.finish()
         if not usage:
             return {}
-        for found, table in zip(usage["tables"], self.reads.tables, strict=True):
-            found["never_read"] = self.optimizer.never_read(table)
+        for of_table, table in zip(usage["tables"], self.reads.tables, strict=True):
+            of_table["never_read"] = self.optimizer.never_read(table)
         return {"usage": usage}
 
 
@@ -268,10 +272,21 @@ def train(
     world: World | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Outcome:
-    """Train `cell` to its end in `run`, from its newest checkpoint on; "cut" where `should_stop` ended it before.
+    """Train a cell to its end, from its newest checkpoint if it has one.
 
-    All processes of `world` (see parallel.joined; by default this one alone) call it with equal arguments, but that
-    each has its own `should_stop`. The first one's caller holds the run's lock. Raises Diverged when the loss is not
-    finite; the last checkpoint stays.
+    All processes of the world call it with equal arguments, except for `should_stop`.
+
+    Args:
+        cell: the cell to train.
+        corpus: its prepared data.
+        run: its run directory, whose lock the caller in rank 0 holds.
+        world: the processes that train together (see parallel.process_group); None: this process alone.
+        should_stop: called between steps; if it returns true in any process, all save a checkpoint and stop.
+
+    Returns:
+        "done", or "interrupted" if `should_stop` ended the training.
+
+    Raises:
+        Diverged: the loss is not finite. The last checkpoint remains.
     """
     return Trainer(cell, corpus, run, world).run_to_end(should_stop)

@@ -1,7 +1,7 @@
-"""The small scoring during training: bits learned of a fixed sample of people, and evaluation-mode loss.
+"""Probes during training: bits learned about a fixed sample of people, and evaluation-mode loss.
 
-Scores directly, without an evaluation library: models train where only torch, numpy and pydantic are. The
-harness gives the same numbers for the same people (tests/evaluate/test_harness.py).
+Scored without an evaluation library, so that training needs only torch, numpy and pydantic. The evaluation harness
+gives the same numbers for the same people (tests/evaluate/test_harness.py).
 
 Shapes: B rows, T positions, D model width, N scored positions, V vocabulary.
 """
@@ -31,11 +31,11 @@ TOKEN_BUDGET = 16384
 
 
 class Prober:
-    """What a run is asked during training: the same for every model on the corpus.
+    """The probes of a corpus, the same for every model.
 
     Args:
         corpus: a bios corpus (probes, and loss on training rows) or a text corpus (loss on held-out windows).
-        people: size of the fixed sample, for each kind of probe; all where the world is smaller.
+        people: number of people in the fixed sample of each kind of probe; all people of a smaller world.
     """
 
     def __init__(self, corpus: Corpus, people: int = PEOPLE) -> None:
@@ -53,7 +53,7 @@ class Prober:
     def run(self, model: Transformer) -> dict[str, Any]:
         """Scores of the model: {"eval_loss": nats a token, "probe": {kind: {bits, bits_max, nll, recall, n}}}.
 
-        "probe" is absent for text. `n` counts probes. The model's mode is left as found.
+        "probe" is absent for text. `n` is the number of probes. The model's mode is restored.
         """
         scores: dict[str, Any] = {"eval_loss": loss(model, self._rows)}
         if self._probes:
@@ -68,19 +68,19 @@ class Prober:
 
 
 def kinds(world: World) -> tuple[ProbeKind, ...]:
-    """What can be asked of a world: extraction only where questions are part of the training text."""
+    """The kinds of probes of a world: extraction only if questions are part of the training text."""
     return ("storage", "paraphrase", "extraction") if len(world.asked) else ("storage", "paraphrase")
 
 
 def sample(world: World, kind: ProbeKind, people: int) -> list[int]:
-    """A fixed sample of the people who may be asked; extraction is asked of those never asked in training."""
+    """A fixed sample of people; for extraction, of those whose questions are not in the training text."""
     allowed = world.unasked if kind == "extraction" else range(world.people)
     order = seeded_random.permutation(len(allowed), SAMPLE_SEED, world.seed)
     return sorted(int(allowed[i]) for i in order[:people])
 
 
 def _loss_rows(corpus: Corpus) -> Batch:
-    """Fixed rows for the evaluation-mode loss."""
+    """The fixed rows of the evaluation-mode loss."""
     rows = max(1, LOSS_TOKENS // corpus.config.seq_len)
     if corpus.world is not None:
         loader = corpus.loader(SAMPLE_SEED, rows)
@@ -89,22 +89,22 @@ def _loss_rows(corpus: Corpus) -> Batch:
 
 
 def held_out_rows(corpus: Corpus, rows: int) -> Batch:
-    """The first held-out documents packed in windows, as in training."""
+    """The first held-out documents, packed into rows as in training."""
     eot, length = corpus.tokenizer.eot_id, corpus.config.seq_len
     stream = (token for text in corpus.held_out for token in (eot, *corpus.tokenizer.encode(text)))
     ids = list(itertools.islice(stream, rows * length + 1))
     count = max(1, (len(ids) - 1) // length)
     ids_T = torch.full((count * length + 1,), eot)
-    known = min(len(ids), len(ids_T))
-    ids_T[:known] = torch.tensor(ids[:known])
+    filled = min(len(ids), len(ids_T))
+    ids_T[:filled] = torch.tensor(ids[:filled])
     targets_T = ids_T[1:].clone()
-    targets_T[known - 1 :] = IGNORED
+    targets_T[filled - 1 :] = IGNORED
     tokens_BT = ids_T[:-1].view(count, length)
     return Batch(tokens_BT, targets_T.view(count, length), (tokens_BT == eot).cumsum(1))
 
 
 def loss(model: Transformer, rows: Batch) -> float:
-    """Mean cross-entropy in nats a target, in evaluation mode, fp32."""
+    """Mean cross-entropy in nats per target, in evaluation mode and fp32."""
     total = 0.0
     step = max(1, TOKEN_BUDGET // rows.tokens_BT.shape[1])
     with evaluation_mode(model) as device:

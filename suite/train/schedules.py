@@ -1,9 +1,9 @@
-"""Learning-rate schedules: the share of the base rate at each step.
+"""Learning-rate schedules: the factor on the base rate at each step.
 
-`wsd` (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) holds the rate and lets it fall at the end alone, so
-that runs of several budgets are one run until the first of them begins to fall: `train.branches` names the budgets,
-and each starts from the stable phase of another where that has come far enough. Its weights are those of a run
-trained straight, which is why branching is no part of a cell's identity.
+`wsd` (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) keeps the rate constant until a decay at the end, so
+runs with several budgets are identical until the first of them starts to decay. `train.branches` lists the budgets, and
+each run starts from the stable phase of another one that has come far enough. Its weights equal those of a run trained
+from scratch, which is why branching is not part of a cell's identity.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from suite.cells import TrainConfig
 def lr_factor(config: TrainConfig, step: int, total_steps: int) -> float:
     """The factor on every base rate at 0-based `step`.
 
-    Linear warm-up over `config.warmup` steps, then constant, or down to `config.final_lr` at the last step: linear,
-    cosine, or wsd, constant until `decay_start`. The value table's rate is multiplied by the same factor (as in the
-    released code).
+    Linear warm-up over `config.warmup` steps, then constant, or a decay to `config.final_lr` at the last step: linear,
+    cosine, or wsd (constant until `decay_start`). The rate of value tables is multiplied by the same factor, as in the
+    released code.
     """
     if step < config.warmup:
         return (step + 1) / config.warmup
@@ -33,9 +33,9 @@ def lr_factor(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def _left_of_decay(config: TrainConfig, step: int, total_steps: int) -> float:
-    """What is left of the fall: 1 while stable, 0 at the last step.
+    """Remaining fraction of the decay: 1 in the stable phase, 0 at the last step.
 
-    1-sqrt is 1 - sqrt(x), x the share of the decay that is past (Hägele et al. 2024, arXiv 2405.18392).
+    1-sqrt is 1 - sqrt(x), where x is the elapsed fraction of the decay (Hägele et al. 2024, arXiv 2405.18392).
     """
     start = decay_start(config, total_steps)
     past = max(0, step + 1 - start) / (total_steps - start)
@@ -43,19 +43,19 @@ def _left_of_decay(config: TrainConfig, step: int, total_steps: int) -> float:
 
 
 def decay_start(config: TrainConfig, total_steps: int) -> int:
-    """wsd: the number of steps at the full rate, `config.decay` of all steps before the end."""
+    """wsd: the step at which the decay starts, a fraction `config.decay` of all steps before the end."""
     return total_steps - max(1, round(config.decay * total_steps))
 
 
 def steps_of(config: TrainConfig, tokens: int, seq_len: int) -> int:
-    """Optimizer steps of a budget of tokens (padding included), at least one."""
+    """Optimizer steps for a budget of tokens (padding included), at least one."""
     return max(1, tokens // (config.batch_rows * seq_len))
 
 
 def branch_steps(config: TrainConfig, seq_len: int) -> frozenset[int]:
-    """The steps after which this run stands where one of `config.branches`, itself among them, begins to decay."""
+    """The steps at which the decay of a budget in `config.branches`, this run's included, starts during this run."""
     if not config.branches:
         return frozenset()
-    assert config.tokens is not None, "cells demands it beside branches"
+    assert config.tokens is not None, "TrainConfig requires it with branches"
     starts = {tokens: decay_start(config, steps_of(config, tokens, seq_len)) for tokens in config.branches}
     return frozenset(start for start in starts.values() if 0 < start <= starts[config.tokens])

@@ -1,13 +1,14 @@
-"""The model of a cell divided among the processes of a world: the same computation, from outside the model's code.
+"""Shards the model of a cell over the processes of a world, without changes to model code or to what is computed.
 
-- Weights outside the tables, experts too: FSDP2, one unit per block; gradients are summed (the loss is divided by the
-  targets of all processes), so they are one process's.
-- Value tables: by columns inside groups of `memory_parallel` processes, replicated across groups (memory_parallel.py).
-- Under bf16, the matrices of attention, feed-forwards and experts are gathered in bf16, which is what autocast makes
-  of them anyway, and their gradients are summed in fp32; norms, routers and keys stay fp32, as in one process.
-- Statistics over the tokens of a step (batch norms, loads of experts) are those of all processes.
+- Weights outside the tables, experts included: FSDP2, one unit per block. Gradients are summed, since the loss is
+  divided by the number of targets in all processes.
+- Value tables: sharded by columns within groups of `memory_parallel` processes and replicated across groups
+  (memory_parallel.py).
+- With bf16, modules of weight matrices alone (attention, feed-forward layers, experts) are gathered in bf16, to which
+  autocast would cast them in any case, and their gradients are summed in fp32. Norms, routers and keys stay in fp32.
+- Statistics over the tokens of a step (batch norms, expert loads) are summed over all processes.
 
-Shapes: N tokens of a process, C channels, R rows of a table, D row width.
+Shapes: N tokens of a process, C channels or own columns, R rows of a table, D row width.
 """
 
 from __future__ import annotations
@@ -30,24 +31,34 @@ from suite.train.memory_parallel import ColumnTable
 from suite.train.parallel import World
 
 ROWS_AT_ONCE = 1 << 16
-"""Rows of a table whose initial values are drawn together; a multiple of 16, which the CPU's generator needs to
-draw in pieces what it draws at once."""
+"""Rows of a table that are initialised together. A multiple of 16, so that the CPU generator draws the same numbers in
+pieces as at once."""
 
 
 def build_sharded(config: ModelConfig, vocab_size: int, seed: int, world: World, precision: str) -> Transformer:
-    """This process's part of the model with the initial weights that one process would give it.
+    """This process's shard of a model, with the initial weights that a single process would draw.
 
-    Nothing whole is ever held but one parameter outside the tables at a time.
+    It materialises at most one full parameter outside the tables at a time.
+
+    Args:
+        config: the model.
+        vocab_size: number of token ids.
+        seed: seed of the initial weights.
+        world: the processes that share the model.
+        precision: train.precision; with "bf16", weight matrices are gathered in bf16.
+
+    Raises:
+        UserError: memory_parallel does not divide the row width.
     """
     kind, members = world.device.type, world.parallel.memory_parallel
-    every = init_device_mesh(kind, (world.size,), mesh_dim_names=("data",))
+    everyone = init_device_mesh(kind, (world.size,), mesh_dim_names=("data",))
     memory = init_device_mesh(kind, (world.size // members, members), mesh_dim_names=("replica", "memory"))
     with torch.device("meta"):
         model = Transformer(config, vocab_size)
         widths = [table.weight.shape[1] for table in model.memory_tables()]
-        _divide_tables(model, memory)
+        _shard_tables(model, memory)
         _make_batchnorms_global(model)
-    _fully_shard(model, every, precision)
+    _fully_shard(model, everyone, precision)
     model.to_empty(device=world.device)
     reset_statistics(model)
     for name, parameter in model.named_parameters():
@@ -60,40 +71,40 @@ def build_sharded(config: ModelConfig, vocab_size: int, seed: int, world: World,
 
 
 def sum_statistics(model: Transformer, world: World) -> None:
-    """Make the loads of experts those of all processes, before `after_step` acts on them."""
+    """Sum the expert loads over all processes, before `after_step` uses them."""
     for module in model.modules():
         if isinstance(module, TokenChoice):
             world.sum_(module.load_E)
 
 
-def as_parts(model: Transformer, state: dict[str, Any]) -> dict[str, Any]:
-    """{"model": ..., "optimizer": ...} with a DTensor for every tensor of which this process holds columns only.
+def as_dtensors(model: Transformer, state: dict[str, Any]) -> dict[str, Any]:
+    """{"model": ..., "optimizer": ...} with a DTensor for every tensor of which this process holds columns.
 
-    The rest of the model's and the optimizer's tensors are DTensors already, or the same in every process.
+    All other tensors are DTensors already, or equal in every process.
     """
     weights, moments = dict(state["model"]), dict(state["optimizer"])
     for number, table in enumerate(model.memory_tables()):
         assert isinstance(table, ColumnTable)
         name = f"tables.{number}.weight"
-        weights[name] = table.whole(weights[name])
+        weights[name] = table.as_dtensor(weights[name])
         if name in moments:
-            moments[name] = {kind: table.whole(x) if x.dim() == 2 else x for kind, x in moments[name].items()}
+            moments[name] = {kind: table.as_dtensor(x) if x.dim() == 2 else x for kind, x in moments[name].items()}
     return {"model": weights, "optimizer": moments}
 
 
-def _divide_tables(model: Transformer, memory: DeviceMesh) -> None:
-    """Put a ColumnTable in the place of every table."""
-    parts = {}
+def _shard_tables(model: Transformer, memory: DeviceMesh) -> None:
+    """Replace every table by a ColumnTable."""
+    shards = {}
     for table in model.memory_tables():
         rows, width = table.weight.shape
         members = memory["memory"].size()
         if width % members:
-            given = f"launch: parallel.memory_parallel: got {members}"
-            raise UserError(f"{given}, allowed: a divisor of the rows' width ({width})")
-        parts[id(table)] = ColumnTable(rows, width, memory)
-    model.tables = nn.ModuleList(parts.values())
+            allowed = f"a divisor of the row width ({width})"
+            raise UserError(f"launch: parallel.memory_parallel: got {members}, allowed: {allowed}")
+        shards[id(table)] = ColumnTable(rows, width, memory)
+    model.tables = nn.ModuleList(shards.values())
     for layer in model.memory_layers().values():
-        layer.tables = [parts[id(table)] for table in layer.tables]
+        layer.tables = [shards[id(table)] for table in layer.tables]
 
 
 def _fully_shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
@@ -106,12 +117,12 @@ def _fully_shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
                     fully_shard(module, mesh=mesh, mp_policy=narrow)
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=tables)
-    # Evaluation calls `hidden` and `head` instead of `forward`; what `head` reads stays gathered after `hidden`.
+    # Evaluation calls `hidden` and `head` instead of `forward`; the weights of `head` stay gathered after `hidden`.
     register_fsdp_forward_method(model, "hidden")
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # without it a factor of one becomes an op gloo lacks
+            module.set_force_sum_reduction_for_comms(True)  # else the divide factor needs an op that gloo lacks
 
 
 def holds_matrices_only(module: nn.Module) -> bool:
@@ -123,30 +134,30 @@ def holds_matrices_only(module: nn.Module) -> bool:
 def _fill_shard(model: Transformer, name: str, parameter: DTensor, seed: int) -> None:
     whole = torch.empty(parameter.shape, dtype=parameter.dtype)
     fill(model, name, whole, generator_of(seed, name, whole.device))
-    copy_part(parameter, whole)
+    copy_shard(parameter, whole)
 
 
 def _fill_columns(model: Transformer, name: str, table: ColumnTable, width: int, seed: int) -> None:
     generator = generator_of(seed, name, torch.device("cpu"))
     columns = table.columns()
-    for part_RD in table.weight.detach().split(ROWS_AT_ONCE):
-        whole_RD = torch.empty(len(part_RD), width, dtype=part_RD.dtype)
+    for own_RC in table.weight.detach().split(ROWS_AT_ONCE):
+        whole_RD = torch.empty(len(own_RC), width, dtype=own_RC.dtype)
         fill(model, name, whole_RD, generator)
-        part_RD.copy_(whole_RD[:, columns])
+        own_RC.copy_(whole_RD[:, columns])
 
 
 @torch.no_grad()
-def copy_part(target: DTensor, whole: Tensor) -> None:
-    """Copy this process's part of a tensor, which every process has whole, into `target`."""
+def copy_shard(target: DTensor, whole: Tensor) -> None:
+    """Copy this process's shard of a tensor, which every process has whole, into `target`."""
     whole = whole.to(target.device, target.dtype)
     placed = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
     target.to_local().copy_(placed.to_local())
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):
-    """A batch norm whose batch in training is that of all processes, which have equally many tokens.
+    """A batch norm over the training batch of all processes, which have equally many tokens.
 
-    torch's SyncBatchNorm does the same on GPUs only.
+    torch's SyncBatchNorm supports GPUs only.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -157,11 +168,11 @@ class GlobalBatchNorm(nn.BatchNorm1d):
         count = len(x_NC) * dist.get_world_size()
         mean_C = _Sum.apply(x_NC.sum(0)) / count
         variance_C = _Sum.apply((x_NC - mean_C).square().sum(0)) / count
-        self._follow(mean_C.detach(), variance_C.detach() * count / (count - 1))
+        self._update_statistics(mean_C.detach(), variance_C.detach() * count / (count - 1))
         normed_NC = (x_NC - mean_C) * (variance_C + self.eps).rsqrt()
         return (normed_NC * self.weight + self.bias).to(input.dtype)
 
-    def _follow(self, mean_C: Tensor, variance_C: Tensor) -> None:
+    def _update_statistics(self, mean_C: Tensor, variance_C: Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
@@ -179,7 +190,7 @@ def _make_batchnorms_global(model: Transformer) -> None:
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over all processes; so is the gradient's."""
+    """The sum over all processes; its gradient is summed as well."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

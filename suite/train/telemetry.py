@@ -1,4 +1,4 @@
-"""What a run says of itself while it trains: lines of train.jsonl, heartbeats, and the time it took."""
+"""Timing, heartbeats and the progress bar of a run in training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ HEARTBEAT_S = 2.0
 
 
 class Telemetry:
-    """Clock, heartbeat and progress of one run.
+    """Timing, heartbeat and progress of one run.
 
-    `train_s` counts seconds in training steps alone (probes, checkpoints and start-up left out), carried over
-    from a resumed run. On a terminal a bar shows progress and ETA; elsewhere the heartbeat file alone does. `quiet`:
-    neither.
+    `train_s` is the time spent in training steps, without probes, checkpoints and start-up; a resumed run continues the
+    count. Progress and ETA go to the run's state file, and to a progress bar on a terminal. `quiet` disables both.
     """
 
     def __init__(self, run: RunDir, first_step: int, total_steps: int, train_s: float, quiet: bool = False) -> None:
@@ -44,7 +43,7 @@ class Telemetry:
         self._bar.start()
 
     def stepped(self, step: int, tokens: int, seconds: float, loss: float) -> None:
-        """A training step is done: `step` steps so far, `tokens` positions in this one."""
+        """Record a training step: `step` steps so far, `tokens` positions in this one, its duration and loss."""
         self.train_s += seconds
         self._window_s += seconds
         self._window_tokens += tokens
@@ -57,18 +56,18 @@ class Telemetry:
             self.run.beat(step / self.total_steps, eta_s)
 
     def speed(self) -> dict[str, float]:
-        """Tokens per second since the last call, and the peak memory of the process or the GPU in bytes."""
+        """Tokens per second since the last call, and the peak memory in bytes."""
         speed = self._window_tokens / self._window_s if self._window_s else 0.0
         self._window_tokens, self._window_s = 0, 0.0
         return {"tokens_per_s": round(speed, 1), "memory_bytes": peak_memory_bytes()}
 
     def close(self) -> None:
-        """Take the bar off the screen."""
+        """Remove the progress bar."""
         self._bar.stop()
 
 
 def peak_memory_bytes() -> int:
-    """Peak bytes allocated on the GPU where there is one, else the process's peak resident set."""
+    """Peak bytes allocated on the GPU, or without one the peak resident set size of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -36,7 +36,7 @@ torch.distributed.init_process_group("gloo", init_method=f"file://{{folder}}/mee
 corpus = prepare(BiosData(**json.loads({data!r})), folder / f"cache-{{rank}}")
 config = registry.family("memory_plus").config(**json.loads({model!r}))
 if {sharded}:
-    world = World(rank, 2, Parallel(memory_parallel=2), joined=True, device=torch.device("cpu"))
+    world = World(rank, 2, Parallel(memory_parallel=2), distributed=True, device=torch.device("cpu"))
     model = build_sharded(config, corpus.vocab_size, 0, world, "fp32")
 else:
     model = models.build(config, corpus.vocab_size, 0)

@@ -98,13 +98,13 @@ def main(jobs: list[Job], cache: Path) -> None:
     from suite.launch.worker import score_missing
     from suite.records import RunDir
     from suite.train.loop import Trainer
-    from suite.train.parallel import Parallel, World, joined
+    from suite.train.parallel import Parallel, World, process_group
 
-    with joined() as everybody:
+    with process_group() as everybody:
         for todo in jobs:
             torch.set_default_dtype(getattr(torch, todo.dtype))
             how = Parallel(memory_parallel=todo.memory_parallel, checkpoint_activations=todo.checkpoint_activations)
-            world = World(everybody.rank, everybody.size, how, everybody.joined, everybody.device)
+            world = World(everybody.rank, everybody.size, how, everybody.distributed, everybody.device)
             cell, run = Cell.model_validate(todo.cell), RunDir(Path(todo.folder))
             run.path.mkdir(parents=True, exist_ok=True)
             world.wait()
@@ -115,7 +115,7 @@ def main(jobs: list[Job], cache: Path) -> None:
             outcome = trainer.run_to_end(
                 lambda: 0 < todo.stop_at <= trainer.step and world.rank == todo.asks  # noqa: B023
             )
-            assert outcome == ("cut" if todo.stop_at else "done")
+            assert outcome == ("interrupted" if todo.stop_at else "done")
 
 
 if __name__ == "__main__":

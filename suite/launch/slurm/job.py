@@ -23,7 +23,7 @@ import submitit
 from suite.launch import background_scoring, worker
 from suite.launch.scorer import Scorer, cache_of
 from suite.records import Locked, RunDir
-from suite.train.parallel import Parallel, World, joined
+from suite.train.parallel import Parallel, World, process_group
 
 if TYPE_CHECKING:
     from suite.cells import Cell
@@ -113,12 +113,12 @@ class CellJob:
         self, run: RunDir, is_open: Callable[[dict[str, Any]], bool], work: Callable[[RunDir, Cell, World], None]
     ) -> str:
         """Do `work` on a run that is open for it, all processes of the job together, the first holding the run."""
-        with joined(self.parallel) as world, _held(run) if world.is_first else nullcontext():
+        with process_group(self.parallel) as world, _held(run) if world.is_first else nullcontext():
             state = run.state()
             if not world.any(world.is_first and is_open(state)):
                 return str(state["state"])
             cell = run.read_cell()
-            if not world.joined:
+            if not world.distributed:
                 return worker.attempt(run, lambda: work(run, cell, world), log=_log())
             try:
                 if world.is_first:
@@ -149,7 +149,7 @@ class CellJob:
         outcome = train(cell, corpus, run, world, should_stop)
         if not world.is_first:
             return
-        if outcome == "cut":
+        if outcome == "interrupted":
             run.set_state("pending", cause=WARNED, eta_s=None)
             return
         run.set_state("running", trained=True)
@@ -169,7 +169,7 @@ class CellJob:
     def _score_kept(self, run: RunDir) -> str:
         """Another process trains the run meanwhile and holds it: nothing is written but scores."""
         with (
-            joined(self.parallel) as world,
+            process_group(self.parallel) as world,
             _held(RunDir(background_scoring.retained_folder(run))) if world.is_first else nullcontext(),
         ):
             cell = run.read_cell()
