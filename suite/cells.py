@@ -216,7 +216,7 @@ class Cell(Frozen):
     @property
     def slug(self) -> str:
         """A readable name: family, base size, half keys (if any) and seed."""
-        half_keys = getattr(self.model, "half_keys", None)
+        half_keys = self.model.table_side
         parts = [self.model.family, self.model.base, f"k{half_keys}" if half_keys else "", f"s{self.seed}"]
         return "-".join(part for part in parts if part)
 

@@ -157,7 +157,7 @@ def _result(
     low, middle, high = (float(value) for value in np.quantile(times, QUANTILES))
     ratios = [round(float(value), 3) for value in np.quantile(times / dense, QUANTILES)]
     counted, device = account_of(model, context), next(model.parameters()).device
-    half_keys = getattr(config, "half_keys", None)
+    half_keys = config.table_side
     return DecodeSpeed(
         family=config.family,
         base=config.base,

@@ -71,7 +71,7 @@ def contenders(cells: Iterable[Cell], half_keys: Sequence[int] = ()) -> list[Cel
 
 def _variants(cell: Cell, half_keys: Sequence[int]) -> Iterator[Cell]:
     """Yield the cell with each table size and each table optimizer; unchanged, if its model has no table."""
-    own = getattr(cell.model, "half_keys", None)
+    own = cell.model.table_side
     if own is None:
         yield cell
         return
@@ -119,7 +119,7 @@ def step_speeds(models: Sequence[Cell], cache: Path, rounds: int = 8, steps: int
             family=cell.model.family,
             base=cell.model.base,
             ffn_hidden=cell.model.ffn_hidden,
-            half_keys=(half_keys := getattr(cell.model, "half_keys", None)),
+            half_keys=(half_keys := cell.model.table_side),
             memory_rows=(half_keys or 0) ** 2,
             optimizer=cell.train.table_optimizer if half_keys else None,
             threads=cell.threads,

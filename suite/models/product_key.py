@@ -225,6 +225,11 @@ class AddressedConfig(ModelConfig):
         return self.placement or (self.size.layers // 2,)
 
     @property
+    def batch_statistics(self) -> bool:
+        """Whether queries are normalised over the micro-batch."""
+        return self.query_batchnorm
+
+    @property
     def addressing(self) -> Addressing:
         """How a layer of this family finds its rows."""
         return Addressing(

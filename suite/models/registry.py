@@ -1,7 +1,7 @@
-"""How a family of models announces itself: a name, its options, and the feed-forward of every layer.
+"""The registry of model families: a name, a configuration class, and the feed-forward of every layer.
 
-The transformer asks for one module per layer and knows nothing else about a family. A family is added by one
-call of `register`; its options class says which fields a cell may set.
+The transformer takes one module per layer and knows nothing else about a family. One call of `register` adds a family;
+its configuration class lists the fields that a cell may set.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import nn
 from suite.models.sizes import SIZES, Size
 
 Problem = tuple[str, object, str]
-"""(field, value given, what is allowed)"""
+"""A wrong field: its name, the value given, and what is allowed."""
 
 
 class ModelConfig(BaseModel):
-    """What every family's cell may set about its model; a family subclasses it to add options.
+    """The model options of every family; a family adds its own in a subclass.
 
-    `family` names an entry of the registry and `base` an entry of `sizes.SIZES`; shape fields that are None
-    take the value of the base size.
+    `family` is a name in the registry and `base` a name in `sizes.SIZES`. Shape fields that are None take the value of
+    the base.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -40,20 +40,30 @@ class ModelConfig(BaseModel):
 
     @property
     def size(self) -> Size:
-        """The base shape with this cell's overrides applied (KeyError for an unknown base)."""
+        """The shape of the base with the overrides of this configuration (KeyError for an unknown base)."""
         fields = ("layers", "dim", "heads", "kv_heads", "ffn_hidden")
-        given = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
-        return replace(SIZES[self.base], **given)
+        overrides = {name: getattr(self, name) for name in fields if getattr(self, name) is not None}
+        return replace(SIZES[self.base], **overrides)
+
+    @property
+    def table_side(self) -> int | None:
+        """Side n of a product-key table of n*n rows: the option `half_keys`; None for a family without it."""
+        return getattr(self, "half_keys", None)
+
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether a layer normalises over the micro-batch, so that the size of a micro-batch changes the result."""
+        return False
 
     def dense(self) -> ModelConfig:
-        """The dense model of the same shape, with the base's feed-forward width."""
+        """Return the dense model of the same shape, with the feed-forward width of the base."""
         shape = ("base", "tie_embeddings", "layers", "dim", "heads", "kv_heads")
         return ModelConfig(family="dense", **{name: getattr(self, name) for name in shape})
 
     def problems(self) -> list[Problem]:
-        """What is wrong across fields: (field, value given, what is allowed).
+        """Return what is wrong across fields, starting with base and shape.
 
-        A family extends `family_problems` instead: it is asked only once the shape is sound.
+        A family overrides `family_problems` instead, which is called only if base and shape are valid.
         """
         if self.base not in SIZES:
             return [("base", self.base, ", ".join(SIZES))]
@@ -65,7 +75,7 @@ class ModelConfig(BaseModel):
         return self.family_problems()
 
     def family_problems(self) -> list[Problem]:
-        """What is wrong with a family's own options; asked only when the base and the shape are sound."""
+        """Return what is wrong with a family's own options; called only if base and shape are valid."""
         return []
 
 
@@ -73,13 +83,17 @@ class ModelConfig(BaseModel):
 class Family:
     """A registered family.
 
-    `feed_forwards(config)` gives one module per layer. Each has `forward(x_BTD) -> y_BTD` and `cost() ->
-    accounting.Cost`; it may have `after_step()`, called after each optimizer step, and
-    `init_parameter(name, parameter, generator)` where the default initial weights (see
-    transformer.initialise) do not fit. One with an attribute `window` is also given the ids of each token and its
-    window - 1 predecessors: `forward(x_BTD, ids_BTW)`, int64, -1 where the document has none.
-
-    `source` is the sha256 of the file an external family comes from, and `path` that file (see models.external).
+    Attributes:
+        name: The family's name, a Python identifier.
+        config: The configuration class.
+        feed_forwards: Called with a configuration; returns one module per layer. Each module has `forward(x_BTD) ->
+            y_BTD` and `cost() -> Cost`. It may have `after_step()`, called after each optimizer step, and
+            `init_parameter(name, parameter, generator)`, which replaces the default initial values (see
+            `transformer.initialise`). A module with an attribute `window` also receives the ids of each token and
+            its window - 1 predecessors: `forward(x_BTD, ids_BTW)`, int64, -1 where the document has none.
+        has_memory: Whether the family has value tables.
+        source: Sha256 of the file that an external family comes from.
+        path: That file.
     """
 
     name: str
@@ -94,7 +108,7 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register(entry: Family) -> Family:
-    """Add a family. ValueError: a name that is taken or no name, options that are none, no maker of modules."""
+    """Add a family and return it. Raises ValueError for an invalid or taken name, configuration class or maker."""
     if not (isinstance(entry.name, str) and entry.name.isidentifier()):
         raise ValueError(f"name: got {entry.name!r}, allowed: letters, digits and _, e.g. my_model")
     if not (isinstance(entry.config, type) and issubclass(entry.config, ModelConfig)):
@@ -102,29 +116,29 @@ def register(entry: Family) -> Family:
     if not callable(entry.feed_forwards):
         raise ValueError(f"feed_forwards: got {entry.feed_forwards!r}, allowed: config -> one module per layer")
     if entry.name in _FAMILIES:
-        raise ValueError(f"family {entry.name!r} is registered already, allowed: another name")
+        raise ValueError(f"family {entry.name!r} is already registered; choose another name")
     _FAMILIES[entry.name] = entry
     return entry
 
 
 def unregister(names: Iterable[str]) -> None:
-    """Forget families, as if they had never announced themselves."""
+    """Remove families from the registry."""
     for name in list(names):
         del _FAMILIES[name]
 
 
 def set_origin(name: str, source: str, path: Path) -> None:
-    """Note the file a family comes from, and the sha256 of its content."""
+    """Record the file that a family comes from, and the sha256 of its content."""
     _FAMILIES[name] = replace(_FAMILIES[name], source=source, path=path)
 
 
 def family(name: object) -> Family:
-    """The family of that name; ValueError naming the known ones otherwise."""
+    """Return the family of that name. Raises ValueError, which lists the registered names."""
     if not isinstance(name, str) or name not in _FAMILIES:
         raise ValueError(f"family: got {name!r}, allowed: {', '.join(sorted(_FAMILIES))}")
     return _FAMILIES[name]
 
 
 def families() -> list[str]:
-    """The names of all registered families, sorted."""
+    """Return the names of all registered families, sorted."""
     return sorted(_FAMILIES)

@@ -1,161 +1,219 @@
-"""How much memory a training step needs: weights, gradients, moments and what lives in between, predicted.
+"""Predicts how much memory each part of a model needs in a training step.
 
-Every part of the model (embedding, blocks, head with its loss) is run forward and backward once on the meta device,
-where tensors have shapes and no content, and the bytes alive are counted as they come and go; equal parts are run
-once. The step is then put together from its parts (step_memory.py). No size of table or model costs memory here.
+Each part (embedding, blocks, head with its loss) runs forward and backward once on the meta device, where tensors have
+shapes but no storage, while the bytes alive are counted. Equal parts run once. `step_memory` adds the parts up to a
+step. No size of table or model costs memory here.
 
-Attention is taken as fused: it keeps queries, keys, values, output and one number per query.
-Shapes: B rows, T tokens a row, D model width, H heads, V vocabulary.
+Attention is assumed to be fused: it keeps queries, keys, values, the output and one number per query.
+
+Shapes: B rows, T tokens a row, D model width, C width of all heads, W ids of a window, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import cast
-from weakref import WeakKeyDictionary
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from suite.models.feedforward import SwiGLU
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.moe import Experts
-from suite.models.product_key import Addressing
-from suite.models.transformer import Block, Transformer, as_bias, attention_mask
+from suite.models.transformer import Block, Transformer
 from suite.plan.fused_attention import Kernels, Precision
-from suite.plan.live_bytes import Layouts, MetaLiveBytes
+from suite.plan.live_bytes import LiveBytes
 from suite.plan.step_memory import STATE_BYTES, Part, Parts
 
-Halves = tuple[int, int, tuple[int, ...]]
-"""A block as far as memory goes: the kinds of its halves, and the tables that are read, by number."""
+INT64_BYTES = 8
+
+PartCache = dict[object, Part]
+"""Traced parts by what determines their memory; one cache serves all models of a plan."""
 
 
-Beside = tuple[Tensor, tuple[Tensor, Tensor], Tensor]
-"""What a model's blocks are given beside the residual stream: tokens [B, T], rotation, bias of attention scores."""
+class StepTracer:
+    """Traces the parts of one model on the meta device, for micro-batches of any number of rows.
 
-
-@dataclass
-class Seen:
-    """What has been met before, of one model or of several: halves of blocks, and layouts of operations' results."""
-
-    parts: dict[object, Part] = field(default_factory=dict)
-    layouts: Layouts = field(default_factory=dict)
-    kinds: dict[object, int] = field(default_factory=dict)
-    """What makes two halves need the same memory -> their kind."""
-    blocks: WeakKeyDictionary[Transformer, list[Halves]] = field(default_factory=WeakKeyDictionary)
-    beside: dict[object, Beside] = field(default_factory=dict)
-
-    def kind(self, *modules: nn.Module) -> int:
-        """The kind of the half that is made of these modules."""
-        return self.kinds.setdefault(tuple(map(_signature, modules)), len(self.kinds))
-
-
-def parts(
-    model: Transformer,
-    seq_len: int,
-    rows: int,
-    precision: Precision = "fp32",
-    busiest: float = 1.0,
-    seen: Seen | None = None,
-) -> Parts:
-    """The parts of a model that lies on the meta device, on `rows` packed rows of `seq_len` tokens (B x T).
-
-    `busiest`: tokens of the busiest expert over the mean, for families that route tokens to experts. `seen`: parts
-    run before, of this model or others; those that are equal are not run again.
+    Args:
+        model: A model on the meta device.
+        seq_len: Tokens per row (T).
+        precision: What matrix products are computed in.
+        busiest: Tokens of the busiest expert over the mean, for families that route tokens to experts.
+        cache: Parts traced before, of this model or others. New ones are added to it.
     """
-    seen = seen or Seen()
-    tables = model.memory_tables()
-    number = {id(table): index for index, table in enumerate(tables)}
-    beside = model.size.heads, model.size.head_dim, rows, seq_len, precision
-    if beside not in seen.beside:
-        seen.beside[beside] = _beside(model, rows, seq_len, precision, seen.layouts)
-    tokens_BT, rotation, bias = seen.beside[beside]
-    layers = cast(list[Block], list(model.layers))
-    for module in (module for layer in layers for module in layer.feed_forward.modules()):
-        if isinstance(module, Experts):
-            module.busiest = busiest
-    if model not in seen.blocks:
-        seen.blocks[model] = [_block(layer, number, seen) for layer in layers]
-    window = max(layer.window for layer in layers)
+
+    def __init__(
+        self,
+        model: Transformer,
+        seq_len: int,
+        precision: Precision = "fp32",
+        busiest: float = 1.0,
+        cache: PartCache | None = None,
+    ) -> None:
+        self.model, self.seq_len, self.precision, self.busiest = model, seq_len, precision, busiest
+        self.cache: PartCache = {} if cache is None else cache
+        self.tables = model.memory_tables()
+        self.blocks = cast(list[Block], list(model.layers))
+        config = model.config.model_dump_json()
+        self._block_keys = [_block_key(block, model, config) for block in self.blocks]
+        self._tables_read = [_tables_read(block, self.tables) for block in self.blocks]
+
+    def parts(self, rows: int) -> Parts:
+        """Return the parts in forward order, on a micro-batch of `rows` packed rows (B)."""
+        model, inputs = self.model, _inputs(self.model, self.seq_len, rows, self.precision)
+        output = rows * self.seq_len * model.size.dim * STATE_BYTES
+        matrix = model.embedding.weight.numel()
+        embedding = Part(output, output, output + STATE_BYTES * matrix, matrix)
+        blocks = [
+            replace(self._block(block, key, inputs), tables=tables_read)
+            for block, key, tables_read in zip(self.blocks, self._block_keys, self._tables_read, strict=True)
+        ]
+        sizes = tuple((table.weight.shape[0], table.weight.shape[1]) for table in self.tables)
+        return Parts((embedding, *blocks, self._head(inputs)), sizes, inputs.bytes)
+
+    def _block(self, block: Block, key: object, inputs: _Inputs) -> Part:
+        def run(x_BTD: Tensor) -> Tensor:
+            return block(x_BTD, inputs.rotation, inputs.bias, None, 0, inputs.ids_BTW)
+
+        return self._traced(key, run, list(block.parameters()), inputs)
+
+    def _head(self, inputs: _Inputs) -> Part:
+        """The last norm, the output matrix and the loss; a matrix shared with the embedding is counted there."""
+        model = self.model
+        tied = model.output is None
+        matrix = model.embedding.weight if model.output is None else model.output.weight
+        key = "head", model.vocab_size, model.size.dim, tied
+        part = self._traced(
+            key, lambda x_BTD: _loss(model, x_BTD, inputs.tokens_BT), [model.norm.weight, matrix], inputs
+        )
+        return replace(part, weights=part.weights - (matrix.numel() if tied else 0))
+
+    def _traced(self, key: object, run: Callable[[Tensor], Tensor], weights: list[Tensor], inputs: _Inputs) -> Part:
+        """Return the part of that key; on first use, run it forward and backward and count its bytes.
+
+        Args:
+            key: What determines the part's memory, besides micro-batch and precision.
+            run: The part: residual stream [B, T, D] to its output or the loss.
+            weights: Its parameters outside tables.
+            inputs: The micro-batch.
+
+        Returns:
+            The part's bytes.
+        """
+        key = key, inputs.tokens_BT.shape, self.precision, self.busiest
+        if key not in self.cache:
+            for module in self.model.modules():
+                if isinstance(module, Experts):
+                    module.busiest = self.busiest
+            with one_row(self.tables):
+                self.cache[key] = self._trace(run, weights, inputs)
+        return self.cache[key]
+
+    def _trace(self, run: Callable[[Tensor], Tensor], weights: list[Tensor], inputs: _Inputs) -> Part:
+        x_BTD = torch.empty(*inputs.tokens_BT.shape, self.model.size.dim, device="meta", requires_grad=True)
+        is_bf16 = self.precision == "bf16"
+        copies = {id(weight): weight.bfloat16() for weight in weights} if is_bf16 else {}
+        table_weights = [table.weight for table in self.tables]
+        with (
+            LiveBytes(x_BTD, *inputs.tensors, *weights, *table_weights, *copies.values()) as live,
+            Kernels(self.precision, copies),
+        ):
+            with _count_lookups(self.tables) as lookups:
+                y = run(x_BTD)
+            forward, saved = live.peak, live.bytes
+            live.peak = live.bytes
+            loss = y if y.dim() == 0 else _GradientSource.apply(y)
+            loss.backward(None if y.dim() == 0 else torch.empty_like(loss))
+        for weight in weights:
+            weight.grad = None
+        matrices = [weight for weight in weights if weight.dim() > 1] if is_bf16 else []
+        return Part(forward, saved, live.peak, _elements(weights), 2 * _elements(matrices), lookups=tuple(lookups))
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What every block takes besides the residual stream."""
+
+    tokens_BT: Tensor
+    rotation: tuple[Tensor, Tensor]
+    bias: Tensor
+    ids_BTW: Tensor | None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Those that have storage of their own."""
+        return self.tokens_BT, *self.rotation, self.bias
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of rotation, bias, tokens, segments and targets."""
+        computed = sum(tensor.untyped_storage().nbytes() for tensor in (*self.rotation, self.bias))
+        return computed + 3 * self.tokens_BT.numel() * INT64_BYTES
+
+
+def _inputs(model: Transformer, seq_len: int, rows: int, precision: Precision) -> _Inputs:
+    """Return tensors of the shapes that the transformer gives its blocks for packed rows."""
+    window = max(block.window for block in cast(list[Block], list(model.layers)))
+    with torch.device("meta"):
+        tokens_BT = torch.empty(rows, seq_len, dtype=torch.int64)
+        angles_TC = (seq_len, model.size.heads * model.size.head_dim)
+        rotation = torch.empty(angles_TC), torch.empty(angles_TC)
+        bias = torch.empty(rows, 1, seq_len, seq_len, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
     ids_BTW = tokens_BT.unsqueeze(-1).expand(-1, -1, window) if window else None
-
-    def trace(run: Callable[[Tensor], Tensor], given: Iterable[Tensor], shape: object) -> Part:
-        key = shape, rows, seq_len, precision, busiest
-        if key not in seen.parts:
-            weights = list(given)
-            x_BTD = torch.empty(rows, seq_len, model.size.dim, device="meta", requires_grad=True)
-            with MetaLiveBytes(seen.layouts):
-                copies = {id(weight): weight.bfloat16() for weight in weights} if precision == "bf16" else {}
-            known = (x_BTD, tokens_BT, *rotation, bias, *weights, *model.tables.parameters(), *copies.values())
-            with MetaLiveBytes(seen.layouts, *known) as live, Kernels(precision, copies):
-                with _count_lookups(tables) as lookups:
-                    y = run(x_BTD)
-                forward, saved = live.peak, live.bytes
-                live.peak = live.bytes
-                y.backward(None if y.dim() == 0 else torch.empty_like(y))
-            matrices = [weight for weight in weights if weight.dim() > 1] if precision == "bf16" else []
-            seen.parts[key] = Part(
-                forward, saved, live.peak, _elements(weights), 2 * _elements(matrices), lookups=tuple(lookups)
-            )
-            for parameter in (*weights, *model.tables.parameters()):
-                parameter.grad = None
-        return seen.parts[key]
-
-    def of_block(layer: Block, attention: int, feed_forward: int, read: tuple[int, ...]) -> Part:
-        first = trace(
-            lambda x_BTD: layer.attend(x_BTD, rotation, bias, None, 0),
-            [*layer.attention_norm.parameters(), *layer.attention.parameters()],
-            attention,
-        )
-        second = trace(
-            lambda x_BTD: layer.feed(x_BTD, ids_BTW),
-            [*layer.feed_forward_norm.parameters(), *layer.feed_forward.parameters()],
-            feed_forward,
-        )
-        return first.then(replace(second, tables=read))
-
-    embedded = rows * seq_len * model.size.dim * STATE_BYTES
-    matrix = model.embedding.weight.numel()
-    embedding = Part(embedded, embedded, embedded + STATE_BYTES * matrix, matrix)
-    distinct = dict(zip(seen.blocks[model], layers, strict=True))
-    with one_row(tables):
-        blocks = {known: of_block(layer, *known) for known, layer in distinct.items()}
-    tied = model.output is None
-    output: list[Tensor] = [model.norm.weight, model.embedding.weight if model.output is None else model.output.weight]
-    head = trace(lambda x_BTD: _loss(model, x_BTD, tokens_BT), output, (model.vocab_size, model.size.dim, tied))
-    head = replace(head, weights=head.weights - (matrix if tied else 0))
-    shared = sum(t.untyped_storage().nbytes() for t in (*rotation, bias)) + 3 * tokens_BT.numel() * 8
-    sizes = tuple((table.weight.shape[0], table.weight.shape[1]) for table in tables)
-    return Parts((embedding, *(blocks[known] for known in seen.blocks[model]), head), sizes, shared)
+    return _Inputs(tokens_BT, rotation, bias, ids_BTW)
 
 
-def _beside(model: Transformer, rows: int, seq_len: int, precision: Precision, layouts: Layouts) -> Beside:
-    with torch.device("meta"), MetaLiveBytes(layouts):
-        tokens_BT = torch.zeros(rows, seq_len, dtype=torch.int64)
-        mask = attention_mask(tokens_BT, 0, tokens_BT, None)
-        assert mask is not None
-        bias = as_bias(mask, torch.bfloat16 if precision == "bf16" else torch.float32)
-        return tokens_BT, model._rotation(0, seq_len, tokens_BT.device), bias
+class _GradientSource(torch.autograd.Function):
+    """An empty tensor whose backward pass makes the gradient of `y`, as the next part does, and then releases it."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = y.shape, y.dtype
+        return y.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor) -> Tensor:
+        return torch.empty(ctx.shape, dtype=ctx.dtype, device="meta")
 
 
-def _elements(parameters: Iterable[Tensor]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
+def _block_key(block: Block, model: Transformer, config: str) -> object:
+    """Return what determines a block's memory: equal keys, equal memory.
+
+    A block with the plain feed-forward is the same in every family. Others are compared within one configuration, by
+    their modules (a setting that a module shows in `extra_repr` counts) and the shapes of their parameters.
+    """
+    shapes = tuple(parameter.shape for parameter in block.parameters())
+    if type(block.feed_forward) is SwiGLU:
+        return model.size.heads, model.size.kv_heads, shapes
+    return config, repr(block), shapes
+
+
+def _tables_read(block: Block, tables: list[MemoryTable]) -> tuple[int, ...]:
+    """Return the numbers of the tables that a block reads, in order."""
+    number = {id(table): index for index, table in enumerate(tables)}
+    memories = (module for module in block.modules() if isinstance(module, MemoryLayer))
+    return tuple(number[id(table)] for memory in memories for table in memory.tables)
+
+
+def _elements(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
 
 
 @contextmanager
 def _count_lookups(tables: list[MemoryTable]) -> Iterator[list[int]]:
-    """Gathers how many rows each read asks for, in order."""
-    seen: list[int] = []
+    """Yield a list that receives the number of rows of every read, in order."""
+    lookups: list[int] = []
 
     def listen(indices: Tensor) -> None:
-        seen.append(indices.numel())
+        lookups.append(indices.numel())
 
     for table in tables:
         table.before_read.append(listen)
     try:
-        yield seen
+        yield lookups
     finally:
         for table in tables:
             table.before_read.remove(listen)
@@ -163,53 +221,20 @@ def _count_lookups(tables: list[MemoryTable]) -> Iterator[list[int]]:
 
 @contextmanager
 def one_row(tables: list[MemoryTable]) -> Iterator[None]:
-    """Tables of one row for a while: their gradients are put in by `Parts.step`, which knows how they lie."""
-    whole = [table.weight for table in tables]
+    """Shrink tables to one row: `Parts.step` adds their gradients, whose layout depends on the optimizer."""
+    weights = [table.weight for table in tables]
     try:
         for table in tables:
             table.weight = nn.Parameter(table.weight[:1].detach())
         yield
     finally:
-        for table, weight in zip(tables, whole, strict=True):
+        for table, weight in zip(tables, weights, strict=True):
             table.weight = weight
 
 
 def _loss(model: Transformer, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-    """As the trainer does: the logits stay alive until the loss has its gradient."""
+    """Return the loss as the trainer computes it: the logits stay alive until the loss has its gradient."""
     logits_BTV = model.head(model.norm(x_BTD))
     loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
     loss.logits = logits_BTV  # type: ignore[attr-defined]
     return loss
-
-
-def _block(layer: Block, number: dict[int, int], seen: Seen) -> Halves:
-    memory = (module for module in layer.modules() if isinstance(module, MemoryLayer))
-    return (
-        seen.kind(layer.attention_norm, layer.attention),
-        seen.kind(layer.feed_forward_norm, layer.feed_forward),
-        tuple(number[id(table)] for module in memory for table in module.tables),
-    )
-
-
-def _signature(part: nn.Module) -> object:
-    """What makes two parts need the same memory: their modules, the settings of each and its parameters' shapes."""
-    return tuple(
-        (
-            name,
-            type(module),
-            tuple((key, value) for key, value in vars(module).items() if key not in _INTERNAL and _is_setting(value)),
-            tuple((key, weight.shape) for key, weight in module._parameters.items() if weight is not None),
-        )
-        for name, module in part.named_modules()
-    )
-
-
-_INTERNAL = vars(nn.Module()).keys() - {"training"}
-"""Attributes of any module that say nothing of what it computes."""
-
-
-def _is_setting(value: object) -> bool:
-    """Whether a module's attribute is no tensor, no module and nothing of torch's."""
-    if isinstance(value, tuple):
-        return all(_is_setting(part) for part in value)
-    return isinstance(value, bool | int | float | str | Addressing)

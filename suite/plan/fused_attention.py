@@ -1,4 +1,4 @@
-"""What training's kernels allocate and keep, on any device: fused attention, and products in bf16 under autocast.
+"""The memory behaviour of training's GPU kernels, on any device: fused attention, and bf16 products under autocast.
 
 Shapes: B rows, T tokens a row, H heads, G key-value heads, K head width.
 """
@@ -16,35 +16,40 @@ Precision = Literal["fp32", "bf16"]
 
 
 class Kernels(TorchFunctionMode):
-    """Attention as fused kernels keep it and, for bf16, products in bf16 as autocast makes them."""
+    """A context in which attention keeps what fused kernels keep and, for bf16, products are made as under autocast.
+
+    Args:
+        precision: What matrix products are computed in.
+        copies: The bf16 copies of parameters, by the id of the parameter.
+    """
 
     PRODUCTS = (F.linear, torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.bmm)
 
     def __init__(self, precision: Precision, copies: dict[int, Tensor]) -> None:
         super().__init__()
-        self.bf16, self.copies = precision == "bf16", copies
+        self.is_bf16, self.copies = precision == "bf16", copies
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return _FusedAttention.apply(*(self._low(x) for x in args), kwargs.get("attn_mask"))
-        if self.bf16 and func in self.PRODUCTS:
-            args, kwargs = tuple(self._low(x) for x in args), {key: self._low(x) for key, x in kwargs.items()}
+            return _FusedAttention.apply(*(self._cast(x) for x in args), kwargs.get("attn_mask"))
+        if self.is_bf16 and func in self.PRODUCTS:
+            args, kwargs = tuple(self._cast(x) for x in args), {key: self._cast(x) for key, x in kwargs.items()}
         return func(*args, **kwargs)
 
-    def _low(self, x: Any) -> Any:
-        """The tensor in bf16; of a parameter the copy there is."""
-        if not self.bf16 or not isinstance(x, Tensor) or not x.is_floating_point():
+    def _cast(self, x: Any) -> Any:
+        """Return a floating-point tensor in bf16 where products are; for a parameter, its existing copy."""
+        if not self.is_bf16 or not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         return self.copies[id(x)] if id(x) in self.copies else x.bfloat16()
 
 
 class _FusedAttention(torch.autograd.Function):
-    """What fused attention allocates and keeps, without its arithmetic."""
+    """Allocates and saves what fused attention does, without its arithmetic."""
 
     @staticmethod
     def forward(ctx: Any, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, bias: Tensor | None) -> Tensor:
-        # Laid out as queries come, token by token, so that heads are joined without a copy.
+        # The output has the queries' layout, token by token, so that joining the heads needs no copy.
         y_BHTK = torch.empty_like(q_BHTK.transpose(1, 2).contiguous()).transpose(1, 2)
         ctx.save_for_backward(q_BHTK, k_BGTK, v_BGTK, y_BHTK, q_BHTK.new_empty(q_BHTK.shape[:3], dtype=torch.float32))
         return y_BHTK

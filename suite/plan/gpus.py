@@ -1,4 +1,4 @@
-"""What is assumed of the GPUs a grid is planned for. Peaks are the vendor's, without sparsity; prices are ours."""
+"""Assumptions about the GPUs that a grid is planned for: vendor peaks without sparsity, and placeholder prices."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU in a node of `per_node`, which reach each other by NVLink and other nodes by the network.
+    """One GPU in a node of `per_node` GPUs, which are linked by NVLink; nodes are linked by the network.
 
-    Bytes, FLOPs of dense bf16 products a second, bytes a second (links: one direction), dollars an hour. The price
-    is an assumption to be replaced by yours.
+    Attributes:
+        name: The product name.
+        memory: Bytes.
+        flops: Dense bf16 FLOPs per second.
+        bandwidth: Bytes per second of its memory.
+        link: Bytes per second to another GPU of the node, in one direction.
+        price: Dollars per hour, an assumption to be replaced (`--price`).
+        network: Bytes per second to another node, in one direction.
+        per_node: GPUs of a node.
     """
 
     name: str
@@ -29,6 +36,6 @@ GPUS = {
     "h200": Gpu("H200 SXM 141 GB", 140 * 2**30, 989e12, 4.8e12, 450e9, price=3.0),
 }
 USABLE = 0.92
-"""Share of a GPU's memory for tensors: the rest is the context, the allocator's gaps and communication buffers."""
+"""Share of a GPU's memory that tensors may use; context, fragmentation and communication buffers take the rest."""
 UTILISATION = 0.4
-"""Share of the peak FLOPs that training is taken to reach, where nothing else is said."""
+"""Share of the peak FLOPs that training is assumed to reach by default."""

@@ -1,7 +1,8 @@
-"""The fewest GPUs a cell fits on, and how its table and rows are divided among them.
+"""Finds the fewest GPUs that a cell fits on, and how its tables and rows are divided among them.
 
-The sharding is the one training has: weights, gradients and moments of the rest divided among all GPUs, tables by
-columns among those of a node (over nodes where that takes fewer GPUs), rows of a batch among all, in micro-batches.
+The sharding is the one that training uses: weights, gradients and moments outside tables are divided among all GPUs,
+tables by columns among the GPUs of a node (or of several nodes where that takes fewer GPUs), and the rows of a batch
+among all GPUs, in micro-batches.
 """
 
 from __future__ import annotations
@@ -12,19 +13,19 @@ from dataclasses import dataclass
 from suite.cells import Cell
 from suite.models.accounting import Account
 from suite.models.transformer import Transformer
-from suite.plan.activation_memory import Seen, parts
+from suite.plan.activation_memory import PartCache, StepTracer
 from suite.plan.gpus import USABLE, Gpu
 from suite.plan.step_memory import STATE_BYTES, Parts, StepMemory
 from suite.plan.table_state import table_state
 
 MICRO_ROWS = (8, 4, 2, 1)
-"""Rows of a micro-batch that are tried; the released template's is the largest."""
-MOST_NODES = 512
+"""Rows of a micro-batch that are tried; the released template uses the largest."""
+MAX_NODES = 512
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """A cell on some GPUs: how its table and rows are divided, and the bytes each GPU needs."""
+    """A cell on a number of GPUs: how its tables and rows are divided, and the memory of each GPU."""
 
     gpus: int
     table_shards: int
@@ -34,75 +35,85 @@ class Mesh:
 
 
 @dataclass(frozen=True)
-class Unfit:
-    """Why a cell fits on no mesh there is, and what would make it fit."""
+class DoesNotFit:
+    """Why a cell fits on none of the allowed meshes, and what would make it fit."""
 
     why: str
     would_fit: str
 
 
 def smallest_mesh(
-    cell: Cell, model: Transformer, counted: Account, gpu: Gpu, nodes: int | None, seen: Seen
-) -> Mesh | Unfit:
-    """The fewest GPUs on which the cell fits, with the largest micro-batch that does; `nodes` None: any number.
+    cell: Cell, model: Transformer, counted: Account, gpu: Gpu, nodes: int | None, parts: PartCache
+) -> Mesh | DoesNotFit:
+    """Find the fewest GPUs on which a cell fits, with the largest micro-batch that does.
 
-    `model` lies on the meta device, and `counted` is its account.
+    Args:
+        cell: The cell.
+        model: Its model on the meta device.
+        counted: The account of the model.
+        gpu: The kind of GPU.
+        nodes: Largest number of nodes; None: any.
+        parts: Parts of models traced before; new ones are added.
+
+    Returns:
+        The mesh, or the reason why there is none.
     """
-    meshes, allowed = _Meshes(cell, model, counted, gpu, seen), (nodes or MOST_NODES) * gpu.per_node
-    ways = (meshes.within_nodes, meshes.over_nodes)
-    found = [mesh for way in ways if (mesh := meshes.smallest(allowed, way)) is not None]
-    if found:
-        return min(found, key=lambda mesh: mesh.gpus)
-    more = meshes.smallest(MOST_NODES * gpu.per_node, meshes.over_nodes)
-    if more is not None:
-        return Unfit(meshes.why(allowed), f"{more.gpus} GPUs ({-(-more.gpus // gpu.per_node)} nodes)")
-    ways_out = ["a shorter row (data.seq_len)", "a GPU with more memory"]
-    if meshes.most(allowed) < max(meshes.numbers(allowed)):
-        ways_out.insert(0, "a train.batch_rows that more GPUs divide")
+    meshes, allowed = _Meshes(cell, model, counted, gpu, parts), (nodes or MAX_NODES) * gpu.per_node
+    shardings = (meshes.within_nodes, meshes.over_nodes)
+    fitting = [mesh for sharding in shardings if (mesh := meshes.smallest(allowed, sharding)) is not None]
+    if fitting:
+        return min(fitting, key=lambda mesh: mesh.gpus)
+    larger = meshes.smallest(MAX_NODES * gpu.per_node, meshes.over_nodes)
+    if larger is not None:
+        return DoesNotFit(meshes.why(allowed), f"{larger.gpus} GPUs ({-(-larger.gpus // gpu.per_node)} nodes)")
+    remedies = ["a shorter row (data.seq_len)", "a GPU with more memory"]
+    if meshes.max_gpus(allowed) < max(meshes.gpu_counts(allowed)):
+        remedies.insert(0, "a train.batch_rows that more GPUs divide")
     if cell.train.value_second_moment == "row":
-        ways_out.insert(0, "train.value_second_moment: element, whose tables are divided")
-    return Unfit(meshes.why(allowed), " or ".join(ways_out))
+        remedies.insert(0, "train.value_second_moment: element, whose tables are divided")
+    return DoesNotFit(meshes.why(allowed), " or ".join(remedies))
 
 
-def divided(model: Transformer, counted: Account) -> tuple[int, int]:
-    """Parameters outside tables, and the values in them, which are divided by columns."""
+def sharded_elements(model: Transformer, counted: Account) -> tuple[int, int]:
+    """Return the parameters outside tables, and the elements of the tables, which are divided by columns."""
     values = sum(table.weight.numel() for table in model.memory_tables())
     return counted.params_total - values, values
 
 
 class _Meshes:
-    """The ways to divide a cell among GPUs of one kind. Its parts are traced once for every micro-batch tried."""
+    """The ways to divide one cell among GPUs of one kind. Its parts are traced once for every micro-batch tried."""
 
-    def __init__(self, cell: Cell, model: Transformer, counted: Account, gpu: Gpu, seen: Seen) -> None:
-        self.cell, self.model, self.gpu, self.seen = cell, model, gpu, seen
+    def __init__(self, cell: Cell, model: Transformer, counted: Account, gpu: Gpu, parts: PartCache) -> None:
+        self.cell, self.gpu = cell, gpu
+        self.tracer = StepTracer(model, cell.data.seq_len, cell.train.precision, cache=parts)
         self.usable, self.tables = gpu.memory * USABLE, table_state(cell.train)
-        self.rest, self.values = divided(model, counted)
+        self.rest, self.values = sharded_elements(model, counted)
         self.widths = {table.weight.shape[1] for table in model.memory_tables()}
-        # Queries that are normed over a micro-batch keep the cell's number of them.
-        self.accumulate = cell.train.accumulate if getattr(cell.model, "query_batchnorm", False) else None
+        # With batch statistics, the number of micro-batches is part of the model and must not change.
+        self.accumulate = cell.train.accumulate if cell.model.batch_statistics else None
         self.rows = cell.train.batch_rows // (self.accumulate or 1)
         self._parts: dict[int, Parts] = {}
 
     def within_nodes(self, gpus: int) -> int:
-        """How many divide the columns of tables, among the GPUs of a node."""
+        """Return the number of table shards if tables are divided within a node."""
         return min(self.over_nodes(gpus), self.gpu.per_node)
 
     def over_nodes(self, gpus: int) -> int:
-        """How many divide the columns of tables, among all GPUs; none where a row's moment is of all its columns."""
+        """Return the number of table shards over all GPUs; 1 if a row's second moment needs all of its columns."""
         return 1 if self.cell.train.value_second_moment == "row" else gpus
 
-    def numbers(self, allowed: int) -> list[int]:
-        """GPUs that can be had, up to `allowed`: powers of two of one node, of whole nodes beyond."""
+    def gpu_counts(self, allowed: int) -> list[int]:
+        """Return the numbers of GPUs to try, at most `allowed`: powers of two within a node, then of nodes."""
         node, powers = self.gpu.per_node, [2**exponent for exponent in range(allowed.bit_length())]
         return [size for size in powers if size < node] + [node * count for count in powers if node * count <= allowed]
 
-    def most(self, allowed: int) -> int:
-        """The most of them that divide the rows of a batch."""
-        return max(gpus for gpus in self.numbers(allowed) if self.rows % gpus == 0)
+    def max_gpus(self, allowed: int) -> int:
+        """Return the largest of these numbers that divides the rows of a batch."""
+        return max(gpus for gpus in self.gpu_counts(allowed) if self.rows % gpus == 0)
 
     def smallest(self, allowed: int, table_shards: Callable[[int], int]) -> Mesh | None:
-        """The fewest GPUs on which the cell fits, with the largest micro-batch that does."""
-        for gpus in self.numbers(allowed):
+        """Return the smallest mesh that the cell fits on, with the largest micro-batch that does; None without one."""
+        for gpus in self.gpu_counts(allowed):
             shards = table_shards(gpus)
             if self.rows % gpus or any(width % shards for width in self.widths):
                 continue
@@ -115,35 +126,34 @@ class _Meshes:
         return None
 
     def micro_rows(self, gpus: int) -> list[int]:
-        """Rows of a micro-batch to be tried, most first."""
+        """Return the rows of a micro-batch to try, largest first."""
         rows = self.cell.train.batch_rows // gpus
         if self.accumulate is not None:
             return [rows // self.accumulate]
         return [micro for micro in MICRO_ROWS if rows % micro == 0]
 
     def mesh(self, gpus: int, shards: int, micro: int) -> Mesh:
-        """The cell on that many GPUs, fit or not."""
+        """Return the cell on that many GPUs, whether or not it fits."""
         accumulate = self.cell.train.batch_rows // gpus // micro
         if micro not in self._parts:
-            data, precision = self.cell.data, self.cell.train.precision
-            self._parts[micro] = parts(self.model, data.seq_len, micro, precision, seen=self.seen)
+            self._parts[micro] = self.tracer.parts(micro)
         memory = self._parts[micro].step(gpus, shards, accumulate, self.tables)
         return Mesh(gpus, shards, micro, accumulate, memory)
 
     def state_bytes(self, gpus: int, shards: int) -> float:
-        """Of weights, gradients and moments on one GPU; row-wise gradients of tables left out."""
-        return 4 * STATE_BYTES * self.rest / gpus + self.tables.kept * self.values / shards
+        """Return the bytes of weights, gradients and moments on one GPU, without row-wise gradients of tables."""
+        return 4 * STATE_BYTES * self.rest / gpus + self.tables.persistent * self.values / shards
 
     def why(self, allowed: int) -> str:
-        """What a GPU would need where all are used that there are, or that divide the rows."""
-        gpus = self.most(allowed)
+        """Say what a GPU would need on the largest allowed number of GPUs that divides the rows."""
+        gpus = self.max_gpus(allowed)
         shards = self.over_nodes(gpus)
         mesh = self.mesh(gpus, shards, self.micro_rows(gpus)[-1])
-        peak, table = mesh.memory.peak, self.tables.kept * self.values / shards
-        all_there_are = gpus == max(self.numbers(allowed))
-        limit = "" if all_there_are else f" (no more divide its {self.cell.train.batch_rows} rows)"
+        peak, table = mesh.memory.peak, self.tables.persistent * self.values / shards
+        is_limit = gpus == max(self.gpu_counts(allowed))
+        rows_limit = "" if is_limit else f" (no more divide its {self.cell.train.batch_rows} rows)"
         return (
-            f"on {gpus} GPUs{limit} a GPU needs {peak / 1e9:.1f} of {self.usable / 1e9:.0f} GB (usable): weights, "
+            f"on {gpus} GPUs{rows_limit} a GPU needs {peak / 1e9:.1f} of {self.usable / 1e9:.0f} GB (usable): weights, "
             f"gradients and moments {(peak - mesh.memory.activations) / 1e9:.1f} GB, the table's at least "
             f"{table / 1e9:.1f} GB of them, and micro-batches of {mesh.micro_rows} row{'s' * (mesh.micro_rows > 1)}"
         )

@@ -1,6 +1,7 @@
-"""What a grid would cost before anything runs: parameters, FLOPs, memory per GPU, GPU-hours, partners.
+"""The resources a grid needs, computed before anything runs: parameters, FLOPs, memory, GPU-hours, nearest cells.
 
-Everything is counted on the meta device: no data, no GPU and no memory for tables is needed.
+Models are built on the meta device, so planning needs no GPU and no memory for tables. It reads no data unless the
+number of tokens or the vocabulary can only be known from the corpus.
 """
 
 from __future__ import annotations
@@ -14,26 +15,24 @@ from suite.cells import Cell, variants
 from suite.data.corpus import prepare
 from suite.errors import UserError
 from suite.grids import Grid
-from suite.models.accounting import Account, account_of, cost_of, meta_model, needs_values
-from suite.models.memory_table import MemoryLayer, MemoryTable
+from suite.models.accounting import Account, account_of, meta_model, needs_values
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
-from suite.plan.activation_memory import Seen
+from suite.plan.activation_memory import PartCache
 from suite.plan.gpus import GPUS, USABLE, UTILISATION, Gpu
-from suite.plan.mesh import MICRO_ROWS, Mesh, Unfit, divided, smallest_mesh
-from suite.plan.step_memory import STATE_BYTES
-from suite.plan.table_state import table_state
+from suite.plan.mesh import MICRO_ROWS, DoesNotFit, Mesh, smallest_mesh
+from suite.plan.traffic import link_bytes, table_bytes
 from suite.train.loop import total_steps
 
 EQUAL = 0.05
-"""Largest deviation of a ratio from 1 that is still called equal."""
+"""Largest deviation of a ratio from 1 that still counts as equal."""
 MEASURES = {"flops": "macs_total", "params": "params_total", "bytes": "bytes_per_token"}
-"""What cells are matched in -> the account's name of it."""
+"""The measures in which cells are compared, and the field of the account that holds each."""
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan takes for granted: the GPU, how many nodes there are (None: any), utilisation, dollars an hour."""
+    """The GPU, the number of nodes (None: any), the share of peak FLOPs reached, and dollars per GPU-hour."""
 
     gpu: Gpu
     nodes: int | None = None
@@ -43,10 +42,24 @@ class Assumptions:
 
 @dataclass(frozen=True)
 class CellPlan:
-    """The plan of one cell. Bytes, FLOPs, GPU-hours; `mesh` None: it fits nowhere, `why` and `would_fit` say more.
+    """The plan of one cell, in bytes, FLOPs and GPU-hours.
 
-    `dense` is the account of the dense model of the base's feed-forward width, be it in the grid or not. `variant`:
-    what tells the cell from others of its family and base.
+    Attributes:
+        cell: The cell.
+        account: The account of its model.
+        dense: The account of the dense model with the base's feed-forward width, whether or not the grid has it.
+        tokens: Training tokens, padding included.
+        steps: Optimizer steps.
+        total_flops: FLOPs of the whole training.
+        gpu_hours: Hours of one GPU at the assumed utilisation.
+        mesh: The smallest mesh that the cell fits on; None if it fits on none.
+        why: Why it fits on none.
+        would_fit: What would make it fit.
+        table_bytes_per_step: Bytes of tables that a step moves in the memory of all GPUs together.
+        link_bytes_per_step: Bytes that one GPU sends in a step.
+        table_hours: Hours of one GPU for the table traffic at full memory bandwidth; not part of `gpu_hours`.
+        variant: The settings that distinguish the cell from others of its family and base.
+        partners: The nearest other cell in each measure.
     """
 
     cell: Cell
@@ -66,23 +79,23 @@ class CellPlan:
     partners: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def ratio(self, measure: str, other: Account) -> float:
-        """Of a measure of this cell's account to another's."""
+        """Return the ratio of this cell's account to another, in one field of the account."""
         return float(getattr(self.account, measure) / getattr(other, measure))
 
     @property
     def days(self) -> float | None:
-        """How long the cell takes on its mesh; None where it fits nowhere."""
+        """Days of training on the smallest mesh; None if the cell fits on none."""
         return None if self.mesh is None else self.gpu_hours / self.mesh.gpus / 24
 
     def to_json(self, price: float) -> dict[str, Any]:
-        """The cell's entry of `suite plan --json`."""
+        """Return the cell's entry of `suite plan --json`; `price` is in dollars per GPU-hour."""
         counted, mesh = self.account, self.mesh
         return {
             "cell": self.cell.hash8,
             "run": self.cell.run_name,
             "family": self.cell.model.family,
             "base": self.cell.model.base,
-            "half_keys": getattr(self.cell.model, "half_keys", None),
+            "half_keys": self.cell.model.table_side,
             "variant": self.variant,
             "params": {
                 "total": counted.params_total,
@@ -113,95 +126,128 @@ class CellPlan:
         }
 
 
-def plan(grid: Grid, assumed: Assumptions, cache: Path) -> list[CellPlan]:
-    """The plans of a grid's cells, in its order; `cache` is where corpora are prepared, should one be needed.
+def plan(grid: Grid, assumptions: Assumptions, cache: Path) -> list[CellPlan]:
+    """Plan the cells of a grid; equal models are built once.
 
-    Raises UserError for a corpus that is needed and cannot be read.
+    Args:
+        grid: The grid.
+        assumptions: The GPU, its speed and its price.
+        cache: Where a corpus is prepared if one is needed.
+
+    Returns:
+        The plans, in the order of the grid's cells.
+
+    Raises:
+        UserError: A corpus is needed and cannot be read, or a tensor is too large to exist.
     """
-    seen = Seen()
-    read: dict[tuple[object, ...], Reading] = {}
-    models: dict[tuple[str, int, int], tuple[Transformer, Account]] = {}
-
-    def model_of(cell: Cell, config: ModelConfig, vocabulary: int) -> tuple[Transformer, Account]:
-        key = config.model_dump_json(), vocabulary, cell.data.seq_len
-        if key not in models:
-            model = _model(cell, config, vocabulary)
-            models[key] = model, account_of(model, cell.data.seq_len)
-        return models[key]
-
-    plans = []
+    sizes: dict[tuple[object, ...], DataSize] = {}
+    groups: dict[tuple[str, int, int], list[tuple[Cell, int]]] = {}
     for cell in grid.cells:
         key = cell.data.model_dump_json(), cell.train.model_dump_json(), cell.seed, cell.model.size.vocab_size
-        if key not in read:
-            read[key] = reading(cell, cache)
-        model, counted = model_of(cell, cell.model, read[key].vocabulary)
-        _, dense = model_of(cell, cell.model.dense(), read[key].vocabulary)
-        plans.append(_plan(cell, read[key].tokens, model, counted, dense, assumed, seen))
-    apart = variants(grid.cells)
-    return [replace(one, variant=apart[one.cell.run_name], partners=partners(one, plans)) for one in plans]
+        if key not in sizes:
+            sizes[key] = data_size(cell, cache)
+        model_key = cell.model.model_dump_json(), sizes[key].vocabulary, cell.data.seq_len
+        groups.setdefault(model_key, []).append((cell, sizes[key].tokens))
+
+    parts: PartCache = {}
+    dense_accounts: dict[tuple[str, int, int], Account] = {}
+    by_run: dict[str, CellPlan] = {}
+    for (_, vocabulary, seq_len), members in groups.items():
+        config = members[0][0].model
+        model = _meta_model(members[0][0], config, vocabulary)
+        counted = account_of(model, seq_len)
+        dense_key = config.dense().model_dump_json(), vocabulary, seq_len
+        if dense_key not in dense_accounts:
+            dense_accounts[dense_key] = account_of(_meta_model(members[0][0], config.dense(), vocabulary), seq_len)
+        for cell, tokens in members:
+            accounts = counted, dense_accounts[dense_key]
+            by_run[cell.run_name] = _plan(cell, tokens, model, accounts, assumptions, parts)
+
+    plans = [by_run[cell.run_name] for cell in grid.cells]
+    settings = variants(grid.cells)
+    return [replace(one, variant=settings[one.cell.run_name], partners=partners(one, plans)) for one in plans]
 
 
-def document(grid: Grid, plans: list[CellPlan], assumed: Assumptions) -> dict[str, Any]:
-    """What `suite plan --json` prints and results/plans/ keeps."""
+def document(grid: Grid, plans: list[CellPlan], assumptions: Assumptions) -> dict[str, Any]:
+    """Return the document that `suite plan --json` prints and results/plans/ holds."""
     return {
         "grid": grid.name,
-        "assumed": asdict(assumed) | {"usable_memory": USABLE, "micro_rows": list(MICRO_ROWS)},
+        "assumed": asdict(assumptions) | {"usable_memory": USABLE, "micro_rows": list(MICRO_ROWS)},
         "totals": {
             "cells": len(plans),
             "fit": sum(one.mesh is not None for one in plans),
             "total_flops": sum(one.total_flops for one in plans),
             "gpu_hours": sum(one.gpu_hours for one in plans),
-            "cost": sum(one.gpu_hours for one in plans) * assumed.price,
+            "cost": sum(one.gpu_hours for one in plans) * assumptions.price,
         },
-        "cells": [one.to_json(assumed.price) for one in plans],
+        "cells": [one.to_json(assumptions.price) for one in plans],
     }
 
 
 def assumptions(gpu: str, nodes: int | None, utilisation: float, price: float | None) -> Assumptions:
-    """The assumptions a command line asks for. Raises UserError for an unknown GPU or a price that is no number."""
+    """Build the assumptions from the options of the command line.
+
+    Args:
+        gpu: A name in `GPUS`.
+        nodes: Largest number of nodes; None: any.
+        utilisation: Share of the GPU's peak FLOPs that training reaches.
+        price: Dollars per GPU-hour; None: the price assumed for the GPU.
+
+    Returns:
+        The assumptions.
+
+    Raises:
+        UserError: The GPU is unknown, or the price is negative or not finite.
+    """
     if gpu not in GPUS:
         raise UserError(f"--gpu: got {gpu!r}, allowed: {', '.join(GPUS)}")
     if price is not None and not (price >= 0 and math.isfinite(price)):
-        raise UserError(f"--price: got {price}, allowed: dollars an hour, 0 or more")
+        raise UserError(f"--price: got {price}, allowed: dollars per hour, 0 or more")
     return Assumptions(GPUS[gpu], nodes, utilisation, GPUS[gpu].price if price is None else price)
 
 
 @dataclass(frozen=True)
-class Reading:
-    """What a plan must know of a cell's data: entries of the vocabulary and training tokens, padding included."""
+class DataSize:
+    """Entries of the vocabulary, and training tokens with padding included."""
 
     vocabulary: int
     tokens: int
 
 
-def reading(cell: Cell, cache: Path) -> Reading:
-    """From the configuration where it says enough, else from the prepared corpus (a world takes seconds).
+def data_size(cell: Cell, cache: Path) -> DataSize:
+    """Return the size of a cell's data, from its configuration if that is enough, else from the prepared corpus.
 
-    A tokenizer's file is not opened: its vocabulary is taken to be the base's own. Raises UserError where a corpus
-    is needed and is not there.
+    A tokenizer's file is not opened: its vocabulary is assumed to be that of the base. Raises UserError if a corpus is
+    needed and missing; `cache` is where it is prepared.
     """
     tokenizer = cell.data.tokenizer
     entries = {"bpe": tokenizer.vocab_size, "file": cell.model.size.vocab_size or None}.get(tokenizer.kind)
     if entries is not None and cell.train.tokens is not None:
-        return Reading(entries, cell.train.tokens)
+        return DataSize(entries, cell.train.tokens)
     corpus = prepare(cell.data, cache)
     steps = total_steps(cell.train, corpus.loader(cell.seed, cell.train.batch_rows), cell.data.seq_len)
-    return Reading(corpus.vocab_size, steps * cell.train.batch_rows * cell.data.seq_len)
+    return DataSize(corpus.vocab_size, steps * cell.train.batch_rows * cell.data.seq_len)
 
 
 def _plan(
-    cell: Cell, tokens: int, model: Transformer, counted: Account, dense: Account, assumed: Assumptions, seen: Seen
+    cell: Cell,
+    tokens: int,
+    model: Transformer,
+    accounts: tuple[Account, Account],
+    assumptions: Assumptions,
+    parts: PartCache,
 ) -> CellPlan:
-    gpu = assumed.gpu
+    """Plan one cell; `accounts` are those of its model and of the dense one."""
+    gpu, (counted, dense) = assumptions.gpu, accounts
     steps = max(1, tokens // (cell.train.batch_rows * cell.data.seq_len))
-    total = tokens * counted.flops_per_token
+    total_flops = tokens * counted.flops_per_token
     try:
-        found = smallest_mesh(cell, model, counted, gpu, assumed.nodes, seen)
+        fit = smallest_mesh(cell, model, counted, gpu, assumptions.nodes, parts)
     except RuntimeError as error:
         if not needs_values(error):
             raise
-        found = Unfit(f"what it needs cannot be counted without values ({error})"[:200], "unknown")
-    mesh, unfit = (None, found) if isinstance(found, Unfit) else (found, None)
+        fit = DoesNotFit(f"its memory cannot be predicted without values ({error})"[:200], "unknown")
+    mesh, unfit = (None, fit) if isinstance(fit, DoesNotFit) else (fit, None)
     traffic = table_bytes(model, cell)
     return CellPlan(
         cell=cell,
@@ -209,8 +255,8 @@ def _plan(
         dense=dense,
         tokens=tokens,
         steps=steps,
-        total_flops=total,
-        gpu_hours=total / (gpu.flops * assumed.utilisation) / 3600,
+        total_flops=total_flops,
+        gpu_hours=total_flops / (gpu.flops * assumptions.utilisation) / 3600,
         mesh=mesh,
         why=None if unfit is None else unfit.why,
         would_fit=None if unfit is None else unfit.would_fit,
@@ -220,8 +266,8 @@ def _plan(
     )
 
 
-def _model(cell: Cell, config: ModelConfig, vocabulary: int) -> Transformer:
-    """A cell's model, or its dense one, on the meta device. Raises UserError for sizes that no tensor can have."""
+def _meta_model(cell: Cell, config: ModelConfig, vocabulary: int) -> Transformer:
+    """Build the cell's model, or its dense one, on the meta device. Raises UserError for a tensor that cannot exist."""
     try:
         return meta_model(config, vocabulary)
     except (RuntimeError, TypeError) as error:
@@ -230,71 +276,11 @@ def _model(cell: Cell, config: ModelConfig, vocabulary: int) -> Transformer:
         raise UserError(f"cell {cell.run_name}: model: got a tensor of 2^63 bytes or more, allowed: fewer") from None
 
 
-def table_bytes(model: Transformer, cell: Cell) -> float:
-    """Bytes of tables that a step moves in the memory of all GPUs together.
-
-    Forward: every row read. Backward: rows read again for the gradients of scores, gradient rows (fp32) read and
-    written. Optimizer, on the rows that have gradients: weights, moments and fp32 copies read and written, gradients
-    read and cleared.
-    """
-    tokens, state = cell.train.batch_rows * cell.data.seq_len, table_state(cell.train)
-    lookup = 2 * state.value + 2 * STATE_BYTES
-    update = 2 * (state.value + state.moments) + 2 * STATE_BYTES
-    moved = 0.0
-    for table, reads in _reads_per_token(model):
-        rows, width = table.weight.shape
-        moved += width * (lookup * tokens * reads + update * _touched(cell, rows, tokens * reads))
-    return moved
-
-
-def link_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> float:
-    """Bytes a GPU sends in a step.
-
-    Divided weights: gathered in every forward and backward, gradients reduced once per micro-batch (bf16 weights
-    where products are bf16, fp32 gradients). Tables: each read gathers its group's indices and weights (8 bytes a
-    row) and sends back columns, forward and backward; replicas of a shard exchange the rows that have gradients.
-    """
-    gpus, shards = mesh.gpus, mesh.table_shards
-    if gpus == 1:
-        return 0.0
-    weight_bytes = 2 if cell.train.precision == "bf16" else 4
-    sent = mesh.accumulate * (gpus - 1) / gpus * divided(model, counted)[0] * (2 * weight_bytes + 4)
-    tokens, replicas = mesh.micro_rows * mesh.accumulate * cell.data.seq_len, gpus // shards
-    for layer in model.memory_layers().values():
-        columns = sum(table.weight.shape[1] for table in layer.tables)
-        rows = _rows_read(layer) * len(layer.tables)
-        sent += tokens * (shards - 1) * (rows * 8 + 2 * columns * 4 / shards)
-    for table, reads in _reads_per_token(model):
-        rows, width = table.weight.shape
-        touched = _touched(cell, rows, tokens * shards * reads)
-        sent += (replicas - 1) * 4 * touched * width / shards
-    return sent
-
-
-def _reads_per_token(model: Transformer) -> list[tuple[MemoryTable, float]]:
-    """Each table with the rows a token reads of it, in all layers together."""
-    layers = model.memory_layers().values()
-    return [
-        (table, sum(_rows_read(layer) for layer in layers for read in layer.tables if read is table))
-        for table in model.memory_tables()
-    ]
-
-
-def _rows_read(layer: MemoryLayer) -> float:
-    """Rows a token reads of each of the layer's tables."""
-    widths = sum(table.weight.shape[1] for table in layer.tables)
-    return cost_of("memory", layer).read.get("memory_values", 0) / widths
-
-
-def _touched(cell: Cell, rows: int, lookups: float) -> float:
-    """Rows with a gradient: those that lookups spread evenly reach, or all of them where gradients are dense."""
-    return rows * -math.expm1(-lookups / rows) if cell.train.table_optimizer != "dense" else rows
-
-
 def partners(one: CellPlan, plans: list[CellPlan]) -> dict[str, dict[str, Any]]:
-    """The other cell nearest in FLOPs, in parameters and in bytes per token, and the ratio of this cell to it.
+    """Return the nearest other cell in FLOPs, parameters and bytes per token, and the ratio of this cell to it.
 
-    Among cells of the same base and budget; dense ones where there are any, for parameters all families.
+    Candidates have the same base and token budget and another family. For FLOPs and bytes they are dense if any dense
+    cell qualifies.
     """
     others = [
         other
@@ -304,16 +290,16 @@ def partners(one: CellPlan, plans: list[CellPlan]) -> dict[str, dict[str, Any]]:
         and other.tokens == one.tokens
         and other.cell.model.family != one.cell.model.family
     ]
-    found: dict[str, dict[str, Any]] = {}
+    nearest: dict[str, dict[str, Any]] = {}
     for name, measure in MEASURES.items():
         dense = [other for other in others if other.cell.model.family == "dense"]
         candidates = others if name == "params" or not dense else dense
         ratios = [one.ratio(measure, other.account) for other in candidates]
         if ratios:
             index = min(range(len(ratios)), key=lambda i: max(ratios[i], 1 / ratios[i]))
-            found[name] = {
+            nearest[name] = {
                 "run": candidates[index].cell.run_name,
                 "ratio": ratios[index],
                 "equal": abs(ratios[index] - 1) <= EQUAL,
             }
-    return found
+    return nearest

@@ -7,7 +7,7 @@ from suite.plan.step_memory import STATE_BYTES, TableState
 
 
 def table_state(config: TrainConfig) -> TableState:
-    """What training holds per value and per row of a table."""
+    """Return what training stores per value and per row of a table."""
     if config.table_optimizer == "dense":
         return TableState(row_wise=False, row=0)
     if config.table_optimizer == "sgd":

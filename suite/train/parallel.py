@@ -86,8 +86,8 @@ class World:
         if rows % (micro * self.size):
             allowed = f"a multiple of accumulate x processes = {micro} x {self.size}"
             raise UserError(f"cell {cell.run_name}: train.batch_rows: got {rows}, allowed: {allowed}")
-        if micro != cell.train.accumulate and getattr(cell.model, "query_batchnorm", False):
-            allowed = f"{cell.train.accumulate} as in the cell, whose query batch norm depends on it"
+        if micro != cell.train.accumulate and cell.model.batch_statistics:
+            allowed = f"{cell.train.accumulate} as in the cell, whose batch statistics depend on it"
             raise UserError(f"launch: parallel.accumulate: got {micro}, allowed: {allowed}")
         if members > 1 and cell.train.value_second_moment == "row":
             allowed = "1 with train.value_second_moment row, which needs whole rows"

@@ -248,12 +248,12 @@ def test_foresight_that_initial_zeros_would_hide_is_seen(tmp_path: Path) -> None
 
 
 def test_a_name_that_is_taken_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"mine\.py: line 20: ValueError: family 'dense' is registered already"):
+    with pytest.raises(UserError, match=r"mine\.py: line 20: ValueError: family 'dense' is already registered"):
         loading.load(baseline(tmp_path, name="dense"))
     loading.load(baseline(tmp_path))
     other = tmp_path / "other.py"
     other.write_text("# not the same file\n" + FILE.format(**GOOD))
-    with pytest.raises(UserError, match="family 'squared' is registered already"):
+    with pytest.raises(UserError, match="family 'squared' is already registered"):
         loading.load(other)
     assert registry.family("squared").path == tmp_path / "mine.py"
 

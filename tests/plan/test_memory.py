@@ -17,7 +17,7 @@ from suite.models import registry
 from suite.models.accounting import meta_model
 from suite.models.moe import TokenChoice
 from suite.models.product_key import MemoryPlusConfig
-from suite.plan.activation_memory import parts
+from suite.plan.activation_memory import StepTracer
 from suite.plan.live_bytes import LiveBytes
 from suite.plan.table_state import table_state
 from suite.records import RunDir
@@ -90,10 +90,9 @@ def test_prediction_is_within_ten_percent_of_the_peak_of_a_real_step(
         trainer.train_step()
     even = [rows * -math.expm1(-lookups / rows) for lookups, _, rows in reads]
     use = sum(distinct for _, distinct, _ in reads) / sum(even) if reads else 1.0
-    found = parts(
-        meta_model(cell.model, corpus.vocab_size), cell.data.seq_len, 10 // accumulate, busiest=max(busiest, default=1)
-    )
-    predicted = found.step(micro_batches=accumulate, state=table_state(cell.train), use=use)
+    model = meta_model(cell.model, corpus.vocab_size)
+    traced = StepTracer(model, cell.data.seq_len, busiest=max(busiest, default=1)).parts(10 // accumulate)
+    predicted = traced.step(micro_batches=accumulate, state=table_state(cell.train), use=use)
     assert predicted.peak == pytest.approx(live.peak, rel=0.1)
     assert predicted.weights == sum(parameter.nbytes for parameter in trainer.model.parameters())
 
@@ -120,8 +119,8 @@ def watch_reads(model: torch.nn.Module) -> list[tuple[int, int, int]]:
 
 
 def test_sharding_divides_state_and_leaves_activations() -> None:
-    found = parts(meta_model(MemoryPlusConfig(**MODELS["memory_plus large"]), 500), 128, rows=4)
-    alone, shared = found.step(), found.step(rest_shards=4, value_shards=4)
+    parts = StepTracer(meta_model(MemoryPlusConfig(**MODELS["memory_plus large"]), 500), 128).parts(4)
+    alone, shared = parts.step(), parts.step(rest_shards=4, value_shards=4)
     assert shared.weights == alone.weights / 4
     assert alone.moments / 4 < shared.moments < alone.moments / 3  # marks of rows are not divided
     assert shared.saved == alone.saved
@@ -131,6 +130,6 @@ def test_sharding_divides_state_and_leaves_activations() -> None:
 
 def test_memory_of_a_table_no_machine_could_hold_is_predicted_from_shapes() -> None:
     huge = MemoryPlusConfig(family="memory_plus", base="1.3b", half_keys=8192)
-    found = parts(meta_model(huge, 32000), 512, 1, "bf16").step()
-    assert found.weights / 4 == pytest.approx(138747.7e6, rel=1e-6)
-    assert found.moments == 2 * found.weights + 9 * 2**26
+    step = StepTracer(meta_model(huge, 32000), 512, "bf16").parts(1).step()
+    assert step.weights / 4 == pytest.approx(138747.7e6, rel=1e-6)
+    assert step.moments == 2 * step.weights + 9 * 2**26

@@ -16,7 +16,7 @@ from suite.errors import UserError
 from suite.grids import load_grid
 from suite.models.accounting import meta_model
 from suite.plan import plan as planning
-from suite.plan.activation_memory import parts
+from suite.plan.activation_memory import StepTracer
 from suite.plan.gpus import GPUS, USABLE
 from suite.plan.mesh import MICRO_ROWS
 
@@ -110,8 +110,8 @@ def test_a_mesh_fits_and_half_of_it_does_not() -> None:
         if mesh.gpus > 1:
             model, half = meta_model(one.cell.model, 32000), mesh.gpus // 2
             for micro in MICRO_ROWS:
-                found = parts(model, 4096, micro, "bf16").step(half, half, 2048 // half // micro)
-                assert found.peak > usable
+                step = StepTracer(model, 4096, "bf16").parts(micro).step(half, half, 2048 // half // micro)
+                assert step.peak > usable
 
 
 def test_a_table_too_large_for_a_node_is_divided_over_nodes(scaling: list[planning.CellPlan]) -> None:
@@ -188,7 +188,7 @@ def test_a_base_has_its_own_vocabulary_whatever_stands_before_it(tmp_path: Path)
     assert [one.account.params_embedding // one.cell.model.size.dim for one in plans] == [2 * 32000, 2 * 128256]
 
 
-def test_queries_normed_over_a_micro_batch_keep_the_cells_number_of_them() -> None:
+def test_with_batch_statistics_the_number_of_micro_batches_stays() -> None:
     (one,) = (
         one
         for one in planned("paper-fixed-memory", model__query_batchnorm="true", train__accumulate="64")

@@ -63,7 +63,7 @@ def scoring_shape(profile: Profile, cell: Cell, training: Shape, cache: Path) ->
 
 def _fits_one(profile: Profile, cell: Cell, cache: Path) -> bool:
     """Whether the weights, in fp32, leave a GPU room for what scoring computes beside them."""
-    vocabulary = planning.reading(cell, cache).vocabulary
+    vocabulary = planning.data_size(cell, cache).vocabulary
     weights = 4 * account_of(meta_model(cell.model, vocabulary), cell.data.seq_len).params_total
     return weights <= WEIGHTS * USABLE * GPUS[profile.gpu].memory
 
