@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+from torch.distributed.tensor import DTensor
 
 from suite.data.tokenizers import Tokenizer
 from suite.errors import UserError
@@ -25,6 +26,8 @@ from suite.models.transformer import Transformer
 
 DEFAULT_NEW_TOKENS = 256
 """Where a task does not say (stock nq_open and triviaqa): lm-eval's own default."""
+
+FINITE_CHUNK = 1 << 26  # elements
 
 ANSWER_SHARE = 4
 """A generated answer takes at most one part in so many of the longest input; the prompt keeps the rest."""
@@ -77,7 +80,20 @@ class SuiteLM(TemplateLM):
         return self.codec.tokenizer.eot_id
 
     def refuse_diverged(self) -> None:
-        """Raise UserError for a model that gives no numbers; from its generated text one could not tell."""
+        """Raise UserError if weights or outputs are NaN or infinite, which generated text would not show.
+
+        All processes that hold a part of the model call this together.
+        """
+        damaged = [name for name, weight in self.model.named_parameters() if not is_finite(weight)]
+        if torch.distributed.is_initialized():
+            parts: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+            torch.distributed.all_gather_object(parts, damaged)
+            damaged = sorted({name for part in parts for name in part})
+        if damaged:
+            raise UserError(
+                f"the model's weights {', '.join(damaged[:3])} contain NaN or infinite values: its training diverged or"
+                " its checkpoint is damaged; score another checkpoint or train it again"
+            )
         self._score([([self.eot_token_id], [self.eot_token_id])])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -110,8 +126,8 @@ class SuiteLM(TemplateLM):
 
     def _score(self, parts: list[Request]) -> list[tuple[float, bool]]:
         scores = divided(self.model, parts, lambda mine, _: score(self.model, mine, self.token_budget))
-        if any(math.isnan(log_p) for log_p, _ in scores):
-            raise UserError("the model: got log-probabilities that are not numbers, allowed: one that has not diverged")
+        if any(not math.isfinite(log_p) for log_p, _ in scores):
+            raise UserError("the model returns NaN or infinite log-probabilities: its training has diverged")
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
@@ -185,6 +201,12 @@ class SuiteLM(TemplateLM):
         tokenizer = self.codec.tokenizer
         if stops and not any(stop in tokenizer.decode(tokenizer.encode(stop)) for stop in stops):
             raise UserError(f"task {task}: until: got {stops}, allowed: one that tokenizer {tokenizer.kind} can write")
+
+
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether no element of a tensor (of this process' part of it) is NaN or infinite; memory: one chunk."""
+    local = weight.to_local() if isinstance(weight, DTensor) else weight
+    return all(bool(chunk.isfinite().all()) for chunk in local.detach().flatten().split(FINITE_CHUNK))
 
 
 Item = TypeVar("Item")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -129,8 +130,9 @@ def _add(loaded: Loaded, config: dict[str, Any], sources: Sources, num_fewshot: 
 def _with_examples(config: dict[str, Any], num_fewshot: int | None) -> dict[str, Any]:
     """The configuration with so many examples, and without splits that are not used then."""
     stated = config.get("num_fewshot")
-    # a stock task that states 0 means it (humaneval)
-    shots = (stated or 0) if num_fewshot is None or stated == 0 else num_fewshot
+    # A stock task that states 0 means it (humaneval), and whole documents are scored without examples.
+    fixed = stated == 0 or config["output_type"] == "loglikelihood_rolling"
+    shots = (stated or 0) if num_fewshot is None or fixed else num_fewshot
     if shots:
         return config | {"num_fewshot": shots}
     # TriviaQA has 138,000 examples
@@ -142,9 +144,12 @@ def _refuse_too_many_examples(task: ConfigurableTask) -> None:
     shots = task.config.num_fewshot
     if not shots:
         return
-    # lm-eval's rule for leaving a question out of its own examples, which takes one more to draw from
-    leaves_out = task.fewshot_cfg.split == task.config.test_split
-    most = len(task.fewshot_docs()) - leaves_out
+    docs = task.fewshot_docs()
+    # Left out are all documents about the person in question (`OtherPeople`), or the question itself, which lm-eval
+    # allows for by drawing one more.
+    of_one_person = Counter(doc["person"] for doc in docs if "person" in doc)
+    left_out = max(of_one_person.values(), default=int(task.fewshot_cfg.split == task.config.test_split))
+    most = len(docs) - left_out
     if shots > most:
         raise UserError(f"task {task.config.task}: num_fewshot: got {shots}, allowed: at most {most}, all its data has")
 

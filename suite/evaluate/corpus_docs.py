@@ -13,6 +13,8 @@ from suite.evaluate.datasets import Docs
 
 CHOICES = 4
 _CHOICE_SEED = 1
+MAX_CHARACTERS = 1 << 15
+"""Of a held-out document: a few books would otherwise take longer to score than a small model takes to train."""
 
 
 def refuse_unfit(data: DataConfig, task: str, name: str) -> None:
@@ -38,7 +40,7 @@ def documents(corpus: Corpus, task: str, name: str) -> Docs:
     refuse_unfit(corpus.config, task, name)
     world = corpus.world
     if world is None:
-        return Docs({"text": text} for text in corpus.held_out)
+        return Docs({"text": _beginning(text)} for text in corpus.held_out)
     if name in ("storage", "paraphrase"):
         return Docs(_probe(probe) for probe in world.probes(name))  # type: ignore[arg-type]
     probes = world.probes("extraction")
@@ -49,12 +51,20 @@ def documents(corpus: Corpus, task: str, name: str) -> Docs:
     return Docs(_question(probe) if name == "qa" else _choice(world, probe) for probe in first)
 
 
+def _beginning(text: str) -> str:
+    """At most MAX_CHARACTERS of a text, whole words."""
+    if len(text) <= MAX_CHARACTERS:
+        return text
+    cut = text[:MAX_CHARACTERS]
+    return cut.rsplit(maxsplit=1)[0] or cut
+
+
 def _probe(probe: Probe) -> dict[str, object]:
-    return {"prompt": probe.prompt, "answer": probe.answer, "probe": probe}
+    return {"prompt": probe.prompt, "answer": probe.answer, "probe": probe, "person": probe.person}
 
 
 def _question(probe: Probe) -> dict[str, object]:
-    return {"prompt": probe.prompt, "answer": probe.answer.strip().removesuffix(STOP)}
+    return {"prompt": probe.prompt, "answer": probe.answer.strip().removesuffix(STOP), "person": probe.person}
 
 
 def _choice(world: World, probe: Probe) -> dict[str, object]:
@@ -62,4 +72,5 @@ def _choice(world: World, probe: Probe) -> dict[str, object]:
     order = seeded_random.permutation(len(probe.candidates), _CHOICE_SEED, world.seed, probe.person, probe.attribute)
     others = [probe.candidates[i] for i in order if probe.candidates[i] != probe.answer][: CHOICES - 1]
     gold = int(order[0]) % CHOICES
-    return {"prompt": probe.prompt, "choices": [*others[:gold], probe.answer, *others[gold:]], "gold": gold}
+    choices = [*others[:gold], probe.answer, *others[gold:]]
+    return {"prompt": probe.prompt, "choices": choices, "gold": gold, "person": probe.person}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from typing import Any
 from suite.errors import UserError
 
 Doc = dict[str, Any]
+
+SPLIT_FILE = re.compile(r"(?:-(?P<number>\d{5})(?P<count>-of-\d{5})(?:-[0-9a-f]+)?)?(?P<suffix>\.(?:jsonl|parquet))")
+"""What follows a split's name in that of its file: as one of several shards, the hub's numbering, maybe with a hash."""
 
 
 class Docs(list[Doc]):
@@ -56,18 +60,40 @@ class DataRoot:
         return _read(self.files(repo, config, split))
 
     def files(self, repo: str, config: str | None, split: str) -> list[Path]:
-        """The local files of one split, in order."""
+        """The local files of one split, in order: one file, or all shards of one set.
+
+        Args:
+            repo: the data set's name.
+            config: its configuration; None: the only one there is.
+            split: the split's name.
+
+        Raises:
+            UserError: there is no file, a shard is missing, or several files could be the split.
+        """
         assert self.path is not None
         folder = self._folder(repo, config)
-        files = [
-            path
-            for suffix in ("jsonl", "parquet")
-            for path in [*folder.glob(f"{split}.{suffix}"), *sorted(folder.glob(f"{split}-*.{suffix}"))]
-        ]
-        if not files:
+        sources = self._sources(folder, split)
+        if not sources:
             wanted = (folder / f"{split}.jsonl").relative_to(self.path)
             raise UserError(f"{self.path}: no {wanted} (nor .parquet); get it with: suite data prefetch {self.path}")
+        if len(sources) > 1:
+            names = ", ".join(paths[0].name for paths in sources.values())
+            raise UserError(f"{folder}: {split} is there more than once ({names}); remove all but one")
+        (files,) = sources.values()
+        _refuse_missing_shards(files, split)
         return files
+
+    def has(self, repo: str, config: str | None, split: str) -> bool:
+        """Whether there is any local file of a split."""
+        return bool(self._sources(self._folder(repo, config), split))
+
+    def _sources(self, folder: Path, split: str) -> dict[str, list[Path]]:
+        """The files that could be the split, by format and number of shards."""
+        sources: dict[str, list[Path]] = {}
+        for path in sorted(folder.glob(f"{split}[.-]*")):
+            if match := SPLIT_FILE.fullmatch(path.name.removeprefix(split)):
+                sources.setdefault(f"{match['count'] or ''}{match['suffix']}", []).append(path)
+        return sources
 
     def where(self, repo: str, config: str | None, split: str) -> str:
         """A split's place in words: its file, its shards, or its name on the hub."""
@@ -82,8 +108,8 @@ class DataRoot:
         folder = self.path / repo
         if config is not None:
             return folder / config
-        found = sorted(path for path in folder.glob("*") if path.is_dir())
-        return found[0] if len(found) == 1 else folder / "default"
+        configs = [path for path in folder.glob("*") if path.is_dir() and not path.name.startswith(".")]
+        return configs[0] if len(configs) == 1 else folder / "default"
 
     def fingerprint(self, repo: str, config: str | None, splits: Iterable[str]) -> str:
         """What identifies the data: a hash of the files' content, or the hub's revision."""
@@ -94,6 +120,16 @@ class DataRoot:
             for path in self.files(repo, config, split):
                 digest.update(f"{split}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
         return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _refuse_missing_shards(files: list[Path], split: str) -> None:
+    matches = [SPLIT_FILE.fullmatch(path.name.removeprefix(split)) for path in files]
+    numbers = [int(match["number"]) for match in matches if match is not None and match["number"]]
+    count = int(matches[0]["count"].removeprefix("-of-")) if matches[0] is not None and matches[0]["count"] else 0
+    if missing := sorted(set(range(count)) - set(numbers)):
+        raise UserError(f"{files[0].parent}: {split}: shard {missing[0]} of {count} is missing; download it again")
+    if len(set(numbers)) < len(numbers):
+        raise UserError(f"{files[0].parent}: {split}: a shard is there more than once; remove all but one")
 
 
 def _read(files: list[Path]) -> Docs:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -45,7 +46,7 @@ def evaluate(
         sandbox: where programs that the model writes are run; None: tasks that need it are refused.
 
     Returns:
-        {"eval", "hash", "versions", "tokenizer", "tasks": {name: {"version", "few_shot", "n", "prompt_hash",
+        {"eval", "hash", "versions", "tokenizer", "tasks": {name: {"version", "few_shot", "limit", "n", "prompt_hash",
         "data_fingerprint", "cut", "metrics": {metric: {"value", "stderr"}}, "answers": {metric: "0110..."}}}}; "cut"
         counts requests whose context lost its start. A stderr is None where there is no estimate. "answers" has a
         character a question, in the data's order, for metrics that are means of zeros and ones; groups have none.
@@ -146,6 +147,7 @@ def scores_of(lm: LM, prepared: Prepared) -> dict[str, dict[str, Any]]:
         name: {
             "version": task.VERSION,
             "few_shot": task.config.num_fewshot,
+            "limit": prepared.limit,
             "n": results[name]["sample_len"],
             "prompt_hash": prepared.prompt_hashes[name],
             "data_fingerprint": loaded.fingerprints[name],
@@ -159,6 +161,7 @@ def scores_of(lm: LM, prepared: Prepared) -> dict[str, dict[str, Any]]:
         entries[name] = {
             "version": group.version,
             "few_shot": members[0]["few_shot"],
+            "limit": prepared.limit,
             "n": sum(member["n"] for member in members),
             "prompt_hash": catalog.digest(member["prompt_hash"] for member in members),
             "data_fingerprint": catalog.digest(member["data_fingerprint"] for member in members),
@@ -181,7 +184,8 @@ def _metrics(result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
             errors[metric.removesuffix(_STDERR)] = float(value)
         else:
             values[metric] = float(value)
-    return {metric: {"value": value, "stderr": errors.get(metric)} for metric, value in values.items()}
+    finite = {metric: error for metric, error in errors.items() if math.isfinite(error)}
+    return {metric: {"value": value, "stderr": finite.get(metric)} for metric, value in values.items()}
 
 
 def _answers(samples: list[dict[str, Any]], n: int, metrics: dict[str, dict[str, float | None]]) -> dict[str, str]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from suite.atomic import write_text
 from suite.errors import UserError
 from suite.evaluate import catalog, task_list
 from suite.evaluate.datasets import DataRoot, Docs
@@ -30,15 +30,13 @@ def prefetch(root: Path, tasks: Iterable[str] | None = None, download: Download 
         UserError: a task is unknown or reads no files, or the hub does not give its data.
     """
     root.mkdir(parents=True, exist_ok=True)
-    have = DataRoot(root)
+    local = DataRoot(root)
     written: list[Path] = []
     for repo, config, split in _needed(tasks):
-        try:
-            have.files(repo, config, split)
-        except UserError:
+        if not local.has(repo, config, split):
             rows = (download or DataRoot(None).split)(repo, config, split)
             path = root / repo / (config or "default") / f"{split}.jsonl"
-            _write(path, rows)
+            write_text(path, "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
             written.append(path)
     return written
 
@@ -52,14 +50,3 @@ def _needed(tasks: Iterable[str] | None) -> list[tuple[str, str | None, str]]:
             raise UserError(f"prefetch: got {name!r}, allowed: {', '.join(known)}")
         needed |= dict.fromkeys(catalog.files_of(name))
     return list(needed)
-
-
-def _write(path: Path, rows: Docs) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, default=str) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)

@@ -12,15 +12,24 @@ from suite.errors import UserError
 from suite.evaluate.datasets import Doc
 
 
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("Unicode text, without half of a surrogate pair") from None
+    return text
+
+
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("text that is not empty")
     return text
 
 
-Text = Annotated[str, AfterValidator(_not_blank)]
+Unicode = Annotated[str, AfterValidator(_unicode)]
+Text = Annotated[Unicode, AfterValidator(_not_blank)]
 Texts = Annotated[list[Text], Field(min_length=1)]
-FourTexts = Annotated[list[str], Field(min_length=4, max_length=4)]
+FourTexts = Annotated[list[Unicode], Field(min_length=4, max_length=4)]
 
 
 class TriviaQAAnswer(TypedDict):
@@ -52,7 +61,7 @@ class MMLU(TypedDict):
 class HellaSwag(TypedDict):
     activity_label: Text
     ctx_a: Text
-    ctx_b: str
+    ctx_b: Unicode
     endings: FourTexts
     label: Literal["0", "1", "2", "3", 0, 1, 2, 3]
 
@@ -130,7 +139,5 @@ def _explain(error: ValidationError) -> str:
     field = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"]).removeprefix(".")
     if first["type"] == "missing":
         return f"no field {field}"
-    if first["type"] == "string_unicode":
-        return f"{field}: got half of a surrogate pair, allowed: Unicode text"
     allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
     return f"{field}: got {first['input']!r:.80}, allowed: {allowed}"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from suite.data.tokenizers import Tokenizer
+from suite.errors import UserError
 from suite.inference.batching import batches_of, evaluation_mode
 from suite.models.transformer import Transformer
 
@@ -51,7 +52,18 @@ def encode_pair(
     if tokenizer.splits_at_spaces and continuation.startswith(" ") and not continuation[1:2].isspace():
         # Tokens begin at single spaces, so the parts can be encoded separately and contexts cached.
         return [tokenizer.eot_id, *head], encode(continuation)
-    return [tokenizer.eot_id, *head], tokenizer.encode(bare + continuation)[len(head) :]
+    whole = tokenizer.encode(bare + continuation)
+    if whole[: len(head)] == head and len(whole) > len(head):
+        return [tokenizer.eot_id, *head], whole[len(head) :]
+    if not continuation:
+        return [tokenizer.eot_id, *head], []
+    if not whole:
+        raise UserError(f"tokenizer {tokenizer.kind}: encodes {bare + continuation!r:.80} to no token; use another one")
+    # A token crosses the boundary: scoring starts with that token, so that no part of the continuation is lost.
+    shared = 0
+    while shared < min(len(head), len(whole) - 1) and head[shared] == whole[shared]:
+        shared += 1
+    return [tokenizer.eot_id, *whole[:shared]], whole[shared:]
 
 
 def windows(context: Sequence[int], continuation: Sequence[int], max_tokens: int) -> list[Request]:

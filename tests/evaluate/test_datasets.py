@@ -96,6 +96,45 @@ def test_files_of_the_examples_are_asked_for_before_training(tmp_path: Path) -> 
         catalog.refuse_missing(EvalConfig(tasks=("nq_open_qa",), num_fewshot=1), tmp_path)
 
 
+def test_a_split_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    rows = [{"question": "q", "answer": ["a"]}]
+    path = write(tmp_path, rows)
+    data = DataRoot(tmp_path)
+    for name in ("validation-old.jsonl", "validation_old.jsonl", ".validation.jsonl"):
+        path.with_name(name).write_text(path.read_text())
+    assert data.files(NQ, None, "validation") == [path], "only the exact name, or numbered shards, are the split"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path.with_suffix(".parquet"))
+    with pytest.raises(UserError, match=r"validation .*validation\.jsonl, validation\.parquet"):
+        data.files(NQ, None, "validation")
+
+
+def test_a_missing_or_doubled_shard_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"question": "q", "answer": ["a"]}])
+    shards = [path.rename(path.with_name("validation-00000-of-00003.jsonl"))]
+    for name in ("validation-00002-of-00003.jsonl", "validation-00001-of-00003-0a1b.jsonl"):
+        if len(shards) == 2:
+            with pytest.raises(UserError, match=r"validation: shard 1 of 3 is missing"):
+                DataRoot(tmp_path).files(NQ, None, "validation")
+        shards.append(path.with_name(name))
+        shards[-1].write_text(shards[0].read_text())
+    assert DataRoot(tmp_path).files(NQ, None, "validation") == sorted(shards)
+    path.with_name("validation-00001-of-00003-ffff.jsonl").write_text("")
+    with pytest.raises(UserError, match="more than once"):
+        DataRoot(tmp_path).files(NQ, None, "validation")
+
+
+def test_hidden_folders_are_no_configuration(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"question": "q", "answer": ["a"]}])
+    (path.parents[1] / ".ipynb_checkpoints").mkdir()
+    assert DataRoot(tmp_path).files(NQ, None, "validation") == [path]
+
+
+def test_half_of_a_surrogate_pair_is_named(tmp_path: Path) -> None:
+    write(tmp_path, [{"question": "q", "answer": ["a"]}, {"question": "\ud83d", "answer": ["a"]}])
+    with pytest.raises(UserError, match=r"validation\.jsonl: row 2: question: got .*ud83d"):
+        oracle.run(["nq_open"], tmp_path)
+
+
 def test_a_missing_root_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--data-root: got .*nowhere"):
         DataRoot(tmp_path / "nowhere")

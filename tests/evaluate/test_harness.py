@@ -41,7 +41,7 @@ def test_every_score_says_what_made_it(bios: Corpus, bios_model: Transformer) ->
         assert task["n"] == 7
         assert task["data_fingerprint"] == bios.fingerprint
         assert len(task["prompt_hash"]) == 16
-        assert (task["version"], task["few_shot"], task["cut"]) == (1.0, 0, 0)
+        assert (task["version"], task["few_shot"], task["limit"], task["cut"]) == (1.0, 0, 7, 0)
     assert set(scores["tasks"]["bios_qa"]["metrics"]) == {"em", "f1"}
     assert set(scores["tasks"]["bios_choice"]["metrics"]["acc"]) == {"value", "stderr"}
     json.dumps(scores, allow_nan=False)
@@ -144,8 +144,9 @@ def test_a_tokenizer_without_the_stop_is_named(bios: Corpus, bios_model: Transfo
 
 def test_more_examples_than_there_are_is_refused(real_data: Path, bios: Corpus) -> None:
     sources = catalog.Sources(bios, DataRoot(real_data))
-    people = len(catalog.load(["bios_choice"], sources).tasks["bios_choice"].eval_docs)
-    for task, most in (("mmlu", 5), ("hellaswag", 49), ("bios_choice", people - 1)):
+    questions = len(catalog.load(["bios_choice"], sources).tasks["bios_choice"].eval_docs)
+    of_one_person = 6
+    for task, most in (("mmlu", 5), ("hellaswag", 49), ("bios_choice", questions - of_one_person)):
         prepare(EvalConfig(tasks=(task,), num_fewshot=most, limit=1), sources)
         with pytest.raises(UserError, match=rf"num_fewshot: got {most + 1}, allowed: at most {most}"):
             prepare(EvalConfig(tasks=(task,), num_fewshot=most + 1, limit=1), sources)
@@ -156,7 +157,7 @@ def test_a_model_that_diverged_has_no_scores(task: str, bios: Corpus) -> None:
     model = small_model(bios)
     with torch.no_grad():
         model.norm.weight[0] = math.nan
-    with pytest.raises(UserError, match="log-probabilities that are not numbers"):
+    with pytest.raises(UserError, match="NaN or infinite"):
         evaluate(model, bios, EvalConfig(tasks=(task,), limit=2))
 
 
@@ -191,3 +192,58 @@ def test_prompts_are_those_of_plain_lm_eval(real_data: Path) -> None:
     for name, task in plain.items():
         task.build_all_requests(limit=3)
         assert [request.args for request in ours[name].instances] == [request.args for request in task.instances]
+
+
+def test_whole_documents_are_scored_and_recorded_without_examples(text: Corpus, text_model: Transformer) -> None:
+    plain, with_examples = (
+        evaluate(text_model, text, EvalConfig(tasks=("held_out",), num_fewshot=shots))["tasks"]["held_out"]
+        for shots in (None, 3)
+    )
+    assert with_examples["few_shot"] == 0
+    assert plain == with_examples
+
+
+def test_a_single_document_has_no_standard_error(text: Corpus, text_model: Transformer) -> None:
+    task = evaluate(text_model, text, EvalConfig(tasks=("held_out",), limit=1))["tasks"]["held_out"]
+    assert task["metrics"]["bits_per_byte"]["value"] > 0
+    assert task["metrics"]["bits_per_byte"]["stderr"] is None
+
+
+@pytest.mark.parametrize("task", ["bios_storage", "bios_paraphrase", "bios_extraction", "bios_qa", "bios_choice"])
+def test_examples_are_about_other_people(task: str, bios: Corpus) -> None:
+    loaded = prepare(EvalConfig(tasks=(task,), num_fewshot=5), catalog.Sources(bios, DataRoot(None))).loaded
+    for request in loaded.tasks[task].instances:
+        name = bios.world.name(request.doc["person"])
+        assert request.args[0].count(name) == 1, "the question alone names the person"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_damaged_weights_are_never_scored(value: float, bios: Corpus) -> None:
+    model = small_model(bios)
+    unused = bios.vocab_size - 1
+    with torch.no_grad():
+        model.embedding.weight[unused, 0] = value
+    with pytest.raises(UserError, match=r"embedding\.weight") as raised:
+        evaluate(model, bios, EvalConfig(tasks=("bios_qa",), limit=2))
+    assert "\n" not in str(raised.value)
+
+
+def test_long_held_out_documents_are_truncated(tmp_path: Path) -> None:
+    from suite.data.corpus import prepare as prepare_corpus
+    from suite.data.sources.text_files import TextData
+    from suite.data.tokenizer_config import TokenizerConfig
+    from suite.evaluate.corpus_docs import MAX_CHARACTERS, documents
+
+    novel = "some words " * 10_000
+    (tmp_path / "a.txt").write_text("short text")
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in ("short", novel)))
+    config = TextData(
+        kind="text",
+        path=str(tmp_path / "a.txt"),
+        validation=str(tmp_path / "b.jsonl"),
+        tokenizer=TokenizerConfig(kind="bytes"),
+    )
+    short, long = (doc["text"] for doc in documents(prepare_corpus(config, tmp_path / "cache"), "held_out", "held_out"))
+    assert short == "short"
+    assert novel.startswith(f"{long} ")
+    assert MAX_CHARACTERS - 10 < len(long) <= MAX_CHARACTERS

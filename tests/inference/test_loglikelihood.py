@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_scoring import VOCAB, naive_generate, naive_score
 
+from suite.data import tokenizer_files
 from suite.data.tokenizers import BPETokenizer, BytesTokenizer, Tokenizer
 from suite.inference import loglikelihood
 from suite.models.transformer import Transformer
@@ -110,12 +112,41 @@ def test_windows_predict_every_token_once_and_fit(context: list[int], continuati
 def test_a_pair_is_the_whole_text_split_after_the_context(text: str, continuation: str, use_bytes: bool) -> None:
     tokenizer: Tokenizer = BytesTokenizer() if use_bytes else trained_bpe()
     context_ids, continuation_ids = loglikelihood.encode_pair(tokenizer, text, continuation)
-    bare = text.rstrip(" ")
-    assert context_ids == [tokenizer.eot_id, *tokenizer.encode(bare)]
-    assert continuation_ids == tokenizer.encode(text + continuation)[len(context_ids) - 1 :]
+    assert context_ids[0] == tokenizer.eot_id
+    assert continuation_ids
+    whole, head = tokenizer.encode(text + continuation), tokenizer.encode(text.rstrip(" "))
+    assert context_ids[1:] + continuation_ids == whole
+    if whole[: len(head)] == head and len(whole) > len(head):
+        assert context_ids[1:] == head
+    else:
+        assert head[: len(context_ids) - 1] == context_ids[1:], "a token crosses the boundary and is scored"
 
 
 @functools.cache
 def trained_bpe() -> Tokenizer:
     """Merges across everything the texts of this test hold."""
     return BPETokenizer.train(["a b ab. a\n ba bb\n\nab? é é b  a   b", "ab ab . \n a"] * 20, 300)
+
+
+def test_no_continuation_is_empty_for_a_tokenizer_with_tokens_across_spaces(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer as RustTokenizer
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    trained = RustTokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trained.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    pairs = [("Question: what is it?\nAnswer:", answer) for answer in (" a cat", " a", " the end of the day")]
+    texts = [context + answer for context, answer in pairs] * 50
+    trained.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
+    trained.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizer_files.read(tmp_path / "tokenizer.json")
+    assert any(len(tokenizer.encode(a + b)) <= len(tokenizer.encode(a)) for a, b in pairs), "what used to be empty"
+    for context, continuation in pairs:
+        head, tail = loglikelihood.encode_pair(tokenizer, context, continuation)
+        assert tail
+        assert head[0] == tokenizer.eot_id
+        assert tokenizer.decode(head[1:] + tail) == context + continuation
+        assert tokenizer.decode(tail).endswith(continuation.strip())

@@ -19,7 +19,7 @@ class BitsResult:
     """Bits learned of the people probed.
 
     bits: B; bits_max: n/6 people x H; nll: mean answer NLL in nats (value and stop); n: facts (person,
-    attribute); stderr: of `bits`, from its spread over people (0 for one person).
+    attribute); stderr: of `bits`, from its spread over people (NaN for one person).
     """
 
     bits: float
@@ -53,7 +53,7 @@ def bits_learned(probes: Sequence[Probe], log2p: Sequence[float] | NDArray[np.fl
     for fact, mean in means.items():
         by_person[fact[0]] += entropy[fact] + mean
     gains = np.array(list(by_person.values()))
-    spread = float(gains.std(ddof=1)) if len(gains) > 1 else 0.0
+    spread = float(gains.std(ddof=1)) if len(gains) > 1 else math.nan
     return BitsResult(
         bits=float(gains.sum()),
         bits_max=sum(entropy.values()),
@@ -114,14 +114,17 @@ def _learned(items: Sequence[Scored]) -> BitsResult:
 
 
 def _clustered_se(values: Sequence[tuple[int, float]]) -> float:
-    """Standard error of a mean over (cluster, value): values of one cluster are not independent."""
+    """Standard error of a mean over (cluster, value): values of one cluster are not independent.
+
+    NaN for a single cluster.
+    """
     sums: dict[int, float] = defaultdict(float)
     counts: dict[int, int] = defaultdict(int)
     for cluster, value in values:
         sums[cluster] += value
         counts[cluster] += 1
     if len(sums) < 2:
-        return 0.0
+        return math.nan
     mean = sum(sums.values()) / len(values)
     square = sum((sums[cluster] - mean * counts[cluster]) ** 2 for cluster in sums)
     return math.sqrt(square * len(sums) / (len(sums) - 1)) / len(values)

@@ -86,10 +86,10 @@ def ratio(items: Sequence[tuple[float, float]]) -> float:
 
 
 def ratio_stderr(items: Sequence[tuple[float, float]]) -> float:
-    """Standard error of `ratio` over documents (linearised); 0 for a single document."""
+    """Standard error of `ratio` over documents (linearised); NaN for a single document."""
     count = len(items)
     if count < 2:
-        return 0.0
+        return math.nan
     value = ratio(items)
     mean_bottom = sum(bottom for _, bottom in items) / count
     variance = sum((top - value * bottom) ** 2 for top, bottom in items) / (count - 1)

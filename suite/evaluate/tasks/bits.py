@@ -3,11 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+from lm_eval.api.samplers import ContextSampler
 
 from suite.data.bios.metrics import METRICS, Scored, bits, bits_max, bits_se, nll, nll_se, recall, recall_se
 from suite.evaluate.datasets import Doc
 
-__all__ = ["bits", "bits_max", "bits_se", "nll", "nll_se", "recall", "recall_se", "score_probe"]
+__all__ = ["OtherPeople", "bits", "bits_max", "bits_se", "nll", "nll_se", "recall", "recall_se", "score_probe"]
+
+
+class OtherPeople(ContextSampler):
+    """Few-shot examples about other people than the one in question, whose fact they would otherwise give away."""
+
+    def sample(self, n: int, eval_doc: Doc | None = None, df: Any = None, **_: Any) -> list[Doc]:
+        """`n` documents, drawn without replacement."""
+        pool = [doc for doc in self.fewshot_docs() if eval_doc is None or doc["person"] != eval_doc["person"]]
+        return self.rnd.sample(pool, n)
 
 
 def score_probe(doc: Doc, results: Sequence[tuple[float, bool]]) -> dict[str, Scored]:
