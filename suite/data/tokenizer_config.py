@@ -17,7 +17,7 @@ from suite.identity import NOT_IDENTITY, Frozen, Problem
 class TokenizerConfig(Frozen):
     """How text becomes tokens."""
 
-    kind: Literal["word", "bpe", "bytes", "file"]
+    kind: Literal["word", "bpe", "bytes", "file"] = Field(description="how text becomes tokens")
     vocab_size: int | None = Field(
         default=None, gt=256, description="for bpe: number of entries, the 256 bytes included"
     )

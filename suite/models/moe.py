@@ -187,7 +187,7 @@ class TokenChoice(nn.Module):
 class MoEConfig(ModelConfig):
     """`moe`: every feed-forward replaced by full-size experts."""
 
-    experts: int | None = Field(default=None, gt=1, description="None: the paper's for the base, else 8")
+    experts: int | None = Field(default=None, gt=1, description="experts per layer; None: the paper's, else 8")
 
     @property
     def expert_count(self) -> int:
@@ -198,11 +198,15 @@ class MoEConfig(ModelConfig):
 class MoETopKConfig(ModelConfig):
     """`moe_topk`: by default 64 experts of which 8 (laptop: 16 of which 4), as active as the dense layer."""
 
-    experts: int | None = Field(default=None, gt=1)
-    top_k: int | None = Field(default=None, gt=0, description="experts per token, the shared ones apart")
-    expert_hidden: int | None = Field(default=None, gt=0, description="None: ffn_hidden // (top_k + shared_experts)")
-    shared_experts: int = Field(default=0, ge=0, description="experts that every token passes")
-    balance_rate: float = Field(default=1e-3, ge=0, description="step of the balancing bias")
+    experts: int | None = Field(default=None, gt=1, description="experts per layer; None: 64, laptop sizes 16")
+    top_k: int | None = Field(
+        default=None, gt=0, description="experts per token besides shared; None: 8, laptop sizes 4"
+    )
+    expert_hidden: int | None = Field(
+        default=None, gt=0, description="width; None: ffn_hidden // (top_k + shared_experts)"
+    )
+    shared_experts: int = Field(default=0, ge=0, description="experts that every token uses")
+    balance_rate: float = Field(default=1e-3, ge=0, description="step size of the balancing bias")
 
     @property
     def routing(self) -> tuple[int, int, int]:

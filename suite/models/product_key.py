@@ -202,9 +202,9 @@ class AddressedConfig(ModelConfig):
 
     half_keys: int = Field(gt=0, description="n; the table has n*n rows")
     top_k: int = Field(default=32, gt=0, description="rows read per head")
-    memory_heads: int = Field(default=4, gt=0)
+    memory_heads: int = Field(default=4, gt=0, description="heads, each with its own query and keys")
     k_dim: int | None = Field(default=None, gt=0, description="width of a key, both halves; None: see key_dim")
-    qk_norm: bool = False
+    qk_norm: bool = Field(default=False, description="normalise queries and keys")
     query_batchnorm: bool = Field(default=False, description="batch-normed queries (Lample et al. 2019)")
     random_rows: int = Field(default=0, ge=0, description="random rows read per head in training (table 3)")
     placement: tuple[int, ...] | None = Field(

@@ -29,9 +29,9 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    family: str
-    base: str
-    tie_embeddings: bool = False
+    family: str = Field(description="kind of model (suite baselines)")
+    base: str = Field(description="named shape that the other fields start from, e.g. w32 or 134m")
+    tie_embeddings: bool = Field(default=False, description="use the embedding as the output head")
     layers: int | None = Field(default=None, gt=0, description="blocks; None: the base's")
     dim: int | None = Field(default=None, gt=0, description="model width; None: the base's")
     heads: int | None = Field(default=None, gt=0, description="attention heads; None: the base's")

@@ -73,3 +73,7 @@ def test_a_prefix_selects_whole_names(suite: Suite) -> None:
 @pytest.mark.parametrize("prefix", ["data", "evaluate", "seed"])
 def test_sections_are_listed(prefix: str, suite: Suite) -> None:
     assert suite("fields", prefix).returncode == 0
+
+
+def test_every_field_has_a_meaning() -> None:
+    assert [row.field for row in list_fields() if not row.meaning] == []

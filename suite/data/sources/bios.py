@@ -27,8 +27,8 @@ from suite.identity import Problem
 class BiosData(DataConfig):
     """Biographies of invented people: a pure function of these fields."""
 
-    kind: Literal["bios"]
-    people: int = Field(gt=1)
+    kind: Literal["bios"] = Field(description="biographies of invented people")
+    people: int = Field(gt=1, description="people in the world")
     world: int = Field(default=0, ge=0, description="seed of names, attributes and the use of templates")
     questions: float = Field(
         default=0.0, ge=0.0, lt=1.0, description="share of the people whose questions are in the training text"

@@ -21,10 +21,10 @@ Result = TypeVar("Result")
 class HubData(StreamData):
     """A data set of the Hugging Face hub; a commit as `revision` pins its content."""
 
-    kind: Literal["hub"]
+    kind: Literal["hub"] = Field(description="a data set of the Hugging Face hub, read as a stream")
     name: str = Field(min_length=1, description="a hub data set's name, e.g. HuggingFaceFW/fineweb-edu")
     subset: str | None = Field(default=None, description="its configuration, e.g. sample-100BT")
-    split: str = "train"
+    split: str = Field(default="train", description="split of the data set")
     revision: str | None = Field(default=None, description="branch, tag or commit; None: its main branch")
     field: str = Field(default="text", description="the text's field in its records")
     tokens: int | None = Field(default=None, gt=0, description="tokens to take from its beginning; None: all")

@@ -54,7 +54,7 @@ def _part(value: object) -> Part:
 class MixtureData(DataConfig):
     """Named parts; training reads rows, and therefore tokens, of each in proportion to its weight."""
 
-    kind: Literal["mixture"]
+    kind: Literal["mixture"] = Field(description="several text and hub sources by weight")
     parts: dict[str, Annotated[SerializeAsAny[Part], BeforeValidator(_part)]] = Field(
         min_length=1, description="parts by name, each a stream such as text or hub, with a weight"
     )

@@ -37,8 +37,8 @@ _PARQUET_ROWS = 256  # decoded at once
 class TextData(StreamData):
     """Text on disk, found by its path and identified by its content."""
 
-    kind: Literal["text"]
-    path: str = Field(json_schema_extra=NOT_IDENTITY)
+    kind: Literal["text"] = Field(description="text files on disk")
+    path: str = Field(json_schema_extra=NOT_IDENTITY, description="a file or a folder of files")
     fingerprint: str | None = Field(default=None, description="sha256 of the content; filled in by the sweep")
     field: str = Field(default="text", description="the text's field in .jsonl and .parquet records")
     held_out: float = Field(default=0.05, gt=0.0, lt=1.0, description="share of documents held out for evaluation")
