@@ -24,15 +24,15 @@ def check(field: str, path: Path, actual: str, expected: str | None) -> None:
     """Raise UserError if a cell names a fingerprint and the file has another.
 
     Args:
-        field: the dotted field that holds `path` and `fingerprint`, such as `data.tokenizer`.
+        field: the dotted field that names the path, such as `data.tokenizer.path`.
         path: the file or folder.
         actual: the fingerprint of its content.
         expected: the fingerprint that the cell names, or None.
     """
     if expected not in (None, actual):
         raise UserError(
-            f"{field}.path: got {str(path)!r} with the content {actual[:12]}..., allowed: the content"
-            f" {expected[:12]}... named by {field}.fingerprint"
+            f"{field}: got {str(path)!r} with the content {actual[:12]}..., allowed: the content {expected[:12]}..."
+            " that the cell's fingerprint names"
         )
 
 

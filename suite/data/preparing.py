@@ -15,8 +15,11 @@ from rich.table import Table
 
 from suite.data.corpus import Corpus, Part, prepare
 from suite.data.sources.registry import DataConfig
+from suite.errors import UserError
 
 LINE_EVERY_S = 15.0
+FILES_SHOWN = 10
+COUNTS = ("tokens", "documents", "held_out", "skipped")
 
 
 def prepare_all(data: Mapping[str, DataConfig], cache: Path, console: Console) -> list[dict[str, Any]]:
@@ -40,7 +43,7 @@ def prepare_all(data: Mapping[str, DataConfig], cache: Path, console: Console) -
     for runs in runs_of.values():
         config = data[runs[0]]
         for name, corpus in config.corpora().items():
-            with _ProgressDisplay(console, " ".join(filter(None, (name, corpus.label)))) as display:
+            with _ProgressDisplay(console, " ".join(filter(None, (name, corpus.label))), _files(corpus)) as display:
                 prepare(corpus, cache, display.update)
         reports.append(_report(prepare(config, cache), runs))
     return reports
@@ -49,11 +52,22 @@ def prepare_all(data: Mapping[str, DataConfig], cache: Path, console: Console) -
 def table(reports: list[dict[str, Any]]) -> Table:
     """The reports as a table."""
     shown = Table(box=None, pad_edge=False)
-    for title in ("data", "part", "tokens", "documents", "held out", "vocabulary", "cells", "commit", "folder"):
-        shown.add_column(title, justify="right" if title in ("tokens", "documents", "held out") else "left")
+    for title in (
+        "data",
+        "part",
+        "tokens",
+        "documents",
+        "held out",
+        "skipped",
+        "vocabulary",
+        "cells",
+        "commit",
+        "folder",
+    ):
+        shown.add_column(title, justify="right" if title in ("tokens", "documents", "held out", "skipped") else "left")
     for report in reports:
         for part in report["parts"]:
-            numbers = [f"{part[name]:,}" for name in ("tokens", "documents", "held_out")]
+            numbers = [f"{part[name]:,}" for name in COUNTS]
             also = [str(report["vocab_size"]), str(len(report["runs"])), (part["commit"] or "")[:12], part["folder"]]
             shown.add_row(report["label"], part["part"] or "", *numbers, *also)
     return shown
@@ -79,15 +93,24 @@ def _part(name: str | None, part: Part) -> dict[str, Any]:
         "tokens": part.tokens,
         "documents": sum(len(r.starts) - 1 for r in part.rounds),
         "held_out": part.meta.get("held_out", 0),
+        "skipped": part.meta.get("skipped", 0),
         "content": part.meta.get("content"),
         "commit": position["commit"] if isinstance(position, dict) else None,
     }
 
 
+def _files(corpus: DataConfig) -> list[str]:
+    """The files of a corpus; none if they are gone, since a prepared corpus does not need them."""
+    try:
+        return corpus.source_files()
+    except UserError:
+        return []
+
+
 class _ProgressDisplay:
     """Progress of one corpus: a bar on a terminal, else a line every LINE_EVERY_S seconds."""
 
-    def __init__(self, console: Console, name: str) -> None:
+    def __init__(self, console: Console, name: str, files: list[str]) -> None:
         self._console, self._name = console, name
         self._started = self._shown = time.monotonic()
         self._first: int | None = None
@@ -101,14 +124,19 @@ class _ProgressDisplay:
             disable=not console.is_terminal,
         )
         self._task = self._bar.add_task(name, total=None)
+        shown = ", ".join(files[:FILES_SHOWN]) + (
+            f", and {len(files) - FILES_SHOWN} more" if files[FILES_SHOWN:] else ""
+        )
+        self._line(f"{name}: preparing" + (f" {len(files)} files: {shown}" if files else ""))
 
     def update(self, tokens: int, share: float | None) -> None:
         """A Progress."""
         now = time.monotonic()
         if self._first is None:
             self._first, self._started = tokens, now
-        rate = (tokens - self._first) / (now - self._started) if now > self._started else 0.0
-        text = f"{self._name}: {tokens / 1e6:,.1f}M tokens, {rate / 1e6:,.2f}M/s"
+        text = f"{self._name}: {tokens / 1e6:,.1f}M tokens"
+        if tokens > self._first:
+            text += f", {(tokens - self._first) / (now - self._started) / 1e6:,.2f}M/s"
         self._bar.update(self._task, description=text, total=None if share is None else 1.0, completed=share or 0.0)
         if not self._console.is_terminal and now - self._shown >= LINE_EVERY_S:
             self._shown = now

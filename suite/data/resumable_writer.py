@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ HELD_OUT = "held_out.jsonl"
 PIECE_TOKENS = 1 << 22
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 22
-MOST_HELD_OUT = 10_000
-"""Documents kept for evaluation; further ones of the held-out share are neither trained nor evaluated on."""
+MAX_HELD_OUT = 10_000
+"""Documents retained for evaluation; any more in the held-out share are neither trained nor evaluated on."""
 
 
 @dataclass
@@ -44,6 +45,7 @@ class Written:
     pieces: int = 0
     content: str = ""
     position: Any = None
+    skipped: int = 0
 
 
 Progress = Callable[[int, float | None], None]
@@ -59,8 +61,9 @@ def write_stream(
     reader_at: Callable[[Any], Reader],
     tokenizer: Tokenizer,
     held_out: float,
-    most_tokens: int | None = None,
+    max_tokens: int | None = None,
     progress: Progress = no_progress,
+    validation: Iterable[str] | None = None,
 ) -> Written:
     """Encode a stream into `folder`, from where an earlier call was cut; gives what is written.
 
@@ -68,46 +71,52 @@ def write_stream(
         folder: where round 0 and the held-out documents go.
         reader_at: the reader that starts at a position; None is the beginning.
         tokenizer: what encodes; the same on every call.
-        held_out: share of documents that go to HELD_OUT instead, at most MOST_HELD_OUT of them.
-        most_tokens: the stream ends with the document that reaches this; None: with the reader.
+        held_out: share of documents that go to HELD_OUT instead, at most MAX_HELD_OUT of them.
+        max_tokens: the stream ends with the document that reaches this; None: with the reader.
         progress: called after every batch.
+        validation: documents for HELD_OUT from elsewhere.
 
     Raises UserError, before the last commit, if there is nothing to train on or nothing held out.
     Memory: one batch of BATCH_DOCUMENTS documents or BATCH_CHARACTERS characters, and a document more.
     """
-    with _Writer(folder, tokenizer, held_out, most_tokens) as writer:
+    with _Writer(folder, tokenizer, held_out, max_tokens) as writer:
+        if validation is not None:
+            writer.add_validation(validation)
         reader = reader_at(writer.written.position)
         stream = iter(reader)
         while not writer.is_full and (texts := _batch(stream)):
             writer.add(texts)
             progress(writer.round.tokens, writer.share(reader))
             if writer.round.tokens - writer.written.tokens >= PIECE_TOKENS:
-                writer.commit(reader.position)
+                writer.commit(reader)
         writer.check()
         if reader.position != writer.written.position:
-            writer.commit(reader.position)
+            writer.commit(reader)
         return writer.written
 
 
 class _Writer:
     """The files of a stream and what of them is committed."""
 
-    def __init__(self, folder: Path, tokenizer: Tokenizer, held_out: float, most_tokens: int | None) -> None:
-        self._meta, self._tokenizer, self._held_out, self._most = folder / META, tokenizer, held_out, most_tokens
-        self.written = Written(**json.loads(self._meta.read_text())) if self._meta.exists() else Written()
+    def __init__(self, folder: Path, tokenizer: Tokenizer, held_out: float, max_tokens: int | None) -> None:
+        self._meta, self._tokenizer, self._held_out, self._max_tokens = folder / META, tokenizer, held_out, max_tokens
+        self.written = (
+            Written(**json.loads(self._meta.read_text(encoding="utf-8"))) if self._meta.exists() else Written()
+        )
         self.round = RoundFile(folder, 0, tokenizer.vocab_size, self.written.documents, self.written.tokens)
-        self._aside = open_cut(folder / HELD_OUT, self.written.held_out_bytes)
-        self._kept = self.written.held_out
+        self._held_out_file = open_cut(folder / HELD_OUT, self.written.held_out_bytes)
+        self._retained = self.written.held_out
+        self._skipped = self.written.skipped
         self._digest = hashlib.sha256(self.written.content.encode())
 
     @property
     def is_full(self) -> bool:
         """Whether the tokens asked for are there."""
-        return self._most is not None and self.round.tokens >= self._most
+        return self._max_tokens is not None and self.round.tokens >= self._max_tokens
 
     def share(self, reader: Reader) -> float | None:
         """How much of the whole is written."""
-        return reader.share if self._most is None else min(1.0, self.round.tokens / self._most)
+        return reader.share if self._max_tokens is None else min(1.0, self.round.tokens / self._max_tokens)
 
     def add(self, texts: list[str]) -> None:
         """Write a batch of documents to where each belongs."""
@@ -115,54 +124,65 @@ class _Writer:
         for text in texts:
             if not is_held_out(text, self._held_out):
                 trained.append(text)
-            elif self._kept < MOST_HELD_OUT:
-                self._kept += 1
-                self._aside.write((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode())
+            else:
+                self._hold_out(text)
         encoded = [[self._tokenizer.eot_id, *tokens] for tokens in self._tokenizer.encode_batch(trained)]
-        self._digest.update(self.round.append(self._up_to_most(encoded)))
+        self._digest.update(self.round.append(self._up_to_max(encoded)))
 
-    def _up_to_most(self, encoded: list[list[int]]) -> list[list[int]]:
-        if self._most is None:
+    def add_validation(self, texts: Iterable[str]) -> None:
+        """Write documents to the held-out file, unless an earlier call has committed them."""
+        if not self.written.pieces:
+            for text in islice(texts, MAX_HELD_OUT):
+                self._hold_out(text)
+
+    def _hold_out(self, text: str) -> None:
+        if self._retained < MAX_HELD_OUT:
+            self._retained += 1
+            self._held_out_file.write((json.dumps({"text": text}, ensure_ascii=False) + "\n").encode())
+
+    def _up_to_max(self, encoded: list[list[int]]) -> list[list[int]]:
+        if self._max_tokens is None:
             return encoded
         tokens = self.round.tokens
         for count, document in enumerate(encoded, start=1):
             tokens += len(document)
-            if tokens >= self._most:
+            if tokens >= self._max_tokens:
                 return encoded[:count]
         return encoded
 
-    def commit(self, position: Any) -> None:
-        """All that was added is on disk and known to be; the reader stands at `position`."""
+    def commit(self, reader: Reader) -> None:
+        """Flush everything added to disk, and record it together with the position of `reader`."""
         self.round.flush()
-        self._aside.flush()
-        os.fsync(self._aside.fileno())
+        self._held_out_file.flush()
+        os.fsync(self._held_out_file.fileno())
         self.written = Written(
             documents=self.round.documents,
             tokens=self.round.tokens,
-            held_out=self._kept,
-            held_out_bytes=self._aside.tell(),
+            held_out=self._retained,
+            held_out_bytes=self._held_out_file.tell(),
             pieces=self.written.pieces + 1,
             content=self._digest.hexdigest(),
-            position=position,
+            position=reader.position,
+            skipped=self._skipped + reader.skipped,
         )
         write_json(self._meta, asdict(self.written))
         self._digest = hashlib.sha256(self.written.content.encode())
 
     def check(self) -> None:
-        """Raise UserError unless there are documents on both sides."""
-        for count, purpose in ((self.round.documents, "train"), (self._kept, "evaluate")):
-            if not count:
-                raise UserError(
-                    f"data.held_out: got {self._held_out}, which leaves no document to {purpose} on, allowed: a share"
-                    " that leaves some to both"
-                )
+        """Raise UserError unless there are documents to train on and documents to evaluate on."""
+        if not self.round.documents or not self._retained:
+            raise UserError(
+                f"data.held_out: got {self._held_out}, which leaves {self.round.documents} documents to train on and"
+                f" {self._retained} to evaluate on; choose a share that leaves some to both, or add documents"
+                " (a .txt file is split at blank lines)"
+            )
 
     def __enter__(self) -> _Writer:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.round.__exit__()
-        self._aside.close()
+        self._held_out_file.close()
 
 
 def _batch(stream: Iterator[str]) -> list[str]:

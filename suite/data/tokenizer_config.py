@@ -56,7 +56,7 @@ class TokenizerConfig(Frozen):
         """
         if self.kind == "file":
             path = Path(str(self.path))
-            fingerprints.check("data.tokenizer", path, tokenizer_files.fingerprint(path), self.fingerprint)
+            fingerprints.check("data.tokenizer.path", path, tokenizer_files.fingerprint(path), self.fingerprint)
             return tokenizer_files.read(path, self.eot)
         if self.kind == "bytes":
             return BytesTokenizer()

@@ -60,11 +60,11 @@ def read(path: Path, eot: str | None = None) -> Tokenizer:
         content = json.loads(_bytes(file))
         if "kind" in content:  # of a prepared corpus of ours
             return tokenizers.from_json(json.dumps(content))
-        return ReadyTokenizer(RustTokenizer.from_str(_unnamed(content, eot)), _eot_of(content, eot))
+        return ReadyTokenizer(RustTokenizer.from_str(_as_trained(content, eot)), _eot_of(content, eot))
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
     except Exception as error:  # the Rust and C++ libraries raise bare Exception and RuntimeError
-        cause = str(error).splitlines()[0]
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{file}: no tokenizer can be read from it ({cause}), allowed: {_ALLOWED}") from None
 
 
@@ -92,10 +92,17 @@ def _eot_of(content: dict[str, object], eot: str | None) -> str | None:
     return eot or next((name for name in _EOT_NAMES if name in names), None)
 
 
-def _unnamed(content: dict[str, object], eot: str | None) -> str:
-    """The tokenizer with its end of text marked special, so that a text which spells it out does not encode to it."""
-    wanted = _eot_of(content, eot)
+def _as_trained(content: dict[str, object], eot: str | None) -> str:
+    """The tokenizer's JSON with three changes.
+
+    The end-of-text token is marked special, so that a text which spells it does not encode to it; nothing is truncated
+    or padded; and BPE dropout is off, so that a text always encodes to the same tokens.
+    """
+    end = _eot_of(content, eot)
     added = content.get("added_tokens") or []
+    model = content.get("model")
     assert isinstance(added, list)
-    marked = [{**entry, "special": True} if entry["content"] == wanted else entry for entry in added]
-    return json.dumps({**content, "added_tokens": marked, "truncation": None, "padding": None})
+    marked = [{**token, "special": True} if token["content"] == end else token for token in added]
+    without_dropout = {**model, "dropout": None} if isinstance(model, dict) and "dropout" in model else model
+    changes = {"added_tokens": marked, "model": without_dropout, "truncation": None, "padding": None}
+    return json.dumps({**content, **changes})

@@ -22,6 +22,9 @@ from suite.errors import UserError
 
 _WORD = re.compile(r"\n|[.?]|[^\s.?]+")  # a line end, a full stop and a question mark are tokens
 _CLOSING = {".", "?", "\n"}
+_LONG_WORD = 1000  # characters; training merges takes time quadratic in a word's length
+_RAW_INNER_SPACE = re.compile("[^Ġ▁][Ġ▁ ]")
+"""A token with a space inside, as byte-level BPE (Ġ), SentencePiece (▁) and other vocabularies write it."""
 
 
 class Tokenizer(Protocol):
@@ -155,7 +158,7 @@ class BPETokenizer(_Fingerprinted):
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,
         )
-        trained.train_from_iterator(texts, trainer)
+        trained.train_from_iterator((piece for text in texts for piece in _bounded_words(text)), trainer)
         return cls(trained)
 
     def encode(self, text: str) -> list[int]:
@@ -193,7 +196,7 @@ class ReadyTokenizer(_Fingerprinted):
         above = max(vocabulary.values()) + 1
         self.eot_id: int = above if eot is None else vocabulary[eot]
         self.vocab_size: int = above + (eot is None)
-        self.splits_at_spaces = _splits_at_spaces(self)
+        self.splits_at_spaces = not self._has_tokens_across_spaces() and _splits_at_spaces(self)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of the text, nothing added around them."""
@@ -209,8 +212,13 @@ class ReadyTokenizer(_Fingerprinted):
         known = [token for token in tokens if token != self.eot_id]
         return str(self._trained.decode(known, skip_special_tokens=False))
 
+    def _has_tokens_across_spaces(self) -> bool:
+        """Whether some token contains a space after another character, so that it may cross the start of a word."""
+        candidates = [token for text, token in self._trained.get_vocab().items() if _RAW_INNER_SPACE.search(text)]
+        return any(re.search(r"\S ", self.decode([token])) for token in candidates)
+
     def to_json(self) -> str:
-        """The `tokenizers` library's own format, with our kind and the end of text beside it."""
+        """The `tokenizers` library's own format, with our kind and the end of text next to it."""
         trained = json.loads(self._trained.to_str())
         return json.dumps({"kind": self.kind, "eot": self._eot, "trained": trained}, ensure_ascii=False)
 
@@ -258,6 +266,11 @@ class SentencePieceTokenizer(_Fingerprinted):
         """The model's bytes in base64, and its end of text."""
         model = base64.b64encode(self._model).decode()
         return json.dumps({"kind": self.kind, "eot": self._eot, "model": model})
+
+
+def _bounded_words(text: str) -> list[str]:
+    """A text, split within words of more than _LONG_WORD characters."""
+    return re.sub(rf"(\S{{{_LONG_WORD}}})(?=\S)", "\\1\0", text).split("\0")
 
 
 def _splits_at_spaces(tokenizer: Tokenizer) -> bool:

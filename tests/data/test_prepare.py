@@ -88,7 +88,7 @@ def test_a_named_fingerprint_is_checked_and_suffices_once_prepared(text: Path, t
     text.unlink()
     assert prepare(config, tmp_path / "cache").fingerprint == first.fingerprint
     text.write_text('{"text": "something else"}\n')
-    with pytest.raises(UserError, match=r"data\.path: got .* with the content .* named by data\.fingerprint"):
+    with pytest.raises(UserError, match=r"data\.path: got .* with the content "):
         prepare(config, tmp_path / "other")
 
 
@@ -103,7 +103,7 @@ def test_mistakes_are_one_line_and_leave_nothing(text: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match=r"data\.seq_len: got 8, allowed: at least 16"):
         prepare(WORLD.model_copy(update={"seq_len": 8}), tmp_path)
     for share in (1e-9, 1 - 1e-9):
-        with pytest.raises(UserError, match=r"data\.held_out: got .*, which leaves no document to"):
+        with pytest.raises(UserError, match=r"data\.held_out: got .*, which leaves"):
             prepare(config.model_copy(update={"held_out": share}), cache)
     with pytest.raises(UserError, match="'body': got only text"):
         prepare(config.model_copy(update={"field": "body"}), cache)
@@ -185,3 +185,51 @@ def test_the_package_needs_little(tmp_path: Path) -> None:
     )
     shown = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "[]"
+
+
+def test_a_validation_file_of_its_own_is_evaluated_on_and_everything_else_trained_on(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"train {i}"}) + "\n" for i in range(200)))
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps({"text": f"valid {i}"}) + "\n" for i in range(7)))
+    config = TextData(
+        kind="text", path=str(tmp_path / "train.jsonl"), validation=str(tmp_path / "valid.jsonl"), tokenizer=BYTES
+    )
+    corpus = prepare(config, tmp_path / "cache")
+    assert corpus.held_out == [f"valid {i}" for i in range(7)]
+    assert corpus.parts[0].meta["documents"] == 200
+    (tmp_path / "valid.jsonl").write_text('{"text": "another"}\n')
+    other = prepare(config, tmp_path / "cache")
+    assert other.fingerprint != corpus.fingerprint
+    assert other.held_out == ["another"]
+    missing = config.model_copy(update={"validation": str(tmp_path / "none.jsonl")})
+    with pytest.raises(UserError, match=r"data\.validation: got .*none\.jsonl"):
+        prepare(missing, tmp_path / "cache")
+    assert [field for field, *_ in config.model_copy(update={"held_out": 0.2}).problems()] == ["held_out"]
+
+
+def test_records_without_text_are_counted_when_the_writer_is_resumed(tmp_path: Path) -> None:
+    texts = [f"document {i}" if i % 3 else None for i in range(300)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = TextData(kind="text", path=str(tmp_path / "a.jsonl"), tokenizer=BYTES)
+    assert prepare(config, tmp_path / "cache").parts[0].meta["skipped"] == 100
+
+
+def test_text_is_read_and_written_as_utf8_in_any_locale(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(
+        "".join(json.dumps({"text": f"né {i} — 漢字"}, ensure_ascii=False) + "\n" for i in range(99)), encoding="utf-8"
+    )
+    program = (
+        "import sys; from pathlib import Path; from suite.data.corpus import prepare;"
+        "from suite.data.sources.text_files import TextData;"
+        "config = TextData(kind='text', path=sys.argv[1], tokenizer={'kind': 'bpe', 'vocab_size': 300});"
+        "corpus = prepare(config, Path(sys.argv[2]));"
+        "assert chr(0x6f22) in corpus.tokenizer.decode(corpus.parts[0].rounds[0].tokens.tolist())"
+    )
+    environment = {**os.environ, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
+    command = [
+        sys.executable,
+        "-c",
+        ascii(program)[1:-1].replace("\\'", "'"),
+        str(tmp_path / "a.jsonl"),
+        str(tmp_path / "cache"),
+    ]
+    subprocess.run(command, env=environment, check=True)

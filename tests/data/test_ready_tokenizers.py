@@ -93,7 +93,7 @@ def test_a_text_is_prepared_with_gpt2_and_known_by_its_content(tmp_path: Path) -
     moved = config.model_copy(update={"tokenizer": TokenizerConfig(kind="file", path=str(tmp_path / "elsewhere"))})
     assert prepare(moved, tmp_path / "cache").fingerprint == corpus.fingerprint
     named = TokenizerConfig(kind="file", path=str(GPT2), fingerprint="0" * 64)
-    with pytest.raises(UserError, match=r"data\.tokenizer\.path: got .* allowed: the content 000000000000\.\.\. named"):
+    with pytest.raises(UserError, match=r"data\.tokenizer\.path: got .* allowed: the content 000000000000"):
         prepare(config.model_copy(update={"tokenizer": named}), tmp_path / "cache")
 
 
@@ -206,3 +206,26 @@ def test_files_that_hold_no_tokenizer_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=rf"{name}: no tokenizer can be read from it \(") as raised:
             tokenizer_files.read(tmp_path / name)
         assert "\n" not in str(raised.value)
+
+
+def test_bpe_dropout_is_off(tmp_path: Path) -> None:
+    path = saved(trained(), tmp_path)
+    content = json.loads(path.read_text())
+    plain = tokenizer_files.read(path)
+    content["model"]["dropout"] = 0.5
+    path.write_text(json.dumps(content))
+    dropping = tokenizer_files.read(path)
+    assert [dropping.encode(TEXTS[0]) for _ in range(5)] == [plain.encode(TEXTS[0])] * 5
+
+
+def test_tokens_across_spaces_are_noticed(tmp_path: Path) -> None:
+    tokenizer = trained()
+    assert tokenizer_files.read(saved(tokenizer, tmp_path)).splits_at_spaces
+    across = RustTokenizer(models.BPE())
+    across.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    across.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    across.train_from_iterator(
+        TEXTS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
+    )
+    assert not tokenizer_files.read(saved(across, tmp_path)).splits_at_spaces

@@ -34,6 +34,7 @@ class Counter:
         self._count, self._template = count, text
         self.position = position or 0
         self.share = None
+        self.skipped = 0
 
     def __iter__(self) -> Iterator[str]:
         for number in range(self.position, self._count):
@@ -127,7 +128,7 @@ def test_a_limit_ends_the_stream_with_the_document_that_reaches_it(tmp_path: Pat
     limited.mkdir()
     write(unlimited, BytesTokenizer())
     shares: list[float | None] = []
-    written = write(limited, BytesTokenizer(), most_tokens=1000, progress=lambda tokens, share: shares.append(share))
+    written = write(limited, BytesTokenizer(), max_tokens=1000, progress=lambda tokens, share: shares.append(share))
     assert 1000 <= written.tokens < 1000 + len("document 99") + 1
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
@@ -136,7 +137,7 @@ def test_a_limit_ends_the_stream_with_the_document_that_reaches_it(tmp_path: Pat
 
 
 def test_held_out_documents_have_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resumable_writer, "MOST_HELD_OUT", 5)
+    monkeypatch.setattr(resumable_writer, "MAX_HELD_OUT", 5)
     written = write(tmp_path, BytesTokenizer())
     trained = sum(not is_held_out(f"document {number}", HELD) for number in range(300))
     assert (written.held_out, written.documents) == (5, trained)
@@ -191,6 +192,6 @@ def test_a_broken_preparation_of_files_goes_on(suffix: str, tmp_path: Path, monk
 
 
 def test_a_stream_without_anything_to_train_on_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"data\.held_out: got 0\.1, which leaves no document to evaluate on"):
+    with pytest.raises(UserError, match=r"data\.held_out: got 0\.1, which leaves 1 documents to train on and 0 to"):
         write(tmp_path, BytesTokenizer(), count=1)
     assert not (tmp_path / shards.META).exists()

@@ -61,22 +61,22 @@ def test_the_fingerprint_is_of_the_content_not_of_names_and_places(tmp_path: Pat
 
 BROKEN = {
     "none.jsonl": (None, r"data\.path: got '.*none\.jsonl', which does not exist, allowed: a \.txt"),
-    "data.csv": (b"a,b", r"data\.path: got '.*data\.csv', with no text in it, allowed: a \.txt"),
-    "empty.jsonl": (b"\n", r"which holds no text, allowed: at least one document"),
+    "data.csv": (b"a,b", r"data\.path: got '.*data\.csv'"),
+    "empty.jsonl": (b"\n", r"empty\.jsonl', which holds no text"),
     "empty.txt": (b" \n\n", r"which holds no text"),
     "field.jsonl": (
         jsonl("fine") + b'{"body": "x", "id": 3}\n',
-        r"field\.jsonl:2: data\.field 'text': got only body, id, allowed: a field with text",
+        r"field\.jsonl:2: data\.field 'text': got only body, id",
     ),
     "type.jsonl": (b'{"text": 3}\n', r"type\.jsonl:1: data\.field 'text': got a int"),
     "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl:1: data\.field 'text': got half of a surrogate"),
-    "list.jsonl": (b'["x"]\n', r"list\.jsonl:1: got a list, allowed: one object a line"),
-    "cut.jsonl": (jsonl("fine") + b'{"text": "x', r"cut\.jsonl:2: got no JSON \(.*\), allowed: one object a line"),
+    "list.jsonl": (b'["x"]\n', r"list\.jsonl:1: got a list"),
+    "cut.jsonl": (jsonl("fine") + b'{"text": "x', r"cut\.jsonl:2: not JSON"),
     "latin.txt": ("\nå".encode("latin-1"), r"latin\.txt:2: got the byte 0xe5, allowed: UTF-8 text"),
     "latin.jsonl": (jsonl("fine") * 3 + b"\xff", r"latin\.jsonl:4: got the byte 0xff"),
-    "cut.jsonl.gz": (gzip.compress(jsonl("fine" * 50))[:-9], r"cut\.jsonl\.gz: got a broken gzip stream"),
-    "no.jsonl.gz": (jsonl("fine"), r"no\.jsonl\.gz: got a broken gzip stream"),
-    "flip.jsonl.gz": (gzip.compress(jsonl("fine"))[:10] + b"\x07junk", r"flip\.jsonl\.gz: got a broken gzip"),
+    "cut.jsonl.gz": (gzip.compress(jsonl("fine" * 50))[:-9], r"cut\.jsonl\.gz: .*gzip"),
+    "no.jsonl.gz": (jsonl("fine"), r"no\.jsonl\.gz: .*gzip"),
+    "flip.jsonl.gz": (gzip.compress(jsonl("fine"))[:10] + b"\x07junk", r"flip\.jsonl\.gz: .*gzip"),
 }
 
 
@@ -92,7 +92,7 @@ def test_input_that_cannot_be_used_is_one_line(name: str, tmp_path: Path) -> Non
 
 
 def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="with no text in it"):
+    with pytest.raises(UserError, match=r"data\.path: got "):
         text_files.fingerprint(tmp_path)
 
 
@@ -115,7 +115,7 @@ def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.parquet:1: data\.field 'id': got a int"):
         list(text_files.FileReader(path, "id"))
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match=r"a\.parquet: got a broken file \(.*\), allowed: parquet") as raised:
+    with pytest.raises(UserError, match=r"a\.parquet: not a whole parquet file") as raised:
         list(text_files.FileReader(path, "text"))
     assert "\n" not in str(raised.value)
 
@@ -144,3 +144,63 @@ def test_the_share_read_grows_to_one(tmp_path: Path) -> None:
     assert shares == sorted(shares)
     assert 0 < shares[0] < 0.2
     assert shares[-1] == pytest.approx(1.0)
+
+
+def test_compressed_files_are_read(tmp_path: Path) -> None:
+    import pyarrow
+
+    texts = [f"document {i}\u2028 é" for i in range(500)]
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(jsonl(*texts[:100])))
+    with pyarrow.CompressedOutputStream(str(tmp_path / "b.jsonl.zst"), "zstd") as file:
+        file.write(jsonl(*texts[100:300]))
+    half = jsonl(*texts[300:400]), jsonl(*texts[400:])
+    frames = [pyarrow.compress(part, codec="zstd", asbytes=True) for part in half]
+    (tmp_path / "c.json.zst").write_bytes(b"".join(frames))  # files made by appending have several frames
+    assert list(text_files.FileReader(tmp_path, "text")) == texts
+    paragraphs = "\n\n".join(f"{i} " + "word " * 450 for i in range(5))
+    (tmp_path / "book.txt.gz").write_bytes(gzip.compress(paragraphs.encode()))
+    assert len(list(text_files.FileReader(tmp_path / "book.txt.gz", "text"))) == 5
+    (tmp_path / "d.jsonl.zst").write_bytes(frames[0][:-20])
+    with pytest.raises(UserError, match=r"d\.jsonl\.zst"):
+        list(text_files.FileReader(tmp_path / "d.jsonl.zst", "text"))
+
+
+def test_a_plain_json_file_is_text_only_if_it_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl("one"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert list(text_files.FileReader(tmp_path, "text")) == ["one"]
+    (tmp_path / "b.json").write_bytes(jsonl("two"))
+    assert list(text_files.FileReader(tmp_path / "b.json", "text")) == ["two"]
+
+
+def test_hidden_files_and_files_about_the_data_are_not_data(tmp_path: Path) -> None:
+    (tmp_path / ".ipynb_checkpoints").mkdir()
+    for name in ("corpus.jsonl", ".ipynb_checkpoints/corpus-checkpoint.jsonl", "._corpus.jsonl"):
+        (tmp_path / name).write_bytes(jsonl("one", "two"))
+    for name in ("README.txt", "LICENSE.txt"):
+        (tmp_path / name).write_text("about the data")
+    config = text_files.TextData(kind="text", path=str(tmp_path))
+    assert config.source_files() == ["corpus.jsonl"]
+    assert list(config.reader()) == ["one", "two"]
+    assert list(text_files.FileReader(tmp_path / "README.txt", "text")) == ["about the data"]
+    hidden = tmp_path / ".data"
+    hidden.mkdir()
+    (hidden / "a.jsonl").write_bytes(jsonl("three"))
+    assert list(text_files.FileReader(hidden, "text")) == ["three"], "a folder that is named is read"
+
+
+def test_null_texts_are_skipped_and_counted(tmp_path: Path) -> None:
+    rows = [{"text": "one"}, {"text": None}, {"text": " "}, {"text": "two"}, {"text": None}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reader = text_files.FileReader(tmp_path, "text")
+    assert (list(reader), reader.skipped) == (["one", "two"], 3)
+    (tmp_path / "a.jsonl").write_text('{"text": null}\n')
+    with pytest.raises(UserError, match="holds no text"):
+        list(text_files.FileReader(tmp_path, "text"))
+
+
+def test_an_integer_of_many_digits_names_its_line(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two", "id": ' + "9" * 5000 + "}\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:2: ") as raised:
+        list(text_files.FileReader(tmp_path, "text"))
+    assert "\n" not in str(raised.value)

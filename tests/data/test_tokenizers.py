@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -76,3 +78,13 @@ def test_a_saved_tokenizer_comes_back_the_same(tokenizer: tokenizers.Tokenizer) 
         tokenizer.eot_id,
     )
     assert again.encode(TEXTS[1]) == tokenizer.encode(TEXTS[1])
+
+
+def test_a_bpe_is_trained_on_text_without_spaces_in_bounded_time() -> None:
+    text = "".join(chr(0x4E00 + (i * i + 7 * i) % 500) for i in range(60_000))
+    started = time.process_time()
+    tokenizer = BPETokenizer.train([text], 1000)
+    assert time.process_time() - started < 20
+    assert tokenizer.decode(tokenizer.encode(text[:5000])) == text[:5000]
+    words = ["a few ordinary words " * 5] * 10
+    assert BPETokenizer.train(words, 290).to_json() == BPETokenizer.train([" ".join(words)], 290).to_json()

@@ -78,6 +78,8 @@ class HubReader:
             text = text_of(f"{self._config.name}: record {self._read}", record, self._config.field)
             if text.strip():
                 yield text
+            else:
+                self.skipped += 1
 
     def _newest_commit(self) -> str | None:
         """The commit that the revision names now; None for a folder in a hub data set's layout."""

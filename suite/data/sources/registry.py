@@ -50,6 +50,10 @@ class DataConfig(Frozen):
         """
         return self.model_copy(update={"tokenizer": self.tokenizer.identified()})
 
+    def source_files(self) -> list[str]:
+        """The files that are read, in order; none for data that is not read from files. Raises UserError."""
+        return []
+
     def corpora(self) -> dict[str | None, DataConfig]:
         """The corpora that are prepared separately: the parts of a mixture by name, else this one without a name."""
         return {None: self}

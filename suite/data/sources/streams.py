@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,6 +31,10 @@ class StreamData(DataConfig):
         """A reader that starts at `position`; None: at the beginning."""
         raise NotImplementedError
 
+    def validation_texts(self) -> Iterable[str] | None:
+        """The documents to evaluate on, if they are a set of their own; then none of the stream is held out."""
+        return None
+
     @property
     def max_tokens(self) -> int | None:
         """The stream ends with the document that reaches this many tokens; None: where the reader ends."""
@@ -44,18 +48,22 @@ class StreamData(DataConfig):
 
     def write(self, folder: Path, progress: Progress) -> None:
         """See DataConfig."""
+        validation = self.validation_texts()
+        held_out = self.held_out if validation is None else 0.0
         if (folder / TOKENIZER).exists():
             tokenizer = tokenizers.load(folder / TOKENIZER)
         else:
-            tokenizer = self.tokenizer.build(self._training_texts())
+            tokenizer = self.tokenizer.build(self._training_texts(held_out))
             write_text(folder / TOKENIZER, tokenizer.to_json())
-        resumable_writer.write_stream(folder, self.reader, tokenizer, self.held_out, self.max_tokens, progress)
+        resumable_writer.write_stream(
+            folder, self.reader, tokenizer, held_out, self.max_tokens, progress, validation=validation
+        )
 
-    def _training_texts(self) -> Iterator[str]:
+    def _training_texts(self, held_out: float) -> Iterator[str]:
         """The beginning of the training text."""
         characters = 0
         for text in self.reader():
-            if not is_held_out(text, self.held_out):
+            if not is_held_out(text, held_out):
                 characters += len(text)
                 yield text
             if characters >= BPE_CHARACTERS:

@@ -1,8 +1,9 @@
-"""Text on disk: .txt, .jsonl, .jsonl.gz and .parquet, one file or a folder of them, as a stream of documents.
+"""Text on disk: a file or a folder of them, as a stream of documents.
 
-A record of a .jsonl or .parquet file is a document. A .txt file is cut into documents at blank lines once 2,000
-characters have come together, so that any text has documents to hold out. What is held out is decided by each
-document's own hash: it depends neither on order nor on the other documents, and equal documents go the same way.
+A record of a JSON-lines or .parquet file is a document; null and blank ones are skipped. A .txt file is split into
+documents at blank lines, as soon as 2,000 characters have been collected, so that any text has documents to hold out.
+Each document's own hash decides whether it is held out: the decision depends neither on the order nor on the other
+documents, and equal documents are treated equally.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -25,12 +26,24 @@ from suite.data.sources.registry import register
 from suite.data.sources.streams import StreamData
 from suite.data.tokenizer_config import TokenizerConfig
 from suite.errors import UserError
-from suite.identity import NOT_IDENTITY
+from suite.identity import NOT_IDENTITY, Problem
 
-SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".parquet")
-_ALLOWED = "a .txt, .jsonl, .jsonl.gz or .parquet file or a folder of them"
+COMPRESSED = ("", ".gz", ".zst")
+SUFFIXES = (
+    *(kind + compression for kind in (".txt", ".jsonl") for compression in COMPRESSED),
+    *(".json" + compression for compression in COMPRESSED[1:]),
+    ".parquet",
+)
+"""Of the files of a folder. A plain .json file in a folder is usually not text; it is read when it is named itself."""
+NOT_DATA = ("readme", "license", "licence")
+"""Files of a folder whose names begin with these are not read; nor are hidden files and folders."""
+
+_ALLOWED = "a .txt, .jsonl or .parquet file (.json too; .gz and .zst are decompressed), or a folder of them"
 _TEXT_DOCUMENT = 2000  # characters
 _PARQUET_ROWS = 256  # decoded at once
+
+
+FINGERPRINTS = {"path": "fingerprint", "validation": "validation_fingerprint"}
 
 
 @register
@@ -42,6 +55,12 @@ class TextData(StreamData):
     fingerprint: str | None = Field(default=None, description="sha256 of the content; filled in by the sweep")
     field: str = Field(default="text", description="the text's field in .jsonl and .parquet records")
     held_out: float = Field(default=0.05, gt=0.0, lt=1.0, description="share of documents held out for evaluation")
+    validation: str | None = Field(
+        default=None,
+        json_schema_extra=NOT_IDENTITY,
+        description="file or folder of the documents to evaluate on; None: hold out a share of `path`",
+    )
+    validation_fingerprint: str | None = Field(default=None, description="sha256 of `validation`; filled in")
     seq_len: int = Field(default=256, gt=1, description="tokens per row")
     tokenizer: TokenizerConfig = TokenizerConfig(kind="bpe", vocab_size=4096)
 
@@ -52,34 +71,66 @@ class TextData(StreamData):
         """See DataConfig."""
         return self.path
 
+    def problems(self) -> list[Problem]:
+        """Errors that involve several fields."""
+        problems = super().problems()
+        if self.validation is not None and self.held_out != type(self).model_fields["held_out"].default:
+            problems.append(("held_out", self.held_out, "nothing with validation: all of path is trained on"))
+        return problems
+
     def identified(self) -> Self:
         """See DataConfig."""
         config = super().identified()
-        if config.fingerprint is not None:
-            return config
+        updates: dict[str, str] = {}
+        for field in ("path", "validation"):
+            path, known = getattr(config, field), getattr(config, FINGERPRINTS[field])
+            if path is not None and known is None:
+                read = files(Path(path), where=f"data.{field}")
+                updates[FINGERPRINTS[field]] = fingerprints.cached(fingerprint, Path(path), read)
+        return config.model_copy(update=updates)
+
+    def source_files(self) -> list[str]:
+        """See DataConfig."""
         path = Path(self.path)
-        return config.model_copy(update={"fingerprint": fingerprints.cached(fingerprint, path, files(path))})
+        return [str(file.relative_to(path)) if path.is_dir() else str(file) for file in files(path)]
 
     def reader(self, position: Any = None) -> FileReader:
         """See StreamData."""
         return FileReader(Path(self.path), self.field, position)
 
+    def validation_texts(self) -> Iterable[str] | None:
+        """See StreamData."""
+        if self.validation is None:
+            return None
+        return FileReader(Path(self.validation), self.field, where="data.validation")
+
     def write(self, folder: Path, progress: Progress) -> None:
         """See DataConfig."""
-        path = Path(self.path)
-        fingerprints.check("data", path, fingerprint(path), self.fingerprint)
+        for field in ("path", "validation"):
+            if (path := getattr(self, field)) is not None:
+                actual = fingerprint(Path(path), where=f"data.{field}")
+                fingerprints.check(f"data.{field}", Path(path), actual, getattr(self, FINGERPRINTS[field]))
         super().write(folder, progress)
 
 
 class FileReader:
-    """The documents of `path` that are not blank, in the order of the files' names; memory: one record.
+    """The documents in the files of a path, in the order of their names. Memory: one record.
 
-    Its position is [file, records of it]. Raises UserError naming file and line for what cannot be read.
+    Its position is [file, records of that file].
+
+    Args:
+        path: a file or folder.
+        field: the text's field in records.
+        position: where to resume.
+        where: the configuration's field that names the path, for errors.
+
+    Raises:
+        UserError: a file cannot be read, or there is no text; the message names the file and line.
     """
 
-    def __init__(self, path: Path, field: str, position: Any = None) -> None:
-        self._path, self._field = path, field
-        self._files = files(path)
+    def __init__(self, path: Path, field: str, position: Any = None, where: str = "data.path") -> None:
+        self._path, self._field, self._where = path, field, where
+        self._files = files(path, where)
         self._sizes = [file.stat().st_size for file in self._files]
         self._open: BufferedReader | None = None
         self.position: list[int] = list(position or (0, 0))
@@ -91,53 +142,67 @@ class FileReader:
         for number, file in enumerate(self._files):
             if number < self.position[0]:
                 continue
-            skipped = self.position[1] if number == self.position[0] else 0
+            done = self.position[1] if number == self.position[0] else 0
             with _opened(file) as self._open:
                 for record, text in enumerate(self._texts(file, self._open), start=1):
-                    if record > skipped and text.strip():
+                    if record <= done:
+                        continue
+                    if text.strip():
                         empty = False
                         self.position = [number, record]
                         yield text
+                    else:
+                        self.skipped += 1
             self.position = [number + 1, 0]
         if empty:
-            raise UserError(f"data.path: got {str(self._path)!r}, which holds no text, allowed: at least one document")
+            raise UserError(f"{self._where}: got {str(self._path)!r}, which holds no text; it needs a document")
 
     @property
     def share(self) -> float:
-        """Bytes read over bytes in all files."""
+        """Bytes read, as a fraction of the bytes of all files."""
         before = sum(self._sizes[: self.position[0]])
         here = self._open.tell() if self._open is not None and not self._open.closed else 0
         return min(1.0, (before + here) / max(1, sum(self._sizes)))
 
     def _texts(self, file: Path, opened: BufferedReader) -> Iterator[str]:
-        if file.suffix == ".txt":
+        kind = _kind(file)
+        if kind.startswith(".txt"):
             return _paragraphs(file, opened)
-        records = _rows(file, opened, self._field) if file.suffix == ".parquet" else _records(file, opened)
+        records = _rows(file, opened, self._field) if kind == ".parquet" else _records(file, opened)
         return (_text(place, record, self._field) for place, record in records)
 
 
-def files(path: Path) -> list[Path]:
-    """The corpus's files in the order they are read. Raises UserError if there are none."""
+def files(path: Path, where: str = "data.path") -> list[Path]:
+    """The files of a path in the order they are read. `where` names the path in errors. Raises UserError if none."""
     if not path.exists():
-        raise UserError(f"data.path: got {str(path)!r}, which does not exist, allowed: {_ALLOWED}")
+        raise UserError(f"{where}: got {str(path)!r}, which does not exist, allowed: {_ALLOWED}")
     if path.is_dir():
-        inside = sorted(file for file in path.rglob("*") if file.is_file())
-        found = [file for file in inside if file.name.endswith(SUFFIXES)]
+        found = sorted(file for file in path.rglob("*") if file.is_file() and _is_data(file.relative_to(path)))
     else:
-        found = [path] if path.name.endswith(SUFFIXES) else []
+        found = [path] if path.name.endswith((*SUFFIXES, ".json")) else []
     if not found:
-        raise UserError(f"data.path: got {str(path)!r}, with no text in it, allowed: {_ALLOWED}")
+        given = "which has no such file in it" if path.is_dir() else "which is not such a file"
+        raise UserError(f"{where}: got {str(path)!r}, {given}, allowed: {_ALLOWED}")
     return found
 
 
-def fingerprint(path: Path) -> str:
-    """sha256 of the content: kinds and bytes of the files, wherever they lie and whatever their names."""
+def _is_data(file: Path) -> bool:
+    """Whether a file of a folder is read; `file` is relative to the folder."""
+    is_hidden = any(part.startswith(".") for part in file.parts)
+    return not is_hidden and file.name.endswith(SUFFIXES) and not file.name.lower().startswith(NOT_DATA)
+
+
+def _kind(file: Path) -> str:
+    return next(suffix for suffix in (*SUFFIXES, ".json") if file.name.endswith(suffix))
+
+
+def fingerprint(path: Path, where: str = "data.path") -> str:
+    """sha256 of the kinds and bytes of the files, whatever their places and names. `where` names the path in errors."""
     digest = hashlib.sha256()
-    for file in files(path):
-        kind = next(suffix for suffix in SUFFIXES if file.name.endswith(suffix))
+    for file in files(path, where):
         with _opened(file) as opened:
             content = hashlib.file_digest(opened, "sha256").hexdigest()
-        digest.update(f"{kind} {content}\n".encode())
+        digest.update(f"{_kind(file)} {content}\n".encode())
     return digest.hexdigest()
 
 
@@ -150,14 +215,24 @@ def _opened(file: Path) -> BufferedReader:
 
 def _text(place: str, record: Any, field: str) -> str:
     if not isinstance(record, dict):
-        raise UserError(f"{place}: got a {type(record).__name__}, allowed: one object a line")
+        raise UserError(f"{place}: got a {type(record).__name__}, allowed: one object per line")
     return text_of(place, record, field)
+
+
+def _decompressed(file: Path, opened: BufferedReader) -> Iterable[bytes]:
+    if file.suffix == ".gz":
+        return gzip.GzipFile(fileobj=opened)
+    if file.suffix == ".zst":
+        import pyarrow
+
+        return BufferedReader(pyarrow.CompressedInputStream(opened, "zstd"))
+    return opened
 
 
 def _lines(file: Path, opened: BufferedReader) -> Iterator[tuple[int, str]]:
     number = 0
     try:
-        for line in gzip.GzipFile(fileobj=opened) if file.suffix == ".gz" else opened:
+        for line in _decompressed(file, opened):
             text = line.decode("utf-8" if number else "utf-8-sig")
             number += 1
             yield number, text
@@ -166,9 +241,9 @@ def _lines(file: Path, opened: BufferedReader) -> Iterator[tuple[int, str]]:
             f"{file}:{number + 1}: got the byte 0x{error.object[error.start]:02x}, allowed: UTF-8 text"
         ) from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise UserError(f"{file}: got a broken gzip stream ({error}), allowed: a whole one") from None
+        raise UserError(f"{file}: the gzip stream is damaged or incomplete ({error}); copy the file again") from None
     except OSError as error:
-        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{file}: cannot be read: {error.strerror or str(error).splitlines()[0]}") from None
 
 
 def _records(file: Path, opened: BufferedReader) -> Iterator[tuple[str, Any]]:
@@ -176,8 +251,9 @@ def _records(file: Path, opened: BufferedReader) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{file}:{number}", json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{file}:{number}: got no JSON ({error.msg}), allowed: one object a line") from None
+            except ValueError as error:  # also of integers with more digits than Python converts
+                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
+                raise UserError(f"{file}:{number}: not JSON ({reason}), allowed: one object per line") from None
 
 
 def _rows(file: Path, opened: BufferedReader, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -190,25 +266,25 @@ def _rows(file: Path, opened: BufferedReader, field: str) -> Iterator[tuple[str,
         table = parquet.ParquetFile(opened)
         columns = table.schema_arrow.names
         if field not in columns:
-            known = ", ".join(sorted(columns))
-            raise UserError(f"{file}: data.field {field!r}: got only {known}, allowed: a column with texts")
+            present = ", ".join(sorted(columns))
+            raise UserError(f"{file}: data.field {field!r}: got only {present}, allowed: a column with text")
         for batch in table.iter_batches(_PARQUET_ROWS, columns=[field]):
             for text in batch.column(0).to_pylist():
                 number += 1
                 yield f"{file}:{number}", {field: text}
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{file}: got a broken file ({str(error).splitlines()[0]}), allowed: parquet") from None
+        raise UserError(f"{file}: not a whole parquet file ({str(error).splitlines()[0]}); copy it again") from None
 
 
 def _paragraphs(file: Path, opened: BufferedReader) -> Iterator[str]:
-    gathered: list[str] = []
+    lines: list[str] = []
     length = 0
     for _, line in _lines(file, opened):
         if not line.strip() and length >= _TEXT_DOCUMENT:
-            yield "".join(gathered)
-            gathered, length = [], 0
-        elif line.strip() or gathered:
-            gathered.append(line)
+            yield "".join(lines)
+            lines, length = [], 0
+        elif line.strip() or lines:
+            lines.append(line)
             length += len(line)
-    if gathered:
-        yield "".join(gathered)
+    if lines:
+        yield "".join(lines)
