@@ -1,8 +1,8 @@
 """torch.optim.Muon over named parameters: matrices, and stacks of matrices such as those of experts.
 
-Newton-Schulz needs whole matrices. Under FSDP the gradient of a 2-D parameter is therefore gathered and every process
-orthogonalises it redundantly, with a momentum buffer that each process holds whole; each keeps its own shard of the
-update. A stack [E, A, B] is sharded by matrices, so each process updates those that it holds.
+Newton-Schulz needs whole matrices. Under FSDP the gradient and the momentum of a 2-D parameter are therefore gathered,
+one parameter at a time, and every process computes the same update and applies its shard of it. A stack [E, A, B] is
+sharded by matrices, so each process updates those that it holds.
 """
 
 from __future__ import annotations
@@ -22,49 +22,49 @@ class NamedMuon:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float) -> None:
         self.parameters, self.weight_decay = dict(parameters), weight_decay
-        self.momentum = {name: _momentum_buffer(parameter) for name, parameter in self.parameters.items()}
+        self.momentum = {name: torch.zeros_like(parameter.detach()) for name, parameter in self.parameters.items()}
 
     def step(self, lr: float) -> None:
         """One step of every parameter that has a gradient."""
-        matrices, buffers = [], []
         for name, parameter in self.parameters.items():
-            if parameter.grad is None:
-                continue
-            of_parameter = _matrices(parameter.detach())
-            for matrix, gradient in zip(of_parameter, _gradients(parameter.grad), strict=True):
-                matrix.grad = gradient
-            matrices += of_parameter
-            buffers += _matrices(self.momentum[name])
-        if not matrices:
+            if parameter.grad is not None:
+                self._step(parameter.detach(), parameter.grad, self.momentum[name], lr)
+
+    def _step(self, parameter: Tensor, gradient: Tensor, momentum: Tensor, lr: float) -> None:
+        if parameter.dim() == 2:
+            buffer = _gathered(momentum)
+            self._update([parameter], [_gathered(gradient)], [buffer], lr)
+            _scatter(buffer, momentum)
+        else:
+            self._update(_local_matrices(parameter), _local_matrices(gradient), _local_matrices(momentum), lr)
+
+    def _update(self, matrices: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], lr: float) -> None:
+        if not matrices:  # fewer experts than processes
             return
         muon = torch.optim.Muon(matrices, lr=lr, weight_decay=self.weight_decay, adjust_lr_fn="match_rms_adamw")
-        for matrix, buffer in zip(matrices, buffers, strict=True):
+        for matrix, gradient, buffer in zip(matrices, gradients, buffers, strict=True):
+            matrix.grad = gradient
             muon.state[matrix]["momentum_buffer"] = buffer
         muon.step()
 
 
-def _momentum_buffer(parameter: nn.Parameter) -> Tensor:
-    zeros = torch.zeros_like(parameter.detach())
-    return _replicated(zeros) if parameter.dim() == 2 else zeros
-
-
-def _matrices(tensor: Tensor) -> list[Tensor]:
-    """A 2-D tensor itself; of a stack, views of the matrices that this process holds."""
-    if tensor.dim() == 2:
-        return [tensor]
-    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # a DTensor sharded over the first dimension
+def _local_matrices(stack: Tensor) -> list[Tensor]:
+    """Views of the matrices of a stack that this process holds."""
+    local = stack.to_local() if hasattr(stack, "to_local") else stack  # a DTensor sharded over the first dimension
     return list(local.unbind(0))
 
 
-def _gradients(gradient: Tensor) -> list[Tensor]:
-    return [_replicated(gradient)] if gradient.dim() == 2 else _matrices(gradient)
-
-
-def _replicated(tensor: Tensor) -> Tensor:
-    """A DTensor gathered in every process; any other tensor unchanged."""
+def _gathered(tensor: Tensor) -> Tensor:
+    """A DTensor replicated in every process; any other tensor itself."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate  # takes a second to import
 
     assert isinstance(tensor, DTensor)
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
+
+
+def _scatter(gathered: Tensor, target: Tensor) -> None:
+    """Copy this process's shard of a gathered tensor back to where it came from."""
+    if gathered is not target:
+        target.copy_(gathered)

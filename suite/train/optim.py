@@ -27,7 +27,6 @@ VALUE_LR_RATIO = 10.0
 """Learning rate of value tables over the base rate if a cell sets none: 1e-3 against 1e-4 in the released template."""
 
 OptimizerName = Literal["adamw", "muon", "row_adamw", "row_sgd"]
-Group = Literal["values", "rest"]
 
 TABLE_OPTIMIZERS: dict[str, OptimizerName] = {"row_wise": "row_adamw", "dense": "adamw", "sgd": "row_sgd"}
 """Optimizer of value tables by train.table_optimizer."""
@@ -37,14 +36,14 @@ TABLE_OPTIMIZERS: dict[str, OptimizerName] = {"row_wise": "row_adamw", "dense": 
 class Rule:
     """How the parameters whose whole name matches a regular expression are trained.
 
-    `group`: the clipping group, under whose name learning rate and norm are logged. Value tables have one of their own.
+    `group`: parameters of a group are clipped to the norm together. Value tables need a group of their own.
     """
 
     pattern: str
     optimizer: OptimizerName
     lr: float
     weight_decay: float
-    group: Group
+    group: str
 
 
 def parameter_rules(model: Transformer, config: TrainConfig) -> list[Rule]:
@@ -96,6 +95,9 @@ class Optimizer:
         }
         rules = parameter_rules(model, config)
         self.rules = match_rules(self.parameters, rules)
+        self.groups: dict[str, list[str]] = {"rest": []}
+        for name, rule in self.rules.items():
+            self.groups.setdefault(rule.group, []).append(name)
         self.lr = {rule: rule.lr for rule in rules}
         self.adamw = torch.optim.AdamW(
             [
@@ -117,24 +119,26 @@ class Optimizer:
                 self.rows[name] = row_adamw(table, config, rule.weight_decay)
             elif rule.optimizer == "row_sgd":
                 self.rows[name] = row_sgd(table, rule.weight_decay)
+        for group, names in self.groups.items():
+            for kind in (self.tables, self.rows):
+                if 0 < len(kind.keys() & names) < len(names):
+                    raise ValueError(f"clipping group {group} holds parameters with different kinds of gradients")
 
     def _members(self, rule: Rule) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.parameters.items() if self.rules[name] == rule}
 
-    def set_lr(self, factor: float) -> dict[Group, float]:
+    def set_lr(self, factor: float) -> dict[str, float]:
         """Scale all base rates by the schedule's factor; gives the rates in force by group."""
         self.lr = {rule: rule.lr * factor for rule in self.lr}
         for group in self.adamw.param_groups:
             group["lr"] = self.lr[group["rule"]]
         return {rule.group: lr for rule, lr in self.lr.items()}
 
-    def step(self) -> dict[Group, float]:
+    def step(self) -> dict[str, float]:
         """Clip each group to the cell's norm, update, clear gradients; gives the norms before clipping."""
         for table in self.tables.values():
             table.share_gradient()
-        norms: dict[Group, float] = {"rest": self._clip_rest()}
-        if self.tables:
-            norms["values"] = self._clip_rows() if self.rows else self._clip_dense_tables()
+        norms = {group: self._clip(names) for group, names in self.groups.items()}
         self.adamw.step()
         for rule, muon in self.muons.items():
             muon.step(self.lr[rule])
@@ -144,30 +148,24 @@ class Optimizer:
             rows.step(self.lr[self.rules[name]])
         return norms
 
-    def _clip_rest(self) -> float:
-        """Clip the parameters outside tables; under FSDP the norm is that of all processes' shards."""
-        parameters = [parameter for name, parameter in self.parameters.items() if name not in self.tables]
+    def _clip(self, names: list[str]) -> float:
+        """Clip a group and return its norm, which is that of all processes' shards."""
+        tables = [self.tables[name] for name in names if name in self.tables]
+        rows = [self.rows[name].gradients for name in names if name in self.rows]
+        if rows:
+            norm = torch.linalg.vector_norm(torch.stack([gradients.norm() for gradients in rows]))
+            norm = tables[0].norm_of_columns(norm)
+            factor = torch.clamp(self.clip / (norm + 1e-6), max=1.0)
+            for gradients in rows:
+                gradients.scale_(factor)
+            return norm.item()
+        parameters = [self.parameters[name] for name in names]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-        if hasattr(norm, "full_tensor"):  # a DTensor, whose sum over processes is still to be taken
+        if tables:
+            norm = tables[0].norm_of_columns(norm)
+        elif hasattr(norm, "full_tensor"):  # a DTensor, whose sum over processes is still to be taken
             norm = norm.full_tensor()
         nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
-        return norm.item()
-
-    def _clip_dense_tables(self) -> float:
-        tables = list(self.tables.values())
-        gradients = [table.weight.grad for table in tables if table.weight.grad is not None]
-        norm = tables[0].norm_of_columns(nn.utils.get_total_norm(gradients))
-        nn.utils.clip_grads_with_norm_([table.weight for table in tables], self.clip, norm)
-        return norm.item()
-
-    def _clip_rows(self) -> float:
-        """Clip compact gradients: rows that were not read have none."""
-        gradients = [rows.gradients for rows in self.rows.values()]
-        norm = torch.linalg.vector_norm(torch.stack([gradient.norm() for gradient in gradients]))
-        norm = next(iter(self.tables.values())).norm_of_columns(norm)
-        factor = torch.clamp(self.clip / (norm + 1e-6), max=1.0)
-        for gradient in gradients:
-            gradient.scale_(factor)
         return norm.item()
 
     def never_read(self, table: MemoryTable) -> int | None:

@@ -26,8 +26,8 @@ tokens = st.integers(0, VOCAB - 1)
 def test_generation_equals_a_loop_over_tokens(
     model: Transformer, prompts: list[list[int]], most: int, stops: set[int], budget: int
 ) -> None:
-    found = generation.generate(model, prompts, most, stops, token_budget=budget)
-    assert found == [naive_generate(model, prompt, most, stops) for prompt in prompts]
+    generated = generation.generate(model, prompts, most, stops, token_budget=budget)
+    assert generated == [naive_generate(model, prompt, most, stops) for prompt in prompts]
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -37,14 +37,14 @@ def test_generation_restores_the_mode(model: Transformer, training: bool) -> Non
     assert model.training is training
 
 
-def test_a_stop_function_ends_single_rows(model: Transformer) -> None:
+def test_a_stop_function_ends_individual_rows(model: Transformer) -> None:
     prompts = [[1, 2], [3], [4, 5, 6, 7]]
     free = generation.generate(model, prompts, 8)
     stopped = generation.generate(model, prompts, 8, finished=lambda ids: ids == free[1][:3])
     assert stopped == [free[0], free[1][:3], free[2]]
 
 
-def test_samples_follow_the_model_and_not_the_batch(model: Transformer) -> None:
+def test_samples_follow_the_model_and_do_not_depend_on_the_batch(model: Transformer) -> None:
     sampling = generation.Sampling(temperature=1.5, seed=7)
     prompts = [[1, 2, 3]] * 4000
     draws = generation.generate(model, prompts, 1, sampling=sampling)
@@ -56,11 +56,11 @@ def test_samples_follow_the_model_and_not_the_batch(model: Transformer) -> None:
 
 
 @pytest.mark.parametrize("family", registry.families())
-def test_every_family_scores_and_generates_as_one_token_at_a_time(family: str) -> None:
+def test_every_family_scores_and_generates_as_a_loop_over_tokens(family: str) -> None:
     options = {"half_keys": 16, "top_k": 4} if registry.family(family).has_memory else {}
     built = models.build(registry.family(family).config(family=family, base="w32", **options), VOCAB, seed=1).double()
     prompts = [[1, 2, 3, 4, 5], [6], [7, 8]]
-    asked = [(prompt, [9, 10, 11]) for prompt in prompts]
-    found = loglikelihood.score(built, asked)
-    assert [log_p for log_p, _ in found] == pytest.approx([naive_score(built, *r)[0] for r in asked], abs=1e-4)
+    requests = [(prompt, [9, 10, 11]) for prompt in prompts]
+    scores = loglikelihood.score(built, requests)
+    assert [log_p for log_p, _ in scores] == pytest.approx([naive_score(built, *r)[0] for r in requests], abs=1e-4)
     assert generation.generate(built, prompts, 6) == [naive_generate(built, prompt, 6, set()) for prompt in prompts]

@@ -73,7 +73,7 @@ def test_greedy_continuations_are_recognised(model: Transformer) -> None:
     ]
 
 
-def test_small_head_chunks_change_nothing(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_chunks_of_the_output_head_change_nothing(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [([1, 2], [3, 4, 5]), ([7], [8, 9])]
     whole = loglikelihood.score(model, pairs)
     monkeypatch.setattr(loglikelihood, "LOGITS_AT_ONCE", VOCAB * 2)
@@ -124,7 +124,7 @@ def test_a_pair_is_the_whole_text_split_after_the_context(text: str, continuatio
 
 @functools.cache
 def trained_bpe() -> Tokenizer:
-    """Merges across everything the texts of this test hold."""
+    """A BPE with merges across all characters of these tests."""
     return BPETokenizer.train(["a b ab. a\n ba bb\n\nab? é é b  a   b", "ab ab . \n a"] * 20, 300)
 
 

@@ -1,4 +1,4 @@
-"""The trainer: resumes bit for bit, sums what it should, stops where it should."""
+"""The trainer: resume, gradient accumulation, clipping, probes and checkpoints."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ TIMES = {"tokens_per_s", "memory_bytes", "wall_s"}
 
 
 class Killed(BaseException):
-    """Stands for the process's death."""
+    """Simulates the death of the process."""
 
 
 def trainer_of(cell: Cell, cache: Path, folder: Path) -> Trainer:
@@ -117,7 +117,7 @@ def test_the_loss_is_the_mean_over_real_targets(cache: Path, tmp_path: Path) -> 
     assert trainer.train_step()["loss"] == pytest.approx(sum(kept) / len(kept), rel=1e-6)
 
 
-def test_values_and_the_rest_are_clipped_apart_and_updated_as_adamw_does(
+def test_tables_and_other_parameters_are_clipped_separately_and_updated_by_adamw(
     cache: Path, tmp_path: Path, wide: None
 ) -> None:
     cell = tiny_cell("memory_plus", warmup=0, schedule="constant", clip=0.05, value_lr=2e-2, value_weight_decay=0.0)
@@ -137,11 +137,11 @@ def test_values_and_the_rest_are_clipped_apart_and_updated_as_adamw_does(
             g = grads[name] * (0.05 / (norm + 1e-6))  # as torch.nn.utils.clip_grad_norm_ does
             # One step of AdamW (Loshchilov and Hutter 2019): bias-corrected moments of a single gradient.
             expected = before[name] * (1 - lr * decay) - lr * g / (g.abs() + 1e-8)
-            found = dict(trainer.model.named_parameters())[name].detach()
-            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+            updated = dict(trainer.model.named_parameters())[name].detach()
+            torch.testing.assert_close(updated, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run_with_its_step(cache: Path, tmp_path: Path) -> None:
+def test_a_non_finite_loss_ends_the_run_and_names_the_step(cache: Path, tmp_path: Path) -> None:
     trainer = trainer_of(tiny_cell(), cache, tmp_path)
     trainer.train_step()
     with torch.no_grad():
@@ -155,7 +155,7 @@ def test_probes_are_log_spaced_and_end_with_the_last_step() -> None:
     assert steps == [100, 200, 400, 800, 1600]
 
 
-def test_a_run_stops_after_two_probes_past_the_mark(cache: Path, tmp_path: Path) -> None:
+def test_a_run_stops_after_two_probes_in_a_row_above_stop_past(cache: Path, tmp_path: Path) -> None:
     cell = tiny_cell(probes=6, epochs=4.0, stop_past=0.5)
     trainer = trainer_of(cell, cache, tmp_path)
     shares = iter([0.1, 0.6, 0.4, 0.7, 0.8, 0.9])
@@ -175,7 +175,7 @@ def test_a_run_stops_after_two_probes_past_the_mark(cache: Path, tmp_path: Path)
     assert checkpoint.steps_saved(RunDir(tmp_path))[-1] == trainer.step
 
 
-def test_only_the_last_checkpoints_are_kept_and_a_torn_one_is_ignored(cache: Path, tmp_path: Path) -> None:
+def test_only_recent_checkpoints_are_retained_and_an_incomplete_one_is_ignored(cache: Path, tmp_path: Path) -> None:
     trainer = trainer_of(tiny_cell(checkpoint_every=1, keep_checkpoints=2), cache, tmp_path)
     trainer.run_to_end()
     run = RunDir(tmp_path)
@@ -189,7 +189,7 @@ def test_only_the_last_checkpoints_are_kept_and_a_torn_one_is_ignored(cache: Pat
 
 @pytest.mark.parametrize("backend", ["torch", "native"])
 @pytest.mark.parametrize("family", ["pkm", "memory_plus", "peer"])
-def test_row_wise_and_dense_optimizers_train_the_same_cell_alike(
+def test_row_wise_and_dense_table_optimizers_agree(
     family: str, backend: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, backend)
@@ -211,7 +211,7 @@ def test_row_wise_and_dense_optimizers_train_the_same_cell_alike(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("wide")  # in float32 roundings of gradients near Adam's eps grow to 2e-4 in three steps
-def test_a_compiled_model_trains_as_it_does_uncompiled(cache: Path, tmp_path: Path) -> None:
+def test_a_compiled_model_trains_like_an_uncompiled_one(cache: Path, tmp_path: Path) -> None:
     losses = []
     for compiled in (False, True):
         trainer = trainer_of(tiny_cell("memory_plus", compile=compiled), cache, tmp_path / str(compiled))

@@ -17,6 +17,7 @@ from suite import models
 from suite.cells import Cell
 from suite.models.transformer import Transformer
 from suite.records import RunDir
+from suite.train import optim
 from suite.train.loop import Trainer
 from suite.train.muon import NamedMuon
 from suite.train.optim import Optimizer, Rule, match_rules, parameter_rules
@@ -53,7 +54,7 @@ def names(model: Transformer, cell: Cell, optimizer: str) -> set[str]:
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_by_default_tables_are_updated_by_rows_and_all_else_by_adamw(case: str) -> None:
+def test_by_default_tables_use_row_wise_adamw_and_everything_else_adamw(case: str) -> None:
     cell = cell_of(case, 2)
     model = model_of(cell)
     tables = {f"tables.{number}.weight" for number in range(len(model.memory_tables()))}
@@ -74,7 +75,7 @@ def test_muon_gets_the_matrices_inside_blocks_and_sgd_the_tables(case: str) -> N
 
 
 @pytest.mark.parametrize("case", FAMILIES)
-def test_modules_of_matrices_alone_are_found_from_the_model(case: str) -> None:
+def test_modules_that_hold_only_matrices_are_derived_from_the_model(case: str) -> None:
     """FSDP gathers them in bf16: attention, plain feed-forwards and stacks of experts."""
     model = model_of(cell_of(case, 2))
     kinds = {type(module).__name__ for module in model.modules() if holds_matrices_only(module)}
@@ -181,6 +182,37 @@ def test_sgd_moves_the_rows_read_by_their_clipped_gradient_and_no_other_row(
         assert trainer.optimizer.never_read(table) == int((~read).sum())
 
 
+def test_each_clipping_group_is_clipped_to_its_own_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = cell_of("memory_plus", 2, clip=0.01, table_optimizer="dense")
+    model = model_of(cell)
+    rules = [Rule(r"embedding\..*", "adamw", 1e-3, 0.0, "embedding"), *parameter_rules(model, cell.train)]
+    monkeypatch.setattr(optim, "parameter_rules", lambda *_: rules)
+    optimizer = Optimizer(model, cell.train)
+    gradients = {name: torch.full_like(p, number + 1.0) for number, (name, p) in enumerate(model.named_parameters())}
+    for name, parameter in model.named_parameters():
+        parameter.grad = gradients[name].clone()
+    clipped: dict[str, Tensor] = {}
+    monkeypatch.setattr(
+        optimizer.adamw, "step", lambda: clipped.update({n: p.grad.clone() for n, p in optimizer.parameters.items()})
+    )
+    norms = optimizer.step()
+    groups = {"embedding": {"embedding.weight"}, "values": {"tables.0.weight"}}
+    groups["rest"] = gradients.keys() - groups["embedding"] - groups["values"]
+    assert norms.keys() == groups.keys()
+    for group, members in groups.items():
+        norm = sum(float(gradients[name].square().sum()) for name in members) ** 0.5
+        assert norms[group] == pytest.approx(norm, rel=1e-5)
+        for name in members:
+            torch.testing.assert_close(clipped[name], gradients[name] * (0.01 / norm), rtol=1e-4, atol=0.0)
+
+
+def test_tables_share_a_clipping_group_with_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = cell_of("pkm", 2)
+    monkeypatch.setattr(optim, "parameter_rules", lambda *_: [Rule(".*", "adamw", 1e-3, 0.0, "rest")])
+    with pytest.raises(ValueError, match="rest"):
+        Optimizer(model_of(cell), cell.train)
+
+
 def test_frozen_parameters_are_in_no_group() -> None:
     cell = cell_of("memory_plus", 2)
     model = model_of(cell)
@@ -200,7 +232,7 @@ def test_frozen_parameters_are_in_no_group() -> None:
         ({"matrix_optimizer": "sgd"}, "matrix_optimizer"),
     ],
 )
-def test_options_that_do_not_fit_are_refused_by_name(train: dict[str, Any], words: str) -> None:
+def test_an_invalid_option_is_named(train: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         tiny_cell("pkm", **train)
 

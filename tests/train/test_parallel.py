@@ -1,4 +1,4 @@
-"""Several processes train to what one trains to: real processes under torchrun, gloo for NCCL, float64.
+"""Several processes train to the same weights as one: real processes under torchrun, gloo, float64.
 
 Sums are then taken in another order and nothing else changes: losses and weights agree to a few roundings.
 """
@@ -31,26 +31,26 @@ TIMES = {"tokens_per_s", "memory_bytes", "wall_s"}
 
 
 def alone(cell: Cell, folder: Path, cache: Path) -> Path:
-    """The cell trained by this process."""
+    """Train the cell in this process."""
     folder.mkdir(parents=True, exist_ok=True)
     assert train(cell, prepare(cell.data, cache), RunDir(folder)) == "done"
     return folder
 
 
 def lines(folder: Path, of: str = "loss") -> list[dict[str, Any]]:
-    """What train.jsonl says of steps ("loss") or of probes ("eval_loss"), but for times."""
+    """Lines of train.jsonl about steps ("loss") or probes ("eval_loss"), without timings."""
     every = RunDir(folder).train_lines()
     return [{k: v for k, v in line.items() if k not in TIMES} for line in every if of in line]
 
 
 def weights(cell: Cell, folder: Path, cache: Path) -> dict[str, torch.Tensor]:
-    """The newest weights as one process reads them, tables whole."""
+    """The newest weights as a single process reads them, with whole tables."""
     state: dict[str, torch.Tensor] = checkpoint.load_model(RunDir(folder), cell, prepare(cell.data, cache)).state_dict()
     return state
 
 
 def distance(cell: Cell, first: Path, second: Path, cache: Path) -> tuple[float, float]:
-    """The largest difference between losses of two runs, and between their weights."""
+    """The largest differences between two runs' losses and between their weights."""
     a, b = lines(first), lines(second)
     assert [line["step"] for line in a] == [line["step"] for line in b]
     losses = max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=True))
@@ -60,10 +60,10 @@ def distance(cell: Cell, first: Path, second: Path, cache: Path) -> tuple[float,
 
 
 def assert_same_run(cell: Cell, first: Path, second: Path, cache: Path) -> None:
-    losses, apart = distance(cell, first, second, cache)
-    print(f"{second.name}: losses within {losses:.1e} nats, weights within {apart:.1e}")
+    losses, difference = distance(cell, first, second, cache)
+    print(f"{second.name}: losses within {losses:.1e} nats, weights within {difference:.1e}")
     assert losses < EXACT
-    assert apart < EXACT
+    assert difference < EXACT
     for a, b in zip(lines(first), lines(second), strict=True):
         assert numbers(a) == pytest.approx(numbers(b), abs=10 * EXACT)
 
@@ -75,7 +75,7 @@ def numbers(content: Any) -> list[float]:
     return [x for item in content for x in numbers(item)] if isinstance(content, list) else [content]
 
 
-def test_two_processes_train_as_one_and_leave_a_checkpoint_that_one_reads(
+def test_two_processes_train_as_one_and_one_process_reads_their_checkpoint(
     cache: Path, tmp_path: Path, wide: None
 ) -> None:
     cells = {case: cell_of(case, 3, probes=1, accumulate=2) for case in ("memory_plus large", "moe_topk")}
@@ -104,7 +104,7 @@ def jobs_of(processes: int, members: list[int], folder: Path, dtype: str) -> lis
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "members"), [(2, [1, 2]), (4, [1, 2, 4])])
-def test_every_family_on_every_mesh_is_one_process(
+def test_every_family_trains_on_every_mesh_as_in_one_process(
     processes: int, members: list[int], cache: Path, tmp_path: Path, wide: None
 ) -> None:
     jobs = jobs_of(processes, members, tmp_path, "float64")
@@ -118,21 +118,20 @@ def test_every_family_on_every_mesh_is_one_process(
 
 
 @pytest.mark.slow
-def test_in_fp32_processes_drift_apart_by_roundings(
-    cache: Path, tmp_path: Path, record_testsuite_property: Any
-) -> None:
+def test_in_fp32_processes_differ_by_rounding_only(cache: Path, tmp_path: Path, record_testsuite_property: Any) -> None:
     prepare(cell_of("dense", STEPS).data, cache)
     run_jobs(jobs_of(2, [2], tmp_path, "float32"), cache, 2, tmp_path)
     for case in FAMILIES:
         cell = cell_of(case, STEPS)
-        losses, apart = distance(cell, alone(cell, tmp_path / case, cache), tmp_path / mesh_name(case, 2, 2), cache)
-        print(f"fp32 drift over {STEPS} steps, {case}: loss {losses:.1e} nats, weights {apart:.1e}")
-        record_testsuite_property(f"fp32 drift {case}", f"loss {losses:.1e}, weights {apart:.1e}")
+        one = alone(cell, tmp_path / case, cache)
+        losses, difference = distance(cell, one, tmp_path / mesh_name(case, 2, 2), cache)
+        print(f"fp32 drift over {STEPS} steps, {case}: loss {losses:.1e} nats, weights {difference:.1e}")
+        record_testsuite_property(f"fp32 drift {case}", f"loss {losses:.1e}, weights {difference:.1e}")
         assert losses < 0.05
 
 
 def losses_and_choices(cell: Cell, accumulate: int, folder: Path, cache: Path) -> list[tuple[float, list[list[int]]]]:
-    """Of each step the loss, and the tokens that experts choose: sorted, by layer, row and expert."""
+    """The loss of each step, and the tokens that experts choose, sorted, by layer, row and expert."""
     folder.mkdir()
     parts = World(parallel=Parallel(accumulate=accumulate))
     trainer = Trainer(cell, prepare(cell.data, cache), RunDir(folder), parts)
@@ -151,22 +150,34 @@ def losses_and_choices(cell: Cell, accumulate: int, folder: Path, cache: Path) -
 
 
 @pytest.mark.slow
-def test_expert_choice_drifts_in_fp32_once_a_token_is_chosen_otherwise(cache: Path, tmp_path: Path) -> None:
-    """Experts that choose among nearly equal tokens turn a rounding into another choice; until then losses agree."""
+def test_expert_choice_differs_in_fp32_only_after_an_expert_chooses_another_token(cache: Path, tmp_path: Path) -> None:
+    """Rounding can flip the choice between nearly equal tokens; until it does, losses agree."""
     cell = cell_of("moe", STEPS)
     whole = losses_and_choices(cell, 1, tmp_path / "whole", cache)
     parts = losses_and_choices(cell, 2, tmp_path / "parts", cache)
-    apart = [abs(one - other) for (one, _), (other, _) in zip(whole, parts, strict=True)]
+    differences = [abs(one - other) for (one, _), (other, _) in zip(whole, parts, strict=True)]
     others = [sum(a != b for a, b in zip(x, y, strict=True)) for (_, x), (_, y) in zip(whole, parts, strict=True)]
     first = next((step for step, count in enumerate(others) if count), STEPS)
-    print(f"the same choices for {first} steps, losses within {max(apart[:first]):.1e}; then within {max(apart):.1e}")
-    assert max(apart[:first]) < 1e-5
+    before = max(differences[:first])
+    print(f"the same choices for {first} steps, losses within {before:.1e}; then within {max(differences):.1e}")
+    assert before < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["memory_plus", "moe_topk", "pkm batchnorm"])
-def test_a_run_goes_on_with_another_number_of_processes(case: str, cache: Path, tmp_path: Path, wide: None) -> None:
-    cell = cell_of(case, 24)
+@pytest.mark.parametrize(
+    ("case", "options"),
+    [
+        ("memory_plus", {}),
+        ("moe_topk", {}),
+        ("pkm batchnorm", {}),
+        ("moe_topk", {"matrix_optimizer": "muon"}),
+        ("memory_plus", {"matrix_optimizer": "muon", "table_optimizer": "sgd", "value_lr": 0.5}),
+    ],
+)
+def test_a_run_resumes_with_a_different_number_of_processes(
+    case: str, options: dict[str, Any], cache: Path, tmp_path: Path, wide: None
+) -> None:
+    cell = cell_of(case, 24, **options)
     one = alone(cell, tmp_path / "one", cache)
     moved = tmp_path / "moved"
     run_jobs([job(cell, moved, memory_parallel=2, stop_at=7, asks=1)], cache, 2, tmp_path)
@@ -179,7 +190,7 @@ def test_a_run_goes_on_with_another_number_of_processes(case: str, cache: Path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
-def test_blocks_computed_twice_change_nothing(processes: int, cache: Path, tmp_path: Path, wide: None) -> None:
+def test_activation_checkpointing_changes_nothing(processes: int, cache: Path, tmp_path: Path, wide: None) -> None:
     cells = {case: cell_of(case, 6) for case in ("moe_topk", "pkm batchnorm")}
     prepare(cells["moe_topk"].data, cache)
     again = [job(cell, tmp_path / f"{case}-again", checkpoint_activations=True) for case, cell in cells.items()]
@@ -199,7 +210,7 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [2, 4])
-def test_every_optimizer_on_several_processes_is_that_of_one(
+def test_every_optimizer_on_several_processes_trains_as_in_one(
     processes: int, cache: Path, tmp_path: Path, wide: None
 ) -> None:
     cells = {tmp_path / f"{number}": cell_of(case, 6, **how) for number, (case, how) in enumerate(OPTIMIZERS)}
@@ -212,7 +223,7 @@ def test_every_optimizer_on_several_processes_is_that_of_one(
 
 
 @pytest.mark.slow
-def test_in_bf16_two_processes_stay_near_one(cache: Path, tmp_path: Path) -> None:
+def test_in_bf16_two_processes_stay_close_to_one(cache: Path, tmp_path: Path) -> None:
     cells = {case: cell_of(case, 10, precision="bf16") for case in ("memory_plus", "moe_topk")}
     prepare(cells["moe_topk"].data, cache)
     jobs = [job(cell, tmp_path / f"{case}-2", memory_parallel=2, dtype="float32") for case, cell in cells.items()]
@@ -226,28 +237,28 @@ def test_in_bf16_two_processes_stay_near_one(cache: Path, tmp_path: Path) -> Non
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["memory_plus", "peer"])
-def test_processes_that_hold_a_model_together_give_the_scores_of_one(case: str, cache: Path, tmp_path: Path) -> None:
-    """Straight from the checkpoint: each process reads its columns alone."""
-    asked = EvalConfig(tasks=("bios_storage", "bios_qa"), limit=10)
+def test_a_sharded_model_gives_the_scores_of_a_whole_one(case: str, cache: Path, tmp_path: Path) -> None:
+    """Directly from the checkpoint: each process reads only its columns."""
+    evaluation = EvalConfig(tasks=("bios_storage", "bios_qa"), limit=10)
     cell = cell_of(case, 4, checkpoint_every=2, evaluate_every=2)
-    cell = cell.model_copy(update={"evaluate": (asked,)})
+    cell = cell.model_copy(update={"evaluate": (evaluation,)})
     together, one = RunDir(tmp_path / "together"), RunDir(tmp_path / "one")
     run_jobs([job(cell, together.path, memory_parallel=2, dtype="float32")], cache, 2, tmp_path)
     assert retain_due(together, cell)
     shutil.copytree(together.path, one.path)
     run_jobs([job(cell, together.path, memory_parallel=2, dtype="float32", score=True)], cache, 2, tmp_path)
     score_missing(one, cell, prepare(cell.data, cache), Scorer())
-    for name in (f"eval/{asked.hash8}.json", f"eval/steps/{asked.hash8}-2.json"):
-        found, expected = (json.loads((run.path / name).read_text()) for run in (together, one))
+    for name in (f"eval/{evaluation.hash8}.json", f"eval/steps/{evaluation.hash8}-2.json"):
+        sharded, expected = (json.loads((run.path / name).read_text()) for run in (together, one))
         for task, scores in expected["tasks"].items():
             for metric, value in scores["metrics"].items():
-                assert found["tasks"][task]["metrics"][metric]["value"] == pytest.approx(value["value"], rel=1e-5)
-            assert found["tasks"][task].get("answers") == scores.get("answers")
+                assert sharded["tasks"][task]["metrics"][metric]["value"] == pytest.approx(value["value"], rel=1e-5)
+            assert sharded["tasks"][task].get("answers") == scores.get("answers")
     usage, expected = (json.loads(run.usage_path.read_text()) for run in (together, one))
     assert usage == expected | {"run": "together"}
 
 
-def test_a_run_is_cut_between_steps_and_goes_on_bit_for_bit(cache: Path, tmp_path: Path) -> None:
+def test_a_run_interrupted_between_steps_resumes_bit_for_bit(cache: Path, tmp_path: Path) -> None:
     cell = cell_of("memory_plus", 6)
     whole = alone(cell, tmp_path / "whole", cache)
     run = RunDir(tmp_path / "cut")
@@ -259,7 +270,7 @@ def test_a_run_is_cut_between_steps_and_goes_on_bit_for_bit(cache: Path, tmp_pat
     assert distance(cell, whole, run.path, cache) == (0.0, 0.0)
 
 
-def test_what_processes_cannot_divide_is_refused() -> None:
+def test_a_world_that_does_not_divide_the_cell_is_refused() -> None:
     cell = cell_of("pkm", 2, accumulate=2)
     with pytest.raises(
         UserError, match=r"train.batch_rows: got 8, allowed: a multiple of accumulate x processes = 2 x 3"
@@ -269,7 +280,7 @@ def test_what_processes_cannot_divide_is_refused() -> None:
         World(size=4, parallel=Parallel(memory_parallel=3)).check(cell)
 
 
-def test_a_launch_may_not_change_the_batch_of_a_batch_norm() -> None:
+def test_a_launch_may_not_change_the_micro_batches_of_a_batch_norm() -> None:
     World(parallel=Parallel(accumulate=4)).check(cell_of("pkm", 2))
     with pytest.raises(UserError, match=r"parallel.accumulate: got 4"):
         World(parallel=Parallel(accumulate=4)).check(cell_of("pkm batchnorm", 2))

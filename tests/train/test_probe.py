@@ -1,4 +1,4 @@
-"""The scoring during training."""
+"""Probes during training."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ def test_bits_equal_a_loop_over_tokens(bios: Corpus, bios_model: Transformer) ->
     naive = [naive_score(bios_model, [eot, *encode(p.prompt)], encode(p.answer)) for p in probes]
     expected = bits_learned(probes, [log_p / math.log(2) for log_p, _ in naive])
 
-    found = probe.Prober(bios, people=3).run(bios_model)["probe"]["storage"]
-    assert found["bits"] == pytest.approx(expected.bits, rel=1e-5)
-    assert found["bits_max"] == pytest.approx(3 * bios.world.H)
-    assert found["nll"] == pytest.approx(expected.nll, rel=1e-5)
-    assert found["recall"] == sum(greedy for _, greedy in naive) / len(naive)
-    assert found["n"] == len(probes)
+    storage = probe.Prober(bios, people=3).run(bios_model)["probe"]["storage"]
+    assert storage["bits"] == pytest.approx(expected.bits, rel=1e-5)
+    assert storage["bits_max"] == pytest.approx(3 * bios.world.H)
+    assert storage["nll"] == pytest.approx(expected.nll, rel=1e-5)
+    assert storage["recall"] == sum(greedy for _, greedy in naive) / len(naive)
+    assert storage["n"] == len(probes)
 
 
-def test_extraction_asks_only_people_never_asked_in_training(bios: Corpus) -> None:
+def test_extraction_probes_only_people_without_questions_in_training(bios: Corpus) -> None:
     assert bios.world is not None
     assert not set(probe.sample(bios.world, "extraction", 30)) & set(bios.world.asked.tolist())
 
 
-def test_loss_ignores_what_is_not_a_target_and_keeps_documents_apart(bios: Corpus, bios_model: Transformer) -> None:
+def test_loss_ignores_padding_and_separates_documents(bios: Corpus, bios_model: Transformer) -> None:
     batch = bios.loader(probe.SAMPLE_SEED, 3).batch(0)
     total, count = 0.0, 0
     for tokens_T, targets_T, segments_T in zip(batch.tokens_BT, batch.targets_BT, batch.segments_BT, strict=True):
@@ -66,7 +66,7 @@ def test_a_text_corpus_has_a_loss_and_no_probes(text: Corpus, text_model: Transf
     assert text_model.training
 
 
-def test_spread_over_people_counts_people_not_probes(bios: Corpus) -> None:
+def test_standard_errors_are_over_people_not_probes(bios: Corpus) -> None:
     assert bios.world is not None
     probes = bios.world.probes("storage")
     once = [metrics.Scored(p, -float(p.person % 5), False) for p in probes if p.template == 0 and p.attribute == 0]

@@ -1,4 +1,4 @@
-"""Options of the row-wise optimizer: each trains, resumes bit for bit, and is what its name says."""
+"""Options of the row-wise optimizer: each trains, resumes bit for bit, and does what its name states."""
 
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ BYTES_PER_ROW = dict.fromkeys(OPTIONS, 8 * 32 + 9) | {
     "row": 4 * 32 + 4 + 9,
     "together": 4 * 32 + 4 + 9,
 }
-"""Beside the row itself, of width 32."""
+"""In addition to the row itself, at width 32."""
 
 
 def cell_of(family: str, **train: Any) -> Cell:
-    """A cell whose rows are mostly read seldom, so that there is something to replay."""
+    """A cell most of whose rows are read rarely, so that there are steps to replay."""
     cell = tiny_cell(family, epochs=3.0, value_lr=2e-2, checkpoint_every=4, **train)
     model = cell.model.model_dump() | {"half_keys": 24, "top_k": 2}
     return Cell.model_validate(cell.model_dump() | {"model": model})
@@ -49,7 +49,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def saved(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The tensors of the last checkpoint, those of the optimizer as `parameter/kind`."""
+    """The tensors of the last checkpoint, with those of the optimizer as `parameter/kind`."""
     state = torch.load(trainer.run.checkpoints / f"step-{trainer.steps}" / checkpoint.STATE_FILE)
     moments = {f"{name}/{kind}": x for name, kinds in state["optimizer"].items() for kind, x in kinds.items()}
     return state["model"] | moments
@@ -71,16 +71,16 @@ def test_an_option_trains_and_resumes_bit_for_bit(name: str, cache: Path, tmp_pa
     resumed = trainer_of(cell, cache, tmp_path / "killed")
     assert resumed.step == 4
     resumed.run_to_end()
-    found = losses(tmp_path / "whole")
-    assert losses(tmp_path / "killed") == found[4:]
-    assert found[-1] < found[0] - 1
+    uninterrupted = losses(tmp_path / "whole")
+    assert losses(tmp_path / "killed") == uninterrupted[4:]
+    assert uninterrupted[-1] < uninterrupted[0] - 1
     one, other = saved(whole), saved(resumed)
     assert one.keys() == other.keys()
     assert "tables.0.weight/v" in one
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_master_copy_trains_as_fp32_but_for_what_is_read(cache: Path, tmp_path: Path) -> None:
+def test_a_master_copy_trains_as_fp32_except_for_rounded_reads(cache: Path, tmp_path: Path) -> None:
     plain = trainer_of(cell_of("pkm"), cache, tmp_path / "fp32")
     master = trainer_of(cell_of("pkm", value_precision="bf16_master"), cache, tmp_path / "master")
     for trainer in (plain, master):
@@ -90,7 +90,7 @@ def test_a_master_copy_trains_as_fp32_but_for_what_is_read(cache: Path, tmp_path
     assert torch.equal(master.model.memory_tables()[0].weight, adamw.state_dict()["master"].bfloat16())
 
 
-def test_lazy_rows_stand_still_and_others_do_not(cache: Path, tmp_path: Path) -> None:
+def test_unread_rows_move_unless_lazy(cache: Path, tmp_path: Path) -> None:
     moved = {}
     for lazy in (True, False):
         trainer = trainer_of(cell_of("pkm", value_lazy=lazy, weight_decay=0.1), cache, tmp_path / str(lazy))
@@ -105,7 +105,7 @@ def test_lazy_rows_stand_still_and_others_do_not(cache: Path, tmp_path: Path) ->
         assert moved[lazy][~read].any() == (not lazy)
 
 
-def test_the_limit_is_the_optimizers(cache: Path, tmp_path: Path) -> None:
+def test_the_replay_limit_reaches_the_optimizer(cache: Path, tmp_path: Path) -> None:
     for limit in (None, 7):
         trainer = trainer_of(cell_of("pkm", value_replay_limit=limit), cache, tmp_path / str(limit))
         assert trainer.optimizer.rows["tables.0.weight"].replay_limit == limit
@@ -119,21 +119,21 @@ def test_the_limit_is_the_optimizers(cache: Path, tmp_path: Path) -> None:
         ({"value_lazy": True, "value_replay_limit": 3}, "train.value_replay_limit: got 3"),
     ],
 )
-def test_what_does_not_go_together_is_refused_by_name(train: dict[str, Any], words: str) -> None:
+def test_incompatible_options_are_refused_by_name(train: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         tiny_cell("pkm", **train)
 
 
-def test_row_moments_are_of_whole_rows(cache: Path) -> None:
+def test_a_second_moment_per_row_needs_whole_rows(cache: Path) -> None:
     world = World(size=2, parallel=Parallel(memory_parallel=2))
     with pytest.raises(UserError, match=r"parallel\.memory_parallel: got 2"):
         world.check(tiny_cell("pkm", value_second_moment="row"))
 
 
-def test_options_at_their_default_leave_every_hash_as_it_was() -> None:
+def test_options_at_their_default_change_no_hash() -> None:
     assert tiny_cell("pkm").hash8 == tiny_cell("pkm", value_precision="fp32", value_lazy=False).hash8 == HASH
     assert tiny_cell("pkm", value_lazy=True).hash8 != HASH
 
 
 HASH = "86a553ba"
-"""Of that cell before there were options."""
+"""The hash of that cell before the options existed."""

@@ -19,7 +19,7 @@ def test_warmup_rises_linearly_to_one() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_decay_starts_at_one_and_ends_at_the_final_share(schedule: str) -> None:
+def test_decay_starts_at_one_and_ends_at_final_lr(schedule: str) -> None:
     given = config(schedule=schedule, warmup=2, final_lr=0.1)
     assert lr_factor(given, 2, 12) == pytest.approx(1.0)
     assert lr_factor(given, 11, 12) == pytest.approx(0.1)
@@ -30,14 +30,14 @@ def test_linear_and_cosine_agree_with_their_formulas_midway() -> None:
     assert lr_factor(config(schedule="cosine", final_lr=0.0), 3, 11) == pytest.approx((1 + math.cos(0.3 * math.pi)) / 2)
 
 
-def test_wsd_is_flat_until_its_decay_begins() -> None:
+def test_wsd_is_constant_until_its_decay() -> None:
     given = config(schedule="wsd", warmup=2, decay=0.3, final_lr=0.0, decay_shape="linear")
     assert decay_start(given, 20) == 14
     rates = [lr_factor(given, step, 20) for step in range(20)]
     assert rates == pytest.approx([0.5, 1.0] + [1.0] * 12 + [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.0])
 
 
-def test_the_1_sqrt_decay_is_its_formula_and_ends_at_the_final_share() -> None:
+def test_the_1_sqrt_decay_follows_its_formula_and_ends_at_final_lr() -> None:
     given = config(schedule="wsd", decay=0.2, final_lr=0.1)
     rates = [lr_factor(given, step, 100) for step in range(100)]
     assert set(rates[:80]) == {1.0}
@@ -52,14 +52,14 @@ def test_a_decay_is_at_least_one_step_and_at_most_all() -> None:
     assert lr_factor(config(schedule="wsd", decay=0.001, final_lr=0.5), 0, 1) == pytest.approx(0.5)
 
 
-def test_budgets_have_one_rate_until_the_smaller_begins_to_decay() -> None:
+def test_budgets_share_the_rate_until_the_smaller_starts_to_decay() -> None:
     given = config(schedule="wsd", warmup=5)
     small, large = ([lr_factor(given, step, total) for step in range(total)] for total in (40, 100))
     assert small[: decay_start(given, 40)] == large[: decay_start(given, 40)]
     assert small[decay_start(given, 40)] < large[decay_start(given, 40)]
 
 
-def test_a_run_keeps_the_starts_of_the_branches_that_it_comes_by() -> None:
+def test_a_run_retains_the_checkpoints_from_which_branches_start() -> None:
     # Rows of 10 tokens, 2 a step: budgets of 200, 400 and 800 tokens are 10, 20 and 40 steps, decaying from 8, 16, 32.
     branches = [200, 400, 800]
     kept = [
@@ -77,11 +77,11 @@ def test_a_run_keeps_the_starts_of_the_branches_that_it_comes_by() -> None:
         ({"schedule": "wsd", "branches": [1, 2], "stop_past": 0.5}, "stop_past"),
     ],
 )
-def test_branches_that_cannot_be_are_refused(fields: dict[str, object], complaint: str) -> None:
+def test_invalid_branches_are_refused(fields: dict[str, object], complaint: str) -> None:
     assert [field for field, _, _ in config(**fields).problems()] == [complaint]
 
 
-def test_branches_are_no_part_of_a_cell_s_identity_and_the_decay_is() -> None:
+def test_branches_are_outside_the_identity_and_the_decay_is_not() -> None:
     plain = config(schedule="wsd")
     assert identity(config(schedule="wsd", branches=[1, 2])) == identity(plain)
     assert identity(config(schedule="wsd", decay=0.1)) != identity(plain)
