@@ -37,7 +37,7 @@ class Packing(Protocol):
 
 
 class DocumentPacking:
-    """Every document whole in exactly one row: `bios`, where a sentence is read together with its name.
+    """Every document whole in exactly one row: for `bios`, where a sentence is read together with its name.
 
     With stride S = T - longest document + 1, row i holds the documents that start in [i S, (i + 1) S) of the
     epoch's permuted stream of documents, so they always fit; the rest of the row is padding. The number of
@@ -105,11 +105,10 @@ class _DocumentOrder:
 
 
 class WindowPacking:
-    """The stream of all documents cut in windows of T tokens, the windows permuted: text.
+    """The stream of all documents split into windows of T tokens, which are permuted: for text.
 
-    A document longer than what is left of its window goes on in another row without its beginning; only the
-    last window is padded. Memory does not grow with the stream. `part` gives the parts of a mixture orders of
-    their own.
+    A document that crosses the end of a window continues in another row, without its beginning. Only the last window is
+    padded. Memory does not grow with the stream. `part` gives each part of a mixture its own order.
     """
 
     def __init__(self, rounds: Sequence[Round], seq_len: int, eot_id: int, seed: int, part: int = 0) -> None:
@@ -132,12 +131,11 @@ class WindowPacking:
 
 
 class MixturePacking:
-    """Rows of several packings by weight: each row is one part's, so that weights count tokens.
+    """Rows of several packings by weight. Each row belongs to one part, so that weights count tokens.
 
-    In every block of MIXTURE_BLOCK rows each part has the same number of rows, its weight's share of the block
-    by largest remainders, in an order that is a function of (seed, block). A part's rows come in the order of
-    its own epochs, so its j-th row is found without knowing those before. An epoch of the mixture is as many
-    rows as its parts have together.
+    Every block of MIXTURE_BLOCK rows contains the same number of rows of a part: its weight's share of the block, by
+    largest remainders, in an order that is a function of (seed, block). The rows of a part come in the order of its own
+    epochs, so its j-th row can be computed directly. An epoch of the mixture has as many rows as its parts together.
     """
 
     def __init__(self, parts: Sequence[Packing], weights: Sequence[float], seed: int) -> None:
@@ -162,7 +160,7 @@ class MixturePacking:
         return tokens_BT, targets_BT, segments_BT
 
     def sources(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Of the mixture's rows [begin, end): which part each is of, and which row of that part's stream."""
+        """For the mixture's rows [begin, end): the part of each, and its row within the stream of that part."""
         pieces = []
         for block in range(begin // MIXTURE_BLOCK, -(-end // MIXTURE_BLOCK)):
             inside = slice(max(begin - block * MIXTURE_BLOCK, 0), end - block * MIXTURE_BLOCK)
@@ -184,7 +182,7 @@ class MixturePacking:
 
 
 def quotas(weights: Sequence[float]) -> NDArray[np.int64]:
-    """[parts] rows of each part in a block of MIXTURE_BLOCK: shares rounded down, the rest by largest remainder."""
+    """[parts] rows of each part in a block of MIXTURE_BLOCK: shares rounded down, the rest by largest remainders."""
     exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * MIXTURE_BLOCK
     result = np.floor(exact).astype(np.int64)
     largest = np.argsort(result - exact, kind="stable")[: MIXTURE_BLOCK - int(result.sum())]

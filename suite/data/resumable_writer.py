@@ -1,8 +1,8 @@
-"""A stream of documents written as one round, piece by piece: a kill costs the last piece, never the rest.
+"""Writes a stream of documents as one round, in pieces: an interruption loses the last piece only.
 
-A piece ends after a whole batch of documents. What is committed is in META: how long the files are, where the
-reader stands, and the content's fingerprint so far; on restart the files are cut back to it and the stream goes
-on from there, so that the bytes are those of a writer that was never killed.
+A piece ends after a whole batch of documents. META records what is committed: the lengths of the files, the position of
+the reader, and the fingerprint of the content so far. A restarted writer truncates the files to these lengths and
+resumes, so that the final bytes are those of an uninterrupted writer.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from suite.atomic import write_json
 from suite.data.reader import Reader, is_held_out
-from suite.data.shards import META, RoundFile, open_cut
+from suite.data.shards import META, RoundFile, open_truncated
 from suite.data.tokenizers import Tokenizer
 from suite.errors import UserError
 
@@ -65,19 +65,24 @@ def write_stream(
     progress: Progress = no_progress,
     validation: Iterable[str] | None = None,
 ) -> Written:
-    """Encode a stream into `folder`, from where an earlier call was cut; gives what is written.
+    """Encode a stream into `folder`, resuming after the last committed piece of an interrupted call.
 
     Args:
-        folder: where round 0 and the held-out documents go.
-        reader_at: the reader that starts at a position; None is the beginning.
-        tokenizer: what encodes; the same on every call.
-        held_out: share of documents that go to HELD_OUT instead, at most MAX_HELD_OUT of them.
-        max_tokens: the stream ends with the document that reaches this; None: with the reader.
+        folder: where round 0 and the held-out documents are written.
+        reader_at: creates the reader that starts at a position; None is the beginning.
+        tokenizer: encodes the documents; must be the same on every call.
+        held_out: share of documents written to HELD_OUT instead, at most MAX_HELD_OUT of them.
+        max_tokens: the stream ends with the document that reaches this; None: where the reader ends.
         progress: called after every batch.
-        validation: documents for HELD_OUT from elsewhere.
+        validation: further documents for HELD_OUT.
 
-    Raises UserError, before the last commit, if there is nothing to train on or nothing held out.
-    Memory: one batch of BATCH_DOCUMENTS documents or BATCH_CHARACTERS characters, and a document more.
+    Memory: one batch of BATCH_DOCUMENTS documents or BATCH_CHARACTERS characters, plus one document.
+
+    Returns:
+        What is written.
+
+    Raises:
+        UserError: there is no document to train on or none to evaluate on; raised before the last commit.
     """
     with _Writer(folder, tokenizer, held_out, max_tokens) as writer:
         if validation is not None:
@@ -96,7 +101,7 @@ def write_stream(
 
 
 class _Writer:
-    """The files of a stream and what of them is committed."""
+    """The files of a stream, and how much of them is committed."""
 
     def __init__(self, folder: Path, tokenizer: Tokenizer, held_out: float, max_tokens: int | None) -> None:
         self._meta, self._tokenizer, self._held_out, self._max_tokens = folder / META, tokenizer, held_out, max_tokens
@@ -104,22 +109,22 @@ class _Writer:
             Written(**json.loads(self._meta.read_text(encoding="utf-8"))) if self._meta.exists() else Written()
         )
         self.round = RoundFile(folder, 0, tokenizer.vocab_size, self.written.documents, self.written.tokens)
-        self._held_out_file = open_cut(folder / HELD_OUT, self.written.held_out_bytes)
+        self._held_out_file = open_truncated(folder / HELD_OUT, self.written.held_out_bytes)
         self._retained = self.written.held_out
         self._skipped = self.written.skipped
         self._digest = hashlib.sha256(self.written.content.encode())
 
     @property
     def is_full(self) -> bool:
-        """Whether the tokens asked for are there."""
+        """Whether `max_tokens` is reached."""
         return self._max_tokens is not None and self.round.tokens >= self._max_tokens
 
     def share(self, reader: Reader) -> float | None:
-        """How much of the whole is written."""
+        """The fraction of the stream that is written."""
         return reader.share if self._max_tokens is None else min(1.0, self.round.tokens / self._max_tokens)
 
     def add(self, texts: list[str]) -> None:
-        """Write a batch of documents to where each belongs."""
+        """Write a batch of documents to the training or the held-out file."""
         trained = []
         for text in texts:
             if not is_held_out(text, self._held_out):
@@ -186,7 +191,7 @@ class _Writer:
 
 
 def _batch(stream: Iterator[str]) -> list[str]:
-    """The next documents; reads none ahead, so that the reader's position is that of the batch's end."""
+    """The next documents. None is read ahead, so that the reader's position is the end of the batch."""
     texts: list[str] = []
     characters = 0
     for text in stream:

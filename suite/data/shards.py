@@ -1,7 +1,7 @@
-"""Tokens on disk: a file of tokens and one of document starts per round, read through memory maps.
+"""Tokens on disk: for each round a file of tokens and a file of document starts, read through memory maps.
 
-A document is kept as its tokens behind one end-of-text token. A folder of shards is complete or absent: it is
-written beside its place under a lock, flushed to disk, and renamed.
+A document is stored as one end-of-text token followed by its tokens. A folder of shards is complete or absent: it is
+written as `<folder>.partial` under a lock, flushed to disk, and renamed.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ class Round:
 
 
 class RoundFile:
-    """A round that grows: documents are appended; opening it cuts it back to what is known to be whole."""
+    """A round that documents are appended to; opening it truncates it to what has been committed."""
 
     def __init__(self, folder: Path, index: int, vocab_size: int, documents: int = 0, tokens: int = 0) -> None:
         self.documents, self.tokens = documents, tokens
         self._dtype = _token_dtype(vocab_size)
-        self._tokens = open_cut(_tokens_path(folder, index), tokens * np.dtype(self._dtype).itemsize)
-        self._starts = open_cut(_starts_path(folder, index), (documents + 1) * 8 if documents else 0)
+        self._tokens = open_truncated(_tokens_path(folder, index), tokens * np.dtype(self._dtype).itemsize)
+        self._starts = open_truncated(_starts_path(folder, index), (documents + 1) * 8 if documents else 0)
         if not documents:
             self._starts.write(np.zeros(1, np.int64).tobytes())
 
     def append(self, encoded: Sequence[Sequence[int]]) -> bytes:
-        """Add documents, each with its end-of-text token in front; gives the bytes of their tokens."""
+        """Add documents, each starting with its end-of-text token; returns the bytes of their tokens."""
         if not encoded:
             return b""
         ends = self.tokens + np.cumsum(np.array([len(tokens) for tokens in encoded], dtype=np.int64))
@@ -62,7 +62,7 @@ class RoundFile:
         return content
 
     def flush(self) -> None:
-        """Everything appended is on disk."""
+        """Sync everything appended to disk."""
         for file in (self._tokens, self._starts):
             file.flush()
             os.fsync(file.fileno())
@@ -99,11 +99,11 @@ def _starts_path(folder: Path, index: int) -> Path:
     return folder / f"round-{index}.starts"
 
 
-def open_cut(path: Path, size: int) -> BinaryIO:
+def open_truncated(path: Path, size: int) -> BinaryIO:
     """The file open for appending, `size` bytes long. Raises ValueError if it is shorter."""
     file = open(path, "ab")  # noqa: SIM115  (the caller closes it)
     if file.tell() < size:
-        raise ValueError(f"{path}: {file.tell()} bytes, {size} are known to have been written")
+        raise ValueError(f"{path}: {file.tell()} bytes, but {size} have been committed")
     file.truncate(size)
     file.seek(size)
     return file
@@ -114,10 +114,10 @@ def _token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
 
 
 def build_once(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make `folder` by `write(beside)` unless it exists; several processes may ask at once, one writes.
+    """Create `folder` by `write(<folder>.partial)` unless it exists. Of several processes at once, one writes.
 
-    A process killed while writing leaves `<folder>.partial`. If META is in it, it has pieces worth keeping and
-    the next `write` finds it as it is; if not, it is removed.
+    A process that is killed while writing leaves `<folder>.partial`. If that contains META, it has committed pieces and
+    the next `write` continues with it; otherwise it is removed.
     """
     if folder.exists():
         return
@@ -126,7 +126,7 @@ def build_once(folder: Path, write: Callable[[Path], None]) -> None:
     with _locked(folder.with_name(f"{folder.name}.lock")):
         if folder.exists():
             return
-        _remove_worthless(partial)
+        _remove_uncommitted(partial)
         partial.mkdir(exist_ok=True)
         try:
             write(partial)
@@ -134,12 +134,12 @@ def build_once(folder: Path, write: Callable[[Path], None]) -> None:
                 _flush(path)
             os.rename(partial, folder)
         except BaseException:
-            _remove_worthless(partial)
+            _remove_uncommitted(partial)
             raise
         _flush(folder.parent)
 
 
-def _remove_worthless(partial: Path) -> None:
+def _remove_uncommitted(partial: Path) -> None:
     if not (partial / META).exists():
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -14,10 +14,10 @@ from suite.data.tokenizers import ReadyTokenizer, SentencePieceTokenizer, Tokeni
 from suite.errors import UserError
 
 MERGES = {"vocab.json": "merges.txt", "encoder.json": "vocab.bpe"}
-"""GPT-2's vocabulary and the file of merges beside it, as transformers and as the release name them."""
+"""GPT-2's vocabulary and the file of merges next to it, as named by transformers and by the release."""
 _IN_FOLDERS = ("tokenizer.json", *MERGES, "tokenizer.model")
 _ALLOWED = (
-    "a tokenizer.json, a vocab.json with merges.txt or an encoder.json with vocab.bpe beside it, a SentencePiece"
+    "a tokenizer.json, a vocab.json with merges.txt or an encoder.json with vocab.bpe next to it, a SentencePiece"
     " .model, or a folder with one of these"
 )
 _EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "[SEP]")
@@ -33,7 +33,7 @@ def files(path: Path) -> list[Path]:
         return [path]
     merges = path.with_name(MERGES[path.name])
     if not merges.is_file():
-        raise UserError(f"data.tokenizer.path: got {str(path)!r} without {merges.name} beside it, allowed: {_ALLOWED}")
+        raise UserError(f"data.tokenizer.path: got {str(path)!r} without {merges.name} next to it, allowed: {_ALLOWED}")
     return [path, merges]
 
 

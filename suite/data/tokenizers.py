@@ -1,8 +1,7 @@
-"""Text to tokens: words (for `bios`), byte-level BPE trained on the corpus, bytes, and ready-made ones.
+"""Tokenizers: words (for `bios`), byte-level BPE trained on the corpus, bytes, and ready-made ones.
 
-Every tokenizer has one token that no text encodes to, the end of text, with which documents begin. BPE and
-bytes are lossless for any text; words are for the closed vocabulary of a synthetic world and lossless for its
-text; ready-made ones are as their makers made them.
+Every tokenizer has an end-of-text token, with which documents start and to which no text encodes. BPE and bytes are
+lossless for any text. Words are for the closed vocabulary of a synthetic world, and lossless for its text.
 """
 
 from __future__ import annotations
@@ -28,10 +27,10 @@ _RAW_INNER_SPACE = re.compile("[^Ġ▁][Ġ▁ ]")
 
 
 class Tokenizer(Protocol):
-    """What the rest of the project knows of a tokenizer. `kind` names it; `eot_id` is the end of text.
+    """The interface of every tokenizer. `eot_id` is the end-of-text token.
 
-    `splits_at_spaces`: encode(prompt) + encode(answer) == encode(prompt + answer) if the answer begins with a
-    single space.
+    `splits_at_spaces`: encode(prompt) + encode(answer) == encode(prompt + answer) if the answer starts with a single
+    space.
     """
 
     kind: str
@@ -46,10 +45,10 @@ class Tokenizer(Protocol):
         """encode for each text."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the tokens; eot_id gives nothing."""
+        """The text of the tokens; eot_id is left out."""
 
     def to_json(self) -> str:
-        """All that `from_json` needs."""
+        """Everything that `from_json` needs."""
 
     @property
     def fingerprint(self) -> str:
@@ -129,11 +128,11 @@ class BytesTokenizer(_Fingerprinted):
         return [self.encode(text) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the bytes; bytes that are no UTF-8 (a model may say anything) become U+FFFD."""
+        """The text of the bytes; invalid UTF-8, which a model may generate, becomes U+FFFD."""
         return bytes(token for token in tokens if token != self.eot_id).decode(errors="replace")
 
     def to_json(self) -> str:
-        """Nothing but its kind."""
+        """Its kind."""
         return json.dumps({"kind": self.kind})
 
 
@@ -174,7 +173,7 @@ class BPETokenizer(_Fingerprinted):
         return str(self._trained.decode([token for token in tokens if token != self.eot_id]))
 
     def to_json(self) -> str:
-        """The `tokenizers` library's own format, with our kind beside it."""
+        """The `tokenizers` library's own format, together with our kind."""
         return json.dumps({"kind": self.kind, "trained": json.loads(self._trained.to_str())}, ensure_ascii=False)
 
 
@@ -218,7 +217,7 @@ class ReadyTokenizer(_Fingerprinted):
         return any(re.search(r"\S ", self.decode([token])) for token in candidates)
 
     def to_json(self) -> str:
-        """The `tokenizers` library's own format, with our kind and the end of text next to it."""
+        """The `tokenizers` library's own format, together with our kind and the end-of-text token."""
         trained = json.loads(self._trained.to_str())
         return json.dumps({"kind": self.kind, "eot": self._eot, "trained": trained}, ensure_ascii=False)
 
@@ -274,7 +273,7 @@ def _bounded_words(text: str) -> list[str]:
 
 
 def _splits_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether parts of a few texts, cut before a space, encode to what the whole does.
+    """Whether the parts of a few texts, split before a space, encode to the same tokens as the whole.
 
     SentencePiece and its likes put a space before every text, and then do not.
     """
@@ -297,5 +296,5 @@ def from_json(text: str) -> Tokenizer:
 
 
 def load(path: Path) -> Tokenizer:
-    """The tokenizer kept in a file."""
+    """The tokenizer saved in a file."""
     return from_json(path.read_text(encoding="utf-8"))

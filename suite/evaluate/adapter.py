@@ -25,7 +25,7 @@ from suite.inference.loglikelihood import Request, encode_pair, score, windows
 from suite.models.transformer import Transformer
 
 DEFAULT_NEW_TOKENS = 256
-"""Where a task does not say (stock nq_open and triviaqa): lm-eval's own default."""
+"""For tasks that do not state it (stock nq_open and triviaqa): lm-eval's default."""
 
 FINITE_CHUNK = 1 << 26  # elements
 
@@ -63,8 +63,8 @@ class SuiteLM(TemplateLM):
     Args:
         model: any of our models.
         codec: its tokenizer.
-        max_tokens: the longest input, the length of the rows it was trained on; contexts beyond it lose
-            their start, and `cut` counts them by task.
+        max_tokens: the longest input, the length of the rows it was trained on; longer contexts are
+            truncated at their start, and `truncated` counts them by task.
         token_budget: most padded tokens of a batch.
     """
 
@@ -72,7 +72,7 @@ class SuiteLM(TemplateLM):
         super().__init__()
         self.model, self.codec = model, codec
         self.max_tokens, self.token_budget = max_tokens, token_budget
-        self.cut: Counter[str] = Counter()
+        self.truncated: Counter[str] = Counter()
 
     @property
     def eot_token_id(self) -> int:
@@ -97,7 +97,7 @@ class SuiteLM(TemplateLM):
         self._score([([self.eot_token_id], [self.eot_token_id])])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens of a text; with the end-of-text token first unless told otherwise."""
+        """Tokens of a text, after an end-of-text token unless `add_special_tokens` is False."""
         ids = self.codec.encode(string)
         return list(ids) if add_special_tokens is False else [self.eot_token_id, *ids]
 
@@ -115,10 +115,10 @@ class SuiteLM(TemplateLM):
         owner: list[int] = []
         for index, (_, context, continuation) in enumerate(requests):
             if len(context) + len(continuation) - 1 > self.max_tokens:
-                self.cut[tasks[index] if tasks else ""] += 1
-            found = windows(context, continuation, self.max_tokens)
-            parts += found
-            owner += [index] * len(found)
+                self.truncated[tasks[index] if tasks else ""] += 1
+            pieces = windows(context, continuation, self.max_tokens)
+            parts += pieces
+            owner += [index] * len(pieces)
         results = [(0.0, True)] * len(requests)
         for index, (log_p, is_greedy) in zip(owner, self._score(parts), strict=True):
             results[index] = (results[index][0] + log_p, results[index][1] and is_greedy)
@@ -167,7 +167,7 @@ class SuiteLM(TemplateLM):
         for request in requests:
             # spaces at the end belong to the first word of the answer
             ids = [self.eot_token_id, *self.codec.encode(request.args[0].rstrip(" "))]
-            self.cut[request.task_name] += len(ids) > room
+            self.truncated[request.task_name] += len(ids) > room
             prompts.append(ids[-room:])
         sampling = None
         if options["do_sample"]:

@@ -88,7 +88,7 @@ def load(wanted: Iterable[str], sources: Sources, num_fewshot: int | None = None
     Args:
         wanted: names of `task_list.names()`.
         sources: what they are made from.
-        num_fewshot: examples before each question; None: as the task says, else none. A task that states 0 keeps it.
+        num_fewshot: few-shot examples; None: as the task states, else none. A task that states 0 keeps it.
 
     Raises:
         UserError: an unknown name, a task that does not fit the corpus, or data that cannot be used.
@@ -128,7 +128,7 @@ def _add(loaded: Loaded, config: dict[str, Any], sources: Sources, num_fewshot: 
 
 
 def _with_examples(config: dict[str, Any], num_fewshot: int | None) -> dict[str, Any]:
-    """The configuration with so many examples, and without splits that are not used then."""
+    """The configuration with this number of examples, without the splits that are then unused."""
     stated = config.get("num_fewshot")
     # A stock task that states 0 means it (humaneval), and whole documents are scored without examples.
     fixed = stated == 0 or config["output_type"] == "loglikelihood_rolling"
@@ -164,7 +164,7 @@ def _documents(config: dict[str, Any], sources: Sources) -> tuple[dict[str, Docs
     if repo == CORPUS:
         corpus = sources.corpus
         if corpus is None:
-            raise UserError(f"task {config['task']}: asks about the corpus a run was trained on, and there is none")
+            raise UserError(f"task {config['task']}: needs the corpus that a run was trained on; evaluate a run")
         return {"test": corpus_docs.documents(corpus, config["task"], config["dataset_name"])}, corpus.fingerprint
     splits = _splits(config)
     docs = sources.root.load(repo, name, splits)

@@ -14,28 +14,42 @@ from suite.evaluate.datasets import Docs
 CHOICES = 4
 _CHOICE_SEED = 1
 MAX_CHARACTERS = 1 << 15
-"""Of a held-out document: a few books would otherwise take longer to score than a small model takes to train."""
+"""Maximum length of a held-out document. A few books would take longer to score than a small model to train."""
 
 
 def refuse_unfit(data: DataConfig, task: str, name: str) -> None:
-    """Raise UserError if the task cannot be asked of what was (or will be) trained on; `name` as of `documents`."""
+    """Check that a task suits what a model was (or will be) trained on.
+
+    Args:
+        data: the `data` block of the cell.
+        task: the task's name, for errors.
+        name: its documents, as for `documents`.
+
+    Raises:
+        UserError: it does not.
+    """
     if (data.kind == "bios") is (name == "held_out"):
         allowed = "a kind of text" if name == "held_out" else "'bios'"
         raise UserError(f"task {task}: data.kind: got {data.kind!r}, allowed: {allowed}")
     if isinstance(data, BiosData) and name in ("extraction", "qa", "choice"):
-        asked = round(data.questions * data.people)
-        if not 0 < asked < data.people:
+        with_questions = round(data.questions * data.people)
+        if not 0 < with_questions < data.people:
             raise UserError(
-                f"task {task}: data.questions: got {data.questions}, allowed: a share that leaves some people asked"
-                " about in training and some not"
+                f"task {task}: data.questions: got {data.questions}, allowed: a share with which the training text has"
+                " questions about some people and not about others"
             )
 
 
 def documents(corpus: Corpus, task: str, name: str) -> Docs:
-    """The documents of a task over the corpus: `storage`, `paraphrase`, `extraction`, `qa`, `choice` or `held_out`.
+    """The documents of a task about the corpus.
+
+    Args:
+        corpus: what a model was trained on.
+        task: the task's name, for errors.
+        name: `storage`, `paraphrase`, `extraction`, `qa`, `choice` or `held_out`.
 
     Raises:
-        UserError: the task does not fit the corpus.
+        UserError: the task does not suit the corpus.
     """
     refuse_unfit(corpus.config, task, name)
     world = corpus.world
@@ -46,7 +60,7 @@ def documents(corpus: Corpus, task: str, name: str) -> Docs:
     probes = world.probes("extraction")
     if name == "extraction":
         return Docs(_probe(probe) for probe in probes)
-    # one wording of each question is enough to generate from and to choose by
+    # One wording of each question is enough for generation and multiple choice.
     first = [probe for probe in probes if probe.template == 0]
     return Docs(_question(probe) if name == "qa" else _choice(world, probe) for probe in first)
 
@@ -55,8 +69,8 @@ def _beginning(text: str) -> str:
     """At most MAX_CHARACTERS of a text, whole words."""
     if len(text) <= MAX_CHARACTERS:
         return text
-    cut = text[:MAX_CHARACTERS]
-    return cut.rsplit(maxsplit=1)[0] or cut
+    start = text[:MAX_CHARACTERS]
+    return start.rsplit(maxsplit=1)[0] or start
 
 
 def _probe(probe: Probe) -> dict[str, object]:
@@ -68,7 +82,7 @@ def _question(probe: Probe) -> dict[str, object]:
 
 
 def _choice(world: World, probe: Probe) -> dict[str, object]:
-    """The right answer among three others of the attribute, at a place fixed by person and attribute."""
+    """The right answer among three others of the attribute, at a position fixed by person and attribute."""
     order = seeded_random.permutation(len(probe.candidates), _CHOICE_SEED, world.seed, probe.person, probe.attribute)
     others = [probe.candidates[i] for i in order if probe.candidates[i] != probe.answer][: CHOICES - 1]
     gold = int(order[0]) % CHOICES

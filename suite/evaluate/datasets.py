@@ -1,8 +1,8 @@
 """Evaluation data from a local folder in the hub's layout, or from the hub.
 
 `<root>/<org>/<name>/<config>/<split>.jsonl` (or .parquet, sharded as the hub does). Files are read as they are, every
-time: nothing is cached, so nothing can be stale. (`datasets.load_dataset` on a local folder keys its cache by the
-folder's name alone and has been seen to serve another folder's rows.)
+time; nothing is cached. (`datasets.load_dataset` keys its cache of a local folder by the folder's name alone, and may
+return the rows of another folder.)
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ SPLIT_FILE = re.compile(r"(?:-(?P<number>\d{5})(?P<count>-of-\d{5})(?:-[0-9a-f]+
 
 
 class Docs(list[Doc]):
-    """Rows with the two things lm-eval asks of a data set: `features` and `map`."""
+    """Rows with the two members that lm-eval needs of a data set: `features` and `map`."""
 
     @property
     def features(self) -> Doc:
@@ -31,7 +31,7 @@ class Docs(list[Doc]):
         return dict.fromkeys(self[0]) if self else {}
 
     def map(self, function: Callable[[Doc], Doc]) -> Docs:
-        """Each row updated by what `function` gives for it."""
+        """Each row updated with the result of `function`."""
         return Docs({**row, **function(row)} for row in self)
 
 
@@ -49,7 +49,7 @@ class DataRoot:
         """The named splits of a data set.
 
         Raises:
-            UserError: a file is missing, cut short, or holds something else than one object a row.
+            UserError: a file is missing or incomplete, or a row is not an object.
         """
         return {split: self.split(repo, config, split) for split in splits}
 
@@ -96,7 +96,7 @@ class DataRoot:
         return sources
 
     def where(self, repo: str, config: str | None, split: str) -> str:
-        """A split's place in words: its file, its shards, or its name on the hub."""
+        """Where a split is, for errors: its file, its shards, or its name on the hub."""
         if self.path is None:
             return f"{repo} ({split})"
         first, *others = self.files(repo, config, split)
@@ -138,7 +138,7 @@ def _read(files: list[Path]) -> Docs:
     for path in files:
         docs.extend(_read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path))
     if not docs:
-        raise UserError(f"{files[0]}: got no rows, allowed: one JSON object a line")
+        raise UserError(f"{files[0]}: got no rows, allowed: one JSON object per line")
     return docs
 
 
@@ -151,10 +151,10 @@ def _read_jsonl(path: Path) -> list[Doc]:
             row = json.loads(line)
         except ValueError:
             raise UserError(
-                f"{path}:{number}: not whole JSON (a download cut short?), allowed: one object a line"
+                f"{path}:{number}: not whole JSON (an incomplete download?), allowed: one object per line"
             ) from None
         if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: got {type(row).__name__}, allowed: one JSON object a line")
+            raise UserError(f"{path}:{number}: got {type(row).__name__}, allowed: one JSON object per line")
         rows.append(row)
     return rows
 

@@ -48,8 +48,9 @@ def evaluate(
     Returns:
         {"eval", "hash", "versions", "tokenizer", "tasks": {name: {"version", "few_shot", "limit", "n", "prompt_hash",
         "data_fingerprint", "cut", "metrics": {metric: {"value", "stderr"}}, "answers": {metric: "0110..."}}}}; "cut"
-        counts requests whose context lost its start. A stderr is None where there is no estimate. "answers" has a
-        character a question, in the data's order, for metrics that are means of zeros and ones; groups have none.
+        counts requests whose context was truncated at its start. A stderr is None where there is no estimate.
+        "answers" has one character per question, in the order of the data, for metrics that are means of zeros and
+        ones; groups have none.
 
     Raises:
         UserError: a task is unknown, does not fit the corpus, or its data cannot be used.
@@ -58,7 +59,7 @@ def evaluate(
 
 
 class Evaluator:
-    """`evaluate` for many checkpoints and models: what an evaluation asks of a corpus is prepared once and kept."""
+    """`evaluate` for many checkpoints and models: the requests of an evaluation are built once per corpus."""
 
     def __init__(self, data_root: Path | None = None, sandbox: Sandbox | None = None) -> None:
         self._data_root, self._sandbox = data_root, sandbox
@@ -96,12 +97,14 @@ class Harness:
             "hash": self._config.hash8,
             "versions": {package: version(package) for package in PACKAGES},
             "tokenizer": self._corpus.tokenizer.fingerprint,
-            "tasks": {name: {**entry, "cut": self._cut(name, lm)} for name, entry in entries.items()},
+            "tasks": {name: {**entry, "cut": self._truncated(name, lm)} for name, entry in entries.items()},
         }
 
-    def _cut(self, name: str, lm: SuiteLM) -> int:
+    def _truncated(self, name: str, lm: SuiteLM) -> int:
         group = self._prepared.loaded.groups.get(name)
-        return lm.cut[name] if group is None else sum(lm.cut[task.task_name] for task in group.get_all_tasks())
+        return (
+            lm.truncated[name] if group is None else sum(lm.truncated[task.task_name] for task in group.get_all_tasks())
+        )
 
 
 @dataclass(frozen=True)
@@ -129,8 +132,10 @@ def prepare(config: EvalConfig, sources: catalog.Sources) -> Prepared:
 
 
 def scores_of(lm: LM, prepared: Prepared) -> dict[str, dict[str, Any]]:
-    """The entry of every task and group: version, few_shot, n, prompt_hash, data_fingerprint, metrics; tasks' answers,
-    too."""
+    """The record of every task and group: version, few_shot, limit, n, prompt_hash, data_fingerprint and metrics.
+
+    Those of tasks also have answers.
+    """
     loaded = prepared.loaded
     with quiet(), compiled_templates():
         outcome = evaluator.evaluate(
@@ -138,7 +143,7 @@ def scores_of(lm: LM, prepared: Prepared) -> dict[str, dict[str, Any]]:
             {"tasks": loaded.tasks, "groups": loaded.groups},
             limit=prepared.limit,
             log_samples=True,
-            # our sandbox runs the programs, and tasks that have any are refused without one
+            # Our sandbox runs the programs, and tasks with programs are refused without one.
             confirm_run_unsafe_code=True,
         )
     assert outcome is not None

@@ -2,7 +2,7 @@
 
 Run over the real data they prove data, prompts and scorers: on every accuracy-like metric the first must get what
 can be got and the second 0. Where a stock metric stops generation inside an answer, no model can reach 1; how far
-one can get is counted answer by answer and stands beside.
+a model can get is computed answer by answer and reported as the ceiling.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def _name(request: Instance) -> str:
 
 
 def _best(task: ConfigurableTask, doc: Doc, stops: Sequence[str]) -> str:
-    """The first accepted answer that holds no stop string; the canonical one cut short where all do."""
+    """The first accepted answer without a stop string; if all have one, the canonical one truncated there."""
     texts = _accepted(task, doc)
     whole = [text for text in texts if before_stop(text, stops) == text]
     return whole[0] if whole else before_stop(texts[0], stops)
@@ -136,7 +136,7 @@ def _accepted(task: ConfigurableTask, doc: Doc) -> list[str]:
 
 
 def _ceiling(task: ConfigurableTask | None, metric: str) -> float:
-    """The mean over documents of the best score that an accepted answer gets after the stops have cut it."""
+    """The mean over documents of the best score of an accepted answer that is truncated at its first stop string."""
     if task is None or task.OUTPUT_TYPE != "generate_until" or _programs(task) is not None:
         return 1.0
     stops = task.config.generation_kwargs["until"]

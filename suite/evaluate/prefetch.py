@@ -1,4 +1,4 @@
-"""Bringing evaluation data to a machine without network: every file the real tasks read, in the hub's layout."""
+"""Downloads every file that tasks read, in the layout of the hub, for machines without network."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ Download = Callable[[str, str | None, str], Docs]
 
 
 def prefetch(root: Path, tasks: Iterable[str] | None = None, download: Download | None = None) -> list[Path]:
-    """Download what the tasks read and `root` does not have.
+    """Download the files that tasks read and `root` lacks.
 
     Args:
-        root: the folder that becomes --data-root; made if it is not there.
+        root: the folder for --data-root; created if it does not exist.
         tasks: names; None: every task that reads files.
         download: where rows come from; None: the hub.
 
@@ -27,7 +27,7 @@ def prefetch(root: Path, tasks: Iterable[str] | None = None, download: Download 
         The files written; each is complete or absent.
 
     Raises:
-        UserError: a task is unknown or reads no files, or the hub does not give its data.
+        UserError: a task is unknown or reads no files, or its data cannot be downloaded.
     """
     root.mkdir(parents=True, exist_ok=True)
     local = DataRoot(root)

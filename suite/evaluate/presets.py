@@ -5,8 +5,8 @@ for questions, pass@1 for programs, accuracy for choices, and the likelihood of 
 examples are our choice (the paper gives none, the released template 5 for NQ): 5 for questions and MMLU, 0 for other
 choices and HumanEval, 3 for MBPP as in the stock prompt.
 
-`quick` asks the first documents of each task, the same ones always. With 200 documents an accuracy of p has a
-standard error of sqrt(p (1 - p) / 200), at most 0.035; the one found is stored beside every score.
+`quick` scores the first documents of each task, which are always the same. With 200 documents an accuracy of p has a
+standard error of sqrt(p (1 - p) / 200), at most 0.035; the estimate is recorded with every score.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Programs that a model wrote, run where they can harm nothing and cannot pass by lying.
+"""Runs programs that a model wrote, where they can do no harm and cannot forge a pass.
 
-Three kinds of walls, the strongest available first:
+Three kinds of isolation, the strongest first:
 - bubblewrap: own user, process, network, ipc and file name spaces; of the machine's files only the system libraries
   and the interpreter, read-only; one small writable folder in memory.
 - unshare: the same name spaces and the same few files, made with util-linux alone.
-- rlimits: limits and no walls. A program can read files, use the network and signal the evaluator: never chosen
-  unless asked for by name.
+- rlimits: limits without isolation. A program can read files, use the network and signal the evaluator: never chosen
+  unless requested by name.
 
 In all of them CPU time, memory, file size, open files and wall time are bounded, the environment is empty, and the
 whole process group is killed at the end. A program is one process: an audit hook refuses to start others, and native
@@ -14,7 +14,7 @@ code that is not Python's own. (The limit on processes stands behind that; it do
 A program passes only if a random nonce comes out last. It waits in a pipe until all else of the program's
 text has been read, then lives only on the interpreter's value stack while program and tests run: exit(0),
 printing, reading its own source or walking up the frames do not find it, and the ways to look into the
-interpreter (gc, ctypes, tracing, /proc, other processes) are refused by an audit hook. The walls protect the
+interpreter (gc, ctypes, tracing, /proc, other processes) are refused by an audit hook. The isolation protects the
 machine; the nonce protects the score against lazy and ordinary cheating. A test that compares with == still
 believes an object that equals everything.
 """
@@ -71,7 +71,7 @@ class Sandbox:
     """Runs programs. `kind` None: the strongest kind that works here, never rlimits.
 
     Raises:
-        UserError: no walls can be made on this machine, or the kind asked for does not work.
+        UserError: no sandbox works on this machine, or the requested kind does not.
     """
 
     def __init__(self, kind: Kind | None = None, limits: Limits | None = None) -> None:
@@ -97,11 +97,11 @@ class Sandbox:
             except OSError as error:
                 return f"{error.filename}: {error.strerror}"
             errors.seek(0)
-            said = errors.read().decode(errors="replace").strip().splitlines()
-        return "" if outcome.passed else [outcome.reason, *said][-1]
+            lines = errors.read().decode(errors="replace").strip().splitlines()
+        return "" if outcome.passed else [outcome.reason, *lines][-1]
 
     def run(self, program: str, errors: IO[bytes] | int = subprocess.DEVNULL) -> Outcome:
-        """Run one program to its end or its limits; `errors` takes what it says on standard error."""
+        """Run one program to its end or its limits; `errors` receives its standard error."""
         nonce = secrets.token_hex(NONCE_BYTES // 2).encode()
         source = program.encode()
         with tempfile.TemporaryDirectory() as scratch, tempfile.TemporaryFile() as output:
@@ -141,7 +141,7 @@ class Sandbox:
 
 
 def sandbox_of(run_code: RunCode | None) -> Sandbox | None:
-    """The sandbox that `--run-code` asks for; None where it was not given. Raises UserError as `Sandbox`."""
+    """The sandbox that `--run-code` requests; None if it was not given. Raises UserError as `Sandbox`."""
     if run_code is None:
         return None
     return Sandbox() if run_code == "strongest" else Sandbox(run_code)

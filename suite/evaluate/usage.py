@@ -1,4 +1,4 @@
-"""How a finished model uses its memory: which rows it reads of a fixed sample of text, and how evenly."""
+"""How a finished model uses its memory: which rows it reads for a fixed sample of text, and how evenly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from suite.models.transformer import Transformer
 from suite.models.usage import Reads
 
 BATCHES, BATCH_ROWS = 8, 16
-"""How much training text is read: a fixed sample, the same for every model of a corpus."""
+"""The sample of training text, which is the same for every model of a corpus."""
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def key_usage(model: Transformer, corpus: Corpus, processes: int = 1) -> dict[st
     """Reads of every memory layer over fixed rows of the training text; the model is left in evaluation mode.
 
     Args:
-        processes: how many hold the model together; all of them call this.
+        processes: number of processes that share the model; all of them call this.
 
     Returns:
         {"tokens"} and what `Reads.finish` gives; empty without a memory.

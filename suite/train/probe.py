@@ -69,12 +69,12 @@ class Prober:
 
 def kinds(world: World) -> tuple[ProbeKind, ...]:
     """The kinds of probes of a world: extraction only if questions are part of the training text."""
-    return ("storage", "paraphrase", "extraction") if len(world.asked) else ("storage", "paraphrase")
+    return ("storage", "paraphrase", "extraction") if len(world.with_questions) else ("storage", "paraphrase")
 
 
 def sample(world: World, kind: ProbeKind, people: int) -> list[int]:
     """A fixed sample of people; for extraction, of those whose questions are not in the training text."""
-    allowed = world.unasked if kind == "extraction" else range(world.people)
+    allowed = world.without_questions if kind == "extraction" else range(world.people)
     order = seeded_random.permutation(len(allowed), SAMPLE_SEED, world.seed)
     return sorted(int(allowed[i]) for i in order[:people])
 

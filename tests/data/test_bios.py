@@ -71,13 +71,13 @@ def test_sentences_are_about_nine_words_long() -> None:
 
 def test_questions_are_asked_of_the_asked_people_only_and_answered_rightly() -> None:
     w = world(questions=0.3)
-    assert len(w.asked) == 18
-    assert set(w.asked) | set(w.unasked) == set(range(w.people))
+    assert len(w.with_questions) == 18
+    assert set(w.with_questions) | set(w.without_questions) == set(range(w.people))
     names = {w.name(person): person for person in range(w.people)}
     for index in range(ROUNDS):
         texts = list(w.questions(index))
         assert len(texts) == 18 * 6
-        assert {names[re.search(NAME, text)["name"]] for text in texts} == set(w.asked)
+        assert {names[re.search(NAME, text)["name"]] for text in texts} == set(w.with_questions)
         for text in texts:
             question, answer = re.fullmatch(r"Question: (.*\?)\nAnswer: (.*)\.", text).groups()
             person = names[re.search(NAME, question)["name"]]
@@ -91,8 +91,8 @@ def test_people_kept_for_extraction_never_appear_in_a_trained_question() -> None
     assert len(asked_of) == len(trained) == 30
     assert not asked_of & trained
     assert not any(text.startswith("Question") for r in range(ROUNDS) for text in w.sentences(r))
-    with pytest.raises(ValueError, match="trained on"):
-        w.probes("extraction", w.asked[:1])
+    with pytest.raises(ValueError, match="extraction"):
+        w.probes("extraction", w.with_questions[:1])
 
 
 def test_storage_probes_are_the_trained_sentences_and_paraphrases_are_not() -> None:
@@ -119,7 +119,7 @@ def test_held_out_sentences_use_only_words_of_training_sentences() -> None:
 
 
 def test_no_prompt_is_ambiguous() -> None:
-    prompts = Counter(prompt for a in world().attributes for prompt in a.training + a.held_out + a.asked)
+    prompts = Counter(prompt for a in world().attributes for prompt in a.training + a.held_out + a.question_prompts)
     assert set(prompts.values()) == {1}
 
 
@@ -144,7 +144,7 @@ def test_zipf_tells_popular_people_more_often() -> None:
     told = Counter(re.search(NAME, text)["name"] for r in range(ROUNDS) for text in w.sentences(r))
     assert [told[w.name(person)] for person in range(w.people)] == (6 * w.copies).tolist()
     asked = Counter(re.search(NAME, text)["name"] for r in range(ROUNDS) for text in w.questions(r))
-    assert asked == {w.name(person): 6 * w.copies[person] for person in w.asked}
+    assert asked == {w.name(person): 6 * w.copies[person] for person in w.with_questions}
     weights = 1 / np.arange(1, 201)
     assert np.abs(w.exposures - weights / weights.mean()).max() <= 0.125 + 1e-9
     assert w.exposures.min() >= 1 / ROUNDS

@@ -114,6 +114,6 @@ def test_prompt_and_answer_encode_apart_as_together() -> None:
     w = World(50, questions=0.5)
     for tokenizer in tokenizers(w):
         for kind in ("storage", "paraphrase", "extraction"):
-            for probe in w.probes(kind, w.unasked[:5]):
+            for probe in w.probes(kind, w.without_questions[:5]):
                 apart = tokenizer.encode(probe.prompt) + tokenizer.encode(probe.answer)
                 assert apart == tokenizer.encode(probe.prompt + probe.answer)

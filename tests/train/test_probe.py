@@ -33,7 +33,7 @@ def test_bits_equal_a_loop_over_tokens(bios: Corpus, bios_model: Transformer) ->
 
 def test_extraction_probes_only_people_without_questions_in_training(bios: Corpus) -> None:
     assert bios.world is not None
-    assert not set(probe.sample(bios.world, "extraction", 30)) & set(bios.world.asked.tolist())
+    assert not set(probe.sample(bios.world, "extraction", 30)) & set(bios.world.with_questions.tolist())
 
 
 def test_loss_ignores_padding_and_separates_documents(bios: Corpus, bios_model: Transformer) -> None:

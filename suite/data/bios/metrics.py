@@ -16,7 +16,7 @@ from suite.data.bios.world import Probe
 
 @dataclass(frozen=True)
 class BitsResult:
-    """Bits learned of the people probed.
+    """Bits learned about the people in the probes.
 
     bits: B; bits_max: n/6 people x H; nll: mean answer NLL in nats (value and stop); n: facts (person,
     attribute); stderr: of `bits`, from its spread over people (NaN for one person).
@@ -32,23 +32,31 @@ class BitsResult:
 def bits_learned(probes: Sequence[Probe], log2p: Sequence[float] | NDArray[np.float64]) -> BitsResult:
     """B = sum over people i, attributes a of [log2 K_a + mean over templates of log2 p(v_ia, stop | prompt)].
 
-    `log2p[j]` is the log2 probability of probes[j].answer over the full vocabulary; it is never clipped, so a
-    confident wrong model is far below 0. (DESIGN.md section 6; Allen-Zhu and Li 2024, section 3.)
+    It is never clipped, so a confident wrong model is far below 0 (Allen-Zhu and Li 2024, section 3).
 
-    A model that knows only how often each value occurs in its world gets N KL(occurrence | uniform) bits, which
-    does not grow with N: about sum over a of (K_a - 1) / (2 ln 2) = 557 in total, standard deviation 28 (a
-    likelihood ratio's chi-square law; from 100 people on it stays within 100 bits of that). So 557 bits is what
-    "nothing about anybody" comes to, and it is small beside N H from a few hundred people on.
+    A model that knows only how often each value occurs in its world gets N KL(occurrence | uniform) bits, which does
+    not grow with N: about sum over a of (K_a - 1) / (2 ln 2) = 557 in total, with standard deviation 28 (the chi-square
+    law of a likelihood ratio; from 100 people on it stays within 100 bits of that). So 557 bits is the score of a model
+    that knows nothing about individuals. It is small compared with N H from a few hundred people on.
+
+    Args:
+        probes: facts, each in several templates.
+        log2p: for each probe, the log2 probability of its answer over the full vocabulary.
+
+    Raises:
+        ValueError: there are no probes, or not one probability for each.
     """
     if len(probes) != len(log2p) or not probes:
-        raise ValueError(f"got {len(probes)} probes and {len(log2p)} log-probabilities: as many, at least one")
-    told: dict[tuple[int, int], list[float]] = defaultdict(list)
+        raise ValueError(
+            f"got {len(probes)} probes and {len(log2p)} log-probabilities; their numbers must be equal and not 0"
+        )
+    values_of: dict[tuple[int, int], list[float]] = defaultdict(list)
     entropy: dict[tuple[int, int], float] = {}
     for probe, value in zip(probes, log2p, strict=True):
         fact = (probe.person, probe.attribute)
-        told[fact].append(float(value))
+        values_of[fact].append(float(value))
         entropy[fact] = math.log2(len(probe.candidates))
-    means = {fact: sum(values) / len(values) for fact, values in told.items()}
+    means = {fact: sum(values) / len(values) for fact, values in values_of.items()}
     by_person: dict[int, float] = defaultdict(float)
     for fact, mean in means.items():
         by_person[fact[0]] += entropy[fact] + mean

@@ -1,8 +1,8 @@
-"""The words of the synthetic biographies: invented names and values, and the sentences that hold them.
+"""The text of the synthetic biographies: invented names and values, and the sentences that contain them.
 
-Every sentence and every question ends with a value and the stop, so that a prompt is all that comes before
-the value. Held-out sentences use only words that the training sentences of some attribute also use. Changing
-anything here changes every world: raise `TEMPLATE_SET` with it.
+Every sentence and every question ends with a value and the stop, so that a prompt is everything before the value.
+Held-out sentences use only words that also occur in the training sentences of some attribute. Any change in this file
+changes every world and must increment `TEMPLATE_SET`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from functools import cached_property
 
 TEMPLATE_SET = 1
 STOP = "."
-ROUNDS = 4  # of sentences: each fact is met in another training template in each
+ROUNDS = 4  # each uses another training template for a fact
 
 _CONSONANTS = "bdfgklmnprstvz"
 _VOWELS = "aeiou"
 _SYLLABLES = tuple(c + v for c in _CONSONANTS for v in _VOWELS)
 TWO_SYLLABLES = len(_SYLLABLES) ** 2
-_STRIDE = 1009  # coprime to TWO_SYLLABLES: neighbours in the list do not look alike
+_STRIDE = 1009  # coprime to TWO_SYLLABLES: neighbours in the list differ visibly
 
 
 def invented(index: int, ending: str) -> str:
@@ -29,15 +29,15 @@ def invented(index: int, ending: str) -> str:
 
 def invented_words(count: int, ending: str) -> tuple[str, ...]:
     """The first `count` invented words with that ending."""
-    assert count <= TWO_SYLLABLES, "more words than two syllables make"
+    assert count <= TWO_SYLLABLES, "two syllables give fewer words"
     return tuple(invented(index, ending) for index in range(count))
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """What is told of a person: K values, uniform, and the texts that tell or ask it.
+    """An attribute of a person: its K equally likely values, and the texts that state it or ask for it.
 
-    `training`, `held_out`: sentences up to the value; `questions`: the question alone.
+    `training` and `held_out` are sentences up to the value; `questions` are the questions alone.
     """
 
     name: str
@@ -48,12 +48,12 @@ class Attribute:
 
     @cached_property
     def answers(self) -> tuple[str, ...]:
-        """Every value as it is scored: after a space, with its stop. No answer begins another."""
+        """Every value as it is scored, with the space before it and its stop. No answer is a prefix of another."""
         return tuple(f" {value}{STOP}" for value in self.values)
 
     @cached_property
-    def asked(self) -> tuple[str, ...]:
-        """Question prompts in the manner of TriviaQA and NQ, up to the answer."""
+    def question_prompts(self) -> tuple[str, ...]:
+        """Prompts in the style of TriviaQA and NQ, up to the answer."""
         return tuple(f"Question: {question}?\nAnswer:" for question in self.questions)
 
 

@@ -1,13 +1,12 @@
-"""Synthetic biographies: invented people, their facts, the text that tells them, and the bits learned of it.
+"""Synthetic biographies: invented people, their facts, and the text that states the facts.
 
 After Allen-Zhu and Li, "Physics of Language Models" part 3.3 (arXiv 2404.05405): N people with attributes
-drawn uniformly from K = (200, 100, 50, 300, 100, 28) values, 39.6116 bits a person. Every fact is one short
+drawn uniformly from K = (200, 100, 50, 300, 100, 28) values, 39.6116 bits per person. Every fact is one short
 sentence with the full name. A world is a pure function of its seed, its size, its share of questions, its
 exponent and the template set.
 
-Names are pairs of a first and a last name, both from the same number of names, sqrt(8 N): a single name says
-little about its bearer, the vocabulary is the same for all worlds of one size, and N0 = `name_space` is about
-8 N.
+A name is a pair of a first and a last name, each drawn from sqrt(8 N) names. A single name therefore reveals little
+about a person, all worlds of one size share a vocabulary, and N0 = `name_space` is about 8 N.
 """
 
 from __future__ import annotations
@@ -35,12 +34,12 @@ from suite.data.bios.text import (
 ProbeKind = Literal["storage", "paraphrase", "extraction"]
 NAMES_PER_PERSON = 8
 MAX_PEOPLE = TWO_SYLLABLES**2 // NAMES_PER_PERSON
-_NAMES, _VALUES, _ASKED, _SENTENCES, _QUESTIONS, _COPIES = range(6)
+_NAMES, _VALUES, _QUESTIONED, _SENTENCES, _QUESTIONS, _COPIES = range(6)
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One question to a model: how likely is `answer` after `prompt`?
+    """A fact to test: how probable is `answer` after `prompt`?
 
     `answer` begins with a space and ends with its stop; `candidates` are all K answers of the attribute.
     `attribute` indexes World.attributes, `template` the prompts of the probe's kind.
@@ -75,9 +74,9 @@ class World:
             [seeded_random.integers(self.people, k, seed, _VALUES, attribute) for attribute, k in enumerate(self.K)],
             axis=1,
         )
-        order = seeded_random.permutation(self.people, seed, _ASKED)
-        self.asked: NDArray[np.int64] = np.sort(order[: round(questions * self.people)])
-        self.unasked: NDArray[np.int64] = np.sort(order[len(self.asked) :])
+        order = seeded_random.permutation(self.people, seed, _QUESTIONED)
+        self.with_questions: NDArray[np.int64] = np.sort(order[: round(questions * self.people)])
+        self.without_questions: NDArray[np.int64] = np.sort(order[len(self.with_questions) :])
 
     @property
     def K(self) -> tuple[int, ...]:
@@ -101,17 +100,17 @@ class World:
 
     @cached_property
     def copies(self) -> NDArray[np.int64]:
-        """[people] how often each fact of a person is told in one cycle of ROUNDS rounds.
+        """[people] how often each fact of a person occurs in one cycle of ROUNDS rounds.
 
-        Uniform: ROUNDS, once a round. Zipf: in proportion to (person + 1)^-zipf with the same mean, rounded,
-        and at least once, so that nobody is never met (which lifts the mean of steep laws a little).
+        Uniform: ROUNDS, once per round. Zipf: proportional to (person + 1)^-zipf with the same mean, rounded, and at
+        least 1 so that everybody occurs (which raises the mean of steep distributions a little).
         """
         weights = (np.arange(self.people) + 1.0) ** -self._zipf
         return np.maximum(1, np.rint(ROUNDS * weights / weights.mean()).astype(np.int64))
 
     @property
     def exposures(self) -> NDArray[np.float64]:
-        """[people] how often each fact of a person is told in an epoch, on average over a cycle."""
+        """[people] how often each fact of a person occurs per epoch, averaged over a cycle."""
         return self.copies / ROUNDS
 
     def documents(self, round_index: int) -> Iterator[str]:
@@ -122,16 +121,15 @@ class World:
     def sentences(self, round_index: int) -> Iterator[str]:
         """The facts of one round in the order person, copy, attribute.
 
-        In each round another training template is chosen for a fact; over a cycle of ROUNDS rounds a fact is
-        told in every one (with zipf 0).
+        Each round uses another training template for a fact; a cycle of ROUNDS rounds uses all of them (with zipf 0).
         """
-        return self._told(round_index, self.prompts("storage"), np.arange(self.people), _SENTENCES)
+        return self._texts(round_index, self.prompts("storage"), np.arange(self.people), _SENTENCES)
 
     def questions(self, round_index: int) -> Iterator[str]:
-        """The question-answer documents of one round: facts of the asked people, as often as told."""
-        return self._told(round_index, self.prompts("extraction"), self.asked, _QUESTIONS)
+        """The question-answer documents of one round, about the people in `with_questions`."""
+        return self._texts(round_index, self.prompts("extraction"), self.with_questions, _QUESTIONS)
 
-    def _told(
+    def _texts(
         self, round_index: int, prompts: list[tuple[str, ...]], people: NDArray[np.int64], stream: int
     ) -> Iterator[str]:
         seed = self.seed
@@ -146,29 +144,33 @@ class World:
                     yield templates[template].format(name=name) + self.answer(person, attribute)
 
     def prompts(self, kind: ProbeKind) -> list[tuple[str, ...]]:
-        """Per attribute the prompts of a kind, with {name} in them."""
+        """The prompts of a kind for each attribute, with {name} in them."""
         if kind == "storage":
             return [attribute.training for attribute in self.attributes]
         if kind == "paraphrase":
             return [attribute.held_out for attribute in self.attributes]
-        return [attribute.asked for attribute in self.attributes]
+        return [attribute.question_prompts for attribute in self.attributes]
 
     def answer(self, person: int, attribute: int) -> str:
-        """The true answer, after a space and with its stop."""
+        """The true answer, with the space before it and its stop."""
         return self.attributes[attribute].answers[int(self.values[person, attribute])]
 
     def probes(self, kind: ProbeKind, people: Iterable[int] | None = None) -> list[Probe]:
         """Every fact of the people in every template of the kind, in the order person, attribute, template.
 
-        storage: templates seen in training; paraphrase: held-out ones; extraction: questions, asked only of
-        people whose questions were never trained on. `people` None: all of them. Raises ValueError if
-        extraction is asked of somebody whose questions are part of the training text.
+        Args:
+            kind: storage: templates seen in training; paraphrase: held-out templates; extraction: questions, only about
+                people whose questions are not in the training text.
+            people: indices; None: everybody for whom the kind is defined.
+
+        Raises:
+            ValueError: extraction is requested for somebody whose questions are in the training text.
         """
         if people is None:
-            people = self.unasked.tolist() if kind == "extraction" else range(self.people)
+            people = self.without_questions.tolist() if kind == "extraction" else range(self.people)
         chosen = [int(person) for person in people]
-        if kind == "extraction" and np.isin(chosen, self.asked).any():
-            raise ValueError("extraction is asked of people whose questions are trained on")
+        if kind == "extraction" and np.isin(chosen, self.with_questions).any():
+            raise ValueError("extraction is defined for people whose questions are not in the training text")
         return [
             Probe(
                 person,
@@ -185,9 +187,9 @@ class World:
         ]
 
     def vocabulary_texts(self) -> Iterator[str]:
-        """Texts that hold every word of any world of this size: sentences, questions, answers and names."""
+        """Texts that contain every word of any world of this size: sentences, questions, answers and names."""
         for attribute in self.attributes:
-            for prompt in attribute.training + attribute.held_out + attribute.asked:
+            for prompt in attribute.training + attribute.held_out + attribute.question_prompts:
                 yield prompt.format(name="")
             yield from attribute.answers
         yield from self._first

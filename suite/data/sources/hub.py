@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, read as streams through `datasets`; the one module that knows it."""
+"""Data sets of the Hugging Face hub, streamed through `datasets`."""
 
 from __future__ import annotations
 
@@ -48,32 +48,32 @@ class HubData(StreamData):
 
 
 class HubReader:
-    """The documents of a hub data set that are not blank, in its own order; nothing is downloaded ahead.
+    """The documents of a hub data set, in its own order; nothing is downloaded ahead.
 
-    Its position holds the commit that is read, so that a stream goes on in the same content, the records read
-    so far, and where `datasets` says it stands. Raises UserError for a data set that cannot be reached or used.
+    Its position holds the commit that is read, so that a resumed stream has the same content; the number of records
+    read; and the state of the `datasets` stream. Raises UserError for a data set that cannot be reached or used.
     """
 
-    share = None  # the hub does not say how long a stream is
+    share = None  # the length of a stream is unknown
 
     def __init__(self, config: HubData, position: Any = None) -> None:
         self._config = config
         self.skipped = 0
         self._read: int = position["records"] if position else 0
-        self._commit: str | None = position["commit"] if position else self._ask(self._newest_commit)
-        self._stream = self._ask(self._open)
+        self._commit: str | None = position["commit"] if position else self._request(self._newest_commit)
+        self._stream = self._request(self._open)
         if position:
             self._stream.load_state_dict(position["state"])
 
     @property
     def position(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON."""
+        """Where the stream is, as JSON."""
         return {"commit": self._commit, "records": self._read, "state": self._stream.state_dict()}
 
     def __iter__(self) -> Iterator[str]:
         """The documents from the position on."""
         records = iter(self._stream)
-        while (record := self._ask(lambda: next(records, None))) is not None:
+        while (record := self._request(lambda: next(records, None))) is not None:
             self._read += 1
             text = text_of(f"{self._config.name}: record {self._read}", record, self._config.field)
             if text.strip():
@@ -82,7 +82,7 @@ class HubReader:
                 self.skipped += 1
 
     def _newest_commit(self) -> str | None:
-        """The commit that the revision names now; None for a folder in a hub data set's layout."""
+        """The commit that the revision currently names; None for a local folder in the layout of the hub."""
         if Path(self._config.name).is_dir():
             return None
         from huggingface_hub import HfApi
@@ -105,16 +105,16 @@ class HubReader:
             )
         return stream.select_columns([config.field])
 
-    def _ask(self, question: Callable[[], Result]) -> Result:
-        """The answer to a question to the hub; whatever goes wrong is one line that says what to do."""
+    def _request(self, action: Callable[[], Result]) -> Result:
+        """The result of a request to the hub. Raises UserError, with the remedy, for any failure."""
         try:
-            return question()
+            return action()
         except UserError:
             raise
         except Exception as error:  # datasets, huggingface_hub and their HTTP client have no common base
             cause = f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
-        begun = f" after {self._read} records (the same command goes on from there)" if self._read else ""
+        progress = f" after {self._read} records (the same command resumes there)" if self._read else ""
         raise UserError(
-            f"data.name: got {self._config.name!r}, which cannot be read{begun}: {cause}; allowed: a hub data set that"
-            " can be reached (HF_HUB_OFFLINE unset), or kind: text with data.path at local .parquet or .jsonl files"
+            f"data.name: got {self._config.name!r}, which cannot be read{progress}: {cause}; unset HF_HUB_OFFLINE if it"
+            " is set, or use kind: text with data.path at local .parquet or .jsonl files"
         )
