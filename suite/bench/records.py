@@ -26,8 +26,8 @@ from suite.data.corpus import prepare
 from suite.evaluate.harness import evaluate
 from suite.evaluate.usage import key_usage
 from suite.grids import Grid, find_grid, load_grid
+from suite.launch.preparation import write_grid
 from suite.launch.provenance import versions
-from suite.launch.sweep import write_grid
 from suite.models import registry
 from suite.models.accounting import account
 from suite.records import RunDir, run_dir

@@ -140,21 +140,28 @@ def train(
     Example: suite train results/runs/dense-w32-s0-0a1b2c3d/cell.json
     """
     from suite.grids import Grid, load_cell
-    from suite.launch import sweep as launch
+    from suite.launch import preparation
+    from suite.launch.interruption import Interruption
     from suite.launch.worker import run_cell
     from suite.records import Locked
 
     loaded = load_cell(cell, baseline or ())
     check_folders(results, data_root)
     scoring = make_scoring(data_root, run_code)
-    launch.refuse_stale(results, [loaded])
-    launch.retry_failed(results, [loaded])
-    launch.refuse_unfit_tasks(Grid(loaded.run_name, cell, (loaded,)), results, scoring)
+    preparation.refuse_stale(results, [loaded])
+    preparation.retry_failed(results, [loaded])
+    preparation.refuse_unfit_tasks(Grid(loaded.run_name, cell, (loaded,)), results, scoring)
     try:
-        run = launch.prepare(results, loaded)
+        run = preparation.prepare(results, loaded)
     except Locked as error:
         raise UserError(f"{error}; wait for it or stop it") from None
-    run_cell(run.path, scoring)
+    interruption = Interruption()
+    with interruption.on_signals():
+        try:
+            run_cell(run.path, scoring, interruption)
+        except KeyboardInterrupt:
+            print("suite: stopped; the same command resumes", file=sys.stderr)
+            raise typer.Exit(130) from None
     print_one(Grid(run.name, cell, (loaded,)), results, as_json)
 
 

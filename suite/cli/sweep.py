@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,14 +23,14 @@ from suite.cli.options import (
     report_failures,
     stderr_console,
 )
-from suite.errors import UserError
 
 if TYPE_CHECKING:
     from suite.grids import Grid
+    from suite.launch.executor import Executor
     from suite.launch.progress import BarWatcher, PlainWatcher
     from suite.launch.scorer import Scorer
-    from suite.launch.slurm.profile import Profile
     from suite.launch.status import CellStatus
+    from suite.launch.sweep import Sweep
 
 
 @expand_options
@@ -66,121 +65,69 @@ def sweep(
     Example: suite sweep laptop --jobs 2
     """
     from suite.launch import progress
-    from suite.launch.sweep import refuse_unknown_tasks
+    from suite.launch.executor import Options, executor_class
+    from suite.launch.interruption import Interruption
+    from suite.launch.preparation import refuse_unknown_tasks
+    from suite.launch.sweep import Sweep
 
-    on_slurm = _is_on_slurm(executor, jobs, profile, wait)
-    loaded = options.load(grid, need_data=not (dry_run and on_slurm))
-    cluster = _profile(profile, loaded) if on_slurm else None
-    results = options.results
+    kind, results = executor_class(executor), options.results
+    loaded = options.load(grid, need_data=not (dry_run and kind.is_queue))
     check_folders(results, data_root, make=not dry_run)
-    scoring = make_scoring(data_root, run_code, here=not on_slurm and not dry_run)
-    if dry_run:
-        refuse_unknown_tasks(loaded)
-        if cluster is not None:
-            _print_scripts(loaded, results, cluster, scoring, report, options.as_json)
-        else:
-            _print_dry_run(loaded, results, options.as_json)
-        return
-    reported = True
-    with progress.watcher(stderr_console()) as watcher:
-        _make_ready(loaded, results, scoring, retry_failed, rerun_stale, watcher)
-        if cluster is not None:
-            statuses, reported = _sweep_on_slurm(loaded, results, cluster, scoring, report, wait, watcher)
-        else:
-            statuses = _sweep_here(loaded, results, jobs, scoring, watcher)
+    scorer = make_scoring(data_root, run_code, here=not kind.is_queue and not dry_run)
+    with progress.watcher(stderr_console()) if not dry_run else nullcontext() as watcher:
+        event = watcher.event if watcher else (lambda text: None)
+        chosen = kind.create(Options(loaded, results, scorer, jobs, profile, wait, report, event))
+        if watcher is None:
+            refuse_unknown_tasks(loaded)
+            _print_dry_run(loaded, results, chosen, options.as_json)
+            return
+        _make_ready(loaded, results, scorer, retry_failed, rerun_stale, watcher)
+        interruption = Interruption()
+        launched = Sweep(loaded, results, chosen, watcher, interruption)
+        with interruption.on_signals():
+            try:
+                statuses = launched.run() if wait else _submitted(launched)
+            except KeyboardInterrupt:
+                if chosen.is_queue:
+                    event("the jobs keep running; the same command watches them again, `suite cancel` ends them")
+                raise typer.Exit(130) from None
     print_statuses(loaded, statuses, options.as_json)
-    if report and not on_slurm:
-        reported = _report(loaded, results, options.as_json)
+    reported = chosen.report(to_stderr=options.as_json) if report and wait else True
     report_failures(statuses)
     states = {status.state for status in statuses}
     if "failed" in states or (wait and not (reported and states <= {"done"})):
         raise typer.Exit(1)
 
 
-def _is_on_slurm(executor: str, jobs: int | None, profile: str | None, wait: bool) -> bool:
-    """Whether the cells become Slurm jobs. Raises UserError for an option that belongs to the other executor."""
-    if executor not in ("local", "slurm"):
-        raise UserError(f"--executor: got {executor!r}, allowed: local, slurm")
-    if executor == "slurm":
-        if jobs is not None:
-            raise UserError("--jobs: applies to --executor local; on Slurm, set max_jobs in the profile")
-        return True
-    if profile is not None:
-        raise UserError("--profile: applies to --executor slurm")
-    if not wait:
-        raise UserError("--no-wait: applies to --executor slurm")
-    return False
+def _submitted(launched: Sweep) -> list[CellStatus]:
+    """Submit what is missing without waiting for it."""
+    from suite.launch.slurm import queue
+    from suite.launch.status import grid_status
+    from suite.records import run_dir
 
-
-def _profile(name: str | None, grid: Grid) -> Profile:
-    from suite.launch.slurm.profile import load_profile
-
-    return load_profile(name, grid.launch)
+    launched.start()
+    runs = [run_dir(launched.results, cell) for cell in launched.grid.cells]
+    return queue.with_slurm(grid_status(launched.results, launched.grid), runs)
 
 
 def _make_ready(
     grid: Grid,
     results: Path,
-    scoring: Scorer,
+    scorer: Scorer,
     retry_failed: bool,
     rerun_stale: bool,
     watcher: BarWatcher | PlainWatcher,
 ) -> None:
     """Archive or refuse stale runs, release failed cells, and refuse tasks that cannot be scored."""
-    from suite.launch import sweep as launch
+    from suite.launch import preparation
 
     if rerun_stale:
-        for path in launch.set_stale_aside(results, grid.cells):
+        for path in preparation.archive_stale(results, grid.cells):
             watcher.event(f"archived: {path}")
-    launch.refuse_stale(results, grid.cells)
+    preparation.refuse_stale(results, grid.cells)
     if retry_failed:
-        launch.retry_failed(results, grid.cells)
-    launch.refuse_unfit_tasks(grid, results, scoring)
-
-
-def _sweep_here(
-    grid: Grid, results: Path, jobs: int | None, scoring: Scorer, watcher: BarWatcher | PlainWatcher
-) -> list[CellStatus]:
-    import torch
-
-    from suite.launch import sweep as launch
-
-    gpus = torch.cuda.device_count()
-    jobs = jobs or launch.default_jobs(grid.cells, gpus)
-    # A shell starts background jobs with SIGINT ignored; this lets them be interrupted, too.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        return launch.Sweep(grid, results, jobs, scoring, watcher, gpus).run()
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
-
-
-def _sweep_on_slurm(
-    grid: Grid,
-    results: Path,
-    profile: Profile,
-    scoring: Scorer,
-    report: bool,
-    wait: bool,
-    watcher: BarWatcher | PlainWatcher,
-) -> tuple[list[CellStatus], bool]:
-    """Return the final status of the cells, and whether the report succeeded."""
-    from suite.launch.slurm import queue
-    from suite.launch.slurm.sweep import SlurmSweep
-    from suite.launch.status import grid_status
-    from suite.records import run_dir
-
-    launched = SlurmSweep(grid, results, profile, scoring, watcher, report)
-    launched.submit()
-    if wait:
-        try:
-            return launched.watch(), launched.reported
-        except KeyboardInterrupt:
-            watcher.event("the jobs keep running; the same command watches them again, `suite cancel` ends them")
-            raise typer.Exit(130) from None
-    runs = [run_dir(results, cell) for cell in grid.cells]
-    return queue.with_slurm(grid_status(results, grid), runs), True
+        preparation.retry_failed(results, grid.cells)
+    preparation.refuse_unfit_tasks(grid, results, scorer)
 
 
 @expand_options
@@ -189,28 +136,30 @@ def cancel(grid: GridName, options: GridOptions) -> None:
 
     Example: suite cancel paper-fixed-memory
     """
-    from suite.launch.slurm import sweep
+    from suite.launch.slurm.executor import cancel_jobs
 
     loaded = options.load(grid, need_data=False)
-    cancelled = sweep.cancel(options.results, loaded)
+    cancelled = cancel_jobs(options.results, loaded)
     if options.as_json:
         print_json({"grid": loaded.name, "cancelled": cancelled})
     else:
         print("\n".join(f"cancelled: {name}" for name in cancelled) or f"{loaded.name} has no jobs in Slurm")
 
 
-def _report(grid: Grid, results: Path, as_json: bool) -> bool:
-    """Fit and draw in another process, because analysis is independent of torch and suite."""
-    command = [sys.executable, "-m", "analysis", "report", "--grid", grid.name, "--results", str(results)]
-    done = subprocess.run(command, stdout=sys.stderr if as_json else None)
-    if done.returncode:
-        print(f"suite: the report failed; to repeat it: {' '.join(command)}", file=sys.stderr)
-    return done.returncode == 0
-
-
-def _print_dry_run(grid: Grid, results: Path, as_json: bool) -> None:
+def _print_dry_run(grid: Grid, results: Path, executor: Executor, as_json: bool) -> None:
+    """The batch scripts of a queue, or the cells that would be started here."""
     from suite.launch.status import grid_status, status_json, table
+    from suite.launch.sweep import missing_cells
 
+    if executor.is_queue:
+        scripts = [str(path) for path in executor.dry_run(missing_cells(results, grid))]
+        if as_json:
+            print_json({"grid": grid.name, "scripts": scripts})
+        else:
+            print("\n".join(scripts) or f"{grid.name}: every cell is done")
+            if scripts:
+                print(f"{grid.name}: {len(scripts)} scripts written, nothing submitted", file=sys.stderr)
+        return
     statuses = grid_status(results, grid)
     if as_json:
         document = status_json(grid, statuses)
@@ -219,15 +168,3 @@ def _print_dry_run(grid: Grid, results: Path, as_json: bool) -> None:
         print_json(document)
     else:
         print_table(table(grid, statuses))
-
-
-def _print_scripts(grid: Grid, results: Path, profile: Profile, scoring: Scorer, report: bool, as_json: bool) -> None:
-    from suite.launch.slurm.sweep import dry_run
-
-    scripts = [str(path) for path in dry_run(grid, results, profile, scoring, report)]
-    if as_json:
-        print_json({"grid": grid.name, "scripts": scripts})
-    else:
-        print("\n".join(scripts) or f"{grid.name}: every cell is done")
-        if scripts:
-            print(f"{grid.name}: {len(scripts)} scripts written, nothing submitted", file=sys.stderr)

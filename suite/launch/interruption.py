@@ -32,7 +32,8 @@ class Interruption:
     @contextmanager
     def on_signals(self) -> Iterator[None]:
         """Handle the signals of this process inside (main thread only)."""
-        before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        handled = [number for number in SIGNALS if number != signal.SIGHUP or _is_heeded(number)]
+        before = {number: signal.signal(number, self._handle) for number in handled}
         # A process may be started with signals blocked.
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         try:
@@ -45,3 +46,8 @@ class Interruption:
         is_first, self.requested = not self.requested, True
         if not (is_first and self._deferring):
             raise KeyboardInterrupt
+
+
+def _is_heeded(number: signal.Signals) -> bool:
+    """False under nohup, which must keep its effect."""
+    return signal.getsignal(number) is not signal.SIG_IGN

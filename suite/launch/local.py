@@ -1,87 +1,146 @@
-"""Where jobs run: each is one process of this machine, started through submitit, given a run directory's path."""
+"""The local executor: each cell is a process on this machine."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-import submitit
-
+from suite.cells import Cell
+from suite.errors import UserError
+from suite.grids import Grid
+from suite.launch.executor import Ended, Options
 from suite.launch.scorer import Scorer
-from suite.launch.worker import Outcome, run_cell
-
-TIME_LIMIT_MIN = 30 * 24 * 60
-"""submitit ends a local job after two minutes unless told otherwise; a cell may train for weeks."""
+from suite.records import run_dir
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
-def start(run_path: Path, scoring: Scorer, threads: int, gpu: int | None) -> submitit.Job[Outcome]:
-    """Start `run_cell(run_path, scoring)` in a process of its own and return at once.
+class LocalExecutor:
+    """At most `slots` processes at once; with GPUs, each process sees one of them.
 
-    Ctrl-C on a terminal reaches that process, too, and cuts it; so does `stop`.
-
-    Args:
-        run_path: the run's directory; logs and submitit's files go to a fresh folder in its `logs`.
-        scoring: what its scoring may use.
-        threads: CPU threads of the process.
-        gpu: the one GPU it may see; None: no GPU.
+    A process has a session of its own: Ctrl-C reaches the sweep alone, which then lets each process end its step.
     """
-    # A folder for each start: submitit names files by process id, which comes round again.
-    folder = run_path.resolve() / "logs" / uuid.uuid4().hex[:8]
-    executor = submitit.LocalExecutor(folder)
-    gpus = {} if gpu is None else {"gpus_per_node": 1, "visible_gpus": (gpu,)}
-    executor.update_parameters(timeout_min=TIME_LIMIT_MIN, stderr_to_stdout=True, **gpus)
-    # submitit's controller, between us and that process, would print a traceback on Ctrl-C: it never sees it.
-    with _environment(dict.fromkeys(THREAD_VARIABLES, str(threads))), _interrupts_blocked():
-        return executor.submit(_run_stoppable, run_path.resolve(), scoring)
+
+    is_queue = False
+    poll_s = 0.1
+
+    def __init__(
+        self,
+        grid: Grid,
+        results: Path,
+        scorer: Scorer,
+        slots: int,
+        gpus: int = 0,
+        event: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self.grid, self.results, self.scorer, self.slots, self.gpus = grid, results, scorer, slots, gpus
+        self._event = event
+        self._jobs: dict[str, _Job] = {}
+
+    @classmethod
+    def create(cls, options: Options) -> LocalExecutor:
+        """With as many slots as --jobs, the GPUs or the cores allow. Raises UserError for an option of Slurm."""
+        import torch
+
+        if options.profile is not None:
+            raise UserError("--profile: applies to --executor slurm")
+        if not options.wait:
+            raise UserError("--no-wait: applies to --executor slurm")
+        gpus = torch.cuda.device_count()
+        slots = options.jobs or default_jobs(options.grid.cells, gpus)
+        return cls(options.grid, options.results, options.scorer, slots, gpus, options.event)
+
+    def adopt(self, cells: Sequence[Cell]) -> set[str]:
+        """None: a process that an earlier sweep left behind holds its run's lock, which the sweep sees."""
+        return set()
+
+    def room(self) -> int:
+        """The free slots."""
+        return self.slots - len(self._jobs)
+
+    def submit(self, cells: Sequence[Cell]) -> None:
+        """Start a process for each cell, its output in a new folder of the run's logs."""
+        for cell in cells:
+            used = {job.slot for job in self._jobs.values()}
+            slot = next(slot for slot in range(self.slots) if slot not in used)
+            self._jobs[cell.run_name] = self._start(cell, slot)
+            self._event(f"started: {cell.run_name}")
+
+    def _start(self, cell: Cell, slot: int) -> _Job:
+        run = run_dir(self.results.resolve(), cell)
+        log = run.path / "logs" / uuid.uuid4().hex[:8] / "0_log.out"
+        log.parent.mkdir(parents=True)
+        settings = (self.scorer.data_root or "", self.scorer.run_code or "")
+        gpu = str(slot % self.gpus) if self.gpus else ""
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "suite.launch.worker", run.path, log, *settings],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=os.environ | dict.fromkeys(THREAD_VARIABLES, str(cell.threads)) | {"CUDA_VISIBLE_DEVICES": gpu},
+                start_new_session=True,
+            )
+        return _Job(process, slot, log)
+
+    def poll(self, cells: Sequence[Cell]) -> dict[str, Ended]:
+        """The processes that have exited."""
+        ended = {}
+        for name, job in list(self._jobs.items()):
+            code = job.process.poll()
+            if code is not None:
+                del self._jobs[name]
+                ended[name] = Ended(_cause(code), log=job.log)
+        return ended
+
+    def cancel(self, at_once: bool = False) -> None:
+        """Interrupt all processes, or kill them."""
+        for job in self._jobs.values():
+            if job.process.poll() is None:
+                job.process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
+
+    def report(self, to_stderr: bool) -> bool:
+        """Fit and draw in another process, because analysis is independent of torch and suite."""
+        command = [sys.executable, "-m", "analysis", "report"]
+        command += ["--grid", self.grid.name, "--results", str(self.results)]
+        done = subprocess.run(command, stdout=sys.stderr if to_stderr else None)
+        if done.returncode:
+            print(f"suite: the report failed; to repeat it: {' '.join(command)}", file=sys.stderr)
+        return done.returncode == 0
+
+    def dry_run(self, cells: Sequence[Cell]) -> list[Path]:
+        """Nothing: processes have no scripts."""
+        return []
 
 
-def stop(job: submitit.Job[Outcome]) -> None:
-    """Cut a job that was started here: its run resumes from its newest checkpoint. Harmless on one that has ended."""
-    if not job.done():
-        os.kill(int(job.job_id), signal.SIGTERM)  # the controller passes it on
+class _Job:
+    """A process in a slot."""
+
+    def __init__(self, process: subprocess.Popen[bytes], slot: int, log: Path) -> None:
+        self.process, self.slot, self.log = process, slot, log
 
 
-def _run_stoppable(run_path: Path, scoring: Scorer) -> Outcome:
-    """`run_cell`, interrupted by SIGINT and SIGTERM alike (submitit ignores the second), and by one of them only."""
-    signals = (signal.SIGINT, signal.SIGTERM)
-
-    def interrupt(*_: object) -> None:
-        for number in signals:
-            signal.signal(number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for number in signals:
-        signal.signal(number, interrupt)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
-    return run_cell(run_path, scoring, log=Path(submitit.JobEnvironment().paths.stdout))
+def _cause(code: int) -> str:
+    if code < 0:
+        return f"its process was ended by {signal.Signals(-code).name} (killed, or out of memory)"
+    return f"its process exited with code {code} without recording a result"
 
 
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Processes started inside have SIGINT blocked, until they say otherwise; ours waits till the end."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def usable_cores() -> int:
+    """The CPU cores this process may use: its affinity, and the quota of its container if there is one."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        return cores
+    return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
 
 
-@contextmanager
-def _environment(variables: dict[str, str]) -> Iterator[None]:
-    """Set environment variables for the processes started inside."""
-    before = {name: os.environ.get(name) for name in variables}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+def default_jobs(cells: Iterable[Cell], gpus: int) -> int:
+    """The number of cells at once: one per GPU, or what the cores allow with each cell's threads."""
+    return gpus or max(1, usable_cores() // max(cell.threads for cell in cells))

@@ -33,6 +33,8 @@ WEIGHT_SOURCES = (
 NOT_WEIGHT_SOURCES = (
     "suite/models/dropin.py",
     "suite/data/preparing.py",
+    "suite/train/loggers.py",
+    "suite/train/telemetry.py",
     "kernels/bench/*.py",
 )
 """Files that the patterns above match and that no training executes."""

@@ -249,3 +249,18 @@ def describe(error: BaseException) -> str:
     """A cause in one line: the exception's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def main(run_path: str, log: str, data_root: str, run_code: str) -> None:
+    """Run a cell in this process, which a sweep has started; exit code 130 after an interruption."""
+    interruption = Interruption()
+    scorer = Scorer(Path(data_root) if data_root else None, run_code or None)  # type: ignore[arg-type]
+    with interruption.on_signals():
+        try:
+            run_cell(Path(run_path), scorer, interruption, Path(log))
+        except KeyboardInterrupt:
+            sys.exit(130)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -7,7 +7,7 @@ import pytest
 
 from suite.errors import UserError
 from suite.grids import Grid, load_grid
-from suite.launch.sweep import write_grid
+from suite.launch.preparation import write_grid
 from suite.rescale import rescale
 
 GRID = """

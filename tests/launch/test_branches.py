@@ -12,7 +12,7 @@ from sweep_processes import suite
 
 from suite.cells import Cell
 from suite.launch import branches, worker
-from suite.launch.sweep import prepare
+from suite.launch.preparation import prepare
 from suite.records import RunDir, run_dir
 from suite.train import loop
 from suite.train.checkpoint import steps_saved

@@ -2,9 +2,10 @@
 
 import pytest
 
+from suite.launch.local import default_jobs, usable_cores
 from suite.launch.progress import Clock, share_done
 from suite.launch.status import duration
-from suite.launch.sweep import Standing, default_jobs, usable_cores
+from suite.launch.sweep import Standing
 
 
 def test_the_clock_extrapolates_from_what_was_done_since_the_first_look() -> None:

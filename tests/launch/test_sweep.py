@@ -4,15 +4,17 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from sweep_processes import TINY, records, runs_of, start_sweep, state_of, suite
 
 from suite.grids import load_grid
+from suite.launch.local import LocalExecutor
+from suite.launch.preparation import archive_stale, prepare, refuse_stale
+from suite.launch.scorer import Scorer
 from suite.launch.status import cell_status
-from suite.launch.sweep import Sweep, prepare, refuse_stale, set_stale_aside
+from suite.launch.sweep import Sweep
 from suite.launch.worker import describe, run_cell
 from suite.records import RunDir
 
@@ -72,27 +74,6 @@ def test_two_sweeps_at_once_train_every_run_once(tmp_path: Path) -> None:
         assert state_of(run) == "done"
 
 
-@pytest.mark.parametrize("strike", [os.kill, os.killpg], ids=["the launcher alone", "all on its terminal"])
-def test_ctrl_c_stops_the_workers_and_the_same_command_goes_on(
-    tmp_path: Path, strike: Callable[[int, int], None]
-) -> None:
-    grid, results = write(tmp_path, DENSE.replace("epochs: 2", "epochs: 30")), tmp_path / "results"
-    sweep = start_sweep(grid, results)
-    deadline = time.monotonic() + 120
-    while not any(run.checkpoints.exists() and list(run.checkpoints.glob("step-*")) for run in runs_of(results)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    strike(sweep.pid, signal.SIGINT)
-    assert sweep.wait(timeout=60) == 130
-    assert "Traceback" not in (tmp_path / "sweep.log").read_text()
-    (run,) = runs_of(results)
-    assert not run.is_locked()
-    assert state_of(run) == "pending"
-    assert start_sweep(grid, results).wait(timeout=300) == 0
-    (log,) = [log.read_text() for log in run.path.glob("logs/*/*.out") if "training from step 0" not in log.read_text()]
-    assert "training from step" in log
-
-
 def test_a_worker_killed_under_its_sweep_is_started_again(tmp_path: Path) -> None:
     grid, results = write(tmp_path, DENSE.replace("epochs: 2", "epochs: 30")), tmp_path / "results"
     sweep = start_sweep(grid, results)
@@ -103,7 +84,7 @@ def test_a_worker_killed_under_its_sweep_is_started_again(tmp_path: Path) -> Non
     (run,) = runs_of(results)
     os.kill(run.state()["pid"], signal.SIGKILL)
     assert sweep.wait(timeout=300) == 0
-    assert "cut: " + run.name in (tmp_path / "sweep.log").read_text()
+    assert "interrupted: " + run.name in (tmp_path / "sweep.log").read_text()
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +107,7 @@ def test_a_cell_in_two_grids_is_trained_once_and_a_new_evaluation_retrains_nothi
     grid = load_grid(str(other))
     assert cell_status(results, grid.cells[0]).state == "pending"
     listener = Listener()
-    (status,) = Sweep(grid, results, 1, None, listener).run()
+    (status,) = Sweep(grid, results, LocalExecutor(grid, results, Scorer(), slots=1), listener).run()
     assert status.state == "done"
     assert status.run == run.name
     assert run.train_path.read_bytes() == lines
@@ -150,7 +131,7 @@ def test_a_run_made_by_other_code_is_refused_and_set_aside_on_request(
     assert "made by code 0123456789ab" in line.stderr
     assert "--rerun-stale" in line.stderr
     assert cell_status(tmp_path, cells[0]).note.startswith("stale")  # type: ignore[union-attr]
-    (aside,) = set_stale_aside(tmp_path, cells)
+    (aside,) = archive_stale(tmp_path, cells)
     assert aside.parent == tmp_path / "stale"
     refuse_stale(tmp_path, cells)
     assert not run.path.exists()

@@ -11,9 +11,9 @@ from slurm_jobs import DENSE, on_slurm, resume_nodes, slurm, until, urgent, writ
 from sweep_processes import suite
 
 from suite.grids import load_grid
+from suite.launch.preparation import prepare
 from suite.launch.slurm import queue
 from suite.launch.status import CellStatus, grid_status
-from suite.launch.sweep import prepare
 from suite.records import RunDir
 
 pytestmark = pytest.mark.slurm

@@ -44,9 +44,9 @@ class CellJob:
     """One stage of the cell at `run_path`, to be submitted through submitit, which asks it for `checkpoint`."""
 
     def __init__(
-        self, run_path: Path, stage: Stage, scoring: Scorer | None = None, parallel: Parallel | None = None
+        self, run_path: Path, stage: Stage, scorer: Scorer | None = None, parallel: Parallel | None = None
     ) -> None:
-        self.run_path, self.stage, self.scoring = run_path, stage, scoring or Scorer()
+        self.run_path, self.stage, self.scorer = run_path, stage, scorer or Scorer()
         self.parallel = parallel or Parallel()
         self._stopping: threading.Event | None = None
         self._ended: threading.Event | None = None
@@ -57,7 +57,7 @@ class CellJob:
         if submitit.JobEnvironment().num_tasks > 1:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
         if self.stage == "score":
-            return self._score_kept(run)
+            return self._score_retained(run)
         if self.stage == "evaluate":
             return self._evaluate(run)
         return self._in_thread(lambda: self._train(run))
@@ -71,7 +71,7 @@ class CellJob:
         state = run.state()
         if self.stage != "score" and (state["state"] == "running" or state["cause"] == WARNED):
             run.set_state("pending", cause=PREEMPTED if _is_preempted() else WARNED, eta_s=None)
-        return submitit.helpers.DelayedSubmission(CellJob(self.run_path, self.stage, self.scoring, self.parallel))
+        return submitit.helpers.DelayedSubmission(CellJob(self.run_path, self.stage, self.scorer, self.parallel))
 
     def _in_thread(self, work: Callable[[], str]) -> str:
         self._stopping, self._ended = threading.Event(), threading.Event()
@@ -162,18 +162,18 @@ class CellJob:
         kept = background_scoring.retained_folder(run)
         # Whoever scores what was kept on the way comes to its end first.
         with _held(RunDir(kept)) if world.is_first and kept.exists() else nullcontext():
-            worker.score_missing(run, cell, _corpus(run, cell, world), self.scoring, world)
+            worker.score_missing(run, cell, _corpus(run, cell, world), self.scorer, world)
         if world.is_first:
             worker.set_done(run)
 
-    def _score_kept(self, run: RunDir) -> str:
+    def _score_retained(self, run: RunDir) -> str:
         """Another process trains the run meanwhile and holds it: nothing is written but scores."""
         with (
             process_group(self.parallel) as world,
             _held(RunDir(background_scoring.retained_folder(run))) if world.is_first else nullcontext(),
         ):
             cell = run.read_cell()
-            background_scoring.score_retained(run, cell, _corpus(run, cell, world), self.scoring, world)
+            background_scoring.score_retained(run, cell, _corpus(run, cell, world), self.scorer, world)
         return str(run.state()["state"])
 
 

@@ -194,7 +194,7 @@ def _with_jobs(status: CellStatus, run: RunDir, jobs: list[tuple[str, Job]]) -> 
         return replace(status, state="pending", note=", ".join(filter(None, (status.note, said))))
     job, facts = jobs[-1]
     log = log_of(run)
-    how = of_memory(facts.state, log)
+    how = with_memory_kills(facts.state, log)
     said = f"job {job}: {WORDS.get(how, how.lower())}"
     if status.state == "running":
         return status
@@ -210,7 +210,7 @@ def log_of(run: RunDir) -> Path | None:
     return max(written, key=lambda log: log.stat().st_mtime, default=None)
 
 
-def of_memory(state: str, log: Path | None) -> str:
+def with_memory_kills(state: str, log: Path | None) -> str:
     """The state a job ended in: OUT_OF_MEMORY too where Slurm says FAILED and its last words in the log are of that."""
     words = " ".join(_last_lines(log)).lower()
     return "OUT_OF_MEMORY" if state == "FAILED" and any(said in words for said in KILLED_FOR_MEMORY) else state

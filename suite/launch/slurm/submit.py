@@ -80,10 +80,10 @@ class Submitter:
     """Sends jobs to Slurm for a grid, or, with `dry`, only writes what it would send."""
 
     def __init__(
-        self, grid: Grid, results: Path, profile: Profile, scoring: Scorer | None = None, dry: bool = False
+        self, grid: Grid, results: Path, profile: Profile, scorer: Scorer | None = None, dry: bool = False
     ) -> None:
         self.grid, self.results, self.profile, self.dry = grid, results, profile, dry
-        self.scoring = scoring or Scorer()
+        self.scorer = scorer or Scorer()
         self.sent: list[Submission] = []
 
     @property
@@ -140,8 +140,8 @@ class Submitter:
             jobs[entry.run.name].append(job)
         return sent
 
-    def score_kept(self, cells: Sequence[Cell], cap: int) -> dict[str, str]:
-        """Send what scores the checkpoints that cells in training have kept, at most `cap` at once; gives it by run."""
+    def score_retained(self, cells: Sequence[Cell], cap: int) -> dict[str, str]:
+        """Submit the scoring of retained checkpoints, at most `cap` jobs at once; returns the job of each run."""
         groups: dict[Shape, list[RunDir]] = {}
         for entry in self.entries(cells):
             if entry.scoring is not None:
@@ -153,7 +153,7 @@ class Submitter:
 
     def _array(self, runs: Sequence[RunDir], stage: Stage, shape: Shape, waits: list[str], cap: int) -> list[str]:
         """One stage of runs that need the same for it; gives its jobs."""
-        calls = [CellJob(run.path.resolve(), stage, self.scoring, shape.parallel) for run in runs]
+        calls = [CellJob(run.path.resolve(), stage, self.scorer, shape.parallel) for run in runs]
         sent = self._send(calls, self._parameters(shape, f"{self.grid.name}-{stage}", waits, cap))
         for run, (job, log) in zip(runs, sent, strict=True):
             if not self.dry:

@@ -1,0 +1,122 @@
+"""Where the cells of a sweep run: the protocol of an executor, and the executors by name.
+
+The sweep (sweep.py) decides which cells are missing, which may start, and what becomes of a cell whose job was lost. An
+executor starts jobs and reports when they end. It is given run directories and never shares memory with its jobs: what
+a job did is in the run's records.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol, cast
+
+from suite.cells import Cell
+from suite.errors import UserError
+from suite.grids import Grid
+from suite.launch.scorer import Scorer
+from suite.yaml_input import did_you_mean
+
+MAX_STARTS = 3
+"""How often a cell is started without getting further before it fails, unless its executor knows better."""
+
+EXECUTORS = {
+    "local": "suite.launch.local:LocalExecutor",
+    "slurm": "suite.launch.slurm.executor:SlurmExecutor",
+}
+"""Name -> module and class; a module is imported when its executor is chosen."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an executor is made from; it refuses options that do not apply to it.
+
+    Attributes:
+        grid: the grid, whose cells may be submitted.
+        results: the results folder.
+        scorer: settings for scoring.
+        jobs: cells at once (local).
+        profile: a cluster profile, by name or path (slurm).
+        wait: whether the sweep watches the jobs until they end; False only for queues.
+        report: whether a report follows the cells.
+        event: called with each line to log.
+    """
+
+    grid: Grid
+    results: Path
+    scorer: Scorer
+    jobs: int | None = None
+    profile: str | None = None
+    wait: bool = True
+    report: bool = True
+    event: Callable[[str], None] = lambda text: None
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How the job of a cell ended; if the cell is not finished, the job was lost.
+
+    Attributes:
+        cause: one line, for the log and for the cell's record if it fails.
+        max_starts: starts without progress after which a cell whose job was lost fails; None: somebody cancelled the
+            job, and the cell stays pending.
+        log: the file with the job's output.
+    """
+
+    cause: str
+    max_starts: int | None = MAX_STARTS
+    log: Path | None = None
+
+
+class Executor(Protocol):
+    """Runs cells; `name`d in EXECUTORS.
+
+    Attributes:
+        is_queue: whether it accepts any number of cells, orders them itself, and its jobs outlive the sweep.
+        poll_s: seconds between two calls of `poll`.
+    """
+
+    is_queue: bool
+    poll_s: float
+
+    @classmethod
+    def create(cls, options: Options) -> Executor:
+        """Make the executor. Raises UserError for an option that does not apply to it."""
+
+    def adopt(self, cells: Sequence[Cell]) -> set[str]:
+        """The run names of cells that have jobs from an earlier sweep; they count as submitted from now on."""
+
+    def room(self) -> int:
+        """How many more cells may be submitted now."""
+
+    def submit(self, cells: Sequence[Cell]) -> None:
+        """Start a job for each cell; its run directory holds cell.json. The first call may have no cells."""
+
+    def poll(self, cells: Sequence[Cell]) -> dict[str, Ended]:
+        """How the jobs ended, by run name, of those submitted `cells` whose jobs have ended since they were submitted.
+
+        Each end is returned once.
+        """
+
+    def cancel(self, at_once: bool = False) -> None:
+        """End all jobs, after they have saved a checkpoint or `at_once`; `poll` returns them as they end."""
+
+    def report(self, to_stderr: bool) -> bool:
+        """Make the grid's report, or wait for the job that makes it; whether it succeeded.
+
+        `to_stderr`: nothing may be printed on standard output.
+        """
+
+    def dry_run(self, cells: Sequence[Cell]) -> list[Path]:
+        """Write what `submit` would send, without sending it; returns the files, if there are any."""
+
+
+def executor_class(name: str) -> type[Executor]:
+    """The executor of that name. Raises UserError for an unknown one."""
+    if name not in EXECUTORS:
+        known = ", ".join(EXECUTORS)
+        raise UserError(f"--executor: got {name!r}{did_you_mean(name, EXECUTORS)}, allowed: {known}")
+    module, _, attribute = EXECUTORS[name].partition(":")
+    return cast(type[Executor], getattr(importlib.import_module(module), attribute))
