@@ -122,5 +122,5 @@ def test_a_cancelled_job_leaves_its_cell_pending(grid: Grid, tmp_path: Path) -> 
 def test_executors_are_found_by_name() -> None:
     assert executor_class("local").is_queue is False
     assert executor_class("slurm").is_queue is True
-    with pytest.raises(UserError, match="--executor: got 'slrum'.*local, slurm"):
+    with pytest.raises(UserError, match=r"--executor: got 'slrum'.*local, slurm"):
         executor_class("slrum")
