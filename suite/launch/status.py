@@ -1,4 +1,4 @@
-"""How the cells of a grid stand: read from their run directories alone."""
+"""How the cells of a grid stand, read from their run directories alone."""
 
 from __future__ import annotations
 
@@ -17,10 +17,13 @@ from suite.launch.provenance import stale_because
 from suite.launch.scorer import missing_evals
 from suite.records import RunDir, run_dir
 
+MAX_LISTED = 500
+"""A table of more cells than this leaves out those that are done."""
+
 
 @dataclass(frozen=True)
 class CellStatus:
-    """Where one cell of a grid stands. `note` says what a state alone does not: cut, stale, why it waits."""
+    """Where one cell of a grid stands. `note` adds what the state alone does not tell: interrupted, stale, waiting."""
 
     cell: str
     run: str
@@ -36,18 +39,18 @@ class CellStatus:
     headline: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as JSON holds them."""
+        """The fields as a JSON object."""
         return asdict(self)
 
 
 def cell_status(results: Path, cell: Cell) -> CellStatus:
-    """The cell's standing; a run that says it is running while nobody holds its lock was cut, and waits."""
+    """The status of a cell. A run whose state is running while its lock is free was interrupted, and is pending."""
     run = run_dir(results, cell)
     state, note = run.state(), None
     name = state["state"]
-    alive = run.path.exists() and run.is_locked()
+    alive = run.is_locked()
     if name == "running" and not alive:
-        name, note = "pending", "cut; resumes from its last checkpoint"
+        name, note = "pending", "interrupted; resumes from its last checkpoint"
     elif name in ("pending", "done") and alive:
         name = "running"
     elif name == "done" and missing_evals(run, cell):
@@ -57,9 +60,9 @@ def cell_status(results: Path, cell: Cell) -> CellStatus:
     stale = stale_because(run, cell)
     if stale is not None:
         note = f"stale: {stale}"
-    last = _last_line(run)
+    last = run.last_train_line()
     return CellStatus(
-        cell=cell.hash8,
+        cell=run.name.rpartition("-")[2],
         run=run.name,
         state=name,
         progress=float(state.get("progress") or 0.0),
@@ -75,60 +78,59 @@ def cell_status(results: Path, cell: Cell) -> CellStatus:
 
 
 def grid_status(results: Path, grid: Grid) -> list[CellStatus]:
-    """Every cell's standing, in the grid's order."""
+    """The status of every cell, in the grid's order."""
     return [cell_status(results, cell) for cell in grid.cells]
 
 
 def status_json(grid: Grid, statuses: Iterable[CellStatus]) -> dict[str, Any]:
-    """The document `suite status --json` prints."""
-    apart = variants(grid.cells)
-    return {"grid": grid.name, "cells": [status.to_json() | {"variant": apart[status.run]} for status in statuses]}
+    """The document that `suite status --json` prints."""
+    variant = variants(grid.cells)
+    return {"grid": grid.name, "cells": [status.to_json() | {"variant": variant[status.run]} for status in statuses]}
 
 
-def headline(run: RunDir, last: dict[str, Any]) -> str | None:
-    """The one number of a run to show in a table: share of bits learned, else bits per byte, else loss."""
+def headline(run: RunDir, last_line: dict[str, Any]) -> str | None:
+    """The one number of a run for a table: the fraction of bits learned, else bits per byte, else the loss."""
     metrics = {}
     for path in sorted((run.path / "eval").glob("*.json")):
         for task, scores in json.loads(path.read_text())["tasks"].items():
             metrics.update({(task, name): metric["value"] for name, metric in scores["metrics"].items()})
     if ("bios_storage", "bits") in metrics:
-        share = metrics["bios_storage", "bits"] / metrics["bios_storage", "bits_max"]
-        return f"{share:.1%} of bits stored"
+        fraction = metrics["bios_storage", "bits"] / metrics["bios_storage", "bits_max"]
+        return f"{fraction:.1%} of bits stored"
     if ("held_out", "bits_per_byte") in metrics:
         return f"{metrics['held_out', 'bits_per_byte']:.4f} bits/byte"
-    loss = last.get("eval_loss", last.get("loss"))
+    loss = last_line.get("eval_loss", last_line.get("loss"))
     return None if loss is None else f"loss {loss:.3f}"
 
 
-def _last_line(run: RunDir) -> dict[str, Any]:
-    lines = run.train_lines()
-    return lines[-1] if lines else {}
-
-
 def table(grid: Grid, statuses: list[CellStatus]) -> Table:
-    """The cells for people."""
-    columns = Table(title=f"{grid.name}: {summary(statuses)}", title_justify="left")
+    """A table of the cells; in a grid of more than `MAX_LISTED` cells, of those that are not done."""
+    listed = [status for status in statuses if len(statuses) <= MAX_LISTED or status.state != "done"]
+    title = f"{grid.name}: {summary(statuses)}"
+    if len(listed) < len(statuses):
+        title += " (cells that are done are not listed)"
+    rows = Table(title=title, title_justify="left")
     for name in ("run", "state", "done", "steps", "tokens", "training", "headline"):
-        columns.add_column(name, justify="right" if name in ("done", "steps", "tokens", "training") else "left")
-    apart = variants(grid.cells)
-    for status in statuses:
+        rows.add_column(name, justify="right" if name in ("done", "steps", "tokens", "training") else "left")
+    variant = variants(grid.cells) if listed else {}
+    for status in listed:
         style = {"failed": "red", "done": "green", "running": "cyan"}.get(status.state, "")
-        said = " ".join(filter(None, (status.headline, f"({status.note})" if status.note else None)))
-        columns.add_row(
-            escape(display_name(status.run, apart[status.run])),
+        headline_and_note = (status.headline, f"({status.note})" if status.note else None)
+        rows.add_row(
+            escape(display_name(status.run, variant[status.run])),
             status.state,
             f"{status.progress:.0%}",
             _number(status.step),
             _number(status.tokens),
             duration(status.wall_s),
-            said,
+            " ".join(filter(None, headline_and_note)),
             style=style,
         )
-    return columns
+    return rows
 
 
 def failures(statuses: Iterable[CellStatus]) -> list[str]:
-    """One line for every failed cell: its cause and where its log is."""
+    """One line for each failed cell, with its cause and the path of its log."""
     return [
         f"failed: {status.run}: {status.cause}" + (f" (log: {status.log})" if status.log else "")
         for status in statuses
@@ -145,7 +147,7 @@ def summary(statuses: list[CellStatus]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people say them: 42 s, 3:07 min, 2:05 h."""
+    """Seconds in a readable unit: 42 s, 3:07 min, 2:05 h."""
     if seconds is None:
         return "-"
     if seconds < 60:

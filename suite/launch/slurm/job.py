@@ -149,7 +149,7 @@ class CellJob:
         outcome = train(cell, corpus, run, world, should_stop)
         if not world.is_first:
             return
-        if outcome == "interrupted":
+        if outcome != "done":
             run.set_state("pending", cause=WARNED, eta_s=None)
             return
         run.set_state("running", trained=True)
