@@ -1,7 +1,7 @@
-"""`hashed_ngram`: a table read by hashes of the last two and three token ids, beside the feed-forward.
+"""`hashed_ngram`: a feed-forward plus a table that is read by hashes of the last two and three token ids.
 
-Engram's recipe (arXiv 2601.07372) without what needs the tokenizer or a state between tokens: ids are not made
-canonical, and the depthwise convolution after the value (which starts at zero) is left out. Tables have a prime
+Engram (arXiv 2601.07372) without the parts that need the tokenizer or a state between tokens: ids are not mapped to
+canonical ones, and the depthwise convolution after the value (which starts at zero) is left out. Tables have a prime
 number of rows for each n-gram order and hash head.
 
 Shapes: B rows, T tokens, D model width, W = 3 ids, H = orders * heads, E width of a row, N = B*T.
@@ -15,16 +15,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from suite.models.accounting import Cost
-from suite.models.feedforward import SwiGLU
-from suite.models.memory_table import MemoryLayer, MemoryTable
-from suite.models.registry import Family, ModelConfig, register
+from suite.baselines import Cost, Family, MemoryLayer, MemoryTable, ModelConfig, SwiGLU, register
 
 ORDERS = (2, 3)
 
 
 class NgramMemory(MemoryLayer):
-    """sigmoid(norm(x) . norm(W_K e) / sqrt(D)) * W_V e, where e is the hashed rows side by side."""
+    """sigmoid(norm(x) . norm(W_K e) / sqrt(D)) * W_V e, where e is the concatenation of the hashed rows."""
 
     def __init__(self, table: MemoryTable, primes: list[int], dim: int) -> None:
         super().__init__([table])
@@ -35,17 +32,17 @@ class NgramMemory(MemoryLayer):
         self.x_norm, self.key_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
 
     def rows(self, ids_BTW: Tensor) -> Tensor:
-        """The row of each order and head, [B, T, H]; ids of -1 (nothing there) hash as zero."""
-        heads, first, found = len(self.primes) // len(ORDERS), 0, []
+        """Return the row of each order and head, [B, T, H]; missing ids (-1) hash as zero."""
+        heads, first, rows = len(self.primes) // len(ORDERS), 0, []
         for index, prime in enumerate(self.primes):
             mixed = torch.zeros_like(ids_BTW[..., 0])
             for back in range(ORDERS[index // heads]):
-                # An odd multiplier of its own for every head and position (splitmix64's constant, below 2^31).
+                # Every head and position has its own odd multiplier (from the constant of splitmix64, below 2^31).
                 multiplier = (0x9E3779B9 * (16 * index + back + 1)) % 2**31 | 1
                 mixed = mixed ^ ((ids_BTW[..., -1 - back] + 1) * multiplier)
-            found.append(mixed % prime + first)
+            rows.append(mixed % prime + first)
             first += prime
-        return torch.stack(found, -1)
+        return torch.stack(rows, -1)
 
     def forward(self, x_BTD: Tensor, ids_BTW: Tensor) -> Tensor:
         rows_N1 = self.rows(ids_BTW).flatten().unsqueeze(1)
@@ -54,14 +51,14 @@ class NgramMemory(MemoryLayer):
         return (match_BT1 / math.sqrt(self.dim)).sigmoid() * self.value(e_BTE)
 
     def cost(self) -> Cost:
-        """Two projections; one row is read for each order and head."""
+        """Count two projections; one row is read for each order and head."""
         matrices = self.key.weight.numel() + self.value.weight.numel()
         params = {"memory_projection": matrices, "norm": 2 * self.dim}
         return Cost(params, params | {"memory_values": self.key.in_features}, {"memory_projection": matrices})
 
 
-class SwiGLUBesideNgrams(SwiGLU):
-    """A feed-forward with an n-gram memory beside it; `window` asks the transformer for the last three ids."""
+class SwiGLUWithNgrams(SwiGLU):
+    """The sum of a feed-forward and an n-gram memory; `window` requests the last three ids from the transformer."""
 
     window = max(ORDERS)
 
@@ -73,36 +70,37 @@ class SwiGLUBesideNgrams(SwiGLU):
         return super().forward(x_BTD) + self.memory(x_BTD, ids_BTW)
 
     def cost(self) -> Cost:
+        """Count both parts."""
         return super().cost() + self.memory.cost()
 
 
 class NgramConfig(ModelConfig):
-    """Two layers read n-grams, each from a table of its own."""
+    """The options of `hashed_ngram`: by default two layers read n-grams, each from its own table."""
 
-    ngram_rows: int = Field(default=4096, gt=100, description="rows of each order and head, about")
+    ngram_rows: int = Field(default=4096, gt=100, description="approximate rows of each order and head")
     ngram_width: int = Field(default=8, gt=0, description="width of a row")
     ngram_heads: int = Field(default=4, gt=0, description="hashes of each order; Engram: 8")
     placement: tuple[int, ...] = Field(default=(1, 2), strict=False, description="layers; Engram: 2 and 15")
 
 
 def primes_below(limit: int, count: int) -> list[int]:
-    """The `count` largest primes below `limit`."""
-    found: list[int] = []
+    """Return the `count` largest primes below `limit`."""
+    primes: list[int] = []
     for number in range(limit - 1, 2, -1):
-        if len(found) < count and all(number % divisor for divisor in range(2, math.isqrt(number) + 1)):
-            found.append(number)
-    return found
+        if len(primes) < count and all(number % divisor for divisor in range(2, math.isqrt(number) + 1)):
+            primes.append(number)
+    return primes
 
 
 def feed_forwards(config: NgramConfig) -> list[nn.Module]:
-    """A SwiGLU in every layer, in those of the placement with n-grams beside it."""
+    """Return a SwiGLU for every layer, with an n-gram memory in those of the placement."""
     size, primes = config.size, primes_below(config.ngram_rows, len(ORDERS) * config.ngram_heads)
 
     def feed_forward(layer: int) -> nn.Module:
         if layer not in config.placement:
             return SwiGLU(size.dim, size.ffn_hidden)
         table = MemoryTable(sum(primes), config.ngram_width)
-        return SwiGLUBesideNgrams(size.dim, size.ffn_hidden, NgramMemory(table, primes, size.dim))
+        return SwiGLUWithNgrams(size.dim, size.ffn_hidden, NgramMemory(table, primes, size.dim))
 
     return [feed_forward(layer) for layer in range(size.layers)]
 

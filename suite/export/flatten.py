@@ -1,7 +1,7 @@
-"""Our modules as one flat folder of files that import each other alone: what an export carries along.
+"""Copies the project's modules into one flat folder of files that import only each other, for an export.
 
-transformers copies the files that a modelling file imports by `from .name import ...` and no others, from one folder.
-`a.b.c` becomes `a_b_c.py`, and its imports of our packages are rewritten accordingly.
+transformers copies only those files that a modelling file imports as `from .name import ...`, all from one folder.
+Module `a.b.c` becomes `a_b_c.py`, and its imports of the project's packages are rewritten.
 """
 
 from __future__ import annotations
@@ -16,10 +16,16 @@ ROOT = Path(__file__).resolve().parents[2]
 def bundle(
     entry: str, name: str, extra: dict[str, str] | None = None, instead: dict[str, str] | None = None
 ) -> dict[str, str]:
-    """File name -> source of module `entry` (as `name`.py) and of all modules of ours that it needs.
+    """Collect a module and every module of the project that it imports, directly or not.
 
-    `extra`: further sources by file name, whose imports are rewritten, too; `entry` is made to import them. `instead`:
-    modules whose place is taken by others.
+    Args:
+        entry: The module to start from.
+        name: The name of its file in the bundle, without `.py`.
+        extra: Further sources by file name. Their imports are rewritten too, and `entry` imports them.
+        instead: Modules that are replaced by others.
+
+    Returns:
+        The sources by file name.
     """
     files: dict[str, str] = {}
     waiting = [(entry, name, _path(entry).read_text())]
@@ -31,37 +37,37 @@ def bundle(
         for module in sorted(needed - done):
             done.add(module)
             waiting.append((module, flat_name(module), _path((instead or {}).get(module, module)).read_text()))
-    others = sorted(file.removesuffix(".py") for file in files if file != f"{name}.py")
-    along = "".join(f"from .{other} import __name__ as _{other}  # noqa: F401\n" for other in others)
-    files[f"{name}.py"] += f"\n# Imported by name, so that they are copied along.\n{along}"
+    flat_names = sorted(file.removesuffix(".py") for file in files if file != f"{name}.py")
+    imports = "".join(f"from .{other} import __name__ as _{other}  # noqa: F401\n" for other in flat_names)
+    files[f"{name}.py"] += f"\n# Imported by name, so that transformers copies them.\n{imports}"
     return files
 
 
 def rewritten(source: str) -> tuple[str, set[str]]:
-    """A module's source with imports of ours made relative, and the modules of ours that it imports."""
+    """Return a module's source with the project's imports made relative, and the modules that these import."""
     lines, needed = source.splitlines(), set()
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.ImportFrom) or not node.module or node.module.split(".")[0] not in PACKAGES:
             continue
-        made, names = [], []
+        statements, names = [], []
         for alias in node.names:
-            whole = f"{node.module}.{alias.name}"
-            if _exists(whole):
-                needed.add(whole)
-                made.append(f"from . import {flat_name(whole)} as {alias.asname or alias.name}")
+            module = f"{node.module}.{alias.name}"
+            if _exists(module):
+                needed.add(module)
+                statements.append(f"from . import {flat_name(module)} as {alias.asname or alias.name}")
             else:
                 names.append(f"{alias.name} as {alias.asname}" if alias.asname else alias.name)
         if names:
             needed.add(node.module)
-            made.append(f"from .{flat_name(node.module)} import {', '.join(names)}")
+            statements.append(f"from .{flat_name(node.module)} import {', '.join(names)}")
         last = node.end_lineno or node.lineno
-        lines[node.lineno - 1] = " " * node.col_offset + "; ".join(made)
+        lines[node.lineno - 1] = " " * node.col_offset + "; ".join(statements)
         lines[node.lineno : last] = [""] * (last - node.lineno)
     return "\n".join(lines) + "\n", needed
 
 
 def flat_name(module: str) -> str:
-    """`a.b.c` as a file's name."""
+    """Return the file name of module `a.b.c`, without `.py`."""
     return module.replace(".", "_")
 
 

@@ -1,9 +1,9 @@
-"""Our models as transformers knows models; copied into exports, with the modules it needs beside it.
+"""The project's models as transformers models; copied into exports together with the modules that it imports.
 
-Padding must be on the left or on the right of whole rows, as `attention_mask` says; beside a cache it covers the tokens
-that are kept, too. Caches are those that grow (DynamicCache, what `generate` takes unless told otherwise).
+Padding, as `attention_mask` gives it, must be at the left or at the right of whole rows; with a cache the mask also
+covers the cached tokens. Only growing caches work (DynamicCache, the default of `generate`).
 
-Shapes: B rows, T tokens of the call, L tokens kept and of the call, G key-value heads, K head width, V vocabulary.
+Shapes: B rows, T tokens of the call, L tokens of the cache and the call, G key-value heads, K head width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,15 +17,13 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from suite.models import feedforward, moe, peer, product_key, transformer
+from suite import models
+from suite.models import transformer
 from suite.models.registry import family
-
-FAMILIES = (feedforward, moe, peer, product_key)
-"""The modules that register the families, imported for that."""
 
 
 class NextParameterConfig(PreTrainedConfig):
-    """`cell_model`: the model block of the cell; the other fields are what tools look for."""
+    """`cell_model` is the model block of the cell; other tools read the other fields."""
 
     model_type = "next_parameter"
 
@@ -37,28 +35,28 @@ class NextParameterConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class KeptTokens(transformer.Cache):
-    """A cache of transformers', as our models ask for one. Ids of tokens are kept as a layer behind the others."""
+class CacheAdapter(transformer.Cache):
+    """Presents a transformers cache as ours. Token ids are stored as one more layer after the others."""
 
-    def __init__(self, kept: Cache, layers: int) -> None:
-        self.kept, self.layers, self.length = kept, layers, kept.get_seq_length()
+    def __init__(self, cache: Cache, layers: int) -> None:
+        self.cache, self.layers, self.length = cache, layers, cache.get_seq_length()
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep a layer's new keys and values; returns all of them, [B, G, L, K]."""
-        keys, values = self.kept.update(k_BGTK, v_BGTK, layer)
+        """Store a layer's new keys and values, and return all of them, [B, G, L, K]."""
+        keys, values = self.cache.update(k_BGTK, v_BGTK, layer)
         return keys, values
 
     def remember(self, tokens_BT: Tensor) -> Tensor:
-        """Keep new tokens; returns all of them, [B, L]."""
-        if len(self.kept.layers) == self.layers:
-            self.kept.layers.append(DynamicLayer())
+        """Store new token ids, and return all of them, [B, L]."""
+        if len(self.cache.layers) == self.layers:
+            self.cache.layers.append(DynamicLayer())
         ids_B1T1 = tokens_BT[:, None, :, None]
-        known_B1L1 = self.kept.update(ids_B1T1, ids_B1T1, self.layers)[0]
-        return known_B1L1[:, 0, :, 0]
+        ids_B1L1 = self.cache.update(ids_B1T1, ids_B1T1, self.layers)[0]
+        return ids_B1L1[:, 0, :, 0]
 
 
 CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"
-"""What this release of transformers calls the keys and values of earlier tokens."""
+"""The name of the cache in the outputs of the installed transformers."""
 
 
 class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
@@ -71,7 +69,7 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: NextParameterConfig) -> None:
         super().__init__(config)
         options = family(config.cell_model["family"]).config.model_validate(config.cell_model)
-        self.model = transformer.Transformer(options, config.vocab_size)
+        self.model = models.Transformer(options, config.vocab_size)
         self.post_init()
 
     def forward(
@@ -85,31 +83,45 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
         cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits [B, T, V] of `input_ids`, which go on from what the cache holds, and the mean loss of `labels`.
+        """Compute logits [B, T, V] and, with `labels`, the mean loss.
 
-        The cache may be given as `cache` or as `past_key_values`. ValueError: a cache of fixed size.
+        Args:
+            input_ids: Token ids [B, T], which continue those of the cache.
+            attention_mask: 1 for tokens, 0 for padding, [B, L].
+            past_key_values: The cache; `cache` is another name for it.
+            labels: Target ids [B, T], which are shifted here.
+            use_cache: Whether to create a cache if none is given; None: as the configuration says.
+            return_dict: False returns a tuple.
+            cache: The cache.
+            **kwargs: Ignored.
+
+        Returns:
+            Logits, loss and cache.
+
+        Raises:
+            ValueError: The cache has a fixed size.
         """
-        given = past_key_values if cache is None else cache
-        if given is None and (self.config.use_cache if use_cache is None else use_cache):
-            given = DynamicCache(config=self.config)
-        kept = None
-        if given is not None:
-            if given.is_compileable:
-                raise ValueError(f"{CACHE}: got a {type(given).__name__}, allowed: a DynamicCache")
-            kept = KeptTokens(given, self.config.num_hidden_layers)
+        past = past_key_values if cache is None else cache
+        if past is None and (self.config.use_cache if use_cache is None else use_cache):
+            past = DynamicCache(config=self.config)
+        adapter = None
+        if past is not None:
+            if past.is_compileable:
+                raise ValueError(f"{CACHE}: got a {type(past).__name__}, allowed: a DynamicCache")
+            adapter = CacheAdapter(past, self.config.num_hidden_layers)
         pad_B = None
         if attention_mask is not None and not bool(attention_mask[:, 0].all()):
             pad_B = (attention_mask.cumsum(1) == 0).sum(1)
-        logits_BTV = self.model(input_ids, cache=kept, pad_B=pad_B)
+        logits_BTV = self.model(input_ids, cache=adapter, pad_B=pad_B)
         loss = None
         if labels is not None:
             loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
-        said = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **{CACHE: given})
-        return said.to_tuple() if return_dict is False else said
+        output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **{CACHE: past})
+        return output.to_tuple() if return_dict is False else output
 
     def get_input_embeddings(self) -> torch.nn.Module:
-        """The embedding of tokens."""
+        """Return the token embedding."""
         return self.model.embedding
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Weights come from the export; nothing is drawn."""
+        """Do nothing: all weights come from the export."""

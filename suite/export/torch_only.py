@@ -1,4 +1,4 @@
-"""What stands for kernels.dispatch in an export: every operator is plain PyTorch, and nothing is compiled."""
+"""Replaces kernels.dispatch in an export: every operator is plain PyTorch, and nothing is compiled."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ OPERATORS = {"embedding_bag": embedding_bag, "product_key": product_key}
 
 
 def choose(*_: Any, **__: Any) -> str:
-    """The one implementation there is."""
+    """Return the only backend."""
     return "torch"
 
 
 def implementation(operator: str, *_: Any, **__: Any) -> ModuleType:
-    """The operator's reference."""
+    """Return the operator's reference."""
     return OPERATORS[operator]
 
 

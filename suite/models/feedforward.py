@@ -30,13 +30,13 @@ class SwiGLU(nn.Module):
         return self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
 
     def cost(self) -> Cost:
-        """Three matrices, each applied once per token."""
+        """Count three matrices, each applied once per token."""
         weights = 3 * self.dim * self.hidden
         return dense_cost("ffn", weights, weights)
 
 
 def dense_feed_forwards(config: ModelConfig) -> list[nn.Module]:
-    """A SwiGLU in every layer."""
+    """Return a SwiGLU for every layer."""
     size = config.size
     return [SwiGLU(size.dim, size.ffn_hidden) for _ in range(size.layers)]
 

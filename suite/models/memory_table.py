@@ -1,4 +1,4 @@
-"""The value rows of a memory, and what a layer that reads them has in common.
+"""The value rows of a memory, and the base class of layers that read them.
 
 Shapes: N tokens, S rows read per token (heads x top_k), R rows, D row width.
 """
@@ -17,15 +17,15 @@ from suite.models.cost import Cost
 from suite.models.precision import at_least_fp32
 
 ROWS_AT_ONCE = 1 << 26
-"""Elements of rows that `products` holds at a time."""
+"""Largest number of row elements that `products` gathers at a time."""
 
 
 class MemoryTable(nn.Module):
     """`rows` trainable rows of width `dim`, read as weighted sums.
 
-    `before_read` holds functions called with the indices of every read, before it: an optimizer that updates
-    touched rows only, or a count of key usage, listens there. With `gradients`, backward passes put compact row
-    gradients there and leave `weight.grad` None; without, the gradient is dense. Initial values are normal with
+    `before_read` holds functions that are called with the indices of each read before it happens; the row-wise
+    optimizer and the counter of key usage register there. If `gradients` is set, backward passes write compact row
+    gradients to it and leave `weight.grad` None; otherwise the gradient is dense. Initial values are normal with
     standard deviation dim^-1/2 (released code).
     """
 
@@ -37,11 +37,11 @@ class MemoryTable(nn.Module):
 
     @property
     def wide(self) -> torch.dtype:
-        """What is computed in: the rows' dtype, fp32 where they are narrower."""
+        """The dtype of computations: that of the rows, but at least fp32."""
         return at_least_fp32(self.weight.dtype)
 
     def forward(self, indices_NS: Tensor, weights_NS: Tensor) -> Tensor:
-        """The sums over S of weights x rows, [N, D], in fp32 (float64 of such a table); indices: int64 in [0, rows)."""
+        """Return the weighted sums of rows, [N, D], in dtype `wide`; indices are int64 in [0, rows)."""
         for listener in self.before_read:
             listener(indices_NS)
         weights_NS = weights_NS.to(self.wide)
@@ -50,7 +50,7 @@ class MemoryTable(nn.Module):
         return F.embedding_bag(indices_NS, self.weight.to(self.wide), per_sample_weights=weights_NS, mode="sum")
 
     def products(self, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
-        """The inner products of each token's rows with the token, [N, S], in fp32 (float64 of such a table)."""
+        """Return the inner products of each token with its rows, [N, S], in dtype `wide`."""
         for listener in self.before_read:
             listener(indices_NS)
         if self.gradients is not None:
@@ -59,30 +59,29 @@ class MemoryTable(nn.Module):
         return products_NS
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """The released code's initial values."""
+        """Draw initial values as the released code does."""
         parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
 
     def share_gradient(self) -> None:
-        """Called when gradients are complete: a table that processes replicate adds up theirs."""
+        """Sum the gradients of replicas once they are complete; nothing to do in a single process."""
 
     def share_reads(self, counts: Tensor) -> None:
-        """Called when counts of this table's reads are complete: a table that processes replicate adds up theirs."""
+        """Sum counts of reads over replicas once they are complete; nothing to do in a single process."""
 
     def norm_of_columns(self, norm: Tensor) -> Tensor:
-        """The norm of something of whole rows, given that of the columns held here: all of them."""
+        """Return the norm over whole rows, given the norm over the columns stored here (all, in a single process)."""
         return norm
 
     def cost(self) -> Cost:
-        """The rows; reading them is counted by the layers that read."""
+        """Count the rows; layers count what they read."""
         return Cost(params={"memory_values": self.weight.numel()})
 
 
 class MemoryLayer(nn.Module):
     """A module that reads memory tables; `tables` may be shared with other layers of the same model.
 
-    The tables stay out of the module's own parameters (a plain list is not a submodule): the Transformer owns
-    each distinct table once, under a name of its own. The S rows of a read are `heads_per_read` heads' rows side by
-    side.
+    Tables are in a plain list, not submodules, so they are not parameters of the layer: the Transformer owns each
+    distinct table once. The S rows of a read are those of `heads_per_read` heads, one head after the other.
     """
 
     heads_per_read = 1
@@ -93,7 +92,7 @@ class MemoryLayer(nn.Module):
 
 
 class _Products(torch.autograd.Function):
-    """Rows times tokens without keeping the rows: both gradients are those of a weighted sum of rows."""
+    """Inner products of rows and tokens that do not save the rows; the backward pass uses weighted sums of rows."""
 
     @staticmethod
     def forward(ctx: Any, indices_NS: Tensor, weight_RD: Tensor, x_ND: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Mixtures of experts: `moe`, the paper's baseline, and `moe_topk`, the strong one.
+"""Mixtures of experts: `moe`, the paper's baseline, and `moe_topk`, the stronger one.
 
 Shapes: B rows, T tokens a row, N = B*T tokens, D model width, F hidden width of an expert, E experts, K
 experts per token, C tokens per expert and row, L tokens per expert (padded).
@@ -21,19 +21,20 @@ from suite.models.ranking import best
 from suite.models.registry import Family, ModelConfig, Problem, register
 
 PAPER_EXPERTS = {"134m": 16, "373m": 8, "720m": 6, "1.3b": 4}
-"""The paper's: fewest that exceed the parameters of its Memory row."""
+"""Experts in the paper: the fewest that exceed the parameters of its "Memory" row."""
 OTHER_EXPERTS = 8
 
 
 def tally(expert: Tensor, experts: int) -> Tensor:
-    """How often each expert occurs, [E] int64; as torch.bincount, also on the meta device."""
+    """Return how often each expert occurs, [E] int64; like torch.bincount, but also on the meta device."""
     return torch.zeros(experts, dtype=torch.int64, device=expert.device).index_add_(0, expert, torch.ones_like(expert))
 
 
 class Experts(nn.Module):
     """E SwiGLUs, each applied to its own tokens.
 
-    `busiest`: what the busiest expert gets over the mean, for shapes without values (the meta device).
+    `busiest` is the number of tokens of the busiest expert over the mean. Only the meta device uses it, where routing
+    has no values to count.
     """
 
     matrices: ClassVar[tuple[str, ...]] = ("w1", "w2", "w3")
@@ -51,10 +52,10 @@ class Experts(nn.Module):
         return h_ELF @ self.w2.mT
 
     def routed(self, x_ND: Tensor, expert_NK: Tensor) -> Tensor:
-        """Each token's outputs of its K experts, [N, K, D]; expert: int64 in [0, E).
+        """Return each token's outputs of its K experts, [N, K, D]; experts are int64 in [0, E).
 
-        Tokens are put side by side by expert and padded to the busiest expert's count, so that one batched
-        product serves all; padding repeats token 0 and its results are dropped.
+        Tokens are grouped by expert and padded to the count of the busiest expert, so that one batched product serves
+        all. Padding repeats token 0, and its results are discarded.
         """
         expert = expert_NK.flatten()
         order = expert.argsort(stable=True)
@@ -70,14 +71,14 @@ class Experts(nn.Module):
         return y_ELD.flatten(0, 1).index_select(0, place).view(*expert_NK.shape, -1)
 
     def cost(self, active: int) -> Cost:
-        """Of each token's `active` experts; the others' weights are not read."""
+        """Count all experts; each token reads the weights of `active` ones."""
         weights = self.w1.numel() + self.w2.numel() + self.w3.numel()
         read = weights * active // self.count
         return Cost({"experts": weights}, {"experts": read}, {"ffn": read})
 
 
 class Router(nn.Linear):
-    """One logit per expert, bias-free and in fp32 whatever the precision of the rest."""
+    """One logit per expert, without bias, and in fp32 even if the model computes in bf16."""
 
     def __init__(self, dim: int, experts: int) -> None:
         super().__init__(dim, experts, bias=False)
@@ -88,19 +89,18 @@ class Router(nn.Linear):
             return F.linear(x.to(wide), self.weight.to(wide))
 
     def cost(self) -> Cost:
-        """A small dense matrix."""
+        """Count one dense matrix."""
         weights = self.weight.numel()
         return Cost({"router": weights}, {"router": weights}, {"router": weights})
 
 
 class ExpertChoice(nn.Module):
-    """The paper's mixture: full-size experts choose tokens in training, tokens take their best expert after
-    it.
+    """The paper's mixture: full-size experts choose tokens in training; in evaluation, tokens use their best expert.
 
-    Zhou et al. 2022 (arXiv 2202.09368). The paper gives neither capacity nor pool; our choices: the gate is
-    the softmax over experts, the pool is one row, the capacity factor is 1 (ceil(T / E) tokens an expert),
-    and tokens that no expert chose pass by the residual. Training sees the future through the choice;
-    evaluation does not.
+    Zhou et al. 2022 (arXiv 2202.09368). "Memory Layers at Scale" states neither capacity nor pool. Our choices: the
+    gate is the softmax over experts, the pool is one row, the capacity factor is 1 (ceil(T / E) tokens per expert), and
+    tokens that no expert chooses pass through the residual alone. In training the choice depends on later tokens; in
+    evaluation it does not.
     """
 
     def __init__(self, dim: int, hidden: int, experts: int) -> None:
@@ -115,7 +115,7 @@ class ExpertChoice(nn.Module):
     def _experts_choose(self, x_BTD: Tensor, gate_BTE: Tensor) -> Tensor:
         rows, tokens, dim = x_BTD.shape
         capacity = -(-tokens // self.experts.count)
-        # Equal tokens are common, as are those that begin a document: the earlier one is chosen, in any process.
+        # Ties are common (equal tokens at the start of documents); the earlier token wins, the same in every process.
         gate_BET = gate_BTE.transpose(1, 2)
         position_BEC = best(gate_BET.detach(), capacity)
         gate_BEC = gate_BET.gather(-1, position_BEC)
@@ -132,17 +132,17 @@ class ExpertChoice(nn.Module):
         return y_ND.view_as(x_BTD).to(x_BTD.dtype)
 
     def cost(self) -> Cost:
-        """Of top-1, which is also the mean of expert choice at capacity 1."""
+        """Count top-1 routing, which is also the mean of expert choice at capacity 1."""
         return self.router.cost() + self.experts.cost(active=1)
 
 
 class TokenChoice(nn.Module):
-    """Many small experts, each token taking the best K; balanced without an auxiliary loss.
+    """Many small experts; each token uses its best K. Load is balanced without an auxiliary loss.
 
-    Affinities are sigmoids, normalised over the chosen (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16). A
-    bias per expert, used for the choice alone, moves after each step by `balance_rate` towards experts that
-    got fewer tokens than the mean (Wang et al. 2024, arXiv 2408.15664, algorithm 1). `load_E` counts tokens
-    since the last step: where several processes share a batch, it is theirs to sum before `after_step`.
+    Affinities are sigmoids, normalised over the chosen experts (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16). A
+    bias per expert, used only for the choice, moves by `balance_rate` after each step, up for experts that received
+    fewer tokens than the mean (Wang et al. 2024, arXiv 2408.15664, algorithm 1). `load_E` counts tokens since the last
+    step; processes that share a batch must sum it before `after_step`.
     """
 
     balance_E: Tensor
@@ -174,12 +174,12 @@ class TokenChoice(nn.Module):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Move the balance and start counting anew."""
+        """Update the balancing bias and reset the counts."""
         self.balance_E += self.balance_rate * torch.sign(self.load_E.mean() - self.load_E)
         self.load_E.zero_()
 
     def cost(self) -> Cost:
-        """The chosen experts, and the shared ones always."""
+        """Count the chosen experts and the shared one."""
         shared = Cost() if self.shared is None else self.shared.cost()
         return self.router.cost() + self.experts.cost(self.top_k) + shared
 
@@ -191,12 +191,12 @@ class MoEConfig(ModelConfig):
 
     @property
     def expert_count(self) -> int:
-        """Experts per layer."""
+        """Number of experts per layer."""
         return self.experts or PAPER_EXPERTS.get(self.base, OTHER_EXPERTS)
 
 
 class MoETopKConfig(ModelConfig):
-    """`moe_topk`: by default 64 experts of which 8 (laptop: 16 of which 4), as active as the dense layer."""
+    """`moe_topk`: by default 8 of 64 experts per token (laptop bases: 4 of 16), as wide together as the dense layer."""
 
     experts: int | None = Field(default=None, gt=1, description="experts per layer; None: 64, laptop sizes 16")
     top_k: int | None = Field(
@@ -210,7 +210,7 @@ class MoETopKConfig(ModelConfig):
 
     @property
     def routing(self) -> tuple[int, int, int]:
-        """Experts per layer, experts per token, hidden width of an expert."""
+        """Experts per layer, routed experts per token, and hidden width of an expert."""
         laptop = not self.size.vocab_size
         experts, top_k = self.experts or (16 if laptop else 64), self.top_k or (4 if laptop else 8)
         return experts, top_k, self.expert_hidden or self.size.ffn_hidden // (top_k + self.shared_experts)

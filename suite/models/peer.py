@@ -4,7 +4,7 @@ Expert i is a pair of rows (u_i, v_i): the layer gives the sum over heads and th
 softmax(score) x GELU(u_i . x) x v_i. One layer replaces the middle feed-forward; search as in `pkm` ("Memory Layers
 at Scale": the same configuration, 768 half keys, softmax score).
 
-Shapes: N tokens, D model width, K rows kept per head, S = heads * K rows read per token.
+Shapes: N tokens, D model width, K best rows per head, S = heads * K rows read per token.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from suite.models.product_key import AddressedConfig, Addressing, ProductKeyLaye
 from suite.models.registry import Family, register
 
 PAPER_HALF_KEYS = 768
-"""The paper's PEER: 589,824 experts, about the parameters of 2^20 memory rows."""
+"""Half keys of the paper's PEER: 589,824 experts, about the parameters of 2^20 memory rows."""
 
 
 class Peer(ProductKeyLayer):
@@ -40,19 +40,19 @@ class Peer(ProductKeyLayer):
         return up(rows_NS, hidden_NS).to(x_BTD.dtype).view_as(x_BTD)
 
     def cost(self) -> Cost:
-        """The search; u.x is a product for each row read, the sum of v is a read and no product."""
+        """Count the search and the products u.x; rows v are read and summed without a matrix product."""
         read = self.heads * self.top_k * self.dim
         return self.search_cost() + Cost({}, {"memory_values": 2 * read}, {"experts": read})
 
 
 class PeerConfig(AddressedConfig):
-    """`peer`: as `pkm`, with two rows an expert."""
+    """`peer`: as `pkm`, with two rows per expert."""
 
     half_keys: int = Field(default=PAPER_HALF_KEYS, gt=0, description="n; there are n*n experts")
 
 
 def peer_feed_forwards(config: PeerConfig) -> list[nn.Module]:
-    """A SwiGLU in every layer but those of the placement, whose experts are their own."""
+    """Return a SwiGLU for every layer outside the placement, and experts with tables of their own inside it."""
     size, rows = config.size, config.half_keys**2
 
     def feed_forward(layer: int) -> nn.Module:

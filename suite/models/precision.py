@@ -1,4 +1,4 @@
-"""What must not be computed in bf16."""
+"""The dtype of operations that must not run in bf16."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import torch
 
 
 def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
-    """fp32, or `dtype` where that is wider: a model in float64 is one throughout."""
+    """Return fp32, or `dtype` if it is wider, so that a float64 model computes in float64 throughout."""
     return torch.promote_types(dtype, torch.float32)

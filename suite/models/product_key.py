@@ -3,7 +3,7 @@
 A table of n*n rows is addressed by pairs of n half keys: row (i, j) scores q1.K1[i] + q2.K2[j] (Lample et al.
 2019, arXiv 1907.05242, section 3; "Memory Layers at Scale", arXiv 2412.09764, equations 1 and 2).
 
-Shapes: N tokens, D model width, M memory heads, W half of k_dim, n half keys, K rows kept per head, R random
+Shapes: N tokens, D model width, M memory heads, W half of k_dim, n half keys, K best rows per head, R random
 rows, S = M*K.
 """
 
@@ -30,13 +30,19 @@ PAPER_K_DIM = 256
 
 @dataclass(frozen=True)
 class Addressing:
-    """How rows are found: n half keys a side, M heads, K rows kept per head, keys of width k_dim (both halves).
+    """How a layer finds its rows.
 
-    `qk_norm`: half queries and half keys are RMS-normed with a gain and their products divided by sqrt(k_dim / 2),
-    as in attention (the paper states the norms only). `query_batchnorm`: queries are batch-normed over all heads'
-    k_dim (Lample et al. 2019, section 3.1); in training the batch is every token of the call, padding included.
-    `random_rows`: in training only, each head reads that many rows drawn uniformly, at their true scores, beside
-    its best ("Memory Layers at Scale", section 5.4; their number is not stated).
+    Attributes:
+        half_keys: Half keys per side (n).
+        heads: Memory heads (M).
+        top_k: Rows read per head (K).
+        k_dim: Width of a key, both halves.
+        qk_norm: Half queries and half keys are RMS-normed with a gain and their products divided by sqrt(k_dim / 2),
+            as in attention (the paper states only the norms).
+        query_batchnorm: Queries are batch-normed over the k_dim of all heads (Lample et al. 2019, section 3.1). In
+            training the batch is every token of the call, padding included.
+        random_rows: In training only, each head also reads this many rows drawn uniformly, with their true scores
+            ("Memory Layers at Scale", section 5.4, which does not state their number).
     """
 
     half_keys: int
@@ -49,7 +55,7 @@ class Addressing:
 
 
 class ProductKeyLayer(MemoryLayer):
-    """What every layer addressed by product keys has: a query projection and half keys, both its own."""
+    """The base of layers addressed by product keys: each has its own query projection and half keys."""
 
     matrices: ClassVar[tuple[str, ...]] = ("query.weight",)
 
@@ -65,7 +71,7 @@ class ProductKeyLayer(MemoryLayer):
         self.query_batchnorm = nn.BatchNorm1d(how.heads * how.k_dim) if how.query_batchnorm else None
 
     def find(self, q_NM2W: Tensor) -> tuple[Tensor, Tensor]:
-        """Rows and their scores, both [M, N, K], for queries; random rows stand behind the best."""
+        """Return the best rows for queries and their scores, both [M, N, K]; random rows, if any, follow the best."""
         keys_M2nW = self.keys if self.key_norm is None else self.key_norm(self.keys)
         rows_MNK, scores_MNK = product_key(q_NM2W, keys_M2nW, self.top_k)
         if self.training and self.how.random_rows:
@@ -78,7 +84,7 @@ class ProductKeyLayer(MemoryLayer):
         return rows_MNK, scores_MNK
 
     def queries(self, x_ND: Tensor) -> Tensor:
-        """Half queries [N, M, 2, W], normed where the layer does so."""
+        """Return half queries [N, M, 2, W], normed if the layer is configured so."""
         q = self.query(x_ND)
         if self.query_batchnorm is not None:
             q = self.query_batchnorm(q)
@@ -88,7 +94,10 @@ class ProductKeyLayer(MemoryLayer):
         return q_NM2W
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Keys uniform within k_dim^-1/2, query Xavier-uniform, biases zero, gains one, else normal (fan_in^-1/2)."""
+        """Draw keys uniformly within k_dim^-1/2, the query Xavier-uniform, other matrices normal with fan_in^-1/2.
+
+        Biases are zero and gains one.
+        """
         if name in ("keys", "sink_keys"):
             bound = self.k_dim**-0.5
             parameter.uniform_(-bound, bound, generator=generator)
@@ -100,7 +109,7 @@ class ProductKeyLayer(MemoryLayer):
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
 
     def search_cost(self) -> Cost:
-        """Query and half keys (all scored) are products."""
+        """Count the products of the query projection and of scoring all half keys."""
         width = self.heads * self.k_dim
         query, keys = self.dim * width, self.half_keys * width
         params = {"memory_query": query + width, "memory_keys": keys}
@@ -114,10 +123,16 @@ class ProductKeyLayer(MemoryLayer):
 class ProductKeyMemory(ProductKeyLayer):
     """The sum over heads and their rows of softmax(score) x row; Memory+ projects it: W2(y * silu(W1 x)).
 
-    Each head's softmax is over its own rows, in fp32. Rows of another width than the model's are projected by an
-    `out` of their own where there is no swilu. `scalar_gate` scales the output by sigmoid(w.x + b). `sink` adds one
-    pair to every head's rows that is always read, its key per head, its value shared by the heads. Initial values:
-    released code, biases zero.
+    Each head's softmax is over its own rows, in fp32. Initial values are those of the released code, with zero biases.
+
+    Args:
+        table: The value table.
+        dim: Model width.
+        how: How rows are found.
+        swilu: Whether the sum is gated and projected as in Memory+. Without it, rows of another width than the model
+            are projected by `out` alone.
+        scalar_gate: Whether the output is scaled by sigmoid(w.x + b).
+        sink: Whether every head also reads one more pair, whose key belongs to the head and whose value is shared.
     """
 
     matrices = ("query.weight", "gate.weight", "out.weight")
@@ -151,22 +166,22 @@ class ProductKeyMemory(ProductKeyLayer):
         return y_ND.view_as(x_BTD)
 
     def _read(self, q_NM2W: Tensor) -> Tensor:
-        """The weighted sum of rows, and of the sink."""
+        """Return the weighted sum of rows, including the sink."""
         rows_MNK, scores_MNK = self.find(q_NM2W)
         if self.sink_keys is None or self.sink_value is None:
             weights_MNK = scores_MNK.softmax(dim=-1, dtype=at_least_fp32(scores_MNK.dtype))
             return self._sum(rows_MNK, weights_MNK)
         sink_MN1 = q_NM2W.flatten(2).transpose(0, 1) @ self.sink_keys.unsqueeze(-1)
         weights_MNK = torch.cat((scores_MNK, sink_MN1), -1).softmax(dim=-1, dtype=at_least_fp32(scores_MNK.dtype))
-        sunk_N1 = weights_MNK[..., -1].sum(0).unsqueeze(-1)
-        return self._sum(rows_MNK, weights_MNK[..., :-1]) + sunk_N1 * self.sink_value
+        sink_weights_N1 = weights_MNK[..., -1].sum(0).unsqueeze(-1)
+        return self._sum(rows_MNK, weights_MNK[..., :-1]) + sink_weights_N1 * self.sink_value
 
     def _sum(self, rows_MNK: Tensor, weights_MNK: Tensor) -> Tensor:
         rows_NS, weights_NS = (part.transpose(0, 1).flatten(1) for part in (rows_MNK, weights_MNK))
         return self.tables[0](rows_NS, weights_NS)
 
     def cost(self) -> Cost:
-        """The search, the projections there are, and the rows that are read."""
+        """Count the search, the projections that exist, and the rows that are read."""
         width = self.tables[0].weight.shape[1]
         linears = [linear for linear in (self.gate, self.out, self.scalar_gate) if linear is not None]
         params: dict[str, int] = {}
@@ -183,7 +198,7 @@ class ProductKeyMemory(ProductKeyLayer):
 
 
 class SwiGLUBesideMemory(SwiGLU):
-    """A feed-forward with a memory beside it: the sum of both. Its weights are named as in a dense layer."""
+    """The sum of a feed-forward and a memory. The feed-forward's weights are named as in a dense layer."""
 
     def __init__(self, dim: int, hidden: int, memory: ProductKeyMemory) -> None:
         super().__init__(dim, hidden)
@@ -193,14 +208,14 @@ class SwiGLUBesideMemory(SwiGLU):
         return super().forward(x_BTD) + self.memory(x_BTD)
 
     def cost(self) -> Cost:
-        """Both parts."""
+        """Count both parts."""
         return super().cost() + self.memory.cost()
 
 
 class AddressedConfig(ModelConfig):
-    """What every family addressed by product keys may set."""
+    """The options of every family addressed by product keys."""
 
-    half_keys: int = Field(gt=0, description="n; the table has n*n rows")
+    half_keys: int = Field(gt=0, description="side n of the table, which has n*n rows")
     top_k: int = Field(default=32, gt=0, description="rows read per head")
     memory_heads: int = Field(default=4, gt=0, description="heads, each with its own query and keys")
     k_dim: int | None = Field(default=None, gt=0, description="width of a key, both halves; None: see key_dim")
@@ -216,12 +231,12 @@ class AddressedConfig(ModelConfig):
 
     @property
     def key_dim(self) -> int:
-        """Width of a key, both halves: as given, or the paper's 256 but at most dim/2."""
+        """Width of a key, both halves: `k_dim`, or the paper's 256 but at most dim/2."""
         return self.k_dim or min(PAPER_K_DIM, self.size.dim // 2)
 
     @property
     def memory_placement(self) -> tuple[int, ...]:
-        """Layers with a memory: as given, or the middle one (layers // 2)."""
+        """Layers with a memory: `placement`, or the middle one (layers // 2)."""
         return self.placement or (self.size.layers // 2,)
 
     @property
@@ -231,7 +246,7 @@ class AddressedConfig(ModelConfig):
 
     @property
     def addressing(self) -> Addressing:
-        """How a layer of this family finds its rows."""
+        """The options that determine how a layer finds its rows."""
         return Addressing(
             self.half_keys,
             self.memory_heads,
@@ -243,47 +258,49 @@ class AddressedConfig(ModelConfig):
         )
 
     def family_problems(self) -> list[Problem]:
-        found: list[Problem] = []
+        problems: list[Problem] = []
         layers, placement = self.size.layers, self.memory_placement
         if self.half_keys < self.top_k:
-            found.append(("half_keys", self.half_keys, f"at least top_k ({self.top_k})"))
+            problems.append(("half_keys", self.half_keys, f"at least top_k ({self.top_k})"))
         if self.key_dim % 2:
-            found.append(("k_dim", self.key_dim, "an even number (two halves)"))
+            problems.append(("k_dim", self.key_dim, "an even number (two halves)"))
         if self.qk_norm and self.query_batchnorm:
-            found.append(("query_batchnorm", True, "one of qk_norm and query_batchnorm"))
+            problems.append(("query_batchnorm", True, "one of qk_norm and query_batchnorm"))
         if sorted(set(placement)) != list(placement) or placement[0] < 0 or placement[-1] >= layers:
-            found.append(("placement", placement, f"rising layer numbers from 0 to {layers - 1}"))
-        return found
+            problems.append(("placement", placement, f"increasing layer numbers from 0 to {layers - 1}"))
+        return problems
 
 
 class MemoryConfig(AddressedConfig):
     """`pkm`, the paper's "Memory" row: one layer, no projection."""
 
-    value_dim: int | None = Field(default=None, gt=0, description="width of a row; None: dim, else projected (table 4)")
-    scalar_gate: bool = Field(default=False, description="output scaled by a sigmoid of the input (table 3)")
-    sink: bool = Field(default=False, description="a pair of its own in every softmax (table 3)")
-    share: bool = Field(default=True, description="one table for all layers, or one each")
+    value_dim: int | None = Field(
+        default=None, gt=0, description="width of a row; None: dim; other widths are projected (table 4)"
+    )
+    scalar_gate: bool = Field(default=False, description="scale the output by a sigmoid of the input (table 3)")
+    sink: bool = Field(default=False, description="one more learned pair in every softmax (table 3)")
+    share: bool = Field(default=True, description="one table for all layers; false: one per layer")
 
 
 class MemoryPlusConfig(MemoryConfig):
     """`memory_plus`: three layers that share one table, each with its own query, keys and projection."""
 
-    keep_ffn: bool = Field(default=False, description="keep the feed-forward beside the memory")
+    keep_ffn: bool = Field(default=False, description="keep the feed-forward and add the memory to it")
 
     @property
     def key_dim(self) -> int:
-        """Width of a key, both halves: as given, or the paper's dim/2."""
+        """Width of a key, both halves: `k_dim`, or the paper's dim/2."""
         return self.k_dim or self.size.dim // 2
 
     @property
     def memory_placement(self) -> tuple[int, ...]:
-        """As given, or three layers centred on layers // 2, the base's stride apart (373m: 4, 12, 20)."""
+        """`placement`, or three layers around layers // 2 at the distance of the base (373m: 4, 12, 20)."""
         middle, stride = self.size.layers // 2, self.size.memory_stride
         return self.placement or (middle - stride, middle, middle + stride)
 
 
 def memory_feed_forwards(config: MemoryConfig) -> list[nn.Module]:
-    """A SwiGLU in every layer but those of the placement, whose memories share one table unless told otherwise."""
+    """Return a SwiGLU for every layer outside the placement, and a memory for those inside it."""
     size, plus = config.size, isinstance(config, MemoryPlusConfig)
     tables = [
         MemoryTable(config.half_keys**2, config.value_dim or size.dim)

@@ -1,4 +1,4 @@
-"""The largest values in an order that leaves nothing open."""
+"""The largest values in a fully determined order."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 def best(values: Tensor, count: int) -> Tensor:
-    """Positions of the `count` largest along the last dimension, best first, the lower position first in ties.
+    """Return the positions of the `count` largest values in the last dimension, largest first, ties by position.
 
-    Values are compared in fp32. torch.topk leaves the order of ties open, so unique integers are sorted instead: the
-    fp32 value's bits, made to fall as the value rises, above the position. On a CPU numpy sorts them, whose vectorised
-    sort takes a sixth of the time of torch.topk.
+    Values are compared in fp32. The order of ties is undefined in torch.topk, so unique integers are sorted instead:
+    the bits of the fp32 value, inverted so that they fall as the value rises, followed by the position. On a CPU, numpy
+    sorts them, because its vectorised sort takes a sixth of the time of torch.topk.
     """
     bits = (values.float() + 0.0).view(torch.int32)  # + 0.0: minus zero ties with zero
     falling = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits).bitwise_not_()

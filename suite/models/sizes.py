@@ -1,10 +1,10 @@
 """Base shapes by name: the five of "Memory Layers at Scale" (arXiv 2412.09764) and the laptop's.
 
-Where the paper's come from. 134m and 1.3b: layers and feed-forward follow uniquely from the published totals, given
-width, full multi-head attention, untied embeddings and a vocabulary of 32,000. 373m: the released template. 720m: one
-of several shapes that fit, as no total of it is published. 8b: "the Llama3 8B architecture" (section 5.3), as Meta
-released it. Heads of 134m, 720m and 1.3b (64 or 128 wide) and their rope_theta (Llama 2's) are our choice: no total
-tells them apart. Strides: section 5.1. The w* shapes are ours.
+Sources of the paper's shapes. 134m and 1.3b: layers and feed-forward width follow uniquely from the published totals,
+given width, full multi-head attention, untied embeddings and a vocabulary of 32,000. 373m: the released template. 720m:
+one of several shapes that are consistent with the paper, which publishes no total for it. 8b: "the Llama3 8B
+architecture" (section 5.3), as Meta released it. The head width of 134m, 720m and 1.3b (64 or 128) and their rope_theta
+(that of Llama 2) are our choice, because totals do not depend on them. Strides: section 5.1. The w* shapes are ours.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Size:
-    """A Llama-style shape; `memory_stride` is the distance of Memory+ layers from each other.
+    """A Llama-style shape; `memory_stride` is the distance between Memory+ layers.
 
-    `vocab_size` is that of the tokenizer the paper used with the shape (0: none); the vocabulary of a model
-    is always given by the caller.
+    `vocab_size` is that of the paper's tokenizer for the shape (0: none). The caller of `build` sets the vocabulary of
+    a model.
     """
 
     layers: int

@@ -1,7 +1,6 @@
 """A Llama-style language model: pre-norm RMSNorm, rotary positions, causal attention, any feed-forward.
 
-Which module is the feed-forward of a layer, the registry says. This is single-device code; parallelism is
-applied from outside.
+The registry provides the feed-forward of each layer. This is single-device code; parallelism is applied from outside.
 
 Shapes: B rows, T tokens of the call, L keys (T plus what the cache holds), D model width, H heads, G
 key-value heads, K head width, V vocabulary.
@@ -27,36 +26,36 @@ NORM_EPS = 1e-5
 
 
 class Cache:
-    """Keys and values of the tokens already read, for generation; `length` tokens of at most `max_len`."""
+    """Keys and values of earlier tokens, for generation; holds `length` tokens and at most `max_len`."""
 
     def __init__(self, layers: int, batch: int, max_len: int) -> None:
         self.batch, self.max_len, self.length = batch, max_len, 0
         self._tokens: Tensor | None = None
-        self._kept: list[tuple[Tensor, Tensor] | None] = [None] * layers
+        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep a layer's new keys and values; returns all of them, [B, G, L, K]."""
+        """Store a layer's new keys and values, and return all of them, [B, G, L, K]."""
         batch, kv_heads, tokens, width = k_BGTK.shape
-        kept = self._kept[layer]
-        if kept is None:
+        stored = self._layers[layer]
+        if stored is None:
             shape = (batch, kv_heads, self.max_len, width)
-            kept = self._kept[layer] = (k_BGTK.new_empty(shape), v_BGTK.new_empty(shape))
+            stored = self._layers[layer] = (k_BGTK.new_empty(shape), v_BGTK.new_empty(shape))
         end = self.length + tokens
-        for old, new in zip(kept, (k_BGTK, v_BGTK), strict=True):
-            old[:, :, self.length : end] = new
-        return kept[0][:, :, :end], kept[1][:, :, :end]
+        for buffer, new in zip(stored, (k_BGTK, v_BGTK), strict=True):
+            buffer[:, :, self.length : end] = new
+        return stored[0][:, :, :end], stored[1][:, :, :end]
 
     def remember(self, tokens_BT: Tensor) -> Tensor:
-        """Keep new tokens; returns all of them, [B, L]. For modules that look at earlier tokens' ids."""
-        kept = [] if self._tokens is None else [self._tokens]
-        self._tokens = torch.cat((*kept, tokens_BT), 1)
+        """Store new token ids, and return all of them, [B, L]; for modules that read the ids of earlier tokens."""
+        earlier = [] if self._tokens is None else [self._tokens]
+        self._tokens = torch.cat((*earlier, tokens_BT), 1)
         return self._tokens
 
     def select(self, rows_B: Tensor) -> None:
-        """Keep only these rows, by index, and forget the others."""
+        """Keep only the rows with these indices."""
         self.batch = len(rows_B)
         self._tokens = None if self._tokens is None else self._tokens[rows_B]
-        self._kept = [kept and (kept[0][rows_B], kept[1][rows_B]) for kept in self._kept]
+        self._layers = [stored and (stored[0][rows_B], stored[1][rows_B]) for stored in self._layers]
 
 
 class Attention(nn.Module):
@@ -100,7 +99,7 @@ class Attention(nn.Module):
         return x_BTC.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def cost(self) -> Cost:
-        """The four projections; scores and sums over keys depend on the length and are the account's."""
+        """Count the four projections; `accounting` adds scores and weighted sums, which depend on the length."""
         weights = sum(linear.weight.numel() for linear in (self.wq, self.wk, self.wv, self.wo))
         return dense_cost("attention", weights, weights)
 
@@ -125,28 +124,14 @@ class Block(nn.Module):
         layer: int,
         ids_BTW: Tensor | None = None,
     ) -> Tensor:
-        return self.feed(self.attend(x_BTD, rotation, mask_BHTL, cache, layer), ids_BTW)
-
-    def attend(
-        self,
-        x_BTD: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        mask_BHTL: Tensor | None,
-        cache: Cache | None,
-        layer: int,
-    ) -> Tensor:
-        """The first half: x + attention(norm x)."""
-        return x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask_BHTL, cache, layer)
-
-    def feed(self, x_BTD: Tensor, ids_BTW: Tensor | None = None) -> Tensor:
-        """The second half: x + feed_forward(norm x)."""
+        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask_BHTL, cache, layer)
         h_BTD = self.feed_forward_norm(x_BTD)
         if ids_BTW is None or not self.window:
             return x_BTD + self.feed_forward(h_BTD)
         return x_BTD + self.feed_forward(h_BTD, ids_BTW[..., -self.window :])
 
     def cost(self) -> Cost:
-        """The two norms; attention and feed-forward count themselves."""
+        """Count the two norms; attention and feed-forward count themselves."""
         gains = self.attention_norm.weight.numel() + self.feed_forward_norm.weight.numel()
         return dense_cost("norm", gains, 0)
 
@@ -154,7 +139,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The language model of a configuration, uninitialised (see `build`).
 
-    Distinct memory tables live in `tables`, whichever layers read them.
+    `tables` holds each memory table once, however many layers read it. ValueError: the configuration is invalid, or the
+    family does not provide one distinct module per layer.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -164,11 +150,15 @@ class Transformer(nn.Module):
             raise ValueError(f"{field}: got {value!r}, allowed: {allowed}")
         self.config, self.size, self.vocab_size = config, config.size, vocab_size
         feed_forwards = registry.family(config.family).feed_forwards(config)
-        given = len(feed_forwards) if isinstance(feed_forwards, list) else type(feed_forwards).__name__
-        if given != self.size.layers:
-            raise ValueError(f"feed_forwards: got {given}, allowed: a list of {self.size.layers} modules, one a layer")
-        if len({id(module) for module in feed_forwards}) < given:
-            raise ValueError("feed_forwards: got a module twice, allowed: one for each layer (what they share: tables)")
+        count = len(feed_forwards) if isinstance(feed_forwards, list) else type(feed_forwards).__name__
+        if count != self.size.layers:
+            raise ValueError(
+                f"feed_forwards: got {count}, allowed: a list of {self.size.layers} modules, one per layer"
+            )
+        if len({id(module) for module in feed_forwards}) < count:
+            raise ValueError(
+                "feed_forwards: the same module is used in two layers; use one module per layer (share tables instead)"
+            )
         self.embedding = nn.Embedding(vocab_size, self.size.dim)
         self.layers = nn.ModuleList(Block(self.size, feed_forward) for feed_forward in feed_forwards)
         self.norm = nn.RMSNorm(self.size.dim, eps=NORM_EPS)
@@ -183,7 +173,7 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         pad_B: Tensor | None = None,
     ) -> Tensor:
-        """Logits [B, T, V] of the next token; arguments as of `hidden`."""
+        """Return the logits [B, T, V] of the next token; arguments as for `hidden`."""
         return self.head(self.hidden(tokens_BT, segments_BT, cache, pad_B))
 
     def hidden(
@@ -193,15 +183,25 @@ class Transformer(nn.Module):
         cache: Cache | None = None,
         pad_B: Tensor | None = None,
     ) -> Tensor:
-        """The normed residual stream [B, T, D] that `head` turns into logits.
+        """Compute the normed residual stream, which `head` turns into logits.
 
-        tokens: int64. segments: int64 document numbers; a token sees its own document only (rotary positions
-        are relative, so they need no restart). cache: tokens continue those it holds, and are added to it.
-        pad: how many tokens at the left of each row (of cache and call together) are padding, seen by no
-        other token.
+        Args:
+            tokens_BT: Token ids, int64.
+            segments_BT: Document numbers, int64. A token sees only its own document; rotary positions are relative,
+                so they need no restart.
+            cache: Earlier tokens, which these continue and are added to.
+            pad_B: Padding tokens at the left of each row, cache and call together; no other token sees them.
+
+        Returns:
+            Hidden states [B, T, D].
+
+        Raises:
+            ValueError: Both segments and a cache are given.
         """
         if cache is not None and segments_BT is not None:
-            raise ValueError("segments are for packed rows, a cache is for one document a row: give one")
+            raise ValueError(
+                "segments are for packed rows and a cache is for one document per row; give only one of them"
+            )
         past = cache.length if cache is not None else 0
         rotation = self._rotation(past, tokens_BT.shape[1], tokens_BT.device)
         mask_BHTL = attention_mask(tokens_BT, past, segments_BT, pad_B)
@@ -216,15 +216,15 @@ class Transformer(nn.Module):
         return self.norm(x_BTD)
 
     def head(self, x_BTD: Tensor) -> Tensor:
-        """Logits [..., V] of hidden states [..., D]."""
+        """Return the logits [..., V] of hidden states [..., D]."""
         return F.linear(x_BTD, self.embedding.weight if self.output is None else self.output.weight)
 
     def new_cache(self, batch: int, max_len: int) -> Cache:
-        """An empty cache for `batch` rows of at most `max_len` tokens."""
+        """Return an empty cache for `batch` rows of at most `max_len` tokens."""
         return Cache(self.size.layers, batch, max_len)
 
     def memory_layers(self) -> dict[int, MemoryLayer]:
-        """The memory of each layer that has one, by layer index."""
+        """Return the memory of each layer that has one, by layer index."""
         return {
             index: module
             for index, layer in enumerate(self.layers)
@@ -233,11 +233,11 @@ class Transformer(nn.Module):
         }
 
     def memory_tables(self) -> list[MemoryTable]:
-        """The distinct tables; their parameters are the optimizer's value group."""
+        """Return the distinct tables; the optimizer treats their parameters separately."""
         return cast(list[MemoryTable], list(self.tables))
 
     def hidden_matrices(self) -> list[str]:
-        """Names of the weight matrices inside blocks, and of stacks of them, as modules declare them in `matrices`."""
+        """Return the names of weight matrices (and stacks of them) inside blocks, as modules declare in `matrices`."""
         declared = [
             f"layers.{path}.{name}"
             for path, module in self.layers.named_modules()
@@ -247,14 +247,14 @@ class Transformer(nn.Module):
         return [name for name in declared if name in present]
 
     def after_step(self) -> None:
-        """To be called after each optimizer step: feed-forwards that keep statistics act on them."""
+        """Let feed-forwards act on the statistics they collect; call it after each optimizer step."""
         for layer in self.layers:
-            act = getattr(layer.feed_forward, "after_step", None)
-            if act is not None:
-                act()
+            after_step = getattr(layer.feed_forward, "after_step", None)
+            if after_step is not None:
+                after_step()
 
     def parts(self) -> Iterator[tuple[str, nn.Module]]:
-        """The modules that account for themselves, by name; together they own every parameter."""
+        """Yield the modules that count their own cost, with their names; together they own every parameter."""
         yield "", self
         for index, layer in enumerate(self.layers):
             yield f"layers.{index}", layer
@@ -264,7 +264,7 @@ class Transformer(nn.Module):
             yield f"tables.{index}", table
 
     def cost(self) -> Cost:
-        """Embedding (one row read), last norm and output head (a product even when it is the embedding's)."""
+        """Count embedding (one row is read), last norm and output head (a product even if its matrix is tied)."""
         matrix = self.vocab_size * self.size.dim
         own = {} if self.output is None else {"head": matrix}
         head = Cost(own, {"head": matrix}, {"head": matrix})
@@ -274,15 +274,15 @@ class Transformer(nn.Module):
     def _windows(
         self, tokens_BT: Tensor, segments_BT: Tensor | None, cache: Cache | None, pad_B: Tensor | None
     ) -> Tensor | None:
-        """The ids [B, T, W] of each token and its W - 1 predecessors, for the layers that want them; else None."""
+        """Return the ids [B, T, W] of each token and its W - 1 predecessors, if a layer needs them."""
         window = max(block.window for block in cast(list[Block], list(self.layers)))
         if not window:
             return None
-        known_BL = tokens_BT if cache is None else cache.remember(tokens_BT)
-        return token_windows(known_BL, window, segments_BT, pad_B)[:, known_BL.shape[1] - tokens_BT.shape[1] :]
+        ids_BL = tokens_BT if cache is None else cache.remember(tokens_BT)
+        return token_windows(ids_BL, window, segments_BT, pad_B)[:, ids_BL.shape[1] - tokens_BT.shape[1] :]
 
     def _rotation(self, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines [T, H*K] of the rotary angles (Su et al. 2021, equation 34)."""
+        """Return cosines and signed sines [T, H*K] of the rotary angles (Su et al. 2021, equation 34)."""
         half = self.size.head_dim // 2
         speed_K = self.size.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
         position_T = torch.arange(start, start + tokens, device=device, dtype=torch.float32)
@@ -293,7 +293,7 @@ class Transformer(nn.Module):
 
 
 def rotate(x_BTC: Tensor, heads: int, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pair (i, i + K/2) of each head, side by side in C, by its position's angle, in fp32; dtype kept."""
+    """Rotate the pairs (i, i + K/2) of each head by the angle of the position, in fp32; the dtype stays the same."""
     width = x_BTC.shape[-1]
     cos_TC, sin_TC = (part[:, :width] for part in rotation)
     swapped_BTC = x_BTC.unflatten(-1, (heads, 2, -1)).flip(-2).flatten(-3)
@@ -301,21 +301,21 @@ def rotate(x_BTC: Tensor, heads: int, rotation: tuple[Tensor, Tensor]) -> Tensor
 
 
 def token_windows(tokens_BL: Tensor, window: int, segments_BL: Tensor | None, pad_B: Tensor | None) -> Tensor:
-    """The ids [B, L, W] of each token (last) and those before it; -1 beyond the row, the document or its padding."""
-    whole = F.pad(tokens_BL, (window - 1, 0), value=-1).unfold(1, window, 1)
+    """Return the ids [B, L, W] of each token (last) and those before it; -1 outside the document, or in padding."""
+    windows_BLW = F.pad(tokens_BL, (window - 1, 0), value=-1).unfold(1, window, 1)
     if segments_BL is not None:
-        beside = F.pad(segments_BL, (window - 1, 0), value=-1).unfold(1, window, 1)
-        whole = whole.masked_fill(beside != segments_BL.unsqueeze(-1), -1)
+        documents_BLW = F.pad(segments_BL, (window - 1, 0), value=-1).unfold(1, window, 1)
+        windows_BLW = windows_BLW.masked_fill(documents_BLW != segments_BL.unsqueeze(-1), -1)
     if pad_B is not None:
-        place_LW = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[:, None] + torch.arange(
+        position_LW = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[:, None] + torch.arange(
             1 - window, 1, device=tokens_BL.device
         )
-        whole = whole.masked_fill(place_LW < pad_B[:, None, None], -1)
-    return whole
+        windows_BLW = windows_BLW.masked_fill(position_LW < pad_B[:, None, None], -1)
+    return windows_BLW
 
 
 def attention_mask(tokens_BT: Tensor, past: int, segments_BT: Tensor | None, pad_B: Tensor | None) -> Tensor | None:
-    """True [B or 1, 1, T, L] where a token may look; None where plain causal attention is meant."""
+    """Return the mask [B or 1, 1, T, L], True where a token may attend; None if plain causal attention suffices."""
     tokens = tokens_BT.shape[1]
     if segments_BT is None and pad_B is None and (past == 0 or tokens == 1):
         return None
@@ -325,13 +325,13 @@ def attention_mask(tokens_BT: Tensor, past: int, segments_BT: Tensor | None, pad
     if segments_BT is not None:
         mask_BTL = mask_BTL & (segments_BT[:, :, None] == segments_BT[:, None, :])
     if pad_B is not None:
-        # A padding token still sees itself: a softmax over nothing is NaN.
+        # A padding token attends to itself, since a softmax over nothing is NaN.
         mask_BTL = mask_BTL & ((key_L >= pad_B[:, None, None]) | (key_L == query_T[:, None]))
     return mask_BTL[:, None]
 
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as what is added to scores, in the dtype attention computes in: made once for all layers."""
+    """Return the mask as a bias added to scores, in the dtype of attention; all layers share it."""
     device = mask.device.type
     if device != "meta" and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -339,9 +339,18 @@ def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def build(config: ModelConfig, vocab_size: int, seed: int) -> Transformer:
-    """The model of a configuration with its initial weights; on the meta device, without them.
+    """Build the model of a configuration and draw its initial weights, unless it is on the meta device.
 
-    ValueError: the configuration has problems or the family is unknown.
+    Args:
+        config: The configuration.
+        vocab_size: Entries of the vocabulary.
+        seed: The seed of the initial weights.
+
+    Returns:
+        The model.
+
+    Raises:
+        ValueError: The configuration is invalid or the family is unknown.
     """
     model = Transformer(config, vocab_size)
     if not model.norm.weight.is_meta:
@@ -351,12 +360,12 @@ def build(config: ModelConfig, vocab_size: int, seed: int) -> Transformer:
 
 @torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
-    """Fill every parameter from a generator of its own, seeded by (seed, name).
+    """Fill every parameter from its own generator, seeded by (seed, name).
 
-    Parts that two models have in common therefore start equal, whatever else the models hold. Matrices are
-    normal with standard deviation fan_in^-1/2, those that write to the residual stream (wo, w2) divided by
-    sqrt(2 x layers) (GPT-2); gains are one and biases zero. A module with `init_parameter` decides for itself
-    and what is below it. Buffers start at zero, those of a batch norm where torch starts them.
+    Parts that two models have in common therefore start with equal values, whatever else the models contain. Matrices
+    are normal with standard deviation fan_in^-1/2, divided by sqrt(2 x layers) where they write to the residual stream
+    (wo, w2; GPT-2). Gains are one and biases zero. A module with `init_parameter` sets its own values and those of its
+    submodules. Buffers start at zero, those of a batch norm at torch's initial values.
     """
     reset_statistics(model)
     for name, parameter in model.named_parameters():
@@ -365,7 +374,7 @@ def initialise(model: Transformer, seed: int) -> None:
 
 @torch.no_grad()
 def reset_statistics(model: Transformer) -> None:
-    """Buffers to zero, those of a batch norm to where torch starts them."""
+    """Set buffers to zero, those of a batch norm to torch's initial values."""
     for buffer in model.buffers():
         buffer.zero_()
     for module in model.modules():
@@ -374,19 +383,26 @@ def reset_statistics(model: Transformer) -> None:
 
 
 def generator_of(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """The generator of the initial values of the parameter of that name."""
+    """Return the generator of a parameter's initial values; it depends on seed and name alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @torch.no_grad()
 def fill(model: Transformer, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    """Put into `parameter` the initial values of the model's parameter of that name."""
+    """Fill `parameter` with the initial values of the model's parameter of that name.
+
+    Args:
+        model: The model that the parameter belongs to.
+        name: The parameter's name in the model.
+        parameter: The tensor to fill, of the parameter's shape.
+        generator: See `generator_of`.
+    """
     path = name.split(".")
     for depth in range(1, len(path)):
-        decide = getattr(model.get_submodule(".".join(path[:depth])), "init_parameter", None)
-        if decide is not None:
-            decide(".".join(path[depth:]), parameter, generator)
+        init_parameter = getattr(model.get_submodule(".".join(path[:depth])), "init_parameter", None)
+        if init_parameter is not None:
+            init_parameter(".".join(path[depth:]), parameter, generator)
             return
     _default_init(path[-2:], parameter, model.size, generator)
 

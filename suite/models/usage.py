@@ -1,7 +1,7 @@
-"""Which rows of its tables a model reads, and how evenly: counts of reads, and the measures taken of them.
+"""Key usage: which rows of its tables a model reads, and how evenly.
 
 The measures are those of Lample et al. 2019 (Large Memory Layers with Product Keys, arXiv 1907.05242, section 4.4),
-over counts of reads; training takes them of the steps it logs, evaluation of a sample of text.
+computed from counts of reads. Training measures the steps it logs, evaluation a sample of text.
 Shapes: N tokens, M heads, S rows of the table read per token, R rows of the table, U rows read at all.
 """
 
@@ -20,9 +20,9 @@ from suite.models.transformer import Transformer
 
 
 class Reads:
-    """Counts what every memory layer of a model reads, from `start` to `finish`; listens to the model until `detach`.
+    """Counts the reads of every memory layer of a model from `start` to `finish`; `detach` removes its hooks.
 
-    Nothing is kept while it does not count. While it does: 4 bytes a row for each head of each layer.
+    While it counts, it holds 4 bytes per row for each head of each layer; otherwise nothing.
     """
 
     def __init__(self, model: Transformer) -> None:
@@ -30,7 +30,7 @@ class Reads:
         self.tables = list({id(_table(layer)): _table(layer) for layer in self._layers.values()}.values())
         self._counts: dict[int, Tensor] = {}
         self._reading = -1
-        # Hooks stay for good, since a compiled model does not notice those that come and go.
+        # Hooks stay registered, because a compiled model does not notice hooks that come and go.
         self._handles = [
             layer.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
             for index, layer in self._layers.items()
@@ -39,7 +39,7 @@ class Reads:
             table.before_read.append(self._count)
 
     def start(self) -> None:
-        """Count from here, from zero."""
+        """Start counting from zero."""
         self._counts = {
             index: _table(layer).weight.new_zeros(
                 layer.heads_per_read, len(_table(layer).weight), dtype=torch.int32, requires_grad=False
@@ -48,15 +48,15 @@ class Reads:
         }
 
     def finish(self, copies: int = 1) -> dict[str, Any]:
-        """What was read since `start`, and count no more; empty for a model without a memory.
+        """Stop counting and return the measures of the reads since `start`; empty for a model without a memory.
 
         Args:
-            copies: processes that read the same, and count once.
+            copies: Processes that read the same rows, which are counted once.
 
         Returns:
             {"layers": {layer: measures and "head_entropy_bits", a list}, "tables": [measures, "layers" and
-            "overlap"]}, tables as in `self.tables`. The reads of all layers that share a table are taken together in
-            "tables"; "overlap" has for every two of them ("4-12") the share of their reads that is common to both.
+            "overlap"]}, tables in the order of `self.tables`. "tables" adds up the reads of all layers that share
+            a table; "overlap" holds, for each pair of layers ("4-12"), the share of their reads that both have.
         """
         counts, self._counts = self._counts, {}
         for index, counts_MR in counts.items():
@@ -88,7 +88,7 @@ class Reads:
         }
 
     def detach(self) -> None:
-        """Listen no more."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
         for table in self.tables:
@@ -109,8 +109,11 @@ class Reads:
 
 
 def measures(counts_R: Tensor) -> dict[str, float]:
-    """Of counts of reads, int: rows, reads, the share of rows read at least once (`used`) and the number of the others
-    (`dead`), the entropy of the reads over rows, and their divergence from even use, 0 to log2 rows bits."""
+    """Measure counts of reads.
+
+    Returns the number of rows and of reads, the share of rows that were read (`used`) and the number that were not
+    (`dead`), the entropy of reads over rows, and their divergence from uniform use (0 to log2 rows bits).
+    """
     rows, shares_U = len(counts_R), _shares(counts_R)[1]
     entropy = _entropy_bits(shares_U)
     return {
@@ -124,14 +127,13 @@ def measures(counts_R: Tensor) -> dict[str, float]:
 
 
 def overlap(counts_R: Tensor, others_R: Tensor) -> float:
-    """The part that two distributions of reads over rows have in common, 0 to 1 (Weitzman's coefficient): the sum
-    over rows of the smaller share."""
+    """Return the overlap of two distributions of reads, 0 to 1: the sum of the smaller shares (Weitzman)."""
     rows_U, shares_U = _shares(counts_R)
     return float(torch.minimum(shares_U, others_R[rows_U].double() / others_R.sum()).sum())
 
 
 def _sum(counts_XR: Tensor) -> Tensor:
-    # torch sums int32 into int64 unless told otherwise, at twenty times the cost.
+    # By default torch sums int32 into int64, at twenty times the cost.
     return counts_XR.sum(0, dtype=torch.int32)
 
 
@@ -140,7 +142,7 @@ def _entropy_bits(shares_U: Tensor) -> float:
 
 
 def _shares(counts_R: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows that were read, ascending, and their shares of the reads, float64."""
+    """Return the rows that were read, ascending, and their shares of the reads in float64."""
     is_read_R = counts_R.ne(0)
     if is_read_R.is_cuda:
         rows_U = is_read_R.nonzero().squeeze(1)
@@ -151,5 +153,5 @@ def _shares(counts_R: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _table(layer: MemoryLayer) -> MemoryTable:
-    """The table a layer is counted by; where it has several, all are read at the same rows."""
+    """Return the table by which a layer is counted; if it has several, it reads the same rows of all."""
     return layer.tables[0]

@@ -1,4 +1,4 @@
-"""A plan for people, and what finished runs say to it."""
+"""Plans as tables and notes, with the measurements of finished runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from suite.records import run_dir
 
 
 def measured(results: Path, cell: Cell) -> dict[str, float] | None:
-    """What a run of the cell that is done took: seconds of training, tokens a second, peak bytes; None without one."""
+    """Return seconds of training, tokens per second and peak bytes of the cell's finished run; None without one."""
     run = run_dir(results, cell)
     lines = [line for line in run.train_lines() if "memory_bytes" in line] if run.path.exists() else []
     if not lines or run.state()["state"] != "done":
@@ -23,7 +23,7 @@ def measured(results: Path, cell: Cell) -> dict[str, float] | None:
 
 
 def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
-    """One row a cell: size, work and that over the base's dense model, mesh, memory, hours."""
+    """Return a table with one row per cell: size, work (also relative to dense), mesh, memory and hours."""
     table = Table(title=f"{name} on {assumed.gpu.name}", title_justify="left")
     for column, justify in (
         ("run", "left"),
@@ -58,13 +58,13 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
 
 
 def _rounded(value: float) -> str:
-    """Whole numbers from 100, three digits below."""
+    """Format numbers of 100 and more as whole numbers, others with three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def partners_table(plans: list[CellPlan]) -> Table:
-    """Each cell's nearest other in FLOPs, parameters and bytes, and this cell over it; `=` where within 5 %."""
-    table = Table(title="nearest other cells, and this cell over them (=: within 5 %)", title_justify="left")
+    """Return a table of each cell's nearest other cells and the ratios to them; `=` marks those within 5 %."""
+    table = Table(title="nearest other cells, and the ratio of this cell to them (=: within 5 %)", title_justify="left")
     for column in ("run", *(f"in {measure}" for measure in MEASURES)):
         table.add_column(column)
     for one in plans:
@@ -72,36 +72,38 @@ def partners_table(plans: list[CellPlan]) -> Table:
     return table
 
 
-def _partner(found: dict[str, Any] | None) -> str:
-    return "" if found is None else f"{found['run']} {found['ratio']:.3f}{' =' if found['equal'] else ''}"
+def _partner(partner: dict[str, Any] | None) -> str:
+    if partner is None:
+        return ""
+    return f"{partner['run']} {partner['ratio']:.3f}{' =' if partner['equal'] else ''}"
 
 
 def plan_notes(plans: list[CellPlan], document: dict[str, Any]) -> list[str]:
-    """The sums, the assumptions, and for each cell that fits nowhere why, and what would make it fit."""
+    """Return lines with the totals, the assumptions and, for cells that do not fit, the reason and a remedy."""
     totals, assumed = document["totals"], document["assumed"]
     lines = [
         f"total: {_rounded(totals['gpu_hours'])} GPU-hours, ${_rounded(totals['cost'])}, "
         f"{totals['total_flops']:.2e} FLOPs",
         f"assumed: {assumed['utilisation']:.0%} of {assumed['gpu']['flops'] / 1e12:.0f} TFLOPS, "
-        f"${assumed['price']:g} an hour, "
+        f"${assumed['price']:g} per hour, "
         f"{assumed['usable_memory']:.0%} of {assumed['gpu']['memory'] / 1e9:.0f} GB usable;"
-        " reading and updating tables (table hours, of all GPUs at full memory bandwidth) is not in the GPU-hours",
-        "days: on the fewest GPUs that hold the cell; more (`gpus` in a profile or a grid's `launch`) take less long",
+        " GPU-hours do not include reading and updating tables (table hours, at full memory bandwidth)",
+        "days: on the fewest GPUs that hold the cell; more (`gpus` in a profile or a grid's `launch`) take less",
     ]
-    lines += [_against(entry) for entry in document["cells"] if entry.get("measured") and entry["gpus"]]
+    lines += [_predicted_and_measured(entry) for entry in document["cells"] if entry.get("measured") and entry["gpus"]]
     unfit = [one for one in plans if one.why]
     if unfit:
         hours = _rounded(sum(one.gpu_hours for one in unfit))
-        lines.append(f"of the total, {hours} GPU-hours are of cells that do not fit:")
-    lines += [f"{one.cell.run_name}: does not fit: {one.why}; what would do: {one.would_fit}" for one in unfit]
+        lines.append(f"of the total, {hours} GPU-hours belong to cells that do not fit:")
+    lines += [f"{one.cell.run_name}: does not fit: {one.why}; what would fit: {one.would_fit}" for one in unfit]
     return lines
 
 
-def _against(entry: dict[str, Any]) -> str:
-    """A cell's prediction beside what its run took, on whatever machine that ran."""
+def _predicted_and_measured(entry: dict[str, Any]) -> str:
+    """Return a cell's prediction and the measurements of its run, which may be from another machine."""
     took, seconds = entry["measured"], 3600 * entry["gpu_hours"] / entry["gpus"]
     return (
         f"{entry['run']}: predicted {seconds:.3g} s and {entry['memory_per_gpu'] / 1e9:.3g} GB on {entry['gpus']} of "
         f"these GPUs; its run took {took['wall_s']:.3g} s and {took['memory_bytes'] / 1e9:.3g} GB "
-        "(of its GPU, or of the process on a CPU)"
+        "(memory of its GPU, or of the process on a CPU)"
     )

@@ -1,4 +1,4 @@
-"""Families from outside: refused by name where they are wrong, known by content, given the tokens they ask for."""
+"""External families: identified by content, checked by name, and given the token ids that they request."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ GOOD = {
 
 
 @pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
+def _restore_registry() -> Iterator[None]:
     before = set(registry.families())
     yield
     registry.unregister(set(registry.families()) - before)
@@ -63,7 +63,7 @@ def checked(path: Path) -> None:
     checks.check(registry.ModelConfig(family=name, base="w32"))
 
 
-def test_a_file_adds_its_family_once_however_often_it_is_read(tmp_path: Path) -> None:
+def test_a_file_registers_its_family_only_once(tmp_path: Path) -> None:
     path = baseline(tmp_path)
     checked(path)
     copy = tmp_path / "copy.py"
@@ -83,7 +83,7 @@ def test_a_shape_that_would_broadcast_is_refused_too(tmp_path: Path) -> None:
         checked(baseline(tmp_path, result="x_BTD[..., :1]"))
 
 
-def test_a_product_that_cannot_be_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_an_invalid_product_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"family squared: .*(shape|size|dim)"):
         checked(baseline(tmp_path, result="self.down(x_BTD)"))
 
@@ -105,9 +105,7 @@ def test_another_dtype_is_refused_by_name(tmp_path: Path) -> None:
         ({"params": "sum(1)"}, r"line 15: TypeError: 'int' object is not iterable"),
     ],
 )
-def test_whatever_a_baseline_raises_is_one_line_with_its_place(
-    tmp_path: Path, wrong: dict[str, str], words: str
-) -> None:
+def test_any_exception_becomes_one_line_with_its_line_number(tmp_path: Path, wrong: dict[str, str], words: str) -> None:
     with pytest.raises(UserError, match=words) as refused:
         checked(baseline(tmp_path, **wrong))
     assert "\n" not in str(refused.value)
@@ -122,7 +120,7 @@ def test_whatever_a_baseline_raises_is_one_line_with_its_place(
         ('register(Family("other", ModelConfig, []))', r"feed_forwards: got \[\], allowed: config -> one module"),
     ],
 )
-def test_what_is_no_family_is_refused_by_field(tmp_path: Path, line: str, words: str) -> None:
+def test_an_invalid_family_is_refused_by_field(tmp_path: Path, line: str, words: str) -> None:
     path = baseline(tmp_path)
     path.write_text(path.read_text() + line + "\n")
     with pytest.raises(UserError, match=rf"mine\.py: line 21: ValueError: {words}"):
@@ -137,15 +135,15 @@ def test_too_few_modules_are_refused(tmp_path: Path) -> None:
         checked(path)
 
 
-def test_what_a_file_prints_is_kept_from_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_of_a_file_goes_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = baseline(tmp_path)
     path.write_text('print("hello")\n' + path.read_text())
     loading.load(path)
-    said = capsys.readouterr()
-    assert (said.out, said.err) == ("", "hello\n")
+    output = capsys.readouterr()
+    assert (output.out, output.err) == ("", "hello\n")
 
 
-def test_a_module_that_looks_at_values_is_checked_on_the_cpu(tmp_path: Path) -> None:
+def test_a_module_that_depends_on_values_is_checked_on_the_cpu(tmp_path: Path) -> None:
     by_value = "self.down(self.up(x_BTD).relu()) if x_BTD.sum().item() < 1e9 else x_BTD"
     checked(baseline(tmp_path, result=by_value))
     registry.unregister(["squared"])
@@ -159,7 +157,7 @@ MASKED = "self.down(self.up(x_BTD).relu()).index_put((x_BTD[..., 0] > 0,), x_BTD
 @pytest.mark.parametrize(
     "by_value", ["x_BTD if x_BTD.sum().item() > 1e9 else self.down(self.up(x_BTD).relu())", MASKED]
 )
-def test_what_needs_values_is_checked_as_everything_else_on_the_cpu(tmp_path: Path, by_value: str) -> None:
+def test_products_that_depend_on_values_are_checked_on_the_cpu(tmp_path: Path, by_value: str) -> None:
     path = baseline(tmp_path, result=by_value)
     checked(path)
     registry.unregister(["squared"])
@@ -168,7 +166,7 @@ def test_what_needs_values_is_checked_as_everything_else_on_the_cpu(tmp_path: Pa
         checked(path)
 
 
-def test_an_operation_that_no_cpu_has_is_checked_by_shape_alone(tmp_path: Path) -> None:
+def test_an_operator_without_a_cpu_kernel_is_checked_by_shape_only(tmp_path: Path) -> None:
     path = baseline(tmp_path, result="torch.ops.elsewhere.twice(self.down(self.up(x_BTD)))")
     with torch.library._scoped_library("elsewhere", "DEF") as library:
         library.define("twice(Tensor x) -> Tensor")
@@ -177,7 +175,7 @@ def test_an_operation_that_no_cpu_has_is_checked_by_shape_alone(tmp_path: Path) 
         checked(path)
 
 
-def test_a_look_far_ahead_is_seen_and_integers_are_no_obstacle(tmp_path: Path) -> None:
+def test_distant_foresight_is_found_even_with_integer_parameters(tmp_path: Path) -> None:
     ahead = "self.down(self.up(x_BTD)) + x_BTD.roll(-30, 1)"
     path = baseline(tmp_path, result=ahead)
     whole = (
@@ -199,7 +197,7 @@ def test_a_parameter_missing_from_the_accounting_is_refused_by_name(tmp_path: Pa
 
 
 @pytest.mark.parametrize("macs", ["float('nan')", "-5", "float('inf')", "'many'"])
-def test_a_count_that_is_no_number_of_anything_is_refused_by_name(tmp_path: Path, macs: str) -> None:
+def test_an_invalid_count_is_refused_by_name(tmp_path: Path, macs: str) -> None:
     wrong = baseline(tmp_path)
     wrong.write_text(wrong.read_text().replace("2 * self.up.weight.numel())\n\n", f"{macs})\n\n"))
     with pytest.raises(
@@ -219,7 +217,7 @@ def test_a_module_in_two_layers_is_refused(tmp_path: Path) -> None:
     path = baseline(tmp_path)
     once = "[Squared(config.size.dim, config.size.ffn_hidden)] * config.size.layers"
     path.write_text(re.sub(r"return \[Squared.*\]", f"return {once}", path.read_text()))
-    with pytest.raises(UserError, match="feed_forwards: got a module twice, allowed: one for each layer"):
+    with pytest.raises(UserError, match="feed_forwards: the same module"):
         checked(path)
 
 
@@ -239,7 +237,7 @@ def test_a_family_that_sees_later_tokens_is_refused(tmp_path: Path, result: str)
         checked(path)
 
 
-def test_foresight_that_initial_zeros_would_hide_is_seen(tmp_path: Path) -> None:
+def test_foresight_hidden_by_zero_initial_values_is_found(tmp_path: Path) -> None:
     path = baseline(tmp_path, result="self.down(self.up(x_BTD).cumsum(1).flip(1))")
     initial = "    def init_parameter(self, name, parameter, generator):\n        parameter.zero_()\n\n"
     path.write_text(path.read_text().replace("    def cost(self)", initial + "    def cost(self)"))
@@ -247,7 +245,7 @@ def test_foresight_that_initial_zeros_would_hide_is_seen(tmp_path: Path) -> None
         checked(path)
 
 
-def test_a_name_that_is_taken_is_refused_and_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_taken_name_is_refused_and_nothing_stays_registered(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"mine\.py: line 20: ValueError: family 'dense' is already registered"):
         loading.load(baseline(tmp_path, name="dense"))
     loading.load(baseline(tmp_path))
@@ -267,7 +265,7 @@ def test_a_name_that_is_taken_is_refused_and_leaves_nothing_behind(tmp_path: Pat
         ("raise SystemExit(3)\n", "line 1: SystemExit: 3"),
     ],
 )
-def test_a_file_that_is_no_baseline_is_refused(tmp_path: Path, text: str, words: str) -> None:
+def test_a_file_that_is_not_a_baseline_is_refused(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "mine.py"
     path.write_text(text)
     with pytest.raises(UserError, match=words):
@@ -276,7 +274,7 @@ def test_a_file_that_is_no_baseline_is_refused(tmp_path: Path, text: str, words:
         loading.load(tmp_path / "nowhere.py")
 
 
-def test_an_installed_package_announces_its_baseline_by_entry_point(
+def test_an_installed_package_declares_its_baseline_as_an_entry_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     baseline(tmp_path)
@@ -323,7 +321,7 @@ def ngram_model() -> torch.nn.Module:
     return build(config, 50, 0).eval()
 
 
-def test_token_ids_reach_the_module_the_same_with_a_cache_padding_and_packing() -> None:
+def test_token_ids_are_the_same_with_cache_padding_and_packing() -> None:
     model = ngram_model()
     tokens_BT = torch.randint(0, 50, (2, 12), generator=torch.Generator().manual_seed(0))
     whole = model(tokens_BT)
@@ -337,7 +335,7 @@ def test_token_ids_reach_the_module_the_same_with_a_cache_padding_and_packing() 
     torch.testing.assert_close(packed.view(2, 12, -1), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_a_later_token_changes_no_earlier_logits() -> None:
+def test_later_tokens_do_not_change_earlier_logits() -> None:
     model = ngram_model()
     tokens_BT = torch.randint(0, 50, (1, 12), generator=torch.Generator().manual_seed(1))
     other_BT = tokens_BT.clone()
@@ -347,7 +345,7 @@ def test_a_later_token_changes_no_earlier_logits() -> None:
     assert not torch.equal(before[:, 7:10], after[:, 7:10])
 
 
-def test_ngram_rows_depend_on_the_last_ids_alone_and_spread() -> None:
+def test_ngram_rows_depend_only_on_the_last_ids_and_are_spread() -> None:
     model = ngram_model()
     memory = model.memory_layers()[1]
     ids = torch.randint(0, 50, (1, 400, 3), generator=torch.Generator().manual_seed(2))

@@ -1,4 +1,4 @@
-"""Exports load in transformers and say what we say; Llama checkpoints come the other way."""
+"""Exports load in transformers with the same logits, and Llama checkpoints can be imported."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from suite.cli.main import app
 from suite.data.corpus import Corpus, prepare
 from suite.data.tokenizer_config import TokenizerConfig
 from suite.errors import UserError
-from suite.export.export import export, fast_tokenizer, import_llama
+from suite.export.export import export
+from suite.export.llama import import_llama
+from suite.export.tokenizer import fast_tokenizer
 from suite.models import Transformer, registry
 
 transformers = pytest.importorskip("transformers", reason="transformers, an extra, is not installed")
@@ -40,8 +42,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(autouse=True)
-def _apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """One thread; modelling files copied to a folder of the test; baselines forgotten."""
+def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Use one thread and a module cache of the test's own, and unregister baselines afterwards."""
     torch.set_num_threads(1)
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
@@ -60,7 +62,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def built(name: str, vocab: int = 50) -> Transformer:
-    """A model whose buffers (statistics of a batch norm, balances of experts) are not the initial ones any more."""
+    """Build a model whose buffers (batch norm statistics, expert biases) differ from their initial values."""
     options = FAMILIES[name]
     model = models.build(registry.family(options["family"]).config.model_validate(options), vocab, 0)
     with torch.no_grad():
@@ -95,7 +97,7 @@ def test_transformers_loads_every_family_with_our_logits(name: str, tmp_path: Pa
 
 
 def exported(name: str, folder: Path) -> tuple[Transformer, Any]:
-    """A model, and its export as transformers loads it; `hashed_ngram` is the documentation's baseline."""
+    """Return a model and its export, loaded by transformers; `hashed_ngram` is the baseline of the documentation."""
     if name == "hashed_ngram":
         loading.load(ROOT / "docs" / "hashed_ngram.py")
         model = models.build(registry.family(name).config(family=name, base="w32"), 50, 0).eval()
@@ -106,7 +108,7 @@ def exported(name: str, folder: Path) -> tuple[Transformer, Any]:
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "hashed_ngram"])
-def test_greedy_generation_is_ours_with_a_cache_and_without(name: str, tmp_path: Path) -> None:
+def test_greedy_generation_equals_ours_with_and_without_a_cache(name: str, tmp_path: Path) -> None:
     from suite.inference.generation import generate
 
     model, theirs = exported(name, tmp_path / "out")
@@ -122,7 +124,7 @@ def test_greedy_generation_is_ours_with_a_cache_and_without(name: str, tmp_path:
 
 
 @pytest.mark.parametrize("name", ["memory_plus", "hashed_ngram"])
-def test_a_cache_of_transformers_is_filled_reordered_and_goes_on(name: str, tmp_path: Path) -> None:
+def test_a_transformers_cache_can_be_filled_reordered_and_continued(name: str, tmp_path: Path) -> None:
     model, theirs = exported(name, tmp_path / "out")
     kept = transformers.DynamicCache(config=theirs.config)
     with torch.no_grad():
@@ -147,7 +149,7 @@ def test_a_cache_of_transformers_is_filled_reordered_and_goes_on(name: str, tmp_
         theirs(new, past_key_values=transformers.StaticCache(config=theirs.config, max_cache_len=8))
 
 
-def test_an_export_needs_nothing_of_this_package(tmp_path: Path) -> None:
+def test_an_export_loads_without_this_package(tmp_path: Path) -> None:
     model = built("memory_plus")
     export(model, tmp_path / "out")
     script = """
@@ -167,7 +169,7 @@ model.train()(tokens_BT, labels=tokens_BT).loss.backward()
         torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), model(tokens()), rtol=0, atol=1e-5)
 
 
-def test_a_baseline_of_ones_own_is_exported_with_its_file(tmp_path: Path) -> None:
+def test_an_external_baseline_is_exported_with_its_file(tmp_path: Path) -> None:
     loading.load(ROOT / "docs" / "hashed_ngram.py")
     config = registry.family("hashed_ngram").config(family="hashed_ngram", base="w32")
     model = models.build(config, 50, 0).eval()
@@ -177,7 +179,7 @@ def test_a_baseline_of_ones_own_is_exported_with_its_file(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", ["dense", "dense tied, grouped"])
-def test_a_llama_checkpoint_comes_back_as_it_went(name: str, tmp_path: Path) -> None:
+def test_an_exported_llama_checkpoint_imports_unchanged(name: str, tmp_path: Path) -> None:
     model = built(name)
     export(model, tmp_path / "out")
     back = import_llama(tmp_path / "out")
@@ -186,7 +188,7 @@ def test_a_llama_checkpoint_comes_back_as_it_went(name: str, tmp_path: Path) -> 
         assert torch.equal(before, after), mine
 
 
-def test_a_llama_of_somebody_elses_is_imported_from_shards(tmp_path: Path) -> None:
+def test_a_sharded_llama_checkpoint_is_imported(tmp_path: Path) -> None:
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=40,
@@ -216,7 +218,7 @@ def test_a_llama_of_somebody_elses_is_imported_from_shards(tmp_path: Path) -> No
         ("rope_parameters", {"rope_type": "llama3", "rope_theta": 1e4}),
     ],
 )
-def test_a_llama_we_have_no_place_for_is_refused_by_field(field: str, value: object, tmp_path: Path) -> None:
+def test_unsupported_llama_settings_are_refused_by_field(field: str, value: object, tmp_path: Path) -> None:
     export(built("dense"), tmp_path / "out")
     path = tmp_path / "out" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {field: value}))
@@ -224,8 +226,8 @@ def test_a_llama_we_have_no_place_for_is_refused_by_field(field: str, value: obj
         import_llama(tmp_path / "out")
 
 
-def test_a_llama_that_is_not_all_there_is_refused_by_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"away: config\.json: missing, allowed: a folder with"):
+def test_a_llama_checkpoint_with_missing_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"away: config\.json: missing"):
         import_llama(str(tmp_path / "away"))
     export(built("dense"), tmp_path / "out")
     (tmp_path / "out" / "model.safetensors").unlink()
@@ -244,7 +246,7 @@ def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("folder", "words"), [("kept", "which is a file"), ("kept/below", "Not a directory")])
-def test_a_folder_that_cannot_be_is_refused(folder: str, words: str, tmp_path: Path) -> None:
+def test_an_invalid_folder_is_refused(folder: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("as before")
     with pytest.raises(UserError, match=rf"--to: got .*{folder}.*{words}, allowed: a new or an empty folder"):
         export(built("dense"), tmp_path / folder)
@@ -261,7 +263,7 @@ def test_tokenizers_give_the_same_ids_in_transformers(kind: dict[str, Any], corp
         assert made.encode(text, add_special_tokens=False).ids == tokenizer.encode(text)
 
 
-def test_a_word_that_is_none_of_the_worlds_is_refused_by_both(corpus: Corpus) -> None:
+def test_an_unknown_word_is_refused_by_both_tokenizers(corpus: Corpus) -> None:
     assert corpus.tokenizer.kind == "word"
     with pytest.raises(UserError, match="'unheard-of'"):
         corpus.tokenizer.encode("unheard-of")
@@ -269,7 +271,7 @@ def test_a_word_that_is_none_of_the_worlds_is_refused_by_both(corpus: Corpus) ->
         fast_tokenizer(corpus.tokenizer).encode("unheard-of")
 
 
-def test_lm_eval_scores_an_export_as_we_score_the_model(corpus: Corpus, tmp_path: Path) -> None:
+def test_lm_eval_gives_an_export_the_scores_of_the_model(corpus: Corpus, tmp_path: Path) -> None:
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from suite.evaluate import catalog, harness
     from suite.evaluate.datasets import DataRoot

@@ -53,7 +53,7 @@ def test_parameter_totals_are_those_counted_by_hand(family, base, options, milli
 
 
 def test_parameter_totals_are_the_printed_ones_within_a_million():
-    """But for the total of Memory+ with 2^20 rows at 1.3b, which looks copied; dense ones are names, such as 1.3b."""
+    """Except Memory+ with 2^20 rows at 1.3b, which looks like a copying error, and dense ones, which are only names."""
     printed: dict[tuple[str, str, int], float] = {}
     for path in PUBLISHED.glob("memory_layers_table*.csv"):
         for row in csv.DictReader(path.open()):
@@ -69,7 +69,7 @@ def test_parameter_totals_are_the_printed_ones_within_a_million():
 
 @pytest.fixture
 def _example() -> Iterator[None]:
-    """The documentation's baseline is registered."""
+    """Register the baseline of the documentation."""
     before = set(registry.families())
     loading.load(Path(__file__).resolve().parents[2] / "docs" / "hashed_ngram.py")
     yield
@@ -79,7 +79,7 @@ def _example() -> Iterator[None]:
 @pytest.mark.usefixtures("_example")
 @pytest.mark.parametrize("seq_len", [32, 37])
 @pytest.mark.parametrize("case", [*OPTIONS, "hashed_ngram"])
-def test_the_account_and_torchs_count_differ_by_named_items_alone(case, seq_len):
+def test_the_account_and_torchs_count_differ_only_by_named_items(case, seq_len):
     """On the meta device torch counts attention over all T*T pairs, and no weighted sum of rows.
 
     On a CPU it would count no attention at all, and a routed expert's tokens padded to the busiest expert.
@@ -104,7 +104,7 @@ def test_the_account_and_torchs_count_differ_by_named_items_alone(case, seq_len)
 
 
 def padded_macs(layer: nn.Module, rows: int, seq_len: int) -> float:
-    """Products with padding: experts take a whole number of tokens each."""
+    """Return the products including padding: each expert takes a whole number of tokens."""
     if isinstance(layer, moe.ExpertChoice):
         slots, asked = rows * -(-seq_len // layer.experts.count), rows * seq_len / layer.experts.count
     elif isinstance(layer, moe.TokenChoice):
@@ -133,7 +133,7 @@ def test_a_dense_model_is_all_active_and_reads_one_embedding_row():
     assert dense.bytes_per_token == 2 * (dense.params_total - (VOCAB - 1) * 32 + cache)
 
 
-def test_a_memory_reads_its_rows_and_multiplies_none():
+def test_reading_rows_of_a_memory_costs_no_multiply_adds():
     small, large = (account(config("pkm", half_keys=n), VOCAB, 64) for n in (16, 64))
     assert large.params_memory == 16 * small.params_memory == 64 * 64 * 32
     assert large.macs_total - small.macs_total == 4 * (64 - 16) * 16  # heads x half keys x k_dim
@@ -155,7 +155,7 @@ def test_a_fine_grained_mixture_is_as_active_as_dense():
     assert mixture.params_active - dense.params_active == mixture.params["router"]
 
 
-def test_a_module_that_does_not_account_for_itself_is_refused_by_name():
+def test_a_module_without_a_cost_is_refused_by_name():
     def feed_forwards(size: ModelConfig) -> list[nn.Module]:
         return [nn.Identity() for _ in range(size.size.layers)]
 

@@ -1,4 +1,4 @@
-"""The memory layer alone, in somebody else's Llama."""
+"""The stand-alone memory layer in a Llama of transformers."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def llama(memory: bool = True) -> Any:
     return model
 
 
-def test_it_trains_with_a_group_of_its_own_for_the_shared_table() -> None:
+def test_it_trains_with_a_separate_parameter_group_for_the_shared_table() -> None:
     model = llama()
     first, second = model.model.layers[1].mlp, model.model.layers[2].mlp
     values = list(first.table.parameters())
@@ -60,14 +60,14 @@ def test_a_shared_table_is_saved_once_and_loads_back(tmp_path: Path) -> None:
         torch.testing.assert_close(other(tokens).logits, model(tokens).logits)
 
 
-def test_generation_with_the_hosts_cache_is_that_without() -> None:
+def test_generation_is_the_same_with_and_without_the_hosts_cache() -> None:
     model = llama().eval()
     tokens = torch.arange(6)[None]
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     assert torch.equal(model.generate(tokens, **options), model.generate(tokens, use_cache=False, **options))
 
 
-def test_sizes_that_cannot_be_are_refused() -> None:
+def test_invalid_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="half_keys: got 4, allowed: at least top_k"):
         MemoryFeedForward(32, half_keys=4)
     table = MemoryFeedForward(32, half_keys=16, top_k=8).table

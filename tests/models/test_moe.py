@@ -49,7 +49,7 @@ def test_expert_choice_gradients_equal_the_loops():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_tokens_that_no_expert_chose_pass_by():
+def test_tokens_that_no_expert_chose_get_zero():
     layer = randomise(ExpertChoice(dim=4, hidden=8, experts=2)).train()
     layer.router.weight.data[1] = layer.router.weight.data[0]  # equal gates: both want the same half
     x_BTD = torch.randn(1, 8, 4)
@@ -103,7 +103,7 @@ def worst_share(layer: TokenChoice, x_BTD: torch.Tensor) -> float:
     return share
 
 
-def test_the_bias_balances_experts_that_start_far_apart():
+def test_the_bias_balances_experts_with_very_unequal_load():
     layer = TokenChoice(16, 8, experts=16, top_k=4, shared_hidden=0, balance_rate=1e-2)
     randomise(layer)
     generator = torch.Generator().manual_seed(3)

@@ -14,7 +14,7 @@ from suite.models.product_key import Addressing
 
 
 def naive_peer(weight: dict[str, torch.Tensor], layer: Peer, x: torch.Tensor) -> torch.Tensor:
-    """One token through the layer, expert by expert."""
+    """Run one token through the layer, expert by expert."""
     n, half = layer.half_keys, layer.k_dim // 2
     query = (weight["query.weight"] @ x + weight["query.bias"]).view(layer.heads, 2, half)
     y = torch.zeros_like(x)
@@ -66,7 +66,7 @@ def test_rows_times_tokens_in_parts_equal_the_plain_product(monkeypatch, at_once
         torch.testing.assert_close(mine, expected)
 
 
-def test_both_tables_are_values_to_the_optimizer_and_tell_their_listeners():
+def test_both_tables_are_value_tables_and_call_their_listeners():
     net = model("peer")
     down, up = net.memory_tables()
     read: list[str] = []

@@ -15,14 +15,14 @@ from suite.models.product_key import Addressing, ProductKeyMemory, SwiGLUBesideM
 
 
 def search(scores_M2Nn: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The search over given half scores: one-hot queries pick them out of keys as they are."""
+    """Search over given half scores: one-hot queries select them from the keys unchanged."""
     heads, _, queries, _ = scores_M2Nn.shape
     one_hot = torch.eye(queries, dtype=scores_M2Nn.dtype)
     return product_key(one_hot[:, None, None].expand(-1, heads, 2, -1), scores_M2Nn.mT.contiguous(), top_k)
 
 
 def brute_force(first: torch.Tensor, second: torch.Tensor, top_k: int) -> list[int]:
-    """Rows of the top_k of all n*n sums: stable sorts of ranked halves, so ties fall as documented."""
+    """Return the rows of the top_k of all n*n sums, with ties in the documented order (stable sorts)."""
     i, j = (half.argsort(descending=True, stable=True) for half in (first, second))
     sums = (first[i, None] + second[None, j]).flatten()
     rows = (i[:, None] * len(first) + j[None, :]).flatten()
@@ -56,7 +56,7 @@ def test_search_over_many_queries_equals_brute_force(n, top_k):
 
 
 @pytest.mark.parametrize(("dtype", "wide"), [(torch.float64, torch.float64), (torch.bfloat16, torch.float32)])
-def test_scores_are_wide_whatever_the_keys(dtype, wide):
+def test_scores_are_at_least_fp32_for_any_dtype_of_keys(dtype, wide):
     scores_2Nn = torch.randn(2, 4, 20, generator=torch.Generator().manual_seed(0)).to(dtype)
     rows, scores = (part[0] for part in search(scores_2Nn[None], 6))
     assert scores.dtype == wide
@@ -65,7 +65,7 @@ def test_scores_are_wide_whatever_the_keys(dtype, wide):
 
 
 def naive_memory(weight: dict[str, torch.Tensor], memory: ProductKeyMemory, x: torch.Tensor) -> torch.Tensor:
-    """One token through the layer: all n*n scores of each head, in the dtype of the weights."""
+    """Run one token through the layer with all n*n scores of each head, in the dtype of the weights."""
     n, heads, half = memory.half_keys, memory.heads, memory.k_dim // 2
     query = (weight["query.weight"] @ x + weight["query.bias"]).view(heads, 2, half)
     keys = weight["keys"]
@@ -149,7 +149,7 @@ def test_rows_not_read_get_no_gradient():
     assert torch.equal(table.weight.grad.abs().sum(1).nonzero().flatten(), rows)
 
 
-def test_memory_plus_layers_share_one_table_with_keys_of_their_own():
+def test_memory_plus_layers_share_one_table_and_have_their_own_keys():
     net = model("memory_plus")
     assert list(net.memory_layers()) == [1, 2, 3]
     assert [name for name, _ in net.named_parameters() if "table" in name] == ["tables.0.weight"]
@@ -168,7 +168,7 @@ def test_layers_that_do_not_share_have_a_table_each():
     assert account(net.config, VOCAB, 8).params_memory == 3 * 16 * 16 * 32
 
 
-def test_random_rows_are_read_in_training_only_at_their_true_scores():
+def test_random_rows_are_read_only_in_training_with_their_true_scores():
     layer = model("pkm", random_rows=3).memory_layers()[2]
     x_ND = torch.randn(6, 32)
     q_NM2W = layer.queries(x_ND)
@@ -186,7 +186,7 @@ def test_random_rows_are_read_in_training_only_at_their_true_scores():
     assert layer.eval().find(q_NM2W)[0].shape == (4, 6, 8)
 
 
-def test_queries_are_batch_normed_in_training_and_by_running_statistics_after_it():
+def test_query_batch_norm_uses_running_statistics_in_evaluation():
     layer = model("pkm", query_batchnorm=True).memory_layers()[2]
     plain = model("pkm").memory_layers()[2]
     x_ND = torch.randn(200, 32) * 3
@@ -200,7 +200,7 @@ def test_queries_are_batch_normed_in_training_and_by_running_statistics_after_it
         torch.testing.assert_close(layer.queries(part).flatten(1), expected[: len(part)], rtol=1e-4, atol=1e-4)
 
 
-def test_the_feed_forward_can_stay_beside_the_memory():
+def test_the_memory_can_be_added_to_the_feed_forward():
     net = model("memory_plus beside")
     layer = net.layers[1].feed_forward
     assert isinstance(layer, SwiGLUBesideMemory)
@@ -224,7 +224,7 @@ def test_placement_follows_the_paper(family, base, placement):
     assert config(family, base=base).memory_placement == placement
 
 
-def test_keys_are_as_wide_as_the_paper_says_and_at_most_half_the_model_on_a_laptop():
+def test_the_key_width_is_that_of_the_paper_and_at_most_half_the_model_on_laptop_bases():
     widths = {base: config("pkm", base=base).key_dim for base in ("134m", "1.3b", "8b", "w32", "w64")}
     assert widths == {"134m": 256, "1.3b": 256, "8b": 256, "w32": 16, "w64": 32}
     assert config("memory_plus", base="1.3b").key_dim == 1024

@@ -19,7 +19,7 @@ VOCAB = 50
 
 
 def by_hand(counts: np.ndarray) -> dict[str, float]:
-    """The measures of counts of reads, row by row."""
+    """Compute the measures of counts of reads row by row."""
     reads, entropy = int(counts.sum()), 0.0
     for count in counts.tolist():
         entropy -= count / reads * math.log2(count / reads) if count else 0.0
@@ -41,7 +41,7 @@ def test_measures_are_those_of_a_loop_over_rows(counts: np.ndarray) -> None:
     assert measures(torch.from_numpy(counts)) == pytest.approx(by_hand(counts), abs=1e-12)
 
 
-def test_even_reads_diverge_by_nothing_and_one_row_by_all_bits() -> None:
+def test_divergence_is_zero_for_uniform_reads_and_maximal_for_one_row() -> None:
     even = measures(torch.full((64,), 3))
     assert even == {"rows": 64, "reads": 192, "used": 1.0, "dead": 0, "entropy_bits": 6.0, "kl_bits": 0.0}
     one = torch.zeros(64, dtype=torch.int64)
@@ -49,7 +49,7 @@ def test_even_reads_diverge_by_nothing_and_one_row_by_all_bits() -> None:
     assert measures(one) == {"rows": 64, "reads": 7, "used": 1 / 64, "dead": 63, "entropy_bits": 0.0, "kl_bits": 6.0}
 
 
-def test_overlap_is_one_for_the_same_use_and_nothing_for_rows_apart() -> None:
+def test_overlap_is_one_for_equal_use_and_zero_for_disjoint_rows() -> None:
     a, b, c = torch.tensor([2, 2, 0, 0]), torch.tensor([4, 4, 0, 0]), torch.tensor([0, 0, 1, 2])
     assert overlap(a, b) == 1.0
     assert overlap(a, c) == overlap(c, a) == 0.0
@@ -57,7 +57,7 @@ def test_overlap_is_one_for_the_same_use_and_nothing_for_rows_apart() -> None:
 
 
 def watched(model: Transformer, steps: int) -> tuple[dict, list[np.ndarray]]:
-    """What Reads finds in some forward passes, and the rows that each read of the first table asked for."""
+    """Return the counts of Reads over some forward passes, and the rows of every read of the first table."""
     reads, seen = Reads(model), []
     model.memory_tables()[0].before_read.append(lambda indices_NS: seen.append(indices_NS.numpy()))
     tokens_BT = torch.randint(VOCAB, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -72,7 +72,7 @@ def watched(model: Transformer, steps: int) -> tuple[dict, list[np.ndarray]]:
     return found, seen[: steps * len(model.memory_layers())]
 
 
-def test_layers_heads_and_tables_are_counted_apart() -> None:
+def test_layers_heads_and_tables_are_counted_separately() -> None:
     config = MemoryPlusConfig(family="memory_plus", base="w32", half_keys=16, top_k=4, memory_heads=2)
     model = models.build(config, VOCAB, seed=0)
     found, seen = watched(model, steps=2)
@@ -108,7 +108,7 @@ def test_rows_of_two_tables_that_are_read_together_count_once() -> None:
     assert table["overlap"] == {}
 
 
-def test_what_listens_can_be_taken_off() -> None:
+def test_detach_removes_the_hooks() -> None:
     config = MemoryPlusConfig(family="memory_plus", base="w32", half_keys=16, top_k=4)
     model = models.build(config, VOCAB, seed=0)
     Reads(model).detach()

@@ -1,4 +1,4 @@
-"""The transformer: against a naive float64 version, and what must hold for every family."""
+"""The transformer against a naive float64 version, and properties of every family."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ every_family = pytest.mark.parametrize("case", list(OPTIONS))
 
 
 def naive_llama(model: Transformer, token_T: torch.Tensor) -> torch.Tensor:
-    """Logits of one document, in float64, token by token and head by head; rotary pairs as complex numbers."""
+    """Return the logits of one document in float64, token by token and head by head, with complex rotary pairs."""
     size, weight = model.size, {name: p.detach().double() for name, p in model.named_parameters()}
     width, group = size.head_dim, size.heads // size.kv_heads
 
@@ -215,7 +215,7 @@ def test_the_meta_device_needs_no_memory():
         ("moe_topk", {"top_k": 17}, "top_k"),
     ],
 )
-def test_configurations_that_cannot_be_name_the_field(case, fields, field):
+def test_invalid_configurations_name_the_field(case, fields, field):
     bad = config(case, **fields)
     assert [problem[0] for problem in bad.problems()] == [field]
     with pytest.raises(ValueError, match=f"^{field}: got"):

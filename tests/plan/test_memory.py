@@ -1,4 +1,4 @@
-"""The memory of a training step: predicted without running it, against the bytes that live while one runs."""
+"""The predicted memory of a training step, against the live bytes of a real one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def _example() -> Iterator[None]:
-    """The documentation's baseline is registered."""
+    """Register the baseline of the documentation."""
     before = set(registry.families())
     loading.load(Path(__file__).resolve().parents[2] / "docs" / "hashed_ngram.py")
     yield
@@ -98,7 +98,7 @@ def test_prediction_is_within_ten_percent_of_the_peak_of_a_real_step(
 
 
 def watch_busiest(model: torch.nn.Module, tokens: int) -> list[float]:
-    """What each call of a mixture gives its busiest expert, over the mean: what a router does, no shape can say."""
+    """Record, for each call of a mixture, the load of its busiest expert over the mean, which shapes cannot tell."""
     seen: list[float] = []
     for module in model.modules():
         if isinstance(module, TokenChoice):
@@ -108,7 +108,7 @@ def watch_busiest(model: torch.nn.Module, tokens: int) -> list[float]:
 
 
 def watch_reads(model: torch.nn.Module) -> list[tuple[int, int, int]]:
-    """Lookups, distinct rows and rows of the table, of every read."""
+    """Record the lookups, the distinct rows and the rows of the table for every read."""
     seen: list[tuple[int, int, int]] = []
     for table in model.memory_tables():
         rows = len(table.weight)
@@ -128,7 +128,7 @@ def test_sharding_divides_state_and_leaves_activations() -> None:
     assert shared.peak < alone.peak
 
 
-def test_memory_of_a_table_no_machine_could_hold_is_predicted_from_shapes() -> None:
+def test_the_memory_of_a_huge_table_is_predicted_without_allocating_it() -> None:
     huge = MemoryPlusConfig(family="memory_plus", base="1.3b", half_keys=8192)
     step = StepTracer(meta_model(huge, 32000), 512, "bf16").parts(1).step()
     assert step.weights / 4 == pytest.approx(138747.7e6, rel=1e-6)

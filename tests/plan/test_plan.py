@@ -1,4 +1,4 @@
-"""Plans: totals counted by hand, the formulas by hand, and meshes that fit because nothing smaller does."""
+"""Plans, against totals and formulas computed by hand, and meshes, of which no smaller one fits."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def test_the_papers_grids_are_planned_at_once_with_the_totals_counted_by_hand(tm
         assert min(abs(total - millions) for total in seen[key]) < 0.05, key
 
 
-def test_cells_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    asked = ["plan", "paper-ablations", "--results", str(tmp_path)]
-    shown = CliRunner().invoke(app, asked).stdout
+def test_cells_with_the_same_name_show_their_distinguishing_settings(tmp_path: Path) -> None:
+    arguments = ["plan", "paper-ablations", "--results", str(tmp_path)]
+    shown = CliRunner().invoke(app, arguments).stdout
     for setting in ("placement=[4, 12, 20]", "value_dim=2048", "scalar_gate=True", "qk_norm=True", "share=False"):
         assert shown.count(f"  {setting} ") == 1, setting
-    cells = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)["cells"]
+    cells = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["cells"]
     names = [(cell["run"].rpartition("-")[0], json.dumps(cell["variant"])) for cell in cells]
     assert len(set(names)) == len(names) == 19
 
@@ -124,7 +124,7 @@ def test_a_table_too_large_for_a_node_is_divided_over_nodes(scaling: list[planni
     assert scaling[2].mesh.table_shards <= GPUS["h100"].per_node
 
 
-def test_a_cell_that_fits_nowhere_says_why_and_what_would_do() -> None:
+def test_a_cell_that_does_not_fit_states_why_and_what_would_fit() -> None:
     tight = planned("paper-memory-scaling", "h200", nodes=1)[-1]
     assert tight.mesh is None
     assert f"{12 * 2**26 * 2048 / 8 / 1e9:.1f} GB" in str(tight.why)
@@ -147,13 +147,13 @@ def test_a_mesh_divides_the_rows_of_a_batch_as_training_must(rows: int, most: in
     assert str(huge.would_fit).startswith("a train.batch_rows that more GPUs divide or ")
 
 
-def test_the_rows_of_three_nodes_are_not_blamed() -> None:
+def test_batch_rows_are_not_blamed_if_more_gpus_would_divide_them() -> None:
     (tight,) = (one for one in planned("paper-memory-scaling", nodes=3) if one.account.params_memory == 2**26 * 2048)
     assert str(tight.why).startswith("on 16 GPUs a GPU needs ")
     assert re.fullmatch(r"\d+ GPUs \(\d+ nodes\)", str(tight.would_fit))
 
 
-def test_nodes_of_six_gpus_get_whole_nodes() -> None:
+def test_more_than_one_node_of_six_gpus_means_whole_nodes() -> None:
     grid = load_grid(str(GRIDS / "paper-memory-scaling.yaml"), {"train.batch_rows": "3072"}, need_data=False)
     assumed = planning.Assumptions(dataclasses.replace(GPUS["h100"], per_node=6))
     plans = planning.plan(grid, assumed, Path("unused"))
@@ -164,7 +164,7 @@ def test_nodes_of_six_gpus_get_whole_nodes() -> None:
     assert {gpus for gpus, _ in found} >= {1, 2, 4}
 
 
-def test_a_table_that_no_gpus_divide_is_named() -> None:
+def test_a_table_that_cannot_be_divided_is_named_with_its_option() -> None:
     (huge,) = (
         one
         for one in planned("paper-memory-scaling", train__value_second_moment="row")
@@ -173,7 +173,7 @@ def test_a_table_that_no_gpus_divide_is_named() -> None:
     assert str(huge.would_fit).startswith("train.value_second_moment: element, whose tables are divided or ")
 
 
-def test_a_base_has_its_own_vocabulary_whatever_stands_before_it(tmp_path: Path) -> None:
+def test_each_base_has_its_own_vocabulary_in_any_order(tmp_path: Path) -> None:
     (tmp_path / "g.yaml").write_text(
         "defaults:\n  model: {family: dense}\n"
         "  data: {kind: text, path: gone, seq_len: 64, tokenizer: {kind: file, path: gone}}\n"
@@ -203,7 +203,9 @@ def test_with_batch_statistics_the_number_of_micro_batches_stays() -> None:
     ("option", "value", "weight", "moments", "row"),
     [("precision", "bf16", 2, 8, 9), ("precision", "bf16_master", 2, 12, 9), ("second_moment", "row", 4, 4, 13)],
 )
-def test_tables_are_counted_as_they_are_kept(option: str, value: str, weight: int, moments: int, row: int) -> None:
+def test_tables_are_counted_in_their_configured_precision(
+    option: str, value: str, weight: int, moments: int, row: int
+) -> None:
     """Bytes of a value and of a row as docs/training.md lists them."""
     one = planned("paper-memory-scaling", **{f"train__value_{option}": value})[2]
     assert one.mesh is not None
@@ -217,22 +219,22 @@ def test_tables_are_counted_as_they_are_kept(option: str, value: str, weight: in
     )
 
 
-def test_a_rows_own_moment_leaves_tables_whole() -> None:
+def test_a_second_moment_per_row_prevents_sharding_of_tables() -> None:
     one = planned("paper-memory-scaling", train__value_second_moment="row")[2]
     assert one.mesh is not None
     assert one.mesh.table_shards == 1
 
 
-def test_the_total_says_what_of_it_does_not_fit(tmp_path: Path) -> None:
-    asked = ["plan", "paper-memory-scaling", "--nodes", "1", "--results", str(tmp_path)]
-    shown = CliRunner().invoke(app, asked).stdout
-    cells = json.loads(CliRunner().invoke(app, [*asked, "--json"]).stdout)["cells"]
+def test_the_notes_list_the_hours_of_cells_that_do_not_fit(tmp_path: Path) -> None:
+    arguments = ["plan", "paper-memory-scaling", "--nodes", "1", "--results", str(tmp_path)]
+    shown = CliRunner().invoke(app, arguments).stdout
+    cells = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).stdout)["cells"]
     unfit = sum(cell["gpu_hours"] for cell in cells if not cell["fits"])
     assert unfit > 0
-    assert f"of the total, {unfit:,.0f} GPU-hours are of cells that do not fit:" in shown
+    assert f"{unfit:,.0f} GPU-hours" in shown
 
 
-def test_partners_are_the_nearest_and_say_by_how_much_they_miss(scaling: list[planning.CellPlan]) -> None:
+def test_partners_are_the_nearest_cells_with_their_ratios(scaling: list[planning.CellPlan]) -> None:
     dense, pkm, plus = scaling[0], scaling[1], scaling[2]
     assert plus.partners["flops"]["run"] == dense.cell.run_name
     assert plus.partners["flops"]["ratio"] == plus.account.macs_total / dense.account.macs_total
@@ -243,7 +245,7 @@ def test_partners_are_the_nearest_and_say_by_how_much_they_miss(scaling: list[pl
     assert biggest["equal"] is False
 
 
-def test_every_cell_stands_beside_the_dense_model_of_its_base(scaling: list[planning.CellPlan]) -> None:
+def test_every_cell_has_ratios_to_the_dense_model_of_its_base(scaling: list[planning.CellPlan]) -> None:
     dense, plus = scaling[0], scaling[2]
     assert set(dense.to_json(1.0)["ratio_to_dense"].values()) == {1.0}
     ratio = plus.to_json(1.0)["ratio_to_dense"]["flops"]
@@ -261,7 +263,7 @@ def test_table_traffic_by_hand(scaling: list[planning.CellPlan]) -> None:
     assert scaling[0].table_bytes_per_step == 0
 
 
-def test_partners_grid_matches_as_it_says() -> None:
+def test_the_partners_grid_matches_flops_and_parameters() -> None:
     plans = planned("paper-partners")
     plus = {
         one.cell.model.base: one
@@ -289,7 +291,7 @@ def test_partners_grid_matches_as_it_says() -> None:
         assert sum(abs(ratio - 1) < 0.01 for ratio in equal) >= 2  # dense and the mixture
 
 
-def test_a_small_world_is_read_for_its_tokens(tmp_path: Path) -> None:
+def test_the_tokens_of_a_small_world_come_from_its_corpus(tmp_path: Path) -> None:
     grid = load_grid(str(GRIDS / "smoke.yaml"))
     one = planning.plan(grid, planning.assumptions("a100", 1, 0.4, None), tmp_path)[0]
     assert one.tokens == one.steps * 8 * 128
