@@ -87,8 +87,7 @@ class _Bag(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_NS = ctx.ops.dots(ctx.table, indices_NS, grad_ND).to(weights_NS.dtype)
         if ctx.groups is not None:
-            sums_UD = ctx.ops.row_sums(grad_ND, weights_NS, ctx.groups, ctx.sink.dtype)
-            ctx.sink.add(ctx.groups.rows_U, sums_UD)
+            ctx.sink.add_row_sums(grad_ND, weights_NS, ctx.groups, ctx.ops)
         return None, None, grad_NS, None, None, None
 
 
@@ -115,6 +114,5 @@ class _Dot(torch.autograd.Function):
         if ctx.needs_input_grad[2]:
             grad_ND = ctx.ops.bag(ctx.table, indices_NS, grad_NS, x_ND.dtype)
         if ctx.groups is not None:
-            sums_UD = ctx.ops.row_sums(x_ND, grad_NS, ctx.groups, ctx.sink.dtype)
-            ctx.sink.add(ctx.groups.rows_U, sums_UD)
+            ctx.sink.add_row_sums(x_ND, grad_NS, ctx.groups, ctx.ops)
         return None, None, grad_ND, None, None, None

@@ -5,6 +5,9 @@ Shapes: R table rows, D width, N bags, S rows read per bag, U unique rows.
 
 from __future__ import annotations
 
+from types import ModuleType
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,12 +15,28 @@ from kernels import dispatch
 from kernels.embedding_bag import reference
 from kernels.embedding_bag.reference import Groups
 
+MOSTLY = 0.5
+"""From this share of the rows on, a device sums the gradients in a buffer of the whole table, in place."""
+
+
+class Placed(NamedTuple):
+    """Gradients where they are: that of rows_U[u] is scale * sums[slots_U[u]] (None: scale 1, slot u)."""
+
+    rows_U: Tensor
+    sums: Tensor
+    slots_U: Tensor | None
+    scale: Tensor | None
+
 
 class RowGradients:
     """Compact gradients of one table, summed over the layers that share it and over micro-batches.
 
-    Holds int64 row ids and float32 sums (float64 for a float64 table), never a table-sized tensor. Sums are
-    taken in the order of `add`, as autograd sums into a dense gradient: bit for bit the same.
+    Holds int64 row ids and float32 sums (float64 for a float64 table). Sums are taken in the order of the backward
+    passes, as autograd sums into a dense gradient: bit for bit the same. On a GPU, once a backward pass reads most of
+    the rows, it and all later ones add to one buffer of the whole table instead of being merged at the end.
+
+    A factor of `scale_` is kept until the gradients are next needed: an optimizer that takes them `placed` applies it
+    as it reads them, and saves a pass over them.
     """
 
     def __init__(self, table_RD: Tensor) -> None:
@@ -26,9 +45,7 @@ class RowGradients:
         self.device = table_RD.device
         native = dispatch.choose(table_RD, native_takes=table_RD.is_contiguous()) == "native"
         self._group_by_row = dispatch.module("embedding_bag", "native" if native else "torch").group_by_row
-        self._rows: list[Tensor] = []
-        self._sums: list[Tensor] = []
-        self._last: tuple[Tensor, Groups] | None = None
+        self.clear()
 
     def groups(self, indices_NS: Tensor) -> Groups:
         """The lookups grouped by row; asked again with the same tensor object, nothing is computed."""
@@ -36,10 +53,29 @@ class RowGradients:
             self._last = (indices_NS, self._group_by_row(indices_NS, self.table_rows))
         return self._last[1]
 
+    def add_row_sums(self, source_ND: Tensor, weights_NS: Tensor, groups: Groups, ops: ModuleType) -> None:
+        """Add one backward pass's gradients: per row, the sum of weight x source over its lookups.
+
+        Args:
+            source_ND: the output's gradient, or whatever the weights multiply.
+            weights_NS: the factor of every lookup.
+            groups: the lookups grouped by row.
+            ops: the implementation of `row_sums`.
+        """
+        self._apply_scale()
+        reads_most = len(groups.rows_U) >= MOSTLY * self.table_rows
+        if hasattr(ops, "add_row_sums") and (self._whole_RD is not None or reads_most):
+            whole_RD, is_read_R = self._whole()
+            ops.add_row_sums(source_ND, weights_NS, groups, whole_RD)
+            is_read_R.index_fill_(0, groups.rows_U, True)
+        else:
+            self.add(groups.rows_U, ops.row_sums(source_ND, weights_NS, groups, self.dtype))
+
     def add(self, rows_U: Tensor, sums_UD: Tensor) -> None:
         """Take over one backward pass's gradients: rows ascending without repeats, sums in `self.dtype`."""
         if rows_U.numel() == 0:
             return
+        self._apply_scale()
         self._rows.append(rows_U)
         self._sums.append(sums_UD)
         if len(self._rows) > 1 and sum(map(len, self._rows)) > 2 * self.table_rows:
@@ -47,6 +83,11 @@ class RowGradients:
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """(rows_U int64 ascending without repeats, sums_UD); the sums are the buffer's own: edits stay."""
+        self._apply_scale()
+        if self._whole_RD is not None:
+            rows_U, sums_RD, *_ = self.placed()
+            self.clear()
+            self._rows, self._sums = [rows_U], [sums_RD[rows_U]]
         if len(self._rows) > 1:
             groups = self._group_by_row(torch.cat(self._rows), self.table_rows)
             self._rows, self._sums = [groups.rows_U], [reference.sum_pieces(self._sums, groups)]
@@ -55,13 +96,31 @@ class RowGradients:
         empty = torch.zeros(0, dtype=torch.int64, device=self.device)
         return empty, torch.zeros(0, self.width, dtype=self.dtype, device=self.device)
 
+    def placed(self) -> Placed:
+        """The gradients without a copy of them, for an optimizer that can read them so."""
+        if self._whole_RD is not None:
+            whole_RD, is_read_R = self._whole()
+            rows_U = is_read_R.nonzero().squeeze(1)
+            return Placed(rows_U, whole_RD, rows_U, self._scale)
+        scale, self._scale = self._scale, None
+        rows_U, sums_UD = self.merged()
+        self._scale = scale
+        return Placed(rows_U, sums_UD, None, scale)
+
     def norm(self) -> Tensor:
         """The exact global 2-norm (rows not read have no gradient), a 0-dim tensor."""
-        return torch.linalg.vector_norm(self.merged()[1])
+        self._apply_scale()
+        return torch.linalg.vector_norm(self.merged()[1] if self._whole_RD is None else self._whole()[0])
 
     def scale_(self, factor: Tensor | float) -> None:
-        """Multiply the gradients in place."""
-        self.merged()[1].mul_(factor)
+        """Multiply the gradients, at the latest when they are next needed."""
+        self._apply_scale()
+        self._scale = torch.as_tensor(factor, dtype=self.dtype, device=self.device)
+
+    def _apply_scale(self) -> None:
+        if self._scale is not None:
+            scale, self._scale = self._scale, None
+            (self.merged()[1] if self._whole_RD is None else self._whole()[0]).mul_(scale)
 
     def clip_(self, max_norm: float) -> Tensor:
         """Scale to a global norm of at most `max_norm` as torch's clip_grad_norm_ does; gives the norm before."""
@@ -72,5 +131,23 @@ class RowGradients:
         return norm
 
     def clear(self) -> None:
-        """Forget all gradients and the cached grouping."""
-        self._rows, self._sums, self._last = [], [], None
+        """Drop all gradients and the cached grouping."""
+        self._rows: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._last: tuple[Tensor, Groups] | None = None
+        self._scale: Tensor | None = None
+        self._whole_RD: Tensor | None = None
+        self._is_read_R: Tensor | None = None
+
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """The buffer of the whole table and which rows were read; what was compact so far is moved there."""
+        if self._whole_RD is None or self._is_read_R is None or self._rows:
+            pieces = list(zip(self._rows, self._sums, strict=True))
+            self._rows, self._sums = [], []
+            if self._whole_RD is None or self._is_read_R is None:
+                self._whole_RD = torch.zeros(self.table_rows, self.width, dtype=self.dtype, device=self.device)
+                self._is_read_R = torch.zeros(self.table_rows, dtype=torch.bool, device=self.device)
+            for rows_U, sums_UD in pieces:
+                self._whole_RD.index_add_(0, rows_U, sums_UD)  # every row once: the order is fixed
+                self._is_read_R.index_fill_(0, rows_U, True)
+        return self._whole_RD, self._is_read_R

@@ -1,16 +1,21 @@
-"""Weighted bags of table rows in Triton: what reference.py does, one program per bag, dot block or run of a row.
+"""Weighted bags of table rows in Triton: one program per bag, per block of dot products, per chunk of sorted lookups.
 
-Shapes: R table rows, D width, N bags, S rows read per bag, L = N*S lookups, U unique rows, C runs; B block.
+Row sums. The lookups are sorted by row, and each program sums CHUNK consecutive ones, so that all programs have the
+same work however often a row is read. A row whose lookups reach into a chunk from an earlier one is finished there: its
+part goes to a buffer, one row per chunk, and the buffer's rows are added in the same way, CHUNK at a time. Grids depend
+on the number of lookups alone, so the host never waits for a count.
+
 Addresses are int64, sums float32 (float64 for float64 tables) in a fixed order, without atomics: results repeat bit
-for bit. A row's lookups are cut into runs of RUN, summed by different programs and then over runs in order, level by
-level, so that one hot row does not keep a single program busy.
+for bit.
 
 Loop bounds are constants or `while` conditions: triton 3.6's interpreter cannot take the others with numpy 2.4.
-Tested under TRITON_INTERPRET=1 only. Not measured or run on a GPU yet: block sizes and warps are guesses, and
-bandwidth is unknown.
+Checked in Triton's interpreter and by compiling; not run on a device yet.
+
+Shapes: R table rows, D width, N bags, S rows read per bag, L = N*S lookups, U unique rows, C chunks; B blocks.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
+# ruff: noqa: RUF005 (Triton compiles + on tuples, but no unpacking)
 from __future__ import annotations
 
 import torch
@@ -24,8 +29,8 @@ LOOKUPS = 8
 """Rows loaded together by a program."""
 WIDTH = 512
 """Most columns of a program."""
-RUN = 256
-"""Lookups of one row that one program sums."""
+CHUNK = 128
+"""Sorted lookups that one program sums."""
 
 
 @triton.jit
@@ -74,46 +79,69 @@ def _dots_kernel(
     tl.store(out + bag * size + slots, total, mask=given)
 
 
-@triton.jit
-def _runs_kernel(
+@triton.jit(do_not_specialize=["lookups"])
+def _sums_kernel(
     source,
     order,
     weights,
-    starts,
-    counts,
     targets,
     out,
-    size,
+    parts,
+    part_targets,
+    lookups,
     width,
+    size: tl.constexpr,
     WIDE: tl.constexpr,
     WEIGHTED: tl.constexpr,
+    ADDS: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    run = tl.program_id(0).to(tl.int64)
+    # A scalar condition is a bound on the columns here: Triton's interpreter broadcasts no booleans.
+    # targets [L]: rows of `out`, ascending but for -1, which is to be skipped. A target that the chunk before has too
+    # is continued: its sum goes to parts [C, D], and the target to part_targets [C], which is -1 otherwise.
+    chunk = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = columns < width
-    first = tl.load(starts + run)
-    count = tl.load(counts + run)
+    first = chunk * CHUNK
+    count = tl.minimum(lookups - first, CHUNK)
+    continued = tl.load(targets + first - 1, mask=first > 0, other=-1)
+    target = tl.load(targets + first)
+    if tl.program_id(1) == 0:
+        tl.store(part_targets + chunk, tl.where(target == continued, target, -1))
     total = tl.zeros((BLOCK_D,), WIDE)
     start = 0
     while start < count:
-        slots = start + tl.arange(0, BLOCK_S)
-        given = slots < count
-        both = given[:, None] & inside[None, :]
-        places = first + slots
-        if WEIGHTED:
-            lookups = tl.load(order + places, mask=given, other=0).to(tl.int64)
-            factors = tl.load(weights + lookups, mask=given, other=0.0).to(WIDE)
-            bags = lookups // size
-            values = tl.load(source + bags[:, None] * width + columns[None, :], mask=both, other=0.0).to(WIDE)
-            total += tl.sum(values * factors[:, None], 0)
-        else:
-            values = tl.load(source + places[:, None] * width + columns[None, :], mask=both, other=0.0).to(WIDE)
-            total += tl.sum(values, 0)
+        # All loads of BLOCK_S lookups before any of the stores, so that they are in flight together.
+        rows = ()
+        factors = ()
+        nexts = ()
+        for slot in tl.static_range(BLOCK_S):
+            place = first + start + slot
+            given = start + slot < count
+            if WEIGHTED:
+                lookup = tl.load(order + place, mask=given, other=0).to(tl.int64)
+                factors = factors + (tl.load(weights + lookup, mask=given, other=0.0).to(WIDE),)
+                row = source + lookup // size * width
+            else:
+                row = source + place * width
+                given = given & (tl.load(targets + place, mask=given, other=-1) >= 0)
+            rows = rows + (tl.load(row + columns, mask=columns < tl.where(given, width, 0), other=0.0).to(WIDE),)
+            nexts = nexts + (tl.load(targets + place + 1, mask=start + slot + 1 < count, other=-2),)
+        for slot in tl.static_range(BLOCK_S):
+            total += rows[slot] * factors[slot] if WEIGHTED else rows[slot]
+            ends = nexts[slot] != target
+            stored = columns < tl.where(ends & (target >= 0), width, 0)
+            place = tl.where(target == continued, chunk, target) * width
+            destination = tl.where(target == continued, parts + place, out + place) + columns
+            if ADDS:
+                adds = columns < tl.where(ends & (target >= 0) & (target != continued), width, 0)
+                tl.store(destination, tl.load(destination, mask=adds, other=0.0) + total, mask=stored)
+            else:
+                tl.store(destination, total, mask=stored)
+            total = tl.where(ends, 0.0, total)
+            target = nexts[slot]
         start += BLOCK_S
-    target = tl.load(targets + run)
-    tl.store(out + target * width + columns, total, mask=inside)
 
 
 def bag(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,51 +187,61 @@ def dots(table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
 
 def row_sums(source_ND: Tensor, weights_NS: Tensor, groups: Groups, wide: torch.dtype) -> Tensor:
     """As reference.row_sums."""
-    counts_U = torch.diff(groups.offsets_U, append=groups.offsets_U.new_tensor([len(groups.order_L)]))
-    return _sum_runs(source_ND.contiguous(), groups.order_L, weights_NS.contiguous(), groups.offsets_U, counts_U, wide)
+    sums_UD = torch.empty(len(groups.rows_U), source_ND.shape[1], dtype=wide, device=source_ND.device)
+    starts_L = torch.zeros(len(groups.order_L), dtype=torch.int64, device=source_ND.device)
+    targets_L = starts_L.index_fill_(0, groups.offsets_U, 1).cumsum(0) - 1
+    sum_sorted(source_ND, weights_NS, groups.order_L, targets_L, sums_UD, adds=False)
+    return sums_UD
 
 
-def _sum_runs(
-    source: Tensor,
-    order_L: Tensor | None,
-    weights: Tensor | None,
-    starts_U: Tensor,
-    counts_U: Tensor,
-    wide: torch.dtype,
-) -> Tensor:
-    """Sums [U, D] of consecutive lookups; without `order_L`, of consecutive source rows.
+def add_row_sums(source_ND: Tensor, weights_NS: Tensor, groups: Groups, whole_RD: Tensor) -> None:
+    """Add the row sums to those rows of a buffer of the whole table, in place."""
+    counts_U = torch.diff(groups.offsets_U, append=groups.offsets_U.new_full((1,), len(groups.order_L)))
+    targets_L = torch.repeat_interleave(groups.rows_U, counts_U, output_size=len(groups.order_L))
+    sum_sorted(source_ND, weights_NS, groups.order_L, targets_L, whole_RD, adds=True)
 
-    Rows of one run are written in place; the runs of the others go behind them and are summed by the next level.
+
+def sum_sorted(
+    source_ND: Tensor, weights_NS: Tensor, order_L: Tensor, targets_L: Tensor, out: Tensor, adds: bool
+) -> None:
+    """Sum weighted rows of `source_ND` into rows of `out`.
+
+    Args:
+        source_ND: one row per bag, any float dtype.
+        weights_NS: the factor of every lookup.
+        order_L: int64 positions of the lookups in the flattened weights, sorted by target.
+        targets_L: int64 rows of `out`, ascending.
+        out: float32 (float64) [*, D]; rows that are no target stay as they are.
+        adds: add to what `out` holds instead of replacing it.
     """
-    rows, width = len(starts_U), source.shape[1]
-    runs_U = (counts_U + RUN - 1) // RUN
-    hot_U = runs_U > 1
-    row_C = torch.repeat_interleave(torch.arange(rows, device=source.device), runs_U)
-    nth_C = torch.arange(len(row_C), device=source.device) - (runs_U.cumsum(0) - runs_U)[row_C]
-    behind_U = torch.where(hot_U, runs_U, 0)
-    extra_U = rows + behind_U.cumsum(0) - behind_U
-    targets_C = torch.where(hot_U[row_C], extra_U[row_C] + nth_C, row_C)
-    out = torch.empty(rows + int(behind_U.sum()), width, dtype=wide, device=source.device)
-    if rows:
-        block = _columns(width)
-        _runs_kernel[(len(row_C), triton.cdiv(width, block))](
+    width, block, lookups = out.shape[1], _columns(out.shape[1]), len(order_L)
+    source, weights, order, targets = source_ND.contiguous(), weights_NS.contiguous(), order_L, targets_L
+    is_weighted = True
+    while lookups:
+        chunks = triton.cdiv(lookups, CHUNK)
+        parts_CD = torch.empty(chunks, width, dtype=out.dtype, device=out.device)
+        part_targets_C = torch.empty(chunks, dtype=torch.int64, device=out.device)
+        _sums_kernel[(chunks, triton.cdiv(width, block))](
             source,
-            order_L if order_L is not None else starts_U,
-            weights if weights is not None else source,
-            starts_U[row_C] + nth_C * RUN,
-            (counts_U[row_C] - nth_C * RUN).clamp(max=RUN),
-            targets_C,
+            order,
+            weights,
+            targets,
             out,
-            weights.shape[1] if weights is not None else 1,
+            parts_CD,
+            part_targets_C,
+            lookups,
             width,
-            WIDE=_wide(wide),
-            WEIGHTED=order_L is not None,
+            weights_NS.shape[1],
+            WIDE=_wide(out.dtype),
+            WEIGHTED=is_weighted,
+            ADDS=adds,
+            CHUNK=CHUNK,
             BLOCK_S=LOOKUPS,
             BLOCK_D=block,
+            num_warps=max(1, min(4, block * source.element_size() // 512)),
         )
-    if len(out) > rows:
-        out[:rows][hot_U] = _sum_runs(out, None, None, extra_U[hot_U], runs_U[hot_U], wide)
-    return out[:rows]
+        source, targets, is_weighted, adds = parts_CD, part_targets_C, False, True
+        lookups = chunks if chunks > 1 else 0
 
 
 def _columns(width: int) -> int:

@@ -32,7 +32,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.embedding_bag import triton as bags
-from kernels.embedding_bag.reference import group_by_row
 from kernels.product_key import reference
 
 CHUNK_BYTES = 32 << 20
@@ -260,8 +259,8 @@ def search_backward(grad_MNK: Tensor, rows_MNK: Tensor, q_NM2W: Tensor, keys_M2n
     weights_SK = grad_MNK.unsqueeze(1).expand(halves_M2NK.shape).flatten(0, 2)
     table_RW = keys_M2nW.reshape(-1, width)
     grad_q_SW = bags.bag(table_RW, indices_SK, weights_SK, wide)
-    groups = group_by_row(indices_SK, len(table_RW))
-    sums_UW = bags.row_sums(q_NM2W.permute(1, 2, 0, 3).reshape(-1, width), weights_SK, groups, wide)
+    sorted_L, order_L = indices_SK.flatten().int().sort(stable=True)
     grad_keys_RW = torch.zeros(table_RW.shape, dtype=wide, device=table_RW.device)
-    grad_keys_RW.index_copy_(0, groups.rows_U, sums_UW)
+    source_SW = q_NM2W.permute(1, 2, 0, 3).reshape(-1, width)
+    bags.sum_sorted(source_SW, weights_SK, order_L, sorted_L.long(), grad_keys_RW, adds=False)
     return grad_q_SW.view(heads, 2, tokens, width).permute(2, 0, 1, 3), grad_keys_RW.view(keys_M2nW.shape)

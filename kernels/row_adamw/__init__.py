@@ -116,21 +116,20 @@ class RowAdamW:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """One AdamW step at rate `lr` with the sink's gradients, zero for the other rows; clears the sink."""
-        rows_U, grads_UD = self.gradients.merged()
+        rows_U, sums, where = self._take_gradients()
         done = self._current or bool((self.state.last(rows_U) == self.steps).all())
         assert done, "a row has a gradient but was not read since the last step"
-        if self._sweep_pays(len(rows_U)):
+        is_sweep = self._sweep_pays(len(rows_U))
+        if is_sweep:
             self.flush()
-            self.history.append(lr)
-            self._ops.sweep(self.state, self._blocks, rows_U, grads_UD, self.history)
-            self._publish(None)
+        elif self.lazy:
+            self.state.floor = self.steps
+        self.history.append(lr)
+        run = self._ops.sweep if is_sweep else self._ops.update
+        run(self.state, self._blocks, rows_U, sums, self.history, **where)
+        self._publish(None if is_sweep else rows_U)
+        if is_sweep:
             self._all_done()
-        else:
-            if self.lazy:
-                self.state.floor = self.steps
-            self.history.append(lr)
-            self._ops.update(self.state, self._blocks, rows_U, grads_UD, self.history)
-            self._publish(rows_U)
         self.gradients.clear()
 
     @torch.no_grad()
@@ -174,6 +173,13 @@ class RowAdamW:
             state.noise.set_state(saved["noise"])
         self.history.restart(int(saved["step"]))
         self._all_done()
+
+    def _take_gradients(self) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
+        """Rows, gradients and further arguments of `update` and `sweep`: Triton's read gradients where they are."""
+        if hasattr(self._ops, "READS_IN_PLACE"):
+            rows_U, sums, slots_U, scale = self.gradients.placed()
+            return rows_U, sums, {"slots_U": slots_U, "scale": scale}
+        return *self.gradients.merged(), {}
 
     def _sweep_pays(self, rows: int) -> bool:
         if self.lazy or self.path != "auto":

@@ -1,11 +1,15 @@
-"""Row-wise AdamW in Triton: one program per row, every row replaying its own missed steps in a loop.
+"""Row-wise AdamW in Triton: a step on blocks of rows, and a replay in which every row loops over its missed steps.
 
 The same three passes as reference.py, with the same meaning. Differences: operations may be contracted (fused
 multiply-add), so values agree with dense AdamW within a few ulps and not bit for bit; missed steps are always taken
 one by one, in torch's operation order, up to the limit; and a replay always brings the moments up to date.
 
-Shapes: R table rows, D width, X = D or 1, U rows given; T steps remembered.
-Tested under TRITON_INTERPRET=1 only. Not measured or run on a GPU yet.
+What changes from step to step reaches a kernel as a tensor, or as an integer that it is not specialized on, so that
+nothing is compiled in the middle of a run. No value is read back from the device.
+
+Checked in Triton's interpreter and by compiling; not run on a device yet.
+
+Shapes: R table rows, D width, X = D or 1, U rows given, T steps remembered; B blocks.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -19,10 +23,14 @@ from torch import Tensor
 from kernels.row_adamw.history import History
 from kernels.row_adamw.rows import State
 
-__all__ = ["Blocks", "replay", "sweep", "update"]
+__all__ = ["READS_IN_PLACE", "Blocks", "replay", "sweep", "update"]
 
+READS_IN_PLACE = True
+"""`update` and `sweep` take gradients as RowGradients.placed gives them."""
 EVERY = (1 << 31) - 1
-"""A limit on replayed steps that is none."""
+"""A limit on replayed steps that no row reaches."""
+ELEMENTS = 512
+"""Of a warp: 16 values of every array per thread."""
 
 
 class Blocks:
@@ -35,12 +43,12 @@ class Blocks:
 @triton.jit
 def _store(values, places, p, inside, seed, STOCHASTIC: tl.constexpr):
     if STOCHASTIC:
-        below = tl.randint(seed, places).to(tl.int32, bitcast=True) & 0xFFFF
+        below = tl.randint(tl.load(seed), places).to(tl.int32, bitcast=True) & 0xFFFF
         p = ((p.to(tl.int32, bitcast=True) + below) & -65536).to(tl.float32, bitcast=True)
     tl.store(values + places, p, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _step_kernel(
     values,
     mean,
@@ -49,59 +57,57 @@ def _step_kernel(
     rows,
     slots,
     behind,
-    width,
-    decay,
-    size,
-    root,
-    eps,
-    w1,
-    b2,
-    w2,
-    kept1,
-    kept2,
+    constants,
+    scale,
     seed,
+    count,
+    width,
     SWEEP: tl.constexpr,
     ROW_WISE: tl.constexpr,
     DECAYS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     WIDE: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # Scalars come as tensors of one element in WIDE: arguments would be float32.
-    program = tl.program_id(0).to(tl.int64)
-    row = program if SWEEP else tl.load(rows + program)
-    slot = tl.load(slots + row).to(tl.int64) if SWEEP else program
-    missed = 0.0 if SWEEP else tl.load(behind + program).to(WIDE)
-    columns = tl.arange(0, BLOCK_D)
-    inside = columns < width
-    places = row * width + columns
-    g = tl.load(grads + slot * width + columns, mask=columns < tl.where(slot >= 0, width, 0), other=0.0)
+    # The rows [count], or every row, take the gradients at slots [count] (None: in order; -1: zero), times `scale`.
+    # constants: decay, size, root, eps, w1, b2, w2, log2 of both kept. In a tensor: arguments would be float32.
+    nth = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    given = nth < count
+    row = nth if SWEEP else tl.load(rows + nth, mask=given, other=0)
+    slot = nth if slots is None else tl.load(slots + nth, mask=given, other=-1).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    inside = given[:, None] & (columns < width)
+    places = row[:, None] * width + columns
+    g = tl.load(grads + slot[:, None] * width + columns, mask=inside & (slot >= 0)[:, None], other=0.0)
+    if scale is not None:
+        g = g * tl.load(scale)
     p = tl.load(values + places, mask=inside, other=0.0).to(WIDE)
     m = tl.load(mean + places, mask=inside, other=0.0)
-    if not SWEEP:
-        m = m * tl.exp2(missed * tl.load(kept1))
-    m = m + tl.load(w1) * (g - m)
     if ROW_WISE:
-        v = tl.load(square + row)
-        g2 = tl.sum(g * g, 0) / width
+        v = tl.load(square + row, mask=given, other=0.0)[:, None]
+        g2 = (tl.sum(g * g, 1) / width)[:, None]
     else:
         v = tl.load(square + places, mask=inside, other=0.0)
         g2 = g * g
     if not SWEEP:
-        v = v * tl.exp2(missed * tl.load(kept2))
-    v = v * tl.load(b2) + tl.load(w2) * g2
+        missed = tl.load(behind + nth, mask=given, other=0).to(WIDE)[:, None]
+        m = m * tl.exp2(missed * tl.load(constants + 7))
+        v = v * tl.exp2(missed * tl.load(constants + 8))
+    m = m + tl.load(constants + 4) * (g - m)
+    v = v * tl.load(constants + 5) + tl.load(constants + 6) * g2
     if DECAYS:
-        p = p * tl.load(decay)
-    p = p - tl.load(size) * m / (tl.sqrt(v) / tl.load(root) + tl.load(eps))
+        p = p * tl.load(constants)
+    p = p - tl.load(constants + 1) * m / (tl.sqrt(v) / tl.load(constants + 2) + tl.load(constants + 3))
     _store(values, places, p, inside, seed, STOCHASTIC)
     tl.store(mean + places, m, mask=inside)
     if ROW_WISE:
-        tl.store(square + row, v)
+        tl.store(square + row[:, None], v, mask=given[:, None])
     else:
         tl.store(square + places, v, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["now", "start", "limit", "length"])
 def _replay_kernel(
     values,
     mean,
@@ -112,12 +118,12 @@ def _replay_kernel(
     moment,
     steps,
     constants,
+    seed,
     width,
     now,
     start,
     limit,
     length,
-    seed,
     ROW_WISE: tl.constexpr,
     DECAYS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -166,35 +172,64 @@ def _replay_kernel(
     _store(values, places, p, inside, seed, STOCHASTIC)
 
 
-def update(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, history: History) -> None:
-    """As reference.update."""
+def update(
+    state: State,
+    blocks: Blocks,
+    rows_U: Tensor,
+    sums: Tensor,
+    history: History,
+    slots_U: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    """As reference.update, with the gradients where they are.
+
+    Args:
+        state: the table and its moments.
+        blocks: unused.
+        rows_U: int64 rows that have gradients.
+        sums: their gradients, [*, D].
+        history: the steps so far, the one to take included.
+        slots_U: where in `sums` a row's gradient is; None: in order.
+        scale: what the gradients are multiplied by, a 0-dim tensor; None: nothing.
+    """
     behind_U = history.step - 1 - state.moment(rows_U)
     state.last_R[rows_U] = history.step
     state.moment_R[rows_U] = history.step
     state.touched_R[rows_U] = True
     if rows_U.numel():
-        _step(state, grads_UD, history, len(rows_U), rows=rows_U, behind=behind_U)
+        _step(state, sums, scale, history, len(rows_U), slots_U, rows_U, behind_U)
 
 
-def sweep(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, history: History) -> None:
-    """As reference.sweep; finds a row's gradient through a map of 4 bytes a row."""
+def sweep(
+    state: State,
+    blocks: Blocks,
+    rows_U: Tensor,
+    sums: Tensor,
+    history: History,
+    slots_U: Tensor | None = None,
+    scale: Tensor | None = None,
+) -> None:
+    """As reference.sweep, with arguments as of `update`; finds gradients through a map of 4 bytes per row."""
+    if slots_U is None:
+        slots_U = torch.arange(len(rows_U), device=rows_U.device)
     state.touched_R[rows_U] = True
-    slots_R = torch.full_like(state.last_R, -1)
-    slots_R[rows_U] = torch.arange(len(rows_U), dtype=torch.int32, device=rows_U.device)
-    _step(state, grads_UD, history, len(state.last_R), slots=slots_R)
+    slots_R = torch.full_like(state.last_R, -1).index_copy_(0, rows_U, slots_U.int())
+    _step(state, sums, scale, history, len(state.last_R), slots_R)
 
 
 def _step(
     state: State,
-    grads_UD: Tensor,
+    sums: Tensor,
+    scale: Tensor | None,
     history: History,
-    programs: int,
+    count: int,
+    slots: Tensor | None,
     rows: Tensor | None = None,
-    slots: Tensor | None = None,
     behind: Tensor | None = None,
 ) -> None:
+    """One step on `count` rows: those given, or without `rows` all of the table."""
     hyper, at, width = history.hyper, history.at(history.step), state.mean_RD.shape[1]
-    scalars = (
+    constants = (
         history.decay[at],
         history.size[at],
         history.root[at],
@@ -204,18 +239,23 @@ def _step(
         1 - hyper.beta2,
         *history.log2_kept,
     )
-    constants = torch.tensor(scalars, dtype=torch.float64).to(state.mean_RD.device, state.mean_RD.dtype)
-    _step_kernel[(programs,)](
+    block = triton.next_power_of_2(width)
+    block_rows = max(1, ELEMENTS // 2 // block)
+    _step_kernel[(triton.cdiv(count, block_rows),)](
         *state.tensors,
-        grads_UD.contiguous(),
+        sums.contiguous(),
         rows,
         slots,
         behind,
-        width,
-        *constants.unbind(),
+        _on_device(torch.tensor(constants, dtype=torch.float64), state.mean_RD),
+        scale,
         _seed(state),
+        count,
+        width,
         SWEEP=rows is None,
         DECAYS=hyper.weight_decay != 0,
+        BLOCK_R=block_rows,
+        num_warps=max(1, min(16, block_rows * block // ELEMENTS)),
         **_constants(state),
     )
 
@@ -227,7 +267,7 @@ def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit
     last_U = state.last(rows_U)
     if not rows_U.numel():
         return
-    hyper, wide, device = history.hyper, state.mean_RD.dtype, state.mean_RD.device
+    hyper, width = history.hyper, state.mean_RD.shape[1]
     steps = history.table[:, : len(history.size)].clone()
     steps[3], steps[2] = history.log_decay[-1] - steps[2], steps[3].clone()
     constants = (1 - hyper.beta1, hyper.beta2, hyper.eps, *history.log2_kept)
@@ -237,15 +277,16 @@ def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit
         rows_U,
         last_U,
         state.moment(rows_U),
-        steps.to(device, wide),
-        torch.tensor(constants, dtype=torch.float64).to(device, wide),
-        state.mean_RD.shape[1],
+        _on_device(steps, state.mean_RD),
+        _on_device(torch.tensor(constants, dtype=torch.float64), state.mean_RD),
+        _seed(state),
+        width,
         history.step,
         history.start,
         EVERY if limit is None else limit,
         steps.shape[1],
-        _seed(state),
         DECAYS=hyper.weight_decay != 0,
+        num_warps=max(1, min(16, triton.next_power_of_2(width) // ELEMENTS)),
         **_constants(state),
     )
     state.last_R[rows_U] = history.step
@@ -262,7 +303,14 @@ def _constants(state: State) -> dict[str, object]:
     }
 
 
-def _seed(state: State) -> int:
+def _on_device(values: Tensor, like: Tensor) -> Tensor:
+    """Values from the host in the dtype and on the device of `like`; from pinned memory, so that the host goes on."""
+    values = values.to(like.dtype)
+    return values.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else values.to(like.device)
+
+
+def _seed(state: State) -> Tensor | None:
+    """A new seed for stochastic rounding, where it is on: on the device, since the host would have to wait for it."""
     if state.noise is None:
-        return 0
-    return int(torch.randint(1 << 31, (), generator=state.noise, device=state.noise.device))
+        return None
+    return torch.randint(1 << 31, (1,), generator=state.noise, device=state.noise.device)

@@ -102,6 +102,55 @@ def check(table: Tensor, indices: Tensor, weights: Tensor, grad: Tensor, backend
     torch.testing.assert_close(dense(len(table), sink), table64.grad, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("lookups", [1, 4, 5, 37, 130])
+@pytest.mark.parametrize("reads", ["one row", "three rows", "random rows", "every row once"])
+def test_triton_row_sums_do_not_depend_on_where_chunks_end(
+    lookups: int, reads: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of four lookups, so that the parts of a row are summed over up to four levels."""
+    from kernels.embedding_bag import triton
+
+    monkeypatch.setattr(triton, "CHUNK", 4)
+    monkeypatch.setattr(triton, "LOOKUPS", 2)
+    generator = torch.Generator().manual_seed(lookups)
+    distinct = {"one row": 1, "three rows": 3, "random rows": 20}.get(reads, lookups)
+    indices = torch.randint(distinct, (lookups, 1), generator=generator) * 2
+    indices = torch.arange(lookups).unsqueeze(1) if reads == "every row once" else indices
+    source, weights = torch.randn(lookups, 5, generator=generator), torch.randn(lookups, 1, generator=generator)
+    groups = reference.group_by_row(indices, 300)
+    expected = reference.row_sums(source.double(), weights.double(), groups, torch.float64)
+    sums = triton.row_sums(source, weights, groups, torch.float32)
+    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
+    buffer = torch.ones(300, 5)
+    triton.add_row_sums(source, weights, groups, buffer)
+    torch.testing.assert_close(buffer[groups.rows_U].double(), expected + 1, rtol=1e-5, atol=1e-5)
+    unread = torch.ones(300, dtype=torch.bool).index_fill_(0, groups.rows_U, False)
+    assert (buffer[unread] == 1).all()
+
+
+def test_triton_adds_to_one_buffer_once_most_rows_are_read() -> None:
+    """Two reads of few rows, one of most, another of few: the same gradients as merged pieces, norm and scale too."""
+    table = torch.randn(20, 6)
+    sinks = {backend: RowGradients(table) for backend in ("torch", "triton")}
+    for backend, sink in sinks.items():
+        torch.manual_seed(0)
+        leaf = table.clone().requires_grad_()
+        for rows in (3, 5, 20, 4):
+            indices, weights = torch.randint(rows, (15, 4)), torch.randn(15, 4)
+            embedding_bag(leaf, indices, weights, sink, backend).square().sum().backward()
+    ours, theirs = sinks["triton"], sinks["torch"]
+    torch.testing.assert_close(ours.norm(), theirs.norm())
+    ours.scale_(0.5)
+    theirs.scale_(0.5)
+    rows_U, sums, slots_U, scale = ours.placed()
+    assert slots_U is not None
+    assert scale is not None
+    assert len(sums) == len(table)
+    assert torch.equal(rows_U, theirs.merged()[0])
+    torch.testing.assert_close(sums[slots_U] * scale, theirs.merged()[1])
+    torch.testing.assert_close(ours.merged()[1], theirs.merged()[1])
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     rows=st.sampled_from([1, 2, 40, 1 << 11, (1 << 11) + 1, 1 << 22, 1 << 40]),
@@ -197,7 +246,7 @@ def test_an_unknown_backend_is_refused() -> None:
 def test_runs_of_a_hot_row_are_summed_level_by_level(monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels.embedding_bag import triton
 
-    monkeypatch.setattr(triton, "RUN", 4)
+    monkeypatch.setattr(triton, "CHUNK", 4)
     table, indices, weights, grad = case(6, 5, 9, 11, torch.float32)
     indices[:, :8] = 3
     check(table, indices, weights, grad, "triton")

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.embedding_bag import RowGradients
+from kernels.embedding_bag import RowGradients, embedding_bag
 from kernels.row_adamw import RowAdamW
 
 if not torch.cuda.is_available():
@@ -340,6 +340,31 @@ def test_triton_follows_the_options_as_pytorch_does(path: Any, options: dict[str
         torch.manual_seed(0)
         _train(table, **options, path=path, backend=backend, steps=12)
     torch.testing.assert_close(*tables, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["torch", "native", "triton"])
+@pytest.mark.parametrize("share", [0.3, 1.0])
+def test_a_factor_of_clipping_is_applied_once(backend: str, share: float) -> None:
+    """Left to the step, or by reading the norm before it; with few and with most rows read."""
+    tables = [torch.randn(10, 6, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    for table, applied_before in zip(tables, (False, True), strict=True):
+        torch.manual_seed(0)
+        leaf = table.requires_grad_()
+        sink = RowGradients(leaf)
+        ours = RowAdamW(leaf, sink, weight_decay=0.1, backend=backend)
+        for _ in range(3):
+            indices, weights = torch.randint(int(10 * share), (30, 2)), torch.randn(30, 2)
+            ours.before_read(indices)
+            embedding_bag(leaf, indices, weights, sink, backend).square().sum().backward()
+            norm = sink.norm()
+            sink.scale_(torch.tensor(0.3))
+            if applied_before:
+                torch.testing.assert_close(sink.norm(), 0.3 * norm)
+            ours.step(1e-2)
+        ours.flush()
+    torch.testing.assert_close(
+        *tables, rtol=1e-6 if backend == "triton" else 0, atol=1e-6 if backend == "triton" else 0
+    )
 
 
 def test_triton_cuts_replay_off_as_pytorch_does() -> None:
