@@ -45,7 +45,12 @@ class RowGradients:
         self.device = table_RD.device
         native = dispatch.choose(table_RD, native_takes=table_RD.is_contiguous()) == "native"
         self._group_by_row = dispatch.module("embedding_bag", "native" if native else "torch").group_by_row
-        self.clear()
+        self._rows: list[Tensor] = []
+        self._sums: list[Tensor] = []
+        self._last: tuple[Tensor, Groups] | None = None
+        self._scale: Tensor | None = None
+        self._whole_RD: Tensor | None = None
+        self._is_read_R: Tensor | None = None
 
     def groups(self, indices_NS: Tensor) -> Groups:
         """The lookups grouped by row; asked again with the same tensor object, nothing is computed."""
@@ -132,12 +137,8 @@ class RowGradients:
 
     def clear(self) -> None:
         """Drop all gradients and the cached grouping."""
-        self._rows: list[Tensor] = []
-        self._sums: list[Tensor] = []
-        self._last: tuple[Tensor, Groups] | None = None
-        self._scale: Tensor | None = None
-        self._whole_RD: Tensor | None = None
-        self._is_read_R: Tensor | None = None
+        self._rows, self._sums, self._last = [], [], None
+        self._scale = self._whole_RD = self._is_read_R = None
 
     def _whole(self) -> tuple[Tensor, Tensor]:
         """The buffer of the whole table and which rows were read; what was compact so far is moved there."""
