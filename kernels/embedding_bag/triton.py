@@ -14,7 +14,7 @@ Checked in Triton's interpreter and by compiling; not run on a device yet.
 Shapes: R table rows, D width, N bags, S rows read per bag, L = N*S lookups, U unique rows, C chunks; B blocks.
 """
 
-# mypy: allow-untyped-defs, allow-untyped-calls
+# mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="assignment"
 # ruff: noqa: RUF005 (Triton compiles + on tuples, but no unpacking)
 from __future__ import annotations
 
