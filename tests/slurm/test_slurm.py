@@ -201,7 +201,7 @@ def test_two_processes_preempted_save_together_and_go_on_afterwards(folder: Path
     until(lambda: "preempted: saved" in (run.state()["cause"] or ""))
     (status,) = json.loads(suite("status", grid, "--results", folder / "slurm", "--json", cwd=folder).stdout)["cells"]
     assert status["state"] == "pending"
-    assert status["note"].startswith("preempted: saved; goes on when it is scheduled again, job ")
+    assert status["note"].startswith("preempted: saved; resumes when it is scheduled again, job ")
     slurm("scancel", other)
     assert launcher.wait(timeout=900) == 0, (folder / "sweep.log").read_text()
     resumed = [line for line in log_of(run).splitlines() if "training from step" in line]

@@ -119,7 +119,7 @@ def test_status_tells_every_way_a_job_waits_runs_and_ends_in_one_question(
     # The real sacct where no accounts are kept: of jobs that have left nothing is known, nor held against their cells.
     with monkeypatch.context() as forgotten:
         instead(folder / "none", {"squeue": FORGETFUL}, forgotten)
-        gone = "ended, and Slurm has forgotten how; the same sweep resumes it"
+        gone = "ended, and Slurm no longer knows how; the same sweep resumes it"
         jobs = (eats, failing, lost, away, called_off, limited)
         assert said() == [told[0], *(f"pending: job {job}: {gone}" for job in jobs), told[7]]
     slurm("scancel", waiting, running)

@@ -1,8 +1,8 @@
-"""What a Slurm job runs: one stage of a cell, given the path of its run directory and how to divide it.
+"""What a Slurm job runs: one stage of a cell, given the path of its run directory and how to distribute it.
 
-Training runs in a thread of its own, and the main one waits: submitit's signal handler, which runs there, then lets
-training come to the end of its step, where all processes agree, save together and are done; the handler waits for
-that and requeues the job. Nothing of a run is in the job: whoever starts reads the newest whole checkpoint.
+Training runs in a thread while the main thread waits. submitit's signal handler, which runs in the main thread, asks
+training to stop: all processes end the same step and save together; then the handler requeues the job. The job holds no
+state of the run: each start reads the newest complete checkpoint.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
     from suite.data.corpus import Corpus
 
 Stage = Literal["train", "evaluate", "score"]
-"""Train; score the end, and what is left of the checkpoints kept on the way; score those while training goes on."""
+"""Train; evaluate the final weights and the retained checkpoints that are left; score those during training."""
 
 TO_BE_SCORED = "trained; to be scored"
-WARNED = "its time limit is near: saved; goes on when it is scheduled again"
-PREEMPTED = "preempted: saved; goes on when it is scheduled again"
+WARNED = "its time limit is near: saved; resumes when it is scheduled again"
+PREEMPTED = "preempted: saved; resumes when it is scheduled again"
 ORPHAN_PATIENCE_S = 5.0
-HEED_S = 0.5
-"""How often the main thread looks for signals while another trains."""
+SIGNAL_POLL_S = 0.5
+"""How often the main thread looks for signals while another thread trains."""
 
 
 class CellJob:
@@ -52,7 +52,7 @@ class CellJob:
         self._ended: threading.Event | None = None
 
     def __call__(self) -> str:
-        """Do the stage, from where the run stands; a failure is in the run's records. Gives the run's state."""
+        """Run the stage and return the run's state; a failure is recorded in the run."""
         run = RunDir(self.run_path)
         if submitit.JobEnvironment().num_tasks > 1:
             submitit.helpers.TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
@@ -63,7 +63,7 @@ class CellJob:
         return self._in_thread(lambda: self._train(run))
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Called by submitit's handler in the first process when Slurm warns: gives what to run after the requeue."""
+        """Called by submitit's handler in the first process on a warning; returns what to run after the requeue."""
         if self._stopping is not None and self._ended is not None:
             self._stopping.set()
             self._ended.wait()
@@ -89,8 +89,8 @@ class CellJob:
         thread = threading.Thread(target=do, name="training")
         thread.start()
         while thread.is_alive():
-            # Not for ever: a signal that the system hands to another thread is handled once this one wakes.
-            thread.join(HEED_S)
+            # With a timeout: a signal that is delivered to another thread is handled when this one wakes.
+            thread.join(SIGNAL_POLL_S)
         if isinstance(outcome[0], BaseException):
             raise outcome[0]
         return outcome[0]
@@ -112,7 +112,7 @@ class CellJob:
     def _together(
         self, run: RunDir, is_open: Callable[[dict[str, Any]], bool], work: Callable[[RunDir, Cell, World], None]
     ) -> str:
-        """Do `work` on a run that is open for it, all processes of the job together, the first holding the run."""
+        """Do `work` on a run if it is open, in all processes of the job; the first one holds the lock."""
         with process_group(self.parallel) as world, _held(run) if world.is_first else nullcontext():
             state = run.state()
             if not world.any(world.is_first and is_open(state)):
@@ -126,7 +126,7 @@ class CellJob:
                     run.set_state("running", started=started, finished=None, log=str(_log()))
                 work(run, cell, world)
             except Exception as error:
-                # Processes that lose one of their own fail, too: who came first knows the cause.
+                # The other processes fail as a consequence; the first failure records the cause.
                 if world.is_first:
                     time.sleep(2.0)
                 if run.state()["state"] != "failed":
@@ -143,7 +143,7 @@ class CellJob:
 
         def should_stop() -> bool:
             if world.is_first:
-                background_scoring.retain_due(run, cell)  # for the job that scores
+                background_scoring.retain_due(run, cell)  # a job of its own scores it
             return stopping()
 
         outcome = train(cell, corpus, run, world, should_stop)
@@ -160,14 +160,14 @@ class CellJob:
 
     def _score(self, run: RunDir, cell: Cell, world: World) -> None:
         kept = background_scoring.retained_folder(run)
-        # Whoever scores what was kept on the way comes to its end first.
+        # Wait for a job that is still scoring retained checkpoints.
         with _held(RunDir(kept)) if world.is_first and kept.exists() else nullcontext():
             worker.score_missing(run, cell, _corpus(run, cell, world), self.scorer, world)
         if world.is_first:
             worker.set_done(run)
 
     def _score_retained(self, run: RunDir) -> str:
-        """Another process trains the run meanwhile and holds it: nothing is written but scores."""
+        """Score while another process trains and holds the run; only scores are written."""
         with (
             process_group(self.parallel) as world,
             _held(RunDir(background_scoring.retained_folder(run))) if world.is_first else nullcontext(),
@@ -178,7 +178,7 @@ class CellJob:
 
 
 def _corpus(run: RunDir, cell: Cell, world: World, then: Callable[[Corpus], None] = lambda corpus: None) -> Corpus:
-    """The run's corpus, prepared by the first process, which then does more with it, before the others read it."""
+    """The run's corpus: the first process prepares it and calls `then`, before the others read it."""
     from suite.data.corpus import prepare
 
     if world.is_first:
@@ -195,21 +195,21 @@ def _log() -> Path:
 
 
 def _is_preempted() -> bool:
-    """Whether Slurm says that this job makes way for another; the signal is the same as before a time limit."""
-    asked = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
-    return re.search(r"PreemptTime=\d", subprocess.run(asked, capture_output=True, text=True).stdout) is not None
+    """Whether this job is being preempted; the signal is the same as before a time limit."""
+    command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
+    return re.search(r"PreemptTime=\d", subprocess.run(command, capture_output=True, text=True).stdout) is not None
 
 
 @contextmanager
 def _held(run: RunDir) -> Iterator[None]:
-    """The run's lock, waited for: a node that was lost may still run what this job is a second start of."""
-    told = False
+    """Wait for the run's lock: a lost node may still run the process that this job replaces."""
+    is_logged = False
     while True:
         try:
             with run.lock(patience_s=ORPHAN_PATIENCE_S):
                 yield
                 return
         except Locked:
-            if not told:
+            if not is_logged:
                 print(f"{run.name}: another process holds it; waiting", file=sys.stderr)
-            told = True
+            is_logged = True

@@ -1,4 +1,4 @@
-"""A cluster's profile: what is asked of its Slurm, from clusters/<name>.yaml or a path."""
+"""A cluster's profile: what its jobs request, from clusters/<name>.yaml or a path."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from suite.yaml_input import did_you_mean, explain, read_mapping
 
 CLUSTERS = "clusters"
 DEFAULT = "default"
-"""The profile that is taken where none is named."""
+"""The profile that is used if none is named."""
 
 
 def _minutes(value: Any) -> Any:
-    """Slurm's ways to write a time (minutes, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS), in minutes."""
+    """A time in one of Slurm's formats (minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS) in minutes."""
     found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", value) if isinstance(value, str) else None
     if found is None:
         return value
@@ -33,7 +33,7 @@ def _minutes(value: Any) -> Any:
 
 
 class Profile(BaseModel):
-    """What jobs ask of a cluster. clusters/example.yaml explains every field."""
+    """What jobs request from a cluster. clusters/example.yaml explains every field."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

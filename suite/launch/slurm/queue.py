@@ -1,6 +1,6 @@
-"""What Slurm says of our jobs: one question for all of them, and what became of a run's jobs.
+"""The state of our jobs in Slurm: one call for all of them, and how the jobs of a run ended.
 
-Which jobs a run has had is in its logs/slurm.json, written by whoever submits; a job is `ARRAY_INDEX` or a number.
+The submitting process records a run's jobs in its logs/slurm.json; a job id is `ARRAY_INDEX` or a number.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ALIVE = {
     "SPECIAL_EXIT",
 }
 ENDED = "ended"
-"""Stands for the state of a job that Slurm no longer knows."""
+"""The state of a job that Slurm no longer knows."""
 WORDS = {
     "TIMEOUT": "timed out",
     "PREEMPTED": "preempted",
@@ -44,18 +44,18 @@ WORDS = {
     "DEADLINE": "past its deadline",
     "FAILED": "failed",
     "COMPLETED": "completed",
-    ENDED: "ended, and Slurm has forgotten how",
+    ENDED: "ended, and Slurm no longer knows how",
 }
 RESUMABLE = {"TIMEOUT", "PREEMPTED", "NODE_FAIL", "CANCELLED", "BOOT_FAIL", "COMPLETED", ENDED}
-"""Ends of a job that say nothing against its cell."""
+"""Ends of a job after which its cell can be resumed."""
 TAIL_LINES = 5
 KILLED_FOR_MEMORY = ("oom-kill", "out of memory", "exceeded memory limit")
-"""What Slurm writes in the log of a job whose process it killed for its memory; most of them it calls FAILED."""
+"""What Slurm writes to the log of a job that it killed for its memory; the state of most of them is FAILED."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """A job as Slurm sees it: its state, why it waits, where it runs."""
+    """A job: its state, why it waits, and its nodes."""
 
     state: str
     reason: str = ""
@@ -63,19 +63,19 @@ class Job:
 
     @property
     def alive(self) -> bool:
-        """Whether it runs, or will."""
+        """Whether it runs or will run."""
         return self.state in ALIVE
 
 
 def ask() -> dict[str, Job]:
-    """Every job of this user that the queue knows, elements of arrays apart, in one call. Raises UserError."""
+    """Every job of this user in the queue, array elements separately, in one call. Raises UserError."""
     lines = _call("squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N").splitlines()
     found = (line.split("|", 3) for line in lines if line.count("|") >= 3)
     return {job: Job(state, reason, nodes) for job, state, reason, nodes in found}
 
 
 def ask_of_ended(jobs: Iterable[str]) -> dict[str, Job]:
-    """The last states of jobs that have left the queue, in one call; a cluster without accounting knows none."""
+    """The last states of jobs that have left the queue, in one call; unknown on a cluster without accounting."""
     wanted = sorted(set(jobs))
     if not wanted:
         return {}
@@ -100,7 +100,7 @@ def cancel(jobs: Iterable[str]) -> None:
 
 
 def hold_answers() -> bool:
-    """Whether there is a Slurm to ask here."""
+    """Whether this machine has Slurm."""
     return shutil.which("squeue") is not None
 
 
@@ -119,7 +119,7 @@ def _jobs_path(run: RunDir) -> Path:
 
 
 def record_job(run: RunDir, stage: str, job: str, log: Path) -> None:
-    """Remember that `job` does a stage of the run, its output in `log`."""
+    """Record the job of a stage of the run, and its log."""
     write_json(_jobs_path(run), recorded_jobs(run) | {stage: {"job": job, "log": str(log)}})
 
 
@@ -133,42 +133,42 @@ def recorded_jobs(run: RunDir) -> dict[str, dict[str, Any]]:
 
 
 def record_report(folder: Path, job: str, log: Path) -> None:
-    """Remember the newest job that reports on the grid whose jobs' files are in `folder`."""
+    """Record the newest report job of the grid whose job files are in `folder`."""
     write_json(folder / "report.json", {"job": job, "log": str(log)})
 
 
 def recorded_report(folder: Path) -> str | None:
-    """That job; None before the first."""
+    """The newest report job; None before the first."""
     path = folder / "report.json"
     return str(json.loads(path.read_text())["job"]) if path.exists() else None
 
 
 def record_cancelled(run: RunDir) -> None:
-    """Remember that we cancelled the run's jobs: of those that never ran, a cluster may tell nothing any more."""
+    """Record that we cancelled the run's jobs: Slurm may not report those that never ran."""
     write_json(_jobs_path(run), {stage: facts | {"cancelled": True} for stage, facts in recorded_jobs(run).items()})
 
 
 def last_states(runs: Iterable[RunDir], queue: dict[str, Job]) -> dict[str, Job]:
-    """How those jobs of the runs ended that the queue knows no more: we know what we cancelled, accounting the rest."""
+    """How the jobs that left the queue ended: from our own record of cancelled jobs, otherwise from accounting."""
     gone = [(facts["job"], facts) for run in runs for facts in recorded_jobs(run).values() if facts["job"] not in queue]
     ours = {job: Job("CANCELLED") for job, facts in gone if facts.get("cancelled")}
     return ours | ask_of_ended(job for job, _ in gone if job not in ours)
 
 
 def job_ids(run: RunDir) -> list[str]:
-    """The run's jobs that bring it to its end, training first."""
+    """The jobs that train and evaluate the run, training first."""
     return [facts["job"] for stage, facts in recorded_jobs(run).items() if stage != "score"]
 
 
 def seen(jobs: Iterable[str], queue: dict[str, Job]) -> list[tuple[str, Job]]:
-    """Those of the jobs that the queue knows."""
+    """The jobs that are in the queue."""
     return [(job, queue[job]) for job in jobs if job in queue]
 
 
 def with_slurm(statuses: list[CellStatus], runs: list[RunDir]) -> list[CellStatus]:
-    """The statuses, and what Slurm says of cells that are not finished: one question to the queue, at most one more.
+    """Add the state of the jobs to cells that are not finished: one call of squeue, and at most one of sacct.
 
-    The second is asked, of all at once, where a job left the queue without finishing its cell.
+    sacct is called, for all jobs at once, if any job left the queue without finishing its cell.
     """
     jobs = {run.name: job_ids(run) for run in runs}
     open_ = {status.run for status in statuses if status.state not in ("done", "failed") and jobs[status.run]}
@@ -188,7 +188,7 @@ def _with_jobs(status: CellStatus, run: RunDir, jobs: list[tuple[str, Job]]) -> 
         job, facts = alive[0]
         if facts.state == "RUNNING":
             said = f"job {job} on {facts.nodes}"
-            # The lock of a run may not be seen from another machine.
+            # A lock may not be visible from another machine.
             return replace(status, state="running", note=said, eta_s=run.state().get("eta_s"))
         said = f"job {job} {facts.state.lower()}" + (f" ({facts.reason})" if facts.reason not in ("", "None") else "")
         return replace(status, state="pending", note=", ".join(filter(None, (status.note, said))))
@@ -204,20 +204,20 @@ def _with_jobs(status: CellStatus, run: RunDir, jobs: list[tuple[str, Job]]) -> 
 
 
 def log_of(run: RunDir) -> Path | None:
-    """Where the run's newest job writes."""
+    """The log of the run's newest job."""
     logs = [Path(facts["log"]) for facts in recorded_jobs(run).values()]
     written = [log for log in logs if log.exists()]
     return max(written, key=lambda log: log.stat().st_mtime, default=None)
 
 
 def with_memory_kills(state: str, log: Path | None) -> str:
-    """The state a job ended in: OUT_OF_MEMORY too where Slurm says FAILED and its last words in the log are of that."""
+    """The state, with FAILED replaced by OUT_OF_MEMORY if the end of the log shows that Slurm killed the job for it."""
     words = " ".join(_last_lines(log)).lower()
     return "OUT_OF_MEMORY" if state == "FAILED" and any(said in words for said in KILLED_FOR_MEMORY) else state
 
 
 def with_tail(cause: str, log: Path | None) -> str:
-    """The cause, and the last lines of the log behind it."""
+    """The cause, followed by the last lines of the log."""
     last = _last_lines(log)
     return f"{cause}; its last lines: {' / '.join(last)}" if last else cause
 

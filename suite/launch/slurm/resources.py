@@ -1,4 +1,4 @@
-"""How many nodes and processes a cell gets: the smallest mesh of its plan, or as the profile says."""
+"""The resources of a cell's jobs: the smallest mesh of its plan, or those of the profile."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from suite.plan.gpus import GPUS, USABLE
 from suite.train.parallel import Parallel
 
 WEIGHTS = 0.9
-"""Share of a GPU's usable memory that the weights of a model scored on it may take."""
+"""The fraction of a GPU's usable memory that the weights of a model scored on it may take."""
 
 
 class Shape(Frozen):
-    """What one job asks for: equal nodes, each with as many processes as GPUs, or `tasks` processes without."""
+    """The resources of one job: equal nodes, each with one process per GPU, or `tasks` processes without GPUs."""
 
     nodes: int = 1
     tasks: int = Field(default=1, description="processes on each node")
@@ -62,7 +62,7 @@ def scoring_shape(profile: Profile, cell: Cell, training: Shape, cache: Path) ->
 
 
 def _fits_one(profile: Profile, cell: Cell, cache: Path) -> bool:
-    """Whether the weights, in fp32, leave a GPU room for what scoring computes beside them."""
+    """Whether the weights, in fp32, leave a GPU enough memory for scoring."""
     vocabulary = planning.data_size(cell, cache).vocabulary
     weights = 4 * account_of(meta_model(cell.model, vocabulary), cell.data.seq_len).params_total
     return weights <= WEIGHTS * USABLE * GPUS[profile.gpu].memory
@@ -98,7 +98,7 @@ def _of_gpus(profile: Profile, cell: Cell, gpus: int, parallel: Parallel) -> Sha
 
 
 def _memory(profile: Profile, gpus: int) -> float | None:
-    """Of a job on a node: the share of its GPUs, so that a node's other GPUs keep theirs."""
+    """The memory of a job on a node, in proportion to its GPUs."""
     if profile.mem_gb is None or not profile.gpus_per_node:
         return profile.mem_gb
     return profile.mem_gb * gpus / profile.gpus_per_node

@@ -1,7 +1,7 @@
-"""Submitting cells to Slurm through submitit: arrays of equal shape, evaluation and the report behind them.
+"""Submit cells to Slurm through submitit: arrays for training and evaluation, then a report job.
 
-Array elements of one stage share a shape; each element of evaluation waits for its element of training, and the
-report waits for all. How many run at once is bounded over all arrays together.
+The elements of an array request the same resources; each evaluation waits for its training, and the report for all
+jobs. The number of jobs at once is limited over all arrays together.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from suite.launch.worker import needs_scoring
 from suite.records import GRIDS, RunDir, run_dir
 
 MAX_DEATHS = 3
-"""A job whose process is killed is requeued by its own script, so often less one."""
+"""How often the process of a job may be killed; before that, the job's own script requeues it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell to be submitted: its run, and the shape of its training; None where it is trained."""
+    """A cell to submit: its run, and the resources of its training and scoring; None if a stage is not needed."""
 
     run: RunDir
     shape: Shape | None
@@ -45,7 +45,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Batch:
-    """Cells whose jobs make one array for training, if they need it, and one for evaluation, if they need that."""
+    """Cells whose jobs form one array per stage, and how many jobs of each stage may run at once."""
 
     entries: tuple[Entry, ...]
     cap: int
@@ -54,18 +54,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Submission:
-    """One call of sbatch: its text is `script`, and `jobs` are its jobs' ids; without any, it was not sent."""
+    """One call of sbatch: its script, and the ids of its jobs (none in a dry run)."""
 
     script: str
     jobs: tuple[str, ...] = ()
 
 
 class _Executor(submitit.SlurmExecutor):
-    """submitit's, which can also say what it would send."""
+    """submitit's executor, which can also return a script without submitting it."""
 
     @classmethod
     def affinity(cls) -> int:
-        # A script can be written where there is no Slurm.
+        # So that scripts can be written without Slurm.
         return 1
 
     def script(self, count: int) -> str:
@@ -77,7 +77,7 @@ class _Executor(submitit.SlurmExecutor):
 
 
 class Submitter:
-    """Sends jobs to Slurm for a grid, or, with `dry`, only writes what it would send."""
+    """Submits jobs for a grid; with `dry`, only collects the scripts in `sent`."""
 
     def __init__(
         self, grid: Grid, results: Path, profile: Profile, scorer: Scorer | None = None, dry: bool = False
@@ -88,11 +88,11 @@ class Submitter:
 
     @property
     def folder(self) -> Path:
-        """Where scripts, pickles and logs of this grid's jobs go."""
+        """The folder of the scripts, pickles and logs of this grid's jobs."""
         return jobs_folder(self.results, self.grid)
 
     def entries(self, cells: Sequence[Cell]) -> list[Entry]:
-        """What the cells need. Raises UserError for one that fits nowhere."""
+        """The stages that the cells need. Raises UserError for a cell that does not fit on the cluster."""
         planned = shapes(self.grid, cells, self.profile, self.results / "cache")
         entries = []
         for cell, shape in zip(cells, planned, strict=True):
@@ -104,9 +104,15 @@ class Submitter:
         return entries
 
     def submit(self, cells: Sequence[Cell], report: bool, alive: Sequence[str] = ()) -> dict[str, list[str]]:
-        """Send everything the cells need; gives their jobs by run, and under "report" that which reports on all.
+        """Submit the stages that the cells need.
 
-        The report waits for these jobs and for those that are `alive`.
+        Args:
+            cells: cells whose run directories are prepared.
+            report: whether to submit a report job, too.
+            alive: jobs of other cells for which the report waits.
+
+        Returns:
+            Run name -> its jobs; the report job under "report".
         """
         jobs: dict[str, list[str]] = {}
         after: list[str] = []
@@ -152,7 +158,7 @@ class Submitter:
         return jobs
 
     def _array(self, runs: Sequence[RunDir], stage: Stage, shape: Shape, waits: list[str], cap: int) -> list[str]:
-        """One stage of runs that need the same for it; gives its jobs."""
+        """Submit one stage of runs with equal resources; returns its jobs."""
         calls = [CellJob(run.path.resolve(), stage, self.scorer, shape.parallel) for run in runs]
         sent = self._send(calls, self._parameters(shape, f"{self.grid.name}-{stage}", waits, cap))
         for run, (job, log) in zip(runs, sent, strict=True):
@@ -171,7 +177,7 @@ class Submitter:
         return job
 
     def _send(self, calls: Sequence[Any], parameters: dict[str, Any]) -> list[tuple[str, Path]]:
-        """One sbatch; gives each job's id and log."""
+        """Call sbatch once; returns the id and log of each job."""
         folder = self.folder / uuid.uuid4().hex[:8]
         executor = _Executor(folder, max_num_timeout=self.profile.max_cuts)
         executor.update_parameters(**parameters, teardown=_teardown(folder))
@@ -194,9 +200,9 @@ class Submitter:
         return sent
 
     def _parameters(self, shape: Shape, name: str, waits: list[str], cap: int) -> dict[str, Any]:
-        """What submitit is told; nothing that the profile leaves to the cluster."""
+        """The parameters for submitit, without those that the profile leaves to the cluster."""
         profile = self.profile
-        asked = {
+        requested = {
             "job_name": name,
             "partition": profile.partition,
             "account": profile.account,
@@ -212,22 +218,22 @@ class Submitter:
             "array_parallelism": cap,
             "dependency": ",".join(waits) or None,
             "stderr_to_stdout": True,
-            # A process that dies takes the job along: the others would wait for it.
+            # Without this, the other processes would wait for one that died.
             "srun_args": ["--kill-on-bad-exit=1"],
             "setup": [*profile.setup, *_variables(shape)],
             "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **profile.sbatch},
         }
-        return {field: value for field, value in asked.items() if value is not None}
+        return {field: value for field, value in requested.items() if value is not None}
 
 
 class Report:
-    """Fit and draw, as a job."""
+    """The report job."""
 
     def __init__(self, grid: str, results: Path) -> None:
         self.grid, self.results = grid, results
 
     def __call__(self) -> None:
-        """Raises CalledProcessError where there is no new report; its exit code tells of failed cells, too."""
+        """Fit and draw. Raises CalledProcessError if no new report was written: exit code 1 alone means failed cells."""
         command = [sys.executable, "-m", "analysis", "report", "--grid", self.grid, "--results", str(self.results)]
         print(shlex.join(command), flush=True)
         before = self._written()
@@ -240,29 +246,29 @@ class Report:
         return path.stat().st_mtime if path.exists() else None
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """It starts again."""
+        """Start again after a requeue."""
         return submitit.helpers.DelayedSubmission(self)
 
 
 def report_path(results: Path, grid: str) -> Path:
-    """Where a grid's report is, once there is one."""
+    """The path of a grid's report."""
     return results / GRIDS / grid / "report.md"
 
 
 def jobs_folder(results: Path, grid: Grid) -> Path:
-    """Where a grid's jobs have their scripts, pickles and logs."""
+    """The folder of the scripts, pickles and logs of a grid's jobs."""
     return (results / GRIDS / grid.name / "slurm").resolve()
 
 
 def _variables(shape: Shape) -> list[str]:
-    """The processes' threads; srun does not take its number of cores from the job since Slurm 22.05."""
+    """Threads per process; since Slurm 22.05 srun does not inherit its number of cores from the job."""
     return [f"export OMP_NUM_THREADS={shape.cpus}", "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"]
 
 
 def _teardown(folder: Path) -> list[str]:
-    """Lines after srun: a job whose process was killed (by kill -9, or for its memory) is requeued, a few times.
+    """Shell lines after srun: requeue a job whose process was killed (kill -9, out of memory), a few times.
 
-    A job that was warned, submitit requeues, and one whose node was lost, Slurm: not these lines.
+    submitit requeues a job that was warned, and Slurm one whose node was lost.
     """
     deaths = f"{shlex.quote(str(folder))}/$SLURM_JOB_ID.deaths"
     return [
@@ -276,9 +282,9 @@ def _teardown(folder: Path) -> list[str]:
 
 
 def batches(entries: Sequence[Entry], profile: Profile) -> list[tuple[int, Batch]]:
-    """Arrays of equal needs, no longer than allowed, each with its lane and its share of the caps.
+    """Group the entries into arrays of equal resources, each with its lane and its share of the caps.
 
-    Where there are more arrays than jobs at once, some share a lane, in which one waits for the one before it.
+    If there are more arrays than jobs at once, some share a lane, in which each waits for the one before it.
     """
     groups: dict[tuple[Shape | None, Shape | None], list[Entry]] = {}
     for entry in entries:
@@ -299,7 +305,7 @@ def batches(entries: Sequence[Entry], profile: Profile) -> list[tuple[int, Batch
 
 
 def shares(sizes: Sequence[int], cap: int) -> list[int]:
-    """`cap` divided among lanes of these sizes, one each at least, no more than its size, at most `cap` in all."""
+    """Divide `cap` among lanes of these sizes: at least one each, at most its size, at most `cap` in total."""
     given = [1] * len(sizes)
     for _ in range(cap - len(sizes)):
         hungriest = max(range(len(sizes)), key=lambda lane: sizes[lane] / given[lane])
@@ -310,7 +316,7 @@ def shares(sizes: Sequence[int], cap: int) -> list[int]:
 
 
 def _waves(cells: Sequence[Cell], results: Path) -> Iterable[list[Cell]]:
-    """The cells, those that start from another's checkpoint behind it."""
+    """The cells in order: those that start from another cell's checkpoint come in a later wave."""
     left = list(cells)
     while left:
         waiting = [cell for cell in left if must_wait(cell, run_dir(results, cell), left)]
@@ -319,13 +325,13 @@ def _waves(cells: Sequence[Cell], results: Path) -> Iterable[list[Cell]]:
 
 
 def _afterany(jobs: Iterable[str]) -> list[str]:
-    """Wait for jobs to end; one array is named once."""
+    """A dependency on the end of jobs; each array is named once."""
     arrays = sorted({job.partition("_")[0] for job in jobs}, key=int)
     return [f"afterany:{':'.join(arrays)}"] if arrays else []
 
 
 def _behind(jobs: Sequence[str]) -> list[str]:
-    """Each job behind its own: element by element, where they are arrays."""
+    """A dependency on success: of each array element on the same element of the other array."""
     if not jobs:
         return []
     array, is_array, _ = jobs[0].partition("_")
