@@ -233,7 +233,7 @@ class Report:
         self.grid, self.results = grid, results
 
     def __call__(self) -> None:
-        """Fit and draw. Raises CalledProcessError if no new report was written: exit code 1 alone means failed cells."""
+        """Fit and draw. Raises CalledProcessError if no new report was written; failed cells alone do not count."""
         command = [sys.executable, "-m", "analysis", "report", "--grid", self.grid, "--results", str(self.results)]
         print(shlex.join(command), flush=True)
         before = self._written()
