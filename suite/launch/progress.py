@@ -15,13 +15,13 @@ PLAIN_LINE_EVERY_S = 15.0
 
 
 class Clock:
-    """The seconds a sweep still needs, from how much of it has been done since the first look."""
+    """Estimates the remaining seconds of a sweep from what was done since the first call."""
 
     def __init__(self) -> None:
         self._first: tuple[float, float] | None = None
 
     def remaining_s(self, standing: Standing, now: float) -> float | None:
-        """Seconds to go at time `now` (seconds, any origin); None before half a cell is done: start-up misleads."""
+        """Remaining seconds at time `now` (seconds, any origin); None before half a cell is done."""
         done = share_done(standing) * standing.cells
         if self._first is None:
             self._first = (now, done)
@@ -32,7 +32,7 @@ class Clock:
 
 
 def share_done(standing: Standing) -> float:
-    """How much of the sweep is done, 0 to 1, cells in progress counted by their progress."""
+    """The fraction of the sweep that is done, 0 to 1; running cells count by their progress."""
     return (standing.finished + sum(progress for _, progress, _ in standing.running)) / standing.cells
 
 
@@ -42,7 +42,7 @@ class PlainWatcher:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._clock = Clock()
-        self._told = time.monotonic()
+        self._logged = time.monotonic()
 
     def __enter__(self) -> PlainWatcher:
         return self
@@ -55,11 +55,11 @@ class PlainWatcher:
         self._console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, standing: Standing) -> None:
-        """One line every quarter of a minute."""
+        """One line every 15 seconds."""
         now = time.monotonic()
         remaining_s = self._clock.remaining_s(standing, now)
-        if now - self._told >= PLAIN_LINE_EVERY_S:
-            self._told = now
+        if now - self._logged >= PLAIN_LINE_EVERY_S:
+            self._logged = now
             left = "" if remaining_s is None else f", about {duration(remaining_s)} to go"
             running = ", ".join(f"{name} {progress:.0%}" for name, progress, _ in standing.running)
             self.event(f"{standing.finished}/{standing.cells} cells finished{left}; running: {running or 'none'}")
@@ -97,10 +97,10 @@ class BarWatcher:
     def progress(self, standing: Standing) -> None:
         """Redraw the bars."""
         remaining_s = self._clock.remaining_s(standing, time.monotonic())
-        said = f"{standing.finished}/{standing.cells} cells" + (
+        text = f"{standing.finished}/{standing.cells} cells" + (
             "" if remaining_s is None else f", {duration(remaining_s)} left"
         )
-        self._bars.update(self._whole, completed=share_done(standing), left=said)
+        self._bars.update(self._whole, completed=share_done(standing), left=text)
         names = {name for name, _, _ in standing.running}
         for name in set(self._tasks) - names:
             self._bars.remove_task(self._tasks.pop(name))
@@ -111,5 +111,5 @@ class BarWatcher:
 
 
 def watcher(console: Console) -> PlainWatcher | BarWatcher:
-    """Bars if the console is a terminal, lines if not."""
+    """Bars if the console is a terminal, otherwise lines."""
     return BarWatcher(console) if console.is_terminal else PlainWatcher(console)

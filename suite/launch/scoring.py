@@ -1,4 +1,4 @@
-"""Scoring trained runs together: requests are made once and asked of every model."""
+"""Score trained runs together, so that requests are prepared once for all models."""
 
 from __future__ import annotations
 
@@ -14,37 +14,47 @@ from suite.launch.worker import evaluate_run, refuse_unfit
 from suite.records import RunDir
 
 FACTS = ("few_shot", "n", "cut")
-"""What is told of a task beside its scores."""
+"""Fields of a task that are listed with its scores."""
 
 
 def score_runs(
-    runs: Iterable[tuple[RunDir, tuple[EvalConfig, ...]]], scoring: Scorer, tell: Callable[[str], None]
+    runs: Iterable[tuple[RunDir, tuple[EvalConfig, ...]]], scorer: Scorer, log: Callable[[str], None]
 ) -> list[str]:
-    """Give every trained run the scores it lacks of the evaluations beside it; gives the runs that are not trained.
+    """Add the missing scores to every trained run.
 
-    Whatever was whole before a failure or a KeyboardInterrupt stays. Raises UserError where no run is trained, and as
-    `evaluate_run`.
+    Scores that were written before a failure or a KeyboardInterrupt stay.
+
+    Args:
+        runs: runs, each with evaluations to add to those of its cell.
+        scorer: settings for scoring.
+        log: called with a line before each run.
+
+    Returns:
+        The names of the runs that are not trained.
+
+    Raises:
+        UserError: no run is trained, or as `evaluate_run`.
     """
-    asked_of = [*runs]
-    trained = [(run, asked) for run, asked in asked_of if run.state().get("trained")]
+    requested = [*runs]
+    trained = [(run, added) for run, added in requested if run.state().get("trained")]
     if not trained:
-        raise UserError(f"{asked_of[0][0].path}: is not trained to its end, allowed: a run that is")
-    for run, asked in trained:
-        refuse_unfit(run, run.read_cell().with_evaluations(asked), scoring)
-    for number, (run, asked) in enumerate(trained, start=1):
-        tell(f"scoring {run.name} ({number} of {len(trained)})")
-        evaluate_run(run.path, asked, scoring)
-    return [run.name for run, _ in asked_of if not run.state().get("trained")]
+        raise UserError(f"{requested[0][0].path}: is not trained to its end; suite train brings it there")
+    for run, added in trained:
+        refuse_unfit(run, run.read_cell().with_evaluations(added), scorer)
+    for number, (run, added) in enumerate(trained, start=1):
+        log(f"scoring {run.name} ({number} of {len(trained)})")
+        evaluate_run(run.path, added, scorer)
+    return [run.name for run, _ in requested if not run.state().get("trained")]
 
 
-def scores_of(run: RunDir, asked: Iterable[EvalConfig]) -> list[dict[str, Any]]:
-    """The scores that a run has of evaluations: a row for each metric of each task asked for, a group's members apart.
+def scores_of(run: RunDir, configs: Iterable[EvalConfig]) -> list[dict[str, Any]]:
+    """The scores that a run has of evaluations: one row per metric of each task, with the members of a group separately.
 
     Returns:
         [{"eval", "task", "few_shot", "n", "cut", "metric", "value", "stderr"}]; "eval" is the evaluation's hash.
     """
     rows = []
-    for config in dict.fromkeys(asked):
+    for config in dict.fromkeys(configs):
         if run.has_eval(config.hash8):
             tasks = json.loads((run.path / "eval" / f"{config.hash8}.json").read_text())["tasks"]
             for name in config.tasks:
@@ -53,12 +63,12 @@ def scores_of(run: RunDir, asked: Iterable[EvalConfig]) -> list[dict[str, Any]]:
     return rows
 
 
-def of_other_data(run: RunDir, asked: Iterable[EvalConfig], data_root: Path) -> list[str]:
-    """A line for each evaluation whose scores were made from other data than is in `data_root` now."""
+def of_other_data(run: RunDir, configs: Iterable[EvalConfig], data_root: Path) -> list[str]:
+    """One line for each evaluation whose scores were made from other data than `data_root` holds now."""
     from suite.evaluate import catalog
 
     lines = []
-    for config in dict.fromkeys(asked):
+    for config in dict.fromkeys(configs):
         path = run.path / "eval" / f"{config.hash8}.json"
         if path.exists():
             tasks = json.loads(path.read_text())["tasks"]
