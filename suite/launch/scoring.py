@@ -48,7 +48,7 @@ def score_runs(
 
 
 def scores_of(run: RunDir, configs: Iterable[EvalConfig]) -> list[dict[str, Any]]:
-    """The scores that a run has of evaluations: one row per metric of each task, with the members of a group separately.
+    """The scores that a run has of evaluations, one row per metric of each task; members of a group separately.
 
     Returns:
         [{"eval", "task", "few_shot", "n", "cut", "metric", "value", "stderr"}]; "eval" is the evaluation's hash.
