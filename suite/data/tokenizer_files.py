@@ -1,4 +1,4 @@
-"""Ready-made tokenizers: tokenizer.json, GPT-2's vocabulary and merges, SentencePiece models; found by path."""
+"""Ready-made tokenizers: tokenizer.json, GPT-2's vocabulary and merges, and SentencePiece models."""
 
 from __future__ import annotations
 
@@ -80,12 +80,12 @@ def _gpt2(vocabulary: Path, merges: Path, eot: str | None) -> Tokenizer:
     trained = RustTokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
-    known = trained.get_vocab()
-    return ReadyTokenizer(trained, eot or next((name for name in _EOT_NAMES if name in known), None))
+    tokens = trained.get_vocab()
+    return ReadyTokenizer(trained, eot or next((name for name in _EOT_NAMES if name in tokens), None))
 
 
 def _eot_of(content: dict[str, object], eot: str | None) -> str | None:
-    """The end-of-text token's name: the one given, else a usual one among the added tokens."""
+    """The end-of-text token's name: `eot`, else a usual one among the added tokens."""
     added = content.get("added_tokens") or []
     assert isinstance(added, list)
     names = {entry["content"] for entry in added}

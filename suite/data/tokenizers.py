@@ -208,8 +208,8 @@ class ReadyTokenizer(_Fingerprinted):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of the tokens."""
-        known = [token for token in tokens if token != self.eot_id]
-        return str(self._trained.decode(known, skip_special_tokens=False))
+        text_tokens = [token for token in tokens if token != self.eot_id]
+        return str(self._trained.decode(text_tokens, skip_special_tokens=False))
 
     def _has_tokens_across_spaces(self) -> bool:
         """Whether some token contains a space after another character, so that it may cross the start of a word."""

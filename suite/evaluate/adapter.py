@@ -1,6 +1,6 @@
 """Our models as an lm-eval language model.
 
-Every text is scored as the start of a document: the end-of-text token stands before it, as in training.
+Every text is scored as the start of a document: after the end-of-text token, as in training.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEFAULT_NEW_TOKENS = 256
 FINITE_CHUNK = 1 << 26  # elements
 
 ANSWER_SHARE = 4
-"""A generated answer takes at most one part in so many of the longest input; the prompt keeps the rest."""
+"""A generated answer takes at most 1 / ANSWER_SHARE of the longest input; the prompt has the rest."""
 
 
 class Codec:
@@ -218,7 +218,7 @@ def divided(
 ) -> list[Result]:
     """The results of `work(items, their numbers)`, shared by the processes of torch.distributed where there are any.
 
-    Every process gives all items and gets all results. (lm-eval's own way divides documents, and then prompts with
+    Every process passes all items and receives all results. (lm-eval divides documents instead, and then prompts with
     examples depend on the number of processes.) Processes that hold a part of the model each (FSDP, divided tables)
     must go through it together: there, all of them work on all items.
     """

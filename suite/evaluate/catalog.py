@@ -82,11 +82,11 @@ class Sources:
     sandbox: Sandbox | None = None
 
 
-def load(wanted: Iterable[str], sources: Sources, num_fewshot: int | None = None) -> Loaded:
+def load(names: Iterable[str], sources: Sources, num_fewshot: int | None = None) -> Loaded:
     """Make the tasks of those names.
 
     Args:
-        wanted: names of `task_list.names()`.
+        names: names of `task_list.names()`.
         sources: what they are made from.
         num_fewshot: few-shot examples; None: as the task states, else none. A task that states 0 keeps it.
 
@@ -94,7 +94,7 @@ def load(wanted: Iterable[str], sources: Sources, num_fewshot: int | None = None
         UserError: an unknown name, a task that does not fit the corpus, or data that cannot be used.
     """
     loaded = Loaded()
-    for name in wanted:
+    for name in names:
         entry = task_list.entry(name)
         configs = entry.configs()
         if entry.programs is not None:

@@ -1,6 +1,6 @@
 """Scoring a finished model with lm-eval: tasks built once, any number of models scored on them.
 
-`evaluate` gives the content of a run's `eval/<hash8>.json`.
+`evaluate` returns the content of a run's `eval/<hash8>.json`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from suite.models.transformer import Transformer
 TOKEN_BUDGET = 16384
 PACKAGES = ("lm-eval", "datasets", "torch")
 _STDERR = "_se"
-"""A task gives the standard error of its metric M as a metric M_se, where lm-eval has no formula for it."""
+"""A task returns the standard error of its metric M as a metric M_se if lm-eval has no formula for it."""
 
 
 def evaluate(

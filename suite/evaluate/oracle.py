@@ -53,12 +53,12 @@ def run(
     Raises:
         UserError: as `catalog.load`.
     """
-    wanted = [*tasks] if tasks is not None else task_list.names(corpus is not None, sandbox is not None)
+    names = [*tasks] if tasks is not None else task_list.names(corpus is not None, sandbox is not None)
     prepared = prepare(
-        EvalConfig(tasks=tuple(wanted), limit=limit), catalog.Sources(corpus, DataRoot(data_root), sandbox)
+        EvalConfig(tasks=tuple(names), limit=limit), catalog.Sources(corpus, DataRoot(data_root), sandbox)
     )
-    known = prepared.loaded.tasks
-    oracle, wrong = (scores_of(Knowing(known, right), prepared) for right in (True, False))
+    loaded = prepared.loaded.tasks
+    oracle, wrong = (scores_of(Knowing(loaded, right), prepared) for right in (True, False))
     return {
         "tasks": {
             name: {
@@ -67,7 +67,7 @@ def run(
                     metric: {
                         "oracle": score["value"],
                         "wrong": wrong[name]["metrics"][metric]["value"],
-                        "ceiling": _ceiling(known.get(name), metric),
+                        "ceiling": _ceiling(loaded.get(name), metric),
                     }
                     for metric, score in entry["metrics"].items()
                     if metric in ACCURACY_LIKE
@@ -79,7 +79,7 @@ def run(
 
 
 class Knowing(LM):
-    """A model that looks up the answer: it gives the right one always, or never."""
+    """A model that looks up the answer: it always returns the right one, or never."""
 
     def __init__(self, tasks: dict[str, ConfigurableTask], right: bool) -> None:
         super().__init__()

@@ -43,10 +43,10 @@ def prefetch(root: Path, tasks: Iterable[str] | None = None, download: Download 
 
 def _needed(tasks: Iterable[str] | None) -> list[tuple[str, str | None, str]]:
     """Every (repository, configuration, split) that the tasks may read, examples included, once."""
-    known = task_list.names(corpus=False)
+    available = task_list.names(corpus=False)
     needed: dict[tuple[str, str | None, str], None] = {}
-    for name in known if tasks is None else tasks:
-        if name not in known:
-            raise UserError(f"prefetch: got {name!r}, allowed: {', '.join(known)}")
+    for name in available if tasks is None else tasks:
+        if name not in available:
+            raise UserError(f"prefetch: got {name!r}, allowed: {', '.join(available)}")
         needed |= dict.fromkeys(catalog.files_of(name))
     return list(needed)

@@ -9,7 +9,7 @@ Three kinds of isolation, the strongest first:
 
 In all of them CPU time, memory, file size, open files and wall time are bounded, the environment is empty, and the
 whole process group is killed at the end. A program is one process: an audit hook refuses to start others, and native
-code that is not Python's own. (The limit on processes stands behind that; it does not hold for root.)
+code that is not Python's own. (A limit on processes is a second barrier, but does not apply to root.)
 
 A program passes only if a random nonce comes out last. It waits in a pipe until all else of the program's
 text has been read, then lives only on the interpreter's value stack while program and tests run: exit(0),

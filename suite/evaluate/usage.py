@@ -22,7 +22,7 @@ def key_usage(model: Transformer, corpus: Corpus, processes: int = 1) -> dict[st
         processes: number of processes that share the model; all of them call this.
 
     Returns:
-        {"tokens"} and what `Reads.finish` gives; empty without a memory.
+        {"tokens"} and the result of `Reads.finish`; empty without a memory.
     """
     if not model.memory_layers():
         return {}

@@ -1,4 +1,4 @@
-"""Worlds: their constants, their text, who is asked, and how often facts are told."""
+"""Worlds: their constants, their text, the people with questions, and how often facts occur."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_constants_give_the_published_entropy_chance_and_uniform_nll() -> No
         assert len(attribute.training) == ROUNDS
 
 
-def test_facts_are_recoverable_from_the_text_and_each_round_tells_each_exactly_once() -> None:
+def test_facts_are_recoverable_from_the_text_and_occur_once_per_round() -> None:
     w = world()
     names = {w.name(person): person for person in range(w.people)}
     assert len(names) == w.people
@@ -69,7 +69,7 @@ def test_sentences_are_about_nine_words_long() -> None:
     assert 8 <= np.mean(lengths) <= 10
 
 
-def test_questions_are_asked_of_the_asked_people_only_and_answered_rightly() -> None:
+def test_questions_are_about_their_share_of_people_and_have_the_right_answers() -> None:
     w = world(questions=0.3)
     assert len(w.with_questions) == 18
     assert set(w.with_questions) | set(w.without_questions) == set(range(w.people))
@@ -84,7 +84,7 @@ def test_questions_are_asked_of_the_asked_people_only_and_answered_rightly() -> 
             assert answer in {w.attributes[a].values[w.values[person, a]] for a in range(6)}
 
 
-def test_people_kept_for_extraction_never_appear_in_a_trained_question() -> None:
+def test_people_of_extraction_never_occur_in_a_training_question() -> None:
     w = world(questions=0.5)
     asked_of = {re.search(NAME, p.prompt)["name"] for p in w.probes("extraction")}
     trained = {re.search(NAME, text)["name"] for r in range(ROUNDS) for text in w.questions(r)}
@@ -139,7 +139,7 @@ def test_a_world_is_a_function_of_its_fields_alone() -> None:
     assert list(world(world=1).documents(0)) != list(world(world=2).documents(0))
 
 
-def test_zipf_tells_popular_people_more_often() -> None:
+def test_popular_people_occur_more_often_with_zipf() -> None:
     w = world(people=200, zipf=1.0, questions=0.5)
     told = Counter(re.search(NAME, text)["name"] for r in range(ROUNDS) for text in w.sentences(r))
     assert [told[w.name(person)] for person in range(w.people)] == (6 * w.copies).tolist()

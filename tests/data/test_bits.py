@@ -1,4 +1,4 @@
-"""Bits learned: the sanity values of DESIGN.md section 6."""
+"""Bits learned: values for models whose knowledge is known exactly."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_templates_are_averaged_in_bits_and_nothing_is_clipped() -> None:
     assert (result.n, result.bits_max) == (1, pytest.approx(math.log2(50)))
 
 
-def test_a_number_of_log_probabilities_that_does_not_fit_is_refused() -> None:
+def test_a_wrong_number_of_log_probabilities_is_refused() -> None:
     with pytest.raises(ValueError, match="12 probes and 3"):
         bits_learned(world(2).probes("paraphrase", [0]), [0.0] * 3)
 
 
 @pytest.mark.parametrize(("people", "seed"), [(200, 1), (1500, 2), (5000, 3), (20000, 4)])
-def test_one_that_knows_only_the_marginals_gets_557_bits_whatever_the_people(people: int, seed: int) -> None:
+def test_a_model_that_knows_only_the_marginals_gets_557_bits_for_any_world(people: int, seed: int) -> None:
     w = world(people, seed)
     p = occurrence(w)
     probes = w.probes("paraphrase")
@@ -72,7 +72,7 @@ def test_one_that_knows_only_the_marginals_gets_557_bits_whatever_the_people(peo
     assert bits_learned(probes, log2p).bits == pytest.approx(theory, abs=100)
 
 
-def test_of_unseen_people_nothing_is_known_beyond_error() -> None:
+def test_unseen_people_score_zero_within_the_error() -> None:
     seen, unseen = world(2000, 7), world(500, 8)
     p = [(q * seen.people + 1) / (seen.people + len(q)) for q in occurrence(seen)]  # smoothed: no value is at 0
     probes = unseen.probes("paraphrase")
@@ -110,7 +110,7 @@ def test_candidates_are_prefix_free_and_their_probabilities_sum_to_at_most_one()
             assert np.exp(steps).sum() <= 1 + 1e-12
 
 
-def test_prompt_and_answer_encode_apart_as_together() -> None:
+def test_prompt_and_answer_encode_separately_as_together() -> None:
     w = World(50, questions=0.5)
     for tokenizer in tokenizers(w):
         for kind in ("storage", "paraphrase", "extraction"):

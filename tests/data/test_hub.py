@@ -1,4 +1,4 @@
-"""Hub data sets: `datasets` streams a folder in a hub data set's layout here; the hub itself is out of reach."""
+"""Hub data sets: `datasets` streams a local folder in the layout of the hub, without network."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def hub(name: str, **fields: object) -> HubData:
     return HubData.model_validate({"kind": "hub", "name": name, "tokenizer": BYTES, "held_out": 0.1, **fields})
 
 
-def test_a_stream_is_read_in_order_and_taken_up_anywhere(name: str) -> None:
+def test_a_stream_is_read_in_order_and_resumed_anywhere(name: str) -> None:
     assert list(HubReader(hub(name))) == TEXTS
     for count in (1, 29, 30, 31, 75, 90):
         reader = HubReader(hub(name))
@@ -63,7 +63,7 @@ def test_a_corpus_is_prepared_up_to_its_tokens(name: str, tmp_path: Path) -> Non
     assert whole.held_out == [text for text in TEXTS if is_held_out(text, 0.1)]
 
 
-def test_what_is_prepared_needs_no_hub(name: str, tmp_path: Path) -> None:
+def test_a_prepared_corpus_needs_no_hub(name: str, tmp_path: Path) -> None:
     first = prepare(hub(name), tmp_path / "cache")
     Path(name).rename(tmp_path / "gone")
     assert prepare(hub(name, seq_len=64), tmp_path / "cache").fingerprint == first.fingerprint
@@ -76,20 +76,20 @@ def test_the_fingerprint_follows_the_content_under_one_name(name: str, tmp_path:
     assert prepare(hub(name), tmp_path / "two").fingerprint != first.fingerprint
 
 
-def test_a_field_that_is_not_there_is_one_line(name: str) -> None:
+def test_a_missing_field_is_named_in_one_line(name: str) -> None:
     with pytest.raises(UserError, match=r"data\.field: got 'body', which .*set does not have, allowed: id, text$"):
         HubReader(hub(name, field="body"))
     with pytest.raises(UserError, match=r"set: record 1: data\.field 'id': got a int"):
         list(HubReader(hub(name, field="id")))
 
 
-def test_a_split_that_is_not_there_is_one_line(name: str) -> None:
+def test_a_missing_split_is_named_in_one_line(name: str) -> None:
     with pytest.raises(UserError, match=r"data\.name: got '.*set', which cannot be read: .*split") as raised:
         HubReader(hub(name, split="test"))
     assert "\n" not in str(raised.value)
 
 
-def test_offline_a_hub_data_set_is_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+def test_an_offline_hub_data_set_is_refused_in_one_line_with_the_remedy(tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from suite.data.sources.hub import HubData\n"
@@ -118,7 +118,7 @@ train: {{batch_rows: 4, tokens: 1000, lr: 1e-3}}
 """
 
 
-def test_a_cell_is_known_without_asking_the_hub(tmp_path: Path) -> None:
+def test_a_cell_is_hashed_without_a_request_to_the_hub(tmp_path: Path) -> None:
     def hash_of(**fields: str) -> str:
         data = {"kind": "hub", "name": "some/set", "tokenizer": {"kind": "bytes"}, **fields}
         (tmp_path / "cell.yaml").write_text(CELL.format(json.dumps(data)))
@@ -144,7 +144,7 @@ def test_a_cell_is_known_without_asking_the_hub(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_mistakes_are_named_as_people_wrote_them(data: str, complaint: str, tmp_path: Path) -> None:
+def test_errors_name_fields_as_the_user_wrote_them(data: str, complaint: str, tmp_path: Path) -> None:
     (tmp_path / "cell.yaml").write_text(CELL.format(data))
     with pytest.raises(UserError, match=complaint):
         load_cell(tmp_path / "cell.yaml")

@@ -1,4 +1,4 @@
-"""The order of rows: one stream whoever reads it, packing against loops written from its description."""
+"""The order of rows: one stream for any number of processes; packing equals loops written from its description."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_document_rows_hold_every_document_whole_exactly_once(
 
 @given(LENGTHS, st.integers(2, 20), st.integers(0, 5))
 @settings(deadline=None)
-def test_windows_cut_the_stream_and_lose_nothing(lengths: list[list[int]], seq_len: int, epoch: int) -> None:
+def test_windows_split_the_stream_and_lose_nothing(lengths: list[list[int]], seq_len: int, epoch: int) -> None:
     rounds = [made_up(lengths[0])]
     stream = rounds[0].tokens.tolist()
     packing = WindowPacking(rounds, seq_len, EOT, seed=3)
@@ -97,7 +97,7 @@ def loader(seed: int = 0, batch_rows: int = 12, packing: type = DocumentPacking)
 
 @pytest.mark.parametrize("packing", [DocumentPacking, WindowPacking])
 @pytest.mark.parametrize("world_size", [2, 3, 12])
-def test_a_step_is_the_same_whatever_the_number_of_processes(packing: type, world_size: int) -> None:
+def test_a_step_is_the_same_for_any_number_of_processes(packing: type, world_size: int) -> None:
     whole = loader(packing=packing)
     shared = [loader(packing=packing) for _ in range(world_size)]
     for step in (0, 1, 2, 7, 8, 3):  # crosses epochs, and goes back as a resumed run does
@@ -109,7 +109,7 @@ def test_a_step_is_the_same_whatever_the_number_of_processes(packing: type, worl
             assert torch.equal(getattr(batch, name), joined)
 
 
-def test_steps_follow_the_stream_of_epochs_whatever_their_size() -> None:
+def test_steps_of_any_size_follow_the_stream_of_epochs() -> None:
     small, large = loader(batch_rows=1), loader(batch_rows=5)
     rows = [small.batch(step).tokens_BT for step in range(100)]
     for step in range(20):
@@ -118,7 +118,7 @@ def test_steps_follow_the_stream_of_epochs_whatever_their_size() -> None:
     assert large.epoch_at(20) == pytest.approx(100 / large.rows_per_epoch)
 
 
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
+def test_every_epoch_and_seed_has_its_own_order() -> None:
     packings = [DocumentPacking([made_up([5] * 50)], 20, EOT, seed) for seed in (0, 0, 1)]
     first, same, other = (packing.rows(0, 0, 10)[0] for packing in packings)
     assert np.array_equal(first, same)
@@ -157,14 +157,14 @@ def test_the_order_of_a_seed_is_pinned(tmp_path: Path) -> None:
 
 @given(st.integers(1, 3000), st.integers(0, 3))
 @settings(deadline=None, max_examples=50)
-def test_a_shuffle_is_a_permutation_whose_places_are_found_one_by_one(count: int, seed: int) -> None:
+def test_a_shuffle_is_a_permutation_computed_element_by_element(count: int, seed: int) -> None:
     whole = seeded_random.shuffled(np.arange(count), count, seed)
     assert sorted(whole.tolist()) == list(range(count))
     some = np.arange(count)[:: max(1, count // 7)]
     assert np.array_equal(seeded_random.shuffled(some, count, seed), whole[some])
 
 
-def test_a_shuffle_of_more_rows_than_memory_holds_takes_none() -> None:
+def test_a_shuffle_of_more_rows_than_fit_in_memory_needs_little_memory() -> None:
     count = 10**12
     places = seeded_random.shuffled(np.arange(1000), count, 5)
     assert len(set(places.tolist())) == 1000

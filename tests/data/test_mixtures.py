@@ -1,4 +1,4 @@
-"""Mixtures: weights count tokens, exactly so in a block; the order is a function of seed and step alone."""
+"""Mixtures: weights count tokens, exactly within a block; the order is a function of seed and step alone."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BYTES = TokenizerConfig(kind="bytes")
 
 
 def part(number: int, tokens: int) -> Round:
-    """A corpus whose every token says which part it is of (hundreds) and where it stands."""
+    """A corpus whose tokens encode their part and their position."""
     stream = 1 + number * 20_000 + np.arange(tokens, dtype=np.int64) % 20_000
     return Round(stream.astype(np.uint32), np.array([0, tokens], dtype=np.int64))
 
@@ -65,7 +65,7 @@ def test_weights_count_tokens_in_every_block() -> None:
         assert [count[n] / total for n in range(3)] == pytest.approx([0.7, 0.25, 0.05], abs=0.002)
 
 
-def test_short_stretches_are_mixed_too() -> None:
+def test_short_ranges_of_rows_are_mixed() -> None:
     loader = mixture([0.5, 0.5])
     counts = [Counter(sources_of(loader.batch(step).tokens_BT))[0] for step in range(50)]
     assert np.mean(counts) == pytest.approx(6, abs=0.8)
@@ -99,7 +99,7 @@ def test_the_order_does_not_depend_on_the_number_of_processes(world_size: int) -
         assert torch.equal(whole.targets_BT, torch.cat([p.targets_BT for p in parts]))
 
 
-def test_seeds_have_orders_of_their_own() -> None:
+def test_every_seed_has_its_own_order() -> None:
     first, same, other = (mixture([1, 1], seed).batch(0).tokens_BT for seed in (0, 0, 1))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
@@ -165,13 +165,13 @@ def test_a_cell_s_hash_follows_the_parts_contents_and_weights(config: MixtureDat
     assert Cell.model_validate_json(cell(known).model_dump_json()) == cell(known)
 
 
-def test_a_part_that_is_not_there_is_named(config: MixtureData, tmp_path: Path) -> None:
+def test_a_missing_part_is_named(config: MixtureData, tmp_path: Path) -> None:
     gone = config.parts["web"].model_copy(update={"path": str(tmp_path / "gone.jsonl")})
     with pytest.raises(UserError, match=r"^data\.parts\.web\.path: got '.*gone\.jsonl', which does not exist"):
         config.model_copy(update={"parts": {**config.parts, "web": gone}}).identified()
 
 
-def test_mixtures_that_cannot_be_are_refused_by_name(config: MixtureData) -> None:
+def test_invalid_mixtures_are_refused_by_field(config: MixtureData) -> None:
     light = config.parts["web"].model_copy(update={"weight": 1e-5})
     for update, complaint in (
         (

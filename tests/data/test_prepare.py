@@ -1,4 +1,4 @@
-"""The cache: complete or absent, found by content, safe with several processes."""
+"""The cache: complete or absent, keyed by content, safe with several processes."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_text_is_trained_on_or_held_out_never_both(tokenizer: TokenizerConfig, t
     assert corpus.held_out == [d for d in DOCUMENTS if is_held_out(d, 0.2)]
 
 
-def test_the_cache_is_found_by_content_and_shared_by_row_lengths(text: Path, tmp_path: Path) -> None:
+def test_the_cache_is_keyed_by_content_and_shared_by_row_lengths(text: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     config = TextData(kind="text", path=str(text), tokenizer=BYTES, seq_len=16)
     first = prepare(config, cache)
@@ -92,12 +92,12 @@ def test_a_named_fingerprint_is_checked_and_suffices_once_prepared(text: Path, t
         prepare(config, tmp_path / "other")
 
 
-def test_worlds_of_other_fields_have_other_fingerprints(tmp_path: Path) -> None:
+def test_every_field_of_a_world_changes_the_fingerprint(tmp_path: Path) -> None:
     changes: list[dict[str, object]] = [{}, {"world": 1}, {"people": 41}, {"questions": 0.4}, {"zipf": 1.0}]
     assert len({prepare(WORLD.model_copy(update=c), tmp_path).fingerprint for c in changes}) == len(changes)
 
 
-def test_mistakes_are_one_line_and_leave_nothing(text: Path, tmp_path: Path) -> None:
+def test_errors_are_one_line_and_leave_no_files(text: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     config = TextData(kind="text", path=str(text), tokenizer=BYTES)
     with pytest.raises(UserError, match=r"data\.seq_len: got 8, allowed: at least 16"):
@@ -116,7 +116,7 @@ def _prepare_many(cache: Path, gate: object) -> None:
         prepare(WORLD.model_copy(update={"world": world}), cache)
 
 
-def test_a_vocabulary_that_the_corpus_cannot_fill_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_vocabulary_that_the_corpus_cannot_fill_is_refused_and_leaves_no_files(tmp_path: Path) -> None:
     path = tmp_path / "short.txt"
     path.write_text("one fish two fish\n\nred fish blue fish\n" * 20)
     config = TextData(kind="text", path=str(path), tokenizer=TokenizerConfig(kind="bpe", vocab_size=5000))
@@ -147,7 +147,7 @@ def _write_and_hang(folder: Path) -> None:
     time.sleep(60)
 
 
-def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_no_folder_that_looks_complete(tmp_path: Path) -> None:
     finished = prepare(WORLD, tmp_path / "other")
     folder = tmp_path / "cache" / finished.fingerprint
     context = multiprocessing.get_context("fork")
@@ -165,7 +165,7 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_whole(tmp_path: Path) 
     assert not partial.exists()
 
 
-def test_large_vocabularies_take_wider_tokens(tmp_path: Path) -> None:
+def test_large_vocabularies_use_wider_tokens(tmp_path: Path) -> None:
     class Wide:
         vocab_size, eot_id = 70_001, 70_000
 
@@ -178,7 +178,7 @@ def test_large_vocabularies_take_wider_tokens(tmp_path: Path) -> None:
     assert read.tokens.reshape(-1, 2).tolist() == [[70_000, n] for n in range(66_000, 69_000)]
 
 
-def test_the_package_needs_little(tmp_path: Path) -> None:
+def test_importing_the_package_loads_few_libraries(tmp_path: Path) -> None:
     probe = (
         "import sys; import suite.data;"
         "print(sorted({'pandas', 'lm_eval', 'datasets', 'submitit', 'scipy', 'transformers'} & set(sys.modules)))"
@@ -187,7 +187,7 @@ def test_the_package_needs_little(tmp_path: Path) -> None:
     assert shown.stdout.strip() == "[]"
 
 
-def test_a_validation_file_of_its_own_is_evaluated_on_and_everything_else_trained_on(tmp_path: Path) -> None:
+def test_a_separate_validation_file_is_evaluated_on_and_all_of_path_trained_on(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"train {i}"}) + "\n" for i in range(200)))
     (tmp_path / "valid.jsonl").write_text("".join(json.dumps({"text": f"valid {i}"}) + "\n" for i in range(7)))
     config = TextData(

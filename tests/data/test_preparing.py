@@ -1,4 +1,4 @@
-"""`suite data prepare`: every corpus once, said in full, and resumable by giving the command again."""
+"""`suite data prepare`: prepares every corpus once, reports it, and resumes when the command is repeated."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_grid_s_corpora_are_prepared_once_each(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_command_killed_in_the_middle_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_command_resumes_and_writes_the_same_bytes(tmp_path: Path) -> None:
     text = tmp_path / "text.jsonl"
     with open(text, "w") as file:
         for i in range(20_000):
@@ -107,7 +107,7 @@ def test_a_command_killed_in_the_middle_goes_on_and_gives_the_same_bytes(tmp_pat
         assert path.read_bytes() == (Path(second["folder"]) / path.name).read_bytes(), path.name
 
 
-def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path) -> None:
+def test_errors_are_one_line_with_exit_code_2(tmp_path: Path) -> None:
     cell = tmp_path / "cell.yaml"
     cell.write_text(MIXTURE.format(path=tmp_path / "none.jsonl"))
     done = subprocess.run(command(cell), capture_output=True, text=True, check=False, cwd=tmp_path)

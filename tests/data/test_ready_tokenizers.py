@@ -81,7 +81,7 @@ def test_the_names_of_gpt2_s_files_do_not_matter(tmp_path: Path) -> None:
 
 
 @needs_gpt2
-def test_a_text_is_prepared_with_gpt2_and_known_by_its_content(tmp_path: Path) -> None:
+def test_a_text_is_prepared_with_gpt2_and_identified_by_content(tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     ready = TokenizerConfig(kind="file", path=str(GPT2))
@@ -97,7 +97,7 @@ def test_a_text_is_prepared_with_gpt2_and_known_by_its_content(tmp_path: Path) -
         prepare(config.model_copy(update={"tokenizer": named}), tmp_path / "cache")
 
 
-def test_a_tokenizer_json_is_used_as_it_is_but_for_its_special_tokens(tmp_path: Path) -> None:
+def test_a_tokenizer_json_is_used_unchanged_except_for_special_tokens(tmp_path: Path) -> None:
     library = trained(AddedToken("<|endoftext|>"), AddedToken("<|pad|>"))
     library.post_processor = processors.TemplateProcessing(
         single="<|pad|> $A", special_tokens=[("<|pad|>", library.token_to_id("<|pad|>"))]
@@ -118,7 +118,7 @@ def test_a_tokenizer_json_is_used_as_it_is_but_for_its_special_tokens(tmp_path: 
     assert (again.encode(spelt), again.eot_id) == (ours.encode(spelt), ours.eot_id)
 
 
-def test_the_end_of_text_is_named_found_or_added(tmp_path: Path) -> None:
+def test_the_end_of_text_is_named_recognised_or_added(tmp_path: Path) -> None:
     library = trained(AddedToken("<stop>"), AddedToken("</s>"))
     path = saved(library, tmp_path)
     assert tokenizer_files.read(path).eot_id == library.token_to_id("</s>")
@@ -181,7 +181,7 @@ def test_a_sentencepiece_model_encodes_as_its_library_does(spm: Path) -> None:
     assert (again.fingerprint, again.encode(TEXTS[5])) == (ours.fingerprint, ours.encode(TEXTS[5]))
 
 
-def test_a_continuation_is_cut_from_the_whole_where_parts_encode_otherwise(spm: Path) -> None:
+def test_a_continuation_is_split_from_the_whole_where_parts_encode_differently(spm: Path) -> None:
     ours = tokenizer_files.read(spm)
     assert not ours.splits_at_spaces
     context, continuation = encode_pair(ours, "The quick brown", " fox number 3")
@@ -189,7 +189,7 @@ def test_a_continuation_is_cut_from_the_whole_where_parts_encode_otherwise(spm: 
     assert ours.decode(continuation) == "fox number 3"
 
 
-def test_files_that_hold_no_tokenizer_are_one_line(tmp_path: Path) -> None:
+def test_files_without_a_tokenizer_are_refused_in_one_line(tmp_path: Path) -> None:
     for path, complaint in (
         (tmp_path / "none.json", r"data\.tokenizer\.path: got '.*none\.json', allowed: a tokenizer\.json, a vocab"),
         (tmp_path, r"data\.tokenizer\.path: got '.*', allowed: a tokenizer\.json"),
@@ -197,7 +197,7 @@ def test_files_that_hold_no_tokenizer_are_one_line(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=complaint):
             tokenizer_files.read(path)
     (tmp_path / "vocab.json").write_text("{}")
-    with pytest.raises(UserError, match=r"vocab\.json' without merges\.txt beside it"):
+    with pytest.raises(UserError, match=r"vocab\.json' without merges\.txt"):
         tokenizer_files.read(tmp_path)
     for name, content in (("tokenizer.json", b'{"model": 3}'), ("broken.json", b"{"), ("some.model", b"nothing")):
         (tmp_path / name).write_bytes(content)
@@ -218,7 +218,7 @@ def test_bpe_dropout_is_off(tmp_path: Path) -> None:
     assert [dropping.encode(TEXTS[0]) for _ in range(5)] == [plain.encode(TEXTS[0])] * 5
 
 
-def test_tokens_across_spaces_are_noticed(tmp_path: Path) -> None:
+def test_tokens_across_spaces_are_detected(tmp_path: Path) -> None:
     tokenizer = trained()
     assert tokenizer_files.read(saved(tokenizer, tmp_path)).splits_at_spaces
     across = RustTokenizer(models.BPE())

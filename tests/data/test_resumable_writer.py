@@ -1,4 +1,4 @@
-"""Streams written piece by piece: a kill loses a piece, memory does not grow, and the bytes are always the same."""
+"""Streams written in pieces: a kill loses one piece, memory is bounded, and the bytes are always the same."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HELD = 0.1
 
 
 class Counter:
-    """A reader of the documents "0", "1" ... that writes down what was asked of it."""
+    """A reader of the documents "0", "1" ... that records how it was created and read."""
 
     def __init__(self, count: int, position: Any = None, text: str = "document {}") -> None:
         self._count, self._template = count, text
@@ -71,7 +71,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("kills", [[1], [7], [2, 3, 1, 9], [29]])
-def test_a_killed_writer_goes_on_and_the_bytes_are_those_of_one_that_was_not(kills: list[int], tmp_path: Path) -> None:
+def test_a_killed_writer_resumes_and_writes_the_bytes_of_an_uninterrupted_one(kills: list[int], tmp_path: Path) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     whole.mkdir()
     cut.mkdir()
@@ -99,7 +99,7 @@ def test_a_restart_reads_only_what_was_not_committed(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_what_is_written_is_the_documents_and_its_fingerprint_is_of_the_tokens(tmp_path: Path) -> None:
+def test_documents_are_written_and_their_tokens_fingerprinted(tmp_path: Path) -> None:
     written = write(tmp_path, BytesTokenizer())
     texts = [f"document {number}" for number in range(300)]
     trained = [text for text in texts if not is_held_out(text, HELD)]
@@ -160,7 +160,7 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path, monkeypatch: pytes
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_a_broken_preparation_of_files_goes_on(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_preparation_resumes(suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "corpus"
     folder.mkdir()
     for number in range(3):
@@ -191,7 +191,7 @@ def test_a_broken_preparation_of_files_goes_on(suffix: str, tmp_path: Path, monk
     assert resumed.held_out == expected.held_out
 
 
-def test_a_stream_without_anything_to_train_on_is_one_line(tmp_path: Path) -> None:
+def test_a_stream_without_training_or_held_out_text_is_refused_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.held_out: got 0\.1, which leaves 1 documents to train on and 0 to"):
         write(tmp_path, BytesTokenizer(), count=1)
     assert not (tmp_path / shards.META).exists()

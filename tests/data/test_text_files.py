@@ -1,4 +1,4 @@
-"""Text on disk: what is read, what is held out, and what a user is told about input that cannot be used."""
+"""Text on disk: what is read, what is held out, and the errors for unusable input."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_kinds_of_files_and_folders_give_the_same_documents(tmp_path: Path) -> N
     assert list(text_files.FileReader(tmp_path, "text")) == [*texts[:3], "last"]
 
 
-def test_a_text_file_is_cut_at_blank_lines_and_loses_only_those(tmp_path: Path) -> None:
+def test_a_text_file_is_split_at_blank_lines_and_loses_only_those(tmp_path: Path) -> None:
     paragraphs = [f"{i} " + "word " * (90 + i) + "\n" for i in range(40)]
     path = tmp_path / "book.txt"
     path.write_bytes(b"\xef\xbb\xbf" + "\n \n".join(paragraphs).encode())
@@ -81,7 +81,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_input_that_cannot_be_used_is_one_line(name: str, tmp_path: Path) -> None:
+def test_unusable_input_is_refused_in_one_line(name: str, tmp_path: Path) -> None:
     content, message = BROKEN[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -91,13 +91,13 @@ def test_input_that_cannot_be_used_is_one_line(name: str, tmp_path: Path) -> Non
     assert "\n" not in str(raised.value)
 
 
-def test_an_empty_folder_is_one_line(tmp_path: Path) -> None:
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.path: got "):
         text_files.fingerprint(tmp_path)
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="no real text: neither SHARED_DATA nor ../shared/data")
-def test_the_factbook_reads_as_its_index_says() -> None:
+def test_the_factbook_has_the_number_of_documents_of_its_index() -> None:
     documents = text_files.FileReader(SHARED / "text" / "factbook" / "factbook_fields.jsonl.gz", "text")
     assert sum(1 for _ in documents) == pytest.approx(66_335, rel=0.001)
 
@@ -120,7 +120,7 @@ def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
     assert "\n" not in str(raised.value)
 
 
-def test_a_reader_goes_on_where_another_stood(tmp_path: Path) -> None:
+def test_a_reader_resumes_at_the_position_of_another(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(jsonl("one", " ", "two"))
     (tmp_path / "b.txt").write_text("three " * 400 + "\n\n" + "four " * 500 + "\n\nfive\n")
     (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(jsonl("six", "seven")))

@@ -1,4 +1,4 @@
-"""Tokenizers: lossless, closed under saving, and with an end of text that no text can name."""
+"""Tokenizers are lossless, load as they were saved, and have an end of text to which no text encodes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_bytes_are_utf8() -> None:
     assert BytesTokenizer().vocab_size == 257
 
 
-def test_bpe_has_at_most_the_entries_asked_for_and_compresses() -> None:
+def test_bpe_has_at_most_the_requested_entries_and_compresses() -> None:
     assert BPE.vocab_size == 300
     assert BPETokenizer.train(["ab"], 5000).vocab_size < 300
     assert len(BPE.encode(TEXTS[0])) < len(TEXTS[0]) / 2
@@ -63,13 +63,13 @@ def test_words_end_at_full_stops_question_marks_and_lines() -> None:
     assert words.encode("Who?\nAnn  Ada.") == [8, 3, 1, 5, 4, 2]
 
 
-def test_an_unknown_word_is_one_line_to_the_user() -> None:
+def test_an_unknown_word_is_named() -> None:
     with pytest.raises(UserError, match=r"the word 'Zeno'.*allowed for any text: bpe, bytes"):
         WordTokenizer.of(["Ada Ann."]).encode("Ada Zeno.")
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, BytesTokenizer(), WordTokenizer.of(TEXTS)])
-def test_a_saved_tokenizer_comes_back_the_same(tokenizer: tokenizers.Tokenizer) -> None:
+def test_a_saved_tokenizer_loads_unchanged(tokenizer: tokenizers.Tokenizer) -> None:
     again = tokenizers.from_json(tokenizer.to_json())
     assert again.fingerprint == tokenizer.fingerprint
     assert (again.kind, again.vocab_size, again.eot_id) == (

@@ -1,4 +1,4 @@
-"""EM and F1 as SQuAD's, and the likelihood of answers."""
+"""EM and F1 as defined by SQuAD, and the likelihood of answers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_exact_match_and_f1(prediction: str, golds: list[str], em: float, f1: fl
         ({"value": "Kebab", "aliases": ["Kebabs", "Kebab", " "]}, ["Kebab", "Kebabs"]),
     ],
 )
-def test_answers_of_every_data_set_are_found(answer: object, expected: list[str]) -> None:
+def test_accepted_answers_of_every_data_set(answer: object, expected: list[str]) -> None:
     assert answers.accepted({"answer": answer}) == expected
     assert answers.canonical({"answer": answer}) == expected[0]
 

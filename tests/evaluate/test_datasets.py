@@ -1,4 +1,4 @@
-"""Reading evaluation data: what is there now, and one clear line about what is wrong."""
+"""Reading evaluation data: always the current files, with one line for each error."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_parquet_shards_equal_jsonl(tmp_path: Path) -> None:
         ("not an object", r"validation.jsonl:2: got str"),
     ],
 )
-def test_rows_that_do_not_fit_are_named(row: Any, message: str, tmp_path: Path) -> None:
+def test_invalid_rows_are_named(row: Any, message: str, tmp_path: Path) -> None:
     write(tmp_path, [{"question": "q", "answer": ["a"]}, row])
     with pytest.raises(UserError, match=message) as raised:
         oracle.run(["nq_open"], tmp_path)
@@ -71,7 +71,7 @@ def test_answers_that_are_years_are_text(tmp_path: Path) -> None:
     assert all(m["oracle"] == 1.0 for task in report["tasks"].values() for m in task["metrics"].values())
 
 
-def test_a_file_cut_short_is_named(tmp_path: Path) -> None:
+def test_an_incomplete_file_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, [{"question": "q", "answer": ["a"]}] * 2)
     path.write_text(path.read_text()[:-10])
     with pytest.raises(UserError, match=r"validation.jsonl:2: not whole JSON"):
@@ -89,14 +89,14 @@ def test_broken_parquet_is_named(tmp_path: Path) -> None:
         DataRoot(tmp_path).load(NQ, None, ["validation"])
 
 
-def test_files_of_the_examples_are_asked_for_before_training(tmp_path: Path) -> None:
+def test_missing_files_of_few_shot_examples_are_named_before_training(tmp_path: Path) -> None:
     write(tmp_path, [{"question": "q", "answer": ["a"]}])
     catalog.refuse_missing(EvalConfig(tasks=("bios_storage", "nq_open_qa")), tmp_path)
     with pytest.raises(UserError, match=r"no google-research-datasets/nq_open/nq_open/train.jsonl"):
         catalog.refuse_missing(EvalConfig(tasks=("nq_open_qa",), num_fewshot=1), tmp_path)
 
 
-def test_a_split_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+def test_a_split_that_exists_twice_is_refused(tmp_path: Path) -> None:
     rows = [{"question": "q", "answer": ["a"]}]
     path = write(tmp_path, rows)
     data = DataRoot(tmp_path)
@@ -123,7 +123,7 @@ def test_a_missing_or_doubled_shard_is_refused(tmp_path: Path) -> None:
         DataRoot(tmp_path).files(NQ, None, "validation")
 
 
-def test_hidden_folders_are_no_configuration(tmp_path: Path) -> None:
+def test_hidden_folders_are_not_configurations(tmp_path: Path) -> None:
     path = write(tmp_path, [{"question": "q", "answer": ["a"]}])
     (path.parents[1] / ".ipynb_checkpoints").mkdir()
     assert DataRoot(tmp_path).files(NQ, None, "validation") == [path]
@@ -140,12 +140,12 @@ def test_a_missing_root_is_named(tmp_path: Path) -> None:
         DataRoot(tmp_path / "nowhere")
 
 
-def test_the_hub_is_not_asked_when_offline() -> None:
+def test_no_request_is_sent_to_the_hub_when_offline() -> None:
     with pytest.raises(UserError, match=r"google-research-datasets/nq_open \(default, validation\): not from the hub"):
         DataRoot(None).load(NQ, None, ["validation"])
 
 
-def test_prefetch_writes_what_is_missing_and_only_that(tmp_path: Path) -> None:
+def test_prefetch_writes_only_missing_files(tmp_path: Path) -> None:
     asked = []
 
     def download(repo: str, config: str | None, split: str) -> Docs:
@@ -163,7 +163,7 @@ def test_prefetch_knows_every_file_that_the_tasks_read(real_data: Path) -> None:
     assert prefetch(real_data) == []
 
 
-def test_presets_ask_for_tasks_that_exist() -> None:
+def test_tasks_of_presets_exist() -> None:
     asked = {task for configs in presets.PRESETS.values() for config in configs for task in config.tasks}
     assert asked <= set(task_list.names())
     assert all(isinstance(config, EvalConfig) for config in presets.preset("quick"))

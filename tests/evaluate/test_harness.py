@@ -1,4 +1,4 @@
-"""lm-eval over our models: equal to the probes and to loops, the same again, and clear about wrong input."""
+"""Scores by lm-eval equal the probes and plain loops, are reproducible, and refuse wrong input."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_probes_during_training_and_the_harness_agree(bios: Corpus, bios_model: 
             assert task["metrics"][metric]["value"] == pytest.approx(value, rel=1e-6)
 
 
-def test_every_score_says_what_made_it(bios: Corpus, bios_model: Transformer) -> None:
+def test_every_score_records_what_it_was_computed_from(bios: Corpus, bios_model: Transformer) -> None:
     config = EvalConfig(tasks=("bios_storage", "bios_qa", "bios_choice"), limit=7)
     scores = evaluate(bios_model, bios, config)
     assert scores["hash"] == config.hash8
@@ -47,9 +47,7 @@ def test_every_score_says_what_made_it(bios: Corpus, bios_model: Transformer) ->
     json.dumps(scores, allow_nan=False)
 
 
-def test_answers_to_single_questions_are_kept_where_they_are_right_or_wrong(
-    bios: Corpus, bios_model: Transformer
-) -> None:
+def test_answers_that_are_right_or_wrong_are_recorded_per_question(bios: Corpus, bios_model: Transformer) -> None:
     config = EvalConfig(tasks=("bios_storage", "bios_qa", "bios_choice"), limit=9)
     tasks = evaluate(bios_model, bios, config)["tasks"]
     answers = {name: task["answers"] for name, task in tasks.items()}
@@ -64,7 +62,7 @@ def test_answers_to_single_questions_are_kept_where_they_are_right_or_wrong(
     assert few["answers"]["acc"] == answers["bios_choice"]["acc"][:4]
 
 
-def test_one_evaluator_scores_many_models_as_fresh_ones_would(bios: Corpus, bios_model: Transformer) -> None:
+def test_one_evaluator_scores_many_models_like_new_ones(bios: Corpus, bios_model: Transformer) -> None:
     config = EvalConfig(tasks=("bios_storage", "bios_qa"), limit=20)
     evaluator = Evaluator()
     other = small_model(bios, seed=5)
@@ -113,7 +111,7 @@ def test_stock_nq_open_runs_on_local_data(real_data: Path, text: Corpus, text_mo
         ("nq_open", "no google-research-datasets/nq_open/.*validation.jsonl .*suite data prefetch"),
     ],
 )
-def test_wrong_tasks_are_named(task: str, message: str, bios: Corpus, tmp_path: Path) -> None:
+def test_unsuitable_tasks_are_named(task: str, message: str, bios: Corpus, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         Harness(bios, EvalConfig(tasks=(task,)), tmp_path)
 
@@ -132,7 +130,7 @@ def test_bios_tasks_need_a_bios_corpus(text: Corpus) -> None:
         ("nq", 0.5, "evaluate.tasks: got 'nq'"),
     ],
 )
-def test_tasks_that_do_not_fit_are_known_before_training(task: str, questions: float, message: str) -> None:
+def test_unsuitable_tasks_are_refused_before_training(task: str, questions: float, message: str) -> None:
     with pytest.raises(UserError, match=message):
         catalog.refuse_unfit(["bios_storage", task], BiosData(kind="bios", people=10, questions=questions))
 
@@ -142,7 +140,7 @@ def test_a_tokenizer_without_the_stop_is_named(bios: Corpus, bios_model: Transfo
         evaluate(bios_model, bios, EvalConfig(tasks=("nq_open",), limit=2), real_data)
 
 
-def test_more_examples_than_there_are_is_refused(real_data: Path, bios: Corpus) -> None:
+def test_more_examples_than_the_data_has_are_refused(real_data: Path, bios: Corpus) -> None:
     sources = catalog.Sources(bios, DataRoot(real_data))
     questions = len(catalog.load(["bios_choice"], sources).tasks["bios_choice"].eval_docs)
     of_one_person = 6
@@ -184,7 +182,7 @@ def test_no_gradients_are_left_behind(bios: Corpus, bios_model: Transformer) -> 
     assert torch.is_grad_enabled()
 
 
-def test_prompts_are_those_of_plain_lm_eval(real_data: Path) -> None:
+def test_prompts_equal_those_of_unpatched_lm_eval(real_data: Path) -> None:
     config = EvalConfig(tasks=("nq_open", "triviaqa_qa", "hellaswag", "openbookqa", "mmlu"), num_fewshot=3, limit=3)
     sources = catalog.Sources(None, DataRoot(real_data))
     ours = prepare(config, sources).loaded.tasks

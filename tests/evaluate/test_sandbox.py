@@ -1,4 +1,4 @@
-"""Hostile programs: none passes, none harms, and the evaluator lives. In every kind of sandbox that works here."""
+"""Hostile programs neither pass nor do harm, in every kind of sandbox that works on this machine."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def box(request: pytest.FixtureRequest) -> Sandbox:
 
 @pytest.fixture
 def port() -> Iterator[int]:
-    """A server on this machine; whoever reaches it fails the test."""
+    """A local server; a program that reaches it fails the test."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.1)
         reached: list[bool] = []
@@ -169,7 +169,9 @@ def test_failing_and_broken_programs_fail(box: Sandbox) -> None:
     assert [outcome.passed for outcome in outcomes] == [False, False, False, True, True]
 
 
-def test_without_walls_it_refuses_unless_asked_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_isolation_programs_are_refused_unless_rlimits_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sandbox._COMMANDS, "bubblewrap", lambda *_: [str(tmp_path / "bwrap")])
     monkeypatch.setitem(sandbox._COMMANDS, "unshare", lambda *_: ["sh", "-c", "echo no spaces left >&2; exit 1"])
     absent = rf"\({tmp_path}/bwrap: No such file or directory\)"

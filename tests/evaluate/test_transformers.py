@@ -77,7 +77,7 @@ def to_transformers(model: Transformer):
     return exported.eval()
 
 
-def test_lm_evals_own_adapter_gives_the_same_scores(corpus: Corpus, real_data: Path) -> None:
+def test_the_transformers_adapter_of_lm_eval_gives_the_same_scores(corpus: Corpus, real_data: Path) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM

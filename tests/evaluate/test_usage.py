@@ -27,7 +27,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return prepare(cell("dense").data, Path(tmp_path_factory.mktemp("usage")))
 
 
-def test_layers_and_shared_tables_are_counted_as_a_loop_counts_them(corpus: Corpus) -> None:
+def test_counts_of_layers_and_shared_tables_equal_a_loop(corpus: Corpus) -> None:
     model = models.build(cell("memory_plus", half_keys=16, top_k=4).model, corpus.vocab_size, seed=0).eval()
     usage = key_usage(model, corpus)
     seen: list[torch.Tensor] = []

@@ -48,7 +48,7 @@ FINGERPRINTS = {"path": "fingerprint", "validation": "validation_fingerprint"}
 
 @register
 class TextData(StreamData):
-    """Text on disk, found by its path and identified by its content."""
+    """Text on disk, located by its path and identified by its content."""
 
     kind: Literal["text"] = Field(description="text files on disk")
     path: str = Field(json_schema_extra=NOT_IDENTITY, description="a file or a folder of files")
@@ -83,8 +83,8 @@ class TextData(StreamData):
         config = super().identified()
         updates: dict[str, str] = {}
         for field in ("path", "validation"):
-            path, known = getattr(config, field), getattr(config, FINGERPRINTS[field])
-            if path is not None and known is None:
+            path, fingerprinted = getattr(config, field), getattr(config, FINGERPRINTS[field])
+            if path is not None and fingerprinted is None:
                 read = files(Path(path), where=f"data.{field}")
                 updates[FINGERPRINTS[field]] = fingerprints.cached(fingerprint, Path(path), read)
         return config.model_copy(update=updates)
@@ -177,13 +177,13 @@ def files(path: Path, where: str = "data.path") -> list[Path]:
     if not path.exists():
         raise UserError(f"{where}: got {str(path)!r}, which does not exist, allowed: {_ALLOWED}")
     if path.is_dir():
-        found = sorted(file for file in path.rglob("*") if file.is_file() and _is_data(file.relative_to(path)))
+        data = sorted(file for file in path.rglob("*") if file.is_file() and _is_data(file.relative_to(path)))
     else:
-        found = [path] if path.name.endswith((*SUFFIXES, ".json")) else []
-    if not found:
-        given = "which has no such file in it" if path.is_dir() else "which is not such a file"
-        raise UserError(f"{where}: got {str(path)!r}, {given}, allowed: {_ALLOWED}")
-    return found
+        data = [path] if path.name.endswith((*SUFFIXES, ".json")) else []
+    if not data:
+        problem = "which has no such file in it" if path.is_dir() else "which is not such a file"
+        raise UserError(f"{where}: got {str(path)!r}, {problem}, allowed: {_ALLOWED}")
+    return data
 
 
 def _is_data(file: Path) -> bool:

@@ -19,7 +19,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation and articles, words one space apart."""
+    """Lower case, without punctuation and articles, words separated by single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
@@ -43,14 +43,14 @@ def _f1(predicted: list[str], gold: list[str]) -> float:
 def accepted(doc: Doc) -> list[str]:
     """Every accepted answer of a document, the canonical one first, distinct.
 
-    TriviaQA gives `answer.value` and `answer.aliases`, NQ a list, HotpotQA a string.
+    TriviaQA has `answer.value` and `answer.aliases`, NQ a list, HotpotQA a string.
     """
     answer = doc["answer"]
     if isinstance(answer, dict):
-        found = [answer["value"], *answer["aliases"]]
+        texts = [answer["value"], *answer["aliases"]]
     else:
-        found = [answer] if isinstance(answer, str) else answer
-    return list(dict.fromkeys(text for text in found if text.strip()))
+        texts = [answer] if isinstance(answer, str) else answer
+    return list(dict.fromkeys(text for text in texts if text.strip()))
 
 
 def canonical(doc: Doc) -> str:
@@ -67,7 +67,7 @@ def score_likelihoods(doc: Doc, results: Sequence[tuple[float, bool]]) -> dict[s
     """Negative log-likelihoods of the accepted answers, one result each, the canonical first.
 
     `nll`: the canonical answer, nats; `nll_min`: the likeliest answer, nats; `bits_per_byte`: the canonical
-    answer by its length in bytes (needs no tokenizer to compare); `greedy`: greedy decoding gives the
+    answer by its length in bytes (needs no tokenizer to compare); `greedy`: greedy decoding produces the
     canonical answer.
     """
     log_p, is_greedy = results[0]
