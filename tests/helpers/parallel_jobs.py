@@ -1,7 +1,7 @@
-"""Cells trained by several real processes: launched by torchrun, talking through gloo.
+"""Cells trained by several real processes, launched by torchrun and connected through gloo.
 
-As a script, under torchrun: `many.py JOBS` with a JSON list of jobs (see `Job`), all trained one after the other by the
-same processes.
+As a script under torchrun: `parallel_jobs.py JOBS CACHE` with a JSON list of jobs (see `Job`), which the same processes
+train one after the other.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "peer": MEMORY,
 }
 LARGE = MEMORY | {"half_keys": 260, "placement": (0, 1)}
-"""A table of more rows than are initialised at once where it is divided (sharding.ROWS_AT_ONCE)."""
+"""A table with more rows than are initialised together when it is sharded (sharding.ROWS_AT_ONCE)."""
 WITH_MEMORY = [case for case in FAMILIES if case.split()[0] not in ("dense", "moe", "moe_topk")]
 
 
 @dataclass(frozen=True)
 class Job:
-    """A cell to train in a folder until `stop_at`, the step after which `asks` (a rank) asks to stop; 0: to its end.
+    """A cell to train in a folder until step `stop_at`, at which rank `stopping_rank` requests a stop; 0: to the end.
 
-    With `score`, what is there is scored instead.
+    With `score`, the trained run is scored instead.
     """
 
     cell: dict[str, Any]
@@ -45,7 +45,7 @@ class Job:
     memory_parallel: int = 1
     checkpoint_activations: bool = False
     stop_at: int = 0
-    asks: int = 0
+    stopping_rank: int = 0
     dtype: str = "float64"
     score: bool = False
 
@@ -73,7 +73,7 @@ def cell_of(case: str, steps: int, **train: Any) -> Cell:
 
 
 def job(cell: Cell, folder: Path, **how: Any) -> Job:
-    """The job of training that cell in that folder."""
+    """A job that trains the cell in the folder."""
     return Job(cell.model_dump(mode="json"), str(folder), **how)
 
 
@@ -100,23 +100,23 @@ def main(jobs: list[Job], cache: Path) -> None:
     from suite.train.loop import Trainer
     from suite.train.parallel import Parallel, World, process_group
 
-    with process_group() as everybody:
-        for todo in jobs:
-            torch.set_default_dtype(getattr(torch, todo.dtype))
-            how = Parallel(memory_parallel=todo.memory_parallel, checkpoint_activations=todo.checkpoint_activations)
-            world = World(everybody.rank, everybody.size, how, everybody.distributed, everybody.device)
-            cell, run = Cell.model_validate(todo.cell), RunDir(Path(todo.folder))
+    with process_group() as processes:
+        for one in jobs:
+            torch.set_default_dtype(getattr(torch, one.dtype))
+            how = Parallel(memory_parallel=one.memory_parallel, checkpoint_activations=one.checkpoint_activations)
+            world = World(processes.rank, processes.size, how, processes.distributed, processes.device)
+            cell, run = Cell.model_validate(one.cell), RunDir(Path(one.folder))
             run.path.mkdir(parents=True, exist_ok=True)
             world.wait()
-            if todo.score:
+            if one.score:
                 score_missing(run, cell, prepare(cell.data, cache), Scorer(), world)
                 continue
             trainer = Trainer(cell, prepare(cell.data, cache), run, world)
             outcome = trainer.run_to_end(
-                lambda: 0 < todo.stop_at <= trainer.step and world.rank == todo.asks  # noqa: B023
+                lambda: 0 < one.stop_at <= trainer.step and world.rank == one.stopping_rank  # noqa: B023
             )
-            assert outcome == ("interrupted" if todo.stop_at else "done")
+            assert outcome == ("interrupted" if one.stop_at else "done")
 
 
 if __name__ == "__main__":
-    main([Job(**todo) for todo in json.loads(Path(sys.argv[1]).read_text())], Path(sys.argv[2]))
+    main([Job(**one) for one in json.loads(Path(sys.argv[1]).read_text())], Path(sys.argv[2]))

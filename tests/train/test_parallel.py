@@ -180,7 +180,7 @@ def test_a_run_resumes_with_a_different_number_of_processes(
     cell = cell_of(case, 24, **options)
     one = alone(cell, tmp_path / "one", cache)
     moved = tmp_path / "moved"
-    run_jobs([job(cell, moved, memory_parallel=2, stop_at=7, asks=1)], cache, 2, tmp_path)
+    run_jobs([job(cell, moved, memory_parallel=2, stop_at=7, stopping_rank=1)], cache, 2, tmp_path)
     assert checkpoint.steps_saved(RunDir(moved)) == [7]
     run_jobs([job(cell, moved, stop_at=15)], cache, 0, tmp_path)
     assert checkpoint.steps_saved(RunDir(moved)) == [7, 15]
