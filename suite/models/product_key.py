@@ -218,7 +218,9 @@ class AddressedConfig(ModelConfig):
     half_keys: int = Field(gt=0, description="side n of the table, which has n*n rows")
     top_k: int = Field(default=32, gt=0, description="rows read per head")
     memory_heads: int = Field(default=4, gt=0, description="heads, each with its own query and keys")
-    k_dim: int | None = Field(default=None, gt=0, description="width of a key, both halves; None: see key_dim")
+    k_dim: int | None = Field(
+        default=None, gt=0, description="width of a key; None: 256, at most dim/2 (memory_plus: dim/2)"
+    )
     qk_norm: bool = Field(default=False, description="normalise queries and keys")
     query_batchnorm: bool = Field(default=False, description="batch-normed queries (Lample et al. 2019)")
     random_rows: int = Field(default=0, ge=0, description="random rows read per head in training (table 3)")
@@ -226,7 +228,7 @@ class AddressedConfig(ModelConfig):
         default=None,
         strict=False,
         min_length=1,
-        description="layers with a memory; None: see memory_placement",
+        description="layers with a memory; None: the middle one (memory_plus: three)",
     )
 
     @property
