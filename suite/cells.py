@@ -7,11 +7,12 @@ schema changes no existing hash. Evaluations have hashes of their own.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SerializeAsAny, model_validator
 from pydantic.functional_validators import BeforeValidator
@@ -208,10 +209,16 @@ class Cell(Frozen):
                 evaluations += (config.model_copy(update={"tasks": new}),)
         return self.model_copy(update={"evaluate": evaluations})
 
-    @property
+    @functools.cached_property
     def hash8(self) -> str:
         """Eight hex digits of the run's identity."""
         return _digest(identity(self))
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """A copy with other values; its hash is computed anew."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("hash8", None)
+        return copied
 
     @property
     def slug(self) -> str:

@@ -171,3 +171,13 @@ def test_data_files_are_distinguished_by_path() -> None:
 def test_the_display_name_has_the_variant_on_a_second_line() -> None:
     assert display_name("run", {}) == "run"
     assert display_name("run", {"k_dim": 32, "placement": [0]}) == "run\n  k_dim=32 placement=[0]"
+
+
+def test_a_copy_with_another_value_has_another_hash_and_compares_by_its_fields() -> None:
+    first = cell()
+    before = first.hash8
+    other = first.model_copy(update={"seed": first.seed + 1})
+    assert other.hash8 != before
+    assert other.model_copy(update={"seed": first.seed}).hash8 == before
+    assert other.model_copy(update={"seed": first.seed}) == cell()
+    assert "hash8" not in first.model_dump()

@@ -170,8 +170,9 @@ def with_slurm(statuses: list[CellStatus], runs: list[RunDir]) -> list[CellStatu
 
     sacct is called, for all jobs at once, if any job left the queue without finishing its cell.
     """
-    jobs = {run.name: job_ids(run) for run in runs}
-    open_ = {status.run for status in statuses if status.state not in ("done", "failed") and jobs[status.run]}
+    unfinished = {status.run for status in statuses if status.state not in ("done", "failed")}
+    jobs = {run.name: job_ids(run) for run in runs if run.name in unfinished}
+    open_ = {name for name, ids in jobs.items() if ids}
     if not open_ or not hold_answers():
         return statuses
     queue = ask()
