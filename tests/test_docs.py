@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.fits.laws import LAWS
+from analysis.laws.builtin import LAWS
 from analysis.records.frame import COLUMNS
 from suite.cli.fields import list_fields
 from suite.grids import GRID_FIELDS, load_grid

@@ -27,7 +27,7 @@ LAYERS = {
         "bench export",
         "cli",
     ),
-    "analysis": ("errors", "records", "fits", "comparisons", "figures", "report paper", "cli", "__main__"),
+    "analysis": ("errors", "records laws", "fits", "comparisons studies", "figures", "report paper", "cli", "__main__"),
 }
 """The packages and modules of each top-level package, from the lowest to the highest layer.
 

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from analysis.cli.options import REFERENCE, AsJson, Data, Grid, Results, print_json
+from analysis.cli.options import (
+    REFERENCE,
+    AsJson,
+    Data,
+    DropHighest,
+    DropMissing,
+    Fix,
+    Formula,
+    Grid,
+    Huber,
+    Parameters,
+    Residuals,
+    Results,
+    Seed,
+    Weights,
+    Where,
+    assignments,
+    print_json,
+)
 from analysis.errors import InputError
-from analysis.fits.laws import LAWS
+from analysis.laws.builtin import LAWS
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from analysis.fits.document import Fitted
-    from analysis.fits.request import Request
+    from analysis.studies.document import Fitted
+    from analysis.studies.request import Request
 
 EXAMPLE = (
     "Example: python -m analysis fit --law chinchilla --data runs.csv "
@@ -27,23 +45,21 @@ EXAMPLE = (
 
 
 def fit(
-    law: Annotated[str | None, typer.Option(help=f"joint, {', '.join(LAWS)}")] = None,
+    law: Annotated[str | None, typer.Option(help=f"a law file (.yaml), joint, {', '.join(LAWS)}")] = None,
+    formula: Formula = None,
+    parameters: Parameters = "",
     data: Data = None,
     columns: Annotated[str | None, typer.Option(help="NAME=EXPRESSION,... as pandas.eval reads them")] = None,
-    huber: Annotated[
-        float | None, typer.Option(metavar="DELTA", help="Huber's loss on log residuals; default: least squares")
-    ] = None,
+    huber: Huber = None,
     minimize: Annotated[str, typer.Option(metavar="sum|mean", help="objective over points")] = "sum",
-    residuals: Annotated[
-        str | None, typer.Option(metavar="log|linear", help="scale of residuals; default: the law's")
-    ] = None,
-    where: Annotated[str | None, typer.Option(metavar="CONDITION", help="fit only rows that satisfy this")] = None,
+    residuals: Residuals = None,
+    where: Where = None,
     predict: Annotated[
         str | None, typer.Option(metavar="CONDITION", help="predict rows that satisfy this, with relative errors")
     ] = None,
-    drop_highest: Annotated[int, typer.Option(metavar="K", help="drop the K highest outputs")] = 0,
-    drop_missing: Annotated[bool, typer.Option("--drop-missing", help="drop rows with missing values")] = False,
-    weights: Annotated[str | None, typer.Option(metavar="EXPR", help="weight of each point")] = None,
+    drop_highest: DropHighest = 0,
+    drop_missing: DropMissing = False,
+    weights: Weights = None,
     cluster: Annotated[str | None, typer.Option(metavar="EXPR", help="resample and hold out whole runs")] = None,
     strata: Annotated[str | None, typer.Option(metavar="EXPR", help="resample within these groups (cells)")] = None,
     bootstrap: Annotated[int, typer.Option(metavar="DRAWS", help="intervals from this many refits")] = 0,
@@ -51,14 +67,19 @@ def fit(
     holdout_by: Annotated[
         str | None, typer.Option(metavar="EXPR", help="what is large; a condition holds out just those rows")
     ] = None,
-    fix: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="hold a parameter fixed")] = None,
+    fix: Fix = None,
     group: Annotated[
         str | None, typer.Option(metavar="EXPR", help="isoflop: compute budget; one parabola each, then the frontier")
     ] = None,
-    seed: Annotated[int, typer.Option(help="seed of starts and resampling")] = 0,
+    seed: Seed = 0,
     diagnostics: Annotated[
         bool, typer.Option("--diagnostics", help="residuals, leverage and leave-one-out of each point")
     ] = False,
+    by: Annotated[str | None, typer.Option(metavar="EXPR", help="fit each group of rows; see --shared")] = None,
+    shared: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="with --by: parameters that all groups share, and a test"),
+    ] = None,
     figure: Annotated[Path | None, typer.Option(metavar="DIR", help="draw the fit there: PNG, PDF, SVG")] = None,
     out: Annotated[
         Path | None,
@@ -69,18 +90,24 @@ def fit(
     as_json: AsJson = False,
 ) -> int:
     """Fit a law to any table of runs; without --law, fit the trends of a grid's outcomes."""
+    if formula is not None:
+        if law is not None:
+            raise InputError("--formula: not with --law")
+        law = "formula"
     if law is None and data is None:
         if out is not None:
             raise InputError("--out: only with --law, --data and --columns")
         return _trends(results, grid, as_json)
     if law is None or data is None or columns is None:
         missing = "law" if law is None else "data" if data is None else "columns"
-        raise InputError(f"--{missing}: missing; a fit to a file needs --law, --data and --columns")
-    from analysis.fits.request import Request
+        raise InputError(f"--{missing}: missing; a fit to a file needs --law or --formula, --data and --columns")
     from analysis.records.tables import read_table
+    from analysis.studies.request import Request
 
     request = Request(
         law=law,
+        formula=formula,
+        parameters=parameters,
         columns=columns,
         huber=huber,
         minimize=minimize,
@@ -95,7 +122,7 @@ def fit(
         bootstrap=bootstrap,
         holdout=holdout,
         holdout_by=holdout_by,
-        fix=_fixed(fix or ()),
+        fix=assignments(fix or (), "--fix"),
         seed=seed,
         diagnostics=diagnostics,
         figure=figure,
@@ -103,6 +130,8 @@ def fit(
         out=out,
         source=data.name,
     )
+    if by is not None or shared is not None:
+        return _groups(read_table(data), request, by, shared, as_json)
     document = run(read_table(data), request)
     if as_json:
         print_json(document)
@@ -114,9 +143,9 @@ def fit(
 def run(table: pd.DataFrame, request: Request) -> dict[str, Any]:
     """Fit, draw and write what is requested; returns the document that `fit --json` prints."""
     from analysis.fits.columns import chosen, expressions, prepared
-    from analysis.fits.document import fitted
-    from analysis.fits.joint import select_joint
-    from analysis.fits.request import check, chosen_law
+    from analysis.studies.document import fitted
+    from analysis.studies.request import check, chosen_law
+    from analysis.studies.select import select_joint
 
     check(request)
     original, table = table.reset_index(drop=True), prepared(table)
@@ -136,7 +165,7 @@ def run(table: pd.DataFrame, request: Request) -> dict[str, Any]:
 
 
 def _isoflops(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -> dict[str, Any]:
-    from analysis.fits.isoflop import isoflops
+    from analysis.studies.isoflop import isoflops
 
     if request.law != "isoflop":
         raise InputError(f"--group: got law {request.law!r}, allowed: isoflop")
@@ -146,6 +175,20 @@ def _isoflops(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) 
 
         found.document["figure"] = [str(path) for path in isoflop_figure(found, request.figure, request.source)]
     return found.document
+
+
+def _groups(table: pd.DataFrame, request: Request, by: str | None, shared: str | None, as_json: bool) -> int:
+    """Fits by group, with shared parameters where requested."""
+    from analysis.studies.groups import fit_groups, text
+
+    if by is None:
+        raise InputError("--shared: only with --by")
+    document = fit_groups(table, request, by, [name.strip() for name in (shared or "").split(",") if name.strip()])
+    if as_json:
+        print_json(document)
+    else:
+        print(text(document))
+    return 0
 
 
 def _draw(item: Fitted, request: Request) -> None:
@@ -159,34 +202,22 @@ def _draw(item: Fitted, request: Request) -> None:
 
 
 def _write(item: Fitted, original: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, str], out: Path) -> None:
-    from analysis.fits.document import predicted_rows
     from analysis.records.tables import write_table
+    from analysis.studies.document import predicted_rows
 
     write_table(original.assign(**predicted_rows(item, table, columns)), out)
 
 
-def _fixed(items: Sequence[str]) -> dict[str, float]:
-    """Parameters held fixed, from NAME=VALUE."""
-    fixed: dict[str, float] = {}
-    for item in items:
-        name, _, value = (part.strip() for part in item.partition("="))
-        if name in fixed:
-            raise InputError(f"--fix: {name} is given twice")
-        try:
-            fixed[name] = float(value)
-        except ValueError:
-            raise InputError(f"--fix: got {item!r}, allowed: NAME=NUMBER") from None
-    return fixed
-
-
 def _text(document: Mapping[str, Any]) -> str:
     """The document as lines for a terminal."""
-    from analysis.fits.document import text
-    from analysis.fits.isoflop import isoflop_text
+    from analysis.studies.document import text
+    from analysis.studies.isoflop import isoflop_text
 
     if "groups" in document:
-        frontier = document["frontier"]
-        return "\n".join([isoflop_text(document), *([text(frontier)] if "parameters" in frontier else [])])
+        names = ("frontier", "frontier_unweighted")
+        frontiers = {name: document[name] for name in names if "parameters" in document[name]}
+        parts = [f"{name.replace('_', ', ')}:\n{text(item)}" for name, item in frontiers.items()]
+        return "\n".join([isoflop_text(document), *parts])
     lines = [text(item) for item in document.get("candidates") or [document]]
     if "selected" in document:
         lines += [f"left out: {name}: {reason}" for name, reason in document["refused"].items()]

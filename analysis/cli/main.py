@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from analysis.cli import compare, fit, records
+from analysis.cli import compare, fit, predict, records
 from analysis.errors import InputError
 
 app = typer.Typer(
@@ -24,6 +24,9 @@ app = typer.Typer(
     ),
 )
 app.command(epilog=fit.EXAMPLE)(fit.fit)
+app.command(epilog=predict.PREDICT)(predict.predict)
+app.command(epilog=predict.OPTIMUM)(predict.optimum)
+app.command(epilog=predict.SELECT)(predict.select)
 app.command(epilog=compare.EXAMPLE)(compare.compare)
 for verb, example in records.VERBS:
     app.command(epilog=f"Example: python -m analysis {example}")(verb)

@@ -23,9 +23,10 @@ import pandas as pd
 
 from analysis.errors import InputError
 from analysis.fits.budgets import SAME_BUDGET, budgets
-from analysis.fits.fit import Fit, Problem, fit
+from analysis.fits.fit import Fit, fit
 from analysis.fits.intervals import Bootstrap, bootstrap
-from analysis.fits.laws import LAWS
+from analysis.fits.problem import Problem
+from analysis.laws.builtin import LAWS
 
 BUDGETS = 4
 """Fewest compute budgets on the curve of the reference."""

@@ -10,8 +10,8 @@ from analysis.errors import InputError
 from analysis.figures import style
 from analysis.figures.context import Context, Missing
 from analysis.fits.intervals import standard_errors
-from analysis.fits.isoflop import IsoFlops, inside, isoflops
-from analysis.fits.request import Request
+from analysis.studies.isoflop import IsoFlops, isoflops
+from analysis.studies.request import Request
 
 
 def isoflops_of_grid(context: Context, folder: Path) -> list[Path]:
@@ -50,7 +50,7 @@ def isoflop_figure(found: IsoFlops, folder: Path, source: str) -> list[Path]:
                 linewidth=1,
                 label=f"{budget:.2g} FLOPs (n={parabola.problem.n})",
             )
-            if inside(parabola):
+            if budget in found.usable:
                 optimum, error = parabola.parameters["Nopt"], standard_errors(parabola)["Nopt"]
                 left.plot([optimum], [parabola.parameters["Lmin"]], "*", color=color, markersize=8)
                 reach = [1.96 * min(error, optimum / 2)]
@@ -72,7 +72,7 @@ def isoflop_figure(found: IsoFlops, folder: Path, source: str) -> list[Path]:
         right.set_ylabel("optimal parameters")
         note = (
             "Left: runs and a parabola in ln N per budget, stars at the optima. Right: optima with 1.96 standard "
-            "errors; budgets whose optimum is outside the sizes tried have no star and no part in the law. "
+            "errors; budgets whose optimum is not identified among their sizes have no star and no part in the law. "
             f"Source: {source}."
         )
         return style.save(drawn, folder, "isoflop", note)

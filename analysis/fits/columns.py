@@ -10,8 +10,8 @@ import numpy as np
 import pandas as pd
 
 from analysis.errors import InputError
-from analysis.fits.fit import Problem
-from analysis.fits.laws import Law
+from analysis.fits.problem import Problem
+from analysis.laws.law import Law
 
 
 def expressions(text: str) -> dict[str, str]:
@@ -120,7 +120,7 @@ def numbers(table: pd.DataFrame, columns: Mapping[str, str], drop_missing: bool)
         name = str(missing.columns[missing.any()][0])
         raise InputError(
             f"--columns: {name} is missing (NaN) in {int(missing[name].sum())} of {len(frame)} rows; "
-            "give them values or leave them out with --drop-missing"
+            "give them values, leave them out with --drop-missing, or select the rows to fit with --where"
         )
     return frame, [int(row) for row in frame.index]
 
@@ -164,21 +164,22 @@ def problem(
 
 def _check_fixed(law: Law, fixed: Mapping[str, float]) -> None:
     """Known parameters at values they may have, and one left to fit."""
-    kinds = {parameter.name: parameter.kind for parameter in law.parameters}
+    bounds = {parameter.name: (parameter.low, parameter.high) for parameter in law.parameters}
     for name, value in fixed.items():
-        if name not in kinds:
+        if name not in bounds:
             raise InputError(f"--fix: got {name!r}, allowed for law {law.name}: {', '.join(law.names)}")
-        low, high = {"positive": (0.0, np.inf), "unit": (0.0, 1.0), "free": (-np.inf, np.inf)}[kinds[name]]
+        low, high = bounds[name]
         if not (np.isfinite(value) and low <= value <= high):
-            bound = {"positive": "at least 0", "unit": "0 to 1", "free": "a finite number"}[kinds[name]]
-            raise InputError(f"--fix: got {name}={value:g}, allowed: {bound}")
+            words = f"{low:g} to {high:g}" if np.isfinite(high) else "a finite number"
+            words = f"at least {low:g}" if np.isfinite(low) and not np.isfinite(high) else words
+            raise InputError(f"--fix: got {name}={value:g}, allowed: {words}")
     if len(fixed) == len(law.names):
         raise InputError(f"--fix: every parameter of law {law.name} is fixed, so nothing is left to fit")
 
 
 def _check_together(law: Law, frame: pd.DataFrame) -> None:
     """No input is a power of another: a law's terms in them could not be told apart."""
-    needed = [name for name in law.inputs if name not in CONSTANT_ALLOWED.get(law.name, ())]
+    needed = [name for name in law.inputs if name not in law.constant_allowed]
     logs = {name: np.log(frame[name].to_numpy(float)) for name in needed if (frame[name] > 0).all()}
     for first, second in combinations(logs, 2):
         if 1 - abs(np.corrcoef(logs[first], logs[second])[0, 1]) < 1e-9:
@@ -207,9 +208,6 @@ def _check(law: Law, name: str, series: pd.Series) -> None:
             )
     if len(values) == 1:
         raise InputError(f"--columns: a single point cannot fit law {law.name}")
-    if np.ptp(values) <= 1e-12 * np.abs(values).max() and name not in CONSTANT_ALLOWED.get(law.name, ()):
+    if np.ptp(values) <= 1e-12 * np.abs(values).max() and name not in law.constant_allowed:
         advice = "; leave D out of --columns to fit without its term" if name == "D" and law.dense else ""
         raise InputError(f"--columns: {name} is constant ({values[0]:g}); law {law.name} needs it to vary{advice}")
-
-
-CONSTANT_ALLOWED = {"capacity": ("H",), "data_constrained": ("U",)}

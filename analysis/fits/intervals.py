@@ -7,11 +7,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.fits.fit import Fit, Problem, fit, lengths
+from analysis.fits.fit import Fit, fit
+from analysis.fits.problem import Problem, lengths
 from analysis.fits.solver import huber, minimise, objective
 
-OPEN_AFTER = 12.0
-"""A profile that has not risen enough this far from the optimum (in theta: a factor e^12) is open."""
 DRAWS_AT_ONCE = 1000
 
 
@@ -74,7 +73,10 @@ def _refitted(found: Fit, weights: np.ndarray) -> np.ndarray:
     problem = found.problem
     losses = huber(problem.residual(found.bank)[0], problem.delta)
     order = np.argsort(weights @ np.nan_to_num(losses, nan=np.inf, posinf=1e300).T, 1)[:, :2]
-    tries = [minimise(problem.residual, found.bank[order[:, i]], weights, problem.delta) for i in range(order.shape[1])]
+    tries = [
+        minimise(problem.residual, found.bank[order[:, i]], weights, problem.delta, problem.box)
+        for i in range(order.shape[1])
+    ]
     return np.asarray(np.where((tries[0][1] <= tries[-1][1])[:, None], tries[0][0], tries[-1][0]))
 
 
@@ -104,13 +106,13 @@ def _moments(found: Fit) -> tuple[float, float]:
     estimated over a wider band around 0, without the p points that such a fit goes through.
     """
     problem, r = found.problem, found.residuals
-    free = max(problem.n - len(problem.free), 1)
+    free = max(problem.n - found.dimension, 1)
     squared = float((problem.w * np.clip(r, -problem.delta, problem.delta) ** 2).sum()) / free
     if math.isinf(problem.delta):
         return squared, 1.0
     spread = 1.4826 * float(np.median(np.abs(r)))
     band = max(problem.delta, 0.8 * spread * problem.n**-0.2)
-    near = int((np.abs(r) <= band).sum()) - len(problem.free)
+    near = int((np.abs(r) <= band).sum()) - found.dimension
     return squared, max(near, 1) / free * problem.delta / band
 
 
@@ -120,16 +122,21 @@ def noise_scale(found: Fit) -> float:
     return squared / slope
 
 
-def _theta_variance(found: Fit) -> float:
+def theta_variance(found: Fit) -> float:
     """E psi^2 / (E psi')^2, the variance that multiplies the inverse of J'J."""
     squared, slope = _moments(found)
     return squared / slope**2
 
 
-def _scaled_jacobian(found: Fit) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted derivatives of the residuals by theta at the optimum, in columns of unit length, and those lengths."""
+def scaled_jacobian(found: Fit, bounded: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Weighted derivatives of the residuals by theta at the optimum, in columns of unit length, and those lengths.
+
+    Columns of parameters at a bound are 0, unless they are requested as well.
+    """
     _, jacobian = found.problem.residual(found.theta[None])
     weighted = np.nan_to_num(jacobian[0], posinf=0, neginf=0) * np.sqrt(found.problem.w)[:, None]
+    if not bounded:
+        weighted = weighted * ~found.bounded
     unit = lengths(weighted, 0)
     return weighted / unit, unit
 
@@ -137,13 +144,13 @@ def _scaled_jacobian(found: Fit) -> tuple[np.ndarray, np.ndarray]:
 def standard_errors(found: Fit) -> dict[str, float]:
     """Large-sample standard errors by the delta method; infinite along directions the data do not fix."""
     problem = found.problem
-    scaled, unit = _scaled_jacobian(found)
+    scaled, unit = scaled_jacobian(found)
     _, singular, right = np.linalg.svd(scaled, full_matrices=False)
     with np.errstate(divide="ignore"):
         inverse = np.where(singular > 1e-9 * singular[0], 1 / singular, np.inf)
     with np.errstate(invalid="ignore"):
         spread = np.nan_to_num(right.T * inverse, nan=0.0, posinf=np.inf, neginf=np.inf)
-    error = np.sqrt((spread**2).sum(1) * _theta_variance(found)) / unit
+    error = np.sqrt((spread**2).sum(1) * theta_variance(found)) / unit
     step = 1e-6
     moved = found.theta[None] + step * np.eye(len(found.theta))
     values = problem.natural(moved)
@@ -153,103 +160,9 @@ def standard_errors(found: Fit) -> dict[str, float]:
     return {p.name: float(value) for p, value in zip(problem.free, errors, strict=True)}
 
 
-def profile(found: Fit, level: float = 0.95) -> dict[str, tuple[float, float]]:
-    """Profile intervals: where the objective, minimised over all else, has risen by the level's t-quantile squared.
-
-    An end that is not reached within e^12 of the optimum is infinite (or 0, or 1, as the parameter's range has it).
-    """
-    from scipy.special import stdtrit
-
-    problem = found.problem
-    p, free = len(problem.free), problem.n - len(problem.free)
-    rise = 0.5 * float(stdtrit(free, 0.5 + level / 2)) ** 2 * noise_scale(found)
-    target = found.objective + max(rise, 1e-15 * max(found.objective, 1e-300))
-    errors = _theta_errors(found)
-    side = np.concatenate([-np.ones(p), np.ones(p)])
-    which = np.tile(np.arange(p), 2)
-    mask = np.ones((2 * p, p), bool)
-    mask[np.arange(2 * p), which] = False
-    inner, inner_theta = np.zeros(2 * p), np.repeat(found.theta[None], 2 * p, 0)
-    outer = np.full(2 * p, np.nan)
-    reach = np.minimum(errors[which] * 2, OPEN_AFTER / 4)
-    weights = np.broadcast_to(problem.w, (2 * p, problem.n))
-    limits = _limits(problem, which, errors)
-
-    def value_at(distance: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        start = inner_theta[rows].copy()
-        start[np.arange(len(rows)), which[rows]] = found.theta[which[rows]] + side[rows] * distance
-        theta, value = minimise(problem.residual, start, weights[rows], problem.delta, mask[rows], 100)
-        return theta, value
-
-    pending = np.arange(2 * p)
-    for _ in range(40):
-        if not len(pending):
-            break
-        theta, value = value_at(reach[pending], pending)
-        above = np.asarray(~(value < target))
-        outer[pending[above]] = reach[pending[above]]
-        under = pending[~above]
-        inner[under], inner_theta[under] = reach[under], theta[~above]
-        reach[under] *= 1.8
-        pending = under[inner[under] < limits[under]]
-        reach[pending] = np.minimum(reach[pending], limits[pending])
-    closed = np.flatnonzero(np.isfinite(outer))
-    for _ in range(12):
-        if not len(closed):
-            break
-        middle = 0.5 * (inner[closed] + outer[closed])
-        theta, value = value_at(middle, closed)
-        below = value < target
-        inner[closed] = np.where(below, middle, inner[closed])
-        inner_theta[closed] = np.where(below[:, None], theta, inner_theta[closed])
-        outer[closed] = np.where(below, outer[closed], middle)
-    return _ends(found, side * np.where(np.isfinite(outer), 0.5 * (inner + outer), np.inf))
-
-
-def _limits(problem: Problem, which: np.ndarray, errors: np.ndarray) -> np.ndarray:
-    """How far a profile is followed: a fixed reach on logarithmic scales, many standard errors for free parameters."""
-    kinds = np.array([p.kind == "free" for p in problem.free])[which]
-    return np.where(kinds, 1e4 * errors[which], OPEN_AFTER)
-
-
-def _theta_errors(found: Fit) -> np.ndarray:
-    """Standard errors in theta, bounded to useful first steps."""
-    scaled, unit = _scaled_jacobian(found)
-    covariance = np.linalg.pinv(scaled.T @ scaled, rcond=1e-10)
-    error = np.sqrt(np.maximum(np.diag(covariance), 1e-30) * max(_theta_variance(found), 1e-300)) / unit
-    return np.maximum(error, 1e-9 * (1 + np.abs(found.theta)))
-
-
-def _ends(found: Fit, offsets: np.ndarray) -> dict[str, tuple[float, float]]:
-    """Natural values of the profile's ends, (2 p,) lower ends first."""
-    problem = found.problem
-    p = len(problem.free)
-    low, high = found.theta + offsets[:p], found.theta + offsets[p:]
-    ends = {}
-    for i, parameter in enumerate(problem.free):
-        closed = {"positive": (0.0, math.inf), "unit": (0.0, 1.0), "free": (-math.inf, math.inf)}[parameter.kind]
-        values = []
-        for theta, bound in ((low[i], closed[0]), (high[i], closed[1])):
-            row = found.theta.copy()
-            row[i] = theta if math.isfinite(theta) else 0.0
-            values.append(float(problem.natural(row[None])[parameter.name][0]) if math.isfinite(theta) else bound)
-        ends[parameter.name] = (values[0], values[1])
-    return ends
-
-
-def identified(found: Fit, intervals: dict[str, tuple[float, float]]) -> dict[str, bool]:
-    """Whether the 95 % profile of each parameter is closed on both sides."""
-    closed = {}
-    for parameter in found.problem.free:
-        low, high = intervals[parameter.name]
-        floor, ceiling = {"positive": (0.0, math.inf), "unit": (0.0, 1.0)}.get(parameter.kind, (-math.inf, math.inf))
-        closed[parameter.name] = low > floor and high < ceiling
-    return closed
-
-
 def leverage(found: Fit) -> np.ndarray:
     """Diagonal of the hat matrix of the linearised fit, (n,)."""
-    scaled, _unit = _scaled_jacobian(found)
+    scaled, _unit = scaled_jacobian(found)
     q, singular, _ = np.linalg.svd(scaled, full_matrices=False)
     return (q[:, singular > 1e-9 * singular[0]] ** 2).sum(1)
 
@@ -258,7 +171,9 @@ def leave_one_out(found: Fit) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Refits without each point in turn: parameter values (n,), and each point's residual under the fit without it."""
     problem = found.problem
     weights = problem.w * (1 - np.eye(problem.n))
-    theta, _ = minimise(problem.residual, np.repeat(found.theta[None], problem.n, 0), weights, problem.delta)
+    theta, _ = minimise(
+        problem.residual, np.repeat(found.theta[None], problem.n, 0), weights, problem.delta, problem.box
+    )
     return problem.natural(theta), np.diagonal(problem.residual(theta)[0]).copy()
 
 
@@ -321,7 +236,7 @@ def refit(found: Fit, weights: np.ndarray) -> Fit:
     """The same problem under other weights, from the fit's bank of starts."""
     problem = replace(found.problem, weights=weights)
     repeated = np.broadcast_to(weights, (len(found.bank), problem.n))
-    theta, value = minimise(problem.residual, found.bank, repeated, problem.delta)
+    theta, value = minimise(problem.residual, found.bank, repeated, problem.delta, problem.box)
     best = int(np.argmin(value))
     assert np.isfinite(objective(problem.residual(theta[best : best + 1])[0], weights, problem.delta)[0])
     return Fit(problem, theta[best], float(value[best]), theta, found.agreeing)

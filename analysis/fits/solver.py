@@ -3,19 +3,21 @@
 The objective of fit b is sum over points of w_bn rho(r_bn), rho Huber's loss (r^2/2 up to delta, linear beyond;
 delta infinite: least squares). Steps solve (H + lambda G) s = -gradient, with H the Gauss-Newton matrix of the points
 in the quadratic zone and G that of Huber's weights: lambda to 0 is Newton's step on the active set, lambda near 1 the
-monotone reweighted step. Both are unchanged by linear changes of parameters.
+monotone reweighted step. Both are unchanged by linear changes of parameters. Parameters stay inside a box: each step
+minimises its quadratic model within the box by fixing the parameters that would leave it, one set after another, so
+that a parameter at its bound, or on its way to infinity, holds back no other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
 Residual = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 """theta (B, p) -> residuals (B, n) and their derivatives (B, n, p)."""
 
-LARGEST_STEP = 3.0
 POINTS_AT_ONCE = 60_000
 """Fits times points that are held in memory together."""
 
@@ -35,48 +37,81 @@ def objective(residuals: np.ndarray, weights: np.ndarray, delta: float) -> np.nd
     return np.where(np.isfinite(total), total, np.inf)
 
 
+@dataclass(frozen=True)
+class Box:
+    """Bounds of theta, (p,) each, and the longest step of each parameter in one iteration."""
+
+    low: np.ndarray
+    high: np.ndarray
+    reach: np.ndarray
+
+
 def minimise(
     residual: Residual,
     theta: np.ndarray,
     weights: np.ndarray,
     delta: float,
+    box: Box,
     free: np.ndarray | None = None,
     iterations: int = 200,
     smooth: bool = True,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimise from theta (B, p) under weights (B, n); `free` (B, p) masks parameters held fixed.
+    """Minimise the objective of many fits at once.
 
-    With `smooth` and a small delta the loss is first smoothed (delta at the residuals' size) and then sharpened step
-    by step. Returns theta and the objective (B,).
+    Args:
+        residual: residuals and derivatives of a batch of theta.
+        theta: starts, (B, p).
+        weights: weights of the points, (B, n).
+        delta: where Huber's loss becomes linear; infinite for least squares.
+        box: bounds of theta.
+        free: mask (B, p) of the parameters to move; all by default.
+        iterations: the most steps of a fit.
+        smooth: with a small delta, minimise a smoothed loss first (delta at the residuals' size) and sharpen it.
+
+    Returns:
+        theta (B, p) and the objective (B,).
     """
-    way = _sharpen if smooth and np.isfinite(delta) else _descend
+    descend = _sharpen if smooth and np.isfinite(delta) else _descend
     parts = []
     chunk = max(8, POINTS_AT_ONCE // weights.shape[1])
     for start in range(0, len(theta), chunk):
         part = slice(start, start + chunk)
         mask = np.ones_like(theta[part], bool) if free is None else free[part]
-        parts.append(way(residual, theta[part], weights[part], delta, mask, iterations))
+        inside = np.clip(theta[part], box.low, box.high)
+        parts.append(descend(residual, inside, weights[part], delta, box, mask, iterations))
     return np.concatenate([part[0] for part in parts]), np.concatenate([part[1] for part in parts])
 
 
 def _sharpen(
-    residual: Residual, theta: np.ndarray, weights: np.ndarray, delta: float, free: np.ndarray, iterations: int
+    residual: Residual,
+    theta: np.ndarray,
+    weights: np.ndarray,
+    delta: float,
+    box: Box,
+    free: np.ndarray,
+    iterations: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Minimise at a falling series of deltas that ends at the one asked for, keeping the best point for that one."""
+    """Minimise at a falling series of deltas that ends at the requested one, and retain the best point under it."""
     first, _ = residual(theta)
     sizes = np.abs(first[np.isfinite(first)])
     width = 3.0 * float(np.median(sizes)) if sizes.size else delta
     best_theta, best = theta, objective(first, weights, delta)
     while width > 2 * delta:
-        theta, _ = _descend(residual, theta, weights, width, free, 15)
+        theta, _ = _descend(residual, theta, weights, width, box, free, 15)
         width /= 4
-    theta, found = _descend(residual, theta, weights, delta, free, iterations)
+    theta, found = _descend(residual, theta, weights, delta, box, free, iterations)
     better = found <= best
     return np.where(better[:, None], theta, best_theta), np.where(better, found, best)
 
 
 def _descend(
-    residual: Residual, theta: np.ndarray, weights: np.ndarray, delta: float, free: np.ndarray, iterations: int
+    residual: Residual,
+    theta: np.ndarray,
+    weights: np.ndarray,
+    delta: float,
+    box: Box,
+    free: np.ndarray,
+    iterations: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Damped steps for every fit until none improves."""
     theta = theta.copy()
@@ -89,8 +124,14 @@ def _descend(
         for _ in range(iterations):
             if len(active) == 0:
                 break
-            step, expected = _step(r[active], jacobian[active], weights[active], delta, damping[active], free[active])
-            trial = theta[active] + _shortened(step, theta[active])
+            room = (
+                np.maximum(box.low - theta[active], -box.reach),
+                np.minimum(box.high - theta[active], box.reach),
+            )
+            step, expected = _step(
+                r[active], jacobian[active], weights[active], delta, damping[active], free[active], room
+            )
+            trial = np.clip(theta[active] + step, box.low, box.high)
             trial_r, trial_jacobian = residual(trial)
             value = objective(trial_r, weights[active], delta)
             better = value < best[active]
@@ -107,9 +148,15 @@ def _descend(
 
 
 def _step(
-    r: np.ndarray, jacobian: np.ndarray, weights: np.ndarray, delta: float, damping: np.ndarray, free: np.ndarray
+    r: np.ndarray,
+    jacobian: np.ndarray,
+    weights: np.ndarray,
+    delta: float,
+    damping: np.ndarray,
+    free: np.ndarray,
+    room: tuple[np.ndarray, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The damped step of every fit and the decrease it expects."""
+    """The damped step of every fit within `room` (lowest and highest step, (B, p) each), and its expected decrease."""
     jacobian = np.where(free[:, None, :], np.nan_to_num(jacobian, posinf=0, neginf=0), 0.0)
     size = np.abs(r)
     flat = jacobian.transpose(0, 2, 1)
@@ -119,20 +166,40 @@ def _step(
     scale = np.einsum("bpp->bp", majorant)
     floor = np.maximum(scale, 1e-300) * 1e-12 + (scale <= 0)
     matrix = inside + damping[:, None, None] * (majorant + _diagonal(scale * 1e-3)) + _diagonal(floor)
-    unit = 1 / np.sqrt(np.einsum("bpp->bp", matrix))
-    scaled = matrix * unit[:, :, None] * unit[:, None, :] + 1e-14 * np.eye(matrix.shape[-1])
+    step = _bounded_newton(matrix, gradient, *room)
+    return step, -((gradient + 0.5 * (matrix @ step[:, :, None])[:, :, 0]) * step).sum(1)
+
+
+def _bounded_newton(matrix: np.ndarray, gradient: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """Minimise gradient . s + s . matrix s / 2 over low <= s <= high, (B, p).
+
+    Coordinates that leave their range are fixed at its end and the others are solved for again, until none leaves.
+    """
+    batch, p = gradient.shape
+    step, fixed = np.zeros((batch, p)), np.zeros((batch, p), bool)
+    rows = np.arange(batch)
+    for _ in range(p):
+        held = np.where(fixed[rows], step[rows], 0.0)
+        right = gradient[rows] + (matrix[rows] @ held[:, :, None])[:, :, 0]
+        solved = np.where(fixed[rows], held, _solved(matrix[rows], right, ~fixed[rows]))
+        out = ~fixed[rows] & ((solved < low[rows]) | (solved > high[rows]))
+        step[rows] = np.clip(solved, low[rows], high[rows])
+        fixed[rows] |= out
+        rows = rows[out.any(1)]
+        if not len(rows):
+            break
+    return step
+
+
+def _solved(matrix: np.ndarray, gradient: np.ndarray, free: np.ndarray) -> np.ndarray:
+    """The Newton step of the free coordinates, 0 for the others."""
+    unit = free / np.sqrt(np.einsum("bpp->bp", matrix))
+    scaled = matrix * unit[:, :, None] * unit[:, None, :] + _diagonal(np.where(free, 1e-14, 1.0))
     try:
         solved = np.linalg.solve(scaled, (gradient * unit)[:, :, None])[:, :, 0]
     except np.linalg.LinAlgError:
         solved = np.stack([np.linalg.lstsq(a, b, rcond=None)[0] for a, b in zip(scaled, gradient * unit, strict=True)])
-    step = -np.nan_to_num(solved * unit)
-    return step, -0.5 * (gradient * step).sum(1)
-
-
-def _shortened(step: np.ndarray, theta: np.ndarray) -> np.ndarray:
-    """The step, no longer than LARGEST_STEP in any parameter, or a share of the parameter where that is large."""
-    reach = LARGEST_STEP * np.maximum(1.0, np.abs(theta) / 10)
-    return step / np.maximum(1.0, (np.abs(step) / reach).max(1, keepdims=True))
+    return -np.nan_to_num(solved * unit)
 
 
 def _diagonal(values: np.ndarray) -> np.ndarray:

@@ -16,11 +16,11 @@ from analysis.__main__ import main
 from analysis.cli.fit import run
 from analysis.errors import InputError
 from analysis.fits.columns import expressions
-from analysis.fits.fit import Problem
 from analysis.fits.intervals import HeldOut
-from analysis.fits.joint import cell_errors, choose
-from analysis.fits.laws import LAWS
-from analysis.fits.request import Request
+from analysis.fits.problem import Problem
+from analysis.laws.builtin import LAWS
+from analysis.studies.request import Request
+from analysis.studies.select import cell_errors, choose
 
 
 def call(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:

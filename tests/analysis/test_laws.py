@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from simulated_tables import TRUTH, inputs, simulated, truth
 
-from analysis.fits.fit import _theta
-from analysis.fits.laws import JOINT, LAWS, law
+from analysis.fits.problem import to_theta
+from analysis.laws.builtin import LAWS, law
+from analysis.laws.joint import JOINT
 
 
 @pytest.mark.parametrize("name", LAWS)
 def test_analytic_gradient_equals_central_differences(name: str) -> None:
     problem = simulated(name, 0.02, 3)
-    theta = np.array([[float(_theta(p, np.array(TRUTH[name][p.name] * 1.1))) for p in problem.free]])
+    theta = np.array([[float(to_theta(p, np.array(TRUTH[name][p.name] * 1.1))) for p in problem.free]])
     _, jacobian = problem.residual(theta)
     for i in range(theta.shape[1]):
         step = 1e-5 * max(1.0, abs(theta[0, i]))

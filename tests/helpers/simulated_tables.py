@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-from analysis.fits.fit import Problem
-from analysis.fits.laws import LAWS
+from analysis.fits.problem import Problem
+from analysis.laws.builtin import LAWS
 
 TRUTH: dict[str, dict[str, float]] = {
     "power": {"E": 1.7, "A": 40.0, "alpha": 0.3},
@@ -20,6 +20,12 @@ TRUTH: dict[str, dict[str, float]] = {
     "sigmoid_link": {"low": 0.25, "span": 0.6, "k": 3.0, "L0": 2.6},
     "exponential_link": {"eps": 0.857, "k": 2.2, "gamma": 0.715},
     "capacity": {"c": 2.0, "k": 2.0},
+    "outer": {"E": 1.7, "A": 3000.0, "alpha": 0.45, "B": 9000.0, "beta": 0.43, "k": 0.7},
+    "power2": {"k": 1.8, "a": -0.7, "b": 0.3},
+    "shifted": {"E": 0.4, "A": 1e3, "x0": 2e5, "alpha": 0.5},
+    "broken": {"E": 0.2, "A": 40.0, "a": 0.1, "d": 1e6, "f": 0.4, "c": 0.3},
+    "three_terms": {"E": -5.5, "A": 30.0, "alpha": 0.2, "B": 300.0, "beta": 0.3, "G": 4.0, "gamma": 0.25},
+    "mixture": {"E": 1.5, "w1": -0.8, "w2": 0.4, "w3": 0.1},
     "joint1": {"A": 480.0, "B": 2100.0, "E": 1.82, "alpha": 0.347, "beta": 0.367, "rho": 2.0, "gamma": 0.15},
     "joint2": {
         "A": 480.0,
@@ -50,6 +56,15 @@ def inputs(name: str) -> dict[str, np.ndarray]:
     """A crossed design of a realistic range for a law's inputs."""
     sizes, tokens = np.geomspace(3e7, 1e10, 10), np.geomspace(5e8, 1e12, 8)
     n, d = (grid.ravel() for grid in np.meshgrid(sizes, tokens, indexing="ij"))
+    if name in ("outer", "power2"):
+        return {"N": n, "D": d}
+    if name == "three_terms":
+        return {"N": n, "D": d, "V": np.tile(np.geomspace(1e6, 1e9, 4), len(n) // 4)}
+    if name == "mixture":
+        shares = np.random.default_rng(0).dirichlet([1.0, 1.0, 1.0], 60)
+        return {f"s{i + 1}": shares[:, i] for i in range(3)}
+    if name in ("shifted", "broken"):
+        return {"x": np.geomspace(1e3, 1e10, 60)}
     if name == "power":
         return {"x": np.geomspace(1e3, 1e9, 40)}
     if name == "frontier":
@@ -76,17 +91,55 @@ def inputs(name: str) -> dict[str, np.ndarray]:
     return {"N": n, "D": d, "M": n * ratio}
 
 
-def truth(name: str, x: dict[str, np.ndarray]) -> np.ndarray:
-    """The law at its true parameters."""
-    return np.asarray(LAWS[name].value(TRUTH[name], x), float) + np.zeros(len(next(iter(x.values()))))
+BOUNDS: dict[str, tuple[str, dict[str, float], tuple[str, ...]]] = {
+    "power, no offset": ("power", {"E": 0.0}, ()),
+    "chinchilla, no offset": ("chinchilla", {"E": 0.0, "A": 6.0, "B": 40.0, "alpha": 0.05, "beta": 0.22}, ()),
+    "overtraining, no offset": ("overtraining", {"E": 0.0, "eta": 0.05, "a": 15.0, "b": 25.0}, ()),
+    "overtraining, a = 0": ("overtraining", {"a": 0.0}, ()),
+    "isoflop, flat": ("isoflop", {"k": 0.0}, ("Nopt",)),
+    "data_constrained, no offset": ("data_constrained", {"E": 0.0}, ()),
+    "data_constrained, repeats as good as new": ("data_constrained", {"Rd": 1e9}, ()),
+    "data_constrained, surplus as good": ("data_constrained", {"Rn": 1e9}, ()),
+    "saturating, no gain": ("saturating", {"gain": 0.0}, ("R0", "gamma")),
+    "sigmoid_link, no span": ("sigmoid_link", {"span": 0.0}, ("k", "L0")),
+    "exponential_link, k = 0": ("exponential_link", {"k": 0.0}, ("gamma",)),
+    "capacity, sharp": ("capacity", {"k": 1e6}, ()),
+    "joint1, no offset": ("joint1", {"E": 0.0}, ()),
+    "joint1, no memory": ("joint1", {"gamma": 0.0}, ("rho",)),
+    "joint2, s = 0": ("joint2", {"s": 0.0}, ("rho", "gamma")),
+    "joint2, s = 1": ("joint2", {"s": 1.0}, ()),
+    "joint3, kappa = 0": ("joint3", {"kappa": 0.0}, ("gamma",)),
+    "joint4, kappa infinite": ("joint4", {"kappa": 1e12}, ("phi",)),
+    "joint4, sharp": ("joint4", {"phi": 1e3}, ()),
+}
+"""Laws with their truth at a bound: the law, what differs from TRUTH, and the parameters that then mean nothing."""
 
 
-def simulated(name: str, noise: float, seed: int, delta: float = np.inf) -> Problem:
-    """A problem with noise: relative for laws fitted in logarithms, else a share of the output's range."""
+def bounded_truth(case: str) -> dict[str, float]:
+    """The true parameters of a case of BOUNDS."""
+    name, changes, _ = BOUNDS[case]
+    return TRUTH[name] | changes
+
+
+def truth(name: str, x: dict[str, np.ndarray], values: dict[str, float] | None = None) -> np.ndarray:
+    """The law at its true parameters, or at others."""
+    with np.errstate(all="ignore"):
+        y = np.asarray(LAWS[name].value(values or TRUTH[name], x), float)
+    return y + np.zeros(len(next(iter(x.values()))))
+
+
+def simulated(
+    name: str, noise: float, seed: int, delta: float = np.inf, values: dict[str, float] | None = None
+) -> Problem:
+    """A problem with noise: relative for laws fitted in logarithms, else a share of the output's range.
+
+    `values`: other true parameters than TRUTH's.
+    """
     law, x = LAWS[name], inputs(name)
-    y = truth(name, x)
+    y = truth(name, x, values)
     error = np.random.default_rng(seed).normal(0, noise, len(y))
-    return Problem(law, x, y * np.exp(error) if law.residuals == "log" else y + error * np.ptp(y), delta)
+    unit = np.ptp(y) if np.ptp(y) > 0 else 1.0
+    return Problem(law, x, y * np.exp(error) if law.residuals == "log" else y + error * unit, delta)
 
 
 def table(name: str, noise: float = 0.0, seed: int = 0) -> pd.DataFrame:

@@ -16,11 +16,11 @@ import pandas as pd
 from analysis.errors import InputError
 from analysis.fits.budgets import budgets
 from analysis.fits.columns import number
-from analysis.fits.document import fitted
 from analysis.fits.fit import Fit
 from analysis.fits.intervals import standard_errors
-from analysis.fits.laws import LAWS
-from analysis.fits.request import Request
+from analysis.laws.builtin import LAWS
+from analysis.studies.document import Fitted, fitted
+from analysis.studies.request import Request
 
 NOT_BY_BUDGET = ("predict", "cluster", "strata", "holdout_by", "out")
 
@@ -30,14 +30,16 @@ class IsoFlops:
     """The parabola of each budget, the frontier through their optima, and the document about them."""
 
     fits: list[tuple[float, Fit]]
+    usable: list[float]
+    frontier: Fitted | None
     document: dict[str, Any]
 
 
 def isoflops(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -> IsoFlops:
     """Fit a parabola per compute budget (`request.group`) and the frontier.
 
-    The document lists budgets with too few sizes as refused, and those whose optimum is not among their sizes as
-    outside.
+    The document lists budgets with too few sizes as refused, those whose optimum is not among their sizes as outside,
+    and those whose optimum is not identified; none of them takes part in the frontier.
     """
     assert request.group is not None
     for name in NOT_BY_BUDGET:
@@ -59,15 +61,21 @@ def isoflops(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -
             refused[f"{budget:.4g}"] = str(error)
     if not groups:
         raise InputError(f"--group: none of {len(refused)} budgets can be fitted: {next(iter(refused.values()))}")
+    unidentified = [group["C"] for group in groups if not group["identified"]["Nopt"]]
+    usable = [(budget, found) for budget, found in fits if inside(found) and budget not in unidentified]
+    weighted, plain = _frontier(usable, True, request), _frontier(usable, False, request)
+    reason = {"n": len(usable), "reason": "needs three budgets with an identified optimum among their sizes"}
     result: dict[str, Any] = {
         "law": "isoflop",
         "n": sum(group["n"] for group in groups),
         "groups": groups,
         "refused": refused,
         "outside": [budget for budget, found in fits if not inside(found)],
-        "frontier": _frontier([item for item in fits if inside(item[1])], request),
+        "unidentified": unidentified,
+        "frontier": reason if weighted is None else weighted.document,
+        "frontier_unweighted": reason if plain is None else plain.document,
     }
-    return IsoFlops(fits, result)
+    return IsoFlops(fits, [budget for budget, _ in usable], weighted, result)
 
 
 def inside(found: Fit) -> bool:
@@ -76,18 +84,18 @@ def inside(found: Fit) -> bool:
     return bool(sizes.min() < found.parameters["Nopt"] < sizes.max())
 
 
-def _frontier(fits: list[tuple[float, Fit]], request: Request) -> dict[str, Any]:
-    """Nopt against C over budgets whose optimum is among their sizes."""
+def _frontier(fits: list[tuple[float, Fit]], weighted: bool, request: Request) -> Fitted | None:
+    """Nopt against C, each budget weighted by the inverse variance of its ln Nopt, or all the same."""
     if len(fits) < 3:
-        return {"n": len(fits), "reason": "needs three budgets whose optimum lies among their sizes"}
+        return None
     optima = np.array([found.parameters["Nopt"] for _, found in fits])
     spread = np.array([standard_errors(found)["Nopt"] for _, found in fits]) / optima
     weights = np.ones(len(fits))
-    if (np.isfinite(spread) & (spread > 0)).all():
+    if weighted and (np.isfinite(spread) & (spread > 0)).all():
         weights = 1 / spread**2 / np.mean(1 / spread**2)
     table = pd.DataFrame({"C": [budget for budget, _ in fits], "y": optima, "weight": weights})
-    plain = Request("frontier", "C=C,y=y", weights="weight", holdout=request.holdout, seed=request.seed)
-    return fitted(LAWS["frontier"], table, table, {"C": "C", "y": "y"}, plain).document
+    law = Request("frontier", "C=C,y=y", weights="weight", holdout=request.holdout, seed=request.seed)
+    return fitted(LAWS["frontier"], table, table, {"C": "C", "y": "y"}, law)
 
 
 def isoflop_text(result: Mapping[str, Any]) -> str:
@@ -97,7 +105,7 @@ def isoflop_text(result: Mapping[str, Any]) -> str:
         optimum, (low, high) = group["parameters"]["Nopt"], group["intervals"]["Nopt"]
         words = f"  C {group['C']:<10.4g} n {group['n']:<3} Nopt {optimum:<10.4g} [{low:.4g}, {high:.4g}]"
         loss = f" Lmin {group['parameters']['Lmin']:.5g}"
-        known = "" if group["identified"]["Nopt"] else "  not identified"
+        known = "  not identified: no part in the frontier" if group["C"] in result["unidentified"] else ""
         lines.append(words + loss + known + ("  outside its sizes" if group["C"] in result["outside"] else ""))
     lines.append(f"  intervals: {result['groups'][0]['interval_kind']}")
     lines += [f"  left out: budget {budget}: {reason}" for budget, reason in result["refused"].items()]

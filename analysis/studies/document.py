@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,14 +17,13 @@ from analysis.fits.intervals import (
     Bootstrap,
     HeldOut,
     bootstrap,
-    identified,
     leave_one_out,
     leverage,
-    profile,
     standard_errors,
 )
-from analysis.fits.laws import Law
-from analysis.fits.request import Request, data, held_out
+from analysis.fits.profile import Ends, identified, profiled
+from analysis.laws.law import Law, Parameter
+from analysis.studies.request import Request, data, held_out
 
 LEFT_OUT = 3000
 FEW_DRAWS = 100
@@ -36,6 +36,7 @@ class Fitted:
     found: Fit
     held: HeldOut
     used: pd.DataFrame
+    profiles: Ends
     document: dict[str, Any]
 
 
@@ -51,9 +52,9 @@ def fitted(entry: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping
     """
     posed, used = data(entry, rows, columns, request)
     held = held_out(posed, used, request)
-    found = fit(posed, request.seed)
-    profiles = profile(found)
-    known = identified(found, profiles)
+    found, profiles = profiled(fit(posed, request.seed))
+    _check_sign(found)
+    known = identified(found.problem, profiles)
     draws = _bootstrap(found, used, request)
     divisor = posed.n if request.minimize == "mean" else 1
     result: dict[str, Any] = {
@@ -73,15 +74,17 @@ def fitted(entry: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping
         "profile": {name: list(ends) for name, ends in profiles.items()},
         "standard_errors": {n: draws.standard_error(n) for n in profiles} if draws else standard_errors(found),
         "identified": known,
+        "at_bound": found.at_bound,
+        "bounds": {p.name: [p.low, p.high] for p in posed.free},
         "holdout": _held_json(held, entry),
         "fixed": dict(posed.fixed),
-        "warnings": _warnings(found, known, draws, held),
+        "warnings": _warnings(found, known, profiles, draws, held),
     }
     if request.predict is not None:
         result["predictions"] = _predictions(found, entry, chosen(table, request.predict, "--predict"), columns)
     if request.diagnostics:
         result["diagnostics"] = _diagnostics(found, used)
-    return Fitted(found, held, used, result)
+    return Fitted(found, held, used, profiles, result)
 
 
 def _bootstrap(found: Fit, used: pd.DataFrame, request: Request) -> Bootstrap | None:
@@ -123,9 +126,38 @@ def _held_json(held: HeldOut, entry: Law) -> dict[str, Any]:
     }
 
 
-def _warnings(found: Fit, known: Mapping[str, bool], draws: Bootstrap | None, held: HeldOut) -> list[str]:
+def _open(parameter: Parameter, found: Fit, ends: tuple[float, float]) -> str:
+    """Why a parameter's interval is one-sided or open."""
+    name = parameter.name
+    reason = f"{parameter.at_bound}, " if parameter.at_bound and ends[0] <= parameter.low else ""
+    if name in found.at_bound:
+        bound = found.at_bound[name]
+        limit = bound in (0.0, math.inf) and parameter.log
+        where = f"tends to its limit {bound:g}" if limit else f"is at its bound {bound:g}"
+        return f"{name}: not identified; it {where} ({reason}95 % profile {_range(parameter, ends)})"
+    return f"{name}: not identified ({reason}95 % profile {_range(parameter, ends)})"
+
+
+def _range(parameter: Parameter, ends: Sequence[float | None]) -> str:
+    """An interval in words: one-sided where one end is the parameter's bound."""
+    low, high = (math.nan if end is None else end for end in ends)
+    lowest, highest = low <= parameter.low, high >= parameter.high
+    if lowest and highest:
+        return "open on both sides"
+    if lowest:
+        return f"one-sided, at most {high:.6g}"
+    return f"one-sided, at least {low:.6g}" if highest else f"[{low:.6g}, {high:.6g}]"
+
+
+def _warnings(
+    found: Fit,
+    known: Mapping[str, bool],
+    profiles: Mapping[str, tuple[float, float]],
+    draws: Bootstrap | None,
+    held: HeldOut,
+) -> list[str]:
     """What a reader must know before using the numbers."""
-    lines = [f"{name}: not identified (its 95 % profile is open)" for name, closed in known.items() if not closed]
+    lines = [_open(p, found, profiles[p.name]) for p in found.problem.free if not known[p.name]]
     n, free = found.problem.n, len(found.problem.free)
     if found.problem.different == free:
         lines.append(f"as many different points as parameters ({free}): nothing tests the law's form")
@@ -142,10 +174,21 @@ def _warnings(found: Fit, known: Mapping[str, bool], draws: Bootstrap | None, he
     return lines
 
 
+def _check_sign(found: Fit) -> None:
+    """A law of one sign cannot describe an outcome of the other."""
+    y, law = found.problem.y, found.problem.law
+    if (y < 0).all() and (found.predict(found.problem.x) >= 0).all():
+        raise InputError(
+            f"--columns: {law.output} is negative in every row, and law {law.name} with its bounds gives no negative "
+            "value; let its offset be negative by --formula and --parameters 'E free'"
+        )
+
+
 def _predictions(found: Fit, entry: Law, rows: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    frame, index = numbers(rows, {name: columns[name] for name in [*entry.inputs, entry.output]}, drop_missing=False)
+    """Predictions of rows of the table; observed value and relative error are null where the row has none."""
+    frame, index = numbers(rows, {name: columns[name] for name in entry.inputs}, drop_missing=False)
     predicted = found.predict({name: frame[name].to_numpy(float) for name in entry.inputs})
-    observed = frame[entry.output].to_numpy(float)
+    observed = number(rows, columns[entry.output], f"--columns: {entry.output}")
     return [
         {"row": row, "predicted": float(p), "observed": float(o), "relative_error": float(p / o - 1)}
         for row, p, o in zip(index, predicted, observed, strict=True)
@@ -184,10 +227,7 @@ def text(result: Mapping[str, Any]) -> str:
         f"n {result['n']}, objective {result['objective']:.7g} ({result['minimize']})",
     ]
     for name, value in result["parameters"].items():
-        low, high = result["intervals"].get(name, (value, value))
-        known = result["identified"].get(name)
-        note = " fixed" if known is None else "" if known else " not identified"
-        lines.append(f"  {name:8} {value:<12.6g} {f'[{low:.6g}, {high:.6g}]{note}':36} {result['meaning'][name]}")
+        lines.append(f"  {name:8} {value:<12.6g} {_interval_text(name, result):42} {result['meaning'][name]}")
     lines.append(f"  intervals: {result['interval_kind']}")
     held = result["holdout"]
     if held["n"]:
@@ -198,9 +238,24 @@ def text(result: Mapping[str, Any]) -> str:
         lines += _diagnostics_text(result["diagnostics"])
     lines += [f"  warning: {line}" for line in result["warnings"]]
     for item in result.get("predictions", []):
-        words = f"predicted {item['predicted']:.6g}, observed {item['observed']:.6g}"
-        lines.append(f"  row {item['row']}: {words}, error {item['relative_error']:+.4%}")
+        words = f"predicted {item['predicted']:.6g}"
+        if not math.isnan(item["observed"]):
+            words += f", observed {item['observed']:.6g}, error {item['relative_error']:+.4%}"
+        lines.append(f"  row {item['row']}: {words}")
     return "\n".join(lines)
+
+
+def _interval_text(name: str, result: Mapping[str, Any]) -> str:
+    """The interval of a parameter: two ends, one where the other is its bound, and whether it is identified."""
+    if name not in result["intervals"]:
+        return "fixed"
+    (low, high), known = result["intervals"][name], result["identified"][name]
+    open_low, open_high = (a == b for a, b in zip((low, high), result["bounds"][name], strict=True))
+    if open_low and open_high:
+        return "not identified"
+    if open_low or open_high:
+        return f"{f'<= {high:.6g}' if open_low else f'>= {low:.6g}'} (one-sided) not identified"
+    return f"[{low:.6g}, {high:.6g}]{'' if known else ' not identified'}"
 
 
 def _diagnostics_text(found: Mapping[str, Any]) -> list[str]:

@@ -96,9 +96,21 @@ def log1p(x: Any) -> Any:
     return x._chain(np.log1p(x.value), 1.0 / (1.0 + x.value)) if isinstance(x, Dual) else np.log1p(x)
 
 
+def softplus(x: Any) -> Any:
+    """log(1 + exp(x)) of a dual or an array, finite wherever x is."""
+    if not isinstance(x, Dual):
+        return np.logaddexp(0.0, x)
+    return x._chain(np.logaddexp(0.0, x.value), np.exp(-np.logaddexp(0.0, -x.value)))
+
+
 def minimum(x: Any, y: Any) -> Any:
     """The smaller of two duals or arrays, elementwise, with the smaller one's slope."""
     return _choose(x, y, lambda a, b: a <= b)
+
+
+def maximum(x: Any, y: Any) -> Any:
+    """The larger of two duals or arrays, elementwise, with the larger one's slope."""
+    return _choose(x, y, lambda a, b: a >= b)
 
 
 def _choose(x: Any, y: Any, first: Callable[[Array, Array], Array]) -> Any:
@@ -106,7 +118,7 @@ def _choose(x: Any, y: Any, first: Callable[[Array, Array], Array]) -> Any:
     mask = first(a, b)
     value = np.where(mask, a, b)
     parts: dict[str, Array] = {}
-    for operand, kept in ((x, mask), (y, ~mask)):
+    for operand, taken in ((x, mask), (y, ~mask)):
         for name, part in operand.parts.items() if isinstance(operand, Dual) else ():
-            parts[name] = parts.get(name, np.zeros(())) + np.where(kept, part, 0.0)
+            parts[name] = parts.get(name, np.zeros(())) + np.where(taken, part, 0.0)
     return Dual(value, parts) if parts else value

@@ -12,9 +12,15 @@ import pandas as pd
 
 from analysis.errors import InputError
 from analysis.fits.columns import chosen, evaluate, groups, number, numbers, problem
-from analysis.fits.fit import Problem
 from analysis.fits.intervals import HeldOut, hold_out
-from analysis.fits.laws import Law, law
+from analysis.fits.problem import Problem
+from analysis.laws.builtin import law
+from analysis.laws.formula import formula_law
+from analysis.laws.law import Law
+from analysis.laws.law_files import read_law
+
+FORMULA = "formula"
+"""The name of the law that `--formula` gives."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,13 @@ class Request:
     group: str | None = None
     out: Path | None = None
     source: str = ""
+    formula: str | None = None
+    parameters: str = ""
+
+    @property
+    def label(self) -> str:
+        """What to call the law in a table: its name, or its formula."""
+        return self.formula if self.law == FORMULA and self.formula else Path(self.law).stem
 
 
 def check(request: Request) -> None:
@@ -65,7 +78,7 @@ def check(request: Request) -> None:
 
 def chosen_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
     """The law with the requested scale of residuals; Huber's loss is on logarithms unless requested otherwise."""
-    entry = law(name, set(columns))
+    entry = named_law(name, columns, request)
     unknown = sorted(set(columns) - {*entry.inputs, entry.output})
     if unknown:
         raise InputError(
@@ -73,6 +86,19 @@ def chosen_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
         )
     scale = request.residuals or ("log" if request.huber is not None else entry.residuals)
     return replace(entry, residuals=scale)  # type: ignore[arg-type]
+
+
+def named_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
+    """The built-in law of that name, the law of a file, or the requested formula."""
+    if name == FORMULA:
+        if request.formula is None:
+            raise InputError("--law formula: needs --formula")
+        return formula_law(request.formula, list(columns), request.parameters, residuals=request.residuals)
+    if request.parameters:
+        raise InputError("--parameters: only with --formula; a law file has its own")
+    if name.endswith((".yaml", ".yml")):
+        return read_law(Path(name), list(columns))
+    return law(name, set(columns))
 
 
 def data(entry: Law, rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -> tuple[Problem, pd.DataFrame]:

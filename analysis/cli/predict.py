@@ -1,0 +1,286 @@
+"""The verbs `predict`, `optimum` and `select`: what follows from a fit, and which law to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from analysis.cli.options import (
+    AsJson,
+    Columns,
+    DropHighest,
+    DropMissing,
+    Fix,
+    Formula,
+    Huber,
+    LawName,
+    Parameters,
+    Residuals,
+    Seed,
+    TableFile,
+    Weights,
+    Where,
+    assignments,
+    print_json,
+)
+from analysis.errors import InputError
+
+if TYPE_CHECKING:
+    from analysis.studies.document import Fitted
+    from analysis.studies.request import Request
+
+PREDICT = (
+    "Example: python -m analysis predict --law chinchilla --data runs.csv "
+    '--columns "N=params,D=tokens,L=loss" --at N=7e9,D=1.4e12'
+)
+OPTIMUM = (
+    "Example: python -m analysis optimum --law chinchilla --data runs.csv "
+    '--columns "N=params,D=tokens,L=loss" --budget 1e21,1e22'
+)
+SELECT = (
+    "Example: python -m analysis select --law chinchilla --law outer --data runs.csv "
+    '--columns "N=params,D=tokens,L=loss" --size params'
+)
+
+
+def predict(
+    data: TableFile,
+    columns: Columns,
+    law: LawName = None,
+    formula: Formula = None,
+    parameters: Parameters = "",
+    at: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE,...", help="a point; repeat it")] = None,
+    points: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="a table of points with the law's inputs as columns")
+    ] = None,
+    huber: Huber = None,
+    residuals: Residuals = None,
+    where: Where = None,
+    drop_highest: DropHighest = 0,
+    drop_missing: DropMissing = False,
+    weights: Weights = None,
+    fix: Fix = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> int:
+    """Predict new points, with 95 % intervals of the law and of a new run."""
+    from analysis.studies.predict import predictions, text
+
+    request = _request(
+        law,
+        formula,
+        parameters,
+        columns,
+        huber=huber,
+        residuals=residuals,
+        where=where,
+        drop_highest=drop_highest,
+        drop_missing=drop_missing,
+        weights=weights,
+        fix=assignments(fix or (), "--fix"),
+        seed=seed,
+    )
+    wanted = [assignments(item.split(","), "--at") for item in at or ()]
+    item = _fitted(data, request)
+    wanted += _points(points, list(item.found.problem.law.inputs))
+    if not wanted:
+        raise InputError("--at: missing; name a point, as in --at N=7e9,D=1.4e12, or a table of them by --points")
+    found = predictions(item.found, item.profiles, wanted)
+    document = {"law": item.document["law"], "fit": item.document, "predictions": found}
+    if as_json:
+        print_json(document)
+    else:
+        print(f"{_title(item)}\n{text(found)}")
+    return 0
+
+
+def optimum(
+    data: TableFile,
+    columns: Columns,
+    budget: Annotated[str, typer.Option(metavar="FLOPS,...", help="training FLOPs to allocate")],
+    law: LawName = None,
+    formula: Formula = None,
+    parameters: Parameters = "",
+    flops: Annotated[str, typer.Option(help="training FLOPs as a formula of N and D")] = "6*N*D",
+    at: Annotated[str | None, typer.Option(metavar="NAME=VALUE,...", help="inputs other than N and D")] = None,
+    ratio: Annotated[
+        float | None, typer.Option(help="also the loss at this many tokens per parameter (over-training)")
+    ] = None,
+    group: Annotated[
+        str | None, typer.Option(metavar="EXPR", help="with --law isoflop: the compute budget of each run")
+    ] = None,
+    huber: Huber = None,
+    residuals: Residuals = None,
+    where: Where = None,
+    drop_highest: DropHighest = 0,
+    drop_missing: DropMissing = False,
+    weights: Weights = None,
+    fix: Fix = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> int:
+    """Compute-optimal N and D of a budget with 95 % intervals, from a law or from isoFLOP profiles."""
+    from analysis.studies.optimum import flops_formula, text
+    from analysis.studies.optimum import optimum as best
+
+    request = _request(
+        law,
+        formula,
+        parameters,
+        columns,
+        huber=huber,
+        residuals=residuals,
+        where=where,
+        drop_highest=drop_highest,
+        drop_missing=drop_missing,
+        weights=weights,
+        fix=assignments(fix or (), "--fix"),
+        seed=seed,
+    )
+    cost, budgets = flops_formula(flops), _budgets(budget)
+    if request.law == "isoflop":
+        item, found = _from_isoflops(data, replace(request, group=group), cost, budgets)
+    else:
+        if group is not None:
+            raise InputError("--group: only with --law isoflop")
+        item = _fitted(data, request)
+        others = assignments(at.split(",") if at else (), "--at")
+        found = [best(item.found, item.profiles, value, cost, others, ratio) for value in budgets]
+    document = {"law": request.label, "flops": flops, "fit": item.document, "optima": found}
+    if as_json:
+        print_json(document)
+    else:
+        print(f"{_title(item)}; FLOPs {flops}\n{text(found)}")
+    return 0
+
+
+def select(
+    data: TableFile,
+    columns: Columns,
+    law: Annotated[list[str] | None, typer.Option(help="a built-in law or a law file; repeat it")] = None,
+    formula: Annotated[list[str] | None, typer.Option(help="a law of your own; repeat it")] = None,
+    size: Annotated[str, typer.Option(metavar="EXPR", help="the size by which cells are held out")] = "",
+    blocks: Annotated[int, typer.Option(help="number of blocks of sizes to predict in turn")] = 4,
+    huber: Huber = None,
+    residuals: Residuals = None,
+    where: Where = None,
+    drop_highest: DropHighest = 0,
+    drop_missing: DropMissing = False,
+    weights: Weights = None,
+    seed: Seed = 0,
+    as_json: AsJson = False,
+) -> int:
+    """Compare laws by rolling hold-out: fit the smaller sizes, predict the next ones."""
+    from analysis.fits.columns import chosen, expressions, prepared
+    from analysis.records.tables import read_table
+    from analysis.studies.request import Request, check
+    from analysis.studies.select import select as compare
+    from analysis.studies.select import select_text
+
+    if not size:
+        raise InputError("--size: missing; an expression of the table's columns by which cells are held out")
+    if blocks < 1:
+        raise InputError(f"--blocks: got {blocks}, allowed: 1 or more")
+    common: dict[str, Any] = {
+        "columns": columns,
+        "huber": huber,
+        "residuals": residuals,
+        "where": where,
+        "drop_highest": drop_highest,
+        "drop_missing": drop_missing,
+        "weights": weights,
+        "seed": seed,
+    }
+    requests = [Request(law=name, **common) for name in law or ()]
+    requests += [Request(law="formula", formula=text, **common) for text in formula or ()]
+    if not requests:
+        raise InputError("--law: missing; name the laws to compare by --law and --formula")
+    check(requests[0])
+    rows = chosen(prepared(read_table(data)), where, "--where")
+    document = compare(rows, expressions(columns), requests, size, blocks)
+    if as_json:
+        print_json(document)
+    else:
+        print(select_text(document))
+    return 0
+
+
+def _request(law: str | None, formula: str | None, parameters: str, columns: str, **options: Any) -> Request:
+    """The request of a fit to a file without hold-out."""
+    from analysis.studies.request import FORMULA, Request
+
+    if (law is None) == (formula is None):
+        raise InputError("--law: one of --law and --formula is needed")
+    return Request(law or FORMULA, columns, formula=formula, parameters=parameters, holdout=0.0, **options)
+
+
+def _fitted(data: Path, request: Request) -> Fitted:
+    """The fit of a request to a file."""
+    from analysis.fits.columns import chosen, expressions, prepared
+    from analysis.records.tables import read_table
+    from analysis.studies.document import fitted
+    from analysis.studies.request import check, chosen_law
+
+    check(request)
+    table, columns = prepared(read_table(data)), expressions(request.columns)
+    rows = chosen(table, request.where, "--where")
+    return fitted(chosen_law(request.law, columns, request), rows, table, columns, request)
+
+
+def _points(path: Path | None, inputs: list[str]) -> list[dict[str, float]]:
+    """The points of a table whose columns are a law's inputs."""
+    from analysis.fits.columns import number, prepared
+    from analysis.records.tables import read_table
+
+    if path is None:
+        return []
+    table = prepared(read_table(path))
+    missing = [name for name in inputs if name not in table.columns]
+    if missing:
+        raise InputError(f"--points {path}: column {missing[0]} is missing, needed: {', '.join(inputs)}")
+    values = {name: number(table, f"`{name}`", f"--points {path}") for name in inputs}
+    return [{name: float(values[name][row]) for name in inputs} for row in range(len(table))]
+
+
+def _budgets(text: str) -> list[float]:
+    values = []
+    for part in text.split(","):
+        try:
+            value = float(part)
+        except ValueError:
+            raise InputError(f"--budget: got {part!r}, allowed: numbers above 0, separated by commas") from None
+        if not 0 < value < float("inf"):
+            raise InputError(f"--budget: got {part!r}, allowed: numbers above 0")
+        values.append(value)
+    return values
+
+
+def _from_isoflops(
+    data: Path, request: Request, cost: Any, budgets: Sequence[float]
+) -> tuple[Fitted, list[dict[str, Any]]]:
+    """The frontier through isoFLOP optima, and its size at each budget."""
+    from analysis.fits.columns import chosen, expressions, prepared
+    from analysis.records.tables import read_table
+    from analysis.studies.isoflop import isoflops
+    from analysis.studies.optimum import from_frontier
+    from analysis.studies.request import check
+
+    if request.group is None:
+        raise InputError("--group: missing; with --law isoflop, the compute budget of each run")
+    check(request)
+    rows = chosen(prepared(read_table(data)), request.where, "--where")
+    profiles = isoflops(rows, expressions(request.columns), request)
+    if profiles.frontier is None:
+        raise InputError(f"optimum: {profiles.document['frontier']['reason']}")
+    item = profiles.frontier
+    return item, [from_frontier(item.found, item.profiles, value, cost) for value in budgets]
+
+
+def _title(item: Fitted) -> str:
+    found = item.found
+    values = ", ".join(f"{name} {value:.5g}" for name, value in found.parameters.items())
+    return f"{found.problem.law.name}: {found.problem.law.formula}; n {found.problem.n}; {values}"

@@ -1,0 +1,247 @@
+"""Profile intervals: how far each parameter can move, all others refitted, before the fit is significantly worse."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from analysis.fits.fit import Fit, fit, settle
+from analysis.fits.intervals import noise_scale, scaled_jacobian, theta_variance
+from analysis.fits.problem import Problem, to_natural
+from analysis.fits.solver import minimise
+from analysis.laws.law import Parameter
+
+OPEN_AFTER = 12.0
+"""A profile on a logarithmic scale that has not risen enough at this distance (a factor e^12) is open."""
+CHECKED_FROM = 6
+"""Number of other optima from which the ends of a profile are checked."""
+NEXT_TO_BOUND = 1.10
+BETTER = 1e-7
+"""Relative gain by which a profile shows that the optimum was missed."""
+
+Ends = dict[str, tuple[float, float]]
+
+
+def profile(found: Fit, level: float = 0.95) -> Ends:
+    """Profile intervals: where the objective, minimised over all else, has risen by the level's t-quantile squared.
+
+    An end that is not reached before the parameter's bound, or within e^12 of the optimum on a logarithmic scale, is
+    the bound: the interval is one-sided, or open.
+    """
+    return _with_vanishing_terms(found, _intervals(found, level)[0], level)
+
+
+def profiled(found: Fit, level: float = 0.95) -> tuple[Fit, Ends]:
+    """The fit and its profile intervals; where a profile finds a better optimum, that one and its intervals."""
+    for _ in range(4):
+        ends, better = _intervals(found, level)
+        if better is None:
+            break
+        theta, value = settle(found.problem, *better)
+        found = replace(found, theta=theta, objective=value, bank=np.concatenate([theta[None], found.bank]), agreeing=1)
+    return found, _with_vanishing_terms(found, ends, level)
+
+
+def _intervals(found: Fit, level: float) -> tuple[Ends, tuple[np.ndarray, float] | None]:
+    """Profile intervals, and a better optimum where they find one.
+
+    Where the profile of another parameter reaches its bound, the ends are those of a rise by a tenth more: a parameter
+    next to a bounded one that is nearly collinear with it has twice the rise distributed as a mixture, chi-squared of
+    0, 1, 1 and 2 degrees of freedom in equal shares, whose 95 % quantile is 1.10 times that of chi-squared.
+    """
+    search = _Profile(found, level, np.ones(len(found.theta)))
+    ends = search.run()
+    open_ = ~np.array(list(identified(found.problem, ends).values()))
+    others = open_.sum() - open_ > 0
+    if search.better is None and others.any():
+        search = _Profile(found, level, np.where(others, NEXT_TO_BOUND, 1.0))
+        ends = search.run()
+    return ends, search.better
+
+
+def _with_vanishing_terms(found: Fit, ends: Ends, level: float) -> Ends:
+    """Widen the intervals where the data cannot tell a term of the law from nothing.
+
+    At the value 0 of some parameters (a gain, a share) others lose their meaning, so that a fit without the term has
+    1 + d parameters fewer, and the rise of one parameter's profile is compared with too small a quantile (Davies 1987,
+    Biometrika 74(1)). Where an F test on 1 + d degrees of freedom does not reject the fit without the term, its
+    parameters are open and the intervals of all others also cover those of the fit without it.
+    """
+    from scipy.special import fdtri
+
+    problem = found.problem
+    for i, lost in _vanishing(found):
+        parameter, degrees = problem.free[i], 1 + len(lost)
+        fixed = {p.name: found.parameters[p.name] for p in lost} | {parameter.name: _nothing(problem, i)}
+        without = replace(problem, fixed={**problem.fixed, **fixed})
+        if not without.free or problem.n <= len(problem.free):
+            continue
+        start = found.theta[[p.name not in fixed for p in problem.free]][None]
+        _, value = minimise(without.residual, start, problem.w[None], problem.delta, without.box)
+        limit = degrees * float(fdtri(degrees, problem.n - found.dimension, level)) * noise_scale(found)
+        if not 2 * (value[0] - found.objective) <= limit:
+            continue
+        others, _ = _intervals(fit(without), level)
+        for name, (low, high) in {**others, parameter.name: (0.0, 0.0)}.items():
+            ends[name] = (min(ends[name][0], low), max(ends[name][1], high))
+        ends |= {p.name: (p.low, p.high) for p in lost}
+    return ends
+
+
+def _vanishing(found: Fit) -> list[tuple[int, list[Parameter]]]:
+    """Parameters at whose value 0 others have no effect on the law, and those others."""
+    problem, pairs = found.problem, []
+    for i, parameter in enumerate(problem.free):
+        if not parameter.low <= 0 <= parameter.high:
+            continue
+        inside = np.where(found.bounded, problem.centre, found.theta)
+        without = inside.copy()
+        without[i] = problem.box.low[i] if parameter.log else 0.0
+        size = np.abs(problem.residual(np.stack([inside, without]))[1]).max(1)
+        lost = [p for j, p in enumerate(problem.free) if j != i and size[1, j] <= 1e-9 * size[0, j]]
+        if lost:
+            pairs.append((i, lost))
+    return pairs
+
+
+def _nothing(problem: Problem, i: int) -> float:
+    """The value 0 of a parameter, or as near as a logarithmic scale comes: not every law is defined at 0."""
+    return math.exp(problem.box.low[i]) if problem.free[i].log else 0.0
+
+
+class _Profile:
+    """The profiles of all parameters at once: a row for each parameter and side, lower sides first."""
+
+    def __init__(self, found: Fit, level: float, factor: np.ndarray) -> None:
+        from scipy.special import stdtrit
+
+        problem, p = found.problem, len(found.theta)
+        self.found, self.problem = found, problem
+        rise = 0.5 * float(stdtrit(max(problem.n - found.dimension, 1), 0.5 + level / 2)) ** 2 * noise_scale(found)
+        rises = np.maximum(np.tile(factor, 2) * rise, 1e-15 * max(found.objective, 1e-300))
+        self.target = found.objective + rises
+        self.better: tuple[np.ndarray, float] | None = None
+        self.side = np.concatenate([-np.ones(p), np.ones(p)])
+        self.which = np.tile(np.arange(p), 2)
+        errors = _theta_errors(found)[self.which]
+        self.limit = self._limits(errors)
+        self.reach = np.minimum(2 * errors, self.limit)
+        log = np.array([parameter.log for parameter in problem.free])[self.which]
+        self.reach[log] = np.minimum(self.reach[log], OPEN_AFTER / 4)
+        self.inner, self.inner_theta = np.zeros(2 * p), np.repeat(found.theta[None], 2 * p, 0)
+        self.outer = np.full(2 * p, np.nan)
+
+    def _limits(self, errors: np.ndarray) -> np.ndarray:
+        """How far each profile is followed: to the bound, or to a distance at which it is open."""
+        box, theta, free = self.problem.box, self.found.theta[self.which], self.problem.free
+        room = np.where(self.side < 0, theta - box.low[self.which], box.high[self.which] - theta)
+        far = np.where([free[i].log for i in self.which], OPEN_AFTER, 1e4 * errors)
+        inward = self.found.bounded[self.which] & (room > 0)
+        closed = [
+            math.isfinite(free[i].high if up > 0 else free[i].low) and not (free[i].log and up < 0)
+            for i, up in zip(self.which, self.side, strict=True)
+        ]
+        return np.where(inward | np.array(closed), room, np.minimum(room, far))
+
+    def run(self) -> Ends:
+        """Expand every row until it is closed or at its limit, bisect, and check the ends from other optima."""
+        self._expand(np.flatnonzero(self.limit > 0))
+        for _ in range(3):
+            self._bisect()
+            again = self._undercut()
+            if not len(again):
+                break
+            self._expand(again)
+        return self._ends()
+
+    def _value_at(self, rows: np.ndarray, distance: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Theta and objective with each row's parameter held at a distance from the optimum."""
+        p = len(self.found.theta)
+        start, free = start.copy(), np.ones((len(rows), p), bool)
+        index = np.arange(len(rows)), self.which[rows]
+        start[index] = self.found.theta[self.which[rows]] + self.side[rows] * distance
+        free[index] = False
+        weights = np.broadcast_to(self.problem.w, (len(rows), self.problem.n))
+        problem = self.problem
+        theta, value = minimise(problem.residual, start, weights, problem.delta, problem.box, free, 100)
+        best = int(np.argmin(value))
+        found = self.found.objective if self.better is None else self.better[1]
+        if value[best] < found * (1 - BETTER) - problem.negligible:
+            self.better = theta[best], float(value[best])
+        return theta, value
+
+    def _expand(self, pending: np.ndarray) -> None:
+        for _ in range(60):
+            if not len(pending):
+                return
+            theta, value = self._value_at(pending, self.reach[pending], self.inner_theta[pending])
+            above = ~(value < self.target[pending])
+            self.outer[pending[above]] = self.reach[pending[above]]
+            under = pending[~above]
+            self.inner[under], self.inner_theta[under] = self.reach[under], theta[~above]
+            pending = under[self.inner[under] < self.limit[under]]
+            self.reach[pending] = np.minimum(1.8 * self.reach[pending], self.limit[pending])
+
+    def _bisect(self) -> None:
+        for _ in range(40):
+            rows = np.flatnonzero(self.outer - self.inner > 1e-3 * self.outer)
+            if not len(rows):
+                return
+            middle = 0.5 * (self.inner[rows] + self.outer[rows])
+            theta, value = self._value_at(rows, middle, self.inner_theta[rows])
+            below = value < self.target[rows]
+            self.inner[rows] = np.where(below, middle, self.inner[rows])
+            self.inner_theta[rows] = np.where(below[:, None], theta, self.inner_theta[rows])
+            self.outer[rows] = np.where(below, self.outer[rows], middle)
+
+    def _undercut(self) -> np.ndarray:
+        """Rows whose end another optimum undercuts, moved outwards: a path of optima can miss a valley next to it."""
+        rows = np.flatnonzero(np.isfinite(self.outer))
+        if not len(rows):
+            return rows
+        again = np.zeros(len(self.outer), bool)
+        for start in _distinct(self.found.bank)[:CHECKED_FROM]:
+            theta, value = self._value_at(rows, self.outer[rows], np.repeat(start[None], len(rows), 0))
+            below = value < self.target[rows] * (1 - 1e-9)
+            moved = rows[below]
+            self.inner[moved], self.inner_theta[moved] = self.outer[moved], theta[below]
+            again[moved] = True
+        moved = np.flatnonzero(again)
+        self.reach[moved] = np.minimum(1.3 * self.outer[moved], self.limit[moved])
+        self.outer[moved] = np.nan
+        return moved[self.inner[moved] < self.limit[moved]]
+
+    def _ends(self) -> Ends:
+        """Natural values of the ends; a bound where a row is open."""
+        p = len(self.found.theta)
+        distance = 0.5 * (self.inner + self.outer)
+        ends = []
+        for row in range(2 * p):
+            parameter = self.problem.free[self.which[row]]
+            if math.isnan(distance[row]):
+                ends.append(parameter.low if self.side[row] < 0 else parameter.high)
+                continue
+            theta = self.found.theta[self.which[row]] + self.side[row] * distance[row]
+            ends.append(float(to_natural(parameter, np.array(theta))))
+        return {parameter.name: (ends[i], ends[p + i]) for i, parameter in enumerate(self.problem.free)}
+
+
+def _distinct(bank: np.ndarray) -> np.ndarray:
+    """The different members of a bank of optima, in their order."""
+    _, first = np.unique(np.round(bank, 3), axis=0, return_index=True)
+    return bank[np.sort(first)]
+
+
+def _theta_errors(found: Fit) -> np.ndarray:
+    """Standard errors in theta, as first steps of the profiles."""
+    scaled, unit = scaled_jacobian(found, bounded=True)
+    covariance = np.linalg.pinv(scaled.T @ scaled, rcond=1e-10)
+    error = np.sqrt(np.maximum(np.diag(covariance), 1e-30) * max(theta_variance(found), 1e-300)) / unit
+    return np.maximum(error, 1e-9 * (1 + np.abs(found.theta)))
+
+
+def identified(problem: Problem, ends: Ends) -> dict[str, bool]:
+    """Whether the 95 % profile of each parameter is closed on both sides."""
+    return {p.name: ends[p.name][0] > p.low and ends[p.name][1] < p.high for p in problem.free}

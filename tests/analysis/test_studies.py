@@ -1,0 +1,175 @@
+"""What follows from a fit: predictions, optima, groups, the comparison of laws, and isoFLOP budgets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from simulated_tables import TRUTH, simulated, table
+
+from analysis.__main__ import main
+from analysis.cli.fit import run
+from analysis.fits.budgets import budgets
+from analysis.fits.fit import fit
+from analysis.fits.profile import profile
+from analysis.fits.quantities import by_differences, interval, prediction
+from analysis.studies.groups import fit_groups
+from analysis.studies.request import Request
+
+
+def call(capsys: pytest.CaptureFixture[str], *options: str) -> dict:
+    assert main([*options, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> str:
+    table("chinchilla", 0.01, 1).to_csv(tmp_path / "runs.csv", index=False)
+    return str(tmp_path / "runs.csv")
+
+
+LAW = ("--law", "chinchilla", "--columns", "N=N,D=D,L=L")
+
+
+def test_interval_of_a_prediction_of_a_linear_law_is_its_t_interval() -> None:
+    problem = simulated("loglinear", 0.05, 1)
+    found = fit(problem)
+    x = np.stack([np.ones(problem.n), np.log(problem.x["R"])], 1)
+    point = np.array([1.0, np.log(1e12)])
+    variance = point @ np.linalg.inv(x.T @ x) @ point * (found.residuals**2).sum() / (problem.n - 2)
+    centre, reach = point @ list(found.parameters.values()), 2.048407 * np.sqrt(variance)
+    ends = interval(found, prediction(found, {"R": 1e12}), profile(found))
+    assert ends == pytest.approx((centre - reach, centre + reach), rel=1e-3)
+
+
+def test_interval_of_a_parameter_as_a_quantity_is_its_profile() -> None:
+    found = fit(simulated("chinchilla", 0.01, 0))
+    ends = profile(found)
+    low, high = interval(found, by_differences(lambda theta: theta[:, 3]), ends)
+    assert np.exp([low, high]) == pytest.approx(ends["alpha"], rel=2e-3)
+
+
+@pytest.mark.parametrize("offset", [1.82, pytest.param(0.0, marks=pytest.mark.slow)])
+def test_intervals_of_predictions_cover_with_and_without_a_floor(offset: float) -> None:
+    values = (
+        TRUTH["chinchilla"] | {"E": offset} | ({} if offset else {"A": 6.0, "B": 40.0, "alpha": 0.05, "beta": 0.22})
+    )
+    point = {"N": 1e11, "D": 1e13}
+    truth = np.log(offset + values["A"] * 1e11 ** -values["alpha"] + values["B"] * 1e13 ** -values["beta"])
+    hits = 0
+    for seed in range(20):
+        found = fit(simulated("chinchilla", 0.01, seed, values=values))
+        low, high = interval(found, prediction(found, point), profile(found))
+        hits += low <= truth <= high
+    assert hits >= 17
+
+
+def test_predict_prints_points_of_both_kinds(runs: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pd.DataFrame({"N": [1e9], "D": [2e10]}).to_csv(tmp_path / "points.csv", index=False)
+    document = call(
+        capsys, "predict", "--data", runs, *LAW, "--at", "N=7e10,D=1.4e12", "--points", str(tmp_path / "points.csv")
+    )
+    far, near = document["predictions"]
+    assert (far["extrapolated"], near["extrapolated"]) == (["N", "D"], [])
+    for item in (far, near):
+        (low, high), (run_low, run_high) = item["interval"], item["run_interval"]
+        assert run_low < low < item["predicted"] < high < run_high
+
+
+def test_the_optimum_is_the_analytic_one(runs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    document = call(capsys, "optimum", "--data", runs, *LAW, "--budget", "1e21,1e23", "--ratio", "100")
+    p = document["fit"]["parameters"]
+    for item in document["optima"]:
+        g = (p["alpha"] * p["A"] / (p["beta"] * p["B"])) ** (1 / (p["alpha"] + p["beta"]))
+        best = g * (item["C"] / 6) ** (p["beta"] / (p["alpha"] + p["beta"]))
+        assert item["N"] == pytest.approx(best, rel=1e-3)
+        assert item["N"] * item["D"] * 6 == pytest.approx(item["C"], rel=1e-6)
+        assert item["N_interval"][0] < item["N"] < item["N_interval"][1]
+        assert item["D_interval"][0] < item["D"] < item["D_interval"][1]
+        assert item["at_ratio"]["D"] == pytest.approx(100 * item["at_ratio"]["N"])
+        assert item["at_ratio"]["loss"] > item["loss"]
+
+
+def isoflops(scatter: float, seed: int = 0) -> pd.DataFrame:
+    """Seven sizes at each of five budgets whose FLOPs scatter about the nominal one."""
+    generator, rows = np.random.default_rng(seed), []
+    for budget in 1e18 * 3.0 ** np.arange(5):
+        for n in (budget / 6) ** 0.5 * np.geomspace(0.25, 4, 7):
+            loss = 1.8 + 400 * n**-0.34 + 400 * (budget / 6 / n) ** -0.34
+            rows.append((budget, budget * np.exp(generator.uniform(-scatter, scatter)), n, loss))
+    return pd.DataFrame(rows, columns=["nominal", "C", "N", "L"])
+
+
+@pytest.mark.parametrize("scatter", [0.0, 0.02, 0.05, 0.1])
+def test_budgets_belong_together_by_gaps_or_by_a_column(scatter: float) -> None:
+    data = isoflops(scatter)
+    by_gaps, by_column = (run(data, Request("isoflop", "N=N,L=L", group=group)) for group in ("C", "nominal"))
+    assert [group["n"] for group in by_gaps["groups"]] == [7] * 5
+    assert [group["C"] for group in by_column["groups"]] == pytest.approx(1e18 * 3.0 ** np.arange(5))
+    for kind in ("frontier", "frontier_unweighted"):
+        assert by_gaps[kind]["parameters"]["a"] == pytest.approx(0.5, abs=0.02)
+
+
+def test_close_budgets_of_exact_flops_stay_apart() -> None:
+    assert len(set(budgets(np.repeat(1e18 * 1.1 ** np.arange(6), 5)))) == 6
+    assert len(set(budgets(np.array([1e18, 1.03e18, 1.05e18])))) == 1
+
+
+def test_an_unidentified_optimum_takes_no_part_in_the_frontier() -> None:
+    data = isoflops(0.0)
+    rows = data["nominal"] == data["nominal"].max()
+    data.loc[rows, "L"] = 2.5 + np.random.default_rng(0).normal(0, 0.2, int(rows.sum()))
+    found = run(data, Request("isoflop", "N=N,L=L", group="nominal"))
+    assert found["unidentified"] == [data["nominal"].max()]
+    assert found["frontier"]["n"] == 4
+
+
+def test_the_optimum_from_isoflops_is_the_frontier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    isoflops(0.0).to_csv(tmp_path / "runs.csv", index=False)
+    options = ("--law", "isoflop", "--columns", "N=N,L=L", "--group", "C", "--budget", "1e19,1e22")
+    inside, outside = call(capsys, "optimum", "--data", str(tmp_path / "runs.csv"), *options)["optima"]
+    assert inside["N"] == pytest.approx((1e19 / 6) ** 0.5, rel=0.05)
+    assert (inside["inside"], outside["inside"]) == (True, False)
+
+
+def test_groups_share_what_is_stated_and_a_test_tells_whether_they_may() -> None:
+    equal = pd.concat([table("power", 0.01, 0).assign(g="a"), table("power", 0.01, 1).assign(g="b")])
+    equal.loc[equal["g"] == "b", "y"] *= 1.5
+    found = fit_groups(equal, Request("power", "x=x,y=y"), "g", ["alpha"])
+    assert {item["group"] for item in found["groups"]} == {"a", "b"}
+    assert set(found["shared"]["parameters"]) == {"alpha", "E[a]", "A[a]", "E[b]", "A[b]"}
+    low, high = found["shared"]["intervals"]["alpha"]
+    assert low <= TRUTH["power"]["alpha"] <= high
+    assert all(high - low < item["intervals"]["alpha"][1] - item["intervals"]["alpha"][0] for item in found["groups"])
+    assert found["test"]["degrees"] == [1, 74]
+    assert found["test"]["p"] > 0.01
+    x = equal.loc[equal["g"] == "b", "x"]
+    equal.loc[equal["g"] == "b", "y"] = 1.7 + 40 * x**-0.4
+    assert fit_groups(equal, Request("power", "x=x,y=y"), "g", ["alpha"])["test"]["p"] < 1e-6
+
+
+def test_rolling_holdout_selects_the_true_law(runs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    laws = ("--law", "chinchilla", "--law", "outer", "--formula", "L = E + A*N**-a", "--law", "capacity")
+    columns = ("--columns", "N=N,D=D,L=L", "--size", "N")
+    document = call(capsys, "select", "--data", runs, *laws, *columns)
+    assert document["selected"] == "chinchilla"
+    assert "capacity" in document["refused"]
+    errors = {item["law"]: item["mean_error"] for item in document["laws"]}
+    assert errors["chinchilla"] < errors["L = E + A*N**-a"]
+
+
+def test_rows_to_predict_need_no_outcome() -> None:
+    data = table("chinchilla", 0.01, 0)
+    data.loc[70:, "L"] = np.nan
+    found = run(data, Request("chinchilla", "N=N,D=D,L=L", where="L == L", predict="L != L"))
+    assert len(found["predictions"]) == 10
+    assert all(np.isnan(item["observed"]) and item["predicted"] > 0 for item in found["predictions"])
+
+
+def test_a_law_of_one_sign_refuses_an_outcome_of_the_other(runs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--law", "chinchilla", "--columns", "N=N,D=D,L=-L", "--residuals", "linear")
+    assert main(["fit", "--data", runs, *options]) == 2
+    assert "L is negative in every row" in capsys.readouterr().err
