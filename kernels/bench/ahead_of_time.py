@@ -46,7 +46,7 @@ DEVICES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch of a compiled kernel. Launches with an equal `cubin` are the same compiled variant."""
+    """One launch of a compiled kernel. `variant` names what was compiled: kernel, constants and specialization."""
 
     kernel: str
     architecture: int
@@ -55,6 +55,7 @@ class Launch:
     shared: int
     cubin: bytes
     constants: dict[str, Any]
+    variant: str
 
 
 @contextmanager
@@ -101,6 +102,7 @@ class _Driver:
                     shared=metadata.shared,
                     cubin=cubin,
                     constants=constants,
+                    variant=metadata.hash,
                 )
             )
 

@@ -81,7 +81,7 @@ def compile_call(call: Call, architecture: int) -> list[Compiled] | Failure:
     except Exception as error:  # whatever the compiler raises is the result
         text = f"{type(error).__name__}: {error}".strip().splitlines()
         return Failure(call.shape, f"sm_{architecture}", text[-1])
-    variants = {launch.cubin: launch for launch in launches}
+    variants = {launch.variant: launch for launch in launches}
     return [predict(launch, call.shape) for launch in variants.values()]
 
 

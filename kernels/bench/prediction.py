@@ -22,6 +22,7 @@ REGISTERS, MAX_WARPS, MAX_BLOCKS = 65_536, 64, 32
 """Of a multiprocessor, on sm_80 to sm_100."""
 RESERVED_SHARED = 1024
 """Bytes of shared memory that the system takes per block."""
+CONVERSIONS = ("I2F", "F2I")
 REGISTER_UNIT = 8
 """Registers of a thread are allocated in multiples of this."""
 
@@ -47,6 +48,7 @@ class Compiled:
     occupancy: float
     in_flight: int
     needed: int
+    conversions: list[str]
     roof_share: float
     basis: str = "predicted"
 
@@ -74,6 +76,7 @@ def predict(launch: Launch, shape: str) -> Compiled:
         occupancy=round(blocks * launch.warps / MAX_WARPS, 3),
         in_flight=in_flight,
         needed=round(needed),
+        conversions=sorted({i.name for i in code.instructions if i.operation in CONVERSIONS}),
         roof_share=round(min(1.0, in_flight / needed, seconds_moving / seconds_issuing), 3),
     )
 
