@@ -123,7 +123,7 @@ class TrainConfig(Frozen):
         return fields
 
     def problems(self) -> list[tuple[str, object, str]]:
-        """Inconsistencies between fields: (field, value, what is allowed)."""
+        """Return inconsistencies between fields: (field, value, what is allowed)."""
         problems: list[tuple[str, object, str]] = []
         if (self.tokens is None) == (self.epochs is None):
             problems.append(("tokens", self.tokens, "exactly one of tokens and epochs"))
@@ -195,16 +195,17 @@ class Cell(Frozen):
             ("train", self.train),
             ("data.tokenizer", self.data.tokenizer),
         ):
-            for field, given, allowed in part.problems():
-                raise ValueError(f"{name}.{field}: got {given!r}, allowed: {allowed}")
+            for field, value, allowed in part.problems():
+                raise ValueError(f"{name}.{field}: got {value!r}, allowed: {allowed}")
         return self
 
     def with_evaluations(self, configs: tuple[EvalConfig, ...]) -> Cell:
-        """The cell with more evaluations, without the tasks that it already has with the same settings."""
+        """Return the cell with more evaluations, skipping tasks that it already has with the same settings."""
         evaluations = self.evaluate
         for config in configs:
             settings = config.num_fewshot, config.limit
-            present = {task for one in evaluations for task in one.tasks if (one.num_fewshot, one.limit) == settings}
+            same_settings = [other for other in evaluations if (other.num_fewshot, other.limit) == settings]
+            present = {task for other in same_settings for task in other.tasks}
             if new := tuple(task for task in dict.fromkeys(config.tasks) if task not in present):
                 evaluations += (config.model_copy(update={"tasks": new}),)
         return self.model_copy(update={"evaluate": evaluations})
@@ -234,7 +235,7 @@ class Cell(Frozen):
 
 
 def with_current_names(cell: dict[str, Any]) -> dict[str, Any]:
-    """The `cell` block of a record, which may be older than the last rename, under today's field names."""
+    """Return the `cell` block of a record under current field names; the record may be older than a rename."""
     train = cell.get("train")
     if not isinstance(train, dict) or "optimizer" not in train:
         return cell
@@ -243,7 +244,7 @@ def with_current_names(cell: dict[str, Any]) -> dict[str, Any]:
 
 
 def variants(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
-    """The settings that distinguish each cell, by run name.
+    """Return the settings that distinguish each cell, by run name.
 
     These are the settings that differ from the most common value within the same family and base size; if no value is
     the most common, every cell's own. Names are dotted, without `model.`. Half keys and seeds are left out, since the
@@ -260,7 +261,7 @@ def variants(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
             values = {run: json.dumps(fields.get(key)) for run, fields in settings.items()}
             counts = Counter(values.values()).most_common(2)
             usual = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else None
-            shown = key.replace("fingerprint", "path")  # a path tells a reader more than the hash of its content
+            shown = key.replace("fingerprint", "path")  # a path is easier to recognise than the hash of its content
             for run, value in values.items():
                 if value != usual:
                     distinct[run][shown.removeprefix("model.")] = settings[run].get(shown)
@@ -268,13 +269,13 @@ def variants(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
 
 
 def display_name(run: str, variant: dict[str, Any]) -> str:
-    """A run's name, and on a second line the settings that distinguish it."""
+    """Return a run's name and, on a second line, the settings that distinguish it."""
     settings = " ".join(f"{key}={value}" for key, value in variant.items())
     return f"{run}\n  {settings}" if settings else run
 
 
 def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping with dotted keys; lists and scalars are values."""
+    """Flatten nested mappings to one mapping with dotted keys; lists and scalars are values."""
     flattened: dict[str, Any] = {}
     for key, value in nested.items():
         flattened |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}

@@ -1,7 +1,7 @@
 """Checks a family from outside the package before anything is trained.
 
-Its modules must keep shape and dtype, count all of their parameters and matrix products, and, in evaluation mode, must
-not look at later tokens.
+Its modules must preserve shape and dtype, and must count all of their parameters and matrix products. In evaluation
+mode they must not use later tokens.
 
 Shapes: B rows, T tokens a row, V vocabulary.
 """
@@ -22,17 +22,17 @@ from suite.models.registry import ModelConfig
 from suite.models.transformer import Block, Transformer, build
 
 TOKENS = 8
-"""Tokens per row when shapes are checked, and the vocabulary where the base names none."""
+"""Tokens per row when shapes are checked, and the vocabulary size for bases that define none."""
 CAUSALITY_TOKENS = 97
 """Tokens per row when causality is checked."""
 PRODUCT_TOKENS = 1024
 """Tokens per row when matrix products are counted."""
 PRODUCT_TOLERANCE = 1.1
-"""Largest ratio of measured to counted matrix products: experts are padded to whole numbers of tokens."""
+"""Largest ratio of measured to counted matrix products: experts are padded to whole tokens."""
 MAX_BUILT_PARAMETERS = 20_000_000
 """Largest model that is built on the CPU for the checks that need values."""
 CAUSALITY_TOLERANCE = 1e-3
-"""Largest change of earlier logits, in their standard deviations; products of other shapes round differently."""
+"""Largest change of earlier logits, in their standard deviations; matrix products of other shapes round differently."""
 
 
 def check(config: ModelConfig) -> None:
@@ -41,8 +41,8 @@ def check(config: ModelConfig) -> None:
     The model runs on the meta device. A small one also runs on the CPU, where causality is checked.
 
     Raises:
-        UserError: Names the file, the family and the module: another shape or dtype than its input's, parameters or
-            products that `cost()` leaves out, logits that depend on later tokens, or any exception in its code.
+        UserError: A module changes the shape or dtype of its input, its `cost()` omits parameters or matrix products,
+            logits depend on later tokens, or its code raises. The message names the file, the family and the module.
     """
     path = registry.family(config.family).path
     assert path is not None, f"{config.family} is not from a baseline's file"
@@ -59,7 +59,7 @@ def check(config: ModelConfig) -> None:
 
 
 def _check_shapes_and_products(model: Transformer) -> bool:
-    """Check shapes and products; False if the model cannot run on its device, which lacks values or an operator."""
+    """Check shapes and products; return False if the device cannot run the model, for lack of values or an operator."""
     try:
         _check_shapes(model)
         _check_products(model)
@@ -126,7 +126,7 @@ def _check_products(model: Transformer) -> None:
 
 @torch.no_grad()
 def _check_causality(model: Transformer) -> None:
-    """Raise ValueError if later tokens change earlier logits; weights are perturbed so that zeros hide nothing."""
+    """Raise ValueError if later tokens change earlier logits; weights are perturbed so that zeros do not hide it."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.is_floating_point():
@@ -140,5 +140,5 @@ def _check_causality(model: Transformer) -> None:
     if not change < CAUSALITY_TOLERANCE:
         raise ValueError(
             f"in evaluation mode, later tokens change a token's logits by {change:.2g} standard deviations; a module "
-            "may look at earlier tokens only"
+            "must use earlier tokens only"
         )

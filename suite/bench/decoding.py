@@ -2,7 +2,7 @@
 
 The rows that a batch reads from a table are memory traffic that grows with the batch, while a dense layer reads its
 weights once per batch, so the faster of the two depends on the batch and the table. The models take turns within every
-round, because other work on the machine slows all of them, and ratios are to the dense model in the same round. The
+round, so that other work on the machine slows all of them; ratios are to the dense model in the same round. The
 models are untrained. With one CPU thread its CPU time is measured, which other processes hardly affect; otherwise
 wall-clock time. Shapes: B sequences.
 """
@@ -70,7 +70,7 @@ def configurations(base: str, half_keys: Iterable[int]) -> list[ModelConfig]:
     """
     if base not in SIZES:
         raise UserError(f"--base: got {base!r}, allowed: {', '.join(SIZES)}")
-    found = []
+    configs = []
     for name in sorted(registry.families(), key=lambda name: name != "dense"):
         options = registry.family(name).config
         sides: list[dict[str, int]] = (
@@ -82,12 +82,12 @@ def configurations(base: str, half_keys: Iterable[int]) -> list[ModelConfig]:
                 config = options.model_validate(fields)
             except ValidationError as error:
                 raise UserError(f"family {name}: {explain(error, options, fields)}") from None
-            for field, given, allowed in config.problems():
-                raise UserError(f"--half-keys: {name}: {field}: got {given!r}, allowed: {allowed}")
+            for field, value, allowed in config.problems():
+                raise UserError(f"--half-keys: {name}: {field}: got {value!r}, allowed: {allowed}")
             if registry.family(name).source:
                 checks.check(config)
-            found.append(config)
-    return found
+            configs.append(config)
+    return configs
 
 
 def decode_speeds(
@@ -97,20 +97,21 @@ def decode_speeds(
 
     Args:
         configs: The models, dense first.
-        batches: Numbers of sequences that are decoded together.
-        context: Tokens that are read before the measurement.
+        batches: Batch sizes, in sequences.
+        context: Tokens in the cache when the measurement starts.
         steps: Decoding steps per round, of one token each.
         rounds: Rounds in which every model takes one turn.
+
+    Returns:
+        One speed per batch size and model, in this order.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     measured = []
     for batch in batches:
         built = [_built(config, device) for config in configs]
         turns = track(range(rounds + 1), f"batch {batch}, {len(built)} models", console=Console(stderr=True))
-        seconds = [[_seconds(model, batch, context, steps) for model in built] for _ in turns][
-            1:
-        ]  # the first round is a warm-up
-        times = np.array(seconds) / steps
+        seconds = [[_seconds(model, batch, context, steps) for model in built] for _ in turns]
+        times = np.array(seconds[1:]) / steps  # the first round is a warm-up
         for index, (config, model) in enumerate(zip(configs, built, strict=True)):
             measured.append(_result(config, model, batch, context, times[:, index], times[:, 0]))
     return measured
@@ -127,7 +128,7 @@ def _built(config: ModelConfig, device: torch.device) -> Transformer:
 
 @torch.inference_mode()
 def _seconds(model: Transformer, batch: int, context: int, steps: int) -> float:
-    """Return the seconds of `steps` decoding steps, without reading the context."""
+    """Return the seconds of `steps` decoding steps; reading the context is not included."""
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     tokens_BT = torch.randint(model.vocab_size, (batch, context), generator=generator).to(device)

@@ -1,7 +1,7 @@
 """CPU time and peak memory of reading many finished runs: status, dry run, frame and report.
 
 The runs are synthetic: nothing is trained. Cells, accounts, versions, key usage and the form of the scores come from
-the code that makes them for real; losses and bits learned follow a logistic curve in the logarithm of exposures.
+the same code as those of trained runs; losses and bits learned follow a logistic curve in the logarithm of exposures.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ COMMANDS = {
     "analysis frame, again": ("analysis", "frame", "--results", "{results}", "--grid", GRID, "--out", "{frame}"),
     "analysis report, again": ("analysis", "report", "--results", "{results}", "--grid", GRID),
 }
-"""What is measured, in this order: the report finds what the frame has cached."""
+"""The commands, in order of measurement; the report uses the cache that the frame has written."""
 
 
 def record_costs(folder: Path, runs: int) -> list[dict[str, Any]]:
-    """Measure every command on at least `runs` finished runs below `folder`, which are made if they are missing.
+    """Measure every command on at least `runs` finished runs below `folder`; missing ones are made.
 
     Returns:
         Rows of command, runs, cpu_s (user and system), wall_s and peak_mb; the figures are None where the command
@@ -73,8 +73,8 @@ pid = os.posix_spawn(sys.executable, [sys.executable, *sys.argv[2:]], os.environ
 _, status, usage = os.wait4(pid, 0)
 print(json.dumps([status, usage.ru_utime + usage.ru_stime, time.perf_counter() - started, usage.ru_maxrss]))
 """
-"""Runs a command and prints its costs. A process of its own: Linux counts the peak memory of a process from its
-parent's size at the fork, and ours holds torch."""
+"""A program that runs a command and prints its costs. It has its own process, because Linux starts the peak memory of a
+process at the size of its parent at the fork, and this process has loaded torch."""
 
 
 def _measure(command: list[str]) -> dict[str, float | None]:
@@ -95,7 +95,7 @@ def _measure(command: list[str]) -> dict[str, float | None]:
 def write_runs(folder: Path, runs: int) -> Grid:
     """Write the laptop grid with more seeds, at least `runs` cells, and a finished run of each; returns the grid.
 
-    Runs that are there already are left as they are.
+    Existing runs are not changed.
     """
     source = folder / f"{GRID}.yaml"
     folder.mkdir(parents=True, exist_ok=True)
@@ -114,7 +114,7 @@ def write_runs(folder: Path, runs: int) -> Grid:
 
 
 def _with_seeds(runs: int) -> dict[str, Any]:
-    """The laptop grid with as many seeds in each block as `runs` cells need."""
+    """Return the laptop grid with enough seeds in each block for `runs` cells."""
     laptop = find_grid("laptop")
     content = read_mapping(laptop)
     variants = {cell.model_copy(update={"seed": 0}).hash8 for cell in load_grid(str(laptop)).cells}
@@ -125,7 +125,7 @@ def _with_seeds(runs: int) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Template:
-    """What all runs of a variant share.
+    """The contents that all runs of a variant share.
 
     `usage` is usage.json's content without run and step, `line_usage` the `usage` of a line of train.jsonl as JSON
     text, `scores` the content of each evaluation's file, and `exposures` the exposures at half of the bits.
@@ -141,7 +141,7 @@ class _Template:
 
     @classmethod
     def of(cls, cell: Cell, cache: Path, others: Iterable[_Template]) -> _Template:
-        """Build the template from an untrained model of the cell, with the scores of `others` where they have them."""
+        """Build the template from an untrained model of the cell, reusing scores of the templates in `others`."""
         corpus = prepare(cell.data, cache=cache)
         loader = corpus.loader(cell.seed, cell.train.batch_rows)
         accounted = account(cell.model, corpus.vocab_size, cell.data.seq_len).to_json()
@@ -167,15 +167,15 @@ class _Template:
 
     def write(self, run: RunDir, cell: Cell) -> None:
         """Write the finished run: cell.json, train.jsonl, eval/, usage.json, one empty checkpoint and state.json."""
-        numbers = np.random.default_rng([cell.seed, int(cell.hash8, 16)])
-        exposures = self.exposures * float(np.exp(0.1 * numbers.standard_normal()))
+        generator = np.random.default_rng([cell.seed, int(cell.hash8, 16)])
+        exposures = self.exposures * float(np.exp(0.1 * generator.standard_normal()))
         (run.path / "eval").mkdir(parents=True, exist_ok=True)
         run.write_cell(cell, **self.facts)
-        lines, step = self._lines(cell, exposures, numbers)
+        lines, step = self._lines(cell, exposures, generator)
         run.train_path.write_text("".join(lines))
         share = _learned(step * cell.train.batch_rows / self.rows_per_epoch, exposures)
         for hash8, scores in self.scores.items():
-            content = _scored(scores, share, numbers) | {"run": run.name, "step": step}
+            content = _scored(scores, share, generator) | {"run": run.name, "step": step}
             (run.path / "eval" / f"{hash8}.json").write_text(json.dumps(content, indent=1) + "\n")
         if registry.family(cell.model.family).has_memory:
             usage = {"run": run.name, "step": step, **self.usage}
@@ -183,11 +183,11 @@ class _Template:
         (run.checkpoints / f"step-{step}").mkdir(parents=True, exist_ok=True)
         run.set_state("done", progress=1.0, eta_s=0.0, started=0.0, finished=float(step), trained=True, log=None)
 
-    def _lines(self, cell: Cell, exposures: float, numbers: np.random.Generator) -> tuple[list[str], int]:
-        """The lines of train.jsonl, and the last step: two probes past the share at which the cell stops."""
+    def _lines(self, cell: Cell, exposures: float, generator: np.random.Generator) -> tuple[list[str], int]:
+        """Return the lines of train.jsonl and the last step, at which two probes are past the cell's stopping share."""
         tokens_per_step = cell.train.batch_rows * cell.data.seq_len
-        flops, seconds = self.facts["account"]["flops_per_token"], 0.02 + 0.002 * numbers.random()
-        noise = numbers.standard_normal((self.steps + 1, 2)) * (0.05, 0.01)
+        flops, seconds = self.facts["account"]["flops_per_token"], 0.02 + 0.002 * generator.random()
+        noise = generator.standard_normal((self.steps + 1, 2)) * (0.05, 0.01)
         probes, is_past = probe_steps(cell.train, self.steps), False
         lines: list[str] = []
         for step in range(1, self.steps + 1):
@@ -231,31 +231,31 @@ class _Template:
 
 
 def _learned(epoch: float, exposures: float) -> float:
-    """The share of bits learned after `epoch` exposures, a half at `exposures`."""
+    """Return the share of bits learned after `epoch` exposures; it is a half at `exposures`."""
     return 1.0 / (1.0 + (exposures / epoch) ** 3)
 
 
 def _probe(scores: dict[str, dict[str, Any]], share: float) -> dict[str, Any]:
-    """The scores of a probe, of the tasks that are bits learned of attributes."""
+    """Return the scores of a probe for the tasks that measure bits learned."""
     tasks = {name: task for content in scores.values() for name, task in content["tasks"].items()}
-    found = {}
+    probe_scores = {}
     for name, task in tasks.items():
         if "bits_max" in task["metrics"]:
             most = task["metrics"]["bits_max"]["value"]
             bits = most * share
             nll = (most - bits) * math.log(2.0) / task["n"]
-            found[name.removeprefix("bios_")] = {
+            probe_scores[name.removeprefix("bios_")] = {
                 "bits": bits,
                 "bits_max": most,
                 "nll": nll,
                 "recall": min(1.0, max(0.0, share)),
                 "n": task["n"],
             }
-    return found
+    return probe_scores
 
 
-def _scored(scores: dict[str, Any], share: float, numbers: np.random.Generator) -> dict[str, Any]:
-    """An evaluation's file with the scores of a model that knows `share` of the facts."""
+def _scored(scores: dict[str, Any], share: float, generator: np.random.Generator) -> dict[str, Any]:
+    """Return an evaluation's file with the scores of a model that knows `share` of the facts."""
     content = copy.deepcopy(scores)
     for task in content["tasks"].values():
         metrics = task["metrics"]
@@ -268,5 +268,5 @@ def _scored(scores: dict[str, Any], share: float, numbers: np.random.Generator) 
                 metric["value"] = share
         for name, answers in (task.get("answers") or {}).items():
             if isinstance(answers, str):
-                task["answers"][name] = "".join("01"[hit] for hit in (numbers.random(len(answers)) < share).tolist())
+                task["answers"][name] = "".join("01"[hit] for hit in (generator.random(len(answers)) < share).tolist())
     return content

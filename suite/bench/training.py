@@ -31,8 +31,8 @@ class StepSpeed:
     """The training step of one model.
 
     `step_ms` and `tokens_per_s` are medians over rounds, the ratios those of tokens per second to dense in the same
-    round, and `peak_bytes` the most bytes of live tensors, weights and moments included. `ffn_hidden` is None for the
-    width of the base; `optimizer` is that of the table, None without a table.
+    round, and `peak_bytes` the peak of live tensors in bytes, weights and moments included. `ffn_hidden` is None for
+    the width of the base; `optimizer` is that of the table, or None.
     """
 
     family: str
@@ -58,6 +58,9 @@ def contenders(cells: Iterable[Cell], half_keys: Sequence[int] = ()) -> list[Cel
         cells: The cells to choose from; of equal models the first is taken.
         half_keys: Sides of the tables to measure; empty: those of the cells.
 
+    Returns:
+        The cells, with each table size and each table optimizer.
+
     Raises:
         UserError: A model cannot have a table of this size.
     """
@@ -70,15 +73,15 @@ def contenders(cells: Iterable[Cell], half_keys: Sequence[int] = ()) -> list[Cel
 
 
 def _variants(cell: Cell, half_keys: Sequence[int]) -> Iterator[Cell]:
-    """Yield the cell with each table size and each table optimizer; unchanged, if its model has no table."""
+    """Yield the cell with each table size and each table optimizer; unchanged if its model has no table."""
     own = cell.model.table_side
     if own is None:
         yield cell
         return
     for count in half_keys or (own,):
         model = cell.model.model_copy(update={"half_keys": count})
-        for _, given, allowed in model.problems():
-            raise UserError(f"--half-keys: got {given}, allowed: {allowed}")
+        for _, value, allowed in model.problems():
+            raise UserError(f"--half-keys: got {value}, allowed: {allowed}")
         for optimizer in ("row_wise", "dense"):
             train = cell.train.model_copy(update={"table_optimizer": optimizer})
             yield cell.model_copy(update={"model": model, "train": train})
@@ -92,6 +95,9 @@ def step_speeds(models: Sequence[Cell], cache: Path, rounds: int = 8, steps: int
         cache: Folder of tokenized corpora.
         rounds: Rounds in which every model takes one turn; one more precedes them as a warm-up.
         steps: Training steps per turn.
+
+    Returns:
+        One speed per model, in order.
     """
     prepared = {cell.data.model_dump_json(): prepare(cell.data, cache) for cell in models}
     corpora = [prepared[cell.data.model_dump_json()] for cell in models]
@@ -136,7 +142,7 @@ def step_speeds(models: Sequence[Cell], cache: Path, rounds: int = 8, steps: int
 
 
 def _peak_bytes(make: Callable[[], Trainer]) -> int:
-    """Return the most bytes of live tensors while a trainer is made and takes two steps."""
+    """Return the peak of live tensors in bytes while a trainer is made and takes two steps."""
     with LiveBytes() as live:
         trainer = make()
         for _ in range(2):  # the first step allocates the moments

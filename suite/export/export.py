@@ -40,13 +40,13 @@ def export(model: Transformer, target: Path, corpus: Corpus | None = None, seq_l
         UserError: The folder cannot be created or is not empty.
     """
     if target.exists() and not target.is_dir():
-        raise UserError(f"--to: got {target}, which is a file, allowed: a new or an empty folder")
+        raise UserError(f"--to: got {target}, which is a file, allowed: a new or empty folder")
     if target.exists() and any(target.iterdir()):
-        raise UserError(f"--to: got {target}, which holds files, allowed: a new or an empty folder")
+        raise UserError(f"--to: got {target}, which holds files, allowed: a new or empty folder")
     try:
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--to: got {target}: {error.strerror}, allowed: a new or an empty folder") from None
+        raise UserError(f"--to: got {target}: {error.strerror}, allowed: a new or empty folder") from None
     if model.config.family == "dense":
         weights = {llama_name(name): value for name, value in model.state_dict().items()}
         config = llama_config(model, seq_len)
@@ -90,6 +90,6 @@ def _write_sources(model: Transformer, target: Path) -> None:
     """Write the modelling file, the modules it imports and, for an external family, the baseline's file."""
     origin = registry.family(model.config.family).path
     extra = {} if origin is None else {"baseline.py": origin.read_text()}
-    replaced = {"kernels.dispatch": "suite.export.torch_only"}
-    for name, source in bundle("suite.export.modeling", MODELING, extra, instead=replaced).items():
+    replacements = {"kernels.dispatch": "suite.export.torch_only"}
+    for name, source in bundle("suite.export.modeling", MODELING, extra, replacements).items():
         (target / name).write_text(source)

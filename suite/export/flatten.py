@@ -14,29 +14,29 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def bundle(
-    entry: str, name: str, extra: dict[str, str] | None = None, instead: dict[str, str] | None = None
+    entry: str, name: str, extra: dict[str, str] | None = None, replacements: dict[str, str] | None = None
 ) -> dict[str, str]:
-    """Collect a module and every module of the project that it imports, directly or not.
+    """Collect a module and every module of the project that it imports, directly or indirectly.
 
     Args:
         entry: The module to start from.
         name: The name of its file in the bundle, without `.py`.
         extra: Further sources by file name. Their imports are rewritten too, and `entry` imports them.
-        instead: Modules that are replaced by others.
+        replacements: Modules to copy in place of others, by the name of the module they replace.
 
     Returns:
         The sources by file name.
     """
     files: dict[str, str] = {}
-    waiting = [(entry, name, _path(entry).read_text())]
-    waiting += [("", file.removesuffix(".py"), source) for file, source in (extra or {}).items()]
+    pending = [(name, _path(entry).read_text())]
+    pending += [(file.removesuffix(".py"), source) for file, source in (extra or {}).items()]
     done = {entry}
-    while waiting:
-        _, flat, source = waiting.pop()
+    while pending:
+        flat, source = pending.pop()
         files[f"{flat}.py"], needed = rewritten(source)
         for module in sorted(needed - done):
             done.add(module)
-            waiting.append((module, flat_name(module), _path((instead or {}).get(module, module)).read_text()))
+            pending.append((flat_name(module), _path((replacements or {}).get(module, module)).read_text()))
     flat_names = sorted(file.removesuffix(".py") for file in files if file != f"{name}.py")
     imports = "".join(f"from .{other} import __name__ as _{other}  # noqa: F401\n" for other in flat_names)
     files[f"{name}.py"] += f"\n# Imported by name, so that transformers copies them.\n{imports}"
@@ -44,7 +44,7 @@ def bundle(
 
 
 def rewritten(source: str) -> tuple[str, set[str]]:
-    """Return a module's source with the project's imports made relative, and the modules that these import."""
+    """Return a module's source with the project's imports made relative, and the modules that those name."""
     lines, needed = source.splitlines(), set()
     for node in ast.walk(ast.parse(source)):
         if not isinstance(node, ast.ImportFrom) or not node.module or node.module.split(".")[0] not in PACKAGES:

@@ -44,7 +44,7 @@ def llama_name(name: str) -> str:
 
 
 def llama_config(model: Transformer, seq_len: int) -> dict[str, Any]:
-    """Return the contents of config.json for a dense model; `seq_len` is the number of tokens of a row."""
+    """Return the contents of config.json for a dense model; `seq_len` is the number of tokens per row."""
     size = model.size
     return {
         "architectures": ["LlamaForCausalLM"],
@@ -111,9 +111,9 @@ def _imported_config(path: Path, config: dict[str, Any]) -> ModelConfig:
             "hidden_size / num_attention_heads",
         ),
     ]
-    for field, value, is_right, words in allowed:
-        if not is_right(value):
-            raise UserError(f"{path}: {field}: got {value!r}, allowed: {words}")
+    for field, value, is_supported, description in allowed:
+        if not is_supported(value):
+            raise UserError(f"{path}: {field}: got {value!r}, allowed: {description}")
     return ModelConfig(
         family="dense",
         base=bases[theta],

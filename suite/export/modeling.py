@@ -1,7 +1,7 @@
 """The project's models as transformers models; copied into exports together with the modules that it imports.
 
-Padding, as `attention_mask` gives it, must be at the left or at the right of whole rows; with a cache the mask also
-covers the cached tokens. Only growing caches work (DynamicCache, the default of `generate`).
+`attention_mask` may mark padding at the left or at the right of rows; with a cache, the mask also covers the cached
+tokens. Only growing caches work (DynamicCache, the default of `generate`).
 
 Shapes: B rows, T tokens of the call, L tokens of the cache and the call, G key-value heads, K head width, V vocabulary.
 """
@@ -36,7 +36,7 @@ class NextParameterConfig(PreTrainedConfig):
 
 
 class CacheAdapter(transformer.Cache):
-    """Presents a transformers cache as ours. Token ids are stored as one more layer after the others."""
+    """Gives a transformers cache the interface of `transformer.Cache`. Token ids are stored as one additional layer."""
 
     def __init__(self, cache: Cache, layers: int) -> None:
         self.cache, self.layers, self.length = cache, layers, cache.get_seq_length()
@@ -86,11 +86,11 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
         """Compute logits [B, T, V] and, with `labels`, the mean loss.
 
         Args:
-            input_ids: Token ids [B, T], which continue those of the cache.
+            input_ids: Token ids [B, T], which follow the cached tokens.
             attention_mask: 1 for tokens, 0 for padding, [B, L].
             past_key_values: The cache; `cache` is another name for it.
             labels: Target ids [B, T], which are shifted here.
-            use_cache: Whether to create a cache if none is given; None: as the configuration says.
+            use_cache: Whether to create a cache if there is none; None: the configuration's `use_cache`.
             return_dict: False returns a tuple.
             cache: The cache.
             **kwargs: Ignored.
@@ -124,4 +124,4 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
         return self.model.embedding
 
     def _init_weights(self, module: torch.nn.Module) -> None:
-        """Do nothing: all weights come from the export."""
+        """Do nothing, since all weights come from the export."""

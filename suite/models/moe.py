@@ -33,8 +33,8 @@ def tally(expert: Tensor, experts: int) -> Tensor:
 class Experts(nn.Module):
     """E SwiGLUs, each applied to its own tokens.
 
-    `busiest` is the number of tokens of the busiest expert over the mean. Only the meta device uses it, where routing
-    has no values to count.
+    `busiest` is the load of the busiest expert relative to the mean load. It is used on the meta device only, where
+    routing has no values to count.
     """
 
     matrices: ClassVar[tuple[str, ...]] = ("w1", "w2", "w3")
@@ -115,7 +115,7 @@ class ExpertChoice(nn.Module):
     def _experts_choose(self, x_BTD: Tensor, gate_BTE: Tensor) -> Tensor:
         rows, tokens, dim = x_BTD.shape
         capacity = -(-tokens // self.experts.count)
-        # Ties are common (equal tokens at the start of documents); the earlier token wins, the same in every process.
+        # Ties are common (equal tokens at the start of documents); the earlier token wins in every process.
         gate_BET = gate_BTE.transpose(1, 2)
         position_BEC = best(gate_BET.detach(), capacity)
         gate_BEC = gate_BET.gather(-1, position_BEC)
@@ -220,18 +220,18 @@ class MoETopKConfig(ModelConfig):
         if top_k > experts:
             return [("top_k", top_k, f"at most experts ({experts})")]
         if hidden == 0:
-            return [("top_k", top_k, f"fewer, or give expert_hidden: ffn_hidden is {self.size.ffn_hidden}")]
+            return [("top_k", top_k, f"a smaller number, or set expert_hidden: ffn_hidden is {self.size.ffn_hidden}")]
         return []
 
 
 def expert_choice_feed_forwards(config: MoEConfig) -> list[nn.Module]:
-    """A mixture in every layer."""
+    """Return an expert-choice mixture for every layer."""
     size = config.size
     return [ExpertChoice(size.dim, size.ffn_hidden, config.expert_count) for _ in range(size.layers)]
 
 
 def token_choice_feed_forwards(config: MoETopKConfig) -> list[nn.Module]:
-    """A mixture in every layer."""
+    """Return a token-choice mixture for every layer."""
     size, (experts, top_k, hidden) = config.size, config.routing
     shared_hidden = config.shared_experts * hidden
     return [

@@ -1,8 +1,8 @@
 """`peer`: a layer of single-neuron experts found by product keys (He 2024, arXiv 2407.04153, section 2).
 
 Expert i is a pair of rows (u_i, v_i): the layer gives the sum over heads and their best experts of
-softmax(score) x GELU(u_i . x) x v_i. One layer replaces the middle feed-forward; search as in `pkm` ("Memory Layers
-at Scale": the same configuration, 768 half keys, softmax score).
+softmax(score) x GELU(u_i . x) x v_i. One layer replaces the middle feed-forward. Experts are searched for as in
+`pkm` ("Memory Layers at Scale": the same configuration, 768 half keys, softmax score).
 
 Shapes: N tokens, D model width, K best rows per head, S = heads * K rows read per token.
 """
@@ -27,8 +27,8 @@ PAPER_HALF_KEYS = 768
 class Peer(ProductKeyLayer):
     """Experts u (table 0) and v (table 1); the activation is the exact GELU."""
 
-    def __init__(self, down: MemoryTable, up: MemoryTable, how: Addressing) -> None:
-        super().__init__([down, up], down.weight.shape[1], how)
+    def __init__(self, down: MemoryTable, up: MemoryTable, addressing: Addressing) -> None:
+        super().__init__([down, up], down.weight.shape[1], addressing)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.reshape(-1, self.dim)
@@ -46,9 +46,9 @@ class Peer(ProductKeyLayer):
 
 
 class PeerConfig(AddressedConfig):
-    """`peer`: as `pkm`, with two rows per expert."""
+    """`peer`: the options of `pkm`'s addressing; each expert has two rows."""
 
-    half_keys: int = Field(default=PAPER_HALF_KEYS, gt=0, description="n; there are n*n experts")
+    half_keys: int = Field(default=PAPER_HALF_KEYS, gt=0, description="side n of the tables; there are n*n experts")
 
 
 def peer_feed_forwards(config: PeerConfig) -> list[nn.Module]:

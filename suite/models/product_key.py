@@ -30,7 +30,7 @@ PAPER_K_DIM = 256
 
 @dataclass(frozen=True)
 class Addressing:
-    """How a layer finds its rows.
+    """The settings that determine which rows a layer reads.
 
     Attributes:
         half_keys: Half keys per side (n).
@@ -59,23 +59,30 @@ class ProductKeyLayer(MemoryLayer):
 
     matrices: ClassVar[tuple[str, ...]] = ("query.weight",)
 
-    def __init__(self, tables: list[MemoryTable], dim: int, how: Addressing) -> None:
+    def __init__(self, tables: list[MemoryTable], dim: int, addressing: Addressing) -> None:
         super().__init__(tables)
-        self.dim, self.how = dim, how
-        self.half_keys, self.heads, self.top_k, self.k_dim = how.half_keys, how.heads, how.top_k, how.k_dim
-        self.heads_per_read = how.heads
-        self.query = nn.Linear(dim, how.heads * how.k_dim)
-        self.keys = nn.Parameter(torch.empty(how.heads, 2, how.half_keys, how.k_dim // 2))
-        self.query_norm = nn.RMSNorm(how.k_dim // 2, eps=1e-5) if how.qk_norm else None
-        self.key_norm = nn.RMSNorm(how.k_dim // 2, eps=1e-5) if how.qk_norm else None
-        self.query_batchnorm = nn.BatchNorm1d(how.heads * how.k_dim) if how.query_batchnorm else None
+        self.dim, self.addressing = dim, addressing
+        self.half_keys, self.heads, self.top_k, self.k_dim = (
+            addressing.half_keys,
+            addressing.heads,
+            addressing.top_k,
+            addressing.k_dim,
+        )
+        self.heads_per_read = addressing.heads
+        self.query = nn.Linear(dim, addressing.heads * addressing.k_dim)
+        self.keys = nn.Parameter(torch.empty(addressing.heads, 2, addressing.half_keys, addressing.k_dim // 2))
+        self.query_norm = nn.RMSNorm(addressing.k_dim // 2, eps=1e-5) if addressing.qk_norm else None
+        self.key_norm = nn.RMSNorm(addressing.k_dim // 2, eps=1e-5) if addressing.qk_norm else None
+        self.query_batchnorm = (
+            nn.BatchNorm1d(addressing.heads * addressing.k_dim) if addressing.query_batchnorm else None
+        )
 
     def find(self, q_NM2W: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the best rows for queries and their scores, both [M, N, K]; random rows, if any, follow the best."""
+        """Return the top-k rows for queries and their scores, both [M, N, K]; random rows, if any, come last."""
         keys_M2nW = self.keys if self.key_norm is None else self.key_norm(self.keys)
         rows_MNK, scores_MNK = product_key(q_NM2W, keys_M2nW, self.top_k)
-        if self.training and self.how.random_rows:
-            shape = (self.heads, q_NM2W.shape[0], self.how.random_rows)
+        if self.training and self.addressing.random_rows:
+            shape = (self.heads, q_NM2W.shape[0], self.addressing.random_rows)
             rows_MNR = torch.randint(self.half_keys**2, shape, device=rows_MNK.device)
             half_M2NR = torch.stack((rows_MNR // self.half_keys, rows_MNR % self.half_keys), 1)
             half_scores_M2Nn = q_NM2W.permute(1, 2, 0, 3) @ keys_M2nW.mT
@@ -128,7 +135,7 @@ class ProductKeyMemory(ProductKeyLayer):
     Args:
         table: The value table.
         dim: Model width.
-        how: How rows are found.
+        addressing: How rows are found.
         swilu: Whether the sum is gated and projected as in Memory+. Without it, rows of another width than the model
             are projected by `out` alone.
         scalar_gate: Whether the output is scaled by sigmoid(w.x + b).
@@ -141,17 +148,17 @@ class ProductKeyMemory(ProductKeyLayer):
         self,
         table: MemoryTable,
         dim: int,
-        how: Addressing,
+        addressing: Addressing,
         swilu: bool = False,
         scalar_gate: bool = False,
         sink: bool = False,
     ) -> None:
-        super().__init__([table], dim, how)
+        super().__init__([table], dim, addressing)
         width = table.weight.shape[1]
         self.gate = nn.Linear(dim, width) if swilu else None
         self.out = nn.Linear(width, dim) if swilu or width != dim else None
         self.scalar_gate = nn.Linear(dim, 1) if scalar_gate else None
-        self.sink_keys = nn.Parameter(torch.empty(how.heads, how.k_dim)) if sink else None
+        self.sink_keys = nn.Parameter(torch.empty(addressing.heads, addressing.k_dim)) if sink else None
         self.sink_value = nn.Parameter(torch.empty(1, width)) if sink else None
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -197,7 +204,7 @@ class ProductKeyMemory(ProductKeyLayer):
         return self.search_cost() + Cost(params, params | rows_read, macs)
 
 
-class SwiGLUBesideMemory(SwiGLU):
+class SwiGLUPlusMemory(SwiGLU):
     """The sum of a feed-forward and a memory. The feed-forward's weights are named as in a dense layer."""
 
     def __init__(self, dim: int, hidden: int, memory: ProductKeyMemory) -> None:
@@ -248,7 +255,7 @@ class AddressedConfig(ModelConfig):
 
     @property
     def addressing(self) -> Addressing:
-        """The options that determine how a layer finds its rows."""
+        """The addressing options as one object."""
         return Addressing(
             self.half_keys,
             self.memory_heads,
@@ -317,7 +324,7 @@ def memory_feed_forwards(config: MemoryConfig) -> list[nn.Module]:
             table, size.dim, config.addressing, swilu=plus, scalar_gate=config.scalar_gate, sink=config.sink
         )
         keep_ffn = isinstance(config, MemoryPlusConfig) and config.keep_ffn
-        return SwiGLUBesideMemory(size.dim, size.ffn_hidden, memory) if keep_ffn else memory
+        return SwiGLUPlusMemory(size.dim, size.ffn_hidden, memory) if keep_ffn else memory
 
     return [feed_forward(layer) for layer in range(size.layers)]
 

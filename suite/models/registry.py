@@ -17,7 +17,7 @@ from torch import nn
 from suite.models.sizes import SIZES, Size
 
 Problem = tuple[str, object, str]
-"""A wrong field: its name, the value given, and what is allowed."""
+"""An invalid field: its name, its value, and the allowed values."""
 
 
 class ModelConfig(BaseModel):
@@ -107,18 +107,18 @@ class Family:
 _FAMILIES: dict[str, Family] = {}
 
 
-def register(entry: Family) -> Family:
-    """Add a family and return it. Raises ValueError for an invalid or taken name, configuration class or maker."""
-    if not (isinstance(entry.name, str) and entry.name.isidentifier()):
-        raise ValueError(f"name: got {entry.name!r}, allowed: letters, digits and _, e.g. my_model")
-    if not (isinstance(entry.config, type) and issubclass(entry.config, ModelConfig)):
-        raise ValueError(f"config: got {entry.config!r}, allowed: a subclass of ModelConfig")
-    if not callable(entry.feed_forwards):
-        raise ValueError(f"feed_forwards: got {entry.feed_forwards!r}, allowed: config -> one module per layer")
-    if entry.name in _FAMILIES:
-        raise ValueError(f"family {entry.name!r} is already registered; choose another name")
-    _FAMILIES[entry.name] = entry
-    return entry
+def register(new: Family) -> Family:
+    """Add a family and return it. Raises ValueError if the name is taken or an attribute is invalid."""
+    if not (isinstance(new.name, str) and new.name.isidentifier()):
+        raise ValueError(f"name: got {new.name!r}, allowed: letters, digits and _, e.g. my_model")
+    if not (isinstance(new.config, type) and issubclass(new.config, ModelConfig)):
+        raise ValueError(f"config: got {new.config!r}, allowed: a subclass of ModelConfig")
+    if not callable(new.feed_forwards):
+        raise ValueError(f"feed_forwards: got {new.feed_forwards!r}, allowed: config -> one module per layer")
+    if new.name in _FAMILIES:
+        raise ValueError(f"family {new.name!r} is already registered; choose another name")
+    _FAMILIES[new.name] = new
+    return new
 
 
 def unregister(names: Iterable[str]) -> None:

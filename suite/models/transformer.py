@@ -2,7 +2,7 @@
 
 The registry provides the feed-forward of each layer. This is single-device code; parallelism is applied from outside.
 
-Shapes: B rows, T tokens of the call, L keys (T plus what the cache holds), D model width, H heads, G
+Shapes: B rows, T tokens of the call, L keys (T plus the cached tokens), D model width, H heads, G
 key-value heads, K head width, V vocabulary.
 """
 
@@ -34,7 +34,16 @@ class Cache:
         self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values, and return all of them, [B, G, L, K]."""
+        """Store a layer's new keys and values.
+
+        Args:
+            layer: The layer's index.
+            k_BGTK: Its new keys.
+            v_BGTK: Its new values.
+
+        Returns:
+            All keys and all values of the layer, [B, G, L, K] each.
+        """
         batch, kv_heads, tokens, width = k_BGTK.shape
         stored = self._layers[layer]
         if stored is None:
@@ -139,8 +148,8 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The language model of a configuration, uninitialised (see `build`).
 
-    `tables` holds each memory table once, however many layers read it. ValueError: the configuration is invalid, or the
-    family does not provide one distinct module per layer.
+    `tables` holds each memory table once, even if several layers read it. Raises ValueError if the configuration is
+    invalid or the family does not provide one distinct module per layer.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -187,10 +196,10 @@ class Transformer(nn.Module):
 
         Args:
             tokens_BT: Token ids, int64.
-            segments_BT: Document numbers, int64. A token sees only its own document; rotary positions are relative,
-                so they need no restart.
-            cache: Earlier tokens, which these continue and are added to.
-            pad_B: Padding tokens at the left of each row, cache and call together; no other token sees them.
+            segments_BT: Document numbers, int64. A token attends only to its own document. Rotary positions do not
+                restart at documents, since they are relative.
+            cache: Keys and values of the earlier tokens; those of `tokens_BT` are appended.
+            pad_B: Padding tokens at the left of each row, cached ones included. No other token attends to them.
 
         Returns:
             Hidden states [B, T, D].
@@ -200,7 +209,7 @@ class Transformer(nn.Module):
         """
         if cache is not None and segments_BT is not None:
             raise ValueError(
-                "segments are for packed rows and a cache is for one document per row; give only one of them"
+                "segments are for packed rows and a cache is for one document per row; pass only one of them"
             )
         past = cache.length if cache is not None else 0
         rotation = self._rotation(past, tokens_BT.shape[1], tokens_BT.device)
@@ -247,7 +256,7 @@ class Transformer(nn.Module):
         return [name for name in declared if name in present]
 
     def after_step(self) -> None:
-        """Let feed-forwards act on the statistics they collect; call it after each optimizer step."""
+        """Call `after_step` of the feed-forwards that have it; the trainer calls this after each optimizer step."""
         for layer in self.layers:
             after_step = getattr(layer.feed_forward, "after_step", None)
             if after_step is not None:
@@ -284,16 +293,25 @@ class Transformer(nn.Module):
     def _rotation(self, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines [T, H*K] of the rotary angles (Su et al. 2021, equation 34)."""
         half = self.size.head_dim // 2
-        speed_K = self.size.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
+        frequency_K = self.size.rope_theta ** (-torch.arange(half, device=device, dtype=torch.float32) / half)
         position_T = torch.arange(start, start + tokens, device=device, dtype=torch.float32)
-        angle_TK = torch.outer(position_T, speed_K)
+        angle_TK = torch.outer(position_T, frequency_K)
         cos_TK, sin_TK = angle_TK.cos(), angle_TK.sin()
         heads = self.size.heads
         return torch.cat((cos_TK, cos_TK), 1).repeat(1, heads), torch.cat((-sin_TK, sin_TK), 1).repeat(1, heads)
 
 
 def rotate(x_BTC: Tensor, heads: int, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate the pairs (i, i + K/2) of each head by the angle of the position, in fp32; the dtype stays the same."""
+    """Rotate the pairs (i, i + K/2) of each head by the angle of the position.
+
+    Args:
+        x_BTC: Queries or keys, with the heads concatenated.
+        heads: Number of heads in `x_BTC`.
+        rotation: Cosines and signed sines [T, H*K] in fp32; the first columns are used.
+
+    Returns:
+        The rotated tensor, computed in fp32 and returned in the dtype of `x_BTC`.
+    """
     width = x_BTC.shape[-1]
     cos_TC, sin_TC = (part[:, :width] for part in rotation)
     swapped_BTC = x_BTC.unflatten(-1, (heads, 2, -1)).flip(-2).flatten(-3)
@@ -301,7 +319,17 @@ def rotate(x_BTC: Tensor, heads: int, rotation: tuple[Tensor, Tensor]) -> Tensor
 
 
 def token_windows(tokens_BL: Tensor, window: int, segments_BL: Tensor | None, pad_B: Tensor | None) -> Tensor:
-    """Return the ids [B, L, W] of each token (last) and those before it; -1 outside the document, or in padding."""
+    """Return the ids of each token and of those before it.
+
+    Args:
+        tokens_BL: Token ids, int64.
+        window: Tokens per window (W), the current one included.
+        segments_BL: Document numbers; None if every row is one document.
+        pad_B: Number of padding tokens at the left of each row; None for none.
+
+    Returns:
+        Ids [B, L, W], the current token last; -1 for tokens of another document, padding, and before the row.
+    """
     windows_BLW = F.pad(tokens_BL, (window - 1, 0), value=-1).unfold(1, window, 1)
     if segments_BL is not None:
         documents_BLW = F.pad(segments_BL, (window - 1, 0), value=-1).unfold(1, window, 1)
@@ -315,7 +343,17 @@ def token_windows(tokens_BL: Tensor, window: int, segments_BL: Tensor | None, pa
 
 
 def attention_mask(tokens_BT: Tensor, past: int, segments_BT: Tensor | None, pad_B: Tensor | None) -> Tensor | None:
-    """Return the mask [B or 1, 1, T, L], True where a token may attend; None if plain causal attention suffices."""
+    """Compute which keys each token attends to.
+
+    Args:
+        tokens_BT: Token ids.
+        past: Number of cached tokens.
+        segments_BT: Document numbers; None if every row is one document.
+        pad_B: Number of padding tokens at the left of each row; None for none.
+
+    Returns:
+        The mask [B or 1, 1, T, L], True where a token attends; None if plain causal attention is enough.
+    """
     tokens = tokens_BT.shape[1]
     if segments_BT is None and pad_B is None and (past == 0 or tokens == 1):
         return None
@@ -362,7 +400,7 @@ def build(config: ModelConfig, vocab_size: int, seed: int) -> Transformer:
 def initialise(model: Transformer, seed: int) -> None:
     """Fill every parameter from its own generator, seeded by (seed, name).
 
-    Parts that two models have in common therefore start with equal values, whatever else the models contain. Matrices
+    Two models therefore start with equal values in the parameters that they share. Matrices
     are normal with standard deviation fan_in^-1/2, divided by sqrt(2 x layers) where they write to the residual stream
     (wo, w2; GPT-2). Gains are one and biases zero. A module with `init_parameter` sets its own values and those of its
     submodules. Buffers start at zero, those of a batch norm at torch's initial values.
@@ -383,7 +421,16 @@ def reset_statistics(model: Transformer) -> None:
 
 
 def generator_of(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """Return the generator of a parameter's initial values; it depends on seed and name alone."""
+    """Return the generator of a parameter's initial values.
+
+    Args:
+        seed: The seed of the run.
+        name: The parameter's name in the model.
+        device: The device of the generator.
+
+    Returns:
+        A generator whose state depends only on seed and name.
+    """
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
     return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 

@@ -2,11 +2,11 @@
 
 Each part (embedding, blocks, head with its loss) runs forward and backward once on the meta device, where tensors have
 shapes but no storage, while the bytes alive are counted. Equal parts run once. `step_memory` adds the parts up to a
-step. No size of table or model costs memory here.
+step. Tracing allocates no memory, whatever the size of the tables or the model.
 
-Attention is assumed to be fused: it keeps queries, keys, values, the output and one number per query.
+Attention is assumed to be fused: it saves queries, keys, values, the output and one number per query.
 
-Shapes: B rows, T tokens a row, D model width, C width of all heads, W ids of a window, V vocabulary.
+Shapes: B rows, T tokens a row, D model width, C width of all heads, W tokens of a window, V vocabulary.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from suite.plan.step_memory import STATE_BYTES, Part, Parts
 INT64_BYTES = 8
 
 PartCache = dict[object, Part]
-"""Traced parts by what determines their memory; one cache serves all models of a plan."""
+"""Traced parts, by the settings that determine their memory; shared by all models of a plan."""
 
 
 class StepTracer:
@@ -40,9 +40,9 @@ class StepTracer:
     Args:
         model: A model on the meta device.
         seq_len: Tokens per row (T).
-        precision: What matrix products are computed in.
-        busiest: Tokens of the busiest expert over the mean, for families that route tokens to experts.
-        cache: Parts traced before, of this model or others. New ones are added to it.
+        precision: The dtype of matrix products.
+        busiest: Load of the busiest expert relative to the mean load, for families that route tokens to experts.
+        cache: Parts traced earlier, of this or other models. New ones are added.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class StepTracer:
         return self._traced(key, run, list(block.parameters()), inputs)
 
     def _head(self, inputs: _Inputs) -> Part:
-        """The last norm, the output matrix and the loss; a matrix shared with the embedding is counted there."""
+        """Return the last norm, the output matrix and the loss; a tied matrix is counted with the embedding."""
         model = self.model
         tied = model.output is None
         matrix = model.embedding.weight if model.output is None else model.output.weight
@@ -95,9 +95,9 @@ class StepTracer:
         """Return the part of that key; on first use, run it forward and backward and count its bytes.
 
         Args:
-            key: What determines the part's memory, besides micro-batch and precision.
-            run: The part: residual stream [B, T, D] to its output or the loss.
-            weights: Its parameters outside tables.
+            key: The settings that determine the part's memory, without micro-batch and precision.
+            run: The part as a function of the residual stream [B, T, D]; returns its output or the loss.
+            weights: Its parameters, without tables.
             inputs: The micro-batch.
 
         Returns:
@@ -135,7 +135,7 @@ class StepTracer:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What every block takes besides the residual stream."""
+    """The inputs of every block other than the residual stream."""
 
     tokens_BT: Tensor
     rotation: tuple[Tensor, Tensor]
@@ -144,7 +144,7 @@ class _Inputs:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Those that have storage of their own."""
+        """The tensors with their own storage."""
         return self.tokens_BT, *self.rotation, self.bias
 
     @property
@@ -180,10 +180,10 @@ class _GradientSource(torch.autograd.Function):
 
 
 def _block_key(block: Block, model: Transformer, config: str) -> object:
-    """Return what determines a block's memory: equal keys, equal memory.
+    """Return a key; blocks with equal keys need equal memory.
 
-    A block with the plain feed-forward is the same in every family. Others are compared within one configuration, by
-    their modules (a setting that a module shows in `extra_repr` counts) and the shapes of their parameters.
+    A block with the plain feed-forward is the same in every family. The key of others consists of the configuration,
+    their modules (with the settings in `extra_repr`) and the shapes of their parameters.
     """
     shapes = tuple(parameter.shape for parameter in block.parameters())
     if type(block.feed_forward) is SwiGLU:
@@ -192,10 +192,10 @@ def _block_key(block: Block, model: Transformer, config: str) -> object:
 
 
 def _tables_read(block: Block, tables: list[MemoryTable]) -> tuple[int, ...]:
-    """Return the numbers of the tables that a block reads, in order."""
-    number = {id(table): index for index, table in enumerate(tables)}
+    """Return the indices of the tables that a block reads, in order."""
+    index_of = {id(table): index for index, table in enumerate(tables)}
     memories = (module for module in block.modules() if isinstance(module, MemoryLayer))
-    return tuple(number[id(table)] for memory in memories for table in memory.tables)
+    return tuple(index_of[id(table)] for memory in memories for table in memory.tables)
 
 
 def _elements(tensors: Iterable[Tensor]) -> int:
@@ -204,7 +204,7 @@ def _elements(tensors: Iterable[Tensor]) -> int:
 
 @contextmanager
 def _count_lookups(tables: list[MemoryTable]) -> Iterator[list[int]]:
-    """Yield a list that receives the number of rows of every read, in order."""
+    """Yield a list to which the number of rows of every read is appended, in order."""
     lookups: list[int] = []
 
     def listen(indices: Tensor) -> None:

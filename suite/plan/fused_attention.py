@@ -16,10 +16,10 @@ Precision = Literal["fp32", "bf16"]
 
 
 class Kernels(TorchFunctionMode):
-    """A context in which attention keeps what fused kernels keep and, for bf16, products are made as under autocast.
+    """A context in which attention saves what fused kernels save and, for bf16, products run as under autocast.
 
     Args:
-        precision: What matrix products are computed in.
+        precision: The dtype of matrix products.
         copies: The bf16 copies of parameters, by the id of the parameter.
     """
 
@@ -38,14 +38,14 @@ class Kernels(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _cast(self, x: Any) -> Any:
-        """Return a floating-point tensor in bf16 where products are; for a parameter, its existing copy."""
+        """Return a floating-point tensor in the dtype of products; for a parameter in bf16, its existing copy."""
         if not self.is_bf16 or not isinstance(x, Tensor) or not x.is_floating_point():
             return x
         return self.copies[id(x)] if id(x) in self.copies else x.bfloat16()
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Allocates and saves what fused attention does, without its arithmetic."""
+    """Allocates and saves the tensors of fused attention, without its arithmetic."""
 
     @staticmethod
     def forward(ctx: Any, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, bias: Tensor | None) -> Tensor:

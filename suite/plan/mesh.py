@@ -1,6 +1,6 @@
-"""Finds the fewest GPUs that a cell fits on, and how its tables and rows are divided among them.
+"""The fewest GPUs that a cell fits on, and how its tables and rows are divided among them.
 
-The sharding is the one that training uses: weights, gradients and moments outside tables are divided among all GPUs,
+The sharding is that of training: weights, gradients and moments outside tables are divided among all GPUs,
 tables by columns among the GPUs of a node (or of several nodes where that takes fewer GPUs), and the rows of a batch
 among all GPUs, in micro-batches.
 """
@@ -19,7 +19,7 @@ from suite.plan.step_memory import STATE_BYTES, Parts, StepMemory
 from suite.plan.table_state import table_state
 
 MICRO_ROWS = (8, 4, 2, 1)
-"""Rows of a micro-batch that are tried; the released template uses the largest."""
+"""Candidate numbers of rows per micro-batch; the released template uses the largest."""
 MAX_NODES = 512
 
 
@@ -53,10 +53,10 @@ def smallest_mesh(
         counted: The account of the model.
         gpu: The kind of GPU.
         nodes: Largest number of nodes; None: any.
-        parts: Parts of models traced before; new ones are added.
+        parts: Parts of models traced earlier; new ones are added.
 
     Returns:
-        The mesh, or the reason why there is none.
+        The mesh, or the reason why the cell does not fit.
     """
     meshes, allowed = _Meshes(cell, model, counted, gpu, parts), (nodes or MAX_NODES) * gpu.per_node
     shardings = (meshes.within_nodes, meshes.over_nodes)
@@ -70,7 +70,7 @@ def smallest_mesh(
     if meshes.max_gpus(allowed) < max(meshes.gpu_counts(allowed)):
         remedies.insert(0, "a train.batch_rows that more GPUs divide")
     if cell.train.value_second_moment == "row":
-        remedies.insert(0, "train.value_second_moment: element, whose tables are divided")
+        remedies.insert(0, "train.value_second_moment: element, which allows tables to be sharded")
     return DoesNotFit(meshes.why(allowed), " or ".join(remedies))
 
 
@@ -145,15 +145,16 @@ class _Meshes:
         return 4 * STATE_BYTES * self.rest / gpus + self.tables.persistent * self.values / shards
 
     def why(self, allowed: int) -> str:
-        """Say what a GPU would need on the largest allowed number of GPUs that divides the rows."""
+        """State the memory per GPU on the largest allowed number of GPUs that divides the rows."""
         gpus = self.max_gpus(allowed)
         shards = self.over_nodes(gpus)
         mesh = self.mesh(gpus, shards, self.micro_rows(gpus)[-1])
         peak, table = mesh.memory.peak, self.tables.persistent * self.values / shards
         is_limit = gpus == max(self.gpu_counts(allowed))
-        rows_limit = "" if is_limit else f" (no more divide its {self.cell.train.batch_rows} rows)"
+        rows_limit = "" if is_limit else f" (the most that divide its {self.cell.train.batch_rows} rows)"
         return (
-            f"on {gpus} GPUs{rows_limit} a GPU needs {peak / 1e9:.1f} of {self.usable / 1e9:.0f} GB (usable): weights, "
-            f"gradients and moments {(peak - mesh.memory.activations) / 1e9:.1f} GB, the table's at least "
-            f"{table / 1e9:.1f} GB of them, and micro-batches of {mesh.micro_rows} row{'s' * (mesh.micro_rows > 1)}"
+            f"on {gpus} GPUs{rows_limit}, each needs {peak / 1e9:.1f} GB and {self.usable / 1e9:.0f} GB are usable: "
+            f"weights, gradients and moments take {(peak - mesh.memory.activations) / 1e9:.1f} GB (at least "
+            f"{table / 1e9:.1f} GB for the table), with micro-batches of "
+            f"{mesh.micro_rows} row{'s' * (mesh.micro_rows > 1)}"
         )

@@ -1,7 +1,7 @@
 """The resources a grid needs, computed before anything runs: parameters, FLOPs, memory, GPU-hours, nearest cells.
 
-Models are built on the meta device, so planning needs no GPU and no memory for tables. It reads no data unless the
-number of tokens or the vocabulary can only be known from the corpus.
+Models are built on the meta device, so planning needs no GPU and no memory for tables. It reads data only if the
+number of tokens or the vocabulary size depends on the corpus.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class CellPlan:
     Attributes:
         cell: The cell.
         account: The account of its model.
-        dense: The account of the dense model with the base's feed-forward width, whether or not the grid has it.
+        dense: The account of the dense model with the base's feed-forward width, even if the grid does not contain it.
         tokens: Training tokens, padding included.
         steps: Optimizer steps.
         total_flops: FLOPs of the whole training.
@@ -59,7 +59,7 @@ class CellPlan:
         link_bytes_per_step: Bytes that one GPU sends in a step.
         table_hours: Hours of one GPU for the table traffic at full memory bandwidth; not part of `gpu_hours`.
         variant: The settings that distinguish the cell from others of its family and base.
-        partners: The nearest other cell in each measure.
+        partners: The nearest cell of another family in each measure.
     """
 
     cell: Cell
@@ -132,7 +132,7 @@ def plan(grid: Grid, assumptions: Assumptions, cache: Path) -> list[CellPlan]:
     Args:
         grid: The grid.
         assumptions: The GPU, its speed and its price.
-        cache: Where a corpus is prepared if one is needed.
+        cache: Folder in which a corpus is prepared if one is needed.
 
     Returns:
         The plans, in the order of the grid's cells.
@@ -165,7 +165,10 @@ def plan(grid: Grid, assumptions: Assumptions, cache: Path) -> list[CellPlan]:
 
     plans = [by_run[cell.run_name] for cell in grid.cells]
     settings = variants(grid.cells)
-    return [replace(one, variant=settings[one.cell.run_name], partners=partners(one, plans)) for one in plans]
+    return [
+        replace(cell_plan, variant=settings[cell_plan.cell.run_name], partners=partners(cell_plan, plans))
+        for cell_plan in plans
+    ]
 
 
 def document(grid: Grid, plans: list[CellPlan], assumptions: Assumptions) -> dict[str, Any]:
@@ -175,12 +178,12 @@ def document(grid: Grid, plans: list[CellPlan], assumptions: Assumptions) -> dic
         "assumed": asdict(assumptions) | {"usable_memory": USABLE, "micro_rows": list(MICRO_ROWS)},
         "totals": {
             "cells": len(plans),
-            "fit": sum(one.mesh is not None for one in plans),
-            "total_flops": sum(one.total_flops for one in plans),
-            "gpu_hours": sum(one.gpu_hours for one in plans),
-            "cost": sum(one.gpu_hours for one in plans) * assumptions.price,
+            "fit": sum(cell_plan.mesh is not None for cell_plan in plans),
+            "total_flops": sum(cell_plan.total_flops for cell_plan in plans),
+            "gpu_hours": sum(cell_plan.gpu_hours for cell_plan in plans),
+            "cost": sum(cell_plan.gpu_hours for cell_plan in plans) * assumptions.price,
         },
-        "cells": [one.to_json(assumptions.price) for one in plans],
+        "cells": [cell_plan.to_json(assumptions.price) for cell_plan in plans],
     }
 
 
@@ -218,7 +221,7 @@ def data_size(cell: Cell, cache: Path) -> DataSize:
     """Return the size of a cell's data, from its configuration if that is enough, else from the prepared corpus.
 
     A tokenizer's file is not opened: its vocabulary is assumed to be that of the base. Raises UserError if a corpus is
-    needed and missing; `cache` is where it is prepared.
+    needed and cannot be prepared in `cache`.
     """
     tokenizer = cell.data.tokenizer
     entries = {"bpe": tokenizer.vocab_size, "file": cell.model.size.vocab_size or None}.get(tokenizer.kind)
@@ -276,7 +279,7 @@ def _meta_model(cell: Cell, config: ModelConfig, vocabulary: int) -> Transformer
         raise UserError(f"cell {cell.run_name}: model: got a tensor of 2^63 bytes or more, allowed: fewer") from None
 
 
-def partners(one: CellPlan, plans: list[CellPlan]) -> dict[str, dict[str, Any]]:
+def partners(cell_plan: CellPlan, plans: list[CellPlan]) -> dict[str, dict[str, Any]]:
     """Return the nearest other cell in FLOPs, parameters and bytes per token, and the ratio of this cell to it.
 
     Candidates have the same base and token budget and another family. For FLOPs and bytes they are dense if any dense
@@ -285,16 +288,16 @@ def partners(one: CellPlan, plans: list[CellPlan]) -> dict[str, dict[str, Any]]:
     others = [
         other
         for other in plans
-        if other is not one
-        and other.cell.model.base == one.cell.model.base
-        and other.tokens == one.tokens
-        and other.cell.model.family != one.cell.model.family
+        if other is not cell_plan
+        and other.cell.model.base == cell_plan.cell.model.base
+        and other.tokens == cell_plan.tokens
+        and other.cell.model.family != cell_plan.cell.model.family
     ]
     nearest: dict[str, dict[str, Any]] = {}
     for name, measure in MEASURES.items():
         dense = [other for other in others if other.cell.model.family == "dense"]
         candidates = others if name == "params" or not dense else dense
-        ratios = [one.ratio(measure, other.account) for other in candidates]
+        ratios = [cell_plan.ratio(measure, other.account) for other in candidates]
         if ratios:
             index = min(range(len(ratios)), key=lambda i: max(ratios[i], 1 / ratios[i]))
             nearest[name] = {

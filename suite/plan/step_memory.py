@@ -22,12 +22,12 @@ class Part:
 
     Attributes:
         forward: Peak of the forward pass.
-        saved: Kept from the forward pass for the backward pass.
+        saved: Saved by the forward pass for the backward pass.
         backward: Peak of the backward pass.
         weights: Elements of the parameters outside tables.
-        copies: Bytes of the weights' bf16 copies, which autocast keeps until the backward pass.
-        tables: The numbers of the tables that the part reads, in order.
-        lookups: Rows read from each of these.
+        copies: Bytes of the weights' bf16 copies, which autocast holds until the backward pass.
+        tables: The indices of the tables that the part reads, in order.
+        lookups: Rows read from each of these tables.
     """
 
     forward: int
@@ -47,7 +47,7 @@ class TableState:
         row_wise: Whether only rows that were read have gradients, rather than all.
         value: Bytes of a value.
         moments: Bytes of a value's moments, and of its fp32 copy if there is one.
-        row: Bytes of a row's own state, whatever its width.
+        row: Bytes of state per row, independent of its width.
     """
 
     row_wise: bool = True
@@ -63,7 +63,7 @@ class TableState:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a training step on one device. `saved`: kept from forward to backward. `peak`: the most at one time."""
+    """Bytes of a training step on one device. `saved`: activations saved for the backward pass. `peak`: the maximum."""
 
     weights: float
     moments: float
@@ -105,10 +105,10 @@ class Parts:
             rest_shards: Devices that divide weights, gradients and moments outside tables. If there are several, a
                 part's weights and gradients are gathered while it runs.
             value_shards: Devices that divide the columns of tables.
-            micro_batches: Micro-batches of a step. From the second one on, the gradients of earlier ones are there
-                from its start.
+            micro_batches: Micro-batches of a step. From the second one on, the gradients of the earlier ones are
+                allocated from its start.
             state: How tables are stored and updated.
-            use: Distinct rows read, over the number that evenly spread lookups would read.
+            use: Distinct rows read, relative to the number that uniform lookups would read.
 
         Returns:
             The memory of the step.
@@ -120,31 +120,31 @@ class Parts:
         pieces = [tables.gradient(part) for part in self.parts]
         buffer = tables.buffer(pieces, micro_batches)
         gradients = STATE_BYTES * rest + buffer
-        always, whole = weights + moments + self.shared, rest_shards == 1
+        persistent, is_whole = weights + moments + self.shared, rest_shards == 1
         earlier = 0.0 if micro_batches == 1 else STATE_BYTES * rest + tables.buffer(pieces, micro_batches - 1)
-        saved, peak = 0.0, always + gradients + tables.merging(buffer)
+        saved, peak = 0.0, persistent + gradients + tables.merging(buffer)
         for part in self.parts:
-            running = part.forward + tables.sorting(part) + self._gathered(part, whole)
-            peak = max(peak, always + earlier + saved + running)
-            saved += part.saved + (part.copies if whole else 0) + tables.order(part)
-        remaining, new = saved, 0.0
+            running = part.forward + tables.sorting(part) + self._gathered(part, is_whole)
+            peak = max(peak, persistent + earlier + saved + running)
+            saved += part.saved + (part.copies if is_whole else 0) + tables.order(part)
+        remaining, new_gradients = saved, 0.0
         for part, piece in zip(reversed(self.parts), reversed(pieces), strict=True):
-            remaining -= part.saved + (part.copies if whole else 0)
-            running = part.backward + piece + self._gathered(part, whole)
-            peak = max(peak, always + earlier + remaining + new + running)
+            remaining -= part.saved + (part.copies if is_whole else 0)
+            running = part.backward + piece + self._gathered(part, is_whole)
+            peak = max(peak, persistent + earlier + remaining + new_gradients + running)
             remaining -= tables.order(part)
-            new += tables.added(part, piece)
-            new += 0.0 if micro_batches > 1 else STATE_BYTES * part.weights / rest_shards
+            new_gradients += tables.added(part, piece)
+            new_gradients += 0.0 if micro_batches > 1 else STATE_BYTES * part.weights / rest_shards
         return StepMemory(weights, moments, gradients, saved, peak)
 
-    def _gathered(self, part: Part, whole: bool) -> int:
-        """Return the bytes of a part's weights in the form it computes with, unless they are stored in that form."""
-        return part.copies or (0 if whole else STATE_BYTES * part.weights)
+    def _gathered(self, part: Part, is_whole: bool) -> int:
+        """Return the bytes of a part's weights as it computes with them, unless they are stored so on the device."""
+        return part.copies or (0 if is_whole else STATE_BYTES * part.weights)
 
 
 @dataclass
 class _Tables:
-    """What a step allocates for tables besides their rows: gradients, lookups sorted by row, and state of rows.
+    """The bytes that a step allocates for tables in addition to their rows: gradients, sorted lookups, row state.
 
     The buffer of row-wise gradients holds one compact piece per read, until they exceed twice the table's rows.
     """
@@ -175,7 +175,7 @@ class _Tables:
         )
 
     def added(self, part: Part, piece: float) -> float:
-        """Return the bytes that stay of a part's gradients: all, unless a dense one is added to an earlier one."""
+        """Return the bytes of a part's gradients that stay allocated: 0 if a dense one is added to an earlier one."""
         stays = self.state.row_wise or not self._with_gradient.issuperset(part.tables)
         self._with_gradient.update(part.tables)
         return piece if stays else 0.0
@@ -193,7 +193,7 @@ class _Tables:
         return buffer + min(buffer, once) if self.state.row_wise else 0.0
 
     def order(self, part: Part) -> float:
-        """Return the bytes of the order of lookups by row, kept from forward to backward."""
+        """Return the bytes of the order of lookups by row, which is saved for the backward pass."""
         return sum(INDEX_BYTES * lookups for lookups in part.lookups) if self.state.row_wise else 0.0
 
     def sorting(self, part: Part) -> float:

@@ -23,7 +23,16 @@ def measured(results: Path, cell: Cell) -> dict[str, float] | None:
 
 
 def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
-    """Return a table with one row per cell: size, work (also relative to dense), mesh, memory and hours."""
+    """Lay out plans as a table with one row per cell: size, work (also relative to dense), mesh, memory and hours.
+
+    Args:
+        name: The grid's name.
+        plans: The plans of its cells.
+        assumed: The assumptions of the plan.
+
+    Returns:
+        The table.
+    """
     table = Table(title=f"{name} on {assumed.gpu.name}", title_justify="left")
     for column, justify in (
         ("run", "left"),
@@ -39,20 +48,20 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
         ("table hours", "right"),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    for one in plans:
-        mesh = one.mesh
+    for cell_plan in plans:
+        mesh = cell_plan.mesh
         table.add_row(
-            escape(display_name(one.cell.run_name, one.variant)),
-            f"{one.account.params_total / 1e6:,.1f}m",
-            f"{one.ratio(MEASURES['flops'], one.dense):.3f}",
-            f"{one.total_flops:.2e}",
+            escape(display_name(cell_plan.cell.run_name, cell_plan.variant)),
+            f"{cell_plan.account.params_total / 1e6:,.1f}m",
+            f"{cell_plan.ratio(MEASURES['flops'], cell_plan.dense):.3f}",
+            f"{cell_plan.total_flops:.2e}",
             "none" if mesh is None else str(mesh.gpus),
             "" if mesh is None else f"{mesh.memory.peak / 1e9:.3g}",
-            _rounded(one.gpu_hours),
-            "" if one.days is None else _rounded(one.days),
-            f"${_rounded(one.gpu_hours * assumed.price)}",
-            _rounded(one.table_bytes_per_step / 1e9) if one.table_bytes_per_step else "",
-            _rounded(one.table_hours) if one.table_bytes_per_step else "",
+            _rounded(cell_plan.gpu_hours),
+            "" if cell_plan.days is None else _rounded(cell_plan.days),
+            f"${_rounded(cell_plan.gpu_hours * assumed.price)}",
+            _rounded(cell_plan.table_bytes_per_step / 1e9) if cell_plan.table_bytes_per_step else "",
+            _rounded(cell_plan.table_hours) if cell_plan.table_bytes_per_step else "",
         )
     return table
 
@@ -67,8 +76,8 @@ def partners_table(plans: list[CellPlan]) -> Table:
     table = Table(title="nearest other cells, and the ratio of this cell to them (=: within 5 %)", title_justify="left")
     for column in ("run", *(f"in {measure}" for measure in MEASURES)):
         table.add_column(column)
-    for one in plans:
-        table.add_row(one.cell.run_name, *(_partner(one.partners.get(measure)) for measure in MEASURES))
+    for cell_plan in plans:
+        table.add_row(cell_plan.cell.run_name, *(_partner(cell_plan.partners.get(measure)) for measure in MEASURES))
     return table
 
 
@@ -88,22 +97,25 @@ def plan_notes(plans: list[CellPlan], document: dict[str, Any]) -> list[str]:
         f"${assumed['price']:g} per hour, "
         f"{assumed['usable_memory']:.0%} of {assumed['gpu']['memory'] / 1e9:.0f} GB usable;"
         " GPU-hours do not include reading and updating tables (table hours, at full memory bandwidth)",
-        "days: on the fewest GPUs that hold the cell; more (`gpus` in a profile or a grid's `launch`) take less",
+        "days: on the fewest GPUs that hold the cell; more (`gpus` in a profile or a grid's `launch`) take less time",
     ]
-    lines += [_predicted_and_measured(entry) for entry in document["cells"] if entry.get("measured") and entry["gpus"]]
-    unfit = [one for one in plans if one.why]
+    lines += [_predicted_and_measured(cell) for cell in document["cells"] if cell.get("measured") and cell["gpus"]]
+    unfit = [cell_plan for cell_plan in plans if cell_plan.why]
     if unfit:
-        hours = _rounded(sum(one.gpu_hours for one in unfit))
-        lines.append(f"of the total, {hours} GPU-hours belong to cells that do not fit:")
-    lines += [f"{one.cell.run_name}: does not fit: {one.why}; what would fit: {one.would_fit}" for one in unfit]
+        hours = _rounded(sum(cell_plan.gpu_hours for cell_plan in unfit))
+        lines.append(f"cells that do not fit account for {hours} GPU-hours of the total:")
+    lines += [
+        f"{cell_plan.cell.run_name}: does not fit: {cell_plan.why}; what would fit: {cell_plan.would_fit}"
+        for cell_plan in unfit
+    ]
     return lines
 
 
-def _predicted_and_measured(entry: dict[str, Any]) -> str:
+def _predicted_and_measured(cell: dict[str, Any]) -> str:
     """Return a cell's prediction and the measurements of its run, which may be from another machine."""
-    took, seconds = entry["measured"], 3600 * entry["gpu_hours"] / entry["gpus"]
+    measurements, seconds = cell["measured"], 3600 * cell["gpu_hours"] / cell["gpus"]
     return (
-        f"{entry['run']}: predicted {seconds:.3g} s and {entry['memory_per_gpu'] / 1e9:.3g} GB on {entry['gpus']} of "
-        f"these GPUs; its run took {took['wall_s']:.3g} s and {took['memory_bytes'] / 1e9:.3g} GB "
+        f"{cell['run']}: predicted {seconds:.3g} s and {cell['memory_per_gpu'] / 1e9:.3g} GB on {cell['gpus']} of "
+        f"these GPUs; its run took {measurements['wall_s']:.3g} s and {measurements['memory_bytes'] / 1e9:.3g} GB "
         "(memory of its GPU, or of the process on a CPU)"
     )

@@ -1,4 +1,4 @@
-"""Bytes of a value table and its optimizer state, by the options of a cell (docs/training.md)."""
+"""Bytes of a value table and of its optimizer state under the options of a cell (docs/training.md)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from suite.plan.step_memory import STATE_BYTES, TableState
 
 
 def table_state(config: TrainConfig) -> TableState:
-    """Return what training stores per value and per row of a table."""
+    """Return the bytes that training stores per value and per row of a table."""
     if config.table_optimizer == "dense":
         return TableState(row_wise=False, row=0)
     if config.table_optimizer == "sgd":

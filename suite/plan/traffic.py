@@ -13,7 +13,7 @@ from suite.plan.step_memory import STATE_BYTES
 from suite.plan.table_state import table_state
 
 INDEX_AND_WEIGHT_BYTES = 8
-"""Of one row that a token reads: an int32 index and an fp32 weight."""
+"""Bytes per row that a token reads: an int32 index and an fp32 weight."""
 
 
 def table_bytes(model: Transformer, cell: Cell) -> float:
@@ -84,5 +84,5 @@ def _rows_read(layer: MemoryLayer) -> float:
 
 
 def _updated_rows(cell: Cell, rows: int, lookups: float) -> float:
-    """Return how many rows have a gradient: those that evenly spread lookups reach, or all with dense gradients."""
+    """Return how many rows have a gradient: those that uniform lookups reach, or all with dense gradients."""
     return rows * -math.expm1(-lookups / rows) if cell.train.table_optimizer != "dense" else rows

@@ -1,4 +1,4 @@
-"""External families: identified by content, checked by name, and given the token ids that they request."""
+"""External families: identification by content, checks before training, and token ids for modules with a window."""
 
 from __future__ import annotations
 
@@ -175,16 +175,16 @@ def test_an_operator_without_a_cpu_kernel_is_checked_by_shape_only(tmp_path: Pat
         checked(path)
 
 
-def test_distant_foresight_is_found_even_with_integer_parameters(tmp_path: Path) -> None:
-    ahead = "self.down(self.up(x_BTD)) + x_BTD.roll(-30, 1)"
-    path = baseline(tmp_path, result=ahead)
-    whole = (
+def test_use_of_distant_later_tokens_is_refused_also_with_integer_parameters(tmp_path: Path) -> None:
+    shifted = "self.down(self.up(x_BTD)) + x_BTD.roll(-30, 1)"
+    path = baseline(tmp_path, result=shifted)
+    integer_parameter = (
         "        self.whole = nn.Parameter(torch.zeros(1, dtype=torch.int64), requires_grad=False)\n\n    def forward"
     )
     path.write_text(
         "import torch\n"
         + path.read_text()
-        .replace("\n    def forward", "\n" + whole, 1)
+        .replace("\n    def forward", "\n" + integer_parameter, 1)
         .replace("self.up.bias.numel()", "self.up.bias.numel() + 1")
     )
     with pytest.raises(UserError, match="later tokens change"):
@@ -229,7 +229,7 @@ def test_a_module_in_two_layers_is_refused(tmp_path: Path) -> None:
         "self.down(self.up(x_BTD)) * x_BTD.std((1, 2), keepdim=True)",
     ],
 )
-def test_a_family_that_sees_later_tokens_is_refused(tmp_path: Path, result: str) -> None:
+def test_a_family_that_uses_later_tokens_is_refused(tmp_path: Path, result: str) -> None:
     path = baseline(tmp_path, result=result)
     with pytest.raises(
         UserError, match=r"family squared: in evaluation mode, later tokens change a token's logits by \S+ standard"
@@ -237,7 +237,7 @@ def test_a_family_that_sees_later_tokens_is_refused(tmp_path: Path, result: str)
         checked(path)
 
 
-def test_foresight_hidden_by_zero_initial_values_is_found(tmp_path: Path) -> None:
+def test_use_of_later_tokens_hidden_by_zero_initial_values_is_refused(tmp_path: Path) -> None:
     path = baseline(tmp_path, result="self.down(self.up(x_BTD).cumsum(1).flip(1))")
     initial = "    def init_parameter(self, name, parameter, generator):\n        parameter.zero_()\n\n"
     path.write_text(path.read_text().replace("    def cost(self)", initial + "    def cost(self)"))
@@ -274,7 +274,7 @@ def test_a_file_that_is_not_a_baseline_is_refused(tmp_path: Path, text: str, wor
         loading.load(tmp_path / "nowhere.py")
 
 
-def test_an_installed_package_declares_its_baseline_as_an_entry_point(
+def test_the_baseline_of_an_installed_package_is_loaded_from_its_entry_point(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     baseline(tmp_path)
@@ -335,7 +335,7 @@ def test_token_ids_are_the_same_with_cache_padding_and_packing() -> None:
     torch.testing.assert_close(packed.view(2, 12, -1), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_later_tokens_do_not_change_earlier_logits() -> None:
+def test_later_tokens_do_not_change_earlier_logits_of_the_ngram_model() -> None:
     model = ngram_model()
     tokens_BT = torch.randint(0, 50, (1, 12), generator=torch.Generator().manual_seed(1))
     other_BT = tokens_BT.clone()
@@ -345,7 +345,7 @@ def test_later_tokens_do_not_change_earlier_logits() -> None:
     assert not torch.equal(before[:, 7:10], after[:, 7:10])
 
 
-def test_ngram_rows_depend_only_on_the_last_ids_and_are_spread() -> None:
+def test_ngram_rows_depend_only_on_the_last_ids_and_are_spread_over_the_table() -> None:
     model = ngram_model()
     memory = model.memory_layers()[1]
     ids = torch.randint(0, 50, (1, 400, 3), generator=torch.Generator().manual_seed(2))

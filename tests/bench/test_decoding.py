@@ -55,7 +55,7 @@ def test_invalid_bases_and_tables_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_the_command_writes_a_table(tmp_path: Path) -> None:
+def test_suite_bench_decode_writes_a_table(tmp_path: Path) -> None:
     arguments = ["bench", "decode", "--base", "w32", "--half-keys", "32", "--batches", "1", "--json"]
     done = CliRunner().invoke(app, [*arguments, "--results", str(tmp_path)])
     assert done.exit_code == 0, done.output

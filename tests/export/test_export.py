@@ -86,8 +86,8 @@ def test_transformers_loads_every_family_with_our_logits(name: str, tmp_path: Pa
     theirs = loaded(tmp_path / "out")
     assert type(theirs).__name__ == ("LlamaForCausalLM" if "dense" in name else "NextParameterForCausalLM")
     with torch.no_grad():
-        expected, found = model(tokens()), theirs(tokens()).logits
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+        expected, logits = model(tokens()), theirs(tokens()).logits
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
         mask = torch.ones(2, 21, dtype=torch.int64)
         mask[1, :4] = 0
         padded = theirs(tokens(), attention_mask=mask).logits
@@ -115,8 +115,8 @@ def test_greedy_generation_equals_ours_with_and_without_a_cache(name: str, tmp_p
     prompts = tokens()[:, :6]
     ours = generate(model, prompts.tolist(), 8)
     for use_cache in (True, False):
-        said = theirs.generate(prompts, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=use_cache)
-        assert said[:, 6:].tolist() == ours, use_cache
+        generated = theirs.generate(prompts, max_new_tokens=8, do_sample=False, pad_token_id=0, use_cache=use_cache)
+        assert generated[:, 6:].tolist() == ours, use_cache
     mask = torch.ones(2, 6, dtype=torch.int64)
     mask[1, :3] = 0
     padded = theirs.generate(prompts, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
@@ -126,18 +126,18 @@ def test_greedy_generation_equals_ours_with_and_without_a_cache(name: str, tmp_p
 @pytest.mark.parametrize("name", ["memory_plus", "hashed_ngram"])
 def test_a_transformers_cache_can_be_filled_reordered_and_continued(name: str, tmp_path: Path) -> None:
     model, theirs = exported(name, tmp_path / "out")
-    kept = transformers.DynamicCache(config=theirs.config)
+    cache = transformers.DynamicCache(config=theirs.config)
     with torch.no_grad():
         whole = model(tokens())
-        first = theirs(tokens()[:, :5], past_key_values=kept)
-        assert first.past_key_values is kept
-        assert kept.get_seq_length() == 5
-        rest = theirs(tokens()[:, 5:], past_key_values=kept).logits
+        first = theirs(tokens()[:, :5], past_key_values=cache)
+        assert first.past_key_values is cache
+        assert cache.get_seq_length() == 5
+        rest = theirs(tokens()[:, 5:], past_key_values=cache).logits
         torch.testing.assert_close(torch.cat((first.logits, rest), 1), whole, rtol=0, atol=1e-5)
-        kept.reorder_cache(torch.tensor([1, 0]))
+        cache.reorder_cache(torch.tensor([1, 0]))
         new = torch.tensor([[3], [4]])
         expected = model(torch.cat((tokens().flip(0), new), 1))[:, -1]
-        torch.testing.assert_close(theirs(new, past_key_values=kept).logits[:, -1], expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(theirs(new, past_key_values=cache).logits[:, -1], expected, rtol=0, atol=1e-5)
     beams = [
         theirs.generate(
             tokens()[:, :6], max_new_tokens=6, num_beams=3, do_sample=False, pad_token_id=0, use_cache=use_cache
@@ -162,8 +162,8 @@ print(model(tokens_BT).logits.tolist())
 model.train()(tokens_BT, labels=tokens_BT).loss.backward()
 """
     command = [sys.executable, "-c", script, str(tokens().tolist())]
-    apart = os.environ | {"HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=apart)
+    environment = os.environ | {"HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     with torch.no_grad():
         torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), model(tokens()), rtol=0, atol=1e-5)
@@ -184,8 +184,8 @@ def test_an_exported_llama_checkpoint_imports_unchanged(name: str, tmp_path: Pat
     export(model, tmp_path / "out")
     back = import_llama(tmp_path / "out")
     assert back.config.tie_embeddings == model.config.tie_embeddings
-    for (mine, before), (_, after) in zip(model.state_dict().items(), back.state_dict().items(), strict=True):
-        assert torch.equal(before, after), mine
+    for (name_in_model, before), (_, after) in zip(model.state_dict().items(), back.state_dict().items(), strict=True):
+        assert torch.equal(before, after), name_in_model
 
 
 def test_a_sharded_llama_checkpoint_is_imported(tmp_path: Path) -> None:
@@ -240,17 +240,17 @@ def test_a_llama_checkpoint_with_missing_files_is_refused(tmp_path: Path) -> Non
 
 
 def test_a_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "kept").write_text("")
-    with pytest.raises(UserError, match="allowed: a new or an empty folder"):
+    (tmp_path / "existing").write_text("")
+    with pytest.raises(UserError, match="allowed: a new or empty folder"):
         export(built("dense"), tmp_path)
 
 
-@pytest.mark.parametrize(("folder", "words"), [("kept", "which is a file"), ("kept/below", "Not a directory")])
+@pytest.mark.parametrize(("folder", "words"), [("existing", "which is a file"), ("existing/below", "Not a directory")])
 def test_an_invalid_folder_is_refused(folder: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "kept").write_text("as before")
-    with pytest.raises(UserError, match=rf"--to: got .*{folder}.*{words}, allowed: a new or an empty folder"):
+    (tmp_path / "existing").write_text("as before")
+    with pytest.raises(UserError, match=rf"--to: got .*{folder}.*{words}, allowed: a new or empty folder"):
         export(built("dense"), tmp_path / folder)
-    assert (tmp_path / "kept").read_text() == "as before"
+    assert (tmp_path / "existing").read_text() == "as before"
 
 
 @pytest.mark.parametrize("kind", [{"kind": "word"}, {"kind": "bytes"}, {"kind": "bpe", "vocab_size": 400}])
@@ -289,12 +289,12 @@ def test_lm_eval_gives_an_export_the_scores_of_the_model(corpus: Corpus, tmp_pat
     )
     prepared = harness.prepare(tasks, catalog.Sources(corpus, DataRoot(None), None))
     theirs, ours = harness.scores_of(lm, prepared), harness.evaluate(model, corpus, tasks)["tasks"]
-    for task, entry in ours.items():
-        for metric, score in entry["metrics"].items():
+    for task, scores in ours.items():
+        for metric, score in scores["metrics"].items():
             assert theirs[task]["metrics"][metric]["value"] == pytest.approx(score["value"], abs=1e-4), (task, metric)
 
 
-def test_the_command_exports_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suite_export_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     cell = {"model": FAMILIES["dense"], "data": {"kind": "bios", "people": 20}, "train": {"batch_rows": 2, "epochs": 0.2, "lr": 1e-3}}  # fmt: skip # noqa: E501
     Path("cell.json").write_text(json.dumps(cell))

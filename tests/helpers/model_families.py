@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "pkm batchnorm": {"half_keys": 16, "top_k": 8, "query_batchnorm": True},
     "peer": {"half_keys": 16, "top_k": 8},
-    "memory_plus beside": {"half_keys": 16, "top_k": 8, "keep_ffn": True, "placement": (1, 2)},
+    "memory_plus keep_ffn": {"half_keys": 16, "top_k": 8, "keep_ffn": True, "placement": (1, 2)},
 }
 
 

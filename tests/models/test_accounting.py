@@ -1,4 +1,4 @@
-"""Accounting against published totals, torch's own count of products, and the matching rules."""
+"""Accounting compared with published totals and with torch's own count of matrix products."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from suite.models.accounting import account
 from suite.models.registry import Family, ModelConfig
 from suite.models.transformer import Transformer
 
-COUNTED = [  # models of "Memory Layers at Scale", in millions to 0.1m: by hand, not printed
+COUNTED = [  # models of "Memory Layers at Scale", in millions, to 0.1m; computed by hand where the paper prints none
     ("dense", "373m", {}, 373.9),
     ("moe", "134m", {}, 983.6),
     ("pkm", "134m", {"half_keys": 1024}, 936.5),
@@ -43,28 +43,28 @@ def paper(family: str, base: str, **options: object) -> ModelConfig:
 
 
 def total(family: str, base: str, **options: object) -> int:
-    size = paper(family, base, **options)
-    return account(size, size.size.vocab_size, 4096).params_total
+    model_config = paper(family, base, **options)
+    return account(model_config, model_config.size.vocab_size, 4096).params_total
 
 
 @pytest.mark.parametrize(("family", "base", "options", "millions"), COUNTED)
-def test_parameter_totals_are_those_counted_by_hand(family, base, options, millions):
+def test_parameter_totals_equal_hand_counts(family, base, options, millions):
     assert total(family, base, **options) / 1e6 == pytest.approx(millions, abs=0.05)
 
 
-def test_parameter_totals_are_the_printed_ones_within_a_million():
-    """Except Memory+ with 2^20 rows at 1.3b, which looks like a copying error, and dense ones, which are only names."""
+def test_parameter_totals_are_within_a_million_of_the_published_ones():
+    """Exceptions: Memory+ with 2^20 rows at 1.3b, a likely copying error, and dense models, whose totals are names."""
     printed: dict[tuple[str, str, int], float] = {}
     for path in PUBLISHED.glob("memory_layers_table*.csv"):
         for row in csv.DictReader(path.open()):
-            known = row["params_total"] and not re.search("arithmetic|copied", row["note"])
-            if known and row["base"] != "7b":
+            is_reliable = row["params_total"] and not re.search("arithmetic|copied", row["note"])
+            if is_reliable and row["base"] != "7b":
                 printed[row["family"], row["base"], int(float(row["half_keys"] or 0))] = float(row["params_total"])
     assert len(printed) == 13
     for (family, base, half_keys), expected in printed.items():
-        found = total(family, base, **({"half_keys": half_keys} if half_keys else {}))
-        within = expected / 20 if family == "dense" else 1e6
-        assert found == pytest.approx(expected, abs=within), (family, base, half_keys)
+        counted = total(family, base, **({"half_keys": half_keys} if half_keys else {}))
+        tolerance = expected / 20 if family == "dense" else 1e6
+        assert counted == pytest.approx(expected, abs=tolerance), (family, base, half_keys)
 
 
 @pytest.fixture
@@ -79,10 +79,10 @@ def _example() -> Iterator[None]:
 @pytest.mark.usefixtures("_example")
 @pytest.mark.parametrize("seq_len", [32, 37])
 @pytest.mark.parametrize("case", [*OPTIONS, "hashed_ngram"])
-def test_the_account_and_torchs_count_differ_only_by_named_items(case, seq_len):
-    """On the meta device torch counts attention over all T*T pairs, and no weighted sum of rows.
+def test_the_account_differs_from_torchs_count_only_by_known_items(case, seq_len):
+    """On the meta device torch counts attention over all T*T pairs and does not count weighted sums of rows.
 
-    On a CPU it would count no attention at all, and a routed expert's tokens padded to the busiest expert.
+    On a CPU it would not count attention, and it would count expert tokens padded to the busiest expert.
     """
     rows = 2
     with torch.device("meta"):
@@ -98,25 +98,25 @@ def test_the_account_and_torchs_count_differ_only_by_named_items(case, seq_len):
     items = {"future tokens": tokens * net.size.layers * 2 * net.size.dim * (seq_len - (seq_len + 1) / 2)}
     items["padded experts"] = sum(padded_macs(layer.feed_forward, rows, seq_len) for layer in net.layers)
     assert forward == 2 * (tokens * ours.macs_total + sum(items.values()))
-    # PEER's u.x: its gradients are weighted sums of rows and of tokens, which are no matrix products.
+    # PEER's u.x: its gradients are weighted sums of rows and of tokens, which are not matrix products.
     items["gradients that are sums of rows"] = -2 / 3 * tokens * ours.macs_per_token.get("experts", 0)
     assert training == pytest.approx(6 * (tokens * ours.macs_total + sum(items.values())), rel=1e-12)
 
 
 def padded_macs(layer: nn.Module, rows: int, seq_len: int) -> float:
-    """Return the products including padding: each expert takes a whole number of tokens."""
+    """Return the multiply-adds of padding: each expert processes a whole number of tokens."""
     if isinstance(layer, moe.ExpertChoice):
-        slots, asked = rows * -(-seq_len // layer.experts.count), rows * seq_len / layer.experts.count
+        slots, used = rows * -(-seq_len // layer.experts.count), rows * seq_len / layer.experts.count
     elif isinstance(layer, moe.TokenChoice):
-        asked = rows * seq_len * layer.top_k / layer.experts.count
-        slots = math.ceil(asked)
+        used = rows * seq_len * layer.top_k / layer.experts.count
+        slots = math.ceil(used)
     else:
         return 0.0
-    return (slots - asked) * sum(weight.numel() for weight in layer.experts.parameters())
+    return (slots - used) * sum(weight.numel() for weight in layer.experts.parameters())
 
 
 @pytest.mark.parametrize("case", list(OPTIONS))
-def test_named_groups_sum_to_the_real_model(case):
+def test_groups_sum_to_the_parameters_of_the_model(case):
     counted = account(config(case), VOCAB, 64)
     real = sum(parameter.numel() for parameter in model(case).parameters())
     assert sum(counted.params.values()) == counted.params_total == real
@@ -141,7 +141,7 @@ def test_reading_rows_of_a_memory_costs_no_multiply_adds():
     assert small.params_active == outside + 4 * 8 * 32  # heads x top_k rows
 
 
-def test_memory_plus_at_1_3b_is_near_equal_flops_as_the_design_states():
+def test_memory_plus_at_1_3b_has_nearly_the_flops_of_dense():
     def macs(family: str, **options: object) -> float:
         return account(paper(family, "1.3b", **options), 32000, 4096).macs_total
 
@@ -150,12 +150,12 @@ def test_memory_plus_at_1_3b_is_near_equal_flops_as_the_design_states():
     assert macs("memory_plus", half_keys=8192) / dense == pytest.approx(1.04, abs=0.01)
 
 
-def test_a_fine_grained_mixture_is_as_active_as_dense():
+def test_a_fine_grained_mixture_has_as_many_active_parameters_as_dense():
     dense, mixture = (account(paper(family, "134m"), 32000, 4096) for family in ("dense", "moe_topk"))
     assert mixture.params_active - dense.params_active == mixture.params["router"]
 
 
-def test_a_module_without_a_cost_is_refused_by_name():
+def test_a_module_without_a_cost_raises_an_error_with_its_name():
     def feed_forwards(size: ModelConfig) -> list[nn.Module]:
         return [nn.Identity() for _ in range(size.size.layers)]
 
@@ -174,6 +174,6 @@ def test_an_account_is_plain_data():
     assert all(isinstance(count, int) for count in content["params"].values())
 
 
-def test_building_for_the_account_leaves_the_default_device_alone():
+def test_accounting_does_not_change_the_default_device():
     account(config("dense"), VOCAB, 8)
     assert torch.empty(1).device.type == "cpu"

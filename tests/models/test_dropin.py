@@ -1,4 +1,4 @@
-"""The stand-alone memory layer in a Llama of transformers."""
+"""The stand-alone memory layer inside a transformers Llama."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def llama(memory: bool = True) -> Any:
     return model
 
 
-def test_it_trains_with_a_separate_parameter_group_for_the_shared_table() -> None:
+def test_the_layer_trains_with_a_separate_parameter_group_for_the_shared_table() -> None:
     model = llama()
     first, second = model.model.layers[1].mlp, model.model.layers[2].mlp
     values = list(first.table.parameters())
@@ -60,7 +60,7 @@ def test_a_shared_table_is_saved_once_and_loads_back(tmp_path: Path) -> None:
         torch.testing.assert_close(other(tokens).logits, model(tokens).logits)
 
 
-def test_generation_is_the_same_with_and_without_the_hosts_cache() -> None:
+def test_generation_is_the_same_with_and_without_the_cache_of_transformers() -> None:
     model = llama().eval()
     tokens = torch.arange(6)[None]
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}

@@ -1,4 +1,4 @@
-"""Mixtures of experts against plain loops."""
+"""Mixtures of experts compared with plain loops."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def choices_by_loop(layer: ExpertChoice, x_TD: torch.Tensor, capacity: int) -> t
     gate_TE = torch.softmax(x_TD @ layer.router.weight.T, dim=1)
     y_TD = torch.zeros_like(x_TD)
     for expert in range(layer.experts.count):
-        wanted = sorted(range(len(x_TD)), key=lambda t, e=expert: -gate_TE[t, e].item())[:capacity]
-        for token in wanted:
+        chosen = sorted(range(len(x_TD)), key=lambda t, e=expert: -gate_TE[t, e].item())[:capacity]
+        for token in chosen:
             y_TD[token] = y_TD[token] + gate_TE[token, expert] * one_expert(layer.experts, expert, x_TD[token])
     return y_TD
 
@@ -38,7 +38,7 @@ def test_expert_choice_equals_a_loop_over_rows_and_experts():
     torch.testing.assert_close(layer(x_BTD), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_expert_choice_gradients_equal_the_loops():
+def test_expert_choice_gradients_equal_those_of_the_loop():
     layer = randomise(ExpertChoice(dim=6, hidden=10, experts=3)).train()
     x_BTD = torch.randn(2, 7, 6, generator=torch.Generator().manual_seed(1))
     layer(x_BTD).square().sum().backward()
@@ -49,9 +49,9 @@ def test_expert_choice_gradients_equal_the_loops():
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_tokens_that_no_expert_chose_get_zero():
+def test_tokens_that_no_expert_chooses_have_zero_output():
     layer = randomise(ExpertChoice(dim=4, hidden=8, experts=2)).train()
-    layer.router.weight.data[1] = layer.router.weight.data[0]  # equal gates: both want the same half
+    layer.router.weight.data[1] = layer.router.weight.data[0]  # equal gates: both experts choose the same half
     x_BTD = torch.randn(1, 8, 4)
     assert int((layer(x_BTD) == 0).all(-1).sum()) == 4
 
@@ -96,7 +96,7 @@ def test_token_choice_equals_a_loop_over_tokens():
 
 
 def worst_share(layer: TokenChoice, x_BTD: torch.Tensor) -> float:
-    """Load of the busiest expert over the mean load."""
+    """Return the load of the busiest expert relative to the mean load."""
     layer(x_BTD)
     share = float(layer.load_E.max() / layer.load_E.mean())
     layer.load_E.zero_()

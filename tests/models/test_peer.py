@@ -1,4 +1,4 @@
-"""PEER against a naive float64 version, and rows times tokens against the plain product."""
+"""PEER compared with a naive float64 version, and inner products of rows and tokens with einsum."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def naive_peer(weight: dict[str, torch.Tensor], layer: Peer, x: torch.Tensor) ->
     return y
 
 
-def test_outputs_and_all_gradients_equal_a_naive_float64_version():
+def test_peer_outputs_and_gradients_equal_a_naive_float64_version():
     generator = torch.Generator().manual_seed(1)
     u, v = MemoryTable(9 * 9, 12), MemoryTable(9 * 9, 12)
     layer = Peer(u, v, Addressing(half_keys=9, heads=2, top_k=5, k_dim=6))
@@ -34,14 +34,14 @@ def test_outputs_and_all_gradients_equal_a_naive_float64_version():
     for parameter in parameters.values():
         parameter.data.normal_(generator=generator)
     x_BTD = torch.randn(2, 5, 12, generator=generator).requires_grad_()
-    aim_BTD = torch.randn(2, 5, 12, generator=generator)
+    grad_BTD = torch.randn(2, 5, 12, generator=generator)
 
     exact = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
     x_exact = x_BTD.detach().double().requires_grad_()
     y_exact = torch.stack([naive_peer(exact, layer, x) for x in x_exact.view(-1, 12)]).view(2, 5, 12)
-    (y_exact * aim_BTD).sum().backward()
+    (y_exact * grad_BTD).sum().backward()
     y_BTD = layer(x_BTD)
-    (y_BTD * aim_BTD).sum().backward()
+    (y_BTD * grad_BTD).sum().backward()
 
     torch.testing.assert_close(y_BTD.double(), y_exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(x_BTD.grad.double(), x_exact.grad, rtol=1e-3, atol=1e-4)
@@ -51,18 +51,18 @@ def test_outputs_and_all_gradients_equal_a_naive_float64_version():
 
 
 @pytest.mark.parametrize("at_once", [1, 60, 1 << 24])
-def test_rows_times_tokens_in_parts_equal_the_plain_product(monkeypatch, at_once):
+def test_products_computed_in_parts_equal_the_einsum(monkeypatch, at_once):
     monkeypatch.setattr(memory_table, "ROWS_AT_ONCE", at_once)
     table = MemoryTable(30, 5)
     torch.nn.init.normal_(table.weight)
     rows_NS = torch.randint(30, (7, 4))
     x_ND = torch.randn(7, 5, requires_grad=True)
     products_NS = table.products(rows_NS, x_ND)
-    aim_NS = torch.randn(7, 4)
-    ours = torch.autograd.grad(products_NS, (table.weight, x_ND), aim_NS)
+    grad_NS = torch.randn(7, 4)
+    ours = torch.autograd.grad(products_NS, (table.weight, x_ND), grad_NS)
     plain_NS = torch.einsum("nsd,nd->ns", table.weight[rows_NS], x_ND)
     torch.testing.assert_close(products_NS, plain_NS)
-    for mine, expected in zip(ours, torch.autograd.grad(plain_NS, (table.weight, x_ND), aim_NS), strict=True):
+    for mine, expected in zip(ours, torch.autograd.grad(plain_NS, (table.weight, x_ND), grad_NS), strict=True):
         torch.testing.assert_close(mine, expected)
 
 

@@ -1,4 +1,4 @@
-"""Product keys: the search against all n*n sums, the layer against a naive float64 version."""
+"""Product keys: the search compared with all n*n sums, the layer with a naive float64 version."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from model_families import VOCAB, config, model, tokens
 from kernels.product_key import product_key
 from suite.models.accounting import account
 from suite.models.memory_table import MemoryTable
-from suite.models.product_key import Addressing, ProductKeyMemory, SwiGLUBesideMemory
+from suite.models.product_key import Addressing, ProductKeyMemory, SwiGLUPlusMemory
 
 
 def search(scores_M2Nn: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Search over given half scores: one-hot queries select them from the keys unchanged."""
+    """Search half scores: one-hot queries select them from the keys unchanged."""
     heads, _, queries, _ = scores_M2Nn.shape
     one_hot = torch.eye(queries, dtype=scores_M2Nn.dtype)
     return product_key(one_hot[:, None, None].expand(-1, heads, 2, -1), scores_M2Nn.mT.contiguous(), top_k)
@@ -110,24 +110,24 @@ def naive_memory(weight: dict[str, torch.Tensor], memory: ProductKeyMemory, x: t
     ],
     ids=lambda options: " ".join(options) or "plain",
 )
-def test_outputs_and_all_gradients_equal_a_naive_float64_version(options):
+def test_memory_outputs_and_gradients_equal_a_naive_float64_version(options):
     options = dict(options)
     generator = torch.Generator().manual_seed(1)
     table = MemoryTable(11 * 11, options.pop("value_dim", 20))
-    how = Addressing(half_keys=11, heads=3, top_k=7, k_dim=10, qk_norm=options.pop("qk_norm", False))
-    memory = ProductKeyMemory(table, 20, how, **options)
+    addressing = Addressing(half_keys=11, heads=3, top_k=7, k_dim=10, qk_norm=options.pop("qk_norm", False))
+    memory = ProductKeyMemory(table, 20, addressing, **options)
     parameters = dict(memory.named_parameters()) | {"table": table.weight}
     for parameter in parameters.values():
         parameter.data.normal_(generator=generator)
     x_BTD = torch.randn(2, 6, 20, generator=generator).requires_grad_()
-    aim_BTD = torch.randn(2, 6, 20, generator=generator)
+    grad_BTD = torch.randn(2, 6, 20, generator=generator)
 
     exact = {name: p.detach().double().requires_grad_() for name, p in parameters.items()}
     x_exact = x_BTD.detach().double().requires_grad_()
     y_exact = torch.stack([naive_memory(exact, memory, x) for x in x_exact.view(-1, 20)]).view(2, 6, 20)
-    (y_exact * aim_BTD).sum().backward()
+    (y_exact * grad_BTD).sum().backward()
     y_BTD = memory(x_BTD)
-    (y_BTD * aim_BTD).sum().backward()
+    (y_BTD * grad_BTD).sum().backward()
 
     torch.testing.assert_close(y_BTD.double(), y_exact, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(x_BTD.grad.double(), x_exact.grad, rtol=1e-3, atol=1e-4)
@@ -162,7 +162,7 @@ def test_memory_plus_layers_share_one_table_and_have_their_own_keys():
     assert len(read) == 3
 
 
-def test_layers_that_do_not_share_have_a_table_each():
+def test_without_sharing_every_layer_has_its_own_table():
     net = model("memory_plus", share=False)
     assert len(net.memory_tables()) == 3
     assert account(net.config, VOCAB, 8).params_memory == 3 * 16 * 16 * 32
@@ -196,14 +196,14 @@ def test_query_batch_norm_uses_running_statistics_in_evaluation():
     running = 0.9 + 0.1 * q.var(0)
     expected = (q - 0.1 * q.mean(0)) / (running + 1e-5).sqrt()
     layer.eval()
-    for part in (x_ND, x_ND[:1]):  # one token after another, too: the batch says nothing any more, nor moves anything
+    for part in (x_ND, x_ND[:1]):  # the result does not depend on the batch, and running statistics do not change
         torch.testing.assert_close(layer.queries(part).flatten(1), expected[: len(part)], rtol=1e-4, atol=1e-4)
 
 
 def test_the_memory_can_be_added_to_the_feed_forward():
-    net = model("memory_plus beside")
+    net = model("memory_plus keep_ffn")
     layer = net.layers[1].feed_forward
-    assert isinstance(layer, SwiGLUBesideMemory)
+    assert isinstance(layer, SwiGLUPlusMemory)
     x_BTD = torch.randn(1, 3, 32)
     dense = model("dense").layers[1].feed_forward
     torch.testing.assert_close(layer(x_BTD), dense(x_BTD) + layer.memory(x_BTD))

@@ -1,4 +1,4 @@
-"""Counts of reads and their measures against counting by hand in numpy."""
+"""Counts of reads and their measures, compared with loops in numpy."""
 
 import math
 
@@ -56,8 +56,8 @@ def test_overlap_is_one_for_equal_use_and_zero_for_disjoint_rows() -> None:
     assert overlap(torch.tensor([3, 1, 0, 0]), torch.tensor([0, 2, 1, 1])) == 0.25
 
 
-def watched(model: Transformer, steps: int) -> tuple[dict, list[np.ndarray]]:
-    """Return the counts of Reads over some forward passes, and the rows of every read of the first table."""
+def usage_and_rows(model: Transformer, steps: int) -> tuple[dict, list[np.ndarray]]:
+    """Return the result of Reads over some forward passes, and the rows of every read of the first table."""
     reads, seen = Reads(model), []
     model.memory_tables()[0].before_read.append(lambda indices_NS: seen.append(indices_NS.numpy()))
     tokens_BT = torch.randint(VOCAB, (3, 20), generator=torch.Generator().manual_seed(0))
@@ -66,16 +66,16 @@ def watched(model: Transformer, steps: int) -> tuple[dict, list[np.ndarray]]:
     reads.start()
     for step in range(steps):
         model((tokens_BT + step) % VOCAB)
-    found = reads.finish()
+    usage = reads.finish()
     model(tokens_BT)  # not counted any more
     assert reads.finish() == {}
-    return found, seen[: steps * len(model.memory_layers())]
+    return usage, seen[: steps * len(model.memory_layers())]
 
 
 def test_layers_heads_and_tables_are_counted_separately() -> None:
     config = MemoryPlusConfig(family="memory_plus", base="w32", half_keys=16, top_k=4, memory_heads=2)
     model = models.build(config, VOCAB, seed=0)
-    found, seen = watched(model, steps=2)
+    usage, seen = usage_and_rows(model, steps=2)
     layers = list(model.memory_layers())
     assert len(layers) == 3
     counts = {layer: np.zeros((2, 256), np.int64) for layer in layers}
@@ -83,11 +83,11 @@ def test_layers_heads_and_tables_are_counted_separately() -> None:
         for head in range(2):
             np.add.at(counts[layers[number % 3]][head], rows_NS[:, 4 * head : 4 * (head + 1)], 1)
     for layer in layers:
-        of_layer = found["layers"][str(layer)]
+        of_layer = usage["layers"][str(layer)]
         entropies = of_layer.pop("head_entropy_bits")
         assert entropies == pytest.approx([by_hand(counts_R)["entropy_bits"] for counts_R in counts[layer]])
         assert of_layer == pytest.approx(by_hand(counts[layer].sum(0)))
-    (table,) = found["tables"]
+    (table,) = usage["tables"]
     assert table.pop("layers") == layers
     shares = {layer: counts[layer].sum(0) / counts[layer].sum() for layer in layers}
     expected = {
@@ -102,8 +102,8 @@ def test_layers_heads_and_tables_are_counted_separately() -> None:
 
 def test_rows_of_two_tables_that_are_read_together_count_once() -> None:
     model = models.build(PeerConfig(family="peer", base="w32", half_keys=16, top_k=4), VOCAB, seed=0)
-    found, seen = watched(model, steps=1)
-    (table,) = found["tables"]
+    usage, seen = usage_and_rows(model, steps=1)
+    (table,) = usage["tables"]
     assert table["reads"] == seen[0].size == 60 * 4 * 4
     assert table["overlap"] == {}
 

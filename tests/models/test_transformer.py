@@ -1,4 +1,4 @@
-"""The transformer against a naive float64 version, and properties of every family."""
+"""The transformer compared with a naive float64 version, and properties of every family."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def naive_llama(model: Transformer, token_T: torch.Tensor) -> torch.Tensor:
     def norm(x, name):
         return x / (x.pow(2).mean(-1, keepdim=True) + 1e-5).sqrt() * weight[name]
 
-    def turn(x_TK):
+    def rotated(x_TK):
         pairs = torch.complex(x_TK[:, : width // 2], x_TK[:, width // 2 :])
-        speed = size.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
-        turned = pairs * torch.exp(1j * torch.arange(len(x_TK)).double()[:, None] * speed)
-        return torch.cat((turned.real, turned.imag), 1)
+        frequency = size.rope_theta ** (-torch.arange(0, width, 2, dtype=torch.float64) / width)
+        rotated_pairs = pairs * torch.exp(1j * torch.arange(len(x_TK)).double()[:, None] * frequency)
+        return torch.cat((rotated_pairs.real, rotated_pairs.imag), 1)
 
     x = weight["embedding.weight"][token_T]
     for layer in range(size.layers):
@@ -34,10 +34,10 @@ def naive_llama(model: Transformer, token_T: torch.Tensor) -> torch.Tensor:
         heads = []
         for head in range(size.heads):
             own, shared = slice(head * width, (head + 1) * width), head // group
-            theirs = slice(shared * width, (shared + 1) * width)
-            score = turn(q[:, own]) @ turn(k[:, theirs]).T / width**0.5
+            kv = slice(shared * width, (shared + 1) * width)
+            score = rotated(q[:, own]) @ rotated(k[:, kv]).T / width**0.5
             future = torch.ones_like(score, dtype=torch.bool).triu(1)
-            heads.append(score.masked_fill(future, -torch.inf).softmax(-1) @ v[:, theirs])
+            heads.append(score.masked_fill(future, -torch.inf).softmax(-1) @ v[:, kv])
         x = x + torch.cat(heads, 1) @ weight[at + "attention.wo.weight"].T
         h = norm(x, at + "feed_forward_norm.weight")
         w1, w2, w3 = (weight[f"{at}feed_forward.{name}.weight"] for name in ("w1", "w2", "w3"))
@@ -85,7 +85,7 @@ def test_decoding_with_a_cache_equals_the_whole_forward(case):
 
 
 @every_family
-def test_left_padding_changes_nothing_with_and_without_a_cache(case):
+def test_left_padding_does_not_change_logits_with_or_without_a_cache(case):
     net = model(case).eval()
     short, full = tokens(1, 11), tokens(1, 16, seed=1)
     padded = torch.cat((torch.cat((torch.zeros(1, 5, dtype=torch.int64), short), 1), full))
@@ -99,7 +99,7 @@ def test_left_padding_changes_nothing_with_and_without_a_cache(case):
         torch.testing.assert_close(logits[1], expected[1], rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_keeps_the_rows_selected():
+def test_cache_select_retains_the_selected_rows():
     net, token_BT = model("dense").eval(), tokens(3, 12)
     cache = net.new_cache(3, 12)
     net(token_BT[:, :8], cache=cache)
@@ -108,7 +108,7 @@ def test_a_cache_keeps_the_rows_selected():
     torch.testing.assert_close(logits, net(token_BT)[[2, 0, 2], 8:], rtol=1e-4, atol=1e-5)
 
 
-def test_segments_and_a_cache_exclude_each_other():
+def test_segments_together_with_a_cache_raise_an_error():
     net, token_BT = model("dense"), tokens(1, 4)
     with pytest.raises(ValueError, match="segments"):
         net(token_BT, segments_BT=token_BT, cache=net.new_cache(1, 4))
@@ -169,7 +169,7 @@ def test_shared_parameters_start_equal_in_all_families(case):
 
 
 @every_family
-def test_weights_survive_a_state_dict(case):
+def test_a_state_dict_restores_the_model(case):
     net, other, token_BT = model(case).eval(), model(case, seed=1).eval(), tokens(1, 9)
     other.load_state_dict(net.state_dict())
     assert torch.equal(other(token_BT), net(token_BT))

@@ -1,4 +1,4 @@
-"""Live bytes of tensors, and parts of models traced once for all models that have them."""
+"""Live bytes of tensors, and parts that are traced once for all models that contain them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_live_bytes_count_each_storage_while_it_is_alive() -> None:
         assert live.peak == 440
 
 
-def test_parts_do_not_depend_on_models_traced_before() -> None:
+def test_parts_do_not_depend_on_models_traced_earlier() -> None:
     cache: PartCache = {}
     for case in OPTIONS:
         for rows in (2, 3):
@@ -41,7 +41,7 @@ def test_blocks_that_differ_only_in_a_setting_are_traced_separately() -> None:
     assert [part.lookups for part in plain.parts] != [part.lookups for part in random.parts]
 
 
-def test_a_block_that_several_models_have_is_traced_once() -> None:
+def test_a_block_that_several_models_contain_is_traced_once() -> None:
     cache: PartCache = {}
     block, head, memory = 1, 1, 1
     StepTracer(meta_model(config("dense"), VOCAB), 16, cache=cache).parts(2)
@@ -52,8 +52,8 @@ def test_a_block_that_several_models_have_is_traced_once() -> None:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("case", list(OPTIONS))
-def test_every_block_needs_what_its_part_states(case: str, precision: Precision) -> None:
-    """Each layer is run, equal or not, with the rotation and the attention bias that the transformer makes."""
+def test_every_block_uses_the_memory_predicted_for_its_part(case: str, precision: Precision) -> None:
+    """Every layer is run, also equal ones, with the rotation and the attention bias of the transformer."""
     model = meta_model(config(case), VOCAB)
     x_BTD = torch.empty(2, 16, model.size.dim, device="meta", requires_grad=True)
     with torch.device("meta"):
@@ -68,7 +68,7 @@ def test_every_block_needs_what_its_part_states(case: str, precision: Precision)
                 assert (part.forward, part.saved) == (live.peak, live.bytes)
                 live.peak = live.bytes
                 y_BTD.backward(torch.empty_like(y_BTD))
-        # Here the caller holds the gradient of the output to the end; in a step nothing does.
+        # Here the caller holds the gradient of the output to the end; in a training step it is freed.
         assert part.backward <= live.peak <= part.backward + y_BTD.numel() * y_BTD.element_size()
         model.zero_grad()
         del y_BTD

@@ -1,4 +1,4 @@
-"""The predicted memory of a training step, against the live bytes of a real one."""
+"""The predicted memory of a training step, compared with the live bytes of a real one."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "memory_plus": {"family": "memory_plus", "base": "w32", **SMALL},
     "memory_plus large": {"family": "memory_plus", "base": "w64", "half_keys": 256, "top_k": 8},
     "pkm large": {"family": "pkm", "base": "w64", "half_keys": 256, "top_k": 8},
-    "memory_plus beside": {"family": "memory_plus", "base": "w32", **SMALL, "keep_ffn": True},
+    "memory_plus keep_ffn": {"family": "memory_plus", "base": "w32", **SMALL, "keep_ffn": True},
     "pkm batchnorm": {"family": "pkm", "base": "w32", **SMALL, "query_batchnorm": True},
     "peer": {"family": "peer", "base": "w48", **SMALL},
     "hashed_ngram": {"family": "hashed_ngram", "base": "w32"},
@@ -88,8 +88,8 @@ def test_prediction_is_within_ten_percent_of_the_peak_of_a_real_step(
         live.add(tensor)
     with live:
         trainer.train_step()
-    even = [rows * -math.expm1(-lookups / rows) for lookups, _, rows in reads]
-    use = sum(distinct for _, distinct, _ in reads) / sum(even) if reads else 1.0
+    uniform = [rows * -math.expm1(-lookups / rows) for lookups, _, rows in reads]
+    use = sum(distinct for _, distinct, _ in reads) / sum(uniform) if reads else 1.0
     model = meta_model(cell.model, corpus.vocab_size)
     traced = StepTracer(model, cell.data.seq_len, busiest=max(busiest, default=1)).parts(10 // accumulate)
     predicted = traced.step(micro_batches=accumulate, state=table_state(cell.train), use=use)
@@ -98,7 +98,7 @@ def test_prediction_is_within_ten_percent_of_the_peak_of_a_real_step(
 
 
 def watch_busiest(model: torch.nn.Module, tokens: int) -> list[float]:
-    """Record, for each call of a mixture, the load of its busiest expert over the mean, which shapes cannot tell."""
+    """Record, for each call of a mixture, the load of its busiest expert over the mean; shapes do not determine it."""
     seen: list[float] = []
     for module in model.modules():
         if isinstance(module, TokenChoice):
@@ -118,14 +118,14 @@ def watch_reads(model: torch.nn.Module) -> list[tuple[int, int, int]]:
     return seen
 
 
-def test_sharding_divides_state_and_leaves_activations() -> None:
+def test_sharding_divides_state_but_not_activations() -> None:
     parts = StepTracer(meta_model(MemoryPlusConfig(**MODELS["memory_plus large"]), 500), 128).parts(4)
-    alone, shared = parts.step(), parts.step(rest_shards=4, value_shards=4)
-    assert shared.weights == alone.weights / 4
-    assert alone.moments / 4 < shared.moments < alone.moments / 3  # marks of rows are not divided
-    assert shared.saved == alone.saved
-    assert alone.weights + alone.moments < alone.peak
-    assert shared.peak < alone.peak
+    whole, sharded = parts.step(), parts.step(rest_shards=4, value_shards=4)
+    assert sharded.weights == whole.weights / 4
+    assert whole.moments / 4 < sharded.moments < whole.moments / 3  # the state of rows is not divided
+    assert sharded.saved == whole.saved
+    assert whole.weights + whole.moments < whole.peak
+    assert sharded.peak < whole.peak
 
 
 def test_the_memory_of_a_huge_table_is_predicted_without_allocating_it() -> None:

@@ -1,4 +1,4 @@
-"""Plans, against totals and formulas computed by hand, and meshes, of which no smaller one fits."""
+"""Plans compared with totals and formulas computed by hand, and meshes, which are the smallest that fit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from suite.plan.gpus import GPUS, USABLE
 from suite.plan.mesh import MICRO_ROWS
 
 GRIDS = Path(__file__).resolve().parents[2] / "grids"
-COUNTED = {  # of table 1, in millions to 0.1m, by hand; tests/models/test_accounting.py has the printed ones
+COUNTED = {  # models of table 1, in millions, to 0.1m, by hand; test_accounting.py checks published totals
     ("moe", "134m", None): 983.6,
     ("peer", "134m", 768): 1036.9,
     ("pkm", "134m", 1024): 936.5,
@@ -48,7 +48,7 @@ def scaling() -> list[planning.CellPlan]:
     return planned("paper-memory-scaling")
 
 
-def test_the_papers_grids_are_planned_at_once_with_the_totals_counted_by_hand(tmp_path: Path) -> None:
+def test_the_papers_grids_are_planned_together_with_hand_counted_totals(tmp_path: Path) -> None:
     done = CliRunner().invoke(app, ["plan", "paper", "--json", "--results", str(tmp_path)])
     assert done.exit_code == 0, done.output
     document = json.loads(done.stdout)
@@ -71,7 +71,7 @@ def test_cells_with_the_same_name_show_their_distinguishing_settings(tmp_path: P
     assert len(set(names)) == len(names) == 19
 
 
-def test_the_document_has_the_agreed_fields(scaling: list[planning.CellPlan]) -> None:
+def test_the_document_has_its_documented_fields(scaling: list[planning.CellPlan]) -> None:
     entry = scaling[2].to_json(price=2.0)
     assert {
         "cell",
@@ -93,14 +93,14 @@ def test_the_document_has_the_agreed_fields(scaling: list[planning.CellPlan]) ->
     json.dumps(entry, allow_nan=False)
 
 
-def test_hours_are_flops_over_the_stated_speed(scaling: list[planning.CellPlan]) -> None:
+def test_hours_are_flops_divided_by_the_assumed_speed(scaling: list[planning.CellPlan]) -> None:
     for one in scaling:
         assert one.total_flops == 1e12 * one.account.flops_per_token
         assert one.gpu_hours == pytest.approx(one.total_flops / (989e12 * 0.4) / 3600)
         assert one.steps == int(1e12) // (2048 * 4096)
 
 
-def test_a_mesh_fits_and_half_of_it_does_not() -> None:
+def test_a_mesh_fits_and_one_of_half_the_size_does_not() -> None:
     usable = GPUS["h100"].memory * USABLE
     for one in planned("paper-memory-scaling")[:4]:
         mesh = one.mesh
@@ -136,41 +136,41 @@ def test_a_cell_that_does_not_fit_states_why_and_what_would_fit() -> None:
 
 
 @pytest.mark.parametrize(("rows", "most"), [(48, 16), (24, 8), (7, 1)])
-def test_a_mesh_divides_the_rows_of_a_batch_as_training_must(rows: int, most: int) -> None:
+def test_the_gpus_of_a_mesh_divide_the_rows_of_a_batch(rows: int, most: int) -> None:
     plans = planned("paper-memory-scaling", train__batch_rows=str(rows))
     for one in plans:
         if one.mesh is not None:
             assert one.mesh.gpus * one.mesh.micro_rows * one.mesh.accumulate == rows
     huge = plans[-1]
     assert huge.mesh is None
-    assert str(huge.why).startswith(f"on {most} GPUs (no more divide its {rows} rows) a GPU needs ")
+    assert str(huge.why).startswith(f"on {most} GPUs (the most that divide its {rows} rows), each needs ")
     assert str(huge.would_fit).startswith("a train.batch_rows that more GPUs divide or ")
 
 
-def test_batch_rows_are_not_blamed_if_more_gpus_would_divide_them() -> None:
+def test_batch_rows_are_not_the_stated_reason_if_more_gpus_divide_them() -> None:
     (tight,) = (one for one in planned("paper-memory-scaling", nodes=3) if one.account.params_memory == 2**26 * 2048)
-    assert str(tight.why).startswith("on 16 GPUs a GPU needs ")
+    assert str(tight.why).startswith("on 16 GPUs, each needs ")
     assert re.fullmatch(r"\d+ GPUs \(\d+ nodes\)", str(tight.would_fit))
 
 
-def test_more_than_one_node_of_six_gpus_means_whole_nodes() -> None:
+def test_meshes_of_several_nodes_use_whole_nodes() -> None:
     grid = load_grid(str(GRIDS / "paper-memory-scaling.yaml"), {"train.batch_rows": "3072"}, need_data=False)
     assumed = planning.Assumptions(dataclasses.replace(GPUS["h100"], per_node=6))
     plans = planning.plan(grid, assumed, Path("unused"))
-    found = [(one.mesh.gpus, one.mesh.table_shards) for one in plans if one.mesh is not None]
-    assert all(gpus < 6 or gpus % 6 == 0 for gpus, _ in found)
-    widths = [2048 % shards for _, shards in found]
+    meshes = [(one.mesh.gpus, one.mesh.table_shards) for one in plans if one.mesh is not None]
+    assert all(gpus < 6 or gpus % 6 == 0 for gpus, _ in meshes)
+    widths = [2048 % shards for _, shards in meshes]
     assert set(widths) == {0}
-    assert {gpus for gpus, _ in found} >= {1, 2, 4}
+    assert {gpus for gpus, _ in meshes} >= {1, 2, 4}
 
 
-def test_a_table_that_cannot_be_divided_is_named_with_its_option() -> None:
+def test_an_unsharded_table_that_does_not_fit_names_the_option() -> None:
     (huge,) = (
         one
         for one in planned("paper-memory-scaling", train__value_second_moment="row")
         if one.account.params_memory == 2**24 * 2048
     )
-    assert str(huge.would_fit).startswith("train.value_second_moment: element, whose tables are divided or ")
+    assert str(huge.would_fit).startswith("train.value_second_moment: element")
 
 
 def test_each_base_has_its_own_vocabulary_in_any_order(tmp_path: Path) -> None:
@@ -188,7 +188,7 @@ def test_each_base_has_its_own_vocabulary_in_any_order(tmp_path: Path) -> None:
     assert [one.account.params_embedding // one.cell.model.size.dim for one in plans] == [2 * 32000, 2 * 128256]
 
 
-def test_with_batch_statistics_the_number_of_micro_batches_stays() -> None:
+def test_batch_statistics_fix_the_number_of_micro_batches() -> None:
     (one,) = (
         one
         for one in planned("paper-fixed-memory", model__query_batchnorm="true", train__accumulate="64")
@@ -206,7 +206,7 @@ def test_with_batch_statistics_the_number_of_micro_batches_stays() -> None:
 def test_tables_are_counted_in_their_configured_precision(
     option: str, value: str, weight: int, moments: int, row: int
 ) -> None:
-    """Bytes of a value and of a row as docs/training.md lists them."""
+    """Bytes per value and per row are those that docs/training.md lists."""
     one = planned("paper-memory-scaling", **{f"train__value_{option}": value})[2]
     assert one.mesh is not None
     values, rows, memory = one.account.params_memory, 2**20, one.mesh.memory
@@ -254,7 +254,7 @@ def test_every_cell_has_ratios_to_the_dense_model_of_its_base(scaling: list[plan
     assert wide.to_json(1.0)["ratio_to_dense"]["flops"] == pytest.approx(2.0, rel=0.01)
 
 
-def test_table_traffic_by_hand(scaling: list[planning.CellPlan]) -> None:
+def test_table_traffic_equals_the_hand_computed_one(scaling: list[planning.CellPlan]) -> None:
     plus = scaling[2]
     read = 3 * 128 * 2048 * 4  # layers, rows a token, width, bytes
     rows = 2048 * 4096
