@@ -1,4 +1,4 @@
-"""The registered model families and what each one's cells may set."""
+"""The registered model families and their options, for `suite baselines`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from suite.models import registry
 
 
 def families() -> dict[str, Any]:
-    """Every family with its options: type, default (absent where one must be given) and meaning."""
+    """Return every family with its options: type, default (absent for required options) and meaning."""
     return {"families": {name: {"options": _options(name)} for name in registry.families()}}
 
 
@@ -27,7 +27,7 @@ def _options(name: str) -> dict[str, dict[str, Any]]:
 
 
 def families_table() -> Table:
-    """The families for people; options that all of them share come once, at the top."""
+    """Return the families as a table; options that all of them share are listed once, at the top."""
     described = {name: family["options"] for name, family in families()["families"].items()}
     shared = set.intersection(*(set(options) for options in described.values()))
     table = Table(title="model families", title_justify="left")
