@@ -8,7 +8,7 @@ size and budget has no multiplier: the difference between the two is the paired 
 
 The run is the unit: whole runs are resampled within cells, on both sides, and everything is fitted again. An outcome
 better or worse than that of every run of the curve is answered by extrapolation and marked so. A curve that misses its
-own cells by more than the family's distance from it does not tell the two apart, and the multiplier is refused.
+own cells by more than the family's distance from it cannot separate the two, and the multiplier is refused.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ def multipliers(reference: pd.DataFrame, family: pd.DataFrame, draws: int = 1000
     """
     _check("reference", reference)
     curve = reference[envelope(reference)]
-    known = len(np.unique(budgets(curve["C"].to_numpy(float))))
-    if known < BUDGETS:
+    on_curve = len(np.unique(budgets(curve["C"].to_numpy(float))))
+    if on_curve < BUDGETS:
         raise InputError(
-            f"compute multiplier: the reference's curve has {known} of the {BUDGETS} compute budgets that it needs"
+            f"compute multiplier: the reference's curve has {on_curve} of the {BUDGETS} compute budgets that it needs"
         )
     _check("family", family)
     _check_budgets(family)
@@ -117,8 +117,8 @@ def envelope(runs: pd.DataFrame) -> np.ndarray:
     cells = runs.assign(budget=budget).groupby(["budget", "cell"])["y"].mean()
     best = cells.groupby(level="budget").min()
     on_curve = best[best < best.cummin().shift(fill_value=math.inf)]
-    kept = cells.reset_index().merge(on_curve.reset_index(), on=["budget", "y"])
-    return pd.MultiIndex.from_arrays([budget, runs["cell"]]).isin(pd.MultiIndex.from_frame(kept[["budget", "cell"]]))
+    members = cells.reset_index().merge(on_curve.reset_index(), on=["budget", "y"])
+    return pd.MultiIndex.from_arrays([budget, runs["cell"]]).isin(pd.MultiIndex.from_frame(members[["budget", "cell"]]))
 
 
 def _shared(runs: pd.DataFrame) -> pd.Series:

@@ -214,7 +214,9 @@ def _refuse_repeats(members: pd.DataFrame, sides: pd.DataFrame) -> None:
     repeated = compared[compared.duplicated(["variant", "seed"], keep=False)]
     if len(repeated):
         same = repeated[repeated["variant"] == repeated["variant"].iloc[0]]
-        raise InputError(f"{same['label'].iloc[0]}: {', '.join(same['run'])}: of one seed, and equal in all else")
+        raise InputError(
+            f"{same['label'].iloc[0]}: {', '.join(same['run'])}: these runs share seed and settings; keep one of them"
+        )
 
 
 def _grouped(values: pd.Series | np.ndarray, pairs: pd.DataFrame, contrasts: int) -> list[Difference]:

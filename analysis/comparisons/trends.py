@@ -116,8 +116,8 @@ def _interval(x: np.ndarray, y: np.ndarray, cells: np.ndarray) -> tuple[np.ndarr
 
     members = [np.flatnonzero(cells == cell) for cell in np.unique(cells)]
     if min(map(len, members)) < 2:
-        nothing = np.full(x.shape[1], np.nan)
-        return nothing, nothing
+        missing = np.full(x.shape[1], np.nan)
+        return missing, missing
     influence = np.linalg.pinv(x)
     estimate = influence @ y
     parts = np.array([influence[:, rows].sum(1) ** 2 * y[rows].var(ddof=1) / len(rows) for rows in members])

@@ -16,10 +16,13 @@ from analysis.records.grid_data import GridData
 from analysis.records.regime import regime
 from analysis.records.scores import identities
 
-POINT_NOTE = f"Points: mean over seeds, 95 % t-interval from {MIN_PAIRS} runs on, n in the legend; faint: single runs."
+POINT_NOTE = (
+    f"Points: mean over seeds, 95 % t-interval from {MIN_PAIRS} runs on, n in the legend; faint: single runs, or, of "
+    "many, their quantiles."
+)
 SIDE_BY_SIDE = POINT_NOTE.replace("n in the legend", "n at the label")
 LEGEND = 16
-"""Most variants that a figure tells apart."""
+"""Most variants that a figure distinguishes."""
 
 
 class Missing(Exception):
@@ -35,7 +38,7 @@ class Context:
         or, in a grid of more than LEGEND variants, their family and table size.
     looks: label -> how it is drawn.
     drawn_as: label of a variant -> label it is drawn under.
-    remark: what the footnotes have to say about labels.
+    remark: the footnotes' sentence about labels.
     """
 
     comparisons: Comparisons
@@ -59,7 +62,7 @@ class Context:
         """The arguments with which `suite sweep` continues the grid."""
         return self.data.source or self.data.grid
 
-    @property
+    @cached_property
     def bases(self) -> list[str]:
         """Base sizes, smallest first."""
         return [base for base in self.data.bases if base in set(self.table["base"])]

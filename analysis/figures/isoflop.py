@@ -32,11 +32,11 @@ def isoflops_of_grid(context: Context, folder: Path) -> list[Path]:
     return isoflop_figure(profiles, folder, f"our runs, grid {context.grid}")
 
 
-def isoflop_figure(found: IsoFlops, folder: Path, source: str) -> list[Path]:
+def isoflop_figure(profiles: IsoFlops, folder: Path, source: str) -> list[Path]:
     """The parabolas with their data, the optima, and the frontier with its 95 % interval for the exponent."""
     from matplotlib import colormaps
 
-    fits, frontier = found.fits, found.document["frontier"]
+    fits, frontier = profiles.fits, profiles.document["frontier"]
     with style.figure(1, 2, width=7.2, height=3.6) as (drawn, (left, right)):
         for rank, (budget, parabola) in enumerate(fits):
             color = colormaps["viridis"](0.9 * rank / max(len(fits) - 1, 1))
@@ -50,7 +50,7 @@ def isoflop_figure(found: IsoFlops, folder: Path, source: str) -> list[Path]:
                 linewidth=1,
                 label=f"{budget:.2g} FLOPs (n={parabola.problem.n})",
             )
-            if budget in found.usable:
+            if budget in profiles.usable:
                 optimum, error = parabola.parameters["Nopt"], standard_errors(parabola)["Nopt"]
                 left.plot([optimum], [parabola.parameters["Lmin"]], "*", color=color, markersize=8)
                 reach = [1.96 * min(error, optimum / 2)]
@@ -59,8 +59,8 @@ def isoflop_figure(found: IsoFlops, folder: Path, source: str) -> list[Path]:
             ends = np.array([fits[0][0], fits[-1][0]])
             k, a = frontier["parameters"]["k"], frontier["parameters"]["a"]
             low, high = frontier["intervals"]["a"]
-            words = f"a = {a:.3f} [{low:.3f}, {high:.3f}]"
-            right.plot(ends, k * ends**a, color="#000000", linewidth=1, label=words)
+            exponent = f"a = {a:.3f} [{low:.3f}, {high:.3f}]"
+            right.plot(ends, k * ends**a, color="#000000", linewidth=1, label=exponent)
             right.legend(loc="best")
         for axis in (left, right):
             style.log_axis(axis)
@@ -72,7 +72,7 @@ def isoflop_figure(found: IsoFlops, folder: Path, source: str) -> list[Path]:
         right.set_ylabel("optimal parameters")
         note = (
             "Left: runs and a parabola in ln N per budget, stars at the optima. Right: optima with 1.96 standard "
-            "errors; budgets whose optimum is not identified among their sizes have no star and no part in the law. "
+            "errors; budgets whose optimum is not identified among their sizes have no star and do not enter the law. "
             f"Source: {source}."
         )
         return style.save(drawn, folder, "isoflop", note)

@@ -83,7 +83,7 @@ def line_over_bases(axis: Axes, context: Context, label: str, part: pd.DataFrame
 
 
 def variant_points(axis: Axes, context: Context, part: pd.DataFrame, x: str, y: str) -> None:
-    """Draw one point per variant; what tells members of a family apart is written next to the point.
+    """Draw one point per variant, with what distinguishes it within its family written next to the point.
 
     Args:
         axis: where.

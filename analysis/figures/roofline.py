@@ -1,7 +1,7 @@
-"""Kernels beside what their memory can do: bytes that must move per second, against the measured copy bandwidth.
+"""Kernels against their memory: bytes that must move per second, and the measured copy bandwidth.
 
-Table reads and row updates do a few operations a byte, far left of any machine's ridge, so the roof is bandwidth alone.
-Product-key search moves little and computes much: it, and a layer with it, is drawn without a roof.
+Table reads and row updates do few operations per byte, far left of any machine's ridge, so bandwidth alone is the roof.
+Product-key search moves little and computes much, so it and a layer that contains it are drawn without a roof.
 Input: the CSV files that `python -m kernels.bench --out DIR` writes, one per device. Above the roof means that a cache
 helps: bytes are counted as if each lookup came from memory.
 """
@@ -47,16 +47,18 @@ LOOKS = [("#0072B2", "o"), ("#000000", "s"), ("#E69F00", "^"), ("#009E73", "D"),
 
 
 def draw(bench: Path, folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
-    """A figure for every `kernels-<device>.csv` in `bench` and one for `step.csv`, name -> files; and what is missing,
-    with its command.
+    """Draw a figure for every `kernels-<device>.csv` in `bench` and one for `step.csv`.
+
+    Returns:
+        Name -> files, and a line for each missing figure with the command that makes it possible.
 
     Raises:
         InputError: a file without the columns needed, or with values that are not above 0.
     """
-    found, steps = sorted(bench.glob("kernels-*.csv")), bench / "step.csv"
-    drawn = {f"kernel-roofline-{path.stem.removeprefix('kernels-')}": roofline(path, folder) for path in found}
+    tables, steps = sorted(bench.glob("kernels-*.csv")), bench / "step.csv"
+    drawn = {f"kernel-roofline-{path.stem.removeprefix('kernels-')}": roofline(path, folder) for path in tables}
     missing = []
-    if not found:
+    if not tables:
         make = f"python -m kernels.bench --out {bench}"
         missing.append(f"kernel-roofline: no kernels-*.csv in {bench}; make it: {make}")
     if steps.exists():
@@ -67,7 +69,7 @@ def draw(bench: Path, folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
 
 
 def roofline(path: Path, folder: Path) -> list[Path]:
-    """One device's figure: a column per operator, a line of panels per use and width."""
+    """One device's figure: a column per operator, a row of panels per use and width."""
     table = _read(path)
     operators = [name for name in TITLES if name in set(table["operator"])]
     uses = sorted({(str(use), int(width)) for use, width in zip(table["use"], table["width"], strict=True)})
@@ -86,7 +88,7 @@ def roofline(path: Path, folder: Path) -> list[Path]:
         note = (
             "Points: median over rounds, bars from p20 to p80. Dashed: copy bandwidth measured in the same run, read "
             "and written, the roof of work that moves each byte once; above it, caches help. Search is bound by "
-            f"arithmetic and has no such roof. SparseAdam is another "
+            f"arithmetic and has no such roof. SparseAdam is a different "
             f"optimizer. Source: {path.name}, device {table['device'].iloc[0]}."
         )
         return style.save(drawn, folder, f"kernel-roofline-{path.stem.removeprefix('kernels-')}", note)
@@ -101,10 +103,10 @@ def _read(path: Path) -> pd.DataFrame:
         values = pd.to_numeric(table[column], errors="coerce").to_numpy(float)
         if not (np.isfinite(values) & (values > 0)).all():
             raise InputError(f"{path}: column {column}: allowed: numbers above 0")
-    known = table[table["operator"].isin(TITLES)]
-    if known.empty:
+    shown = table[table["operator"].isin(TITLES)]
+    if shown.empty:
         raise InputError(f"{path}: column operator: got {table['operator'].iloc[0]!r}, allowed: {', '.join(TITLES)}")
-    return known
+    return shown
 
 
 def _panel(axis: Axes, part: pd.DataFrame, operator: str) -> None:

@@ -52,7 +52,7 @@ def scores_against_rows(context: Context, folder: Path) -> list[Path]:
 
 
 def scores_against_base(context: Context, folder: Path) -> list[Path]:
-    """Final scores against base size, a line per variant that stands at two base sizes or more."""
+    """Final scores against base size, a line per variant of two base sizes or more."""
     bases, sizes = context.bases_of_equal_tokens(), context.base_sizes()
     if len(bases) < 2:
         raise Missing(

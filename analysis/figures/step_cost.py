@@ -1,4 +1,4 @@
-"""What a training step costs against the rows of the table: milliseconds and peak memory, by rows and densely.
+"""The cost of a training step against the rows of the table: milliseconds and peak memory, row-wise and dense.
 
 Input: the CSV file that `suite bench step` writes.
 """
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 COLUMNS = ("family", "base", "memory_rows", "optimizer", "step_ms", "ratio_p50", "peak_bytes")
 PANELS = (
     ("step_ms", 1.0, "a training step, ms"),
-    ("slowdown", 1.0, "time over dense's"),
-    ("peak_bytes", 2**-20, "most tensor bytes alive, MiB"),
+    ("slowdown", 1.0, "time relative to dense"),
+    ("peak_bytes", 2**-20, "peak tensor memory, MiB"),
 )
-OPTIMIZERS = {"row_wise": ("-", "by rows"), "dense": ("--", "dense optimizer")}
+OPTIMIZERS = {"row_wise": ("-", "row-wise"), "dense": ("--", "dense optimizer")}
 
 
 def step_cost(path: Path, folder: Path) -> list[Path]:
@@ -41,7 +41,7 @@ def step_cost(path: Path, folder: Path) -> list[Path]:
     table = table.assign(slowdown=1 / table["ratio_p50"])
     looks = style.looks([(family, family) for family in table["family"]])
     with style.figure(1, len(PANELS), width=7.4, height=3.0) as (drawn, axes):
-        for axis, (key, factor, words) in zip(axes, PANELS, strict=True):
+        for axis, (key, factor, ylabel) in zip(axes, PANELS, strict=True):
             for family, group in table.groupby("family", sort=False):
                 _family(axis, str(family), group.assign(y=factor * group[key]), looks[str(family)])
             axis.set_xscale("log", base=2)
@@ -50,11 +50,11 @@ def step_cost(path: Path, folder: Path) -> list[Path]:
             axis.yaxis.set_major_formatter("{x:g}")
             axis.yaxis.set_minor_formatter(NullFormatter())
             axis.set_xlabel("table rows")
-            axis.set_ylabel(words)
+            axis.set_ylabel(ylabel)
         style.legend_above(drawn, axes)
         note = (
-            f"Training steps at base {table['base'].iloc[0]}. Milliseconds: medians; time over dense's: medians of "
-            "ratios within rounds in which the models took turns. Memory: weights, gradients, moments and activations. "
+            f"Training steps at base {table['base'].iloc[0]}. Milliseconds: medians; time relative to dense: medians "
+            "of ratios within rounds in which the models alternated. Memory: weights, gradients, moments, activations. "
             f"Dotted: families without a table. Source: {path.name}."
         )
         return style.save(drawn, folder, "step-cost", note)
@@ -64,7 +64,7 @@ def _family(axis: Axes, family: str, group: pd.DataFrame, look: style.Look) -> N
     if not group["memory_rows"].gt(0).any():
         axis.axhline(float(group["y"].iloc[0]), color=look.color, linestyle=":", linewidth=1.2, label=family)
         return
-    for optimizer, (linestyle, words) in OPTIMIZERS.items():
+    for optimizer, (linestyle, name) in OPTIMIZERS.items():
         part = group[group["optimizer"] == optimizer].sort_values("memory_rows")
         axis.plot(
             part["memory_rows"],
@@ -72,5 +72,5 @@ def _family(axis: Axes, family: str, group: pd.DataFrame, look: style.Look) -> N
             color=look.color,
             linestyle=linestyle,
             marker=look.marker,
-            label=f"{family}, {words}",
+            label=f"{family}, {name}",
         )

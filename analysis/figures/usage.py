@@ -29,14 +29,14 @@ def usage_figure(context: Context, folder: Path) -> list[Path]:
     used = [(f"{base} {label}", label, 100 * group["usage_used"].to_numpy(float)) for base, label, group in groups]
     uneven = [(f"{base} {label}", label, group["usage_kl_bits"].to_numpy(float)) for base, label, group in groups]
     with style.figure(1, 2, width=7.0, height=1.3 + 0.3 * len(used), sharey=True) as (drawn, axes):
-        for axis, rows, words in zip(
+        for axis, rows, xlabel in zip(
             axes, (used, uneven), ("rows read at all, %", "KL from even use, bits"), strict=True
         ):
             for position, (_, label, values) in enumerate(rows):
                 dot(axis, position, values, context.looks[label], sideways=True)
             axis.set_yticks(range(len(rows)), [f"{text} (n={len(values)})" for text, _, values in rows])
             axis.set_ylim(len(rows) - 0.5, -0.5)
-            axis.set_xlabel(words)
+            axis.set_xlabel(xlabel)
         note = "Reads of the finished model over a fixed sample of training text, mean over its tables. " + SIDE_BY_SIDE
         return style.save(drawn, folder, "key-usage", context.note(note))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
 from analysis.comparisons.statistics import MIN_PAIRS
 from analysis.figures import style
@@ -26,7 +27,7 @@ ROWS = 40
 
 
 def against_base(context: Context, folder: Path) -> list[Path]:
-    """E50 and answer NLL against base size, a line per variant that stands at two base sizes or more."""
+    """E50 and answer NLL against base size, a line per variant of two base sizes or more."""
     if not context.data.has_bits:
         raise Missing(context.no_bits())
     if len(context.bases) < 2:
@@ -38,14 +39,14 @@ def against_base(context: Context, folder: Path) -> list[Path]:
     table = table.assign(size=table["base"].map(context.base_sizes()))
     several = table.groupby("label")["base"].nunique()
     with style.figure(1, 2, width=7.0, height=3.4) as (drawn, axes):
-        for axis, key, words in zip(axes, ("e50", "nll"), ("E50, exposures", "answer NLL, nats"), strict=True):
+        for axis, key, ylabel in zip(axes, ("e50", "nll"), ("E50, exposures", "answer NLL, nats"), strict=True):
             for label in table["label"].unique():
                 if several[label] < 2:
                     continue
                 line_over_bases(axis, context, label, table[table["label"] == label], "size", key)
             style.log_axis(axis)
             axis.set_xlabel("non-embedding base parameters")
-            axis.set_ylabel(words)
+            axis.set_ylabel(ylabel)
         style.legend_above(drawn, axes)
         bound = "Open: some runs censored, so the mean is a lower bound."
         note = f"{POINT_NOTE} {bound} NLL at the last exposure all runs reached, {exposure:.3g}."
@@ -56,26 +57,21 @@ def against_cost(context: Context, folder: Path) -> list[Path]:
     """What each variant reaches against what it costs: training FLOPs and bytes read per token, a row per base."""
     bios = context.data.has_bits
     bases = context.bases if bios else context.bases_of_equal_tokens()
-    if not bases:
-        raise Missing(
-            f"runs of grid {context.grid} ended at different numbers of tokens; without train.stop_past they end "
-            f"alike: suite sweep {context.source}"
-        )
     with style.figure(len(bases), 2, width=7.0, height=2.9 * len(bases), sharey="row") as (drawn, axes):
         for row, base in enumerate(bases):
             part = context.of_base(base)
             if bios:
                 part, exposure = context.with_bits_at_common_exposure(part)
-                y, words = "nll", f"answer NLL at {exposure:.3g} exposures, nats"
+                y, ylabel = "nll", f"answer NLL at {exposure:.3g} exposures, nats"
             else:
-                y, words = "eval_loss", "final loss in evaluation mode, nats/token"
+                y, ylabel = "eval_loss", "final loss in evaluation mode, nats/token"
             x = "flops_there" if bios else "train_flops"
             costs = ((x, "training FLOPs until then"), ("bytes_per_token", "bytes read per token, batch 1"))
             for axis, (key, name) in zip(axes[2 * row :], costs, strict=False):
                 variant_points(axis, context, part, key, y)
                 axis.set_xlabel(name)
                 axis.set_title(f"base {base}", loc="left")
-            axes[2 * row].set_ylabel(words)
+            axes[2 * row].set_ylabel(ylabel)
         style.legend_above(drawn, axes)
         return style.save(drawn, folder, "cost", context.note(POINT_NOTE))
 
@@ -176,16 +172,23 @@ def trend_figure(context: Context, folder: Path) -> list[Path]:
                 [min(values), max(values)], [min(values), max(values)], color="#888888", linewidth=0.8, linestyle=":"
             )
             bottom.axhline(0, color="#888888", linewidth=0.8, linestyle=":")
-            for base, label, seen, low, high, fitted in trend.points:
-                drawn_as = context.drawn_as[label]
-                look, fill = context.looks.get(drawn_as, style.PLAIN), FILLS[context.bases.index(base) % len(FILLS)]
-                marks: dict[str, Any] = {"color": look.color, "fillstyle": fill, "markersize": look.size}
-                top.plot([seen], [fitted], look.marker, label=f"{base} {drawn_as}", **marks)
-                bottom.plot([seen], [100 * (fitted / seen - 1)], look.marker, **marks)
-                top.plot([low, high], [fitted, fitted], color=look.color, linewidth=1)
-                bottom.plot(
-                    [seen, seen], [100 * (fitted / end - 1) for end in (low, high)], color=look.color, linewidth=1
-                )
+            points = pd.DataFrame(trend.points, columns=["base", "label", "seen", "low", "high", "fitted"])
+            points = points.assign(drawn=points["label"].map(context.drawn_as), error=points["fitted"] / points["seen"])
+            for (base, drawn_as), group in points.groupby(["base", "drawn"], sort=False):
+                look = context.looks.get(str(drawn_as), style.PLAIN)
+                fill = FILLS[context.bases.index(str(base)) % len(FILLS)]
+                size = look.size if len(points) <= ROWS else 2.0
+                marks: dict[str, Any] = {
+                    "color": look.color,
+                    "fillstyle": fill,
+                    "markersize": size,
+                    "linestyle": "none",
+                }
+                marks["marker"] = look.marker
+                top.plot(group["seen"], group["fitted"], label=f"{base} {drawn_as}", **marks)
+                bottom.plot(group["seen"], 100 * (group["error"] - 1), **marks)
+                if len(points) <= ROWS:
+                    _intervals(top, bottom, group, look.color)
             if trend.held_out:
                 seen, guess = float(trend.held_out["observed"]), float(trend.held_out["predicted"])
                 ring: dict[str, Any] = {"color": "#D55E00", "markerfacecolor": "none", "markersize": 11}
@@ -199,11 +202,18 @@ def trend_figure(context: Context, folder: Path) -> list[Path]:
             bottom.set_xlabel(trend.outcome)
         note = (
             "ln y = a + b ln(1 + M/N) + c ln N, least squares over runs; points: geometric means of variants, 95 % "
-            f"t-intervals from {MIN_PAIRS} runs on. Ring: the variant with the largest table as predicted from the "
-            "others before the fit drawn."
+            f"t-intervals from {MIN_PAIRS} runs on (not for more than {ROWS} variants). Ring: the variant with "
+            "the largest table as predicted from the others before the fit drawn."
         )
         style.legend_above(drawn, axes)
         return style.save(drawn, folder, "trend-fit", context.note(note))
+
+
+def _intervals(top: Axes, bottom: Axes, points: pd.DataFrame, color: str) -> None:
+    """The intervals of the observed means: along x in the fit, along y in the residuals."""
+    top.hlines(points["fitted"], points["low"], points["high"], color=color, linewidth=1)
+    low, high = (100 * (points["fitted"] / points[end] - 1) for end in ("low", "high"))
+    bottom.vlines(points["seen"], low, high, color=color, linewidth=1)
 
 
 def plan_figure(context: Context, folder: Path) -> list[Path]:

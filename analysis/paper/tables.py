@@ -1,6 +1,6 @@
-"""Tables 1 to 4 of "Memory Layers at Scale", as Markdown and drawn: the published numbers, ours beside them.
+"""Tables 1 to 4 of "Memory Layers at Scale", as Markdown and drawn: the published numbers, with ours next to them.
 
-Every published number carries the first letter of its confidence, see analysis.paper.
+Every published number carries the first letter of its confidence, see analysis.paper.figures.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ LETTERS = "Letters: A two transcriptions agree, B one, C read off the figure (+-
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper: its title, the heads of its columns and its cells."""
+    """A table of the paper: its title, column headers and cells."""
 
     title: str
     heads: list[str]
@@ -64,7 +64,7 @@ class Table:
 
 
 def tables(theirs: pd.DataFrame, mine: pd.DataFrame) -> str:
-    """Tables 1 to 4 as Markdown: the published number with its letter, ours beside it where runs match."""
+    """Tables 1 to 4 as Markdown: the published number with its letter, and ours where runs match."""
     text = [
         '# Tables of "Memory Layers at Scale" (arXiv:2412.09764)\n',
         f"{LETTERS} Scores in %; NLL in nats. `–`: not found. Ours, where a run matches: value (n runs, tokens).\n",
@@ -127,12 +127,12 @@ def _scores_table(title: str, part: pd.DataFrame, mine: pd.DataFrame, wanted: li
     mine = mine[mine["plain"].astype(bool)]
     for values, group in part.groupby(keys, sort=False, dropna=False):
         base, family, model, count, tokens = cast(tuple[str, str, str, float, float], values)
-        matching, alike = (
+        matching, same = (
             table[(table["base"] == base) & (table["family"] == family) & (table["memory_rows"] == count)]
             for table in (mine, part)
         )
-        # Of rows that differ in the budget alone, a run stands beside the nearest.
-        matching = matching.loc[[_nearest(alike["tokens"], seen) == tokens for seen in matching["tokens"]]]
+        # Of rows that differ in the budget alone, a run belongs to the nearest.
+        matching = matching.loc[[_nearest(same["tokens"], seen) == tokens for seen in matching["tokens"]]]
         cells = [_cell(group[group["task"] == task], matching[matching["task"] == task], 100) for task in wanted]
         counted = COUNTED[0] if group["note"].str.contains("our arithmetic").any() else ""
         rows.append([f"{base} {model}", number(count), _size(group) + counted, f"{number(tokens / 1e9)}b", *cells])

@@ -96,8 +96,8 @@ class Curves:
             (queries,); NaN for runs without points or without a target.
         """
         if log and not (self.x > 0).all():
-            kept = self.x > 0
-            return Curves(self.run[kept], self.x[kept], self.y[kept], self.runs).at(target, run, log, clamp)
+            positive = self.x > 0
+            return Curves(self.run[positive], self.x[positive], self.y[positive], self.runs).at(target, run, log, clamp)
         queried = np.arange(self.runs) if run is None else np.asarray(run, int)
         wanted = np.broadcast_to(np.asarray(target, float), queried.shape)
         result = np.full(len(queried), np.nan)

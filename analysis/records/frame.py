@@ -95,8 +95,18 @@ OF_RUN: tuple[str, ...] = (
     "params_total",
     "params_memory",
 )
-OF_RUN += ("params_active", "flops_per_token", "bytes_per_token", "macs_ratio", "params_ratio", "predicted_wall_s")
+OF_RUN += (
+    "grids",
+    "params_active",
+    "flops_per_token",
+    "bytes_per_token",
+    "macs_ratio",
+    "params_ratio",
+    "predicted_wall_s",
+)
 """Columns that are the same in all rows of a run."""
+RUNS = 2000
+"""Runs whose rows are made at once, so that intermediate arrays stay small."""
 
 
 @dataclass(frozen=True)
@@ -123,40 +133,53 @@ def load(results: Path, grid: str | None, reference: str, published: bool = True
     runs = grid_data.with_partners(runs, reference)
     position = grid_data.positions(runs, len(table))
     lists = {name: unnest(table, name, position) for name in ("lines", "probes", "scores")}
-    parts = [_of_runs(runs, lists, names)] if len(runs) else []
+    runs = runs.assign(grids=_memberships(runs["run"], names))
+    parts = [
+        _of_runs(runs, {name: _between(entries, first, first + RUNS) for name, entries in lists.items()})
+        for first in range(0, len(runs), RUNS)
+    ]
     if published:
-        parts.append(load_published(results))
-    parts = [part for part in parts if len(part)]
-    return Frame(_concatenated(parts, COLUMNS) if parts else _typed(pd.DataFrame()), damaged)
+        parts += _published_parts(results)
+    return Frame(_framed(_concatenated(parts, COLUMNS)), damaged)
 
 
 def load_published(results: Path) -> pd.DataFrame:
     """All published tables of a results folder, as one frame (empty without any)."""
-    parts = [read_published(path) for path in sorted(results.glob("published/*.csv"))]
-    return _concatenated(parts, COLUMNS) if parts else pd.DataFrame(columns=COLUMNS)
+    return _framed(_concatenated(_published_parts(results), COLUMNS))
 
 
-def _of_runs(runs: pd.DataFrame, lists: Mapping[str, pd.DataFrame], grids: Mapping[str, Sequence[str]]) -> pd.DataFrame:
-    """The rows of these runs: by run, then training and probe lines as logged, then final and intermediate scores."""
+def _published_parts(results: Path) -> list[Columns]:
+    return [_columns_of(read_published(path)) for path in sorted(results.glob("published/*.csv"))]
+
+
+def _between(entries: pd.DataFrame, first: int, end: int) -> pd.DataFrame:
+    """The entries of the runs from `first` up to `end`."""
+    start, stop = np.searchsorted(entries["run"].to_numpy(), [first, end])
+    return entries.iloc[start:stop].reset_index(drop=True)
+
+
+def _of_runs(runs: pd.DataFrame, lists: Mapping[str, pd.DataFrame]) -> Columns:
+    """The rows of the runs in these lists: by run, then logged lines in order, then final and intermediate scores."""
     lines = lists["lines"].assign(line=lambda table: table.groupby("run").cumcount())
     trained, evaluated = lines[lines["loss"].notna()], lines[lines["eval_loss"].notna()]
+    last = int(lines["line"].max()) if len(lines) else 0
     parts = [
         _logged(trained, "train", "train", "loss", trained["loss"], 0),
         _logged(trained, "train", "train", "epoch", trained["epoch"], 1),
         _logged(evaluated, "probe", "eval", "nll", evaluated["eval_loss"], 2),
         _logged(evaluated, "probe", "eval", "epoch", evaluated["epoch"], 3),
         *_probed(lines, lists["probes"]),
-        _final(runs, lists["scores"]),
-        _intermediate(runs, lists["scores"]),
+        _final(runs, lists["scores"], last + 1),
+        _intermediate(runs, lists["scores"], last + 2),
     ]
-    columns = ["run", "line", "order", *WITHIN_A_RUN]
-    rows = _concatenated([part for part in parts if len(part)] or parts[:1], columns)
-    rows = rows.take(np.lexsort([rows["order"], rows["line"], rows["run"]])).reset_index(drop=True)
-    at = rows["run"].to_numpy(int)
+    rows = _concatenated(parts, ["at", "line", "order", *WITHIN_A_RUN])
+    run, line, order = (rows.pop(name).astype(np.int64) for name in ("at", "line", "order"))
+    place = (run * (last + 3) + line) * (int(order.max(initial=0)) + 1) + order
+    sorted_rows = np.argsort(place, kind="stable")
+    at = run[sorted_rows]
     shared = {name: _repeated(runs[name], at) for name in OF_RUN}
-    shared["grids"] = _repeated(_memberships(runs["run"], grids), at)
     shared["source"] = _constant("run", len(at))
-    return _typed(rows.drop(columns="run").assign(**shared))
+    return {name: values.take(sorted_rows) for name, values in rows.items()} | shared
 
 
 WITHIN_A_RUN: tuple[str, ...] = (
@@ -172,53 +195,66 @@ WITHIN_A_RUN: tuple[str, ...] = (
 )
 WITHIN_A_RUN += ("task_version", "few_shot", "n", "stderr")
 """Columns that differ between the rows of a run."""
-AFTER_ALL_LINES = 2**40
+Columns = dict[str, Any]
+"""Column -> NumPy array, or Categorical where it is in TEXT."""
 
 
-def _logged(lines: pd.DataFrame, split: str, task: str, metric: str, value: Any, order: Any) -> pd.DataFrame:
+def _logged(lines: pd.DataFrame, split: str, task: str, metric: str, value: Any, order: Any) -> Columns:
     """One row per logged line; `order` is its place among the rows of the line."""
-    constants = {
-        name: _constant(text, len(lines)) for name, text in (("split", split), ("task", task), ("metric", metric))
+    at = ("line", "step", "tokens", "train_flops", "wall_s", "tokens_per_s")
+    constants = {name: _constant(text, len(lines)) for name, text in (("split", split), ("task", task))}
+    constants["metric"] = _constant(metric, len(lines))
+    values = {
+        "at": lines["run"].to_numpy(),
+        "value": np.asarray(value, float),
+        "order": np.broadcast_to(order, len(lines)),
     }
-    at = ["run", "line", "step", "tokens", "train_flops", "wall_s", "tokens_per_s"]
-    return lines[at].assign(value=np.asarray(value, float), order=order, **constants)
+    return {name: lines[name].to_numpy() for name in at} | values | constants
 
 
-def _probed(lines: pd.DataFrame, probes: pd.DataFrame) -> list[pd.DataFrame]:
+def _probed(lines: pd.DataFrame, probes: pd.DataFrame) -> list[Columns]:
     """One row per probe, kind and metric."""
-    keys = pd.MultiIndex.from_frame(probes[["run", "line"]].astype(int))
-    of_probe = lines.take(pd.MultiIndex.from_frame(lines[["run", "line"]]).get_indexer(keys))
+    first = np.searchsorted(lines["run"].to_numpy(), probes["run"].to_numpy())
+    of_probe = lines.take(first + probes["line"].to_numpy(int))
     place = len(PROBED) * probes.groupby("run").cumcount().to_numpy()
     parts = []
     for kind in probes["kind"].unique():
+        of_kind = (probes["kind"] == kind).to_numpy()
         for number, metric in enumerate(PROBED):
-            rows = ((probes["kind"] == kind) & probes[metric].notna()).to_numpy()
-            values, order = probes.loc[rows, metric], 4 + place[rows] + number
+            rows = of_kind & probes[metric].notna().to_numpy()
+            values, order = probes[metric].to_numpy()[rows], 4 + place[rows] + number
             part = _logged(of_probe[rows], "probe", f"bios_{kind}", metric, values, order)
-            parts.append(part.assign(n=probes.loc[rows, "n"].to_numpy()))
+            parts.append(part | {"n": probes["n"].to_numpy()[rows]})
     return parts
 
 
-def _final(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+def _final(runs: pd.DataFrame, scores: pd.DataFrame, line: int) -> Columns:
     """One row per final score, at the run's last values."""
     table = scores[scores["split"] == "final"].drop(columns="tokens")
     at = table["run"].to_numpy(int)
     ends = {name: runs[name].to_numpy(float)[at] for name in ("tokens", "train_flops", "wall_s", "tokens_per_s")}
-    return _scored(table.assign(**ends), AFTER_ALL_LINES)
+    return _scored(table.assign(**ends), line)
 
 
-def _intermediate(runs: pd.DataFrame, scores: pd.DataFrame) -> pd.DataFrame:
+def _intermediate(runs: pd.DataFrame, scores: pd.DataFrame, line: int) -> Columns:
     """One row per score of an intermediate checkpoint."""
     table = scores[scores["split"] == "steps"]
     per_token = np.nan_to_num(runs["flops_per_token"].to_numpy(float)[table["run"].to_numpy(int)])
     tokens = table["tokens"].fillna(0)
-    return _scored(table.assign(tokens=tokens, train_flops=tokens * per_token), AFTER_ALL_LINES + 1)
+    return _scored(table.assign(tokens=tokens, train_flops=tokens * per_token), line)
 
 
-def _scored(table: pd.DataFrame, line: int) -> pd.DataFrame:
+def _scored(table: pd.DataFrame, line: int) -> Columns:
     """Scores as rows after all lines of their run, in the files' order."""
-    table = table.rename(columns={"version": "task_version"}).assign(line=line, order=np.arange(len(table)))
-    return table.astype(dict.fromkeys(("split", "task", "metric", "task_version"), "category"))
+    return _columns_of(
+        table.rename(columns={"version": "task_version", "run": "at"}).assign(line=line, order=range(len(table)))
+    )
+
+
+def _columns_of(table: pd.DataFrame) -> Columns:
+    """The columns of a table, text as categories."""
+    names = [str(name) for name in table]
+    return {name: table[name].astype("category").array if name in TEXT else table[name].to_numpy() for name in names}
 
 
 def _memberships(names: pd.Series, grids: Mapping[str, Sequence[str]]) -> pd.Series:
@@ -243,18 +279,32 @@ def _repeated(values: pd.Series, at: np.ndarray) -> Any:
     return pd.Categorical.from_codes(codes[at], pd.Index(texts, dtype=object))
 
 
-def _concatenated(parts: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
-    """The rows of all parts, the categories of text columns united."""
-    joined: dict[str, Any] = {}
-    for name in columns:
-        pieces = [part[name] if name in part else pd.Series(np.nan, index=part.index) for part in parts]
-        if any(isinstance(piece.dtype, pd.CategoricalDtype) for piece in pieces):
-            texts = [piece.astype(object).astype("category") if piece.isna().all() else piece for piece in pieces]
-            texts = [text.cat.set_categories(text.cat.categories.astype(object)) for text in texts]
-            joined[name] = union_categoricals(texts)
-        else:
-            joined[name] = np.concatenate([piece.to_numpy() for piece in pieces])
-    return pd.DataFrame(joined)
+def _concatenated(parts: Sequence[Columns], columns: Sequence[str]) -> Columns:
+    """The rows of all parts, the categories of text united and columns that a part lacks filled with NaN."""
+    return {name: _joined([_column(part, name) for part in parts], name in TEXT) for name in columns}
+
+
+def _column(part: Columns, name: str) -> Any:
+    """A column of a part, or one without any value."""
+    rows = len(part["metric"])
+    if name not in TEXT:
+        return part.get(name, np.full(rows, np.nan))
+    texts = part.get(name, pd.Categorical.from_codes(np.full(rows, -1, np.int8), pd.Index([], dtype=object)))
+    return pd.Categorical.from_codes(texts.codes, texts.categories.astype(object))
+
+
+def _joined(pieces: Sequence[Any], text: bool) -> Any:
+    if not pieces:
+        return pd.Categorical([]) if text else np.array([])
+    return union_categoricals(list(pieces)) if text else np.concatenate(pieces)
+
+
+def _framed(columns: Columns) -> pd.DataFrame:
+    """The frame of these columns; whole numbers are integers where none is missing."""
+    for name in WHOLE:
+        if len(columns[name]) and not np.isnan(columns[name].astype(float)).any():
+            columns[name] = columns[name].astype(np.int64)
+    return pd.DataFrame(columns, copy=False)
 
 
 def read_published(path: Path) -> pd.DataFrame:

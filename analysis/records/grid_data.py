@@ -106,8 +106,8 @@ class GridData:
     def curves(self, y: str, x: str = "epoch") -> Curves:
         """The curves of a probe column over another, of all runs; empty where no run has it."""
         if y not in self.probes or x not in self.probes:
-            nothing = np.array([])
-            return Curves(nothing.astype(int), nothing, nothing, len(self.runs))
+            empty = np.array([])
+            return Curves(empty.astype(int), empty, empty, len(self.runs))
         table = self.probes.dropna(subset=[x, y])
         return Curves(table["run"].to_numpy(int), table[x].to_numpy(float), table[y].to_numpy(float), len(self.runs))
 
@@ -178,22 +178,26 @@ def from_store(
     reference = _reference(runs, reference, contrast) or fallback
     if reference is None:
         raise InputError("--reference: missing, and the grid declares no contrast; name the family to compare with")
+    runs = runs.assign(label=labels([json.loads(text) for text in runs.pop("settings")]))
     runs = with_partners(_ordered(runs, reference), reference)
     position = positions(runs, len(table))
-    nothing = pd.DataFrame()
-    data = GridData(runs, _probes(table, position), unnest(table, "table_use", position), nothing, reference, damaged)
+    probes, table_use = _probes(table, position), unnest(table, "table_use", position)
+    data = GridData(runs, probes, table_use, pd.DataFrame(), reference, damaged)
     runs = _with_e50(data)
     scores = final_scores(runs, unnest(table, "scores", position), unnest(table, "answers", position))
     return replace(data, runs=runs, scores=scores, contrast=contrast)
 
 
 def run_table(table: pa.Table, predicted: Mapping[str, float]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The readable runs of a store in its order, `stored` their row in it; and run and cause of the damaged ones."""
+    """The readable runs of a store in its order, and run and cause of the damaged ones.
+
+    `stored` is the row of a run in the store, `settings` its cell as JSON.
+    """
     flat = table.select([name for name in table.column_names if not pa.types.is_list(table[name].type)]).to_pandas()
     unreadable = (flat["state"] == DAMAGED).to_numpy()
     cells = [json.loads(text) for text in flat.loc[~unreadable, "cell"]]
     accounts = [json.loads(text) for text in flat.loc[~unreadable, "account"]]
-    runs = flat[~unreadable].drop(columns=["cell", "account"]).rename(columns={"hash": "cell"})
+    runs = flat[~unreadable].drop(columns="account").rename(columns={"cell": "settings", "hash": "cell"})
     runs = runs.reset_index(drop=True).assign(stored=np.flatnonzero(~unreadable))
     runs = _identified(runs, cells, accounts).assign(predicted_wall_s=runs["run"].map(predicted).astype(float))
     return runs, flat.loc[unreadable, ["run", "cause"]].reset_index(drop=True)
@@ -233,7 +237,6 @@ def _identified(runs: pd.DataFrame, cells: list[dict[str, Any]], accounts: list[
     models = [cell["model"] for cell in cells]
     half_keys = pd.array([model.get("half_keys") for model in models], "Float64").to_numpy(float, na_value=np.nan)
     stated = {
-        "label": labels(cells),
         "family": [model["family"] for model in models],
         "base": [model["base"] for model in models],
         "seed": [cell["seed"] for cell in cells],
@@ -330,7 +333,7 @@ def grids_of(results: Path, grid: str | None) -> list[str]:
     """
     if grid is not None:
         return [grid]
-    known = list(read_grids(results))
-    if not known:
+    names = list(read_grids(results))
+    if not names:
         raise InputError(f"{results / 'grids'}: no grids here; make one: suite sweep smoke")
-    return known
+    return names

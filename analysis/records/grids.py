@@ -46,9 +46,9 @@ def read_grid(results: Path, grid: str) -> Recorded:
     path = results / "grids" / grid / "grid.json"
     if path.is_file():
         return _read(path)[1]
-    known = ", ".join(path.parent.name for path in sorted(results.glob("grids/*/grid.json"))) or "none yet"
+    others = ", ".join(path.parent.name for path in sorted(results.glob("grids/*/grid.json"))) or "none yet"
     raise InputError(
-        f"{results / 'grids'}: grid {grid!r} has no records (make them: suite sweep {grid}); known: {known}"
+        f"{results / 'grids'}: grid {grid!r} has no records (make them: suite sweep {grid}); known: {others}"
     )
 
 

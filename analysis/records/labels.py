@@ -1,4 +1,4 @@
-"""What tells runs apart, and what they share: labels of variants, and the keys by which runs are compared."""
+"""Labels of variants, and the keys that runs have to share to be compared."""
 
 from __future__ import annotations
 

@@ -1,8 +1,11 @@
-"""Tables of numbers taken from papers, put into the frame's columns: `python -m analysis.published SOURCE TARGET`.
+"""Tables of numbers taken from papers, put into the frame's columns.
+
+    python -m analysis.records.published SOURCE TARGET
+
 
 What changes: families, tasks and metrics get our names, scores out of 100 become shares as lm-eval gives them, and
-counts become plain numbers. What the paper calls a model stays in `model`, the table it stands in in `table`, and
-what one has to know before comparing in `note`; source and confidence are carried over word for word.
+counts become plain numbers. The paper's name of a model stays in `model`, its table in `table`, and what matters for
+comparisons in `note`; source and confidence are copied unchanged.
 """
 
 from __future__ import annotations
@@ -54,7 +57,7 @@ SHARES = {
     "acc": "acc",
     "pass@1": "pass@1",
 }
-"""Metrics that papers print out of 100 -> lm-eval's name of the share."""
+"""Metrics that papers print as percentages -> lm-eval's name of the share."""
 OURS = {"em": "exact_match"}
 """Metrics of our tasks that have another name here."""
 FAMILIES = [
@@ -113,7 +116,7 @@ def _family(model: str) -> str:
 
 
 def _notes(row: dict, model: str, total: str, tokens: str) -> list[str]:
-    """What one has to know before comparing this number with others."""
+    """What matters for comparing this number with others."""
     notes = []
     if total.endswith("(derived)"):
         notes.append("total is our arithmetic, not printed")
@@ -130,13 +133,13 @@ def _notes(row: dict, model: str, total: str, tokens: str) -> list[str]:
 def _traps(row: dict, model: str, total: str) -> list[str]:
     """What is wrong, or may be, with a number of "Memory Layers at Scale" as printed."""
     table, here = str(row["table"]), (row["task"], row["metric"], row["memory_keys"])
-    found = {
+    holds = {
         COPIED_TOTAL: table == "Table 1" and model == "Memory+" and total == "3.377b",
         VANILLA_POINT: table.startswith("Figure 1") and model.startswith("Memory (vanilla"),
         OTHER_READING: table in ("Table 1", "Figure 1") and here == ("TQA", "F1", 2**24),
         MISALIGNED: table.startswith(("Table 3", "Table 4")),
     }
-    return [note for note, holds in found.items() if holds]
+    return [note for note, applies in holds.items() if applies]
 
 
 def _text(value: object) -> str:
@@ -150,7 +153,7 @@ def printed_as(task: str, metric: str) -> tuple[str, str]:
 
 
 def main(source: Path, target: Path) -> None:
-    """Normalise every table of `source` that holds scores; a table of settings has no task and is left out."""
+    """Normalise every table of scores in `source`; tables of settings have no tasks and are left out."""
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.glob("*.csv")):
         table = read_table(path)

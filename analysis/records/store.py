@@ -4,13 +4,15 @@ The table has one row per run directory. Scalars are columns; what a run has man
 use, final scores) is a list column. The cache lies in results/cache/analysis. A row of it is used only while the
 signature of its run's files is unchanged: name, mtime in nanoseconds, size and inode of each. Everything else is read
 again, and rows of runs that are gone are dropped. The cache file is replaced atomically, so several commands may read
-and write it at once; one that cannot be written (read-only results) is done without.
+and write it at once; where it cannot be written (read-only results), it is skipped.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,7 +30,7 @@ BATCH = 500
 
 def _list_type(fields: Sequence[str]) -> pa.DataType:
     entry = pa.struct([(name, pa.string() if name in TEXT else pa.float64()) for name in fields])
-    return pa.list_(pa.field("element", entry))  # the name that Parquet gives back
+    return pa.list_(pa.field("element", entry))  # Parquet's name for list entries, as it is read back
 
 
 TEXT = {"kind", "split", "task", "metric", "version", "prompt_hash", "data_fingerprint", "answers"}
@@ -78,8 +80,8 @@ def scan(results: Path, names: Sequence[str] | None = None) -> dict[str, str]:
             names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-    found = {name: _signature(folder / name) for name in names}
-    return {name: signature for name, signature in found.items() if signature}
+    signatures = {name: _signature(folder / name) for name in names}
+    return {name: signature for name, signature in signatures.items() if signature}
 
 
 def _signature(folder: Path) -> str:
@@ -126,8 +128,8 @@ def _update(results: Path, path: Path, signatures: dict[str, str], fresh: set[st
     old = _read(path)
     parts = []
     if old is not None:
-        kept = [name in fresh or (keep_others and name not in signatures) for name in old["run"].to_pylist()]
-        parts.append(old.filter(pa.array(kept, pa.bool_())))
+        reusable = [name in fresh or (keep_others and name not in signatures) for name in old["run"].to_pylist()]
+        parts.append(old.filter(pa.array(reusable, pa.bool_())))
         fresh = fresh & set(parts[0]["run"].to_pylist())
     else:
         fresh = set()
@@ -170,13 +172,14 @@ def _cumulative(lengths: Iterable[int]) -> list[int]:
 
 def _write(table: pa.Table, path: Path) -> None:
     """Replace the cache in one step, or do without where the folder cannot be written."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, temporary, compression="zstd")
         temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def _in_order(table: pa.Table, names: Iterable[str]) -> pa.Table:

@@ -85,14 +85,13 @@ def csv_chunks(table: pd.DataFrame) -> Iterator[bytes]:
     import pyarrow as pa
     from pyarrow import csv
 
-    columns = pa.Table.from_pandas(table, preserve_index=False)
-    yield (",".join(f'"{name}"' if set(name) & set(',"\n') else name for name in columns.column_names) + "\n").encode()
-    plain = [pa.string() if pa.types.is_dictionary(column.type) else column.type for column in columns.schema]
-    schema = pa.schema(list(zip(columns.column_names, plain, strict=True)))
-    for start in range(0, len(columns), CSV_ROWS):
+    yield (",".join(f'"{name}"' if set(name) & set(',"\n') else name for name in table.columns) + "\n").encode()
+    options = csv.WriteOptions(include_header=False, quoting_style="needed")
+    for start in range(0, len(table), CSV_ROWS):
+        columns = pa.Table.from_pandas(table.iloc[start : start + CSV_ROWS], preserve_index=False)
+        plain = [pa.string() if pa.types.is_dictionary(field.type) else field.type for field in columns.schema]
         chunk = BytesIO()
-        options = csv.WriteOptions(include_header=False, quoting_style="needed")
-        csv.write_csv(columns.slice(start, CSV_ROWS).cast(schema), chunk, options)
+        csv.write_csv(columns.cast(pa.schema(zip(columns.column_names, plain, strict=True))), chunk, options)
         yield chunk.getvalue()
 
 

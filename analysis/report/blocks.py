@@ -135,10 +135,10 @@ def _element(block: Block) -> str:
             return _html_table(headers, rows, left)
         case Figure(png, caption):
             picture = base64.b64encode(png.read_bytes()).decode()
-            words = html.escape(caption)
+            text = html.escape(caption)
             return (
-                f'<figure><div><img src="data:image/png;base64,{picture}" alt="{words}"></div>'
-                f"<figcaption>{words}</figcaption></figure>"
+                f'<figure><div><img src="data:image/png;base64,{picture}" alt="{text}"></div>'
+                f"<figcaption>{text}</figcaption></figure>"
             )
 
 

@@ -16,6 +16,7 @@ from run_folders import write_json, write_run
 from analysis.__main__ import main
 from analysis.comparisons.grid import Comparisons
 from analysis.comparisons.multiplier_grid import multipliers_along_reference
+from analysis.comparisons.paired import contrasts
 from analysis.comparisons.trends import trends
 from analysis.figures.context import Context, context
 from analysis.figures.gallery import CAPTIONS, draw
@@ -24,9 +25,10 @@ from analysis.records.frame import read_published
 from analysis.records.grid_data import GridData, load
 from analysis.records.grids import Contrast, read_source
 from analysis.records.regime import regime
-from analysis.report.blocks import to_markdown
+from analysis.report.blocks import Table, Text, to_markdown
 from analysis.report.build import build
 from analysis.report.fits import multiplier_blocks
+from analysis.report.long_tables import shortened
 
 
 def plots(root: Path, published: pd.DataFrame | None = None) -> Context:
@@ -313,3 +315,159 @@ def test_what_would_make_a_figure_is_said_as_the_grid_was_given(
     for name, words in (("g", "g"), (scaled, "g --scale=tokens=0.01 --scale=batch_rows=1e-05")):
         write_json(tmp_path / "grids" / name / "grid.json", {"grid": name, "source": "grids/g.yaml", "runs": []})
         assert read_source(tmp_path, name) == words
+
+
+def _scored(root: Path, name: str, few_shot: int, right: str, *, limit: int | None = None, prompts: str = "p") -> None:
+    """A run's score on `right`, one question per character."""
+    value = sum(map(int, right)) / len(right)
+    task = {
+        "version": 1,
+        "few_shot": few_shot,
+        "n": len(right),
+        "prompt_hash": f"{prompts}-{few_shot}-{len(right)}",
+        "data_fingerprint": "d",
+        "metrics": {"acc": {"value": value, "stderr": 0.1}},
+        "answers": {"acc": right},
+    }
+    digest = f"{few_shot}{len(right)}{prompts}"
+    content = {"eval": {"limit": limit}, "step": 1, "tasks": {"piqa": task}}
+    write_json(root / "runs" / name / "eval" / f"{digest}.json", content)
+
+
+def test_scores_of_different_questions_or_few_shot_settings_are_not_paired(tmp_path: Path) -> None:
+    """On the ten questions that both answered, memory is worse; on thirty questions it looks better."""
+    for seed in range(2):
+        dense = write_run(tmp_path, "dense", "w32", seed, 20.0, stop_past=False)
+        memory = write_run(tmp_path, "memory_plus", "w32", seed, 20.0, half_keys=16, stop_past=False)
+        for name in (dense, memory):
+            _without_probes(tmp_path, name)
+        _scored(tmp_path, dense, 0, "1111100000", limit=10)
+        _scored(tmp_path, memory, 0, "1111000000" + "1" * 20, limit=30)
+        if seed == 0:
+            _scored(tmp_path, dense, 2, "1111111110", limit=10)
+    data = load(tmp_path, fallback="dense")
+    (contrast,) = contrasts(data)
+    assert not [score for score in contrast.finals if score.key == "piqa/acc"]
+    (unpaired,) = [score for score in contrast.unpaired if score.key == "piqa/acc"]
+    assert unpaired.seeds == (0, 1)
+    assert "n=30" in unpaired.ours
+    assert "n=10" in unpaired.theirs
+    text = report_text(tmp_path)
+    assert "piqa/acc, seeds 0, 1: 0-shot, n=30 against 0-shot, n=10" in text
+    assert "piqa/acc, 2-shot, 10 questions" in text
+    # the same ten questions, scored later, are paired even though their file's hash does not sort last
+    for name in (name for name in data.runs["run"] if name.startswith("memory_plus")):
+        _scored(tmp_path, name, 0, "1111000000", limit=10)
+    (contrast,) = contrasts(load(tmp_path, fallback="dense"))
+    (score,) = [score for score in contrast.finals if score.key == "piqa/acc"]
+    assert (score.few_shot, score.n, score.difference.n) == (0, 10, 2)
+    assert score.difference.mean == pytest.approx(-0.1)
+
+
+def test_scores_on_other_data_or_prompts_are_not_paired(tmp_path: Path) -> None:
+    for family, keys, prompts in (("dense", None, "p"), ("memory_plus", 16, "q")):
+        name = write_run(tmp_path, family, "w32", 0, 20.0, half_keys=keys, stop_past=False)
+        _without_probes(tmp_path, name)
+        _scored(tmp_path, name, 0, "1100", prompts=prompts)
+    (contrast,) = contrasts(load(tmp_path, fallback="dense"))
+    assert [score.key for score in contrast.unpaired] == ["piqa/acc"]
+    assert "other prompts, version or data" in report_text(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["cell.json", "state.json", "train.jsonl", "eval/0badcafe.json", "usage.json"])
+@pytest.mark.parametrize("content", [b"", b'{"cell": {"mod', b"\xff\xfe\x00\n"])
+def test_a_damaged_run_is_named_and_the_rest_is_reported(tmp_path: Path, file: str, content: bytes) -> None:
+    for seed in range(2):
+        write_run(tmp_path, "dense", "w32", seed, 20.0)
+        name = write_run(tmp_path, "memory_plus", "w32", seed, 10.0, half_keys=16)
+    path = tmp_path / "runs" / name / file
+    path.write_bytes(content)
+    data = load(tmp_path, fallback="dense")
+    if file == "train.jsonl" and content != b"\xff\xfe\x00\n":  # a last line without its newline was interrupted
+        assert not len(data.damaged)
+        return
+    assert data.damaged["run"].tolist() == [name]
+    assert str(path) in data.damaged["cause"].item()
+    assert len(data.runs) == 3
+    text = report_text(tmp_path)
+    assert f"{name}: damaged: {path}" in text
+    assert "1 runs have damaged records" in text
+    assert "0.500 times the exposures of dense" in text
+
+
+def test_a_damaged_run_gives_exit_code_1(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = next(path.name for path in sorted((results / "runs").iterdir()) if path.name.startswith("pkm"))
+    (results / "runs" / name / "cell.json").write_text("{")
+    assert main(["frame", "--results", str(results), "--out", str(tmp_path / "f.csv")]) == 1
+    assert f"left out: {name}: damaged:" in capsys.readouterr().err
+    assert name not in set(pd.read_csv(tmp_path / "f.csv")["run"])
+
+
+def test_figures_that_no_longer_belong_are_removed(results: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "figures"
+    draw(context(Comparisons(load(results, "demo"))), folder)
+    assert (folder / "memory-rows.png").exists()
+    own = folder / "mine.png"
+    own.write_bytes(b"")
+    runs = load(results, "demo").runs
+    for name in runs.loc[runs["memory_rows"] > 0, "run"]:
+        (results / "runs" / name / "state.json").write_text('{"state": "failed", "cause": "gone"}')
+    drawn, _ = draw(context(Comparisons(load(results, "demo"))), folder)
+    assert "memory-rows" not in drawn
+    assert {path.stem for path in folder.iterdir()} == {*drawn, "mine"}
+    assert own.exists()
+
+
+def test_a_grid_without_a_contrast_says_so_and_adjusts_every_comparison(tmp_path: Path) -> None:
+    for seed in range(5):
+        write_run(tmp_path, "dense", "w32", seed, 20.0 + seed)
+        write_run(tmp_path, "memory_plus", "w32", seed, 12.0 + seed / 2, half_keys=16)
+        write_run(tmp_path, "moe", "w32", seed, 19.0 + 2 * seed)
+    data = load(tmp_path, fallback="dense")
+    found = contrasts(data)
+    assert not any(contrast.primary for contrast in found)
+    assert all(contrast.p_holm >= contrast.p for contrast in found)
+    assert "declares no primary contrast" in text_of(data, tmp_path)
+
+
+def test_any_family_may_be_the_reference_and_any_score_the_metric(tmp_path: Path) -> None:
+    """The author of a new family declares its contrast against any other."""
+    for seed in range(5):
+        for family, gain in (("token_memory", 0.1), ("moe", 0.0)):
+            name = write_run(tmp_path, family, "w32", seed, 20.0, stop_past=False)
+            _without_probes(tmp_path, name)
+            right = "1" * (50 + int(100 * gain) + seed) + "0" * (50 - int(100 * gain) - seed)
+            _scored(tmp_path, name, 0, right)
+    data = load(tmp_path, fallback="moe")
+    sides = [tuple(name for name in data.runs["run"] if name.startswith(start)) for start in ("token", "moe")]
+    data = replace(data, contrast=Contrast("piqa/acc", *sides))
+    text = text_of(data, tmp_path)
+    assert (
+        "token_memory against moe at w32: +0.100 [+0.100, +0.100] in piqa/acc (0-shot, 100 questions), 5 pairs" in text
+    )
+    assert "Paired differences with moe" in text
+
+
+def test_long_tables_are_cut_and_all_rows_are_in_a_file(tmp_path: Path) -> None:
+    rows = [[f"v{number}", number] for number in range(200)]
+    blocks = shortened([Table(["variant", "n"], rows, name="all")], tmp_path / "tables")
+    table, text = blocks
+    assert isinstance(table, Table)
+    assert isinstance(text, Text)
+    assert len(table.rows) == 60
+    assert "200 rows" in text.text
+    assert len(pd.read_csv(tmp_path / "tables" / "all.csv")) == 200
+    assert shortened([Table(["a"], [[1]], name="all")], tmp_path / "tables") == [Table(["a"], [[1]], name="all")]
+    assert not list((tmp_path / "tables").glob("*.csv"))
+
+
+def test_a_grid_without_evaluations_and_probes_has_a_report(tmp_path: Path) -> None:
+    name = write_run(tmp_path, "dense", "w32", 0, 20.0)
+    _without_probes(tmp_path, name)
+    path = tmp_path / "runs" / name / "train.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines if "loss" in line))
+    (tmp_path / "runs" / name / "eval" / "0badcafe.json").unlink()
+    _, missing = draw(plots(tmp_path), tmp_path / "figures")
+    assert any(line.startswith("final-scores: no final scores") for line in missing)
+    assert "## Final evaluations\n\nNone yet." in text_of(load(tmp_path, fallback="dense"), tmp_path)

@@ -73,7 +73,7 @@ def test_training_steps_are_drawn_against_rows(tmp_path: Path, capsys: pytest.Ca
     document = json.loads(capsys.readouterr().out)
     assert [line.split(":")[0] for line in document["missing"]] == ["kernel-roofline"]
     drawing = next(Path(path) for path in document["figures"]["step-cost"] if path.endswith(".svg")).read_text()
-    for words in ("pkm, by rows", "pkm, dense optimizer", "table rows", "most tensor bytes alive, MiB", "step.csv"):
+    for words in ("pkm, row-wise", "pkm, dense optimizer", "table rows", "peak tensor memory, MiB", "step.csv"):
         assert words in drawing
 
 
