@@ -54,3 +54,40 @@ def test_ninety_five_percent_intervals_cover() -> None:
         found = multipliers(dense, runs(np.array([1e19]), 3.0, 0.003, 2 * seed + 1, 5), 300, seed)[0]
         hits += found.low <= 3 <= found.high
     assert 0.92 <= hits / 200 <= 0.98
+
+
+def test_a_family_better_at_every_size_and_budget_never_needs_more_compute() -> None:
+    """Loss of N and D is not a function of C: runs off the reference's envelope neither enter its curve nor are judged
+    by it."""
+    generator, rows = np.random.default_rng(0), []
+    for n in (1e7, 2e7, 4e7, 8e7, 16e7):
+        for ratio in (5, 10, 20, 40):
+            for family, gain in (("reference", 1.0), ("better", 1.5)):
+                for _ in range(3):
+                    loss = 1.8 + 482 * (n * gain) ** -0.348 + 2085 * (n * ratio) ** -0.366
+                    loss *= np.exp(generator.normal(0, 0.001))
+                    rows.append((family, f"{n:.0e}-{ratio}", 6 * n * n * ratio, loss))
+    table = pd.DataFrame(rows, columns=["family", "cell", "C", "y"])
+    parts = [table[table["family"] == family] for family in ("reference", "better")]
+    assert (parts[1].groupby("cell")["y"].mean() < parts[0].groupby("cell")["y"].mean()).all()
+    items = multipliers(*parts, draws=50)
+    answered = [item for item in items if item.reason is None]
+    assert len(answered) >= 10
+    assert all(1 < item.value < 2 for item in answered)
+    refused = {item.cell for item in items if item.reason is not None}
+    assert {"2e+07-5", "4e+07-5", "8e+07-5", "2e+08-5"} <= refused
+    assert all(math.isnan(item.value) for item in items if item.cell in refused)
+
+
+def test_a_multiplier_closer_to_the_curve_than_its_misfit_is_refused() -> None:
+    reference = runs(np.geomspace(1e18, 1e21, 7), 1.0, 0.0, 0)
+    bent = reference.assign(y=reference["y"] * (1 + 0.01 * (reference.groupby("cell", sort=False).ngroup() % 2)))
+    near = runs(np.array([1.1e19]), 1.0, 0.0, 1)
+    same = multipliers(bent, near.assign(y=near["y"] * 1.005))
+    far = multipliers(bent, runs(np.array([1e19]), 9.0, 0.0, 1))
+    assert same[0].misfit == far[0].misfit > 0.005
+    assert same[0].reason is not None
+    assert f"{same[0].misfit:.2g}" in same[0].reason
+    assert math.isnan(same[0].value)
+    assert far[0].reason is None
+    assert far[0].value == pytest.approx(9, rel=0.5)
