@@ -195,10 +195,13 @@ def _draw(item: Fitted, request: Request) -> None:
     """Draw the fit and list its files in the document."""
     if request.figure is None:
         return
+    from analysis.figures.curves import curves_figure
     from analysis.figures.law import law_figure
 
     source = f"Source: {request.source}." if request.source else ""
-    item.document["figure"] = [str(path) for path in law_figure(item.found, item.held, request.figure, source)]
+    drawn = law_figure(item.found, item.held, request.figure, source)
+    drawn += curves_figure(item.found, request.figure, source)
+    item.document["figure"] = [str(path) for path in drawn]
 
 
 def _write(item: Fitted, original: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, str], out: Path) -> None:

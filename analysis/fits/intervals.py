@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -108,6 +109,7 @@ def _moments(found: Fit) -> tuple[float, float]:
     problem, r = found.problem, found.residuals
     free = max(problem.n - found.dimension, 1)
     squared = float((problem.w * np.clip(r, -problem.delta, problem.delta) ** 2).sum()) / free
+    squared = max(squared, problem.least_variance)
     if math.isinf(problem.delta):
         return squared, 1.0
     spread = 1.4826 * float(np.median(np.abs(r)))
@@ -158,6 +160,24 @@ def standard_errors(found: Fit) -> dict[str, float]:
     with np.errstate(over="ignore", invalid="ignore"):  # a parameter near an end of the floats has an infinite error
         errors = np.nan_to_num(np.array(slopes) * error, nan=np.inf, posinf=np.inf)
     return {p.name: float(value) for p, value in zip(problem.free, errors, strict=True)}
+
+
+def prediction_errors(found: Fit, x: Mapping[str, np.ndarray], level: float = 0.95) -> np.ndarray:
+    """Half widths (n,) of the law's interval at inputs x, on the fitted scale, by the delta method.
+
+    Parameters at a bound are held there. `quantities.interval` gives the profile interval, which takes refits.
+    """
+    from scipy.special import stdtrit
+
+    problem = found.problem
+    y = np.ones(len(next(iter(x.values()))))
+    _, slope = Problem(problem.law, x, y, fixed=problem.fixed).residual(found.theta[None])
+    scaled, unit = scaled_jacobian(found)
+    direction = np.nan_to_num(slope[0]) * ~found.bounded / unit
+    covariance = np.linalg.pinv(scaled.T @ scaled, rcond=1e-10)
+    variance = np.einsum("ni,ij,nj->n", direction, covariance, direction) * theta_variance(found)
+    quantile = float(stdtrit(max(problem.n - found.dimension, 1), 0.5 + level / 2))
+    return quantile * np.sqrt(np.maximum(variance, 0.0))
 
 
 def leverage(found: Fit) -> np.ndarray:

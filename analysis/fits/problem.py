@@ -31,6 +31,7 @@ class Problem:
     delta: float = math.inf
     weights: np.ndarray | None = None
     fixed: Mapping[str, float] = field(default_factory=dict)
+    least_variance: float = 0.0
 
     @property
     def n(self) -> int:
@@ -114,7 +115,7 @@ class Problem:
         """The same problem on some of its points."""
         weights = None if self.weights is None else self.weights[rows]
         x = {name: values[rows] for name, values in self.x.items()}
-        return Problem(self.law, x, self.y[rows], self.delta, weights, self.fixed)
+        return Problem(self.law, x, self.y[rows], self.delta, weights, self.fixed, self.least_variance)
 
 
 def to_natural(parameter: Parameter, theta: np.ndarray) -> np.ndarray:

@@ -85,16 +85,20 @@ def inside(found: Fit) -> bool:
 
 
 def _frontier(fits: list[tuple[float, Fit]], weighted: bool, request: Request) -> Fitted | None:
-    """Nopt against C, each budget weighted by the inverse variance of its ln Nopt, or all the same."""
+    """Nopt against C, each budget weighted by the inverse variance of its ln Nopt, or all the same.
+
+    Optima may lie closer to the line than their own errors allow: intervals use the larger of the two spreads.
+    """
     if len(fits) < 3:
         return None
     optima = np.array([found.parameters["Nopt"] for _, found in fits])
     spread = np.array([standard_errors(found)["Nopt"] for _, found in fits]) / optima
-    weights = np.ones(len(fits))
+    weights, variance = np.ones(len(fits)), float(np.mean(spread**2))
     if weighted and (np.isfinite(spread) & (spread > 0)).all():
-        weights = 1 / spread**2 / np.mean(1 / spread**2)
+        weights, variance = 1 / spread**2 / np.mean(1 / spread**2), float(1 / np.mean(1 / spread**2))
     table = pd.DataFrame({"C": [budget for budget, _ in fits], "y": optima, "weight": weights})
     law = Request("frontier", "C=C,y=y", weights="weight", holdout=request.holdout, seed=request.seed)
+    law = replace(law, least_variance=variance if np.isfinite(variance) else 0.0)
     return fitted(LAWS["frontier"], table, table, {"C": "C", "y": "y"}, law)
 
 

@@ -51,6 +51,7 @@ class Request:
     source: str = ""
     formula: str | None = None
     parameters: str = ""
+    least_variance: float = 0.0
 
     @property
     def label(self) -> str:
@@ -123,7 +124,8 @@ def data(entry: Law, rows: pd.DataFrame, columns: Mapping[str, str], request: Re
     if request.weights is not None:
         weights = number(used, request.weights, "--weights")
     delta = math.inf if request.huber is None else request.huber
-    return problem(entry, frame, delta, weights, request.fix), used
+    posed = problem(entry, frame, delta, weights, request.fix)
+    return replace(posed, least_variance=request.least_variance), used
 
 
 def held_out(posed: Problem, used: pd.DataFrame, request: Request) -> HeldOut:

@@ -389,3 +389,24 @@ def test_data_without_a_floor_give_a_one_sided_interval_and_right_exponents() ->
 def test_softplus_and_the_sharp_limits_of_laws_are_finite() -> None:
     bits = LAWS["capacity"].value({"c": 2.0, "k": 1e6}, {"P": np.array([10.0, 1e9]), "H": np.array([1e6, 1e6])})
     np.testing.assert_allclose(bits, [20.0, 1e6], rtol=1e-5)
+
+
+def test_decoder_only_translation_gives_the_digits_of_both_forms() -> None:
+    """Two forms fitted by least squares on log losses to the ten published points, and the point left out."""
+    table = shared("nmt_google/nmt.csv")
+    rows = {"where": "model == 'Dec-only' and training == 1", "predict": "model == 'Dec-only' and training == 0"}
+    plain = run(table, Request("power", "x=examples,y=loss", **rows))
+    assert plain["parameters"]["E"] == pytest.approx(0.360325, abs=5e-7)
+    assert plain["parameters"]["alpha"] == pytest.approx(0.610301, abs=5e-7)
+    shifted = run(table, Request("shifted", "x=examples,y=loss", **rows))
+    assert shifted["parameters"]["E"] == pytest.approx(0.379991, abs=5e-7)
+    assert shifted["parameters"]["x0"] == pytest.approx(1.08e6, rel=5e-3)
+    errors = [document["predictions"][0]["relative_error"] for document in (plain, shifted)]
+    assert errors == pytest.approx([-0.0369, -0.0042], abs=5e-5)
+
+
+def test_an_outer_exponent_fits_the_chinchilla_points_better_for_every_seed() -> None:
+    table = shared("chinchilla_epoch/svg_extracted_data.csv")
+    requests = [Request("outer", COLUMNS, huber=1e-3, drop_highest=5, seed=seed, holdout=0.0) for seed in range(2)]
+    values = [run(table, request)["objective"] for request in requests]
+    assert values == pytest.approx([9.541845e-4] * 2, rel=1e-6)

@@ -343,7 +343,9 @@ def test_the_fit_can_be_drawn(name: str, tmp_path: Path, capsys: pytest.CaptureF
     columns = ",".join(f"{column}={column}" for column in frame.columns)
     options = ("--law", name, "--columns", columns, "--figure", str(tmp_path / "figures"), "--json")
     drawn = json.loads(call(tmp_path / "runs.csv", capsys, *options)[1])["figure"]
-    assert [Path(path).name for path in drawn] == [f"fit-{name}.{kind}" for kind in ("png", "pdf", "svg")]
+    assert [Path(path).name for path in drawn] == [
+        f"{figure}-{name}.{kind}" for figure in ("fit", "curves") for kind in ("png", "pdf", "svg")
+    ]
     assert all(Path(path).stat().st_size > 5000 for path in drawn)
 
 

@@ -1,0 +1,100 @@
+"""A fitted law against its first input: runs, curves and their 95 % bands at several values of the second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from analysis.figures import style
+from analysis.fits.fit import Fit
+from analysis.fits.intervals import prediction_errors
+
+CURVES = 6
+POINTS = 80
+
+
+def curves_figure(found: Fit, folder: Path, source: str) -> list[Path]:
+    """Draw the outcome against the first input, one curve per value of the input that varies with it.
+
+    Laws of one input have one curve. Of three or more inputs, the others are held at their medians, and each run is
+    drawn at its own value, on the colour of the nearest curve.
+    """
+    problem = found.problem
+    law, x = problem.law, problem.x
+    name, *others = law.inputs
+    second = others[0] if others else None
+    levels = _levels(x[second]) if second else np.array([np.nan])
+    nearest = _nearest(x[second], levels) if second else np.zeros(problem.n, int)
+    with style.figure(1, 1, width=5.2, height=3.8) as (drawn, (axis,)):
+        from matplotlib import colormaps
+
+        for rank, level in enumerate(levels):
+            color = colormaps["viridis"](0.88 * rank / max(len(levels) - 1, 1))
+            rows = nearest == rank
+            at = _range(x[name])
+            point = {name: at} | {key: np.full(len(at), float(np.median(x[key]))) for key in others}
+            if second:
+                point[second] = np.full(len(at), level)
+            predicted = found.predict(point)
+            low, high = _band(found, point, predicted)
+            label = f"{second} = {level:.3g}" if second else f"law and runs ({problem.n})"
+            axis.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
+            axis.plot(at, predicted, color=color, linewidth=1.1, label=label)
+            axis.plot(x[name][rows], problem.y[rows], "o", color=color, markersize=3, markeredgewidth=0)
+        if (x[name] > 0).all() and x[name].max() > 20 * x[name].min():
+            style.log_axis(axis)
+        if law.residuals == "log" and problem.y.max() > 5 * problem.y.min():
+            axis.set_yscale("log")
+        span = problem.y.max() - problem.y.min()
+        if axis.get_yscale() == "linear":
+            axis.set_ylim(problem.y.min() - 0.15 * span, problem.y.max() + 0.1 * span)
+        axis.set_xlabel(f"{name}: {law.inputs[name]}" if law.inputs[name] != "input" else name)
+        axis.set_ylabel(law.output)
+        style.legend_above(drawn, [axis])
+        return style.save(drawn, folder, f"curves-{law.name}", _note(found, others, source))
+
+
+def _note(found: Fit, others: list[str], source: str) -> str:
+    law = found.problem.law
+    where = ""
+    if others:
+        where = f" Each curve at one value of {others[0]}; runs have the colour of the nearest."
+    if len(others) > 1:
+        where += f" Curves at the median of {', '.join(others[1:])}."
+    bands = "bands: 95 % of the law, without the scatter of runs"
+    if found.at_bound:
+        bands = f"{bands}, with {', '.join(found.at_bound)} held at the bound where the fit ended"
+    return f"{law.formula}; n = {found.problem.n}; {bands}.{where} {source}"
+
+
+def _levels(values: np.ndarray) -> np.ndarray:
+    """Up to CURVES values of an input, spread over those that occur."""
+    unique = np.unique(values)
+    if len(unique) <= CURVES:
+        return unique
+    if (unique > 0).all():
+        return np.exp(np.quantile(np.log(values), np.linspace(0.03, 0.97, CURVES)))
+    return np.quantile(values, np.linspace(0.03, 0.97, CURVES))
+
+
+def _nearest(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """The curve nearest to each run, on a logarithmic scale where all values are positive."""
+    if (values > 0).all() and (levels > 0).all():
+        values, levels = np.log(values), np.log(levels)
+    return np.abs(values[:, None] - levels).argmin(1)
+
+
+def _range(values: np.ndarray) -> np.ndarray:
+    """Points over an input's range, evenly spaced on a logarithmic scale where it is positive."""
+    if (values > 0).all():
+        return np.geomspace(values.min(), values.max(), POINTS)
+    return np.linspace(values.min(), values.max(), POINTS)
+
+
+def _band(found: Fit, point: dict[str, np.ndarray], predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % band of the law, symmetric on the fitted scale."""
+    reach = prediction_errors(found, point)
+    if found.problem.law.residuals == "log":
+        return predicted * np.exp(-reach), predicted * np.exp(reach)
+    return predicted - reach, predicted + reach
