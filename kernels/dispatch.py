@@ -16,12 +16,18 @@ VARIABLE = "KERNELS_BACKEND"
 
 
 def choose(tensor: Tensor, override: str | None = None, native_takes: bool = True) -> str:
-    """`native` (C) for float32 on CPU where there is a C compiler, `triton` on CUDA, else `torch`.
+    """`native` (C) for float32 on a CPU if there is a C compiler, `triton` on CUDA, else `torch`.
 
-    `override`, else the variable KERNELS_BACKEND, decides when given. `native_takes`: False where the operator's C
-    code cannot do what is asked. Raises ValueError for a name that is not in BACKENDS or for `native` where it cannot
-    be, native.Unavailable where nothing compiles it. The Triton kernels run on CPU tensors under TRITON_INTERPRET=1,
-    which must be set before triton is imported.
+    The Triton kernels run on CPU tensors only under TRITON_INTERPRET=1, set before triton is imported.
+
+    Args:
+        tensor: its device and dtype decide.
+        override: a name in BACKENDS; if None, the variable KERNELS_BACKEND.
+        native_takes: whether the operator's C code supports the other arguments.
+
+    Raises:
+        ValueError: the name is not in BACKENDS, or is `native` and the C code does not support the arguments.
+        native.Unavailable: the name is `native` and the C code cannot be compiled.
     """
     name = override or os.environ.get(VARIABLE)
     native_takes = native_takes and tensor.device.type == "cpu" and tensor.dtype == torch.float32

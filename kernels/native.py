@@ -1,8 +1,8 @@
-"""The C sources of the operators as one library: compiled once for this machine's CPU, kept in the user's cache.
+"""The C sources of the operators as one library, compiled once for this machine's CPU and kept in the user's cache.
 
-A library's name is a hash of the sources and of all that the compiler says of itself and of the CPU it compiles for
-(its predefined macros), so that machines sharing a home folder do not share code. The compiler is `cc`, or what CC
-names. Calls go through ctypes, which releases the GIL; the C code uses one thread, whatever torch's number of them.
+A library's name is a hash of the sources and of the compiler's predefined macros, which identify the compiler and the
+CPU it compiles for: machines that share a home folder do not share code. The compiler is `cc` unless CC names another.
+Calls go through ctypes, which releases the GIL. The C code uses one thread, however many torch uses.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor
 
 SOURCES = sorted(Path(__file__).parent.glob("*/native.c"))
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
-"""No operation is contracted or reordered: where torch's kernels round once, the sources say fmaf."""
+"""No operation is contracted or reordered; where torch's kernels round once, the sources call fmaf."""
 
 
 class Unavailable(RuntimeError):
-    """There is no library, for the reason given."""
+    """The library cannot be compiled or loaded."""
 
 
 @functools.cache
 def available() -> bool:
-    """Whether there is a library; False with a warning where a compiler is there and fails."""
+    """Whether the library can be used; warns if there is a compiler but it fails."""
     if shutil.which(_compiler()[0]) is None:
         return False
     try:
@@ -44,7 +44,7 @@ def available() -> bool:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library, compiled if it is not in the cache; Unavailable where that cannot be done."""
+    """The library, compiled if it is not in the cache; raises Unavailable if that fails."""
     if shutil.which(_compiler()[0]) is None:
         raise Unavailable(f"kernel backend native: no C compiler {_compiler()[0]!r} (CC names another)")
     macros = _run(*_compiler(), *FLAGS, "-dM", "-E", "-x", "c", os.devnull)
@@ -65,9 +65,9 @@ Argument = Tensor | int | ctypes.Structure | ctypes.c_void_p
 
 
 def call(name: str, *arguments: Argument) -> int:
-    """Run a C function that gives an int64_t; tensors and structures are passed as pointers, ints as int64_t.
+    """Run a C function that returns an int64_t; tensors and structures are passed as pointers, ints as int64_t.
 
-    Nothing is checked but that tensors are contiguous.
+    Only contiguity of the tensors is checked.
     """
     function = getattr(library(), name)
     function.restype = ctypes.c_int64
@@ -84,7 +84,7 @@ def _as_c(argument: Argument) -> object:
 
 
 def _compile(path: Path) -> None:
-    """Written beside and renamed: another process finds all of it or nothing."""
+    """Compile into a temporary folder and rename, so that other processes see a complete file or none."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         built = Path(folder) / path.name
         _run(*_compiler(), *FLAGS, "-shared", "-fPIC", "-o", str(built), *map(str, SOURCES), "-lm")

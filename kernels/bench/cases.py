@@ -1,4 +1,4 @@
-"""The cases of kernels.bench and its contenders in reading and searching: what is timed, and how each proves itself.
+"""The cases of kernels.bench and the contenders that read and search: what is timed, and how results are checked.
 
 Shapes: R table rows, D width, N bags, S rows read per bag.
 """
@@ -21,7 +21,7 @@ from kernels.product_key import product_key
 
 @dataclass
 class Case:
-    """A table of `rows` x `width`, read `lookups` times a step in bags; `use`: uniform, or zipf (exponent 1)."""
+    """A table of `rows` x `width`, read `lookups` times per step in bags; `use`: uniform, or zipf (exponent 1)."""
 
     width: int
     rows: int
@@ -34,27 +34,27 @@ class Case:
 
     @property
     def table_bytes(self) -> int:
-        """The table alone."""
+        """Bytes of the table."""
         return self.rows * self.width * self.dtype.itemsize
 
     @property
     def rows_bytes(self) -> int:
-        """What an update by rows holds: the table, fp32 moments, marks, and at most two gradients of every row."""
+        """Bytes of an update by rows: the table, fp32 moments, marks, and at most two gradients of every row."""
         return self.table_bytes + self.rows * (8 * self.width + 9) + 8 * self.width * min(self.rows, self.lookups)
 
     @property
     def dense_bytes(self) -> int:
-        """What the dense path holds: table, gradient and moments of the table's dtype."""
+        """Bytes of the dense path: table, gradient and moments of the table's dtype."""
         return 4 * self.table_bytes
 
     @property
     def settling(self) -> int:
-        """Steps until the rows of a step have missed as many steps as they usually have, 15 at most."""
+        """Steps after which rows have missed as many steps as they usually do, at most 15."""
         return min(15, 3 + 2 * self.rows // self.lookups)
 
     @functools.cached_property
     def scattered_R(self) -> Tensor:
-        """Where in the table the rows lie, from the most read to the least."""
+        """Rows from the most to the least read."""
         return torch.randperm(self.rows, generator=torch.Generator().manual_seed(0))
 
     def inputs(self, turn: int) -> Inputs:
@@ -78,7 +78,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What one turn computes on."""
+    """The inputs of one turn."""
 
     indices_NS: Tensor
     weights_NS: Tensor
@@ -86,7 +86,7 @@ class Inputs:
 
 
 def seconds_of(work: Callable[[], object], device: str) -> float:
-    """The one clock of the bench: CPU time of this thread, so that other processes count little; on CUDA, events."""
+    """Time `work`: CPU time of this thread, so that other processes matter little; on CUDA, events."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
@@ -100,22 +100,22 @@ def seconds_of(work: Callable[[], object], device: str) -> float:
 
 
 class Contender:
-    """One way to do it: `turn` gives its seconds; parts are named by `lap`."""
+    """One implementation: `turn` returns its seconds; `lap` times its named parts."""
 
     def __init__(self, name: str, moved: int, device: str) -> None:
         self.name, self.bytes, self.device = name, moved, device
         self._laps: dict[str, list[float]] = {}
 
     def turn(self, inputs: Inputs) -> float:
-        """Do it once."""
+        """Run once; returns seconds."""
         raise NotImplementedError
 
     def prove(self, inputs: Inputs) -> None:
-        """Done by all contenders with the same inputs once their turns are over, before any is asked if it is
-        `correct`: those whose turn depends on earlier ones are tried here."""
+        """Called with the same inputs for all contenders after their turns and before `correct`: one more step of
+        those whose turns depend on earlier ones."""
 
     def correct(self) -> bool:
-        """Whether what was computed is right."""
+        """Whether the results are right."""
         raise NotImplementedError
 
     def parts(self) -> str:
@@ -124,7 +124,7 @@ class Contender:
         return " ".join(f"{name}={value:.2f}" for name, value in medians.items())
 
     def lap(self, name: str, work: Callable[[], object]) -> float:
-        """Seconds that `work` takes, kept under `name`."""
+        """Seconds of `work`, recorded under `name`."""
         seconds = seconds_of(work, self.device)
         self._laps.setdefault(name, []).append(seconds)
         return seconds

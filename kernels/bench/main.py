@@ -1,27 +1,27 @@
-"""How fast the kernels are, beside torch's own: `python -m kernels.bench [--device cpu|cuda] [--json] [--out DIR]`.
+"""Time the kernels next to PyTorch's own operators: `python -m kernels.bench [--device cpu|cuda] [--json] [--out DIR]`.
 
-Every competitor takes its turn in every round, each round another first, and ratios are taken within a round: machines
-are noisy. A result is
-given only if the competitor's own check passed in the same run. On CPU one thread is used and its CPU time is
-measured, so that other processes count little; on CUDA, events; the copy bandwidth is measured on the same clock.
+Every contender runs once per round, each round starts with another one, and ratios are taken within a round, since
+machines are noisy. A result is reported only if the contender's own check passed in the same run. On a CPU, one thread
+is used and its CPU time is measured, so that other processes matter little; on CUDA, events. The copy bandwidth is
+measured on the same clock.
 `forward`      weighted bags, against F.embedding_bag
 `step`         from the output's gradient to the updated table, with clipping: replay, backward and update together
-               (replay happens before the forward pass, but is the price of a sparse update), against dense backward
+               (replay happens before the forward pass, but is a cost of the sparse update), against dense backward
                + clip_grad_norm_ + AdamW(fused=True), and against sparse gradients + SparseAdam (another optimizer:
                no weight decay, no clipping, no decay of untouched moments)
 `search`       product keys (half_keys = sqrt(rows)), against torch.topk on both sides and on all pairs
-`layer`        search and bags, forward and backward without an update, against a whole layer of a package from PyPI
-               (product-key-memory) on the same weights, where it is installed
+`layer`        search and bags, forward and backward without an update, against the layer of a package from PyPI
+               (product-key-memory) with the same weights, if it is installed
 `reference` is the plain PyTorch path of each, on any device.
 
-`bytes` counts what must move: a table row and an output gradient once per lookup, and per unique row the compact
-gradient twice and values and both moments in and out; more than the copy bandwidth means that a cache helps.
+`bytes` counts the least traffic: a table row and an output gradient per lookup, and per unique row the compact gradient
+twice and values and both moments read and written; a rate above the copy bandwidth means that a cache helps.
 `copy_share` is bytes per second over the measured copy bandwidth (read + written). Peak memory is that of a few steps
-in a process of its own.
+in a separate process.
 
-On CPU there are two sets of cases: width 64 with 110,000 lookups a step, tables of 2^14 to 2^20 rows, even and Zipf
-use; and widths of 768 to 4096 in bags of 128 with 2^14 rows. `--all` adds tables of up to 2^26 rows, as far as memory
-goes; on CUDA that is the default. Nothing has been measured on CUDA yet.
+There are two sets of cases on a CPU: width 64 with 110,000 lookups per step, tables of 2^14 to 2^20 rows, uniform and
+Zipf reads; and widths of 768 to 4096 in bags of 128 with 2^14 rows. `--all` adds tables of up to 2^26 rows that fit in
+memory; on CUDA these are always included. `--compile` measures nothing and needs no GPU (kernels.bench.compile).
 """
 
 from __future__ import annotations
@@ -75,10 +75,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Against:
-    """A whole update by rows beside the dense one's: milliseconds, the ratio per round, and peak memory in bytes.
+    """An update by rows next to the dense one: milliseconds, the ratio per round, and peak memory in bytes.
 
-    `search_ms` is the search for the rows, which both do and neither counts. `saved_tables`: how many times the
-    table's size the peak is lower. Peaks are None where they were not measured.
+    `search_ms` is the search for the rows, which both need and neither includes. `saved_tables`: by how many times the
+    table's size the peak is lower. Peaks are None if they were not measured.
     """
 
     use: str
@@ -98,9 +98,9 @@ class Against:
 
 QUANTILES = ("p20", "p50", "p80")
 PEAK_ROWS, PEAK_STEPS, PEAK_OF = 1 << 20, 3, ("ours", "dense AdamW")
-"""Peak memory is measured for tables of at least this many rows, over so many steps, of these."""
+"""Peak memory is measured for tables of at least PEAK_ROWS rows, over PEAK_STEPS steps, of the contenders PEAK_OF."""
 ROUNDS, FEWEST_ROUNDS, CASE_SECONDS = 15, 5, 3.0
-"""Rounds of a case: the first unless they take longer than CASE_SECONDS, then at least the second."""
+"""Rounds of a case: ROUNDS, or as many as fit in CASE_SECONDS, but at least FEWEST_ROUNDS."""
 
 STEP_CASES = [Case(64, 1 << power, 110_000, 32, use) for power in (14, 16, 18, 20) for use in ("uniform", "zipf")]
 WIDTHS = (768, 1024, 2048, 4096)
@@ -114,20 +114,20 @@ CUDA_CASES = [
 
 
 def run(cases: Sequence[Case]) -> Iterator[list[Result]]:
-    """Time all cases; for each the results of the contenders whose check passed."""
+    """Time all cases; for each, yield the results of the contenders whose check passed."""
     for case in cases:
         free = 0.9 * free_bytes(case.device)
         if case.rows_bytes > free:
-            note(f"left out, does not fit: {case}")
+            note(f"skipped, does not fit in memory: {case}")
             yield []
             continue
         copy = copy_bandwidth(case.device)
-        found = list(_measure("forward", case, forward(case), copy))
-        found += _measure("step", case, step(case, free), copy)
-        found += _measure("search", case, search(case), copy)
+        results = list(_measure("forward", case, forward(case), copy))
+        results += _measure("step", case, step(case, free), copy)
+        results += _measure("search", case, search(case), copy)
         if case.rows_bytes + 2 * case.dense_bytes <= free:
-            found += _measure("layer", case, layers(case), copy)
-        yield found
+            results += _measure("layer", case, layers(case), copy)
+        yield results
 
 
 def _measure(operator: str, case: Case, contenders: list[Contender], copy: float) -> Iterator[Result]:
@@ -141,21 +141,21 @@ def _measure(operator: str, case: Case, contenders: list[Contender], copy: float
     for turn in range(warmup, warmup + ROUNDS):
         if len(seconds[0]) >= FEWEST_ROUNDS and time.perf_counter() - started > CASE_SECONDS:
             break
-        for found, elapsed in zip(seconds, _round(case, contenders, turn), strict=True):
-            found.append(elapsed)
+        for times, elapsed in zip(seconds, _round(case, contenders, turn), strict=True):
+            times.append(elapsed)
     last = case.inputs(warmup + ROUNDS)
     for contender in contenders:
         contender.prove(last)
-    for index, (contender, found) in enumerate(zip(contenders, seconds, strict=True)):
+    for index, (contender, times) in enumerate(zip(contenders, seconds, strict=True)):
         if not contender.correct():
-            note(f"wrong, not reported: {operator} {contender.name} {case}")
+            note(f"wrong result, not reported: {operator} {contender.name} {case}")
             continue
         opponent = None if len(contenders) == 1 else seconds[1 if index == 0 else 0]
-        yield _result(operator, case, contender, found, opponent, copy)
+        yield _result(operator, case, contender, times, opponent, copy)
 
 
 def _round(case: Case, contenders: list[Contender], turn: int) -> list[float]:
-    """Seconds of each contender; whoever reads a table first finds it in no cache, so that place goes round."""
+    """Seconds of each contender. The first to read a table finds it in no cache, so the order rotates."""
     inputs, seconds = case.inputs(turn), [0.0] * len(contenders)
     for place in range(len(contenders)):
         index = (turn + place) % len(contenders)
@@ -189,12 +189,12 @@ def _result(
 
 
 def against_dense(results: list[Result]) -> list[Against]:
-    """The update by rows beside the dense one's, of every case where both passed their check."""
-    found = {(r.operator, r.contender, r.use, r.width, r.rows): r for r in results}
+    """The update by rows next to the dense one, for every case in which both passed their check."""
+    by_case = {(r.operator, r.contender, r.use, r.width, r.rows): r for r in results}
     table = []
     for ours in results:
         at = ours.use, ours.width, ours.rows
-        dense, search_ = found.get(("step", "dense AdamW", *at)), found.get(("search", "ours", *at))
+        dense, search_ = by_case.get(("step", "dense AdamW", *at)), by_case.get(("search", "ours", *at))
         if (ours.operator, ours.contender) != ("step", "ours") or dense is None:
             continue
         assert ours.ratio_p20 is not None
@@ -226,9 +226,9 @@ def _table_bytes(result: Result) -> int:
 
 
 def peak_bytes(case: Case, contender: str) -> int:
-    """The most memory that a few steps of a contender take, in a process of its own: resident, or CUDA-allocated.
+    """Peak memory of a few steps of a contender in a separate process: resident, or allocated on CUDA.
 
-    0 where the system does not say (CPU outside Linux).
+    0 where the system does not report it (CPU outside Linux).
     """
     if case.device == "cpu" and sys.platform != "linux":
         return 0
@@ -256,7 +256,7 @@ def _kilobytes(file: str, field: str) -> int:
 
 
 def free_bytes(device: str) -> int:
-    """Memory there is to take; outside Linux half of a CPU's memory."""
+    """Available memory; outside Linux, half of a CPU's memory."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     if sys.platform == "linux":
@@ -281,48 +281,48 @@ def main(arguments: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m kernels.bench", description="Time the kernels beside torch's own.")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--out", type=Path, help="folder for kernels-<device>.csv and step-against-dense-<device>.csv")
     parser.add_argument("--rows", type=int, nargs="*", help="only tables of these sizes")
-    parser.add_argument("--all", action="store_true", help="every table that memory holds; every shape to compile")
-    parser.add_argument("--compile", action="store_true", help="measure nothing: print what the kernels compile to")
-    given = parser.parse_args(arguments)
-    if given.compile:
+    parser.add_argument("--all", action="store_true", help="every table that fits in memory; every shape to compile")
+    parser.add_argument("--compile", action="store_true", help="compile for GPUs instead of measuring")
+    options = parser.parse_args(arguments)
+    if options.compile:
         from kernels.bench import compile as compiler
 
-        return compiler.main(given.all, given.json, tuple(compiler.DEVICES))
-    if given.device == "cuda" and not torch.cuda.is_available():
+        return compiler.main(options.all, options.json, tuple(compiler.DEVICES))
+    if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got cuda, allowed: cpu (torch sees no CUDA device)")
-    every = CUDA_CASES if given.device == "cuda" else CPU_CASES + (CPU_MORE if given.all else [])
-    cases = [case for case in every if not given.rows or case.rows in given.rows]
+    every = CUDA_CASES if options.device == "cuda" else CPU_CASES + (CPU_MORE if options.all else [])
+    cases = [case for case in every if not options.rows or case.rows in options.rows]
     if not cases:
         sizes = sorted({case.rows for case in every})
-        parser.error(f"--rows: got {', '.join(map(str, given.rows))}, allowed: {', '.join(map(str, sizes))}")
-    if given.device == "cpu":
+        parser.error(f"--rows: got {', '.join(map(str, options.rows))}, allowed: {', '.join(map(str, sizes))}")
+    if options.device == "cpu":
         torch.set_num_threads(1)
     results: list[Result] = []
-    out = sys.stderr if given.json else sys.stdout
-    print(machine(given.device), file=out)
+    out = sys.stderr if options.json else sys.stdout
+    print(machine(options.device), file=out)
     progress(0, len(cases))
-    for done, found in enumerate(run(cases), 1):
-        results += found
-        note(*map(line, found), to=out)
+    for done, of_case in enumerate(run(cases), 1):
+        results += of_case
+        note(*map(line, of_case), to=out)
         progress(done, len(cases))
     table = against_dense(results)
     print(against_table(table), file=out)
-    if given.out:
-        given.out.mkdir(parents=True, exist_ok=True)
-        write_csv(given.out / f"kernels-{given.device}.csv", results)
-        write_csv(given.out / f"step-against-dense-{given.device}.csv", table)
-    if given.json:
-        facts = {"machine": machine(given.device), "torch": torch.__version__}
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        write_csv(options.out / f"kernels-{options.device}.csv", results)
+        write_csv(options.out / f"step-against-dense-{options.device}.csv", table)
+    if options.json:
+        facts = {"machine": machine(options.device), "torch": torch.__version__}
         rows = {"results": [asdict(r) for r in results], "step_against_dense": [asdict(a) for a in table]}
         print(json.dumps(facts | rows))
     return 0
 
 
 def machine(device: str) -> str:
-    """What it ran on."""
+    """The device, for people."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpu = platform.processor() or platform.machine()
@@ -333,7 +333,7 @@ def machine(device: str) -> str:
 
 
 def note(*lines: str, to: TextIO | None = None) -> None:
-    """Lines in the place of the bar, on stderr unless `to` says."""
+    """Print lines in place of the progress bar, to `to` (stderr if None)."""
     if sys.stderr.isatty():
         print("\r\033[K", end="", file=sys.stderr, flush=True)
     for text in lines:
@@ -341,7 +341,7 @@ def note(*lines: str, to: TextIO | None = None) -> None:
 
 
 def progress(done: int, cases: int) -> None:
-    """A bar on a terminal."""
+    """Draw a progress bar, on a terminal only."""
     if sys.stderr.isatty():
         bar = "#" * (30 * done // cases)
         end = "" if done < cases else "\n"

@@ -1,8 +1,8 @@
-"""Whole memory layers of packages from PyPI beside ours, on their weights: those that are installed.
+"""Memory layers of installed packages from PyPI next to ours, with the same weights.
 
 `product-key-memory` (lucidrains): torch.topk of all half scores and of all pairs, nn.EmbeddingBag, dense gradients.
 
-Shapes: N tokens, M heads, W half of a key's width, n half keys, K rows kept per head, S = M*K, D width.
+Shapes: N tokens, M heads, W half of a key's width, n half keys, K rows selected per head, S = M*K, D width.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from kernels.embedding_bag import RowGradients, embedding_bag
 from kernels.product_key import product_key
 
 HEAD_ROWS = 32
-"""Rows read by a head; cases of larger bags have several heads."""
+"""Rows read by a head; cases with larger bags have several heads."""
 
 
 class Layer(Contender):
-    """Forward and backward of a layer without dropout, checked against float64 over all rows on two tokens."""
+    """Forward and backward of a layer without dropout; two tokens are checked against float64 over all rows."""
 
     def __init__(self, name: str, case: Case, peer: Any, read: Callable[[Tensor], Tensor]) -> None:
         # A row is read going forward and again for its weight's gradient.
@@ -54,7 +54,7 @@ class Layer(Contender):
 
 
 def layers(case: Case) -> list[Contender]:
-    """Ours and product-key-memory's, where it is installed and the table is float32; else none."""
+    """Ours and product-key-memory's, if it is installed and the table is float32."""
     try:
         package = importlib.import_module("product_key_memory")
     except ImportError:

@@ -1,7 +1,7 @@
-"""The contenders of kernels.bench in updating a table: by rows, by dense AdamW, by SparseAdam.
+"""The contenders of kernels.bench that update a table: by rows, by dense AdamW, by SparseAdam.
 
-Each takes one more step at the end and must have moved some rows as float64 arithmetic does; a table updated by rows
-must besides be the dense contender's.
+Each takes one more step at the end, which must move a sample of rows as float64 arithmetic does. A table updated by
+rows must also equal the dense contender's.
 
 Shapes: R table rows, D width, N bags, S rows read per bag, U unique rows read, C rows checked.
 """
@@ -20,7 +20,7 @@ from kernels.row_adamw import RowAdamW
 BETAS, EPS, DECAY, RATE, CLIP = (0.9, 0.95), 1e-8, 0.1, 1e-3, 1.0
 CHECKED_ROWS, CHECKED_ELEMENTS = 32, 1 << 24
 SMALL_ROWS = 1 << 20
-"""The reference and SparseAdam take part up to this many rows."""
+"""The reference and SparseAdam are timed up to this many rows."""
 
 
 class Rows(NamedTuple):
@@ -63,7 +63,7 @@ class Step(Contender):
 
 
 class RowStep(Step):
-    """Grouping, replay, backward and update by rows; its table must end as the dense contender's, `dense_RD`."""
+    """Grouping, replay, backward and update by rows; its table must equal the dense contender's, `dense_RD`."""
 
     def __init__(self, case: Case, settled: bool, backend: str | None = None) -> None:
         super().__init__("reference" if backend else "ours", case)
@@ -133,7 +133,7 @@ class DenseStep(Step):
 
 
 class SparseStep(Step):
-    """Sparse gradients and torch's SparseAdam, which neither clips nor decays weights and leaves other rows alone."""
+    """Sparse gradients and torch's SparseAdam: no clipping, no weight decay, no change of other rows."""
 
     def __init__(self, case: Case) -> None:
         super().__init__("SparseAdam", case)
@@ -165,8 +165,8 @@ class SparseStep(Step):
 
 
 def step(case: Case, free_bytes: float) -> list[Contender]:
-    """Ours, and as memory allows dense AdamW, the reference and SparseAdam (float32), all but the last as after many
-    steps."""
+    """Ours and, if they fit in memory, dense AdamW, the reference and SparseAdam (float32); all but the last start as
+    after many steps."""
     ours, small = RowStep(case, settled=True), case.rows <= SMALL_ROWS and case.dtype == torch.float32
     if case.rows_bytes + case.dense_bytes > free_bytes:
         return [ours]
@@ -180,7 +180,7 @@ def step(case: Case, free_bytes: float) -> list[Contender]:
 
 
 def stepper(case: Case, name: str) -> Contender:
-    """One of them alone, from the start, with nothing else in memory."""
+    """One contender from its first step, with nothing else in memory."""
     if name == "dense AdamW":
         return DenseStep(case, settled=False)
     if name == "SparseAdam":

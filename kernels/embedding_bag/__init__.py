@@ -1,14 +1,14 @@
-"""Weighted sums of table rows whose backward pass costs what was read, not what there is.
+"""Weighted sums of table rows; the backward pass costs as much as the rows read, whatever the table's size.
 
     sink = RowGradients(table)                              # one per table, shared by all layers reading it
     out_ND = embedding_bag(table_RD, indices_NS, weights_NS, sink)
     out_ND.sum().backward()                                 # gradients of weights by autograd ...
-    rows_U, sums_UD = sink.merged()                         # ... and of the rows read, compact
+    rows_U, sums_UD = sink.merged()                         # ... and compact gradients of the rows read
 
-`embedding_dot` is the transposed reading, dots of rows with the bag's own vector (the first half of a PEER expert).
-Both read any float table (float64, float32, bfloat16, float16) with sums in float32 (float64 for float64),
-int64 indices, N = 0 or S = 0 included, and never make a table-sized tensor. Backward is deterministic: a stable
-sort by row, then sums in fixed order, no float atomics.
+`embedding_dot` is the transpose: dot products of rows with a vector per bag (the first half of a PEER expert).
+Both take tables of any float dtype (float64, float32, bfloat16, float16), sum in float32 (float64 for float64 tables),
+take int64 indices, and accept N = 0 and S = 0. The backward pass is deterministic: a stable sort by row, then sums in a
+fixed order, without atomics.
 
 Shapes: R table rows, D width, N bags, S rows read per bag, U unique rows.
 Source: `y = sum of softmax(score) * V` over the selected rows, "Memory Layers at Scale" (arXiv 2412.09764), eq. 1.
@@ -56,12 +56,12 @@ def embedding_dot(
 
 
 def _groups(table_RD: Tensor, indices_NS: Tensor, sink: RowGradients) -> Groups | None:
-    """What the backward pass will need; nothing when there will be none."""
+    """What the backward pass needs; None if there will be no backward pass."""
     return sink.groups(indices_NS) if torch.is_grad_enabled() and table_RD.requires_grad else None
 
 
-# The table is kept on ctx by itself, not saved for backward: a later layer's replay may advance other rows in place
-# before this layer's backward pass, which a version check would mistake for a change of the rows read here.
+# The table is an attribute of ctx instead of a saved tensor: a later layer's replay may update other rows in place
+# before this layer's backward pass, and autograd's version check would reject that as a change of the rows read here.
 
 
 class _Bag(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""The buffer between a table's backward passes and its optimizer: gradients of the rows that were read.
+"""The gradients of the rows that were read, between a table's backward passes and its optimizer.
 
 Shapes: R table rows, D width, N bags, S rows read per bag, U unique rows.
 """
@@ -53,7 +53,7 @@ class RowGradients:
         self._is_read_R: Tensor | None = None
 
     def groups(self, indices_NS: Tensor) -> Groups:
-        """The lookups grouped by row; asked again with the same tensor object, nothing is computed."""
+        """The lookups grouped by row; a second call with the same tensor object returns the cached groups."""
         if self._last is None or self._last[0] is not indices_NS:
             self._last = (indices_NS, self._group_by_row(indices_NS, self.table_rows))
         return self._last[1]
@@ -77,7 +77,7 @@ class RowGradients:
             self.add(groups.rows_U, ops.row_sums(source_ND, weights_NS, groups, self.dtype))
 
     def add(self, rows_U: Tensor, sums_UD: Tensor) -> None:
-        """Take over one backward pass's gradients: rows ascending without repeats, sums in `self.dtype`."""
+        """Add one backward pass's gradients, without a copy: rows ascending and unique, sums in `self.dtype`."""
         if rows_U.numel() == 0:
             return
         self._apply_scale()
@@ -87,7 +87,7 @@ class RowGradients:
             self.merged()
 
     def merged(self) -> tuple[Tensor, Tensor]:
-        """(rows_U int64 ascending without repeats, sums_UD); the sums are the buffer's own: edits stay."""
+        """(rows_U int64, ascending and unique; sums_UD). The sums are the buffer itself: writes to them persist."""
         self._apply_scale()
         if self._whole_RD is not None:
             rows_U, sums_RD, *_ = self.placed()
@@ -128,10 +128,10 @@ class RowGradients:
             (self.merged()[1] if self._whole_RD is None else self._whole()[0]).mul_(scale)
 
     def clip_(self, max_norm: float) -> Tensor:
-        """Scale to a global norm of at most `max_norm` as torch's clip_grad_norm_ does; gives the norm before."""
+        """Scale to a global norm of at most `max_norm`, as torch's clip_grad_norm_ does; returns the norm before."""
         norm = self.norm()
         factor = max_norm / (norm + 1e-6)
-        if not factor >= 1.0:  # a norm of NaN must show
+        if not factor >= 1.0:  # also if the norm is NaN, which must not be hidden
             self.scale_(factor)
         return norm
 

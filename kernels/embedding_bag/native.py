@@ -1,7 +1,7 @@
-"""Weighted bags of float32 rows on CPU with parts in C (native.c): what reference.py does.
+"""Weighted bags of float32 rows on a CPU, partly in C (native.c); results as in reference.py.
 
-Bags and row sums are those of reference.py, F.embedding_bag being fast; grouping by row gives the same groups, faster.
-Dots are summed in 16 lanes, an order of their own, which depends on nothing but the width. The C code uses one thread.
+Bags and row sums are reference.py's, since F.embedding_bag is fast. Grouping by row returns the same groups, faster.
+Dot products are summed in 16 lanes: another order, which depends on the width alone. The C code uses one thread.
 Shapes: R table rows, D width, N bags, S rows read per bag, L = N*S lookups.
 """
 
@@ -37,7 +37,7 @@ def group_by_row(indices_NS: Tensor, table_rows: int) -> Groups:
 
 
 def _refuse(indices: Tensor, place: int, rows: int) -> None:
-    """IndexError where a C function found an index out of range; `place` is negative where it found none."""
+    """Raise IndexError for the index at `place`, which is out of range; a negative place means that none is."""
     if place >= 0:
         index = indices.reshape(-1)[place].item()
         raise IndexError(f"index out of range: got {index}, allowed: 0 to {rows - 1} (rows of the table)")

@@ -1,11 +1,11 @@
-"""Weighted bags of table rows in PyTorch: the truth on any device, and the fast path on CPU.
+"""Weighted bags of table rows in PyTorch: the reference on any device.
 
 Shapes: R table rows, D width, N bags, S rows read per bag, L = N*S lookups, U unique rows read (U <= L).
-Sums are taken in float32 (float64 for float64 tables) whatever the table's dtype, in a fixed order: with one
-thread, and on CUDA, results repeat bit for bit.
+Sums are in float32 (float64 for float64 tables) whatever the table's dtype, and in a fixed order: with one thread
+results repeat bit for bit.
 
-On CPU the row gradients are a bag again: of output gradients, per row instead of per token (the transposed bag).
-One radix sort of the lookups by row finds the bags; F.embedding_bag sums them without a temporary of L*D values.
+Row gradients are a bag too: of output gradients per row instead of rows per token. The lookups are sorted by row, and
+F.embedding_bag sums them without a temporary of L*D values.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 CHUNK_ELEMENTS = {"cpu": 1 << 17}
-"""Gathered values per chunk; 512 KiB stays in a core's second-level cache."""
+"""Gathered values per chunk; 512 KiB fit in a core's second-level cache."""
 CHUNK_ELEMENTS_GPU = 1 << 26
 
 
@@ -45,7 +45,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def bag(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, dtype: torch.dtype) -> Tensor:
-    """out_ND[n] = sum over s of weights[n, s] * table[indices[n, s]], given in `dtype`."""
+    """out_ND[n] = sum over s of weights[n, s] * table[indices[n, s]], in `dtype`."""
     (bags, size), width = indices_NS.shape, table_RD.shape[1]
     if indices_NS.numel() == 0:
         return table_RD.new_zeros(bags, width, dtype=dtype)

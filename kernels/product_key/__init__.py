@@ -1,10 +1,10 @@
-"""The exact search of a product-key memory: which rows of n*n a query scores highest, without scoring n*n.
+"""The exact search of a product-key memory: the highest-scoring of n*n rows, without scoring all of them.
 
     rows_MNK, scores_MNK = product_key(q_NM2W, keys_M2nW, top_k=32)
     weights_MNK = scores_MNK.softmax(-1)
 
-Row (i, j), number i*n + j, scores q1.K1[i] + q2.K2[j]. Each head takes the top_k half keys of either side and, of
-their top_k * top_k pairs, looks at the few that can be among the best: ranks (i+1)(j+1) <= top_k.
+Row (i, j), with index i*n + j, scores q1.K1[i] + q2.K2[j]. Each head takes the top_k half keys of each side. Of their
+top_k * top_k pairs it considers only those that can be among the best: with ranks (i+1)(j+1) <= top_k.
 
 Shapes: N tokens, M heads, W half of a key's width, n half keys, K = top_k.
 Source: Lample et al. 2019 (arXiv 1907.05242), section 3; "Memory Layers at Scale" (arXiv 2412.09764), eq. 1 and 2.
@@ -29,10 +29,19 @@ __all__ = ["product_key"]
 def product_key(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int, backend: str | None = None) -> tuple[Tensor, Tensor]:
     """(rows_MNK int64, scores_MNK), best first, n >= top_k; gradients of queries and keys by autograd.
 
-    Any float dtype; products are summed in float32 (float64 for float64 queries), the dtype of the scores, and
-    ranked in float32. Equal half scores rank by index, equal sums by the rank of their first, then second half.
-    Only the K chosen scores are kept for backward, never the n of a token. Forward and backward are deterministic,
-    but for the reference's backward on CUDA (scatter_add).
+    Products are summed in float32 (float64 for float64 queries), which is also the dtype of the scores, and ranked in
+    float32. Equal half scores rank by index, equal sums by the rank of their first, then of their second half. Only the
+    K selected scores are saved for the backward pass. Forward and backward are deterministic, except for the
+    reference's backward on CUDA (scatter_add).
+
+    Args:
+        q_NM2W: half queries of any float dtype.
+        keys_M2nW: half keys of any float dtype.
+        top_k: rows per head.
+        backend: overrides kernels.dispatch.
+
+    Raises:
+        ValueError: top_k is not in 1..n.
     """
     if not 1 <= top_k <= keys_M2nW.shape[2]:
         raise ValueError(f"top_k: got {top_k}, allowed: 1 to the half keys ({keys_M2nW.shape[2]})")

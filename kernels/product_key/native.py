@@ -1,10 +1,10 @@
-"""The product-key search on CPU in C (native.c): what reference.py does for float32, on one thread.
+"""The product-key search in float32 on a CPU in C (native.c), on one thread; results as in reference.py.
 
-Half scores are torch's products, as there: rows and scores are the PyTorch path's bit for bit, ties included.
-Gradients are summed token by token, in an order of their own.
+Half scores are torch's products, as in reference.py: rows and scores are equal bit for bit, ties included. Gradients
+are summed token by token, in another order.
 
-Shapes: N tokens, M heads, W half of a key's width, n half keys, K rows kept per head, P candidate pairs, C tokens of
-a chunk.
+Shapes: N tokens, M heads, W half of a key's width, n half keys, K rows selected per head, P candidate pairs, C tokens
+of a chunk.
 """
 
 from __future__ import annotations

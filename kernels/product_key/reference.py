@@ -1,7 +1,9 @@
-"""The product-key search in PyTorch: the truth on any device, and the fast path on CPU.
+"""The product-key search in PyTorch: the reference on any device.
 
-Shapes: N tokens, M heads, W half of a key's width, n half keys, K rows kept per head, P candidate pairs, C tokens of
-a chunk; "..." any. The scores of all half keys exist for one chunk of tokens at a time.
+The scores of all half keys exist for one chunk of tokens at a time.
+
+Shapes: N tokens, M heads, W half of a key's width, n half keys, K rows selected per head, P candidate pairs, C tokens
+of a chunk.
 """
 
 from __future__ import annotations
@@ -13,23 +15,23 @@ from torch import Tensor
 
 try:
     import numpy
-except ImportError:  # torch does without; the searches below are then torch's own, and slower
+except ImportError:  # optional: torch's own selection, used instead, is slower on a CPU
     numpy = None  # type: ignore[assignment]
 
 CHUNK_SCORES = 1 << 20
 """Half scores per chunk: 4 MiB in float32."""
 CHUNK_SCORES_GPU = 1 << 27
 CHUNKS_ON_META = 4
-"""Beyond so many chunks they are longer on the meta device, up to a GPU's: there every chunk takes the same time."""
+"""Chunks on the meta device, unless they would exceed a GPU's: there every chunk takes the same time, however long."""
 SORTED_WHOLE = 128
-"""Longest row that is cheaper to sort than to select from (measured at 20 to 1,024 values)."""
+"""Rows of at most this many values are cheaper to sort than to select from (measured at 20 to 1,024 values)."""
 
 
 def pairs(top_k: int) -> Tensor:
     """Ranks (from 0) of the pairs that can be among the top_k sums, [2, P] int64: (i+1)(j+1) <= top_k.
 
-    A pair comes after the (i+1)(j+1) - 1 others that are at least as good in both halves, so no other can. 119 pairs
-    of 1,024 for top_k 32.
+    A pair ranks after the (i+1)(j+1) - 1 others that are at least as good in both halves, so no other pair can be among
+    them. For top_k 32 these are 119 of 1,024 pairs.
     """
     return torch.tensor([(i, j) for i in range(top_k) for j in range(top_k // (i + 1))]).T
 
@@ -60,7 +62,7 @@ def combine(scores_M2Cn: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def search_backward(grad_MNK: Tensor, rows_MNK: Tensor, q_NM2W: Tensor, keys_M2nW: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of queries and keys, in their shapes and float32 (float64), from those of the scores."""
+    """Gradients of queries and keys in float32 (float64) from those of the scores."""
     wide = grad_MNK.dtype
     half_keys = keys_M2nW.shape[2]
     halves_M2NK = torch.stack((rows_MNK // half_keys, rows_MNK % half_keys), 1)
@@ -77,7 +79,7 @@ def search_backward(grad_MNK: Tensor, rows_MNK: Tensor, q_NM2W: Tensor, keys_M2n
 
 
 def chunks(q_NM2W: Tensor, keys_M2nW: Tensor) -> Iterator[slice]:
-    """Slices of tokens whose half scores are kept together."""
+    """Slices of tokens whose half scores exist at the same time."""
     kind, side = q_NM2W.device.type, keys_M2nW.shape[:3].numel()
     limit = CHUNK_SCORES if kind in ("cpu", "meta") else CHUNK_SCORES_GPU
     if kind == "meta":
@@ -89,16 +91,16 @@ def chunks(q_NM2W: Tensor, keys_M2nW: Tensor) -> Iterator[slice]:
 def best(values: Tensor, count: int) -> Tensor:
     """Positions of the `count` largest along the last dimension, best first, the lower position first in ties.
 
-    Values are ranked in float32. torch.topk leaves the order of ties open and is slow on CPU. Short rows are sorted
-    whole; of long ones the count-th largest value is found first, then what is not below it, and that is sorted.
+    Values are ranked in float32. torch.topk does not define the order of ties and is slow on a CPU. Short rows are
+    sorted; in long ones, the count-th largest value is found first, and only the values not below it are sorted.
     """
-    if values.is_meta:  # shapes alone: what is selected depends on values
+    if values.is_meta:  # only shapes: the selection depends on values
         return values.new_empty(*values.shape[:-1], count, dtype=torch.int64)
     width = values.shape[-1]
     flat = values.float().reshape(-1, width)
     if width > SORTED_WHOLE:
         places = _flat_nonzero(flat >= _nth_largest(flat, count))
-        if len(places) == len(flat) * count:  # else ties straddle the last place somewhere
+        if len(places) == len(flat) * count:  # otherwise values tie for the last place
             found = places.remainder_(width).view(-1, count)
             order = _ranking(flat.gather(-1, found))
             return found.gather(-1, order).view(*values.shape[:-1], count)
@@ -106,7 +108,7 @@ def best(values: Tensor, count: int) -> Tensor:
 
 
 def _flat_nonzero(flat: Tensor) -> Tensor:
-    """Positions of what is true in the flattened tensor, int64."""
+    """Positions of the true elements in the flattened tensor, int64."""
     if numpy is not None and flat.device.type == "cpu":
         return torch.from_numpy(numpy.flatnonzero(flat.numpy()))
     return flat.reshape(-1).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""AdamW for tables of which a step reads few rows: only those rows are updated, and no value differs.
+"""AdamW for tables of which a step reads few rows: it updates only those, with the values of dense AdamW.
 
     sink = RowGradients(table)                  # filled by kernels.embedding_bag's backward passes
     adamw = RowAdamW(table, sink, weight_decay=0.1)
@@ -8,22 +8,22 @@
     adamw.step(lr)                              # updates the rows with gradients, clears the sink
     adamw.flush()                               # before the table is read as a whole
 
-Dense AdamW moves every row at every step: moments decay, weight decay and the decaying mean act on rows without
-gradient too. Here a row that was not read keeps the step it is at, and `before_read` makes up for what it missed,
-at the learning rates and bias corrections of those steps. Whatever is read, and the table after a flush, is what
-dense AdamW would have there:
+Dense AdamW changes every row at every step: moments decay, and weight decay and the decaying mean act on rows without
+a gradient too. Here, a row that is not read stays at its last step, and `before_read` replays the missed steps with
+their learning rates and bias corrections. Every row read, and the table after a flush, equals dense AdamW's:
 - replay_limit=None: bit for bit torch.optim.AdamW(foreach=False) in float32 (PyTorch and C);
-- replay_limit=J (default 256): a few roundings apart for gaps up to J steps (square roots and powers of the betas
-  taken once per gap); beyond, the mean's tail is dropped: about 1e-9 of a mean update at J=256, 6e-5 at 128.
-When most rows are read at every step, one sweep over the table, fed by compact gradients, is cheaper than replay;
-it is bit for bit as well. `path` says which; "auto" decides by the share of rows read (SWEEP_SHARE).
+- replay_limit=J (default 256): up to a few roundings for gaps of at most J steps (square roots and powers of the betas
+  are taken once per gap); for longer gaps the tail of the mean is dropped: about 1e-9 of a mean update at J=256, 6e-5
+  at 128.
+If most rows are read at every step, a sweep over the whole table is cheaper than replay, and as exact. `path` selects
+one of them; "auto" decides by the share of rows read (SWEEP_SHARE).
 
-Options, off by default, with their memory per row beside the table's own D values (float32 moments: 8D + 9 bytes):
+Options, off by default, and their memory per row, in addition to the table's D values (float32 moments: 8D + 9 bytes):
   low_precision="master"      bfloat16/float16 tables keep a float32 copy            + 4D
   low_precision="stochastic"  bfloat16 tables are rounded stochastically             + 0
   row_second_moment=True      one second moment per row, of the mean square          - 4D + 4
-  lazy=True                   no replay (LazyAdam): untouched rows do not move; not dense AdamW (71-79 % of the mean
-                              update apart in a simulation)                          + 0
+  lazy=True                   no replay (LazyAdam): rows that are not read do not move; differs from dense AdamW (by
+                              71-79 % of the mean update in a simulation)            + 0
 
 Shapes: R table rows, D width, U rows with gradients.
 """
@@ -45,19 +45,28 @@ from kernels.row_adamw.rows import State
 __all__ = ["RowAdamW"]
 
 SWEEP_SHARE = 0.15
-"""Sweep when at least this share of the rows has gradients. Measured where both cost the same on one CPU thread,
-uniform use, width 64, at 2^14, 2^16 and 2^18 rows: in C 0.17, 0.18 and 0.22 with every step replayed (0.06 and 0.11 at
-width 32), 0.20, 0.30 and 0.25 with the default limit; in PyTorch 0.11, 0.16 and 0.26. Not measured on a GPU."""
+"""Sweep if at least this share of the rows has gradients. Both cost the same, on one CPU thread with uniform reads at
+width 64 and 2^14, 2^16 and 2^18 rows, at shares of 0.17, 0.18 and 0.22 in C with every step replayed (0.06 and 0.11 at
+width 32), 0.20, 0.30 and 0.25 with the default limit, and 0.11, 0.16 and 0.26 in PyTorch. Not measured on a GPU."""
 FLUSH_ROWS = 1 << 18
-"""Rows looked at together in a flush."""
+"""Rows checked together in a flush."""
 
 
 class RowAdamW:
-    """AdamW over one table [R, D] of any float dtype, updated in place; see the module for what it promises.
+    """AdamW over one table [R, D] of any float dtype, updated in place; see the module's description.
 
-    replay_limit: most steps replayed for a row, None for all. path: "replay" or "sweep" for every step, or "auto".
-    `before_read` must have seen every row that has a gradient since the last step (an AssertionError otherwise:
-    its gradient would be that of an outdated row). State is on the table's device, and unseen by autograd.
+    `before_read` must have been called with every row that gets a gradient; otherwise `step` raises an AssertionError,
+    because the gradient would be that of an outdated row. The state is on the table's device.
+
+    Args:
+        table_RD: the table.
+        gradients: where backward passes put its row gradients.
+        betas, eps, weight_decay: as of torch.optim.AdamW.
+        replay_limit: most steps replayed for a row; None: all.
+        path: "replay" or "sweep" at every step, or "auto".
+        low_precision, row_second_moment, lazy: the options above.
+        seed: of stochastic rounding.
+        backend: overrides kernels.dispatch.
     """
 
     def __init__(
@@ -100,7 +109,7 @@ class RowAdamW:
 
     @property
     def bytes_per_row(self) -> int:
-        """Memory held per row beside the table itself."""
+        """Memory of the optimizer per row, in addition to the table."""
         state = self.state
         held = [state.mean_RD, state.square_RX, state.last_R, state.moment_R, state.touched_R]
         held += [state.values_RD] if self.has_master else []
@@ -108,7 +117,7 @@ class RowAdamW:
 
     @torch.no_grad()
     def before_read(self, indices: Tensor) -> None:
-        """Replay what the rows about to be read have missed; int64 indices of any shape, repeats allowed."""
+        """Replay the steps that these rows have missed; int64 indices of any shape, duplicates allowed."""
         if self._current:
             return
         self._catch_up(self.gradients.groups(indices).rows_U, moments=False)
@@ -134,7 +143,7 @@ class RowAdamW:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Replay what any row has missed: afterwards the table is what dense AdamW would hold."""
+        """Replay all missed steps: the table then equals dense AdamW's."""
         if self._current:
             return
         state = self.state
@@ -146,7 +155,7 @@ class RowAdamW:
         self._all_done()
 
     def state_dict(self) -> dict[str, Any]:
-        """Flushes; step count, moments, rows ever touched, master copy and random state where there are any."""
+        """Flush, then return step count, moments, rows ever updated, master copy and random state if there are any."""
         self.flush()
         state = self.state
         saved: dict[str, Any] = {
@@ -188,7 +197,7 @@ class RowAdamW:
 
     @property
     def _current(self) -> bool:
-        """No row has missed a step (or missing steps is meant)."""
+        """No row has missed a step, or missed steps are not replayed (lazy)."""
         return self.state.floor == self.steps or self.lazy
 
     def _catch_up(self, rows_U: Tensor, moments: bool) -> None:
@@ -201,7 +210,7 @@ class RowAdamW:
         self.history.restart(self.steps)
 
     def _publish(self, rows_U: Tensor | None) -> None:
-        """Write the master copy's values to the table: those rows, or all."""
+        """Write the master copy's values to the table: those of rows_U, or all."""
         if self.has_master and rows_U is None:
             self.table_RD.copy_(self.state.values_RD)
         elif self.has_master:

@@ -1,9 +1,9 @@
 """Replay of missed AdamW steps with square roots and powers of the betas taken once per gap.
 
 Without gradients m_s = m b1^(s-last) and v_s = v b2^(s-last), so with E_s = the product of weight decays after s
-p_now = p E_last - sum over s of size_s E_s m_s / (sqrt(v_s) / root_s + eps): two operations a step and row, of which
-one division, where torch's operations need seven with two divisions and a root. Differs from every step in torch's
-operations by a few roundings of p and of each update. (The sum has no closed form: eps matters for small v.)
+p_now = p E_last - sum over s of size_s E_s m_s / (sqrt(v_s) / root_s + eps): two operations per step and row, one of
+them a division, instead of torch's seven with two divisions and a root. The result differs from torch's by a few
+roundings of p and of each update. The sum has no closed form, because eps matters for small v.
 
 Shapes: D width, X = D or 1, U rows, B rows of a block.
 """

@@ -1,4 +1,4 @@
-"""What AdamW did at every step so far, as the scalars that replaying a row needs."""
+"""The scalars of every AdamW step so far, for replaying the steps that a row has missed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @dataclass(frozen=True)
 class Hyper:
-    """AdamW's constants (Loshchilov and Hutter 2019, algorithm 2, as torch.optim.AdamW writes it)."""
+    """AdamW's constants (Loshchilov and Hutter 2019, algorithm 2, as in torch.optim.AdamW)."""
 
     beta1: float
     beta2: float
@@ -24,7 +24,7 @@ class History:
     Lists indexed by `at(step)`: decay = 1 - lr * weight_decay; size = lr / (1 - beta1^step); root =
     sqrt(1 - beta2^step), 1.0 once it rounds to it; log_decay = the sum of log decay up to the step. `table`
     [4, ...] float64 holds size, root, log_decay and decay again, for lookups by many rows at once. Steps up to
-    `start` are forgotten: all rows are past them.
+    `start` are dropped, since all rows are past them.
 
     Powers over many steps are taken of the factors as `dtype`, that of the moments, rounds them: log_decay, and
     kept1 and kept2, what a step without gradient leaves of the moments. (The rounding of 0.9999 to float32 alone
@@ -43,17 +43,17 @@ class History:
         return self.start + len(self.size) - 1
 
     def at(self, step: int) -> int:
-        """Where a step's scalars stand."""
+        """The index of a step's scalars."""
         return step - self.start
 
     def restart(self, start: int) -> None:
-        """Forget all steps; the next one is start + 1."""
+        """Drop all steps; the next one is start + 1."""
         self.start = start
         self.decay, self.size, self.root, self.log_decay = [1.0], [0.0], [1.0], [0.0]
         self.table[:, 0] = 0.0
 
     def append(self, lr: float) -> None:
-        """One more step, at learning rate `lr`; ValueError if its weight decay would take everything."""
+        """Add a step at learning rate `lr`; ValueError if its weight decay would be 1 or more."""
         hyper, step = self.hyper, float(self.step + 1)
         decay = 1 - lr * hyper.weight_decay
         if decay <= 0:

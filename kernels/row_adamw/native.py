@@ -1,7 +1,7 @@
 """AdamW on rows of float32 tables on CPU, in C (native.c): the three passes of reference.py, on one thread.
 
-Bit for bit the PyTorch path, but for hoisted replay, which agrees with it to a few roundings; `exact` makes sure of
-it on the CPU at hand. Second moments are full: row-wise ones are left to the PyTorch path.
+Results equal the PyTorch path's bit for bit, except for replay with a limit, which agrees to a few roundings; `exact`
+checks this on the CPU in use. Row-wise second moments are not supported.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def _torch_sqrt() -> ctypes.c_void_p:
 
 @functools.cache
 def exact() -> bool:
-    """Whether the C code gives the PyTorch path's bits on this CPU, as far as a step and two replayed ones show it.
+    """Whether the C code equals the PyTorch path bit for bit on this CPU, in one step and two replayed ones.
 
-    Where torch's kernels round differently from what native.c knows of, it warns, once.
+    Warns once if not: torch's kernels then round in a way that native.c does not know.
     """
     same = all(map(torch.equal, _probe(reference), _probe(sys.modules[__name__])))
     if not same:

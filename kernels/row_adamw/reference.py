@@ -1,13 +1,13 @@
-"""AdamW on blocks of rows in PyTorch: the truth on any device, and the fast path on CPU.
+"""AdamW on blocks of rows in PyTorch: the reference on any device.
 
-Three passes over rows, each in blocks that stay in a core's second-level cache:
-`update`  the gradient step on rows that have gradients (compact);
-`sweep`   the gradient step on every row of the table, fed by compact gradients;
-`replay`  the steps without gradient that rows have missed: all of them, or hoisted and limited (hoisted.py).
+Three passes over rows, each in blocks that fit in a core's second-level cache:
+`update`  the step on the rows that have gradients;
+`sweep`   the step on every row of the table;
+`replay`  the steps without gradient that rows have missed: all of them, or at most a limit (fast_replay.py).
 
-Operation order is that of torch.optim.AdamW(foreach=False) (torch/optim/adam.py, _single_tensor_adam):
-p *= 1 - lr*wd; m.lerp_(g, 1-b1); v = v*b2 + (1-b2)*g*g; p += -size * m / (sqrt(v)/root + eps). In a step without
-gradient m.lerp_(0) is not m*b1 in the last bit, and v*b2 + 0 is v*b2.
+The order of operations is that of torch.optim.AdamW(foreach=False) (torch/optim/adam.py, _single_tensor_adam):
+p *= 1 - lr*wd; m.lerp_(g, 1-b1); v = v*b2 + (1-b2)*g*g; p += -size * m / (sqrt(v)/root + eps). Without a
+gradient, m.lerp_(0) differs from m*b1 in the last bit, and v*b2 + 0 equals v*b2.
 
 Shapes: R table rows, D width, X = D or 1 (row-wise second moment), U rows given, B rows of a block.
 """
@@ -28,9 +28,9 @@ __all__ = ["Blocks", "replay", "sweep", "update"]
 
 
 def update(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, history: History) -> None:
-    """The latest step of `history` on rows that have gradients, in place; marks them done.
+    """The latest step of `history` on rows that have gradients, in place.
 
-    Their values must be done up to the step before; moments that are behind first decay.
+    Their values must be at the step before; moments that are further behind decay first.
     """
     behind_U = history.step - 1 - state.moment(rows_U)
     kept_U2 = kept(behind_U, history, state.mean_RD) if bool((behind_U > 0).any()) else None
@@ -48,7 +48,7 @@ def update(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, histo
 def sweep(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, history: History) -> None:
     """The latest step of `history` on every row, in place; rows not in rows_U (ascending) have no gradient.
 
-    One block of gradients is filled at a time, never a table of them. Does not mark `last_R`.
+    Gradients are expanded one block at a time. `last_R` is not updated.
     """
     state.touched_R[rows_U] = True
     table_rows, width = state.mean_RD.shape
@@ -91,10 +91,15 @@ def _descend(p_BD: Tensor, m_BD: Tensor, v_BX: Tensor, root_BX: Tensor, history:
 
 
 def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit: int | None, moments: bool) -> None:
-    """Bring rows (each once) up to the latest step, as if they had had zero gradients since their last one.
+    """Bring rows to the latest step, as if they had had zero gradients since their last one.
 
-    limit None: every missed step, in torch's operations, moments too. Otherwise hoisted.replay; `moments`: bring the
-    moments up to date too, else leave them for `update`. Marks the rows done.
+    Args:
+        state: the table and its moments.
+        blocks: scratch memory.
+        rows_U: unique int64 rows.
+        history: the steps so far.
+        limit: most steps replayed per row (fast_replay.py); None: every step, in torch's operations.
+        moments: bring the moments up to date too, instead of leaving that to `update`.
     """
     if not moments:
         rows_U = rows_U[state.last(rows_U) < history.step]

@@ -1,4 +1,4 @@
-"""The state of a row-wise AdamW, and rows of it copied to where one block at a time stays in a core's cache.
+"""The state of a row-wise AdamW, and scratch memory for copies of a block of its rows.
 
 Shapes: R table rows, D width, X = D or 1 (row-wise second moment), U rows, B rows of a block.
 """
@@ -23,9 +23,9 @@ class State:
     """Parameters and moments of a table.
 
     values_RD: the table itself or its float32 master copy; mean_RD and square_RX float32 (float64 for a float64
-    table); last_R and moment_R int32: the steps up to which a row's values and moments are done (moments may stay
+    table); last_R and moment_R int32: the steps up to which a row's values and moments are current (moments may be
     behind: `update` catches up); touched_R bool: rows that ever had a gradient (others have zero moments).
-    floor: every row is done up to this step, whatever they say. `noise`: round values stochastically.
+    floor: every row is current up to at least this step. noise: if given, values are rounded stochastically.
     """
 
     values_RD: Tensor
@@ -38,11 +38,11 @@ class State:
     noise: torch.Generator | None = None
 
     def last(self, rows_U: Tensor) -> Tensor:
-        """The step up to which the rows' values are done."""
+        """The step up to which the rows' values are current."""
         return self.last_R[rows_U].clamp(min=self.floor)
 
     def moment(self, rows_U: Tensor) -> Tensor:
-        """The step up to which the rows' moments are done."""
+        """The step up to which the rows' moments are current."""
         return self.moment_R[rows_U].clamp(min=self.floor)
 
     @property
@@ -64,7 +64,7 @@ class State:
 
 
 class Blocks:
-    """Scratch memory for the rows of one block, gathered from and returned to a State."""
+    """Scratch memory for the rows of one block, gathered from a State and written back to it."""
 
     def __init__(self, state: State) -> None:
         self.state, self.wide = state, state.mean_RD.dtype
@@ -104,13 +104,13 @@ def even(count: int, rows: int) -> Iterator[tuple[int, int]]:
 
 
 def decay_moments(m_BD: Tensor, v_BX: Tensor, kept_B2: Tensor) -> None:
-    """Moments after steps without gradient, in place; kept_B2 as `kept` gives it."""
+    """Decay moments over steps without gradient, in place; kept_B2 as returned by `kept`."""
     m_BD.mul_(kept_B2[:, :1])
     v_BX.mul_(kept_B2[:, 1:])
 
 
 def kept(missed_U: Tensor, history: History, like: Tensor) -> Tensor:
-    """What `missed` steps without gradient leave of both moments, [U, 2] in the dtype and on the device of `like`."""
+    """The factors of both moments after `missed` steps without gradient, [U, 2] in dtype and device of `like`."""
     steps = torch.arange(int(missed_U.max()) + 1 if len(missed_U) else 1, device=missed_U.device)
     table_2T = torch.stack((powers(history.kept1, steps), powers(history.kept2, steps)), 1)
     return table_2T.to(like.device, like.dtype)[missed_U.to(like.device)]

@@ -1,4 +1,4 @@
-"""The bench on tables too small to mean anything."""
+"""The benchmark, on tables too small for meaningful timings."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,9 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "ROUNDS", 2)
 
 
-def test_every_contender_is_right_and_reported(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_contender_is_correct_and_reported(
+    small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main.main(["--device", "cpu", "--json", "--out", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     document = json.loads(captured.out)
@@ -53,36 +55,36 @@ def test_layers_of_packages_that_are_installed_agree_with_ours() -> None:
     assert not contenders[0].correct()
 
 
-def test_what_is_wrong_is_not_reported(small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_wrong_results_are_not_reported(small: None, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(Forward, "correct", lambda self: False)
     main.main(["--device", "cpu"])
     captured = capsys.readouterr()
     assert not [line for line in captured.out.splitlines() if line.startswith("forward")]
-    assert "wrong, not reported: forward" in captured.err
+    assert "not reported: forward" in captured.err
 
 
-def test_rows_that_no_case_has_are_refused(small: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_table_sizes_without_a_case_are_refused(small: None, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main.main(["--device", "cpu", "--rows", "63"])
     assert "--rows: got 63, allowed: 64" in capsys.readouterr().err
 
 
-def test_what_does_not_fit_is_left_out_by_name(
+def test_cases_that_do_not_fit_in_memory_are_skipped_and_named(
     small: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(main, "free_bytes", lambda device: 5000)
     assert main.main(["--device", "cpu"]) == 0
     captured = capsys.readouterr()
-    assert captured.err.count("left out, does not fit") == 2
+    assert captured.err.count("does not fit in memory") == 2
     assert "step" not in captured.out.split("Step against dense")[0]
 
 
-def test_without_room_for_the_dense_path_rows_are_updated_alone() -> None:
+def test_without_memory_for_the_dense_path_only_the_row_update_is_timed() -> None:
     case = Case(8, 64, 128, 8, "uniform")
     assert [contender.name for contender in step(case, case.rows_bytes + case.dense_bytes - 1)] == ["ours"]
 
 
-def test_a_table_that_drifts_from_dense_is_found() -> None:
+def test_a_table_that_differs_from_the_dense_one_is_detected() -> None:
     case = Case(8, 64, 128, 8, "uniform")
     ours, dense, *_ = step(case, 1e9)
     for turn in range(3):
@@ -95,19 +97,17 @@ def test_a_table_that_drifts_from_dense_is_found() -> None:
 
 
 @pytest.mark.parametrize("make", [lambda case: RowStep(case, True), lambda case: DenseStep(case, True), SparseStep])
-def test_a_contender_that_moves_rows_otherwise_than_float64_does_is_found(
-    make: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_contender_whose_update_differs_from_float64_is_detected(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(8, 256, 128, 8, "zipf")
     contender = make(case)
     contender.turn(case.inputs(0))
     contender.prove(case.inputs(1))
     assert contender.correct()
-    monkeypatch.setattr("kernels.bench.steps.BETAS", (0.8, 0.95))  # of what is expected; the optimizer has its own
+    monkeypatch.setattr("kernels.bench.steps.BETAS", (0.8, 0.95))  # of the expected values; the optimizer keeps its own
     contender.prove(case.inputs(2))
     assert not contender.correct()
 
 
-def test_copying_is_timed_on_the_clock_of_the_contenders(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_copy_bandwidth_is_measured_on_the_same_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(main, "seconds_of", lambda work, device: 2.0)
     assert main.copy_bandwidth("cpu", size=1000) == 2 * 4000 / 2.0

@@ -1,4 +1,4 @@
-"""Which implementation runs."""
+"""The choice of an operator's implementation."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -9,7 +9,7 @@ import torch
 from kernels import dispatch
 
 ON_CUDA: Any = SimpleNamespace(device=torch.device("cuda"), dtype=torch.float32)
-"""What a choice looks at of a tensor that needs a device to exist."""
+"""The attributes of a CUDA tensor that the choice depends on."""
 
 
 def test_device_and_dtype_decide_unless_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,7 @@ def test_device_and_dtype_decide_unless_overridden(monkeypatch: pytest.MonkeyPat
         dispatch.choose(narrow)
 
 
-def test_native_by_name_takes_what_it_can_and_refuses_the_rest() -> None:
+def test_native_by_name_refuses_tensors_it_does_not_support() -> None:
     assert dispatch.choose(torch.zeros(2), "native") == "native"
     for tensor in (torch.zeros(2, dtype=torch.float64), ON_CUDA):
         with pytest.raises(ValueError, match=r"native: got torch.float\d\d on c\w+, allowed: contiguous torch.float32"):

@@ -23,7 +23,7 @@ EPS = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.fl
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch.empty holds NaN, so that whatever is not written shows."""
+    """torch.empty returns NaN, so that missing writes show."""
     real, real_new = torch.empty, torch.Tensor.new_empty
 
     def poison(tensor: Tensor) -> Tensor:
@@ -34,7 +34,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def case(rows: int, width: int, bags: int, size: int, dtype: torch.dtype, seed: int = 0, hot: bool = False) -> Any:
-    """A table, indices (all one row where hot), weights and an output gradient."""
+    """A table, indices (all the same row if hot), weights and an output gradient."""
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(rows, width, generator=generator).to(dtype)
     indices = torch.randint(rows, (bags, size), generator=generator)
@@ -44,9 +44,9 @@ def case(rows: int, width: int, bags: int, size: int, dtype: torch.dtype, seed: 
     return table, indices, weights.to(dtype) if dtype == torch.float64 else weights, grad.to(dtype)
 
 
-def dense(rows: int, found: RowGradients) -> Tensor:
-    """The compact gradients as a table, after checking that they are compact."""
-    rows_U, sums_UD = found.merged()
+def dense(rows: int, gradients: RowGradients) -> Tensor:
+    """The compact gradients as a table; their rows must be unique."""
+    rows_U, sums_UD = gradients.merged()
     assert torch.equal(rows_U, rows_U.unique())
     return torch.zeros(rows, sums_UD.shape[1], dtype=torch.float64).index_copy_(0, rows_U, sums_UD.double())
 
@@ -69,7 +69,7 @@ def test_outputs_and_gradients_equal_dense_autograd(
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("width", [96, 192, 768])
-def test_one_hot_row_takes_all_lookups(backend: str, width: int) -> None:
+def test_all_lookups_may_read_one_row(backend: str, width: int) -> None:
     check(*case(5, width, 7, 11, torch.float32, hot=True), backend)
 
 
@@ -158,7 +158,7 @@ def test_triton_adds_to_one_buffer_once_most_rows_are_read() -> None:
     distinct=st.sampled_from([1, 3, 1 << 30]),
     seed=st.integers(0, 999),
 )
-def test_lookups_are_grouped_as_a_stable_sort_does(rows: int, lookups: int, distinct: int, seed: int) -> None:
+def test_lookups_are_grouped_as_by_a_stable_sort(rows: int, lookups: int, distinct: int, seed: int) -> None:
     indices = torch.randint(rows, (lookups,), generator=torch.Generator().manual_seed(seed)) % distinct
     indices[::7] = rows - 1
     for ours, theirs in zip(native.group_by_row(indices, rows), reference.group_by_row(indices, rows), strict=True):
@@ -177,7 +177,7 @@ def test_an_index_out_of_range_is_refused(backend: str, wrong: int, trained: boo
             read(table, indices, other, RowGradients(table), backend)
 
 
-def test_rows_that_are_not_read_may_hold_anything() -> None:
+def test_rows_that_are_not_read_may_be_nan() -> None:
     table, indices, weights, grad = case(40, 33, 4, 3, torch.float32)
     unread = torch.ones(40, dtype=torch.bool)
     unread[indices] = False
@@ -186,7 +186,7 @@ def test_rows_that_are_not_read_may_hold_anything() -> None:
     check(table, indices, weights, grad, "native")
 
 
-def test_layers_and_micro_batches_sum_as_autograd_sums_them() -> None:
+def test_gradients_of_layers_and_micro_batches_add_up_as_in_autograd() -> None:
     """Bit for bit, in the order of the backward passes; three layers, two micro-batches."""
     table = torch.randn(12, 8)
     sink, total = RowGradients(table), torch.zeros(12, 8)
@@ -200,7 +200,7 @@ def test_layers_and_micro_batches_sum_as_autograd_sums_them() -> None:
     assert rows_U.tolist() == sorted(set(rows_U.tolist()))
 
 
-def test_clipping_is_torchs_over_the_rows_that_exist() -> None:
+def test_clipping_equals_torchs_on_the_dense_gradient() -> None:
     table = torch.nn.Parameter(torch.zeros(50, 4))
     rows, sums = torch.tensor([3, 30]), torch.randn(2, 4) * 10
     sink = RowGradients(table)
@@ -243,7 +243,7 @@ def test_an_unknown_backend_is_refused() -> None:
         embedding_bag(table, indices, weights, RowGradients(table), backend="cuda")
 
 
-def test_runs_of_a_hot_row_are_summed_level_by_level(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lookups_of_one_row_in_many_chunks_are_summed(monkeypatch: pytest.MonkeyPatch) -> None:
     from kernels.embedding_bag import triton
 
     monkeypatch.setattr(triton, "CHUNK", 4)
@@ -253,8 +253,8 @@ def test_runs_of_a_hot_row_are_summed_level_by_level(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rows_past_two_to_the_31_elements_are_found(backend: str, tmp_path: Path) -> None:
-    """In a file that is almost all hole."""
+def test_rows_beyond_two_to_the_31_elements_are_read(backend: str, tmp_path: Path) -> None:
+    """In a sparse file."""
     width, dtype = 1024, torch.float32 if backend == "native" else torch.float16
     rows = (1 << 31) // width + 3
     table = torch.from_file(str(tmp_path / "table"), shared=True, size=rows * width, dtype=dtype).view(rows, width)

@@ -1,4 +1,4 @@
-"""The C library: compiled once whoever asks, and done without where nothing compiles it."""
+"""The C library: compiled once by concurrent processes; without a compiler, PyTorch is used."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROGRAM = "import torch; from kernels import dispatch; print(dispatch.choose(tor
 
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder of the test's own, and nothing loaded yet."""
+    """An empty cache folder, and no library loaded."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.delenv(dispatch.VARIABLE, raising=False)
     for name in ("available", "library"):
@@ -31,7 +31,7 @@ def files(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def test_two_processes_compile_at_once_and_one_library_stays(fresh: Path) -> None:
+def test_processes_that_compile_at_the_same_time_leave_one_library(fresh: Path) -> None:
     pipe = subprocess.PIPE
     both = [subprocess.Popen([sys.executable, "-c", PROGRAM], stdout=pipe, stderr=pipe, text=True) for _ in range(2)]
     for process in both:
@@ -43,7 +43,7 @@ def test_two_processes_compile_at_once_and_one_library_stays(fresh: Path) -> Non
     assert found.stat().st_mtime_ns == made
 
 
-def test_without_a_compiler_pytorch_runs_and_native_by_name_is_one_clear_line(
+def test_without_a_compiler_pytorch_is_used_and_native_by_name_is_refused(
     fresh: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CC", "no-such-cc")
@@ -55,7 +55,7 @@ def test_without_a_compiler_pytorch_runs_and_native_by_name_is_one_clear_line(
 
 
 @pytest.mark.parametrize("compiler", ["false", "true", f"{os.environ.get('CC', 'cc')} -mno-such-flag"])
-def test_a_compiler_that_fails_is_warned_of(compiler: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_compiler_causes_a_warning(compiler: str, fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`true` succeeds and writes nothing."""
     monkeypatch.setenv("CC", compiler)
     with pytest.warns(UserWarning, match=r"^kernel backend native: .*; the PyTorch path is used$"):
@@ -63,7 +63,7 @@ def test_a_compiler_that_fails_is_warned_of(compiler: str, fresh: Path, monkeypa
     assert files(fresh) == []
 
 
-def test_a_step_that_is_not_torchs_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_c_code_that_differs_from_torch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     table = torch.zeros(3, 2)
     assert row_adamw.RowAdamW(table, RowGradients(table))._ops is row_adamw.native
     monkeypatch.setattr(row_adamw.native, "exact", row_adamw.native.exact.__wrapped__)

@@ -38,7 +38,7 @@ def every_row(q: Tensor, keys: Tensor) -> Tensor:
 def test_rows_scores_and_gradients_are_those_of_scoring_every_row(
     backend: str, seed: int, tokens: int, heads: int, width: int, half_keys: int, top_k: int, integers: bool
 ) -> None:
-    """Whole numbers make many ties, and exact sums: the order of ties is then checked too."""
+    """Integers give many ties and exact sums, so that the order of ties can be checked too."""
     generator = torch.Generator().manual_seed(seed)
     q = torch.randn(tokens, heads, 2, width, generator=generator)
     keys = torch.randn(heads, 2, half_keys, width, generator=generator)
@@ -63,7 +63,7 @@ def test_rows_scores_and_gradients_are_those_of_scoring_every_row(
 
 
 def by_rank(q: Tensor, keys: Tensor, top_k: int) -> Tensor:
-    """The rows in the promised order, by sorting Python tuples."""
+    """The rows in the documented order, by sorting Python tuples."""
     halves = torch.einsum("nmhw,mhkw->mnhk", q, keys).tolist()
     found = []
     for head in halves:
@@ -168,10 +168,10 @@ def test_memory_of_a_search_is_bounded_by_a_chunk(monkeypatch: pytest.MonkeyPatc
     top_k=st.sampled_from([1, 3, 8, 32]),
     step=st.sampled_from([0.0, 0.5, 4.0]),
 )
-def test_c_finds_the_rows_and_scores_of_the_pytorch_path_bit_for_bit(
+def test_c_returns_the_rows_and_scores_of_the_pytorch_path_bit_for_bit(
     seed: int, half_keys: int, top_k: int, step: float
 ) -> None:
-    """Half scores are rounded to multiples of `step` (0: not), so that many tie."""
+    """Half scores are rounded to multiples of `step` (unless 0), so that many tie."""
     generator = torch.Generator().manual_seed(seed)
     q, keys = torch.randn(6, 2, 2, 3, generator=generator), torch.randn(2, 2, half_keys, 3, generator=generator)
     if step:
@@ -181,7 +181,7 @@ def test_c_finds_the_rows_and_scores_of_the_pytorch_path_bit_for_bit(
         assert torch.equal(ours, theirs)
 
 
-def test_pairs_of_the_paper_are_119_and_never_lose_a_winner() -> None:
+def test_the_papers_119_pairs_contain_every_best_row() -> None:
     assert reference.pairs(32).shape == (2, 119)
     scores = torch.randn(20, 2, 3, 64, dtype=torch.float64)
     rows, sums = reference.combine(scores, 32)
@@ -191,8 +191,8 @@ def test_pairs_of_the_paper_are_119_and_never_lose_a_winner() -> None:
 
 
 @pytest.mark.parametrize("width", [3, 40, 300])
-def test_the_best_are_those_of_a_stable_sort(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With and without numpy; among few distinct values, so that ties straddle the last place."""
+def test_selection_equals_a_stable_sort(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With and without numpy; few distinct values, so that values tie for the last place."""
     values = torch.randint(-3, 3, (50, width)).float()
     values += torch.linspace(0, 0.5, width) * (torch.arange(50)[:, None] % 2)
     values[0] = -0.0
@@ -203,6 +203,6 @@ def test_the_best_are_those_of_a_stable_sort(width: int, monkeypatch: pytest.Mon
     assert torch.equal(reference.best(values, 3), expected)
 
 
-def test_too_many_rows_are_refused() -> None:
+def test_a_top_k_above_the_half_keys_is_refused() -> None:
     with pytest.raises(ValueError, match="top_k: got 5"):
         product_key(torch.zeros(1, 1, 2, 2), torch.zeros(1, 2, 4, 2), 5)

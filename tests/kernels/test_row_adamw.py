@@ -34,7 +34,7 @@ class Dense:
 
 
 def history(seed: int, steps: int, rows: int, width: int, share: float) -> list[tuple[Any, Any, float]]:
-    """Random steps: rows (some never, some often), gradients of many magnitudes, a changing rate."""
+    """Random steps: rows (some never, some often), gradients of many magnitudes, a changing learning rate."""
     generator = torch.Generator().manual_seed(seed)
     popularity = torch.rand(rows, generator=generator) ** 4
     found = []
@@ -82,8 +82,8 @@ def test_every_read_and_the_flushed_table_equal_dense_adamw_bit_for_bit(
     ("backend", "dtype", "allowed"),
     [("torch", torch.float64, 1e-14), ("torch", torch.float32, 3e-6), ("native", torch.float32, 3e-6)],
 )
-def test_hoisted_replay_is_dense_adamw_up_to_rounding(backend: str, dtype: torch.dtype, allowed: float) -> None:
-    """In float64 to 1e-14; in float32 to the roundings of p that dense AdamW makes, one a missed step."""
+def test_limited_replay_is_dense_adamw_up_to_rounding(backend: str, dtype: torch.dtype, allowed: float) -> None:
+    """To 1e-14 in float64; in float32, to the roundings of p in dense AdamW, one per missed step."""
     start = torch.randn(40, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     dense, table = Dense(start, (0.9, 0.95), 0.1), start.clone()
     options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "path": "replay", "backend": backend}
@@ -102,7 +102,7 @@ def test_hoisted_replay_is_dense_adamw_up_to_rounding(backend: str, dtype: torch
 
 @pytest.mark.parametrize("limit", [4, 300])
 def test_c_truncates_replay_as_pytorch_does(limit: int) -> None:
-    """Gaps beyond the limit, and beyond the powers that are kept at hand; reads without a gradient between."""
+    """Gaps beyond the limit and beyond the tabulated powers; reads without a gradient in between."""
     tables = [torch.randn(6, 3, generator=torch.Generator().manual_seed(0)) for _ in ON_CPU]
     options: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.1, "replay_limit": limit, "path": "replay"}
     saved = []
@@ -124,7 +124,7 @@ def test_c_truncates_replay_as_pytorch_does(limit: int) -> None:
 
 @pytest.mark.parametrize(("limit", "allowed"), [(256, 1e-8), (128, 1e-3), (16, None)])
 def test_truncated_replay_is_within_its_bound(limit: int, allowed: float | None) -> None:
-    """In units of the mean step of touched rows; 16 is far too few, so that the measure itself is tested."""
+    """In units of the mean update of rows read; a limit of 16 is far too low and must exceed the bound."""
     start = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)).double()
     tables = [start.clone(), start.clone()]
     sinks = [RowGradients(table) for table in tables]
@@ -194,7 +194,7 @@ def test_a_gradient_of_a_row_that_was_not_read_is_refused() -> None:
 
 
 @pytest.mark.parametrize("backend", ON_CPU)
-def test_nothing_read_is_still_a_step(backend: str) -> None:
+def test_a_step_without_reads_is_still_a_step(backend: str) -> None:
     start = torch.randn(5, 3)
     dense, table = Dense(start, (0.9, 0.999), 0.1), start.clone()
     ours = RowAdamW(table, RowGradients(table), weight_decay=0.1, replay_limit=None, backend=backend)
@@ -244,7 +244,7 @@ def test_stochastic_rounding_keeps_small_steps_on_average() -> None:
 
 @pytest.mark.parametrize("path", ["replay", "sweep"])
 def test_a_row_wise_second_moment_is_that_of_the_mean_square(path: Any) -> None:
-    """With equal squares in a row both second moments are one; the memory is a column."""
+    """If all squares in a row are equal, both second moments are the same; the memory is one column."""
     tables = [torch.zeros(6, 4), torch.zeros(6, 4)]
     steps = [torch.randn(2, 1).expand(2, 4) for _ in range(20)]
     for table, rowwise in zip(tables, (False, True), strict=True):
@@ -259,7 +259,7 @@ def test_a_row_wise_second_moment_is_that_of_the_mean_square(path: Any) -> None:
     assert ours.bytes_per_row == 4 * (4 + 1) + 9
 
 
-def test_lazy_rows_stay_where_they_are() -> None:
+def test_rows_not_read_do_not_move_with_lazy() -> None:
     start = torch.randn(100, 4)
     table = start.clone()
     ours = RowAdamW(table, sink := RowGradients(table), lazy=True)
@@ -274,7 +274,7 @@ def test_lazy_rows_stay_where_they_are() -> None:
     assert torch.equal(table[3:], start[3:])
 
 
-def test_weight_decay_that_takes_everything_and_odd_options_are_refused() -> None:
+def test_weight_decay_of_one_and_invalid_options_are_refused() -> None:
     table = torch.zeros(3, 2)
     sink = RowGradients(table)
     with pytest.raises(ValueError, match="lr \\* weight_decay"):
@@ -287,7 +287,7 @@ def test_weight_decay_that_takes_everything_and_odd_options_are_refused() -> Non
 
 @pytest.mark.parametrize("limit", [None, 256])
 def test_rows_read_without_a_gradient_and_read_again(limit: int | None) -> None:
-    """A read moves values only where moments may wait; whatever is read stays dense AdamW's."""
+    """A read may update the values alone; what is read always equals dense AdamW."""
     start = torch.randn(50, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     dense, table = Dense(start, (0.9, 0.95), 0.1), start.clone()
     options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1, "path": "replay", "replay_limit": limit}
@@ -313,7 +313,7 @@ def test_rows_read_without_a_gradient_and_read_again(limit: int | None) -> None:
 @pytest.mark.parametrize("path", ["replay", "sweep", "auto"])
 @pytest.mark.parametrize(("width", "decay", "limit"), [(5, 0.1, None), (8, 0.0, 256), (3, 0.1, 256)])
 def test_triton_is_dense_adamw_within_a_few_roundings(path: Any, width: int, decay: float, limit: int | None) -> None:
-    """At every read and after the flush: 4 float32 roundings of the values' size, 1 in 10^5 of the moments."""
+    """At every read and after the flush: within 4 float32 roundings of the values, 1e-5 of the moments."""
     start = torch.randn(8, width, generator=torch.Generator().manual_seed(0))
     dense, table = Dense(start, (0.9, 0.95), decay), start.clone()
     options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": decay, "path": path, "replay_limit": limit}
@@ -367,7 +367,7 @@ def test_a_factor_of_clipping_is_applied_once(backend: str, share: float) -> Non
     )
 
 
-def test_triton_cuts_replay_off_as_pytorch_does() -> None:
+def test_triton_truncates_replay_as_pytorch_does() -> None:
     """Rows that missed more than the limit, in float64, where both agree to rounding."""
     tables = [torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) for _ in range(2)]
     for table, backend in zip(tables, ("torch", "triton"), strict=True):
