@@ -186,11 +186,7 @@ def export_run(
     record = RunDir(find_run(run, results))
     cell = record.read_cell()
     corpus = prepare(cell.data, record.path.parent.parent / "cache")
-    try:
-        model = load_model(record, cell, corpus)
-    except FileNotFoundError as error:
-        raise UserError(f"RUN: {error}; choose a run that has saved a checkpoint") from None
-    files = export(model, to, corpus, cell.data.seq_len)
+    files = export(load_model(record, cell, corpus), to, corpus, cell.data.seq_len)
     if as_json:
         print_json({"run": record.name, "files": [str(path) for path in files]})
     else:

@@ -17,6 +17,8 @@ from suite.atomic import sync_folder, write_text
 from suite.cells import Cell
 from suite.launch.provenance import stale_because
 from suite.records import RunDir
+from suite.train.checkpoint import steps_saved
+from suite.train.checksums import find_damage
 from suite.train.schedules import branch_steps, decay_start, steps_of
 
 
@@ -34,7 +36,7 @@ class Start:
 
 
 def find_start(run: RunDir, cell: Cell) -> Start | None:
-    """The latest checkpoint of a sibling, in the same results, within the stable phase of `cell`.
+    """The latest whole checkpoint of a sibling, in the same results, within the stable phase of `cell`.
 
     Siblings made by other code are skipped.
     """
@@ -50,7 +52,8 @@ def find_start(run: RunDir, cell: Cell) -> Start | None:
         retained = branch_steps(other.read_cell().train, cell.data.seq_len)
         candidates = [Start(other, step) for step in retained if step <= _stable_steps(cell)]
         starts += [start for start in candidates if start.checkpoint.is_dir()]
-    return max(starts, key=lambda start: start.step, default=None)
+    latest_first = sorted(starts, key=lambda start: start.step, reverse=True)
+    return next((start for start in latest_first if find_damage(start.checkpoint) is None), None)
 
 
 def begin(run: RunDir, cell: Cell, **facts: Any) -> None:
@@ -58,7 +61,7 @@ def begin(run: RunDir, cell: Cell, **facts: Any) -> None:
 
     `branched_from` in cell.json names that sibling. The caller holds the run's lock.
     """
-    begun = any(run.checkpoints.glob("step-*"))
+    begun = bool(steps_saved(run))
     start = None if begun else find_start(run, cell)
     if start is not None:
         facts["branched_from"] = {"run": start.run.name, "step": start.step}

@@ -226,12 +226,13 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
         return
     import torch
 
-    from suite.train.checkpoint import load_model, steps_saved
+    from suite.train.checkpoint import load_model, newest_whole
 
     # As in training, so that a run that was interrupted between the two gets the same scores.
     torch.set_num_threads(cell.threads)
-    model = load_model(run, cell, corpus, world)
-    facts = {"run": run.name, "step": steps_saved(run)[-1]}
+    step = newest_whole(run, world)
+    model = load_model(run, cell, corpus, world, step)
+    facts = {"run": run.name, "step": step}
     if lacks_usage:
         from suite.evaluate.usage import key_usage
 

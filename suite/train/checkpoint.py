@@ -2,7 +2,8 @@
 
 A folder holds `position.json` (the position of the run) and tensors by name: one `state.pt` from a single process, or
 the files of torch.distributed.checkpoint, to which each process writes its shards. Any number of processes on any mesh
-can read either; each reads the shards that it holds.
+can read either; each reads the shards that it holds. `checksums.json` lists all files; a checkpoint that differs from
+it is passed over for an older one. Other files in the run's `checkpoints` are left alone.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -22,8 +24,10 @@ from suite import models
 from suite.atomic import sync_folder, write_json
 from suite.cells import Cell
 from suite.data.corpus import Corpus
+from suite.errors import UserError
 from suite.models.transformer import Transformer
 from suite.records import RunDir
+from suite.train.checksums import find_damage, has_manifest, write_manifest
 from suite.train.parallel import World
 
 STATE_FILE = "state.pt"
@@ -35,8 +39,38 @@ Tensors = Mapping[str, Any]
 
 def steps_saved(run: RunDir) -> list[int]:
     """Steps of the run's complete checkpoints, ascending."""
-    names = [path.name for path in run.checkpoints.iterdir()] if run.checkpoints.exists() else []
-    return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d+", name))
+    paths = [*run.checkpoints.iterdir()] if run.checkpoints.exists() else []
+    named = [path for path in paths if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
+    return sorted(int(path.name.removeprefix("step-")) for path in named)
+
+
+def newest_whole(run: RunDir, world: World | None = None) -> int | None:
+    """Verify the run's checkpoints, newest first, and return the step of the first that is whole.
+
+    A line on stderr names the damaged ones. All processes call it together.
+
+    Returns:
+        The step; None if the run has saved no checkpoint.
+
+    Raises:
+        UserError: all checkpoints are damaged.
+    """
+    world = world or World()
+    damaged: list[str] = []
+    for step in reversed(steps_saved(run)):
+        problem = find_damage(_folder(run, step), world)
+        if problem is not None:
+            damaged.append(f"step-{step} ({problem})")
+            continue
+        if damaged and world.is_first:
+            print(f"{run.checkpoints}: damaged: {', '.join(damaged)}; using step-{step} instead", file=sys.stderr)
+        if world.is_first and not has_manifest(_folder(run, step)):
+            print(f"{_folder(run, step)}: has no checksums: an earlier version saved it", file=sys.stderr)
+        return step
+    if damaged:
+        remedy = f"restore a copy, or delete {run.path} and train the cell again"
+        raise UserError(f"{run.checkpoints}: no checkpoint is whole: {', '.join(damaged)}; {remedy}")
+    return None
 
 
 def save(
@@ -61,16 +95,31 @@ def save(
         keep: number of most recent checkpoints to retain.
         world: the processes that train together.
         always: steps whose checkpoints are retained in any case.
+
+    Raises:
+        UserError: the file system refuses the files, for example because it is full.
     """
     partial = run.checkpoints / f".step-{step}"
     if world.is_first:
         run.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in run.checkpoints.glob(".*"):
-            shutil.rmtree(leftover)
+        for leftover in run.checkpoints.iterdir():
+            if re.fullmatch(r"\.(step|old)-\d+", leftover.name):
+                shutil.rmtree(leftover)
         partial.mkdir()
         write_json(partial / POSITION_FILE, position)
     world.wait()
-    _write(partial, tensors, world)
+    try:
+        _write(partial, tensors, world)
+        write_manifest(partial, world)
+    except (OSError, RuntimeError) as error:
+        refusal = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(refusal, OSError):  # torch raises a RuntimeError from that of the file system
+            raise
+        shutil.rmtree(partial, ignore_errors=True)  # a full disk then has space for the run's records
+        raise UserError(
+            f"{_folder(run, step)}: cannot be written: {refusal.strerror}; earlier checkpoints are unchanged, and"
+            " training resumes from the newest"
+        ) from None
     world.wait()
     if world.is_first:
         _publish(run, partial, step, keep, always)
@@ -97,30 +146,37 @@ def _publish(run: RunDir, partial: Path, step: int, keep: int, always: Collectio
         shutil.rmtree(target)
     partial.rename(target)
     sync_folder(run.checkpoints)
-    for old in steps_saved(run)[:-keep]:
-        if old in always:
-            continue
+    saved = steps_saved(run)
+    passed_over = [old for old in saved if old > step]  # damaged when the run resumed
+    earlier = [old for old in saved if old <= step]
+    for old in [*passed_over, *(old for old in earlier[:-keep] if old not in always)]:
         # Renamed first, so that a kill during the removal leaves no incomplete step-N.
         removed = _folder(run, old).rename(run.checkpoints / f".old-{old}")
         shutil.rmtree(removed)
 
 
-def restore(run: RunDir, tensors: Tensors) -> dict[str, Any] | None:
-    """Load the newest complete checkpoint into `tensors` in place; returns its position, or None if there is none.
+def restore(run: RunDir, tensors: Tensors, world: World | None = None) -> dict[str, Any] | None:
+    """Load the newest whole checkpoint into `tensors` in place; returns its position, or None if there is none.
 
-    Other tensors of the checkpoint are not read. With a sharded model, all processes call it together.
+    Other tensors of the checkpoint are not read. All processes call it together.
+
+    Raises:
+        UserError: all checkpoints are damaged.
     """
-    steps = steps_saved(run)
-    if not steps:
+    step = newest_whole(run, world)
+    if step is None:
         return None
-    folder = _folder(run, steps[-1])
+    _read(_folder(run, step), tensors)
+    position: dict[str, Any] = json.loads((_folder(run, step) / POSITION_FILE).read_text())
+    return position
+
+
+def _read(folder: Path, tensors: Tensors) -> None:
     if (folder / STATE_FILE).exists():
         # Memory-mapped, so that a process reads only the shards that it holds.
         _copy(tensors, torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=True))
     else:
         _read_shards(folder, tensors)
-    position: dict[str, Any] = json.loads((folder / POSITION_FILE).read_text())
-    return position
 
 
 def _read_shards(folder: Path, tensors: Tensors) -> None:
@@ -144,18 +200,24 @@ def _copy(target: Tensors, source: Tensors) -> None:
             value.copy_(source[name])
 
 
-def load_model(run: RunDir, cell: Cell, corpus: Corpus, world: World | None = None) -> Transformer:
-    """The run's model with its newest weights, in fp32 and evaluation mode.
+def load_model(
+    run: RunDir, cell: Cell, corpus: Corpus, world: World | None = None, step: int | None = None
+) -> Transformer:
+    """The run's model with saved weights, in fp32 and evaluation mode.
 
     Args:
         run: the run directory.
         cell: its cell.
         corpus: its prepared data, which gives the vocabulary size.
         world: the processes that share the model, sharded as in training; None: a whole model on the CPU.
+        step: the checkpoint, as `newest_whole` returns it; None: the newest that is whole.
 
     Raises:
-        FileNotFoundError: the run has no complete checkpoint.
+        UserError: the run has no whole checkpoint.
     """
+    step = newest_whole(run, world) if step is None else step
+    if step is None:
+        raise UserError(f"{run.checkpoints}: holds no checkpoint; restore a copy, or delete {run.path} and train the cell again")
     if world is not None and world.distributed:
         from suite.train.sharding import as_dtensors, build_sharded
 
@@ -164,8 +226,7 @@ def load_model(run: RunDir, cell: Cell, corpus: Corpus, world: World | None = No
     else:
         model = models.build(cell.model, corpus.vocab_size, cell.seed).to("cpu" if world is None else world.device)
         state = {"model": model.state_dict()}
-    if restore(run, state) is None:
-        raise FileNotFoundError(f"{run.checkpoints}: no complete checkpoint")
+    _read(_folder(run, step), state)
     return model.eval()
 
 

@@ -116,9 +116,9 @@ class Trainer:
         return as_dtensors(self.model, state)
 
     def _restore(self) -> None:
-        """Resume from the newest complete checkpoint, if there is one."""
+        """Resume from the newest whole checkpoint, if there is one."""
         moments = self.optimizer.state()
-        position = checkpoint.restore(self.run, self._tensors(moments))
+        position = checkpoint.restore(self.run, self._tensors(moments), self.world)
         if position is not None:
             self.optimizer.restored(moments)
             self.step, self.train_s = position["step"], position["train_s"]
