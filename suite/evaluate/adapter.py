@@ -16,18 +16,16 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-from torch.distributed.tensor import DTensor
 
 from suite.data.tokenizers import Tokenizer
 from suite.errors import UserError
 from suite.inference.generation import Sampling, generate
 from suite.inference.loglikelihood import Request, encode_pair, score, windows
+from suite.models.finite import is_finite
 from suite.models.transformer import Transformer
 
 DEFAULT_NEW_TOKENS = 256
 """For tasks that do not state it (stock nq_open and triviaqa): lm-eval's default."""
-
-FINITE_CHUNK = 1 << 26  # elements
 
 ANSWER_SHARE = 4
 """A generated answer takes at most 1 / ANSWER_SHARE of the longest input; the prompt has the rest."""
@@ -201,12 +199,6 @@ class SuiteLM(TemplateLM):
         tokenizer = self.codec.tokenizer
         if stops and not any(stop in tokenizer.decode(tokenizer.encode(stop)) for stop in stops):
             raise UserError(f"task {task}: until: got {stops}, allowed: one that tokenizer {tokenizer.kind} can write")
-
-
-def is_finite(weight: torch.Tensor) -> bool:
-    """Whether no element of a tensor (of this process' part of it) is NaN or infinite; memory: one chunk."""
-    local = weight.to_local() if isinstance(weight, DTensor) else weight
-    return all(bool(chunk.isfinite().all()) for chunk in local.detach().flatten().split(FINITE_CHUNK))
 
 
 Item = TypeVar("Item")

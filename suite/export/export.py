@@ -19,6 +19,7 @@ from suite.export.flatten import bundle
 from suite.export.llama import CONFIG, WEIGHTS, llama_config, llama_name
 from suite.export.tokenizer import write_tokenizer
 from suite.models import registry
+from suite.models.finite import is_finite
 from suite.models.transformer import Transformer
 
 MODELING = "modeling_next_parameter"
@@ -37,8 +38,14 @@ def export(model: Transformer, target: Path, corpus: Corpus | None = None, seq_l
         The files, sorted.
 
     Raises:
-        UserError: The folder cannot be created or is not empty.
+        UserError: The folder cannot be created or is not empty, or a weight is NaN or infinite.
     """
+    damaged = [name for name, value in model.state_dict().items() if not is_finite(value)]
+    if damaged:
+        raise UserError(
+            f"{', '.join(damaged[:3])}: {len(damaged)} tensors of the model contain NaN or infinite values, which are"
+            " never exported; train the cell again, for example with a smaller learning rate"
+        )
     if target.exists() and not target.is_dir():
         raise UserError(f"--to: got {target}, which is a file, allowed: a new or empty folder")
     if target.exists() and any(target.iterdir()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as RustTokenizer
@@ -12,6 +13,7 @@ from tokenizers import Tokenizer as RustTokenizer
 from suite.data.tokenizers import SentencePieceTokenizer, Tokenizer
 
 EOT = "<|endoftext|>"
+TOKENIZATION = "tokenization_next_parameter"
 
 
 def write_tokenizer(tokenizer: Tokenizer, target: Path, seq_len: int) -> None:
@@ -23,25 +25,49 @@ def write_tokenizer(tokenizer: Tokenizer, target: Path, seq_len: int) -> None:
         seq_len: Tokens per row, the maximum length that the files state.
     """
     if isinstance(tokenizer, SentencePieceTokenizer):
-        # transformers reads SentencePiece's own file.
-        (target / "tokenizer.model").write_bytes(base64.b64decode(json.loads(tokenizer.to_json())["model"]))
-        (target / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"}) + "\n")
-        return
+        eot, kind = _write_sentencepiece(tokenizer, target)
+    else:
+        eot, kind = _write_fast(tokenizer, target)
+    config = kind | {
+        "bos_token": eot,
+        "eos_token": eot,
+        "pad_token": eot,
+        "split_special_tokens": True,  # a text that spells the end of text is text, as in training
+        "model_max_length": seq_len,
+        "clean_up_tokenization_spaces": False,
+    }
+    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+def _write_fast(tokenizer: Tokenizer, target: Path) -> tuple[str, dict[str, Any]]:
+    """Write tokenizer.json; return the end-of-text token and the entries of the configuration that name the class."""
     fast = fast_tokenizer(tokenizer)
     eot = str(fast.id_to_token(tokenizer.eot_id))
     fast.post_processor = processors.TemplateProcessing(
         single=f"{eot} $A", pair=f"{eot} $A $B", special_tokens=[(eot, tokenizer.eot_id)]
     )
     fast.save(str(target / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": eot,
-        "eos_token": eot,
-        "pad_token": eot,
-        "model_max_length": seq_len,
-        "clean_up_tokenization_spaces": False,
-    }
-    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    return eot, {"tokenizer_class": "PreTrainedTokenizerFast"}
+
+
+def _write_sentencepiece(tokenizer: SentencePieceTokenizer, target: Path) -> tuple[str, dict[str, Any]]:
+    """Write the model and a tokenizer that reads it with its own library; returns as `_write_fast`."""
+    from sentencepiece import SentencePieceProcessor  # an extra
+
+    model = base64.b64decode(json.loads(tokenizer.to_json())["model"])
+    (target / "tokenizer.model").write_bytes(model)
+    source = Path(__file__).with_name("sentencepiece_tokenizer.py")
+    (target / f"{TOKENIZATION}.py").write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    automatic = {"AutoTokenizer": [f"{TOKENIZATION}.NextParameterTokenizer", None]}
+    reader = SentencePieceProcessor(model_proto=model)
+    pieces = [reader.id_to_piece(index) for index in range(reader.get_piece_size())]
+    if tokenizer.eot_id < len(pieces):
+        eot = pieces[tokenizer.eot_id]
+    else:
+        eot = EOT
+        while eot in pieces:
+            eot += "_"
+    return eot, {"tokenizer_class": "NextParameterTokenizer", "auto_map": automatic}
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> RustTokenizer:

@@ -217,7 +217,9 @@ def load_model(
     """
     step = newest_whole(run, world) if step is None else step
     if step is None:
-        raise UserError(f"{run.checkpoints}: holds no checkpoint; restore a copy, or delete {run.path} and train the cell again")
+        raise UserError(
+            f"{run.checkpoints}: holds no checkpoint; restore a copy, or delete {run.path} and train the cell again"
+        )
     if world is not None and world.distributed:
         from suite.train.sharding import as_dtensors, build_sharded
 

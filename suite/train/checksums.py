@@ -1,6 +1,6 @@
 """Checksums of a checkpoint's files, by which a damaged checkpoint is recognised before anything is read from it.
 
-`checksums.json` is written last: {file: {"bytes": size, "crc32": hexadecimal}}. Files that it does not list are ignored.
+`checksums.json` is written last: {file: {"bytes": size, "crc32": hexadecimal}}. Other files are ignored.
 """
 
 from __future__ import annotations

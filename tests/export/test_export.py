@@ -312,3 +312,38 @@ def test_suite_export_writes_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     tokenizer = transformers.AutoTokenizer.from_pretrained("out")
     assert tokenizer("").input_ids == [0]
     shutil.rmtree("out")
+
+
+def test_damaged_checkpoints_are_neither_exported_nor_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    train = {"batch_rows": 2, "epochs": 0.4, "lr": 1e-3, "checkpoint_every": 1}
+    data = {"kind": "bios", "people": 20, "questions": 0.5}
+    cell = {"model": FAMILIES["dense"], "data": data, "train": train}
+    Path("cell.json").write_text(json.dumps(cell))
+    assert CliRunner().invoke(app, ["train", "cell.json"]).exit_code == 0
+    (run,) = Path("results/runs").iterdir()
+    before, last = sorted((run / "checkpoints").iterdir(), key=lambda path: int(path.name.removeprefix("step-")))
+    flip_a_byte(last / "state.pt")
+    done = CliRunner().invoke(app, ["export", run.name, "--to", "out"])
+    assert done.exit_code == 0, done.output
+    (line,) = [line for line in done.stderr.splitlines() if "damaged" in line]
+    assert last.name in line
+    scored = CliRunner().invoke(app, ["eval", run.name, "--tasks", "bios_storage", "--limit", "2"])
+    assert scored.exit_code == 0, scored.output
+    (scores,) = (run / "eval").glob("*.json")
+    assert f"step-{json.loads(scores.read_text())['step']}" == before.name
+    flip_a_byte(before / "state.pt")
+    for command in (
+        ["export", run.name, "--to", "other"],
+        ["eval", run.name, "--tasks", "bios_choice", "--limit", "2"],
+    ):
+        refused = CliRunner().invoke(app, command)
+        assert isinstance(refused.exception, UserError), refused.output
+        assert before.name in str(refused.exception)
+    assert not Path("other").exists()
+
+
+def flip_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)

@@ -149,7 +149,9 @@ def test_a_checkpoint_of_an_earlier_version_loads_with_one_line(
 
 
 def test_other_files_in_checkpoints_are_left_alone(run: RunDir, trained: tuple[Path, Path]) -> None:
-    others = [run.checkpoints / name for name in (".DS_Store", ".hidden/file", "step-copy/state.pt", "step-99", "notes")]
+    others = [
+        run.checkpoints / name for name in (".DS_Store", ".hidden/file", "step-copy/state.pt", "step-99", "notes")
+    ]
     for path in others:
         path.parent.mkdir(exist_ok=True)
         path.write_text("not ours")
