@@ -28,11 +28,11 @@ def cell(**changes: Any) -> Cell:
     return Cell.model_validate(fields(**changes))
 
 
-def test_a_field_set_to_its_default_changes_no_hash() -> None:
+def test_a_field_set_to_its_default_does_not_change_the_hash() -> None:
     assert cell().hash8 == cell(seed=0, threads=1, train__weight_decay=0.1, data__world=0).hash8
 
 
-def test_a_renamed_field_keeps_its_hash() -> None:
+def test_renaming_a_field_does_not_change_the_hash() -> None:
     """The hash is the one that `optimizer: dense` had before it became `table_optimizer`."""
     dense = memory(train__table_optimizer="dense")
     assert dense.hash8 == "dd3f5166"
@@ -68,7 +68,7 @@ def test_every_setting_that_affects_weights_changes_the_hash(change: dict[str, A
     assert cell(**change).hash8 != cell().hash8
 
 
-def test_evaluations_paths_and_logging_change_no_hash() -> None:
+def test_evaluations_paths_and_logging_do_not_change_the_hash() -> None:
     assert cell(evaluate=[{"tasks": ["bios_qa"]}]).hash8 == cell().hash8
     assert cell(train__log_every=1, train__checkpoint_every=7).hash8 == cell().hash8
     text = {"kind": "text", "fingerprint": "f" * 64}
@@ -79,7 +79,7 @@ def test_an_evaluation_has_its_own_hash() -> None:
     assert EvalConfig(tasks=("bios_qa",)).hash8 != EvalConfig(tasks=("bios_qa",), limit=3).hash8
 
 
-def test_added_evaluations_repeat_no_task_with_the_same_settings() -> None:
+def test_added_evaluations_skip_tasks_that_exist_with_the_same_settings() -> None:
     first = EvalConfig(tasks=("a", "b"), limit=3)
     extended = cell(evaluate=[first.model_dump()]).with_evaluations(
         (
@@ -99,7 +99,7 @@ def test_added_evaluations_repeat_no_task_with_the_same_settings() -> None:
     )
 
 
-def test_a_cell_survives_json() -> None:
+def test_a_cell_is_unchanged_by_json() -> None:
     before = cell(evaluate=[{"tasks": ["bios_qa"]}], train__betas=[0.9, 0.99])
     assert Cell.model_validate_json(before.model_dump_json()) == before
     assert Cell.model_validate(before.model_dump(mode="json")).hash8 == before.hash8
@@ -146,7 +146,7 @@ def test_variants_are_the_settings_that_differ_from_the_most_common_value() -> N
         cell(model__base="w64", train__lr=5e-3, data__people=51),
     ]
     by_run = variants(cells)
-    assert [by_run[each.run_name] for each in cells] == [
+    assert [by_run[member.run_name] for member in cells] == [
         {},
         {},
         {"qk_norm": True},

@@ -36,14 +36,14 @@ class Part:
         return sum(len(r.tokens) for r in self.rounds)
 
     def held_out(self) -> Iterator[str]:
-        """The documents held out for evaluation."""
+        """Yield the documents held out for evaluation."""
         if (self.folder / HELD_OUT).exists():
             with open(self.folder / HELD_OUT, encoding="utf-8", newline="\n") as file:
                 yield from (json.loads(line)["text"] for line in file)
 
 
 class Corpus:
-    """What a run trains on: one part, or several for a mixture. `fingerprint` identifies the content.
+    """The training data of a run: one part, or several for a mixture. `fingerprint` identifies the content.
 
     bios data has a `world`; streams have `held_out` documents. All parts share the tokenizer.
     """
@@ -63,7 +63,7 @@ class Corpus:
         return Part(folder, [shards.read_round(folder, i, self.vocab_size) for i in range(meta["rounds"])], meta)
 
     def _fingerprint(self) -> str:
-        """The folder's name where it determines the content, else a hash of the content."""
+        """Return the folder's name where it determines the content, else a hash of the content."""
         if self.config.determines_content:
             return self.parts[0].folder.name
         content = [[part.folder.name, part.meta["content"]] for part in self.parts]
@@ -73,42 +73,42 @@ class Corpus:
     def held_out(self) -> list[str]:
         """The documents held out for evaluation, alternating between the parts of a mixture; none for bios."""
         alternating: list[str] = []
-        waiting = [part.held_out() for part in self.parts]
-        while waiting:
-            for documents in list(waiting):
+        unread = [part.held_out() for part in self.parts]
+        while unread:
+            for documents in list(unread):
                 text = next(documents, None)
                 if text is None:
-                    waiting.remove(documents)
+                    unread.remove(documents)
                 else:
                     alternating.append(text)
         return alternating
 
     def loader(self, seed: int, batch_rows: int) -> Loader:
-        """Batches of `batch_rows` rows of `config.seq_len` tokens, in the order of `seed`."""
+        """Return batches of `batch_rows` rows of `config.seq_len` tokens, in the order of `seed`."""
         rounds = [part.rounds for part in self.parts]
         return Loader(self.config.packing(rounds, self.tokenizer.eot_id, seed), batch_rows)
 
 
 def prepare(config: DataConfig, cache: Path, progress: Progress = resumable_writer.no_progress) -> Corpus:
-    """Tokenize the corpus into `cache/<fingerprint>/` unless it is there, and open it.
+    """Tokenize the corpus into `cache/<fingerprint>/` unless that exists, and open it.
 
-    A prepared text corpus whose fingerprint the configuration names is opened without its files, and a prepared hub
+    A prepared text corpus is opened without its files if the configuration states its fingerprint, and a prepared hub
     data set without the hub. An interrupted preparation resumes after its last committed piece. Each part of a mixture
     has its own folder, shared with a corpus of that part alone.
 
     Args:
-        config: the `data` block of a cell.
-        cache: the folder of all prepared corpora.
-        progress: called with the number of tokens written and the fraction done.
+        config: The `data` block of a cell.
+        cache: The folder of all prepared corpora.
+        progress: Called with the number of tokens written and the fraction done.
 
     Raises:
-        UserError: the data cannot be read or used.
+        UserError: The data cannot be read or used.
     """
     return Corpus(config, [_folder(corpus, cache, progress) for corpus in config.corpora().values()])
 
 
 def _folder(config: DataConfig, cache: Path, progress: Progress) -> Path:
-    """The folder of the configuration's shards, written if it does not exist."""
+    """Return the folder of the configuration's shards, written if it does not exist."""
     config = config.identified()
     folder = cache / _key(config)
     shards.build_once(folder, partial(config.write, progress=progress))
@@ -116,7 +116,7 @@ def _folder(config: DataConfig, cache: Path, progress: Progress) -> Path:
 
 
 def _key(config: DataConfig) -> str:
-    """24 hex digits of everything that shapes the shards; the length of rows does not."""
+    """Return 24 hex digits of everything that determines the shards; the length of rows does not."""
     content = identity(config) | {"format": FORMAT} | config.shard_format()
     content.pop("seq_len", None)
     return _digest(content)

@@ -1,4 +1,4 @@
-"""Fingerprints of data files: computed once per process, and compared with the one that a cell names."""
+"""Fingerprints of data files: computed once per process, and compared with the one that a cell states."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from suite.errors import UserError
 
 
 def cached(fingerprint: Callable[[Path], str], path: Path, files: Iterable[Path]) -> str:
-    """`fingerprint(path)`, computed once for all cells of a grid.
+    """Return `fingerprint(path)`, computed once for all cells of a grid.
 
     Args:
-        fingerprint: hashes the content of `path`.
-        path: a file or folder.
-        files: the files it consists of; a change in their sizes or modification times recomputes the fingerprint.
+        fingerprint: Hashes the content of `path`.
+        path: A file or folder.
+        files: The files it consists of; a change in their sizes or modification times recomputes the fingerprint.
     """
     return _cached(fingerprint, path, tuple(_stamp(file) for file in files))
 
 
 def check(field: str, path: Path, actual: str, expected: str | None) -> None:
-    """Raise UserError if a cell names a fingerprint and the file has another.
+    """Raise UserError if a cell states a fingerprint and that of the file differs.
 
     Args:
-        field: the dotted field that names the path, such as `data.tokenizer.path`.
-        path: the file or folder.
-        actual: the fingerprint of its content.
-        expected: the fingerprint that the cell names, or None.
+        field: The dotted field that names the path, such as `data.tokenizer.path`.
+        path: The file or folder.
+        actual: The fingerprint of its content.
+        expected: The fingerprint that the cell states, or None.
     """
     if expected not in (None, actual):
         raise UserError(
             f"{field}: got {str(path)!r} with the content {actual[:12]}..., allowed: the content {expected[:12]}..."
-            " that the cell's fingerprint names"
+            " of the cell's fingerprint"
         )
 
 

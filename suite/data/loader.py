@@ -1,8 +1,8 @@
 """Batches by step number, from one global, seeded order of rows over memory-mapped shards.
 
 The rows of a run are one endless stream: epoch after epoch, each in an order that is a function of the loader's seed
-and the epoch's number. Step s consists of rows [s B, (s + 1) B), B = batch_rows: processes divide the rows of a step
-and never change them, and resuming needs only the step's number.
+and the epoch's number. Step s consists of rows [s B, (s + 1) B), B = batch_rows. The rows of a
+step do not depend on the number of processes, and resuming needs only the step's number.
 
 Shapes: B rows, T = seq_len.
 """
@@ -20,7 +20,7 @@ from suite.data.packing import Packing, stream_rows
 class Batch:
     """int64 [B, T] each: input tokens, targets (IGNORED: not scored), and the document that a token belongs to.
 
-    Tokens of equal segment within a row are one document (or the padding at a row's end); attention stays within it.
+    Tokens of a row with the same segment number are one document, or the padding at the end; attention stays within it.
     """
 
     tokens_BT: torch.Tensor
@@ -37,9 +37,15 @@ class Loader:
         self.rows_per_epoch = packing.rows_per_epoch
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> Batch:
-        """The share of process `rank` in step `step`: rows [rank, rank + 1) * batch_rows / world_size of it.
+        """Read the share of one process in a step: its rows [rank, rank + 1) * batch_rows / world_size.
 
-        Raises ValueError when the processes do not divide the rows.
+        Args:
+            step: The step, from 0.
+            rank: The number of the process.
+            world_size: Number of processes.
+
+        Raises:
+            ValueError: The number of processes does not divide the rows.
         """
         if self.batch_rows % world_size or not 0 <= rank < world_size:
             raise ValueError(f"{self.batch_rows} rows cannot be divided: rank {rank} of {world_size}")
@@ -48,5 +54,5 @@ class Loader:
         return Batch(*(torch.from_numpy(column) for column in stream_rows(self._packing, begin, begin + share)))
 
     def epoch_at(self, step: int) -> float:
-        """Epochs read before step `step`."""
+        """Return the epochs read before step `step`."""
         return step * self.batch_rows / self.rows_per_epoch

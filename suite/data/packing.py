@@ -37,7 +37,7 @@ class Packing(Protocol):
 
 
 class DocumentPacking:
-    """Every document whole in exactly one row: for `bios`, where a sentence is read together with its name.
+    """Puts every document whole into one row; for `bios`, where a sentence must be read together with its name.
 
     With stride S = T - longest document + 1, row i holds the documents that start in [i S, (i + 1) S) of the
     epoch's permuted stream of documents, so they always fit; the rest of the row is padding. The number of
@@ -68,12 +68,12 @@ class DocumentPacking:
         targets_BT = np.full_like(tokens_BT, IGNORED)
         tokens_BT.ravel()[place] = read
         targets_BT.ravel()[place] = following
-        begins_BT = np.zeros_like(tokens_BT)
-        begins_BT[rows, columns] = 1
+        starts_BT = np.zeros_like(tokens_BT)
+        starts_BT[rows, columns] = 1
         filled = np.bincount(rows, weights=lengths, minlength=last - first).astype(np.int64)
         padded = np.flatnonzero(filled < self._seq_len)
-        begins_BT[padded, filled[padded]] = 1
-        return tokens_BT, targets_BT, np.cumsum(begins_BT, axis=1) - 1
+        starts_BT[padded, filled[padded]] = 1
+        return tokens_BT, targets_BT, np.cumsum(starts_BT, axis=1) - 1
 
     def _order(self, epoch: int) -> _DocumentOrder:
         if epoch not in self._orders:
@@ -105,7 +105,7 @@ class _DocumentOrder:
 
 
 class WindowPacking:
-    """The stream of all documents split into windows of T tokens, which are permuted: for text.
+    """Splits the stream of all documents into windows of T tokens, which are permuted; for text.
 
     A document that crosses the end of a window continues in another row, without its beginning. Only the last window is
     padded. Memory does not grow with the stream. `part` gives each part of a mixture its own order.
@@ -126,12 +126,12 @@ class WindowPacking:
         outside_BT = index_BU[:, :-1] >= len(stream)
         tokens_BT, targets_BT = read_BU[:, :-1], np.where(outside_BT, IGNORED, read_BU[:, 1:])
         first_pad_BT = index_BU[:, :-1] == len(stream)
-        begins_BT = np.where(outside_BT, first_pad_BT, tokens_BT == self._eot_id)
-        return np.ascontiguousarray(tokens_BT), targets_BT, np.cumsum(begins_BT, axis=1)
+        starts_BT = np.where(outside_BT, first_pad_BT, tokens_BT == self._eot_id)
+        return np.ascontiguousarray(tokens_BT), targets_BT, np.cumsum(starts_BT, axis=1)
 
 
 class MixturePacking:
-    """Rows of several packings by weight. Each row belongs to one part, so that weights count tokens.
+    """Mixes the rows of several packings by weight. Each row belongs to one part, so that weights count tokens.
 
     Every block of MIXTURE_BLOCK rows contains the same number of rows of a part: its weight's share of the block, by
     largest remainders, in an order that is a function of (seed, block). The rows of a part come in the order of its own
@@ -160,7 +160,7 @@ class MixturePacking:
         return tokens_BT, targets_BT, segments_BT
 
     def sources(self, begin: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """For the mixture's rows [begin, end): the part of each, and its row within the stream of that part."""
+        """Return, for rows [begin, end) of the mixture, the part of each and its row within the stream of that part."""
         pieces = []
         for block in range(begin // MIXTURE_BLOCK, -(-end // MIXTURE_BLOCK)):
             inside = slice(max(begin - block * MIXTURE_BLOCK, 0), end - block * MIXTURE_BLOCK)
@@ -182,7 +182,7 @@ class MixturePacking:
 
 
 def quotas(weights: Sequence[float]) -> NDArray[np.int64]:
-    """[parts] rows of each part in a block of MIXTURE_BLOCK: shares rounded down, the rest by largest remainders."""
+    """[parts] rows of each part in a block of MIXTURE_BLOCK: shares rounded down, then by largest remainders."""
     exact = np.asarray(weights, dtype=np.float64) / np.sum(weights) * MIXTURE_BLOCK
     result = np.floor(exact).astype(np.int64)
     largest = np.argsort(result - exact, kind="stable")[: MIXTURE_BLOCK - int(result.sum())]
@@ -191,7 +191,7 @@ def quotas(weights: Sequence[float]) -> NDArray[np.int64]:
 
 
 def stream_rows(packing: Packing, begin: int, end: int) -> Rows:
-    """Rows [begin, end) of a packing's endless stream of epochs."""
+    """Return rows [begin, end) of a packing's endless stream of epochs."""
     parts: list[Rows] = []
     while begin < end:
         epoch, first = divmod(begin, packing.rows_per_epoch)

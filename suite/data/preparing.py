@@ -23,18 +23,18 @@ COUNTS = ("tokens", "documents", "held_out", "skipped")
 
 
 def prepare_all(data: Mapping[str, DataConfig], cache: Path, console: Console) -> list[dict[str, Any]]:
-    """Prepare every corpus that the runs train on, each once. An interrupted call resumes when it is repeated.
+    """Prepare every corpus of the runs once. An interrupted call resumes when it is repeated.
 
     Args:
-        data: the `data` block of each run.
-        cache: the folder of all prepared corpora.
-        console: where progress goes.
+        data: The `data` block of each run.
+        cache: The folder of all prepared corpora.
+        console: Receives the progress.
 
     Returns:
         The reports of `suite data prepare --json`, one per distinct `data` block.
 
     Raises:
-        UserError: the data cannot be read or used; corpora prepared before it remain.
+        UserError: The data cannot be read or used; corpora that were prepared earlier remain.
     """
     runs_of: dict[str, list[str]] = {}
     for run, config in data.items():
@@ -50,8 +50,8 @@ def prepare_all(data: Mapping[str, DataConfig], cache: Path, console: Console) -
 
 
 def table(reports: list[dict[str, Any]]) -> Table:
-    """The reports as a table."""
-    shown = Table(box=None, pad_edge=False)
+    """Return the reports as a table."""
+    rendered = Table(box=None, pad_edge=False)
     for title in (
         "data",
         "part",
@@ -64,13 +64,15 @@ def table(reports: list[dict[str, Any]]) -> Table:
         "commit",
         "folder",
     ):
-        shown.add_column(title, justify="right" if title in ("tokens", "documents", "held out", "skipped") else "left")
+        rendered.add_column(
+            title, justify="right" if title in ("tokens", "documents", "held out", "skipped") else "left"
+        )
     for report in reports:
         for part in report["parts"]:
             numbers = [f"{part[name]:,}" for name in COUNTS]
-            also = [str(report["vocab_size"]), str(len(report["runs"])), (part["commit"] or "")[:12], part["folder"]]
-            shown.add_row(report["label"], part["part"] or "", *numbers, *also)
-    return shown
+            details = [str(report["vocab_size"]), str(len(report["runs"])), (part["commit"] or "")[:12], part["folder"]]
+            rendered.add_row(report["label"], part["part"] or "", *numbers, *details)
+    return rendered
 
 
 def _report(corpus: Corpus, runs: list[str]) -> dict[str, Any]:
@@ -100,7 +102,7 @@ def _part(name: str | None, part: Part) -> dict[str, Any]:
 
 
 def _files(corpus: DataConfig) -> list[str]:
-    """The files of a corpus; none if they are gone, since a prepared corpus does not need them."""
+    """Return the files of a corpus; empty if they no longer exist, since a prepared corpus does not need them."""
     try:
         return corpus.source_files()
     except UserError:
@@ -130,7 +132,7 @@ class _ProgressDisplay:
         self._line(f"{name}: preparing" + (f" {len(files)} files: {shown}" if files else ""))
 
     def update(self, tokens: int, share: float | None) -> None:
-        """A Progress."""
+        """Show the progress (see `resumable_writer.Progress`)."""
         now = time.monotonic()
         if self._first is None:
             self._first, self._started = tokens, now

@@ -1,4 +1,4 @@
-"""A stream of documents, and what every stream does with each of them."""
+"""The protocol of document streams, and the functions that every stream applies to documents."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from suite.errors import UserError
 class Reader(Protocol):
     """A stream of documents that can be interrupted and resumed.
 
-    `position` is JSON: where the stream is after the last document yielded; a reader created with it resumes there.
+    `position`, which is JSON, is the place after the last document yielded; a reader created with it resumes there.
     `share` is the fraction read so far, None if unknown. `skipped` counts records without text since creation.
     """
 
@@ -20,10 +20,10 @@ class Reader(Protocol):
 
     @property
     def position(self) -> Any:
-        """Where the stream is."""
+        """The place after the last document yielded."""
 
     def __iter__(self) -> Iterator[str]:
-        """The documents from the position on. Raises UserError for records that cannot be read."""
+        """Yield the documents from the position on. Raises UserError for records that cannot be read."""
 
     @property
     def share(self) -> float | None:
@@ -31,27 +31,27 @@ class Reader(Protocol):
 
 
 def is_held_out(text: str, share: float) -> bool:
-    """Whether a document is in the `share` held out for evaluation: a function of the text alone."""
+    """Return whether a document is in the `share` held out for evaluation: a function of the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
 
 
 def text_of(place: str, record: Mapping[str, Any], field: str) -> str:
-    """The text in a record's `field`; null counts as empty.
+    """Return the text in a record's `field`; null counts as empty.
 
     Args:
-        place: the file and line, or the data set and record number, for errors.
-        record: one row.
-        field: the name of the text's field.
+        place: The file and line, or the data set and record number, for errors.
+        record: One row.
+        field: The name of the text's field.
 
     Raises:
-        UserError: the field is missing or is not Unicode text.
+        UserError: The field is missing or is not Unicode text.
     """
     text = record.get(field, ...)
     if text is None:
         return ""
     if not isinstance(text, str):
-        given = f"only {', '.join(sorted(record)) or 'nothing'}" if text is ... else f"a {type(text).__name__}"
-        raise UserError(f"{place}: data.field {field!r}: got {given}, allowed: a field with text")
+        actual = f"only {', '.join(sorted(record)) or 'nothing'}" if text is ... else f"a {type(text).__name__}"
+        raise UserError(f"{place}: data.field {field!r}: got {actual}, allowed: a field with text")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -1,8 +1,8 @@
-"""Writes a stream of documents as one round, in pieces: an interruption loses the last piece only.
+"""Writes a stream of documents as one round, in pieces. An interruption loses only the last piece.
 
-A piece ends after a whole batch of documents. META records what is committed: the lengths of the files, the position of
-the reader, and the fingerprint of the content so far. A restarted writer truncates the files to these lengths and
-resumes, so that the final bytes are those of an uninterrupted writer.
+A piece ends after a whole batch of documents. META records what has been committed: the lengths of the files, the
+position of the reader, and the fingerprint of the content so far. A restarted writer truncates the files to these
+lengths and resumes, so that the final bytes are those of an uninterrupted writer.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ PIECE_TOKENS = 1 << 22
 BATCH_DOCUMENTS = 1024
 BATCH_CHARACTERS = 1 << 22
 MAX_HELD_OUT = 10_000
-"""Documents retained for evaluation; any more in the held-out share are neither trained nor evaluated on."""
+"""Largest number of documents to evaluate on; further documents of the held-out share are not used at all."""
 
 
 @dataclass
 class Written:
-    """What is committed: counts, bytes of the held-out file, the content's sha256, and the reader's position.
+    """What has been committed: counts, bytes of the held-out file, the content's sha256, and the reader's position.
 
     `content` is a chain: the sha256 of the previous one, in hex, and the bytes of the piece's tokens.
     """
@@ -68,21 +68,21 @@ def write_stream(
     """Encode a stream into `folder`, resuming after the last committed piece of an interrupted call.
 
     Args:
-        folder: where round 0 and the held-out documents are written.
-        reader_at: creates the reader that starts at a position; None is the beginning.
-        tokenizer: encodes the documents; must be the same on every call.
-        held_out: share of documents written to HELD_OUT instead, at most MAX_HELD_OUT of them.
-        max_tokens: the stream ends with the document that reaches this; None: where the reader ends.
-        progress: called after every batch.
-        validation: further documents for HELD_OUT.
+        folder: Where round 0 and the held-out documents are written.
+        reader_at: Creates the reader that starts at a position; None is the beginning.
+        tokenizer: Encodes the documents; must be the same on every call.
+        held_out: Share of documents written to HELD_OUT instead, at most MAX_HELD_OUT of them.
+        max_tokens: The stream ends with the document that reaches this; None: where the reader ends.
+        progress: Called after every batch.
+        validation: Further documents for HELD_OUT.
 
     Memory: one batch of BATCH_DOCUMENTS documents or BATCH_CHARACTERS characters, plus one document.
 
     Returns:
-        What is written.
+        What has been written.
 
     Raises:
-        UserError: there is no document to train on or none to evaluate on; raised before the last commit.
+        UserError: No document is left to train on, or to evaluate on; raised before the last commit.
     """
     with _Writer(folder, tokenizer, held_out, max_tokens) as writer:
         if validation is not None:
@@ -120,7 +120,7 @@ class _Writer:
         return self._max_tokens is not None and self.round.tokens >= self._max_tokens
 
     def share(self, reader: Reader) -> float | None:
-        """The fraction of the stream that is written."""
+        """Return the fraction of the stream that is written."""
         return reader.share if self._max_tokens is None else min(1.0, self.round.tokens / self._max_tokens)
 
     def add(self, texts: list[str]) -> None:
@@ -191,7 +191,7 @@ class _Writer:
 
 
 def _batch(stream: Iterator[str]) -> list[str]:
-    """The next documents. None is read ahead, so that the reader's position is the end of the batch."""
+    """Return the next documents; the stream is not read ahead, so that the reader's position is the batch's end."""
     texts: list[str] = []
     characters = 0
     for text in stream:

@@ -1,4 +1,4 @@
-"""Random numbers that stay the same for ever: raw PCG64 words seeded by a tuple of integers.
+"""Random numbers that do not change between releases: raw PCG64 words seeded by a tuple of integers.
 
 numpy promises stable streams for its bit generators and seed sequences, not for the methods of `Generator`;
 worlds and data orders must not change with a numpy release, so permutations and draws are made here.
@@ -11,22 +11,22 @@ from numpy.typing import NDArray
 
 
 def raw(count: int, *key: int) -> NDArray[np.uint64]:
-    """`count` 64-bit words, a pure function of `key` (non-negative integers)."""
+    """Return `count` 64-bit words, a pure function of `key` (non-negative integers)."""
     return np.random.PCG64(np.random.SeedSequence(key)).random_raw(count)
 
 
 def permutation(count: int, *key: int) -> NDArray[np.int64]:
-    """A permutation of range(count), a pure function of `key`."""
+    """Return a permutation of range(count), a pure function of `key`."""
     return np.argsort(raw(count, *key), kind="stable")
 
 
 def integers(count: int, below: int, *key: int) -> NDArray[np.int64]:
-    """`count` integers in [0, below), uniform to within below / 2^64."""
+    """Return `count` integers in [0, below), uniform to within below / 2^64."""
     return (raw(count, *key) % np.uint64(below)).astype(np.int64)
 
 
 def shuffled(index: NDArray[np.int64], count: int, *key: int) -> NDArray[np.int64]:
-    """Where a permutation of range(count) takes each `index`: a pure function of `key`, in constant memory.
+    """Return the images of `index` under a permutation of range(count): a pure function of `key`, in constant memory.
 
     A Feistel network over the smallest even number of bits that holds `count`, walked until it falls below
     `count` (Black and Rogaway 2002, cycle walking): on average at most four walks.

@@ -50,7 +50,7 @@ class RoundFile:
             self._starts.write(np.zeros(1, np.int64).tobytes())
 
     def append(self, encoded: Sequence[Sequence[int]]) -> bytes:
-        """Add documents, each starting with its end-of-text token; returns the bytes of their tokens."""
+        """Add documents, each starting with its end-of-text token, and return the bytes of their tokens."""
         if not encoded:
             return b""
         ends = self.tokens + np.cumsum(np.array([len(tokens) for tokens in encoded], dtype=np.int64))
@@ -76,7 +76,7 @@ class RoundFile:
 
 
 def write_round(folder: Path, index: int, documents: Iterable[str], tokenizer: Tokenizer) -> int:
-    """Encode and write one round; returns its number of documents. Memory: a thousand documents at a time."""
+    """Encode and write one round, and return its number of documents. Memory: 1,024 documents."""
     remaining = iter(documents)
     with RoundFile(folder, index, tokenizer.vocab_size) as round_file:
         while texts := list(islice(remaining, _ENCODE_AT_ONCE)):
@@ -100,7 +100,7 @@ def _starts_path(folder: Path, index: int) -> Path:
 
 
 def open_truncated(path: Path, size: int) -> BinaryIO:
-    """The file open for appending, `size` bytes long. Raises ValueError if it is shorter."""
+    """Return the file open for appending, `size` bytes long. Raises ValueError if it is shorter."""
     file = open(path, "ab")  # noqa: SIM115  (the caller closes it)
     if file.tell() < size:
         raise ValueError(f"{path}: {file.tell()} bytes, but {size} have been committed")
@@ -114,10 +114,10 @@ def _token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
 
 
 def build_once(folder: Path, write: Callable[[Path], None]) -> None:
-    """Create `folder` by `write(<folder>.partial)` unless it exists. Of several processes at once, one writes.
+    """Create `folder` by `write(<folder>.partial)` unless it exists. If several processes call it at once, one writes.
 
     A process that is killed while writing leaves `<folder>.partial`. If that contains META, it has committed pieces and
-    the next `write` continues with it; otherwise it is removed.
+    the next `write` resumes from them; otherwise it is removed.
     """
     if folder.exists():
         return

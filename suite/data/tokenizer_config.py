@@ -30,7 +30,7 @@ class TokenizerConfig(Frozen):
     eot: str | None = Field(default=None, description="for file: its end-of-text token; None: a usual name")
 
     def problems(self) -> list[Problem]:
-        """Errors that involve several fields."""
+        """Return errors that involve several fields."""
         problems: list[Problem] = []
         if (self.kind == "bpe") != (self.vocab_size is not None):
             problems.append(("vocab_size", self.vocab_size, "an integer above 256 for bpe, nothing for other kinds"))
@@ -41,7 +41,7 @@ class TokenizerConfig(Frozen):
         return problems
 
     def identified(self) -> Self:
-        """The block with the fingerprint of its file filled in. Raises UserError if the file cannot be read."""
+        """Return the block with the fingerprint of its file filled in. Raises UserError if the file cannot be read."""
         if self.kind != "file" or self.fingerprint is not None:
             return self
         path = Path(str(self.path))
@@ -49,10 +49,10 @@ class TokenizerConfig(Frozen):
         return self.model_copy(update={"fingerprint": content})
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
-        """The tokenizer: read from its file, or made from the texts of a corpus.
+        """Return the tokenizer: read from its file, or made from the texts of a corpus.
 
         Raises:
-            UserError: the file cannot be read or has another fingerprint, or the texts are too small for `vocab_size`.
+            UserError: The file cannot be read or has another fingerprint, or the texts are too small for `vocab_size`.
         """
         if self.kind == "file":
             path = Path(str(self.path))

@@ -24,7 +24,7 @@ _EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[
 
 
 def files(path: Path) -> list[Path]:
-    """The tokenizer's file, and the merges that belong to it. Raises UserError for a path that holds none."""
+    """Return the tokenizer's file, and the merges that belong to it. Raises UserError for a path that holds none."""
     if path.is_dir():
         path = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), path)
     if not path.is_file() or path.suffix not in (".json", ".model"):
@@ -38,7 +38,7 @@ def files(path: Path) -> list[Path]:
 
 
 def fingerprint(path: Path) -> str:
-    """sha256 of the content, wherever it lies. Raises UserError for a path that holds no tokenizer."""
+    """Return the sha256 of the content, not of the path. Raises UserError for a path that holds no tokenizer."""
     digest = hashlib.sha256()
     for file in files(path):
         digest.update(hashlib.sha256(_bytes(file)).digest())
@@ -46,10 +46,10 @@ def fingerprint(path: Path) -> str:
 
 
 def read(path: Path, eot: str | None = None) -> Tokenizer:
-    """The tokenizer in a file or folder.
+    """Return the tokenizer in a file or folder.
 
-    `eot` is the token that ends a text; without it, the one that is usual for the format. A vocabulary that has
-    none gets one more token. Raises UserError for what cannot be read and for an `eot` that is no token.
+    `eot` is the token that ends a text; None: the usual one of the format. A vocabulary without one gets one more
+    token. Raises UserError if the file cannot be read or `eot` is not one of its tokens.
     """
     file, *merges = files(path)
     try:
@@ -65,7 +65,7 @@ def read(path: Path, eot: str | None = None) -> Tokenizer:
         raise UserError(f"{file}: {error}") from None
     except Exception as error:  # the Rust and C++ libraries raise bare Exception and RuntimeError
         cause = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{file}: no tokenizer can be read from it ({cause}), allowed: {_ALLOWED}") from None
+        raise UserError(f"{file}: not a readable tokenizer ({cause}), allowed: {_ALLOWED}") from None
 
 
 def _bytes(file: Path) -> bytes:
@@ -76,7 +76,7 @@ def _bytes(file: Path) -> bytes:
 
 
 def _gpt2(vocabulary: Path, merges: Path, eot: str | None) -> Tokenizer:
-    """Byte-level BPE as GPT-2's: no merge leads to its end of text, so no text can name it."""
+    """Byte-level BPE as GPT-2's: merges never produce its end of text, so no text encodes to it."""
     trained = RustTokenizer(models.BPE.from_file(str(vocabulary), str(merges)))
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
@@ -85,15 +85,15 @@ def _gpt2(vocabulary: Path, merges: Path, eot: str | None) -> Tokenizer:
 
 
 def _eot_of(content: dict[str, object], eot: str | None) -> str | None:
-    """The end-of-text token's name: `eot`, else a usual one among the added tokens."""
+    """Return the end-of-text token's name: `eot`, else a usual one among the added tokens."""
     added = content.get("added_tokens") or []
     assert isinstance(added, list)
-    names = {entry["content"] for entry in added}
+    names = {token["content"] for token in added}
     return eot or next((name for name in _EOT_NAMES if name in names), None)
 
 
 def _as_trained(content: dict[str, object], eot: str | None) -> str:
-    """The tokenizer's JSON with three changes.
+    """Return the tokenizer's JSON with three changes.
 
     The end-of-text token is marked special, so that a text which spells it does not encode to it; nothing is truncated
     or padded; and BPE dropout is off, so that a text always encodes to the same tokens.

@@ -39,16 +39,16 @@ class Tokenizer(Protocol):
     splits_at_spaces: bool
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text; never contains eot_id."""
+        """Return the tokens of a text; never contains eot_id."""
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """encode for each text."""
+        """Encode each text."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the tokens; eot_id is left out."""
+        """Return the text of the tokens; eot_id is left out."""
 
     def to_json(self) -> str:
-        """Everything that `from_json` needs."""
+        """Return everything that `from_json` needs."""
 
     @property
     def fingerprint(self) -> str:
@@ -80,25 +80,25 @@ class WordTokenizer(_Fingerprinted):
 
     @classmethod
     def of(cls, texts: Iterable[str]) -> WordTokenizer:
-        """The vocabulary of the texts, sorted."""
+        """Return the vocabulary of the texts, sorted."""
         return cls(sorted({word for text in texts for word in _WORD.findall(text)}))
 
     def encode(self, text: str) -> list[int]:
-        """Words, '.', '?' and line ends; other white space only separates."""
+        """Return the ids of words, '.', '?' and line ends; other white space only separates."""
         try:
             return [self._ids[word] for word in _WORD.findall(text)]
         except KeyError as unknown:
             raise UserError(
-                f"data.tokenizer.kind: got 'word' and the word {unknown.args[0]!r}, which is none of the"
-                f" {len(self.words)} of this world; allowed for any text: bpe, bytes"
+                f"data.tokenizer.kind: got 'word' and the word {unknown.args[0]!r}, which is not among the"
+                f" {len(self.words)} words of this world; allowed for any text: bpe, bytes"
             ) from None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """encode for each text."""
+        """Encode each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Words with single spaces between them, none before '.' and '?' nor around a line end."""
+        """Return the words joined by single spaces, except before '.' and '?' and around a line end."""
         text = ""
         for token in tokens:
             if token == self.eot_id:
@@ -108,7 +108,7 @@ class WordTokenizer(_Fingerprinted):
         return text
 
     def to_json(self) -> str:
-        """The word list."""
+        """Return the word list."""
         return json.dumps({"kind": self.kind, "words": self.words}, ensure_ascii=False)
 
 
@@ -120,24 +120,24 @@ class BytesTokenizer(_Fingerprinted):
     vocab_size = 257
 
     def encode(self, text: str) -> list[int]:
-        """The bytes of the text."""
+        """Return the bytes of the text."""
         return list(text.encode())
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """encode for each text."""
+        """Encode each text."""
         return [self.encode(text) for text in texts]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the bytes; invalid UTF-8, which a model may generate, becomes U+FFFD."""
+        """Return the text of the bytes; invalid UTF-8, which a model may generate, becomes U+FFFD."""
         return bytes(token for token in tokens if token != self.eot_id).decode(errors="replace")
 
     def to_json(self) -> str:
-        """Its kind."""
+        """Return its kind."""
         return json.dumps({"kind": self.kind})
 
 
 class BPETokenizer(_Fingerprinted):
-    """Byte-level BPE (GPT-2's pre-tokenizer); the end of text is the last token, and no text can name it."""
+    """Byte-level BPE (GPT-2's pre-tokenizer); the end of text is the last token, to which no text encodes."""
 
     kind = "bpe"
 
@@ -148,7 +148,7 @@ class BPETokenizer(_Fingerprinted):
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> BPETokenizer:
-        """At most `vocab_size` tokens, 256 bytes and the end of text included; fewer for a tiny corpus."""
+        """Train at most `vocab_size` tokens, 256 bytes and the end of text included; fewer for a tiny corpus."""
         trained = RustTokenizer(models.BPE())
         trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         trained.decoder = decoders.ByteLevel()
@@ -161,27 +161,27 @@ class BPETokenizer(_Fingerprinted):
         return cls(trained)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of the text."""
+        """Return the tokens of the text."""
         return list(self._trained.encode(text).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """encode for each text, in parallel where the library may."""
+        """Encode each text, in parallel if the library can."""
         return [encoding.ids for encoding in self._trained.encode_batch_fast(list(texts))]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the tokens."""
+        """Return the text of the tokens."""
         return str(self._trained.decode([token for token in tokens if token != self.eot_id]))
 
     def to_json(self) -> str:
-        """The `tokenizers` library's own format, together with our kind."""
+        """Return the `tokenizers` library's own format, together with this tokenizer's kind."""
         return json.dumps({"kind": self.kind, "trained": json.loads(self._trained.to_str())}, ensure_ascii=False)
 
 
 class ReadyTokenizer(_Fingerprinted):
-    """A tokenizer of the `tokenizers` library as it is, but for its special tokens: no text encodes to them.
+    """A tokenizer of the `tokenizers` library, unchanged except that no text encodes to its special tokens.
 
-    `eot` names its end of text; None: it has none, and gets the token after its last. Raises UserError for an
-    `eot` that is none of its tokens.
+    `eot` names its end of text; None: it has none and gets one more token. Raises UserError if `eot` is not one of its
+    tokens.
     """
 
     kind = "ready"
@@ -198,26 +198,26 @@ class ReadyTokenizer(_Fingerprinted):
         self.splits_at_spaces = not self._has_tokens_across_spaces() and _splits_at_spaces(self)
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of the text, nothing added around them."""
+        """Return the tokens of the text, without added special tokens."""
         return list(self._trained.encode(text, add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """encode for each text, in parallel where the library may."""
+        """Encode each text, in parallel if the library can."""
         encodings = self._trained.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the tokens."""
+        """Return the text of the tokens."""
         text_tokens = [token for token in tokens if token != self.eot_id]
         return str(self._trained.decode(text_tokens, skip_special_tokens=False))
 
     def _has_tokens_across_spaces(self) -> bool:
-        """Whether some token contains a space after another character, so that it may cross the start of a word."""
+        """Return whether some token contains a space after another character, so that it may span two words."""
         candidates = [token for text, token in self._trained.get_vocab().items() if _RAW_INNER_SPACE.search(text)]
         return any(re.search(r"\S ", self.decode([token])) for token in candidates)
 
     def to_json(self) -> str:
-        """The `tokenizers` library's own format, together with our kind and the end-of-text token."""
+        """Return the `tokenizers` library's own format, together with the kind and the end-of-text token."""
         trained = json.loads(self._trained.to_str())
         return json.dumps({"kind": self.kind, "eot": self._eot, "trained": trained}, ensure_ascii=False)
 
@@ -225,8 +225,8 @@ class ReadyTokenizer(_Fingerprinted):
 class SentencePieceTokenizer(_Fingerprinted):
     """A SentencePiece model, read by its own library (the `sentencepiece` extra).
 
-    `model`: the .model file's bytes. The end of text is `eot`, else the model's own; a model without one gets the
-    token after its last. Raises UserError for an `eot` that is none of its pieces, or without the library.
+    `model`: the .model file's bytes. The end of text is `eot`, else the model's own; a model without one gets one
+    more token. Raises UserError if `eot` is not one of its pieces, or the library is not installed.
     """
 
     kind = "sentencepiece"
@@ -250,39 +250,39 @@ class SentencePieceTokenizer(_Fingerprinted):
         self.splits_at_spaces = _splits_at_spaces(self)
 
     def encode(self, text: str) -> list[int]:
-        """The pieces of the text, nothing added around them."""
+        """Return the pieces of the text, without added special tokens."""
         return list(self._pieces.encode(text))
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """encode for each text."""
+        """Encode each text."""
         return [list(tokens) for tokens in self._pieces.encode(list(texts))]
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of the tokens."""
+        """Return the text of the tokens."""
         return str(self._pieces.decode([token for token in tokens if token != self.eot_id]))
 
     def to_json(self) -> str:
-        """The model's bytes in base64, and its end of text."""
+        """Return the model's bytes in base64, and its end of text."""
         model = base64.b64encode(self._model).decode()
         return json.dumps({"kind": self.kind, "eot": self._eot, "model": model})
 
 
 def _bounded_words(text: str) -> list[str]:
-    """A text, split within words of more than _LONG_WORD characters."""
+    """Return a text, split within words of more than _LONG_WORD characters."""
     return re.sub(rf"(\S{{{_LONG_WORD}}})(?=\S)", "\\1\0", text).split("\0")
 
 
 def _splits_at_spaces(tokenizer: Tokenizer) -> bool:
-    """Whether the parts of a few texts, split before a space, encode to the same tokens as the whole.
+    """Return whether the parts of a few texts, split before a space, encode to the same tokens as the whole.
 
-    SentencePiece and its likes put a space before every text, and then do not.
+    With SentencePiece they do not, since it puts a space before every text.
     """
-    cuts = (("Question: Who?\nAnswer:", " Ada"), ("The year", " 1984."), ("a, b and", " c"), ("", " x"))
-    return all(tokenizer.encode(a) + tokenizer.encode(b) == tokenizer.encode(a + b) for a, b in cuts)
+    pairs = (("Question: Who?\nAnswer:", " Ada"), ("The year", " 1984."), ("a, b and", " c"), ("", " x"))
+    return all(tokenizer.encode(a) + tokenizer.encode(b) == tokenizer.encode(a + b) for a, b in pairs)
 
 
 def from_json(text: str) -> Tokenizer:
-    """The tokenizer whose to_json() gave the text."""
+    """Return the tokenizer whose to_json() gave the text."""
     content = json.loads(text)
     if content["kind"] == "word":
         return WordTokenizer(content["words"])
@@ -296,5 +296,5 @@ def from_json(text: str) -> Tokenizer:
 
 
 def load(path: Path) -> Tokenizer:
-    """The tokenizer saved in a file."""
+    """Return the tokenizer saved in a file."""
     return from_json(path.read_text(encoding="utf-8"))

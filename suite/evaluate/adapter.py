@@ -25,14 +25,14 @@ from suite.models.finite import is_finite
 from suite.models.transformer import Transformer
 
 DEFAULT_NEW_TOKENS = 256
-"""For tasks that do not state it (stock nq_open and triviaqa): lm-eval's default."""
+"""New tokens for tasks that do not state a number (stock nq_open and triviaqa): lm-eval's default."""
 
 ANSWER_SHARE = 4
-"""A generated answer takes at most 1 / ANSWER_SHARE of the longest input; the prompt has the rest."""
+"""A generated answer takes at most 1 / ANSWER_SHARE of the longest input; the rest is for the prompt."""
 
 
 class Codec:
-    """Text to tokens with a memory, for checkpoints that share a tokenizer. Do not change what it returns."""
+    """A tokenizer with a cache, for checkpoints that share a tokenizer. Callers must not change its lists."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
@@ -40,14 +40,14 @@ class Codec:
         self._pairs: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
 
     def encode(self, text: str) -> list[int]:
-        """The tokens of a text, without the end-of-text token."""
+        """Return the tokens of a text, without the end-of-text token."""
         ids = self._texts.get(text)
         if ids is None:
             ids = self._texts[text] = self.tokenizer.encode(text)
         return ids
 
     def pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """As `encode_pair`."""
+        """See `encode_pair`."""
         key = context, continuation
         ids = self._pairs.get(key)
         if ids is None:
@@ -59,11 +59,11 @@ class SuiteLM(TemplateLM):
     """One model under lm-eval.
 
     Args:
-        model: any of our models.
-        codec: its tokenizer.
-        max_tokens: the longest input, the length of the rows it was trained on; longer contexts are
+        model: A Transformer of any family.
+        codec: Its tokenizer.
+        max_tokens: The longest input, the length of the rows it was trained on; longer contexts are
             truncated at their start, and `truncated` counts them by task.
-        token_budget: most padded tokens of a batch.
+        token_budget: Maximum number of padded tokens in a batch.
     """
 
     def __init__(self, model: Transformer, codec: Codec, max_tokens: int, token_budget: int) -> None:
@@ -78,7 +78,7 @@ class SuiteLM(TemplateLM):
         return self.codec.tokenizer.eot_id
 
     def refuse_diverged(self) -> None:
-        """Raise UserError if weights or outputs are NaN or infinite, which generated text would not show.
+        """Raise UserError if weights or outputs are NaN or infinite, which generated text would hide.
 
         All processes that hold a part of the model call this together.
         """
@@ -95,12 +95,12 @@ class SuiteLM(TemplateLM):
         self._score([([self.eot_token_id], [self.eot_token_id])])
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Tokens of a text, after an end-of-text token unless `add_special_tokens` is False."""
+        """Return tokens of a text, after an end-of-text token unless `add_special_tokens` is False."""
         ids = self.codec.encode(string)
         return list(ids) if add_special_tokens is False else [self.eot_token_id, *ids]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
-        """Log-probability in nats of each continuation, and whether it is greedy decoding's."""
+        """Return the log-probability in nats of each continuation, and whether greedy decoding produces it."""
         return self._loglikelihood_tokens(
             [(request.args, *self.codec.pair(*request.args)) for request in requests],
             tasks=[request.task_name for request in requests],
@@ -129,7 +129,7 @@ class SuiteLM(TemplateLM):
         return scores
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
-        """Log-probability in nats of whole texts, in windows with as much context as fits."""
+        """Return the log-probability in nats of whole texts, in windows with as much context as fits."""
         parts: list[Request] = []
         owner: list[int] = []
         for index, request in enumerate(requests):
@@ -143,7 +143,7 @@ class SuiteLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
-        """The text generated for each request, up to and without its first stop string."""
+        """Return the text generated for each request, up to and without its first stop string."""
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True), []).append(index)
@@ -195,10 +195,12 @@ class SuiteLM(TemplateLM):
         return [before_stop(tokenizer.decode(ids), stops) for ids in generated]
 
     def _check_stops(self, task: str | None, stops: list[str]) -> None:
-        """A tokenizer that cannot write any stop string would score run-on text as the answer."""
+        """Raise UserError if the tokenizer cannot produce any stop string: run-on text would be scored as answers."""
         tokenizer = self.codec.tokenizer
         if stops and not any(stop in tokenizer.decode(tokenizer.encode(stop)) for stop in stops):
-            raise UserError(f"task {task}: until: got {stops}, allowed: one that tokenizer {tokenizer.kind} can write")
+            raise UserError(
+                f"task {task}: until: got {stops}, allowed: one that tokenizer {tokenizer.kind} can produce"
+            )
 
 
 Item = TypeVar("Item")
@@ -208,11 +210,19 @@ Result = TypeVar("Result")
 def divided(
     model: Transformer, items: list[Item], work: Callable[[list[Item], list[int]], list[Result]]
 ) -> list[Result]:
-    """The results of `work(items, their numbers)`, shared by the processes of torch.distributed where there are any.
+    """Return the results of `work(items, their numbers)`, divided over the processes of torch.distributed, if any.
 
-    Every process passes all items and receives all results. (lm-eval divides documents instead, and then prompts with
-    examples depend on the number of processes.) Processes that hold a part of the model each (FSDP, divided tables)
-    must go through it together: there, all of them work on all items.
+    Every process passes all items and receives all results. (lm-eval divides documents instead, which makes prompts
+    with examples depend on the number of processes.) If the model is sharded, all processes work on all items, since
+    they must run every forward pass together.
+
+    Args:
+        model: The model that `work` runs.
+        items: The items, the same in every process.
+        work: Computes the results of some items; also receives their numbers.
+
+    Returns:
+        The result of every item, in order.
     """
     if not torch.distributed.is_initialized() or is_sharded(model):
         return work(items, list(range(len(items))))
@@ -223,7 +233,7 @@ def divided(
 
 
 def is_sharded(model: Transformer) -> bool:
-    """Whether the model is sharded over processes, so that all of them must run every forward pass together."""
+    """Return whether the model is sharded over processes, so that all of them must run every forward pass together."""
     if not torch.distributed.is_initialized():
         return False
     from torch.distributed.fsdp import FSDPModule
@@ -232,14 +242,14 @@ def is_sharded(model: Transformer) -> bool:
 
 
 def broadcast_from_rank0(tokens: list[int]) -> list[int]:
-    """The tokens of rank 0, in every process."""
+    """Return the tokens of rank 0, in every process."""
     chosen = [tokens]
     torch.distributed.broadcast_object_list(chosen, src=0)
     return chosen[0]
 
 
 def before_stop(text: str, stops: Sequence[str]) -> str:
-    """The text before the first stop string."""
+    """Return the text before the first stop string."""
     for stop in stops:
         text = text.split(stop)[0]
     return text

@@ -1,7 +1,7 @@
-"""Makes the requested tasks into lm-eval tasks over the data at hand.
+"""Builds the requested tasks as lm-eval tasks over the available data.
 
-`dataset_path` in a task's YAML file selects its documents: `corpus` means documents made from what the model was
-trained on, anything else is read by `datasets.DataRoot`.
+`dataset_path` in a task's YAML file selects its documents: `corpus` stands for documents made from the model's training
+data; any other data set is read by `datasets.DataRoot`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def refuse_unfit(tasks: Iterable[str], data: DataConfig, run_code: bool = False)
     """Check, possibly before training, that tasks suit a run.
 
     Args:
-        tasks: their names.
-        data: what the run is (or will be) trained on.
-        run_code: whether programs may run.
+        tasks: Names of tasks.
+        data: The `data` block of the run.
+        run_code: Whether programs may run.
 
     Raises:
-        UserError: a task is unknown, does not suit the data, or runs programs when none may run.
+        UserError: A task is unknown, does not suit the data, or runs programs when none may run.
     """
     for name in tasks:
         entry = task_list.entry(name)
@@ -58,7 +58,7 @@ def refuse_unfit(tasks: Iterable[str], data: DataConfig, run_code: bool = False)
 
 @dataclass
 class Loaded:
-    """Tasks ready for `lm_eval.evaluator.evaluate`, and what their data is.
+    """Tasks ready for `lm_eval.evaluator.evaluate`, and the fingerprints of their data.
 
     `tasks`: by name, the subjects of a group included; `groups`: lm-eval's groups by name; `fingerprints`: of
     the data, by task.
@@ -71,10 +71,10 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Sources:
-    """What tasks are made from.
+    """The inputs of tasks.
 
-    `corpus`: what the model was trained on, None for tasks that read files only; `root`: where the files are;
-    `sandbox`: where programs that the model writes may run, None: nowhere.
+    `corpus`: the model's training data, None for tasks that read only files; `root`: where the files are; `sandbox`:
+    where programs that the model writes run, None to refuse such tasks.
     """
 
     corpus: Corpus | None
@@ -83,15 +83,15 @@ class Sources:
 
 
 def load(names: Iterable[str], sources: Sources, num_fewshot: int | None = None) -> Loaded:
-    """Make the tasks of those names.
+    """Build tasks by name.
 
     Args:
-        names: names of `task_list.names()`.
-        sources: what they are made from.
-        num_fewshot: few-shot examples; None: as the task states, else none. A task that states 0 keeps it.
+        names: Names of `task_list.names()`.
+        sources: Their inputs.
+        num_fewshot: Few-shot examples; None: the task's own number, or 0. A task that states 0 always has 0.
 
     Raises:
-        UserError: an unknown name, a task that does not fit the corpus, or data that cannot be used.
+        UserError: An unknown name, a task that does not fit the corpus, or data that cannot be used.
     """
     loaded = Loaded()
     for name in names:
@@ -102,7 +102,7 @@ def load(names: Iterable[str], sources: Sources, num_fewshot: int | None = None)
             configs = [code.configure(name, stock, entry.programs, sources.root, sources.sandbox)]
         members = [_add(loaded, config, sources, num_fewshot) for config in configs]
         if (stated := entry.group_config()) is not None:
-            # Weighted by questions, so that stock's sub-groups change nothing.
+            # Means are weighted by questions, so that the stock sub-groups make no difference.
             group = Group.from_config({key: stated[key] for key in ("group", "aggregate_metric_list", "metadata")})
             for task in members:
                 group.add(task)
@@ -116,9 +116,9 @@ def _add(loaded: Loaded, config: dict[str, Any], sources: Sources, num_fewshot: 
     docs, fingerprint = _documents(config, sources)
     process = config.pop("process_docs", None)
     if process is not None:
-        # once, not whenever lm-eval looks at the documents
+        # once, instead of on every access of lm-eval to the documents
         docs = {split: process(rows) for split, rows in docs.items()}
-    # lm-eval hands the metadata and the dataset's arguments to the loader
+    # lm-eval passes the metadata and the arguments of the data set to the loader
     config |= {"custom_dataset": _giving(docs), "dataset_kwargs": {}}
     task = ConfigurableTask(config=config)
     _refuse_too_many_examples(task)
@@ -128,9 +128,9 @@ def _add(loaded: Loaded, config: dict[str, Any], sources: Sources, num_fewshot: 
 
 
 def _with_examples(config: dict[str, Any], num_fewshot: int | None) -> dict[str, Any]:
-    """The configuration with this number of examples, without the splits that are then unused."""
+    """Return the configuration with this number of examples, without the splits that are then unused."""
     stated = config.get("num_fewshot")
-    # A stock task that states 0 means it (humaneval), and whole documents are scored without examples.
+    # A stock task that states 0 (humaneval) never has examples, nor has the scoring of whole documents.
     fixed = stated == 0 or config["output_type"] == "loglikelihood_rolling"
     shots = (stated or 0) if num_fewshot is None or fixed else num_fewshot
     if shots:
@@ -145,13 +145,15 @@ def _refuse_too_many_examples(task: ConfigurableTask) -> None:
     if not shots:
         return
     docs = task.fewshot_docs()
-    # Left out are all documents about the person in question (`OtherPeople`), or the question itself, which lm-eval
-    # allows for by drawing one more.
+    # Excluded are all documents about the person in question (`OtherPeople`), or the question itself, for which
+    # lm-eval draws one example more.
     of_one_person = Counter(doc["person"] for doc in docs if "person" in doc)
     left_out = max(of_one_person.values(), default=int(task.fewshot_cfg.split == task.config.test_split))
     most = len(docs) - left_out
     if shots > most:
-        raise UserError(f"task {task.config.task}: num_fewshot: got {shots}, allowed: at most {most}, all its data has")
+        raise UserError(
+            f"task {task.config.task}: num_fewshot: got {shots}, allowed: at most {most}, the number in its data"
+        )
 
 
 def _giving(docs: dict[str, Docs]) -> Callable[..., dict[str, Docs]]:
@@ -159,7 +161,7 @@ def _giving(docs: dict[str, Docs]) -> Callable[..., dict[str, Docs]]:
 
 
 def _documents(config: dict[str, Any], sources: Sources) -> tuple[dict[str, Docs], str]:
-    """The splits a task needs and the fingerprint of what they were made from."""
+    """Return the splits a task needs and the fingerprint of what they were made from."""
     repo, name = config["dataset_path"], config.get("dataset_name")
     if repo == CORPUS:
         corpus = sources.corpus
@@ -174,13 +176,13 @@ def _documents(config: dict[str, Any], sources: Sources) -> tuple[dict[str, Docs
 
 
 def _splits(config: dict[str, Any]) -> list[str]:
-    """Every split that a configuration names."""
+    """Return all splits that a configuration names."""
     splits = [config.get(f"{kind}_split") for kind in ("test", "validation", "training", "fewshot")]
     return list(dict.fromkeys(split for split in splits if split is not None))
 
 
 def files_of(name: str) -> list[tuple[str, str | None, str]]:
-    """(repository, configuration, split) of everything that a task may read from files, few-shot examples included."""
+    """Return (repository, configuration, split) of all files that a task may read, few-shot examples included."""
     entry = task_list.entry(name)
     configs = entry.configs()
     files = [(c["dataset_path"], c.get("dataset_name"), split) for c in configs for split in _splits(c)]
@@ -191,20 +193,20 @@ def files_of(name: str) -> list[tuple[str, str | None, str]]:
 
 def refuse_missing(config: EvalConfig, root: Path) -> None:
     """Raise UserError for a task whose files are not in `root`; may be called before training."""
-    have = DataRoot(root)
+    data = DataRoot(root)
     for _, repo, name, splits in _reads(config):
         for split in splits:
-            have.files(repo, name, split)
+            data.files(repo, name, split)
 
 
 def fingerprints(config: EvalConfig, root: Path) -> dict[str, str]:
-    """Of the data in `root` as the evaluation's tasks read it now, the subjects of a group each. Raises UserError."""
-    have = DataRoot(root)
-    return {task: have.fingerprint(repo, name, splits) for task, repo, name, splits in _reads(config)}
+    """Return current fingerprints of the evaluation's data in `root`, by task or subject. Raises UserError."""
+    data = DataRoot(root)
+    return {task: data.fingerprint(repo, name, splits) for task, repo, name, splits in _reads(config)}
 
 
 def _reads(config: EvalConfig) -> Iterator[tuple[str, str, str | None, list[str]]]:
-    """(task, repository, configuration, splits) that the tasks read from files."""
+    """Yield (task, repository, configuration, splits) that the tasks read from files."""
     for name in config.tasks:
         entry = task_list.entry(name)
         for stated in entry.configs():
@@ -215,7 +217,7 @@ def _reads(config: EvalConfig) -> Iterator[tuple[str, str, str | None, list[str]
 
 
 def prompt_hash(task: ConfigurableTask) -> str:
-    """A hash of every request the task makes: prompts, examples, choices, generation options, in order."""
+    """Return a hash of every request the task makes: prompts, examples, choices, generation options, in order."""
     return digest(_request_texts(task))
 
 
@@ -223,14 +225,14 @@ def _request_texts(task: ConfigurableTask) -> Iterator[str]:
     previous = None
     for request in task.instances:
         first, *rest = request.args
-        # choices share their context, and it is long
+        # choices share their context, which is long, so it is hashed once
         yield first if first is not previous else ""
         yield json.dumps([request.request_type, rest], sort_keys=True)
         previous = first
 
 
 def digest(parts: Iterable[str]) -> str:
-    """16 hex digits of texts in order."""
+    """Return 16 hex digits of texts in order."""
     hashed = hashlib.sha256()
     for part in parts:
         hashed.update(part.encode() + b"\0")

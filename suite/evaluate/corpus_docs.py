@@ -18,15 +18,15 @@ MAX_CHARACTERS = 1 << 15
 
 
 def refuse_unfit(data: DataConfig, task: str, name: str) -> None:
-    """Check that a task suits what a model was (or will be) trained on.
+    """Check that a task suits the training data of a model.
 
     Args:
-        data: the `data` block of the cell.
-        task: the task's name, for errors.
-        name: its documents, as for `documents`.
+        data: The `data` block of the cell.
+        task: The task's name, for errors.
+        name: The kind of its documents (see `documents`).
 
     Raises:
-        UserError: it does not.
+        UserError: The task does not suit the data.
     """
     if (data.kind == "bios") is (name == "held_out"):
         allowed = "a kind of text" if name == "held_out" else "'bios'"
@@ -41,15 +41,15 @@ def refuse_unfit(data: DataConfig, task: str, name: str) -> None:
 
 
 def documents(corpus: Corpus, task: str, name: str) -> Docs:
-    """The documents of a task about the corpus.
+    """Return the documents of a task about the corpus.
 
     Args:
-        corpus: what a model was trained on.
-        task: the task's name, for errors.
+        corpus: The training data of a model.
+        task: The task's name, for errors.
         name: `storage`, `paraphrase`, `extraction`, `qa`, `choice` or `held_out`.
 
     Raises:
-        UserError: the task does not suit the corpus.
+        UserError: The task does not suit the corpus.
     """
     refuse_unfit(corpus.config, task, name)
     world = corpus.world
@@ -66,7 +66,7 @@ def documents(corpus: Corpus, task: str, name: str) -> Docs:
 
 
 def _beginning(text: str) -> str:
-    """At most MAX_CHARACTERS of a text, whole words."""
+    """Return the beginning of a text: at most MAX_CHARACTERS, in whole words."""
     if len(text) <= MAX_CHARACTERS:
         return text
     start = text[:MAX_CHARACTERS]
@@ -82,7 +82,7 @@ def _question(probe: Probe) -> dict[str, object]:
 
 
 def _choice(world: World, probe: Probe) -> dict[str, object]:
-    """The right answer among three others of the attribute, at a position fixed by person and attribute."""
+    """Return the right answer among three others of the attribute, at a position fixed by person and attribute."""
     order = seeded_random.permutation(len(probe.candidates), _CHOICE_SEED, world.seed, probe.person, probe.attribute)
     others = [probe.candidates[i] for i in order if probe.candidates[i] != probe.answer][: CHOICES - 1]
     gold = int(order[0]) % CHOICES

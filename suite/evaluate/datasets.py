@@ -1,7 +1,7 @@
 """Evaluation data from a local folder in the hub's layout, or from the hub.
 
-`<root>/<org>/<name>/<config>/<split>.jsonl` (or .parquet, sharded as the hub does). Files are read as they are, every
-time; nothing is cached. (`datasets.load_dataset` keys its cache of a local folder by the folder's name alone, and may
+`<root>/<org>/<name>/<config>/<split>.jsonl` (or .parquet, sharded as the hub does). Files are read anew every
+time, without a cache. (`datasets.load_dataset` keys its cache of a local folder by the folder's name alone, and may
 return the rows of another folder.)
 """
 
@@ -19,7 +19,7 @@ from suite.errors import UserError
 Doc = dict[str, Any]
 
 SPLIT_FILE = re.compile(r"(?:-(?P<number>\d{5})(?P<count>-of-\d{5})(?:-[0-9a-f]+)?)?(?P<suffix>\.(?:jsonl|parquet))")
-"""What follows a split's name in that of its file: as one of several shards, the hub's numbering, maybe with a hash."""
+"""The part of a file's name after the split: for shards the hub's numbering, with or without a hash, and the suffix."""
 
 
 class Docs(list[Doc]):
@@ -31,7 +31,7 @@ class Docs(list[Doc]):
         return dict.fromkeys(self[0]) if self else {}
 
     def map(self, function: Callable[[Doc], Doc]) -> Docs:
-        """Each row updated with the result of `function`."""
+        """Return each row updated with the result of `function`."""
         return Docs({**row, **function(row)} for row in self)
 
 
@@ -46,29 +46,29 @@ class DataRoot:
         self.path = path
 
     def load(self, repo: str, config: str | None, splits: Iterable[str]) -> dict[str, Docs]:
-        """The named splits of a data set.
+        """Return the named splits of a data set.
 
         Raises:
-            UserError: a file is missing or incomplete, or a row is not an object.
+            UserError: A file is missing or incomplete, or a row is not an object.
         """
         return {split: self.split(repo, config, split) for split in splits}
 
     def split(self, repo: str, config: str | None, split: str) -> Docs:
-        """One split, as `load`."""
+        """Return one split; see `load`."""
         if self.path is None:
             return _from_hub(repo, config, split)
         return _read(self.files(repo, config, split))
 
     def files(self, repo: str, config: str | None, split: str) -> list[Path]:
-        """The local files of one split, in order: one file, or all shards of one set.
+        """Return the local files of one split, in order: one file, or all shards of one set.
 
         Args:
-            repo: the data set's name.
-            config: its configuration; None: the only one there is.
-            split: the split's name.
+            repo: The data set's name.
+            config: Its configuration; None: its only one.
+            split: The split's name.
 
         Raises:
-            UserError: there is no file, a shard is missing, or several files could be the split.
+            UserError: The file or a shard is missing, or several files could be the split.
         """
         assert self.path is not None
         folder = self._folder(repo, config)
@@ -78,17 +78,17 @@ class DataRoot:
             raise UserError(f"{self.path}: no {wanted} (nor .parquet); get it with: suite data prefetch {self.path}")
         if len(sources) > 1:
             names = ", ".join(paths[0].name for paths in sources.values())
-            raise UserError(f"{folder}: {split} is there more than once ({names}); remove all but one")
+            raise UserError(f"{folder}: {split} exists more than once ({names}); remove all but one")
         (files,) = sources.values()
         _refuse_missing_shards(files, split)
         return files
 
     def has(self, repo: str, config: str | None, split: str) -> bool:
-        """Whether there is any local file of a split."""
+        """Return whether any local file of a split exists."""
         return bool(self._sources(self._folder(repo, config), split))
 
     def _sources(self, folder: Path, split: str) -> dict[str, list[Path]]:
-        """The files that could be the split, by format and number of shards."""
+        """Return the files that could be the split, by format and number of shards."""
         sources: dict[str, list[Path]] = {}
         for path in sorted(folder.glob(f"{split}[.-]*")):
             if match := SPLIT_FILE.fullmatch(path.name.removeprefix(split)):
@@ -96,14 +96,14 @@ class DataRoot:
         return sources
 
     def where(self, repo: str, config: str | None, split: str) -> str:
-        """Where a split is, for errors: its file, its shards, or its name on the hub."""
+        """Return the location of a split for error messages: its file, its shards, or its name on the hub."""
         if self.path is None:
             return f"{repo} ({split})"
         first, *others = self.files(repo, config, split)
         return str(first.with_name(f"{split}-*{first.suffix}") if others else first)
 
     def _folder(self, repo: str, config: str | None) -> Path:
-        """The folder of a configuration; unnamed, it is the only one there is, or `default`."""
+        """Return the folder of a configuration; for None the only one that exists, or `default`."""
         assert self.path is not None
         folder = self.path / repo
         if config is not None:
@@ -112,7 +112,7 @@ class DataRoot:
         return configs[0] if len(configs) == 1 else folder / "default"
 
     def fingerprint(self, repo: str, config: str | None, splits: Iterable[str]) -> str:
-        """What identifies the data: a hash of the files' content, or the hub's revision."""
+        """Return a fingerprint of the data: a hash of the files' content, or the hub's revision."""
         if self.path is None:
             return _hub_revision(repo)
         digest = hashlib.sha256()
@@ -129,11 +129,11 @@ def _refuse_missing_shards(files: list[Path], split: str) -> None:
     if missing := sorted(set(range(count)) - set(numbers)):
         raise UserError(f"{files[0].parent}: {split}: shard {missing[0]} of {count} is missing; download it again")
     if len(set(numbers)) < len(numbers):
-        raise UserError(f"{files[0].parent}: {split}: a shard is there more than once; remove all but one")
+        raise UserError(f"{files[0].parent}: {split}: a shard exists more than once; remove all but one")
 
 
 def _read(files: list[Path]) -> Docs:
-    """All rows of a split's files."""
+    """Return all rows of a split's files."""
     docs = Docs()
     for path in files:
         docs.extend(_read_parquet(path) if path.suffix == ".parquet" else _read_jsonl(path))
@@ -177,8 +177,8 @@ def _from_hub(repo: str, config: str | None, split: str) -> Docs:
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(
-            f"{repo} ({config or 'default'}, {split}): not from the hub ({reason}), allowed: a network, or --data-root "
-            "with its files (`suite data prefetch` makes them where there is one)"
+            f"{repo} ({config or 'default'}, {split}): not from the hub ({reason}); connect to a network, or use "
+            "--data-root with files from `suite data prefetch`"
         ) from None
 
 

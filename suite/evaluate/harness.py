@@ -39,21 +39,21 @@ def evaluate(
     """Score one model.
 
     Args:
-        model: left in the mode it is in.
-        corpus: what it was trained on: its tokenizer, the documents of bios and held-out tasks, the row length.
-        config: tasks, number of examples, limit of documents.
-        data_root: where real tasks find their data; None: the hub.
-        sandbox: where programs that the model writes are run; None: tasks that need it are refused.
+        model: The model, whose mode is not changed.
+        corpus: Its training data, with the tokenizer, the row length, and the documents of bios and held-out tasks.
+        config: Tasks, number of examples, limit of documents.
+        data_root: Folder of evaluation data; None: the hub.
+        sandbox: Runs the programs that the model writes; None: tasks that need it are refused.
 
     Returns:
         {"eval", "hash", "versions", "tokenizer", "tasks": {name: {"version", "few_shot", "limit", "n", "prompt_hash",
         "data_fingerprint", "cut", "metrics": {metric: {"value", "stderr"}}, "answers": {metric: "0110..."}}}}; "cut"
-        counts requests whose context was truncated at its start. A stderr is None where there is no estimate.
+        counts requests whose context was truncated at its start. A stderr is None if it cannot be estimated.
         "answers" has one character per question, in the order of the data, for metrics that are means of zeros and
-        ones; groups have none.
+        ones; groups have no answers.
 
     Raises:
-        UserError: a task is unknown, does not fit the corpus, or its data cannot be used.
+        UserError: A task is unknown, does not fit the corpus, or its data cannot be used.
     """
     return Evaluator(data_root, sandbox).evaluate(model, corpus, config)
 
@@ -66,7 +66,7 @@ class Evaluator:
         self._harnesses: dict[tuple[str, int, str], Harness] = {}
 
     def evaluate(self, model: Transformer, corpus: Corpus, config: EvalConfig) -> dict[str, Any]:
-        """Scores of one model, as `evaluate`."""
+        """Score one model; see the function `evaluate`."""
         key = corpus.fingerprint, corpus.config.seq_len, config.hash8
         if key not in self._harnesses:
             self._harnesses[key] = Harness(corpus, config, self._data_root, self._sandbox)
@@ -88,7 +88,7 @@ class Harness:
         self._prepared = prepare(config, catalog.Sources(corpus, DataRoot(data_root), sandbox))
 
     def run(self, model: Transformer) -> dict[str, Any]:
-        """Scores of one model, as `evaluate`."""
+        """Score one model; see the function `evaluate`."""
         lm = SuiteLM(model, self._codec, self._corpus.config.seq_len, TOKEN_BUDGET)
         lm.refuse_diverged()
         entries = scores_of(lm, self._prepared)
@@ -120,7 +120,7 @@ def prepare(config: EvalConfig, sources: catalog.Sources) -> Prepared:
     """Load the tasks and build their requests, once for any number of models.
 
     Raises:
-        UserError: as `catalog.load`.
+        UserError: See `catalog.load`.
     """
     with quiet(), compiled_templates():
         loaded = catalog.load(config.tasks, sources, config.num_fewshot)
@@ -132,7 +132,7 @@ def prepare(config: EvalConfig, sources: catalog.Sources) -> Prepared:
 
 
 def scores_of(lm: LM, prepared: Prepared) -> dict[str, dict[str, Any]]:
-    """The record of every task and group: version, few_shot, limit, n, prompt_hash, data_fingerprint and metrics.
+    """Return the record of every task and group: versions and counts, prompt and data hashes, and metrics.
 
     Those of tasks also have answers.
     """
@@ -176,7 +176,7 @@ def scores_of(lm: LM, prepared: Prepared) -> dict[str, dict[str, Any]]:
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
-    """Values and standard errors from lm-eval's `metric,filter` and `metric_stderr,filter`."""
+    """Return values and standard errors from lm-eval's `metric,filter` and `metric_stderr,filter`."""
     values: dict[str, float] = {}
     errors: dict[str, float] = {}
     for key, value in result.items():
@@ -194,12 +194,12 @@ def _metrics(result: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def _answers(samples: list[dict[str, Any]], n: int, metrics: dict[str, dict[str, float | None]]) -> dict[str, str]:
-    """One character per question, for metrics that are means of zeros and ones.
+    """Return one character per question, for metrics that are means of zeros and ones.
 
     Args:
         samples: lm-eval's log of every question, for each filter in turn; the last filter counts, as in `_metrics`.
-        n: the number of questions.
-        metrics: the reported values.
+        n: The number of questions.
+        metrics: The reported values.
     """
     last = samples[-n:]
     answers = {}

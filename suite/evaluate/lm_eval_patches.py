@@ -1,4 +1,4 @@
-"""Everything of lm-eval that is private or replaced at run time; written for 0.4.13."""
+"""All uses of lm-eval's private parts and all replacements of its functions; written for 0.4.13."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ __all__ = ["compiled_templates", "freeze_requests", "load_yaml", "quiet"]
 
 
 def freeze_requests(task: ConfigurableTask) -> None:
-    """Keep the requests that the task has built: `evaluate` then only clears the responses of the previous model.
+    """Reuse the requests that the task has built: `evaluate` then only clears the responses of the previous model.
 
-    Building them again would take long, and would draw other few-shot examples.
+    Building them again would take long and would draw different few-shot examples.
     """
     task.build_all_requests = partial(_clear_responses, task)
 
@@ -53,7 +53,7 @@ def compiled_templates() -> Iterator[None]:
     """
     compiled = lru_cache(4096)(lm_eval.utils.env.from_string)
     original = lm_eval.utils.apply_template
-    # The value holds the document, so that no other object can get its id.
+    # The value references the document, so that its id is not reused.
     rendered: dict[tuple[str, int], tuple[Doc, str]] = {}
 
     def render(template: str, doc: Doc) -> str:

@@ -1,8 +1,7 @@
-"""Two imaginary language models, one that knows every answer and one that is always wrong.
+"""Two simulated language models: one knows every answer, the other is always wrong.
 
-Run over the real data they prove data, prompts and scorers: on every accuracy-like metric the first must get what
-can be got and the second 0. Where a stock metric stops generation inside an answer, no model can reach 1; how far
-a model can get is computed answer by answer and reported as the ceiling.
+They test data, prompts and scorers: on every accuracy-like metric the first must reach the ceiling and the second 0.
+The ceiling is below 1 where a stock metric stops generation inside an answer; it is computed answer by answer.
 """
 
 from __future__ import annotations
@@ -37,21 +36,21 @@ def run(
     sandbox: Sandbox | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Score the two on tasks.
+    """Score both models.
 
     Args:
-        tasks: names; None: every task that reads files (and, with a sandbox, every task that runs code).
-        data_root: where the data is; None: the hub.
-        corpus: for the tasks about what a model was trained on.
-        sandbox: where programs run; needed by the tasks that run code.
-        limit: first documents of each task only.
+        tasks: Names; None: every task that reads files (and, with a sandbox, every task that runs code).
+        data_root: Folder of evaluation data; None: the hub.
+        corpus: Training data, for the tasks about it.
+        sandbox: Runs programs, for the tasks that run code.
+        limit: Score only the first N documents of each task.
 
     Returns:
         {"tasks": {name: {"n", "metrics": {metric: {"oracle", "wrong", "ceiling"}}}}} with the accuracy-like metrics;
-        the ceiling is what the best accepted answer of each document would get.
+        the ceiling is the mean score of the best accepted answer of each document.
 
     Raises:
-        UserError: as `catalog.load`.
+        UserError: See `catalog.load`.
     """
     names = [*tasks] if tasks is not None else task_list.names(corpus is not None, sandbox is not None)
     prepared = prepare(
@@ -79,17 +78,17 @@ def run(
 
 
 class Knowing(LM):
-    """A model that looks up the answer: it always returns the right one, or never."""
+    """A model that looks up the answers and always returns the right one, or always a wrong one."""
 
     def __init__(self, tasks: dict[str, ConfigurableTask], right: bool) -> None:
         super().__init__()
         self._tasks, self._right = tasks, right
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
-        """Certain of the gold continuation and of no other; or the reverse."""
-        return [(0.0, True) if self._believes(r) else (WRONG_LOG_P, False) for r in requests]
+        """Return probability 1 for the gold continuation only, or for every other one."""
+        return [(0.0, True) if self._is_certain(r) else (WRONG_LOG_P, False) for r in requests]
 
-    def _believes(self, request: Instance) -> bool:
+    def _is_certain(self, request: Instance) -> bool:
         task = self._tasks[_name(request)]
         if task.OUTPUT_TYPE != "multiple_choice":
             return self._right
@@ -99,11 +98,11 @@ class Knowing(LM):
         return (request.idx == gold) is self._right
 
     def loglikelihood_rolling(self, requests: list[Instance]) -> list[float]:
-        """Certain of the whole text, or very surprised."""
+        """Return probability 1 for the whole text, or almost 0."""
         return [0.0 if self._right else WRONG_LOG_P for _ in requests]
 
     def generate_until(self, requests: list[Instance]) -> list[str]:
-        """An accepted answer, up to the first stop string as with a real model; or nonsense."""
+        """Return an accepted answer up to the first stop string, as with a real model, or nonsense."""
         if not self._right:
             return [NONSENSE] * len(requests)
         return [_best(self._tasks[_name(r)], r.doc, r.args[1]["until"]) for r in requests]
@@ -115,7 +114,7 @@ def _name(request: Instance) -> str:
 
 
 def _best(task: ConfigurableTask, doc: Doc, stops: Sequence[str]) -> str:
-    """The first accepted answer without a stop string; if all have one, the canonical one truncated there."""
+    """Return the first accepted answer without a stop string, or the canonical one truncated at its first one."""
     texts = _accepted(task, doc)
     whole = [text for text in texts if before_stop(text, stops) == text]
     return whole[0] if whole else before_stop(texts[0], stops)
@@ -127,7 +126,7 @@ def _programs(task: ConfigurableTask) -> Programs | None:
 
 
 def _accepted(task: ConfigurableTask, doc: Doc) -> list[str]:
-    """Everything a model could generate that the task calls right, the canonical one first."""
+    """Return all answers that the task accepts, the canonical one first."""
     programs = _programs(task)
     if programs is not None:
         return [programs.problems.canonical(doc)]
@@ -136,7 +135,7 @@ def _accepted(task: ConfigurableTask, doc: Doc) -> list[str]:
 
 
 def _ceiling(task: ConfigurableTask | None, metric: str) -> float:
-    """The mean over documents of the best score of an accepted answer that is truncated at its first stop string."""
+    """Return the mean over documents of the best score of an accepted answer, truncated at its first stop string."""
     if task is None or task.OUTPUT_TYPE != "generate_until" or _programs(task) is not None:
         return 1.0
     stops = task.config.generation_kwargs["until"]

@@ -1,4 +1,4 @@
-"""Downloads every file that tasks read, in the layout of the hub, for machines without network."""
+"""Downloads all files that tasks read, in the layout of the hub, for machines without a network."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Download = Callable[[str, str | None, str], Docs]
 
 
 def prefetch(root: Path, tasks: Iterable[str] | None = None, download: Download | None = None) -> list[Path]:
-    """Download the files that tasks read and `root` lacks.
+    """Download the files of tasks that are missing in `root`.
 
     Args:
-        root: the folder for --data-root; created if it does not exist.
-        tasks: names; None: every task that reads files.
-        download: where rows come from; None: the hub.
+        root: The folder for --data-root; created if it does not exist.
+        tasks: Names; None: every task that reads files.
+        download: Returns the rows of a split; None: from the hub.
 
     Returns:
         The files written; each is complete or absent.
 
     Raises:
-        UserError: a task is unknown or reads no files, or its data cannot be downloaded.
+        UserError: A task is unknown or reads no files, or its data cannot be downloaded.
     """
     root.mkdir(parents=True, exist_ok=True)
     local = DataRoot(root)
@@ -42,7 +42,7 @@ def prefetch(root: Path, tasks: Iterable[str] | None = None, download: Download 
 
 
 def _needed(tasks: Iterable[str] | None) -> list[tuple[str, str | None, str]]:
-    """Every (repository, configuration, split) that the tasks may read, examples included, once."""
+    """Return the distinct (repository, configuration, split) that the tasks may read, examples included."""
     available = task_list.names(corpus=False)
     needed: dict[tuple[str, str | None, str], None] = {}
     for name in available if tasks is None else tasks:

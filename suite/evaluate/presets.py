@@ -1,6 +1,6 @@
 """Named sets of evaluations of real tasks.
 
-`paper` is the protocol of "Memory Layers at Scale" (arXiv 2412.09764, section 4.2) as far as it is stated: EM or F1
+`paper` is the protocol of "Memory Layers at Scale" (arXiv 2412.09764, section 4.2), as far as it is stated: EM or F1
 for questions, pass@1 for programs, accuracy for choices, and the likelihood of the right answer. The numbers of
 examples are our choice (the paper gives none, the released template 5 for NQ): 5 for questions and MMLU, 0 for other
 choices and HumanEval, 3 for MBPP as in the stock prompt.
@@ -42,10 +42,10 @@ PRESETS: dict[str, tuple[EvalConfig, ...]] = {
 
 
 def preset(name: str) -> tuple[EvalConfig, ...]:
-    """The evaluations of a preset.
+    """Return the evaluations of a preset.
 
     Raises:
-        UserError: no preset has that name.
+        UserError: No preset has that name.
     """
     if name not in PRESETS:
         raise UserError(f"--preset: got {name!r}, allowed: {', '.join(sorted(PRESETS))}")

@@ -1,22 +1,22 @@
-"""Runs programs that a model wrote, where they can do no harm and cannot forge a pass.
+"""Runs programs that a model wrote so that they cannot do harm or forge a pass.
 
 Three kinds of isolation, the strongest first:
 - bubblewrap: own user, process, network, ipc and file name spaces; of the machine's files only the system libraries
   and the interpreter, read-only; one small writable folder in memory.
 - unshare: the same name spaces and the same few files, made with util-linux alone.
-- rlimits: limits without isolation. A program can read files, use the network and signal the evaluator: never chosen
-  unless requested by name.
+- rlimits: limits without isolation. A program can read files, use the network and signal the evaluator, so it is used
+  only if requested by name.
 
-In all of them CPU time, memory, file size, open files and wall time are bounded, the environment is empty, and the
-whole process group is killed at the end. A program is one process: an audit hook refuses to start others, and native
-code that is not Python's own. (A limit on processes is a second barrier, but does not apply to root.)
+With every kind CPU time, memory, file size, open files and wall time are bounded, the environment is empty, and the
+whole process group is killed at the end. A program is one process: an audit hook refuses to start others and to load
+native code other than Python's own. (A limit on processes is a second barrier, but does not apply to root.)
 
-A program passes only if a random nonce comes out last. It waits in a pipe until all else of the program's
-text has been read, then lives only on the interpreter's value stack while program and tests run: exit(0),
+A program passes only if a random nonce is written last. The nonce stays in a pipe until the program's text has been
+read, and exists only on the interpreter's value stack while program and tests run: exit(0),
 printing, reading its own source or walking up the frames do not find it, and the ways to look into the
 interpreter (gc, ctypes, tracing, /proc, other processes) are refused by an audit hook. The isolation protects the
-machine; the nonce protects the score against lazy and ordinary cheating. A test that compares with == still
-believes an object that equals everything.
+machine; the nonce protects the score against simple cheating. A test that compares with == is still passed by an
+object that equals everything.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from suite.evaluate.sandbox_driver import NONCE_BYTES
 
 Kind = Literal["bubblewrap", "unshare", "rlimits"]
 RunCode = Literal["strongest", "bubblewrap", "unshare", "rlimits"]
-"""Leave to run programs: in the strongest sandbox that works here (never rlimits), or in that kind."""
+"""The value of --run-code: the strongest sandbox that works on this machine (never rlimits), or a kind."""
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32")
 _DEVICES = ("/dev/null", "/dev/urandom")
@@ -48,7 +48,7 @@ _DRIVER = (Path(__file__).parent / "sandbox_driver.py").read_text()
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds of one program; a file's also holds for its output, `scratch_bytes` for all files together."""
+    """Bounds of one program. `file_bytes` also bounds its output; `scratch_bytes` bounds all files together."""
 
     cpu_s: int = 10
     wall_s: float = 15.0
@@ -61,17 +61,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Whether the program's tests ran to their end, and in a line why not."""
+    """Whether the program's tests ran to their end, and the reason in one line if they did not."""
 
     passed: bool
     reason: str
 
 
 class Sandbox:
-    """Runs programs. `kind` None: the strongest kind that works here, never rlimits.
+    """Runs programs. `kind` None: the strongest kind that works on this machine, never rlimits.
 
     Raises:
-        UserError: no sandbox works on this machine, or the requested kind does not.
+        UserError: No sandbox works on this machine, or the requested kind does not.
     """
 
     def __init__(self, kind: Kind | None = None, limits: Limits | None = None) -> None:
@@ -85,11 +85,11 @@ class Sandbox:
         if (first := self._trouble("bubblewrap")) and (second := self._trouble("unshare")):
             raise UserError(
                 f"--run-code: neither bubblewrap ({first}) nor unshare ({second}) works here; install bubblewrap, use a"
-                " container without network and name --run-code rlimits, or leave out the tasks that run code"
+                " container without network and --run-code rlimits, or remove the tasks that run code"
             )
 
     def _trouble(self, kind: Kind) -> str:
-        """Take a kind, and run a program in it that must pass; in a line why it does not, or nothing."""
+        """Set the kind and run a program that must pass; return the reason in one line if it fails, else nothing."""
         self.kind: Kind = kind
         with tempfile.TemporaryFile() as errors:
             try:
@@ -121,7 +121,7 @@ class Sandbox:
         return Outcome(passed, "" if passed else reason or f"ended early (exit {process.returncode})")
 
     def _wait(self, process: subprocess.Popen[bytes], text: bytes) -> str:
-        """Feed the program and wait; a reason where it ran out of wall time. Nothing of it is left running."""
+        """Send the program and wait; return a reason if it ran out of wall time. All of its processes are killed."""
         try:
             process.communicate(text, timeout=self.limits.wall_s)
         except subprocess.TimeoutExpired:
@@ -135,20 +135,20 @@ class Sandbox:
         return ""
 
     def run_all(self, programs: Sequence[str], jobs: int | None = None) -> list[Outcome]:
-        """Run programs side by side, as many as there are cores; outcomes in their order."""
+        """Run programs in parallel, by default one per core; returns the outcomes in order."""
         with ThreadPoolExecutor(jobs or len(os.sched_getaffinity(0))) as pool:
             return list(pool.map(self.run, programs))
 
 
 def sandbox_of(run_code: RunCode | None) -> Sandbox | None:
-    """The sandbox that `--run-code` requests; None if it was not given. Raises UserError as `Sandbox`."""
+    """Return the sandbox that `--run-code` requests; None if it was not given. Raises UserError as `Sandbox`."""
     if run_code is None:
         return None
     return Sandbox() if run_code == "strongest" else Sandbox(run_code)
 
 
 def _python(limits: Limits) -> list[str]:
-    """The interpreter with the driver, isolated: no environment, no site packages, no bytecode written."""
+    """Return the interpreter with the driver, isolated: no environment, no site packages, no bytecode written."""
     bounds = {
         "CPU": limits.cpu_s,
         "AS": limits.memory_bytes,
@@ -162,7 +162,7 @@ def _python(limits: Limits) -> list[str]:
 
 
 def _visible() -> list[Path]:
-    """What a program may read: system libraries and the interpreter's own files."""
+    """Return the paths that a program may read: system libraries and the interpreter's own files."""
     own = [Path(sys.base_prefix).resolve(), Path(sys.executable).resolve().parent]
     outside = [path for path in own if not any(path.is_relative_to(system) for system in _SYSTEM)]
     needed = [path for path in dict.fromkeys(outside) if not any(p in path.parents for p in outside)]
@@ -179,13 +179,13 @@ def _bubblewrap(scratch: str, limits: Limits) -> list[str]:
     walls = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
     devices = [word for name in _DEVICES for word in ("--dev-bind", name, name)]
     scratch_in_memory = ["--size", str(limits.scratch_bytes), "--tmpfs", "/tmp", "--chdir", "/tmp"]
-    # bubblewrap's root, and its own /dev, are memory without a bound: nothing is writable but /tmp
+    # bubblewrap's root and /dev are unbounded memory file systems, so only /tmp stays writable
     rest = [*devices, *scratch_in_memory, "--remount-ro", "/"]
     return [os.environ.get("BWRAP", "bwrap"), *walls, *files, *rest, *_python(limits)]
 
 
-# As root of a new user name space: build a root of read-only mounts on a memory file system, move into it, forget
-# the old one, give up every capability. (umount reads /proc.)
+# As root of a new user name space: build a root of read-only mounts on a memory file system, move into it, unmount
+# the old one, drop every capability. (umount reads /proc.)
 _BUILD_ROOT = """
 set -e
 root=$1; size=$2; count=$3; shift 3

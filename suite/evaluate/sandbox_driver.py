@@ -1,7 +1,7 @@
-"""What runs inside the sandbox, before and after the program; its text is given to `python -c`.
+"""The code that runs inside the sandbox before and after the program; its text is passed to `python -c`.
 
 Standard input holds the program's length (12 digits), the program, and a nonce of 32 bytes. The nonce is written to
-standard output if the program comes to its end.
+standard output if the program ends normally.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import Any
 
 NONCE_BYTES = 32
 BANNED = ("ctypes", "_posixsubprocess", "_xxsubinterpreters", "_interpreters", "_testcapi", "_socket")
-"""modules by the end of their name: a loader may give them a package"""
+"""Refused modules, by the end of their name, since a loader may put them into a package."""
 REFUSED = (
     "cpython.PyInterpreterState_New",
     "ctypes.",
@@ -37,7 +37,7 @@ def limit(bounds: list[str]) -> None:
 
 
 def read(count: int) -> bytes:
-    """Exactly so many bytes of standard input."""
+    """Read exactly `count` bytes of standard input."""
     data = b""
     while len(data) < count:
         more = os.read(0, count - len(data))
@@ -48,11 +48,11 @@ def read(count: int) -> bytes:
 
 
 def guard() -> None:
-    """Refuse, from now on, the ways out of the program and into the interpreter."""
+    """Refuse from now on all access to other processes and to the interpreter's internals."""
 
     native = tuple(path + "/" for path in sys.path if path.endswith("lib-dynload"))
 
-    # what the hook needs is bound here: the program may rebind the names of this module
+    # bound as defaults, since the program may rebind the names of this module
     def hook(
         event: str,
         args: tuple[Any, ...],
@@ -68,9 +68,9 @@ def guard() -> None:
     ) -> None:
         if event == "import":
             name, path = args[:2]  # the path of native code, else None
-            strange = path is not None and (text.find(path, "..") >= 0 or not text.startswith(path, native))
-            if text.endswith(name, banned) or strange:
-                raise missing("not to be had in the sandbox")
+            is_foreign = path is not None and (text.find(path, "..") >= 0 or not text.startswith(path, native))
+            if text.endswith(name, banned) or is_foreign:
+                raise missing("not available in the sandbox")
         elif event == "open":
             if is_a(args[0], names) and "/proc" in decode(args[0]):
                 raise error("/proc is closed in the sandbox")

@@ -117,12 +117,12 @@ def check(repo: str, docs: Sequence[Doc], where: str) -> None:
     """Validate every row of a data set.
 
     Args:
-        repo: the data set's name; one without a schema is not checked.
-        docs: its rows.
-        where: their file, for errors.
+        repo: The data set's name; one without a schema is not checked.
+        docs: Its rows.
+        where: Their file, for errors.
 
     Raises:
-        UserError: the first invalid row, with its number (from 1), field, value and what is allowed.
+        UserError: The first invalid row, with its number (from 1), field, value and what is allowed.
     """
     rows = ROWS.get(repo)
     if rows is None:

@@ -1,8 +1,8 @@
-"""Every task that can be requested, one entry each.
+"""The list of all tasks that can be requested.
 
-A task of ours is a YAML file in tasks/ and needs no entry here. A stock task is an entry in `STOCK_TASKS`: the YAML
-file of lm-eval, or the files of a group. A new data set also gets a row type in schemas.py. lm-eval's index of 14,000
-tasks is never built, because that takes 6 to 11 seconds.
+A task of this project is a YAML file in tasks/ and needs no entry here. A stock task is an entry in `STOCK_TASKS`: the
+YAML file of lm-eval, or the files of a group. A new data set also gets a row type in schemas.py. lm-eval's index of
+14,000 tasks is not built, because that takes 6 to 11 seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from suite.yaml_input import did_you_mean
 OURS = Path(__file__).parent / "tasks"
 STOCK = Path(lm_eval.tasks.__file__).parent
 CORPUS = "corpus"
-"""`dataset_path` of tasks whose documents come from what the model was trained on."""
+"""`dataset_path` of tasks whose documents come from the model's training data."""
 
 
 @dataclass(frozen=True)
@@ -40,21 +40,21 @@ class Entry:
     programs: Programs | None = None
 
     def paths(self) -> list[Path]:
-        """The YAML file of each lm-eval task."""
+        """Return the YAML file of each lm-eval task."""
         return sorted(self.folder.glob(self.files))
 
     def configs(self) -> list[dict[str, Any]]:
-        """What the YAML file of each lm-eval task states."""
+        """Return the contents of the YAML file of each lm-eval task."""
         # The modules that stock code tasks name load a metric from the hub on import.
         return [load_yaml(path, resolve_func=self.programs is None) for path in self.paths()]
 
     def group_config(self) -> dict[str, Any] | None:
-        """What the YAML file of the group states."""
+        """Return the contents of the YAML file of the group; None for a single task."""
         return None if self.group is None else load_yaml(self.folder / self.group)
 
     @property
     def is_about_corpus(self) -> bool:
-        """Whether the documents come from what the model was trained on."""
+        """Whether the documents come from the model's training data."""
         return bool(load_yaml(self.paths()[0], resolve_func=False)["dataset_path"] == CORPUS)
 
 
@@ -80,18 +80,18 @@ TASKS: dict[str, Entry] = dict(sorted([*_ours(), *STOCK_TASKS.items()]))
 
 
 def entry(name: str) -> Entry:
-    """The entry of a task. Raises UserError for an unknown name."""
+    """Return the entry of a task. Raises UserError for an unknown name."""
     if name not in TASKS:
         raise UserError(f"evaluate.tasks: got {name!r}{did_you_mean(name, TASKS)}, allowed: {', '.join(TASKS)}")
     return TASKS[name]
 
 
 def names(corpus: bool = True, run_code: bool = True) -> list[str]:
-    """The names of tasks, sorted.
+    """Return the names of tasks, sorted.
 
     Args:
-        corpus: include tasks about what the model was trained on.
-        run_code: include tasks that run programs.
+        corpus: Include tasks about the model's training data.
+        run_code: Include tasks that run programs.
     """
     return [
         name

@@ -1,4 +1,4 @@
-"""How a finished model uses its memory: which rows it reads for a fixed sample of text, and how evenly."""
+"""Key usage of a finished model: which rows it reads for a fixed sample of text, and how evenly."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ BATCHES, BATCH_ROWS = 8, 16
 
 @torch.no_grad()
 def key_usage(model: Transformer, corpus: Corpus, processes: int = 1) -> dict[str, Any]:
-    """Reads of every memory layer over fixed rows of the training text; the model is left in evaluation mode.
+    """Count the reads of every memory layer over fixed rows of training text; the model stays in evaluation mode.
 
     Args:
-        processes: number of processes that share the model; all of them call this.
+        processes: Number of processes that share the model; all of them call this.
 
     Returns:
         {"tokens"} and the result of `Reads.finish`; empty without a memory.

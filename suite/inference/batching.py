@@ -1,4 +1,4 @@
-"""What scoring and generation share: evaluation mode, and batches under a budget of padded tokens."""
+"""Evaluation mode, and batches under a budget of padded tokens, for scoring and generation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from suite.models.transformer import Transformer
 
 @contextmanager
 def evaluation_mode(model: Transformer) -> Iterator[torch.device]:
-    """Evaluation mode without gradients; the model's mode is restored at the end. Yields its device."""
+    """Run the model in evaluation mode without gradients, then restore its mode. Yields its device."""
     was_training = model.training
     model.eval()
     try:
@@ -23,7 +23,16 @@ def evaluation_mode(model: Transformer) -> Iterator[torch.device]:
 
 
 def batches_of(order: Iterable[int], lengths: Sequence[int], token_budget: int) -> Iterator[list[int]]:
-    """Consecutive groups of `order` (longest first) whose padded size is within the budget; a longer row goes alone."""
+    """Divide rows into batches under a budget of padded tokens.
+
+    Args:
+        order: Row numbers, longest first.
+        lengths: The length of each row.
+        token_budget: Largest padded size of a batch; a longer row is a batch of its own.
+
+    Yields:
+        The row numbers of each batch, in order.
+    """
     batch: list[int] = []
     for row in order:
         if batch and (len(batch) + 1) * lengths[batch[0]] > token_budget:

@@ -18,7 +18,7 @@ from suite.models.transformer import Transformer
 
 @dataclass(frozen=True)
 class Sampling:
-    """Sample tokens at a temperature; a prompt's samples depend on (seed, its number), not on its batch."""
+    """Sample tokens at a temperature. A prompt's samples depend on the seed and its number, not on its batch."""
 
     temperature: float
     seed: int
@@ -38,15 +38,15 @@ def generate(
     """Continue each prompt with a key-value cache; finished rows leave the batch.
 
     Args:
-        model: a Transformer of any family; it is in evaluation mode during the call.
-        prompts: token ids, at least one each; shorter prompts of a batch are padded on the left.
-        max_new_tokens: maximum number of tokens generated per prompt.
-        stop_ids: a generated token among these ends its row and is not returned.
-        finished: called with a row's generated ids after each token; true ends the row, whose tokens are returned.
-        token_budget: maximum number of tokens in the cache of a batch, padded prompts and new tokens together.
+        model: A Transformer of any family; it is in evaluation mode during the call.
+        prompts: Token ids, at least one each; shorter prompts of a batch are padded on the left.
+        max_new_tokens: Maximum number of tokens generated per prompt.
+        stop_ids: A generated token among these ends its row and is not returned.
+        finished: Called with a row's generated ids after each token; if it returns true, the row ends.
+        token_budget: Maximum number of tokens in the cache of a batch, padded prompts and new tokens together.
         sampling: None for greedy decoding.
-        numbers: numbers of the prompts, which seed their samples; None: their positions.
-        agree: makes processes that share a model choose the same tokens, although their sums may differ by rounding.
+        numbers: Numbers of the prompts, which seed their samples; None: their positions.
+        agree: Makes processes that share a model choose the same tokens, although their sums may differ by rounding.
 
     Returns:
         The generated ids of each prompt, in their order.
@@ -110,7 +110,7 @@ def _generate_batch(
     choose: Chooser,
     device: torch.device,
 ) -> None:
-    """Generate for the prompts of one batch, given by index, and append to `results`."""
+    """Generate for the prompts of one batch, by index, and append to `results`."""
     rows = list(prompts)
     longest = max(len(prompt) for prompt in prompts.values())
     pads = [longest - len(prompts[i]) for i in rows]
@@ -120,18 +120,18 @@ def _generate_batch(
     for count in itertools.count(1):
         x_BTD = model.hidden(tokens_BT, cache=cache, pad_B=pad_B)
         chosen = choose(model.head(x_BTD[:, -1]).float(), rows)
-        alive: list[int] = []
+        unfinished: list[int] = []
         for b, (i, token) in enumerate(zip(rows, chosen, strict=True)):
             if token in stops:
                 continue
             results[i].append(token)
             if finished is None or not finished(results[i]):
-                alive.append(b)
-        if not alive or count == max_new_tokens:
+                unfinished.append(b)
+        if not unfinished or count == max_new_tokens:
             return
-        tokens_BT = torch.tensor([[chosen[b]] for b in alive], device=device)
-        if len(alive) < len(rows):
-            keep_B = torch.tensor(alive, device=device)
-            cache.select(keep_B)
-            pad_B = pad_B[keep_B]
-            rows = [rows[b] for b in alive]
+        tokens_BT = torch.tensor([[chosen[b]] for b in unfinished], device=device)
+        if len(unfinished) < len(rows):
+            unfinished_B = torch.tensor(unfinished, device=device)
+            cache.select(unfinished_B)
+            pad_B = pad_B[unfinished_B]
+            rows = [rows[b] for b in unfinished]

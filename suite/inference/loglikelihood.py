@@ -1,7 +1,7 @@
 """Exact, batched log-probabilities of continuations, without an evaluation library.
 
-Requests whose inputs are equal, or of which one begins with the other, share a row (models are causal in evaluation
-mode). Rows are sorted by length and batched under a budget of padded tokens; the output head runs only at scored
+Requests share a row if their inputs are equal or one is a prefix of the other, since models are causal in evaluation
+mode. Rows are sorted by length and batched under a budget of padded tokens; the output head runs only at scored
 positions.
 
 Shapes: B rows of a batch, T padded length, D model width, N scored positions, V vocabulary.
@@ -31,19 +31,22 @@ def encode_pair(
     continuation: str,
     encode: Callable[[str], list[int]] | None = None,
 ) -> tuple[list[int], list[int]]:
-    """Token ids of a context, after an end-of-text token, and of its continuation.
+    """Encode a context, after an end-of-text token, and its continuation.
 
     Together they are the tokens of the whole text, split after the context. Spaces at the end of the context move to
     the continuation, as in lm-eval, since word tokens include the space before them.
 
     Args:
-        tokenizer: the corpus's tokenizer.
-        context: text that is not scored; may be empty.
-        continuation: text that is scored.
-        encode: used instead of `tokenizer.encode`, for instance a cached version of it.
+        tokenizer: The corpus's tokenizer.
+        context: Text that is not scored; may be empty.
+        continuation: Text that is scored.
+        encode: Used instead of `tokenizer.encode`, for instance a cached version of it.
 
     Returns:
         Context ids (at least one) and continuation ids.
+
+    Raises:
+        UserError: The tokenizer encodes the text to no tokens.
     """
     encode = encode or tokenizer.encode
     bare = context.rstrip(" ")
@@ -58,7 +61,9 @@ def encode_pair(
     if not continuation:
         return [tokenizer.eot_id, *head], []
     if not whole:
-        raise UserError(f"tokenizer {tokenizer.kind}: encodes {bare + continuation!r:.80} to no token; use another one")
+        raise UserError(
+            f"tokenizer {tokenizer.kind}: encodes {bare + continuation!r:.80} to no tokens; use another one"
+        )
     # A token crosses the boundary: scoring starts with that token, so that no part of the continuation is lost.
     shared = 0
     while shared < min(len(head), len(whole) - 1) and head[shared] == whole[shared]:
@@ -70,10 +75,10 @@ def windows(context: Sequence[int], continuation: Sequence[int], max_tokens: int
     """Split a request into requests of at most `max_tokens` input tokens; their log-probabilities add up.
 
     Args:
-        context: token ids before the continuation; truncated at its start if it is too long.
-        continuation: token ids to score. If it does not fit, it is scored in parts, each after as many preceding tokens
+        context: Token ids before the continuation; truncated at its start if it is too long.
+        continuation: Token ids to score. If it does not fit, it is scored in parts, each after as many preceding tokens
             as fit.
-        max_tokens: maximum number of input tokens; the last continuation token is never an input.
+        max_tokens: Maximum number of input tokens; the last continuation token is never an input.
 
     Returns:
         One request, or several that cover the continuation once.
@@ -90,12 +95,12 @@ def windows(context: Sequence[int], continuation: Sequence[int], max_tokens: int
 
 
 def score(model: Transformer, requests: Sequence[Request], token_budget: int = 16384) -> list[tuple[float, bool]]:
-    """Log-probability of each continuation after its context, and whether greedy decoding produces it.
+    """Compute the log-probability of each continuation, and whether greedy decoding produces it.
 
     Args:
-        model: a Transformer of any family; it is in evaluation mode during the call.
+        model: A Transformer of any family; it is in evaluation mode during the call.
         requests: (context ids, continuation ids); a context has at least one token, such as the end-of-text token.
-        token_budget: maximum number of padded tokens in a batch; a longer row is a batch of its own.
+        token_budget: Maximum number of padded tokens in a batch; a longer row is a batch of its own.
 
     Returns:
         For each request, in order: the sum of log-probabilities in nats (computed in fp32), and whether greedy decoding
@@ -136,7 +141,7 @@ def _input_ids(context: Sequence[int], continuation: Sequence[int]) -> tuple[int
 
 
 def _shared_rows(inputs: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
-    """The distinct inputs that are no other input's prefix, and for each input the row that contains it."""
+    """Return the distinct inputs that are not a prefix of another, and for each input the row that contains it."""
     rows: list[tuple[int, ...]] = []
     row_of = [0] * len(inputs)
     # In descending order an input directly follows the longer ones that begin with it.
@@ -149,29 +154,29 @@ def _shared_rows(inputs: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...
 
 
 def _plan(rows: Sequence[tuple[int, ...]], stems: Sequence[int], token_budget: int) -> Iterator[tuple[list[int], bool]]:
-    """Batches of row indices, each with whether its stems are read once and shared, which pays if it halves the tokens.
+    """Yield batches of row indices, and whether their stems are read once and shared: if that halves the tokens.
 
-    `stems`: for each row, the number of tokens before its first scored position; 0 if nothing in it is scored.
+    `stems` holds, for each row, the number of tokens before its first scored position; 0 if nothing in it is scored.
     """
     by_stem: dict[tuple[int, ...], list[int]] = {}
     for row, length in enumerate(stems):
         if length:
             by_stem.setdefault(rows[row][:length], []).append(row)
-    alone: list[int] = []
-    together: list[list[int]] = []
+    separate: list[int] = []
+    sharing: list[list[int]] = []
     for stem, family in by_stem.items():
-        each = sum(len(rows[row]) for row in family)
-        if each >= 2 * (each - (len(family) - 1) * len(stem)):
+        tokens = sum(len(rows[row]) for row in family)
+        if tokens >= 2 * (tokens - (len(family) - 1) * len(stem)):
             size = max(1, token_budget // max(len(rows[row]) for row in family))
-            together += [family[start : start + size] for start in range(0, len(family), size)]
+            sharing += [family[start : start + size] for start in range(0, len(family), size)]
         else:
-            alone += family
-    alone.sort(key=lambda row: -len(rows[row]))
-    for batch in batches_of(alone, [len(row) for row in rows], token_budget):
+            separate += family
+    separate.sort(key=lambda row: -len(rows[row]))
+    for batch in batches_of(separate, [len(row) for row in rows], token_budget):
         yield batch, False
-    together.sort(key=lambda family: -stems[family[0]])
+    sharing.sort(key=lambda family: -stems[family[0]])
     batch = []
-    for family in together:
+    for family in sharing:
         longest = max(len(rows[row]) for row in [*batch, *family])
         if batch and (len(batch) + len(family)) * longest > token_budget:
             yield batch, True
@@ -182,14 +187,14 @@ def _plan(rows: Sequence[tuple[int, ...]], stems: Sequence[int], token_budget: i
 
 
 def _plain_hidden(model: Transformer, rows: Sequence[Sequence[int]], _: Sequence[int], device: torch.device) -> Tensor:
-    """Hidden states [B, T, D] of whole rows; in a causal model, padding on the right needs no mask."""
+    """Return the hidden states [B, T, D] of whole rows; in a causal model, padding on the right needs no mask."""
     return model.hidden(_padded(rows, device))
 
 
 def _shared_hidden(
     model: Transformer, rows: Sequence[Sequence[int]], stems: Sequence[int], device: torch.device
 ) -> Tensor:
-    """Hidden states [B, 1 + U, D] of each row's last stem token and of the at most U tokens after it.
+    """Return the hidden states [B, 1 + U, D] of each row's last stem token and of the at most U tokens after it.
 
     Each distinct stem is read once; every row that begins with it uses its keys and values.
     """
@@ -209,13 +214,13 @@ def _shared_hidden(
 
 
 def _padded(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """Rows of token ids as one tensor, padded on the right."""
+    """Return rows of token ids as one tensor, padded on the right."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
 
 
 def _score_cells(model: Transformer, x_PD: Tensor, cells: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-    """For each (position in x, target): log p of the target in fp32, and whether the target is the argmax."""
+    """Return, for each (position in x, target), log p of the target in fp32 and whether the target is the argmax."""
     device = x_PD.device
     place_N, target_N = torch.tensor(cells, device=device).unbind(1)
     place_U, unique_N = torch.unique(place_N, return_inverse=True)

@@ -1,6 +1,6 @@
-"""Where the records of a run in training go: train.jsonl always, TensorBoard and Weights & Biases on request.
+"""Loggers of training: train.jsonl always, TensorBoard and Weights & Biases on request.
 
-To add one: a class with `log` and `close`, and its name in `LOGGERS` and in `cells.LoggerName`.
+To add one, write a class with `log` and `close`, and add its name to `LOGGERS` and to `cells.LoggerName`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class JsonLines:
         self.run.append_train({"step": step, **record})
 
     def close(self) -> None:
-        """Nothing to do: every line is written at once."""
+        """Do nothing, since every line is written immediately."""
 
 
 class TensorBoard:
@@ -51,7 +51,7 @@ class TensorBoard:
         self.writer = SummaryWriter(str(run.path / "tensorboard"), purge_step=step + 1 if step else None)
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
-        """One scalar event per value."""
+        """Write one scalar event per value."""
         for name, value in scalars(record).items():
             self.writer.add_scalar(name, value, step)
 
@@ -61,7 +61,7 @@ class TensorBoard:
 
 
 class WandB:
-    """A Weights & Biases run, which is continued when the run resumes. WANDB_PROJECT and WANDB_MODE apply as usual."""
+    """A Weights & Biases run, continued when training resumes. WANDB_PROJECT and WANDB_MODE apply as usual."""
 
     def __init__(self, run: RunDir, cell: Cell, step: int) -> None:
         import wandb
@@ -82,20 +82,20 @@ class WandB:
         self.run.define_metric("*", step_metric="step")  # so that steps repeated after a resume are accepted
 
     def log(self, step: int, record: Mapping[str, Any]) -> None:
-        """One history row."""
+        """Write one history row."""
         self.run.log({"step": step, **scalars(record)})
 
     def close(self) -> None:
-        """Upload what is left and end the process of wandb."""
+        """Upload the remaining rows and end the wandb process."""
         self.run.finish()
 
 
 LOGGERS: dict[LoggerName, Callable[[RunDir, Cell, int], Logger]] = {"tensorboard": TensorBoard, "wandb": WandB}
-"""By name, which is also that of the package and of the extra that installs it."""
+"""Loggers by name. The package and the extra that installs it have the same name."""
 
 
 def require_packages(names: Iterable[LoggerName]) -> None:
-    """UserError naming the extra if the package of a logger is not installed."""
+    """Raise UserError, which names the extra, if the package of a logger is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
             remedy = f"pip install 'next-parameter[{name}]'"
@@ -103,13 +103,25 @@ def require_packages(names: Iterable[LoggerName]) -> None:
 
 
 def open_loggers(run: RunDir, cell: Cell, step: int) -> list[Logger]:
-    """The loggers of a cell whose training starts or resumes after `step`. UserError: a package is missing."""
+    """Open the loggers of a cell.
+
+    Args:
+        run: The run directory.
+        cell: The cell.
+        step: The step after which training starts or resumes.
+
+    Returns:
+        The loggers, that of train.jsonl first.
+
+    Raises:
+        UserError: The package of a logger is not installed.
+    """
     require_packages(cell.train.loggers)
     return [JsonLines(run), *(LOGGERS[name](run, cell, step) for name in cell.train.loggers)]
 
 
 def scalars(record: Any, prefix: str = "") -> dict[str, float]:
-    """The numbers of a nested record by path, such as `probe/storage/bits`; everything else is left out."""
+    """Return the numbers of a nested record by path, such as `probe/storage/bits`; other values are dropped."""
     if isinstance(record, int | float):
         return {prefix: record}
     if isinstance(record, Mapping):

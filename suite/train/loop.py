@@ -1,4 +1,4 @@
-"""The training loop of one cell, in one or several processes. Runs resume at every checkpoint, on one CPU bit for bit.
+"""The training loop of one cell, in one or several processes. Runs resume from any checkpoint, bit for bit on one CPU.
 
 Shapes: B rows, T positions.
 """
@@ -43,7 +43,7 @@ class Diverged(Exception):
 
 
 def total_steps(config: TrainConfig, loader: Loader, seq_len: int) -> int:
-    """Optimizer steps of a cell: its budget of tokens or epochs over the batch size, at least one."""
+    """Return the optimizer steps of a cell: its budget of tokens or epochs over the batch size, at least one."""
     if config.tokens is not None:
         return steps_of(config, config.tokens, seq_len)
     assert config.epochs is not None
@@ -51,7 +51,7 @@ def total_steps(config: TrainConfig, loader: Loader, seq_len: int) -> int:
 
 
 def probe_steps(config: TrainConfig, steps: int) -> set[int]:
-    """The steps after which probes run: log-spaced, the last step included."""
+    """Return the steps after which probes run: log-spaced, the last step included."""
     if config.probes == 0:
         return set()
     spaced = np.geomspace(max(1.0, steps * FIRST_PROBE), steps, config.probes)
@@ -84,7 +84,7 @@ class Trainer:
         self.loggers = open_loggers(run, cell, self.step) if self.world.is_first else []
 
     def _build(self) -> tuple[Transformer, Any]:
-        """The model, and the callable that runs its forward pass in training."""
+        """Return the model, and the callable that runs its forward pass in training."""
         cell, world = self.cell, self.world
         if world.distributed:
             # Imported here because it takes almost two seconds and one process does not need it.
@@ -107,7 +107,7 @@ class Trainer:
         return model, model
 
     def _tensors(self, moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
-        """All tensors of a checkpoint: those in use, as DTensors if they are sharded."""
+        """Return all tensors of a checkpoint: those in use, as DTensors if they are sharded."""
         state = {"model": self.model.state_dict(), "optimizer": moments}
         if not self.world.distributed:
             return state
@@ -135,7 +135,7 @@ class Trainer:
         self.saved = self.step
 
     def train_step(self) -> dict[str, float | None]:
-        """One optimizer step over `batch_rows` rows. Returns what is logged of it. Raises Diverged."""
+        """Take one optimizer step over `batch_rows` rows and return the values to log. Raises Diverged."""
         self.model.train()
         lrs = self.optimizer.set_lr(lr_factor(self.config, self.step, self.steps))
         loss = self._backward()
@@ -167,8 +167,8 @@ class Trainer:
         (targets,) = world.total(sum(int((batch.targets_BT != IGNORED).sum()) for batch in batches))
         loss = 0.0
         for batch in batches:
-            whole = (batch.tokens_BT, batch.targets_BT, batch.segments_BT)
-            tokens_BT, targets_BT, segments_BT = (part.to(self.device) for part in whole)
+            columns = (batch.tokens_BT, batch.targets_BT, batch.segments_BT)
+            tokens_BT, targets_BT, segments_BT = (column.to(self.device) for column in columns)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 logits_BTV = self.forward(tokens_BT, segments_BT)
             wide_NV = logits_BTV.flatten(0, 1)
@@ -186,7 +186,7 @@ class Trainer:
         self.model.after_step()
 
     def position(self) -> dict[str, float]:
-        """Position of the run: step, tokens (padding included), epochs, training FLOPs and seconds."""
+        """Return the position of the run: step, tokens (padding included), epochs, training FLOPs and seconds."""
         tokens = self.step * self.config.batch_rows * self.cell.data.seq_len
         return {
             "step": self.step,
@@ -217,7 +217,7 @@ class Trainer:
         """Train to the last step or the stopping rule, logging and saving.
 
         Args:
-            should_stop: called between steps; if it returns true in any process, all save a checkpoint and stop.
+            should_stop: Called between steps; if it returns true in any process, all save a checkpoint and stop.
 
         Returns:
             "done", or "interrupted" if `should_stop` ended the training.
@@ -246,22 +246,22 @@ class Trainer:
         if is_logged:
             self.reads.start()
         started = time.perf_counter()
-        facts = self.train_step()
+        values = self.train_step()
         seconds = time.perf_counter() - started
-        loss = facts["loss"]
+        loss = values["loss"]
         assert loss is not None
         telemetry.stepped(self.step, self.config.batch_rows * self.cell.data.seq_len, seconds, loss)
         self.train_s = telemetry.train_s
         if is_logged:
-            self.record(facts | telemetry.speed() | self._usage())
+            self.record(values | telemetry.speed() | self._usage())
 
     def _usage(self) -> dict[str, Any]:
-        """Table reads of the last step, and the number of rows that no step has read yet."""
+        """Return the table reads of the last step, and the number of rows that no step has read yet."""
         usage = self.reads.finish()
         if not usage:
             return {}
-        for of_table, table in zip(usage["tables"], self.reads.tables, strict=True):
-            of_table["never_read"] = self.optimizer.never_read(table)
+        for table_usage, table in zip(usage["tables"], self.reads.tables, strict=True):
+            table_usage["never_read"] = self.optimizer.never_read(table)
         return {"usage": usage}
 
 
@@ -277,16 +277,16 @@ def train(
     All processes of the world call it with equal arguments, except for `should_stop`.
 
     Args:
-        cell: the cell to train.
-        corpus: its prepared data.
-        run: its run directory, whose lock the caller in rank 0 holds.
-        world: the processes that train together (see parallel.process_group); None: this process alone.
-        should_stop: called between steps; if it returns true in any process, all save a checkpoint and stop.
+        cell: The cell to train.
+        corpus: Its prepared data.
+        run: Its run directory, whose lock the caller in rank 0 holds.
+        world: The processes that train together (see parallel.process_group); None: this process alone.
+        should_stop: Called between steps; if it returns true in any process, all save a checkpoint and stop.
 
     Returns:
         "done", or "interrupted" if `should_stop` ended the training.
 
     Raises:
-        Diverged: the loss is not finite. The last checkpoint remains.
+        Diverged: The loss is not finite. The last checkpoint remains.
     """
     return Trainer(cell, corpus, run, world).run_to_end(should_stop)

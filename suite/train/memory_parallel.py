@@ -29,30 +29,36 @@ class ColumnTable(MemoryTable):
     """This process's columns of a table. Reads give rows of the whole table; all processes of a group read together."""
 
     def __init__(self, rows: int, dim: int, mesh: DeviceMesh) -> None:
-        """rows, dim: of the whole table. mesh: "replica" x "memory"; the size of the second divides dim."""
+        """Allocate this process's columns.
+
+        Args:
+            rows: Rows of the table (R).
+            dim: Row width of the whole table (D).
+            mesh: The mesh "replica" x "memory"; the size of its second dimension divides `dim`.
+        """
         self.mesh, self.group, self.replicas = mesh, mesh.get_group("memory"), mesh.get_group("replica")
         self.members = self.group.size()
         super().__init__(rows, dim // self.members)
 
     def columns(self) -> slice:
-        """The columns of the whole table that this process holds."""
+        """Return the columns of the whole table that this process holds."""
         width = self.weight.shape[1]
         first = self.mesh.get_local_rank("memory") * width
         return slice(first, first + width)
 
     def as_dtensor(self, own_RC: Tensor) -> DTensor:
-        """This process's columns of a tensor of rows (the weights, a moment) as a DTensor of the whole one."""
+        """Wrap this process's columns of a tensor of rows (weights, a moment) as a DTensor of the whole tensor."""
         return DTensor.from_local(own_RC, self.mesh, (Replicate(), Shard(1)), run_check=False)
 
     def forward(self, indices_NS: Tensor, weights_NS: Tensor) -> Tensor:
-        """Weighted sums of rows as of the whole table, [N, D]."""
+        """Return the weighted sums of rows of the whole table, [N, D]."""
         if self.members == 1:
             return super().forward(indices_NS, weights_NS)
         indices_GS, weights_GS = self._gather_indices(indices_NS), _AllGather.apply(weights_NS, self.group)
         return self._to_tokens(super().forward(indices_GS, weights_GS))
 
     def products(self, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
-        """Inner products as of the whole table, [N, S]: the sum of those over each process's columns."""
+        """Return the inner products with rows of the whole table, [N, S], summed over the processes' columns."""
         if self.members == 1:
             return super().products(indices_NS, x_ND)
         partial_GS = super().products(self._gather_indices(indices_NS), self._to_columns(x_ND))
@@ -60,7 +66,7 @@ class ColumnTable(MemoryTable):
         return products_NS
 
     def share_gradient(self) -> None:
-        """Sum the gradient over replicas, in the order of replicas, so that all get equal sums."""
+        """Sum the gradient over replicas, in the same order everywhere, so that all have equal sums."""
         if self.replicas.size() == 1:
             return
         if self.gradients is not None:
@@ -77,7 +83,7 @@ class ColumnTable(MemoryTable):
             dist.all_reduce(counts, group=self.replicas)
 
     def norm_of_columns(self, norm: Tensor) -> Tensor:
-        """The norm over all columns, given that of this process's columns."""
+        """Return the norm over all columns, given that of this process's columns."""
         square = norm.square()
         dist.all_reduce(square, group=self.group)
         return square.sqrt()
@@ -87,19 +93,28 @@ class ColumnTable(MemoryTable):
         return _all_gather(narrow, self.group).to(torch.int64)
 
     def _to_tokens(self, x_GC: Tensor) -> Tensor:
-        """Own columns of all tokens -> all columns of own tokens."""
+        """Return the own columns of all tokens -> all columns of own tokens."""
         swapped_MNC = _AllToAll.apply(x_GC, self.group).view(self.members, -1, x_GC.shape[1])
         return swapped_MNC.transpose(0, 1).flatten(1)
 
     def _to_columns(self, x_ND: Tensor) -> Tensor:
-        """All columns of own tokens -> own columns of all tokens."""
+        """Return all columns of own tokens -> own columns of all tokens."""
         columns_MNC = x_ND.unflatten(1, (self.members, -1)).transpose(0, 1)
         swapped_GC: Tensor = _AllToAll.apply(columns_MNC.flatten(0, 1), self.group)
         return swapped_GC
 
 
 def gather_rows(rows_U: Tensor, sums_UD: Tensor, group: ProcessGroup) -> list[tuple[Tensor, Tensor]]:
-    """The compact row gradients (int64 rows, sums) of every process of the group, by rank."""
+    """Gather the compact row gradients of every process of a group.
+
+    Args:
+        rows_U: This process's unique rows, int64.
+        sums_UD: Their gradient sums.
+        group: The process group.
+
+    Returns:
+        (rows, sums) of every process, by rank.
+    """
     counts = [torch.zeros(1, dtype=torch.int64, device=rows_U.device) for _ in range(group.size())]
     dist.all_gather(counts, torch.tensor([len(rows_U)], device=rows_U.device), group=group)
     lengths = [int(count) for count in counts]
@@ -130,7 +145,7 @@ def _all_to_all(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 class _AllGather(torch.autograd.Function):
-    """The tokens of all processes, in order of rank; gradients are summed and returned to their process."""
+    """Gathers the tokens of all processes by rank; gradients are summed and sent back to their process."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
@@ -143,7 +158,7 @@ class _AllGather(torch.autograd.Function):
 
 
 class _ReduceScatter(torch.autograd.Function):
-    """The sum over processes of their values for this process's tokens: the reverse of `_AllGather`."""
+    """Sums the processes' values for this process's tokens: the reverse of `_AllGather`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
@@ -156,7 +171,7 @@ class _ReduceScatter(torch.autograd.Function):
 
 
 class _AllToAll(torch.autograd.Function):
-    """Exchange blocks: block m goes to process m, and its block for this process comes back. Its own inverse."""
+    """Exchanges blocks: block m goes to process m, whose block for this process is received. Its own inverse."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:

@@ -17,7 +17,7 @@ class NamedMuon:
     """Muon with Nesterov momentum 0.95 and five Newton-Schulz steps, torch's defaults.
 
     Updates are scaled by 0.2 sqrt(max(A, B)) (Liu et al. 2025, arXiv 2502.16982), which gives them the RMS of AdamW's:
-    the same learning rate and weight decay serve both. State is kept by name, so that a checkpoint can hold it.
+    the same learning rate and weight decay serve both. State is stored by parameter name, as checkpoints need it.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], weight_decay: float) -> None:
@@ -25,7 +25,7 @@ class NamedMuon:
         self.momentum = {name: torch.zeros_like(parameter.detach()) for name, parameter in self.parameters.items()}
 
     def step(self, lr: float) -> None:
-        """One step of every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for name, parameter in self.parameters.items():
             if parameter.grad is not None:
                 self._step(parameter.detach(), parameter.grad, self.momentum[name], lr)
@@ -49,13 +49,13 @@ class NamedMuon:
 
 
 def _local_matrices(stack: Tensor) -> list[Tensor]:
-    """Views of the matrices of a stack that this process holds."""
+    """Return views of the matrices of a stack that this process holds."""
     local = stack.to_local() if hasattr(stack, "to_local") else stack  # a DTensor sharded over the first dimension
     return list(local.unbind(0))
 
 
 def _gathered(tensor: Tensor) -> Tensor:
-    """A DTensor replicated in every process; any other tensor itself."""
+    """Return a DTensor replicated in every process; other tensors are returned unchanged."""
     if not hasattr(tensor, "full_tensor"):
         return tensor
     from torch.distributed.tensor import DTensor, Replicate  # takes a second to import
@@ -65,6 +65,6 @@ def _gathered(tensor: Tensor) -> Tensor:
 
 
 def _scatter(gathered: Tensor, target: Tensor) -> None:
-    """Copy this process's shard of a gathered tensor back to where it came from."""
+    """Copy this process's shard of a gathered tensor back to `target`."""
     if gathered is not target:
         target.copy_(gathered)

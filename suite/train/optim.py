@@ -1,9 +1,9 @@
 """Optimizers of a model: an ordered list of rules decides, by name, how each parameter is trained.
 
 The rules of a cell (`parameter_rules`) give AdamW to every parameter, with a learning rate, weight decay and clipping
-norm of its own for value tables, as in the released code of "Memory Layers at Scale", whose weight decay also falls on
-every tensor. Options replace the optimizer of value tables or of hidden matrices. To add an optimizer: a rule in
-`parameter_rules`, and its step and state in `Optimizer`.
+norm of its own for value tables, as in the released code of "Memory Layers at Scale", which applies weight decay to
+every tensor. Options replace the optimizer of value tables or of hidden matrices. To add an optimizer, add a rule to
+`parameter_rules`, and its step and state to `Optimizer`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from suite.train.muon import NamedMuon
 from suite.train.table_optimizers import RowSGD, row_adamw, row_sgd
 
 VALUE_LR_RATIO = 10.0
-"""Learning rate of value tables over the base rate if a cell sets none: 1e-3 against 1e-4 in the released template."""
+"""Default ratio of the learning rate of value tables to the base rate: 1e-3 to 1e-4 in the released template."""
 
 OptimizerName = Literal["adamw", "muon", "row_adamw", "row_sgd"]
 
@@ -36,7 +36,7 @@ TABLE_OPTIMIZERS: dict[str, OptimizerName] = {"row_wise": "row_adamw", "dense": 
 class Rule:
     """How the parameters whose whole name matches a regular expression are trained.
 
-    `group`: parameters of a group are clipped to the norm together. Value tables need a group of their own.
+    The parameters of a `group` are clipped by their joint norm. Value tables need a group of their own.
     """
 
     pattern: str
@@ -47,7 +47,7 @@ class Rule:
 
 
 def parameter_rules(model: Transformer, config: TrainConfig) -> list[Rule]:
-    """The rules of a cell, in order of precedence."""
+    """Return the rules of a cell, in order of precedence."""
     tables = {id(table.weight) for table in model.memory_tables()}
     table_names = [name for name, parameter in model.named_parameters() if id(parameter) in tables]
     value_lr = config.value_lr or VALUE_LR_RATIO * config.lr
@@ -62,15 +62,15 @@ def parameter_rules(model: Transformer, config: TrainConfig) -> list[Rule]:
 
 
 def any_of(names: Iterable[str]) -> str:
-    """The pattern that matches these names alone."""
+    """Return the pattern that matches exactly these names."""
     return "|".join(map(re.escape, names)) or "(?!)"
 
 
 def match_rules(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
-    """The rule of every parameter: the first whose pattern matches its whole name.
+    """Return the rule of every parameter: the first whose pattern matches its whole name.
 
     Raises:
-        ValueError: a parameter that no rule matches.
+        ValueError: A parameter that no rule matches.
     """
     matched = {}
     for name in names:
@@ -128,14 +128,14 @@ class Optimizer:
         return {name: parameter for name, parameter in self.parameters.items() if self.rules[name] == rule}
 
     def set_lr(self, factor: float) -> dict[str, float]:
-        """Scale all base rates by the schedule's factor; gives the rates in force by group."""
+        """Scale all base rates by the schedule's factor and return the current rates by group."""
         self.lr = {rule: rule.lr * factor for rule in self.lr}
         for group in self.adamw.param_groups:
             group["lr"] = self.lr[group["rule"]]
         return {rule.group: lr for rule, lr in self.lr.items()}
 
     def step(self) -> dict[str, float]:
-        """Clip each group to the cell's norm, update, clear gradients; gives the norms before clipping."""
+        """Clip each group to the cell's norm, update, clear gradients, and return the norms before clipping."""
         for table in self.tables.values():
             table.share_gradient()
         norms = {group: self._clip(names) for group, names in self.groups.items()}
@@ -163,20 +163,20 @@ class Optimizer:
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if tables:
             norm = tables[0].norm_of_columns(norm)
-        elif hasattr(norm, "full_tensor"):  # a DTensor, whose sum over processes is still to be taken
+        elif hasattr(norm, "full_tensor"):  # a DTensor, not yet summed over processes
             norm = norm.full_tensor()
         nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
         return norm.item()
 
     def never_read(self, table: MemoryTable) -> int | None:
-        """Rows of the table that no step has read yet; None if its gradients are dense, which do not tell."""
+        """Return rows of the table that no step has read yet; None with dense gradients, which do not record reads."""
         for name, rows in self.rows.items():
             if self.tables[name] is table:
                 return rows.never_read
         return None
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """State by parameter name: the tensors in use, created first if no step was taken yet.
+        """Return the state by parameter name: the tensors in use, created if no step has been taken yet.
 
         Tables are flushed: all their rows are at the last step.
         """
@@ -198,6 +198,6 @@ class Optimizer:
         return state
 
     def restored(self, state: dict[str, dict[str, Tensor]]) -> None:
-        """To be called once the tensors of `state` have been filled from a checkpoint."""
+        """Resume from `state`, whose tensors have been filled from a checkpoint."""
         for name, rows in self.rows.items():
             rows.load_state_dict(state[name])

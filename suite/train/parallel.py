@@ -41,7 +41,7 @@ class Parallel(Frozen):
 
 @dataclass(frozen=True)
 class World:
-    """This process and those that train with it. `World()` is one process; `distributed`: there is a process group."""
+    """This process and those that train with it. `World()` is one process; `distributed`: a process group exists."""
 
     rank: int = 0
     size: int = 1
@@ -55,7 +55,7 @@ class World:
         return self.rank == 0
 
     def total(self, *values: float) -> list[float]:
-        """Each value summed over all processes in float64, on the CPU, so that no device has to synchronise."""
+        """Return each value summed over all processes in float64, on the CPU, so that no device synchronises."""
         if not self.distributed:
             return list(values)
         sums = torch.tensor(values, dtype=torch.float64)
@@ -64,7 +64,7 @@ class World:
         return summed
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is true in any process; all processes get the same answer."""
+        """Return whether the flag is true in any process; all processes get the same answer."""
         return self.total(flag)[0] > 0
 
     def wait(self) -> None:
@@ -77,7 +77,7 @@ class World:
             dist.all_reduce(tensor)
 
     def micro_batches(self, cell: Cell) -> int:
-        """Micro-batches per step: the launch's if it sets them, else the cell's. The summed gradient is the same."""
+        """Return the micro-batches per step: the launch's if set, else the cell's. The summed gradient is the same."""
         return self.parallel.accumulate or cell.train.accumulate
 
     def check(self, cell: Cell) -> None:
@@ -99,9 +99,9 @@ class World:
 
 
 def recompute_blocks(model: Transformer) -> None:
-    """Activation checkpointing of the blocks without a memory.
+    """Recompute the activations of blocks without a memory in the backward pass.
 
-    Blocks with a memory are left out: recomputing one would exchange rows between processes again and count its tokens
+    Blocks with a memory are excluded: recomputing one would exchange rows between processes again and count its tokens
     twice in batch statistics. (Expert loads are counted twice as well, but only their order matters.)
     """
     for block in model.layers:
@@ -114,7 +114,7 @@ def process_group(parallel: Parallel | None = None) -> Iterator[World]:
     """The world of the environment, with its process group (gloo on CPU, NCCL on GPUs) open inside the context.
 
     Raises:
-        KeyError: the environment sets WORLD_SIZE but lacks the named variable.
+        KeyError: The environment sets WORLD_SIZE but lacks the named variable.
     """
     parallel = parallel or Parallel()
     if "WORLD_SIZE" not in os.environ:

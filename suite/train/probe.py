@@ -1,7 +1,7 @@
 """Probes during training: bits learned about a fixed sample of people, and evaluation-mode loss.
 
-Scored without an evaluation library, so that training needs only torch, numpy and pydantic. The evaluation harness
-gives the same numbers for the same people (tests/evaluate/test_harness.py).
+They are scored without an evaluation library, so that training needs only torch, numpy and pydantic. The evaluation
+harness gives the same numbers for the same people (tests/evaluate/test_harness.py).
 
 Shapes: B rows, T positions, D model width, N scored positions, V vocabulary.
 """
@@ -34,8 +34,8 @@ class Prober:
     """The probes of a corpus, the same for every model.
 
     Args:
-        corpus: a bios corpus (probes, and loss on training rows) or a text corpus (loss on held-out windows).
-        people: number of people in the fixed sample of each kind of probe; all people of a smaller world.
+        corpus: A bios corpus (probes, and loss on training rows) or a text corpus (loss on held-out windows).
+        people: Number of people in the fixed sample of each kind of probe; all people of a smaller world.
     """
 
     def __init__(self, corpus: Corpus, people: int = PEOPLE) -> None:
@@ -51,7 +51,7 @@ class Prober:
         self._rows = _loss_rows(corpus)
 
     def run(self, model: Transformer) -> dict[str, Any]:
-        """Scores of the model: {"eval_loss": nats a token, "probe": {kind: {bits, bits_max, nll, recall, n}}}.
+        """Score the model: {"eval_loss": nats a token, "probe": {kind: {bits, bits_max, nll, recall, n}}}.
 
         "probe" is absent for text. `n` is the number of probes. The model's mode is restored.
         """
@@ -63,24 +63,33 @@ class Prober:
     def _bits(self, model: Transformer, kind: ProbeKind) -> dict[str, float]:
         results = loglikelihood.score(model, self._requests[kind], TOKEN_BUDGET)
         items = [metrics.Scored(probe, *result) for probe, result in zip(self._probes[kind], results, strict=True)]
-        wanted = {name: metrics.METRICS[name](items) for name in ("bits", "bits_max", "nll", "recall")}
-        return {**wanted, "n": len(items)}
+        values = {name: metrics.METRICS[name](items) for name in ("bits", "bits_max", "nll", "recall")}
+        return {**values, "n": len(items)}
 
 
 def kinds(world: World) -> tuple[ProbeKind, ...]:
-    """The kinds of probes of a world: extraction only if questions are part of the training text."""
+    """Return the kinds of probes of a world: extraction only if questions are part of the training text."""
     return ("storage", "paraphrase", "extraction") if len(world.with_questions) else ("storage", "paraphrase")
 
 
 def sample(world: World, kind: ProbeKind, people: int) -> list[int]:
-    """A fixed sample of people; for extraction, of those whose questions are not in the training text."""
-    allowed = world.without_questions if kind == "extraction" else range(world.people)
-    order = seeded_random.permutation(len(allowed), SAMPLE_SEED, world.seed)
-    return sorted(int(allowed[i]) for i in order[:people])
+    """Draw a fixed sample of people.
+
+    Args:
+        world: The world.
+        kind: The kind of probe; for extraction, only people whose questions are not in the training text are drawn.
+        people: Size of the sample; all people of a smaller world.
+
+    Returns:
+        The people's indices, ascending.
+    """
+    eligible = world.without_questions if kind == "extraction" else range(world.people)
+    order = seeded_random.permutation(len(eligible), SAMPLE_SEED, world.seed)
+    return sorted(int(eligible[i]) for i in order[:people])
 
 
 def _loss_rows(corpus: Corpus) -> Batch:
-    """The fixed rows of the evaluation-mode loss."""
+    """Return the fixed rows of the evaluation-mode loss."""
     rows = max(1, LOSS_TOKENS // corpus.config.seq_len)
     if corpus.world is not None:
         loader = corpus.loader(SAMPLE_SEED, rows)
@@ -89,7 +98,7 @@ def _loss_rows(corpus: Corpus) -> Batch:
 
 
 def held_out_rows(corpus: Corpus, rows: int) -> Batch:
-    """The first held-out documents, packed into rows as in training."""
+    """Return the first held-out documents, packed into rows as in training."""
     eot, length = corpus.tokenizer.eot_id, corpus.config.seq_len
     stream = (token for text in corpus.held_out for token in (eot, *corpus.tokenizer.encode(text)))
     ids = list(itertools.islice(stream, rows * length + 1))
@@ -104,7 +113,7 @@ def held_out_rows(corpus: Corpus, rows: int) -> Batch:
 
 
 def loss(model: Transformer, rows: Batch) -> float:
-    """Mean cross-entropy in nats per target, in evaluation mode and fp32."""
+    """Return the mean cross-entropy in nats per target, in evaluation mode and fp32."""
     total = 0.0
     step = max(1, TOKEN_BUDGET // rows.tokens_BT.shape[1])
     with evaluation_mode(model) as device:

@@ -4,8 +4,8 @@
   divided by the number of targets in all processes.
 - Value tables: sharded by columns within groups of `memory_parallel` processes and replicated across groups
   (memory_parallel.py).
-- With bf16, modules of weight matrices alone (attention, feed-forward layers, experts) are gathered in bf16, to which
-  autocast would cast them in any case, and their gradients are summed in fp32. Norms, routers and keys stay in fp32.
+- With bf16, modules that hold only weight matrices (attention, feed-forward layers, experts) are gathered in bf16, to
+  which autocast would cast them anyway, and their gradients are summed in fp32. Norms, routers and keys stay in fp32.
 - Statistics over the tokens of a step (batch norms, expert loads) are summed over all processes.
 
 Shapes: N tokens of a process, C channels or own columns, R rows of a table, D row width.
@@ -36,29 +36,29 @@ pieces as at once."""
 
 
 def build_sharded(config: ModelConfig, vocab_size: int, seed: int, world: World, precision: str) -> Transformer:
-    """This process's shard of a model, with the initial weights that a single process would draw.
+    """Build this process's shard of a model, with the initial weights that a single process would draw.
 
     It materialises at most one full parameter outside the tables at a time.
 
     Args:
-        config: the model.
-        vocab_size: number of token ids.
-        seed: seed of the initial weights.
-        world: the processes that share the model.
-        precision: train.precision; with "bf16", weight matrices are gathered in bf16.
+        config: The model.
+        vocab_size: Number of token ids.
+        seed: Seed of the initial weights.
+        world: The processes that share the model.
+        precision: Train.precision; with "bf16", weight matrices are gathered in bf16.
 
     Raises:
-        UserError: memory_parallel does not divide the row width.
+        UserError: Memory_parallel does not divide the row width.
     """
     kind, members = world.device.type, world.parallel.memory_parallel
-    everyone = init_device_mesh(kind, (world.size,), mesh_dim_names=("data",))
+    data = init_device_mesh(kind, (world.size,), mesh_dim_names=("data",))
     memory = init_device_mesh(kind, (world.size // members, members), mesh_dim_names=("replica", "memory"))
     with torch.device("meta"):
         model = Transformer(config, vocab_size)
         widths = [table.weight.shape[1] for table in model.memory_tables()]
         _shard_tables(model, memory)
         _make_batchnorms_global(model)
-    _fully_shard(model, everyone, precision)
+    _fully_shard(model, data, precision)
     model.to_empty(device=world.device)
     reset_statistics(model)
     for name, parameter in model.named_parameters():
@@ -78,7 +78,7 @@ def sum_statistics(model: Transformer, world: World) -> None:
 
 
 def as_dtensors(model: Transformer, state: dict[str, Any]) -> dict[str, Any]:
-    """{"model": ..., "optimizer": ...} with a DTensor for every tensor of which this process holds columns.
+    """Convert {"model": ..., "optimizer": ...}: every tensor of which this process holds columns becomes a DTensor.
 
     All other tensors are DTensors already, or equal in every process.
     """
@@ -122,11 +122,11 @@ def _fully_shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # else the divide factor needs an op that gloo lacks
+            module.set_force_sum_reduction_for_comms(True)  # otherwise the divide factor needs an op that gloo lacks
 
 
 def holds_matrices_only(module: nn.Module) -> bool:
-    """Whether all parameters of the module are weight matrices, which autocast casts to bf16."""
+    """Return whether all parameters of the module are weight matrices, which autocast casts to bf16."""
     names = {name for name, _ in module.named_parameters()}
     return bool(names) and names == set(getattr(module, "matrices", ()))
 
@@ -148,7 +148,7 @@ def _fill_columns(model: Transformer, name: str, table: ColumnTable, width: int,
 
 @torch.no_grad()
 def copy_shard(target: DTensor, whole: Tensor) -> None:
-    """Copy this process's shard of a tensor, which every process has whole, into `target`."""
+    """Copy this process's shard of a tensor that every process holds whole into `target`."""
     whole = whole.to(target.device, target.dtype)
     placed = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
     target.to_local().copy_(placed.to_local())
@@ -161,7 +161,7 @@ class GlobalBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """input: [N, C]."""
+        """Normalise `input`, [N, C]."""
         if not self.training:
             return super().forward(input)
         x_NC = input.to(at_least_fp32(input.dtype))

@@ -16,7 +16,7 @@ from suite.cells import TrainConfig
 from suite.models.memory_table import MemoryTable
 
 REPLAY_LIMIT_GPU = 256
-"""Skipped steps replayed per row on a GPU. A CPU replays all of them, so that flushing a table changes no bit."""
+"""Skipped steps replayed per row on a GPU. A CPU replays all, so that flushing a table changes no bit."""
 
 LOW_PRECISION: dict[str, Literal["nearest", "stochastic", "master"]] = {
     "fp32": "nearest",
@@ -30,7 +30,8 @@ LOW_PRECISION: dict[str, Literal["nearest", "stochastic", "master"]] = {
 class RowSGD:
     """SGD without momentum: a row that was read becomes (1 - lr * weight_decay) * row - lr * gradient.
 
-    Rows that were not read do not move, so nothing has to be replayed. The only state is which rows were ever read.
+    Rows that were not read do not move, so nothing has to be replayed. The only state is a flag per row that was ever
+    read.
     """
 
     def __init__(self, table_RD: Tensor, gradients: RowGradients, weight_decay: float) -> None:
@@ -51,7 +52,7 @@ class RowSGD:
         self.gradients.clear()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Which rows were ever read."""
+        """Return the flags of the rows that were ever read."""
         return {"touched": self.touched_R}
 
     def load_state_dict(self, saved: dict[str, Tensor]) -> None:
@@ -60,15 +61,21 @@ class RowSGD:
 
 
 def row_sgd(table: MemoryTable, weight_decay: float) -> RowSGD:
-    """SGD on the table's rows; from now on the table collects compact gradients."""
+    """Attach SGD to the table, which from now on collects compact row gradients."""
     table.gradients = RowGradients(table.weight)
     return RowSGD(table.weight, table.gradients, weight_decay)
 
 
 def row_adamw(table: MemoryTable, config: TrainConfig, weight_decay: float) -> RowAdamW:
-    """AdamW on the table's rows; from now on the table collects compact gradients and reports every read.
+    """Attach AdamW to the table, which from now on collects compact row gradients and reports every read.
 
-    The table is converted to bfloat16 if the cell configures it.
+    Args:
+        table: The table, which is converted to bfloat16 unless `value_precision` is fp32.
+        config: The training configuration.
+        weight_decay: Decoupled weight decay.
+
+    Returns:
+        The optimizer.
     """
     if config.value_precision != "fp32":
         table.bfloat16()

@@ -43,7 +43,14 @@ class Telemetry:
         self._bar.start()
 
     def stepped(self, step: int, tokens: int, seconds: float, loss: float) -> None:
-        """Record a training step: `step` steps so far, `tokens` positions in this one, its duration and loss."""
+        """Record a training step.
+
+        Args:
+            step: Steps taken so far.
+            tokens: Positions in this step.
+            seconds: Its duration.
+            loss: Its loss.
+        """
         self.train_s += seconds
         self._window_s += seconds
         self._window_tokens += tokens
@@ -56,7 +63,7 @@ class Telemetry:
             self.run.beat(step / self.total_steps, eta_s)
 
     def speed(self) -> dict[str, float]:
-        """Tokens per second since the last call, and the peak memory in bytes."""
+        """Return the tokens per second since the last call, and the peak memory in bytes."""
         speed = self._window_tokens / self._window_s if self._window_s else 0.0
         self._window_tokens, self._window_s = 0, 0.0
         return {"tokens_per_s": round(speed, 1), "memory_bytes": peak_memory_bytes()}
@@ -67,7 +74,7 @@ class Telemetry:
 
 
 def peak_memory_bytes() -> int:
-    """Peak bytes allocated on the GPU, or without one the peak resident set size of the process."""
+    """Return the peak bytes allocated on the GPU, or without one the peak resident set size of the process."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

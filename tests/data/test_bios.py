@@ -15,8 +15,8 @@ from suite.data.bios.world import World
 from suite.data.sources.bios import BiosData
 
 NAME = r"(?P<name>[A-Z][a-z]+n [A-Z][a-z]+sen)"
-# Written down here by hand, so that the test does not read the text with the templates that wrote it.
-TELLS = {
+# Written by hand, so that the test does not parse the text with the templates that produced it.
+SENTENCES = {
     0: r"(born in the city of|native of|birthplace of .* is|life in) (?P<value>\w+ville)\.$",
     1: r"(company|employed by|employer of .* is|job at) (?P<value>\w+co \w+)\.$",
     2: r"(in the year|year of .* is|began in|since) (?P<value>19\d\d)\.$",
@@ -48,20 +48,20 @@ def test_facts_are_recoverable_from_the_text_and_occur_once_per_round() -> None:
     assert len(names) == w.people
     seen_in = []
     for index in range(ROUNDS):
-        told = {}
+        facts = {}
         for text in w.sentences(index):
             name = re.search(NAME, text)["name"]
-            matches = [(a, m["value"]) for a, tell in TELLS.items() if (m := re.search(tell, text))]
+            matches = [(a, m["value"]) for a, pattern in SENTENCES.items() if (m := re.search(pattern, text))]
             assert len(matches) == 1, text
             ((attribute, value),) = matches
-            assert (names[name], attribute) not in told
-            told[names[name], attribute] = value
+            assert (names[name], attribute) not in facts
+            facts[names[name], attribute] = value
         expected = {
-            (person, a): w.attributes[a].values[w.values[person, a]] for person in range(w.people) for a in TELLS
+            (person, a): w.attributes[a].values[w.values[person, a]] for person in range(w.people) for a in SENTENCES
         }
-        assert told == expected
+        assert facts == expected
         seen_in.append(set(w.sentences(index)))
-    assert len(set.union(*seen_in)) == ROUNDS * w.people * len(TELLS), "another template in each round"
+    assert len(set.union(*seen_in)) == ROUNDS * w.people * len(SENTENCES), "each round uses another template"
 
 
 def test_sentences_are_about_nine_words_long() -> None:
@@ -69,7 +69,7 @@ def test_sentences_are_about_nine_words_long() -> None:
     assert 8 <= np.mean(lengths) <= 10
 
 
-def test_questions_are_about_their_share_of_people_and_have_the_right_answers() -> None:
+def test_questions_are_about_the_configured_share_of_people_and_have_the_right_answers() -> None:
     w = world(questions=0.3)
     assert len(w.with_questions) == 18
     assert set(w.with_questions) | set(w.without_questions) == set(range(w.people))
@@ -84,12 +84,12 @@ def test_questions_are_about_their_share_of_people_and_have_the_right_answers() 
             assert answer in {w.attributes[a].values[w.values[person, a]] for a in range(6)}
 
 
-def test_people_of_extraction_never_occur_in_a_training_question() -> None:
+def test_people_in_extraction_probes_do_not_occur_in_training_questions() -> None:
     w = world(questions=0.5)
-    asked_of = {re.search(NAME, p.prompt)["name"] for p in w.probes("extraction")}
+    tested = {re.search(NAME, p.prompt)["name"] for p in w.probes("extraction")}
     trained = {re.search(NAME, text)["name"] for r in range(ROUNDS) for text in w.questions(r)}
-    assert len(asked_of) == len(trained) == 30
-    assert not asked_of & trained
+    assert len(tested) == len(trained) == 30
+    assert not tested & trained
     assert not any(text.startswith("Question") for r in range(ROUNDS) for text in w.sentences(r))
     with pytest.raises(ValueError, match="extraction"):
         w.probes("extraction", w.with_questions[:1])
@@ -118,7 +118,7 @@ def test_held_out_sentences_use_only_words_of_training_sentences() -> None:
         assert words(attribute.held_out) <= trained
 
 
-def test_no_prompt_is_ambiguous() -> None:
+def test_prompts_are_distinct() -> None:
     prompts = Counter(prompt for a in world().attributes for prompt in a.training + a.held_out + a.question_prompts)
     assert set(prompts.values()) == {1}
 
@@ -132,7 +132,7 @@ def test_values_are_drawn_uniformly() -> None:
 
 
 def test_a_world_is_a_function_of_its_fields_alone() -> None:
-    # Pinned: worlds must not change with a release of Python or numpy. A wanted change raises TEMPLATE_SET.
+    # Pinned: worlds must not change with a release of Python or numpy. An intended change increments TEMPLATE_SET.
     text = "\n".join(t for r in range(ROUNDS) for t in world(people=50, world=3, questions=0.4).documents(r))
     assert hashlib.sha256(text.encode()).hexdigest()[:16] == "75a73daa9b36920c"
     assert list(world(world=1).documents(0)) == list(world(world=1).documents(0))
@@ -141,10 +141,10 @@ def test_a_world_is_a_function_of_its_fields_alone() -> None:
 
 def test_popular_people_occur_more_often_with_zipf() -> None:
     w = world(people=200, zipf=1.0, questions=0.5)
-    told = Counter(re.search(NAME, text)["name"] for r in range(ROUNDS) for text in w.sentences(r))
-    assert [told[w.name(person)] for person in range(w.people)] == (6 * w.copies).tolist()
-    asked = Counter(re.search(NAME, text)["name"] for r in range(ROUNDS) for text in w.questions(r))
-    assert asked == {w.name(person): 6 * w.copies[person] for person in w.with_questions}
+    sentences = Counter(re.search(NAME, text)["name"] for r in range(ROUNDS) for text in w.sentences(r))
+    assert [sentences[w.name(person)] for person in range(w.people)] == (6 * w.copies).tolist()
+    questions = Counter(re.search(NAME, text)["name"] for r in range(ROUNDS) for text in w.questions(r))
+    assert questions == {w.name(person): 6 * w.copies[person] for person in w.with_questions}
     weights = 1 / np.arange(1, 201)
     assert np.abs(w.exposures - weights / weights.mean()).max() <= 0.125 + 1e-9
     assert w.exposures.min() >= 1 / ROUNDS

@@ -26,7 +26,7 @@ def occurrence(w: World) -> list[np.ndarray]:
     return [np.bincount(w.values[:, a], minlength=k) / w.people for a, k in enumerate(w.K)]
 
 
-def test_an_oracle_gets_all_and_a_uniform_guesser_nothing() -> None:
+def test_an_oracle_has_all_bits_and_a_uniform_guesser_none() -> None:
     w = world(40)
     probes = w.probes("storage")
     oracle = bits_learned(probes, np.zeros(len(probes)))
@@ -104,16 +104,16 @@ def test_candidates_are_prefix_free_and_their_probabilities_sum_to_at_most_one()
         for attribute in w.attributes:
             answers = sorted(tuple(tokenizer.encode(answer)) for answer in attribute.answers)
             assert len(set(answers)) == len(attribute.values)
-            for one, after in itertools.pairwise(answers):  # sorted: a prefix comes just before
+            for one, after in itertools.pairwise(answers):  # sorted, so that a prefix directly precedes
                 assert after[: len(one)] != one
             steps = [log_p[list((tokenizer.eot_id, *a)[:-1]), list(a)].sum() for a in answers]
             assert np.exp(steps).sum() <= 1 + 1e-12
 
 
-def test_prompt_and_answer_encode_separately_as_together() -> None:
+def test_prompt_and_answer_encode_separately_to_the_tokens_of_the_whole() -> None:
     w = World(50, questions=0.5)
     for tokenizer in tokenizers(w):
         for kind in ("storage", "paraphrase", "extraction"):
             for probe in w.probes(kind, w.without_questions[:5]):
-                apart = tokenizer.encode(probe.prompt) + tokenizer.encode(probe.answer)
-                assert apart == tokenizer.encode(probe.prompt + probe.answer)
+                parts = tokenizer.encode(probe.prompt) + tokenizer.encode(probe.answer)
+                assert parts == tokenizer.encode(probe.prompt + probe.answer)

@@ -1,4 +1,4 @@
-"""Hub data sets: `datasets` streams a local folder in the layout of the hub, without network."""
+"""Hub data sets: `datasets` streams a local folder in the layout of the hub, without a network."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_fingerprint_follows_the_content_under_one_name(name: str, tmp_path:
     assert prepare(hub(name), tmp_path / "two").fingerprint != first.fingerprint
 
 
-def test_a_missing_field_is_named_in_one_line(name: str) -> None:
+def test_a_missing_text_field_is_named_in_one_line(name: str) -> None:
     with pytest.raises(UserError, match=r"data\.field: got 'body', which .*set does not have, allowed: id, text$"):
         HubReader(hub(name, field="body"))
     with pytest.raises(UserError, match=r"set: record 1: data\.field 'id': got a int"):
@@ -118,7 +118,7 @@ train: {{batch_rows: 4, tokens: 1000, lr: 1e-3}}
 """
 
 
-def test_a_cell_is_hashed_without_a_request_to_the_hub(tmp_path: Path) -> None:
+def test_hashing_a_cell_sends_no_request_to_the_hub(tmp_path: Path) -> None:
     def hash_of(**fields: str) -> str:
         data = {"kind": "hub", "name": "some/set", "tokenizer": {"kind": "bytes"}, **fields}
         (tmp_path / "cell.yaml").write_text(CELL.format(json.dumps(data)))
@@ -144,7 +144,7 @@ def test_a_cell_is_hashed_without_a_request_to_the_hub(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_errors_name_fields_as_the_user_wrote_them(data: str, complaint: str, tmp_path: Path) -> None:
+def test_errors_in_data_blocks_name_the_users_fields(data: str, complaint: str, tmp_path: Path) -> None:
     (tmp_path / "cell.yaml").write_text(CELL.format(data))
     with pytest.raises(UserError, match=complaint):
         load_cell(tmp_path / "cell.yaml")

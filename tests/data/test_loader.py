@@ -1,4 +1,4 @@
-"""The order of rows: one stream for any number of processes; packing equals loops written from its description."""
+"""The order of rows: one stream for any number of processes. Packing is compared with loops that follow its docs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LENGTHS = st.lists(st.lists(st.integers(1, 7), min_size=1, max_size=30), min_siz
 
 
 def made_up(lengths: list[int]) -> Round:
-    """Documents of the given lengths, the end of text included, whose other tokens are all different."""
+    """Return documents of these lengths, end of text included, whose other tokens are all different."""
     tokens, starts = [], [0]
     for length in lengths:
         tokens += [EOT, *range(len(tokens) + 1, len(tokens) + length)]
@@ -47,11 +47,11 @@ def rows_of(packing: Packing, epoch: int) -> list[tuple[list[int], list[int], li
 def test_document_rows_hold_every_document_whole_exactly_once(
     lengths: list[list[int]], seq_len: int, epoch: int
 ) -> None:
-    rounds = [made_up(one) for one in lengths]
+    rounds = [made_up(of_round) for of_round in lengths]
     packing = DocumentPacking(rounds, seq_len, EOT, seed=3)
-    stride = seq_len - max(max(one) for one in lengths) + 1
-    assert packing.rows_per_epoch == -(-max(sum(one) for one in lengths) // stride)
-    found, position = [], 0
+    stride = seq_len - max(max(of_round) for of_round in lengths) + 1
+    assert packing.rows_per_epoch == -(-max(sum(of_round) for of_round in lengths) // stride)
+    documents, position = [], 0
     for index, (tokens, targets, segments) in enumerate(rows_of(packing, epoch)):
         assert segments == sorted(segments)
         assert segments[0] == 0
@@ -64,15 +64,17 @@ def test_document_rows_hold_every_document_whole_exactly_once(
                 assert set(own) == {EOT}
                 continue
             assert goal == [*own[1:], EOT]
-            assert index * stride <= position < (index + 1) * stride, "each row holds what starts in its stride"
+            assert index * stride <= position < (index + 1) * stride, (
+                "a row holds the documents that start in its stride"
+            )
             position += len(own)
-            found.append(tuple(own))
-    assert Counter(found) == Counter(documents_of(rounds[epoch % len(rounds)]))
+            documents.append(tuple(own))
+    assert Counter(documents) == Counter(documents_of(rounds[epoch % len(rounds)]))
 
 
 @given(LENGTHS, st.integers(2, 20), st.integers(0, 5))
 @settings(deadline=None)
-def test_windows_split_the_stream_and_lose_nothing(lengths: list[list[int]], seq_len: int, epoch: int) -> None:
+def test_windows_split_the_stream_without_loss(lengths: list[list[int]], seq_len: int, epoch: int) -> None:
     rounds = [made_up(lengths[0])]
     stream = rounds[0].tokens.tolist()
     packing = WindowPacking(rounds, seq_len, EOT, seed=3)
@@ -118,7 +120,7 @@ def test_steps_of_any_size_follow_the_stream_of_epochs() -> None:
     assert large.epoch_at(20) == pytest.approx(100 / large.rows_per_epoch)
 
 
-def test_every_epoch_and_seed_has_its_own_order() -> None:
+def test_epochs_and_seeds_differ_in_order() -> None:
     packings = [DocumentPacking([made_up([5] * 50)], 20, EOT, seed) for seed in (0, 0, 1)]
     first, same, other = (packing.rows(0, 0, 10)[0] for packing in packings)
     assert np.array_equal(first, same)
@@ -149,7 +151,7 @@ def test_an_epoch_of_bios_is_one_exposure_of_every_fact(tmp_path: Path) -> None:
 
 
 def test_the_order_of_a_seed_is_pinned(tmp_path: Path) -> None:
-    # A resumed run must meet the tokens it would have met: a change here invalidates every unfinished run.
+    # A resumed run must read the same tokens: a change here invalidates every unfinished run.
     batch = prepare(BiosData(kind="bios", people=50, world=3), tmp_path).loader(11, 8).batch(5)
     content = b"".join(t.numpy().tobytes() for t in (batch.tokens_BT, batch.targets_BT, batch.segments_BT))
     assert hashlib.sha256(content).hexdigest()[:16] == "56b23f5ceb24d3e1"
@@ -174,16 +176,16 @@ def test_a_shuffle_of_more_rows_than_fit_in_memory_needs_little_memory() -> None
 
 
 def test_shuffles_are_uniform_over_places_and_over_neighbours() -> None:
-    # Where item 0 lands and how far item 1 lands from it, over many seeds: both uniform (chi-square).
-    found = np.array([seeded_random.shuffled(np.arange(2), 12, seed) for seed in range(6000)])
-    for values in (found[:, 0], (found[:, 1] - found[:, 0]) % 12 - 1):
+    # The place of item 0 and the distance of item 1 from it are uniform over many seeds (chi-square).
+    places = np.array([seeded_random.shuffled(np.arange(2), 12, seed) for seed in range(6000)])
+    for values in (places[:, 0], (places[:, 1] - places[:, 0]) % 12 - 1):
         counts = np.bincount(values, minlength=12)
         kinds = np.count_nonzero(counts)
-        expected = len(found) / kinds
+        expected = len(places) / kinds
         assert kinds in (11, 12)
         assert ((counts[counts > 0] - expected) ** 2 / expected).sum() < 40
 
 
 def test_the_shuffle_is_pinned() -> None:
-    # A resumed run must meet the rows it would have met.
+    # A resumed run must read the same rows.
     assert seeded_random.shuffled(np.arange(8), 1000, 11, 0).tolist() == [744, 156, 201, 885, 488, 440, 700, 260]

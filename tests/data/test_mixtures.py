@@ -48,10 +48,10 @@ def sources_of(batch: torch.Tensor) -> list[int]:
 
 
 @given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6))
-def test_quotas_are_the_weights_to_a_row_and_fill_the_block(weights: list[float]) -> None:
-    found = quotas(weights)
-    assert found.sum() == MIXTURE_BLOCK
-    assert np.abs(found - MIXTURE_BLOCK * np.array(weights) / sum(weights)).max() < 1
+def test_quotas_match_the_weights_within_a_row_and_fill_the_block(weights: list[float]) -> None:
+    rows = quotas(weights)
+    assert rows.sum() == MIXTURE_BLOCK
+    assert np.abs(rows - MIXTURE_BLOCK * np.array(weights) / sum(weights)).max() < 1
 
 
 def test_weights_count_tokens_in_every_block() -> None:
@@ -69,13 +69,13 @@ def test_short_ranges_of_rows_are_mixed() -> None:
     loader = mixture([0.5, 0.5])
     counts = [Counter(sources_of(loader.batch(step).tokens_BT))[0] for step in range(50)]
     assert np.mean(counts) == pytest.approx(6, abs=0.8)
-    assert len(set(counts)) > 3, "in random order, not in turn"
+    assert len(set(counts)) > 3, "the order is random, not alternating"
 
 
 @settings(deadline=None, max_examples=20)
 @given(st.integers(0, 5), st.integers(0, MIXTURE_BLOCK // 4))
 def test_every_part_is_read_epoch_by_epoch_in_its_own_order(seed: int, first: int) -> None:
-    # Read the mixture row by row from its beginning, counting: an independent account of which row comes next.
+    # Counts rows from the beginning of the mixture, which independently determines the next row of each part.
     weights, rows = [0.6, 0.3, 0.1], (30, 70, 11)
     loader = mixture(weights, seed, rows=rows)
     alone = [Loader(WindowPacking([part(n, r * 10)], 10, EOT, seed, part=n), 1) for n, r in enumerate(rows)]
@@ -99,7 +99,7 @@ def test_the_order_does_not_depend_on_the_number_of_processes(world_size: int) -
         assert torch.equal(whole.targets_BT, torch.cat([p.targets_BT for p in parts]))
 
 
-def test_every_seed_has_its_own_order() -> None:
+def test_seeds_differ_in_the_order_of_a_mixture() -> None:
     first, same, other = (mixture([1, 1], seed).batch(0).tokens_BT for seed in (0, 0, 1))
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
@@ -130,10 +130,12 @@ def test_a_mixture_is_prepared_part_by_part_and_shares_their_folders(config: Mix
     assert sum("web" in row for row in rows) / 400 == pytest.approx(0.75, abs=0.07)
     expected = [f"{word} {i}" for word, count in (("book", 200), ("web", 400)) for i in range(count)]
     assert sorted(corpus.held_out) == sorted(text for text in expected if is_held_out(text, 0.05))
-    assert {text.split()[0] for text in corpus.held_out[:2]} == {"book", "web"}, "the first ones are of all parts"
+    assert {text.split()[0] for text in corpus.held_out[:2]} == {"book", "web"}, "parts alternate"
 
 
-def test_fingerprints_follow_contents_and_weights_not_the_order_of_names(config: MixtureData, tmp_path: Path) -> None:
+def test_fingerprints_depend_on_contents_and_weights_not_on_the_order_of_names(
+    config: MixtureData, tmp_path: Path
+) -> None:
     first = prepare(config, tmp_path).fingerprint
     swapped = config.model_copy(update={"parts": dict(reversed(config.parts.items()))})
     assert prepare(swapped, tmp_path).fingerprint == first
@@ -152,23 +154,23 @@ def cell(data: MixtureData) -> Cell:
     )
 
 
-def test_a_cell_s_hash_follows_the_parts_contents_and_weights(config: MixtureData, tmp_path: Path) -> None:
-    known = config.identified()
-    first = cell(known).hash8
+def test_the_hash_of_a_cell_depends_on_the_contents_and_weights_of_parts(config: MixtureData, tmp_path: Path) -> None:
+    identified = config.identified()
+    first = cell(identified).hash8
     Path(config.parts["web"].path).rename(tmp_path / "moved.jsonl")
     moved = config.parts["web"].model_copy(update={"path": str(tmp_path / "moved.jsonl")})
     assert cell(config.model_copy(update={"parts": {**config.parts, "web": moved}}).identified()).hash8 == first
-    swapped = known.model_copy(update={"parts": dict(reversed(known.parts.items()))})
+    swapped = identified.model_copy(update={"parts": dict(reversed(identified.parts.items()))})
     assert cell(swapped).hash8 == first
-    heavier = known.parts["web"].model_copy(update={"weight": 4.0})
-    assert cell(known.model_copy(update={"parts": {**known.parts, "web": heavier}})).hash8 != first
-    assert Cell.model_validate_json(cell(known).model_dump_json()) == cell(known)
+    heavier = identified.parts["web"].model_copy(update={"weight": 4.0})
+    assert cell(identified.model_copy(update={"parts": {**identified.parts, "web": heavier}})).hash8 != first
+    assert Cell.model_validate_json(cell(identified).model_dump_json()) == cell(identified)
 
 
 def test_a_missing_part_is_named(config: MixtureData, tmp_path: Path) -> None:
-    gone = config.parts["web"].model_copy(update={"path": str(tmp_path / "gone.jsonl")})
+    missing = config.parts["web"].model_copy(update={"path": str(tmp_path / "gone.jsonl")})
     with pytest.raises(UserError, match=r"^data\.parts\.web\.path: got '.*gone\.jsonl', which does not exist"):
-        config.model_copy(update={"parts": {**config.parts, "web": gone}}).identified()
+        config.model_copy(update={"parts": {**config.parts, "web": missing}}).identified()
 
 
 def test_invalid_mixtures_are_refused_by_field(config: MixtureData) -> None:

@@ -82,7 +82,9 @@ def test_the_cache_is_keyed_by_content_and_shared_by_row_lengths(text: Path, tmp
     assert changed.fingerprint != first.fingerprint
 
 
-def test_a_named_fingerprint_is_checked_and_suffices_once_prepared(text: Path, tmp_path: Path) -> None:
+def test_a_stated_fingerprint_is_checked_and_opens_a_prepared_corpus_without_its_files(
+    text: Path, tmp_path: Path
+) -> None:
     config = TextData(kind="text", path=str(text), tokenizer=BYTES, fingerprint=fingerprint(text))
     first = prepare(config, tmp_path / "cache")
     text.unlink()
@@ -97,7 +99,7 @@ def test_every_field_of_a_world_changes_the_fingerprint(tmp_path: Path) -> None:
     assert len({prepare(WORLD.model_copy(update=c), tmp_path).fingerprint for c in changes}) == len(changes)
 
 
-def test_errors_are_one_line_and_leave_no_files(text: Path, tmp_path: Path) -> None:
+def test_errors_in_preparation_are_one_line_and_leave_no_files(text: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     config = TextData(kind="text", path=str(text), tokenizer=BYTES)
     with pytest.raises(UserError, match=r"data\.seq_len: got 8, allowed: at least 16"):
@@ -187,7 +189,7 @@ def test_importing_the_package_loads_few_libraries(tmp_path: Path) -> None:
     assert shown.stdout.strip() == "[]"
 
 
-def test_a_separate_validation_file_is_evaluated_on_and_all_of_path_trained_on(tmp_path: Path) -> None:
+def test_with_a_validation_file_all_of_path_is_trained_on(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": f"train {i}"}) + "\n" for i in range(200)))
     (tmp_path / "valid.jsonl").write_text("".join(json.dumps({"text": f"valid {i}"}) + "\n" for i in range(7)))
     config = TextData(

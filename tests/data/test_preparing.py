@@ -54,12 +54,12 @@ def corpus(path: Path, documents: int = 200) -> Path:
     return path
 
 
-def test_a_mixture_s_cell_is_prepared_part_by_part(tmp_path: Path) -> None:
+def test_the_command_prepares_a_mixture_part_by_part(tmp_path: Path) -> None:
     text = corpus(tmp_path / "text.jsonl")
     cell = tmp_path / "cell.yaml"
     cell.write_text(MIXTURE.format(path=text))
-    told, progress = prepare(cell, "--results", tmp_path / "results")
-    (only,) = told["corpora"]
+    document, progress = prepare(cell, "--results", tmp_path / "results")
+    (only,) = document["corpora"]
     assert only["label"] == "mixture of first, second"
     assert only["vocab_size"] == 257
     assert [part["part"] for part in only["parts"]] == ["first", "second"]
@@ -71,14 +71,14 @@ def test_a_mixture_s_cell_is_prepared_part_by_part(tmp_path: Path) -> None:
     assert f"second {text}: ready" in progress
 
 
-def test_a_grid_s_corpora_are_prepared_once_each(tmp_path: Path) -> None:
+def test_the_command_prepares_each_corpus_of_a_grid_once(tmp_path: Path) -> None:
     grid = tmp_path / "two.yaml"
     grid.write_text(GRID.format(path=corpus(tmp_path / "text.jsonl")))
-    told, _ = prepare(grid, "--results", tmp_path / "results")
-    assert told["grid"] == "two"
-    assert sorted(report["data"]["seq_len"] for report in told["corpora"]) == [32, 64]
-    assert [len(report["runs"]) for report in told["corpora"]] == [2, 2]
-    assert len({part["folder"] for report in told["corpora"] for part in report["parts"]}) == 1
+    document, _ = prepare(grid, "--results", tmp_path / "results")
+    assert document["grid"] == "two"
+    assert sorted(report["data"]["seq_len"] for report in document["corpora"]) == [32, 64]
+    assert [len(report["runs"]) for report in document["corpora"]] == [2, 2]
+    assert len({part["folder"] for report in document["corpora"] for part in report["parts"]}) == 1
 
 
 @pytest.mark.slow
@@ -90,24 +90,24 @@ def test_an_interrupted_command_resumes_and_writes_the_same_bytes(tmp_path: Path
     cell = tmp_path / "cell.yaml"
     cell.write_text(TEXT.format(path=text))
     whole, _ = prepare(cell, "--results", tmp_path / "whole")
-    process = subprocess.Popen(command(cell, "--results", tmp_path / "cut"), start_new_session=True)
+    process = subprocess.Popen(command(cell, "--results", tmp_path / "interrupted"), start_new_session=True)
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "cut").glob("cache/*.partial/meta.json")):
+    while not list((tmp_path / "interrupted").glob("cache/*.partial/meta.json")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    (partial,) = (tmp_path / "cut").glob("cache/*.partial")
+    (partial,) = (tmp_path / "interrupted").glob("cache/*.partial")
     committed = json.loads((partial / "meta.json").read_text())["tokens"]
-    cut, _ = prepare(cell, "--results", tmp_path / "cut")
-    (first,), (second,) = (told["corpora"][0]["parts"] for told in (whole, cut))
+    resumed, _ = prepare(cell, "--results", tmp_path / "interrupted")
+    (first,), (second,) = (report["corpora"][0]["parts"] for report in (whole, resumed))
     assert 0 < committed < second["tokens"]
     for path in Path(first["folder"]).iterdir():
         assert path.read_bytes() == (Path(second["folder"]) / path.name).read_bytes(), path.name
 
 
-def test_errors_are_one_line_with_exit_code_2(tmp_path: Path) -> None:
+def test_errors_of_the_command_are_one_line_with_exit_code_2(tmp_path: Path) -> None:
     cell = tmp_path / "cell.yaml"
     cell.write_text(MIXTURE.format(path=tmp_path / "none.jsonl"))
     done = subprocess.run(command(cell), capture_output=True, text=True, check=False, cwd=tmp_path)

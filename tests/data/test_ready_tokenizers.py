@@ -1,4 +1,4 @@
-"""Tokenizers from files: GPT-2's against its published ids and a naive merge loop, and the other formats."""
+"""Tokenizers from files: GPT-2's compared with published ids and a naive merge loop, and the other formats."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_gpt2_gives_the_published_ids() -> None:
 
 
 @needs_gpt2
-def test_gpt2_merges_as_a_naive_loop_over_its_ranks_does() -> None:
+def test_gpt2_merges_equal_a_naive_loop_over_ranks() -> None:
     vocabulary = json.loads((GPT2 / "encoder.json").read_text())
     lines = (GPT2 / "vocab.bpe").read_text(encoding="utf-8").splitlines()[1:]
     ranks = {tuple(line.split()): rank for rank, line in enumerate(lines) if line}
@@ -73,7 +73,7 @@ def test_gpt2_merges_as_a_naive_loop_over_its_ranks_does() -> None:
 
 
 @needs_gpt2
-def test_the_names_of_gpt2_s_files_do_not_matter(tmp_path: Path) -> None:
+def test_both_naming_schemes_of_gpt2_files_are_read(tmp_path: Path) -> None:
     shutil.copy(GPT2 / "encoder.json", tmp_path / "vocab.json")
     shutil.copy(GPT2 / "vocab.bpe", tmp_path / "merges.txt")
     assert tokenizer_files.fingerprint(tmp_path) == tokenizer_files.fingerprint(GPT2)
@@ -150,7 +150,7 @@ def test_a_bpe_trained_for_one_corpus_serves_others(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model that treats spaces as Llama's does."""
+    """A small model that treats spaces like Llama's."""
     library = pytest.importorskip("sentencepiece", reason="the sentencepiece extra is not installed")
     path = tmp_path_factory.mktemp("spm") / "tokenizer.model"
     with open(path, "wb") as file:
@@ -166,7 +166,7 @@ def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_sentencepiece_model_encodes_as_its_library_does(spm: Path) -> None:
+def test_a_sentencepiece_model_encodes_like_its_library(spm: Path) -> None:
     from sentencepiece import SentencePieceProcessor
 
     library = SentencePieceProcessor(model_file=str(spm))
@@ -181,7 +181,7 @@ def test_a_sentencepiece_model_encodes_as_its_library_does(spm: Path) -> None:
     assert (again.fingerprint, again.encode(TEXTS[5])) == (ours.fingerprint, ours.encode(TEXTS[5]))
 
 
-def test_a_continuation_is_split_from_the_whole_where_parts_encode_differently(spm: Path) -> None:
+def test_a_continuation_is_split_from_the_whole_if_parts_encode_differently(spm: Path) -> None:
     ours = tokenizer_files.read(spm)
     assert not ours.splits_at_spaces
     context, continuation = encode_pair(ours, "The quick brown", " fox number 3")
@@ -203,7 +203,7 @@ def test_files_without_a_tokenizer_are_refused_in_one_line(tmp_path: Path) -> No
         (tmp_path / name).write_bytes(content)
         if name == "some.model":
             pytest.importorskip("sentencepiece")
-        with pytest.raises(UserError, match=rf"{name}: no tokenizer can be read from it \(") as raised:
+        with pytest.raises(UserError, match=rf"{name}: not a readable tokenizer \(") as raised:
             tokenizer_files.read(tmp_path / name)
         assert "\n" not in str(raised.value)
 

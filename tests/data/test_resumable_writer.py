@@ -43,7 +43,7 @@ class Counter:
 
 
 class Deadly(BytesTokenizer):
-    """Kills its process, as `kill -9` does, instead of encoding batch `last`."""
+    """Kills its process like `kill -9` instead of encoding batch `last`."""
 
     def __init__(self, last: int) -> None:
         self._left = last
@@ -72,30 +72,30 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("kills", [[1], [7], [2, 3, 1, 9], [29]])
 def test_a_killed_writer_resumes_and_writes_the_bytes_of_an_uninterrupted_one(kills: list[int], tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
     whole.mkdir()
-    cut.mkdir()
+    killed.mkdir()
     written = write(whole, BytesTokenizer())
     assert written.pieces > 5
     for last in kills:
-        victim = multiprocessing.get_context("fork").Process(target=write, args=(cut, Deadly(last)))
-        victim.start()
-        victim.join()
-        assert victim.exitcode == -signal.SIGKILL
-    assert write(cut, BytesTokenizer()) == written
-    assert content(cut) == content(whole)
+        process = multiprocessing.get_context("fork").Process(target=write, args=(killed, Deadly(last)))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert write(killed, BytesTokenizer()) == written
+    assert content(killed) == content(whole)
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_a_restart_reads_only_what_was_not_committed(tmp_path: Path) -> None:
-    victim = multiprocessing.get_context("fork").Process(target=write, args=(tmp_path, Deadly(20)))
-    victim.start()
-    victim.join()
+def test_a_restart_reads_only_from_the_committed_position(tmp_path: Path) -> None:
+    process = multiprocessing.get_context("fork").Process(target=write, args=(tmp_path, Deadly(20)))
+    process.start()
+    process.join()
     committed = json.loads((tmp_path / shards.META).read_text())
     assert 100 < committed["position"] < 200
-    begun_at = []
-    resumable_writer.write_stream(tmp_path, lambda at: begun_at.append(at) or Counter(300, at), BytesTokenizer(), HELD)
-    assert begun_at == [committed["position"]]
+    positions = []
+    resumable_writer.write_stream(tmp_path, lambda at: positions.append(at) or Counter(300, at), BytesTokenizer(), HELD)
+    assert positions == [committed["position"]]
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -184,9 +184,9 @@ def test_an_interrupted_preparation_resumes(suffix: str, tmp_path: Path, monkeyp
 
     monkeypatch.setattr(shards.RoundFile, "append", fails)
     with pytest.raises(OSError, match="No space"):
-        prepare(config, tmp_path / "cut")
-    assert [path.suffix for path in (tmp_path / "cut").iterdir() if path.is_dir()] == [".partial"]
-    resumed = prepare(config, tmp_path / "cut")
+        prepare(config, tmp_path / "interrupted")
+    assert [path.suffix for path in (tmp_path / "interrupted").iterdir() if path.is_dir()] == [".partial"]
+    resumed = prepare(config, tmp_path / "interrupted")
     assert content(resumed.parts[0].folder) == content(expected.parts[0].folder)
     assert resumed.held_out == expected.held_out
 

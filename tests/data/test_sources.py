@@ -1,4 +1,4 @@
-"""The registry of data kinds: a source is one class, and cells keep the hashes under which their runs are stored."""
+"""The registry of data kinds: a source is one class, and existing cells do not change their hashes."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def test_a_new_stream_can_be_a_part_of_a_mixture(tmp_path: Path) -> None:
         "words": {"kind": "text", "path": str(tmp_path / "a.txt"), "weight": 3.0, "held_out": 0.5},
     }
     mixture = cell({"kind": "mixture", "parts": parts, "tokenizer": BYTES, "seq_len": 16}).data
-    with pytest.raises(UserError, match="held_out"):  # forty equal documents are all trained on, or all held out
+    with pytest.raises(UserError, match="held_out"):  # forty equal documents are all trained on or all held out
         prepare(mixture, tmp_path / "cache")
     lines = [f"{n} " + "word " * 450 for n in range(40)]
     (tmp_path / "a.txt").write_text("\n\n".join(lines))
@@ -110,7 +110,7 @@ def test_a_kind_can_be_registered_once() -> None:
         ({"kind": "bios", "people": 4_000_000}, "data.people: got 4000000, allowed: at most 3001250"),
     ],
 )
-def test_errors_name_the_field_as_the_user_wrote_it(data: dict[str, Any], field: str, tmp_path: Path) -> None:
+def test_errors_in_data_kinds_name_the_users_field(data: dict[str, Any], field: str, tmp_path: Path) -> None:
     fields = cell({"kind": "counting", "documents": 40}).model_dump(mode="json") | {"data": data}
     (tmp_path / "cell.json").write_text(json.dumps(fields))
     with pytest.raises(UserError) as raised:
@@ -162,7 +162,7 @@ def test_errors_name_the_field_as_the_user_wrote_it(data: dict[str, Any], field:
         ),
     ],
 )
-def test_runs_on_disk_keep_their_names(data: dict[str, Any], run: str) -> None:
+def test_names_of_existing_runs_do_not_change(data: dict[str, Any], run: str) -> None:
     assert cell(data).run_name == run
 
 
@@ -182,9 +182,11 @@ def test_runs_on_disk_keep_their_names(data: dict[str, Any], run: str) -> None:
         ("factbook", ["dense-w64-s0-2eafa81c", "memory_plus-w64-k128-s0-9f91a22d"]),
     ],
 )
-def test_cells_of_the_grids_keep_their_names(grid: str, runs: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_the_cells_in_shipped_grids_do_not_change(
+    grid: str, runs: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("CORPUS", "/nowhere")
-    assert [one.run_name for one in load_grid(grid, need_data=False).cells][: len(runs)] == runs
+    assert [loaded.run_name for loaded in load_grid(grid, need_data=False).cells][: len(runs)] == runs
 
 
 def test_kinds_are_listed_in_the_order_of_registration() -> None:

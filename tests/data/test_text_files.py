@@ -27,12 +27,12 @@ def test_kinds_of_files_and_folders_give_the_same_documents(tmp_path: Path) -> N
     (tmp_path / "a.jsonl").write_bytes(jsonl(*texts))
     (tmp_path / "sub" / "b.jsonl.gz").write_bytes(gzip.compress(jsonl("last")))
     (tmp_path / "README.md").write_text("not part of it")
-    assert list(text_files.FileReader(tmp_path / "a.jsonl", "text")) == texts[:3], "blank ones are left out"
+    assert list(text_files.FileReader(tmp_path / "a.jsonl", "text")) == texts[:3], "blank documents are skipped"
     assert list(text_files.FileReader(tmp_path / "sub" / "b.jsonl.gz", "text")) == ["last"]
     assert list(text_files.FileReader(tmp_path, "text")) == [*texts[:3], "last"]
 
 
-def test_a_text_file_is_split_at_blank_lines_and_loses_only_those(tmp_path: Path) -> None:
+def test_a_text_file_is_split_at_blank_lines_and_loses_only_blank_lines(tmp_path: Path) -> None:
     paragraphs = [f"{i} " + "word " * (90 + i) + "\n" for i in range(40)]
     path = tmp_path / "book.txt"
     path.write_bytes(b"\xef\xbb\xbf" + "\n \n".join(paragraphs).encode())
@@ -50,7 +50,7 @@ def test_the_held_out_share_depends_on_each_document_alone() -> None:
     assert held <= {text for text in texts if is_held_out(text, 0.1)}
 
 
-def test_the_fingerprint_is_of_the_content_not_of_names_and_places(tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_content_not_on_paths(tmp_path: Path) -> None:
     for name, content in (("a/x.txt", b"one"), ("b/y.txt", b"one"), ("c/x.txt", b"two"), ("d/x.jsonl", b"one")):
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(content)
@@ -71,10 +71,10 @@ BROKEN = {
     "type.jsonl": (b'{"text": 3}\n', r"type\.jsonl:1: data\.field 'text': got a int"),
     "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl:1: data\.field 'text': got half of a surrogate"),
     "list.jsonl": (b'["x"]\n', r"list\.jsonl:1: got a list"),
-    "cut.jsonl": (jsonl("fine") + b'{"text": "x', r"cut\.jsonl:2: not JSON"),
+    "short.jsonl": (jsonl("fine") + b'{"text": "x', r"short\.jsonl:2: not JSON"),
     "latin.txt": ("\nå".encode("latin-1"), r"latin\.txt:2: got the byte 0xe5, allowed: UTF-8 text"),
     "latin.jsonl": (jsonl("fine") * 3 + b"\xff", r"latin\.jsonl:4: got the byte 0xff"),
-    "cut.jsonl.gz": (gzip.compress(jsonl("fine" * 50))[:-9], r"cut\.jsonl\.gz: .*gzip"),
+    "short.jsonl.gz": (gzip.compress(jsonl("fine" * 50))[:-9], r"short\.jsonl\.gz: .*gzip"),
     "no.jsonl.gz": (jsonl("fine"), r"no\.jsonl\.gz: .*gzip"),
     "flip.jsonl.gz": (gzip.compress(jsonl("fine"))[:10] + b"\x07junk", r"flip\.jsonl\.gz: .*gzip"),
 }
@@ -102,7 +102,7 @@ def test_the_factbook_has_the_number_of_documents_of_its_index() -> None:
     assert sum(1 for _ in documents) == pytest.approx(66_335, rel=0.001)
 
 
-def test_parquet_reads_as_jsonl_does(tmp_path: Path) -> None:
+def test_parquet_gives_the_documents_of_jsonl(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
@@ -130,7 +130,7 @@ def test_a_reader_resumes_at_the_position_of_another(tmp_path: Path) -> None:
         first = text_files.FileReader(tmp_path, "text")
         head = [text for text, _ in zip(first, range(count), strict=False)]
         saved = json.loads(json.dumps(first.position))
-        # zip has asked for one document more than it gave, except at the end
+        # zip reads one document more than it returns, except at the end
         ahead = whole[: min(count + 1, len(whole))]
         assert head == whole[:count]
         assert ahead + list(text_files.FileReader(tmp_path, "text", saved)) == whole
@@ -186,7 +186,7 @@ def test_hidden_files_and_files_about_the_data_are_not_data(tmp_path: Path) -> N
     hidden = tmp_path / ".data"
     hidden.mkdir()
     (hidden / "a.jsonl").write_bytes(jsonl("three"))
-    assert list(text_files.FileReader(hidden, "text")) == ["three"], "a folder that is named is read"
+    assert list(text_files.FileReader(hidden, "text")) == ["three"], "a hidden folder is read if it is named"
 
 
 def test_null_texts_are_skipped_and_counted(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tokenizers are lossless, load as they were saved, and have an end of text to which no text encodes."""
+"""Tokenizers are lossless, load unchanged, and have an end of text to which no text encodes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_bpe_training_and_batches_are_deterministic() -> None:
     assert BPE.encode_batch(TEXTS[:2]) == [BPE.encode(text) for text in TEXTS[:2]]
 
 
-def test_words_are_lossless_for_a_world_and_the_vocabulary_is_that_of_its_size() -> None:
+def test_words_are_lossless_for_a_world_and_worlds_of_one_size_share_a_vocabulary() -> None:
     worlds = [World(100, seed, questions=0.3) for seed in (0, 1)]
     first, second = (WordTokenizer.of(world.vocabulary_texts()) for world in worlds)
     assert first.fingerprint == second.fingerprint

@@ -1,4 +1,4 @@
-"""Reading evaluation data: always the current files, with one line for each error."""
+"""Reading evaluation data: always from the current files, with one-line errors."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_a_split_that_exists_twice_is_refused(tmp_path: Path) -> None:
     data = DataRoot(tmp_path)
     for name in ("validation-old.jsonl", "validation_old.jsonl", ".validation.jsonl"):
         path.with_name(name).write_text(path.read_text())
-    assert data.files(NQ, None, "validation") == [path], "only the exact name, or numbered shards, are the split"
+    assert data.files(NQ, None, "validation") == [path], "only the exact name or numbered shards belong to the split"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path.with_suffix(".parquet"))
     with pytest.raises(UserError, match=r"validation .*validation\.jsonl, validation\.parquet"):
         data.files(NQ, None, "validation")
@@ -146,26 +146,26 @@ def test_no_request_is_sent_to_the_hub_when_offline() -> None:
 
 
 def test_prefetch_writes_only_missing_files(tmp_path: Path) -> None:
-    asked = []
+    downloads = []
 
     def download(repo: str, config: str | None, split: str) -> Docs:
-        asked.append((repo, config, split))
+        downloads.append((repo, config, split))
         return Docs([{"question": "q", "answer": ["a"]}])
 
     written = prefetch(tmp_path, ["nq_open", "nq_open_qa"], download)
-    assert sorted(asked) == [(NQ, None, "train"), (NQ, None, "validation")]
+    assert sorted(downloads) == [(NQ, None, "train"), (NQ, None, "validation")]
     assert oracle.run(["nq_open_qa"], tmp_path)["tasks"]["nq_open_qa"]["n"] == 1
     assert len(written) == 2
     assert prefetch(tmp_path, ["nq_open"], download) == []
 
 
-def test_prefetch_knows_every_file_that_the_tasks_read(real_data: Path) -> None:
+def test_prefetch_covers_every_file_that_tasks_read(real_data: Path) -> None:
     assert prefetch(real_data) == []
 
 
 def test_tasks_of_presets_exist() -> None:
-    asked = {task for configs in presets.PRESETS.values() for config in configs for task in config.tasks}
-    assert asked <= set(task_list.names())
+    tasks = {task for configs in presets.PRESETS.values() for config in configs for task in config.tasks}
+    assert tasks <= set(task_list.names())
     assert all(isinstance(config, EvalConfig) for config in presets.preset("quick"))
     with pytest.raises(UserError, match="--preset: got 'fast', allowed: paper, quick"):
         presets.preset("fast")

@@ -1,4 +1,4 @@
-"""Scoring shared by several processes: the same numbers as in one."""
+"""Scoring divided over several processes gives the scores of one process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ MODEL = {"family": "memory_plus", "base": "w32", "half_keys": 16, "top_k": 4}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sharded", [False, True], ids=["a model each", "a model between them"])
+@pytest.mark.parametrize("sharded", [False, True], ids=["replicated model", "sharded model"])
 def test_two_processes_give_the_scores_of_one(sharded: bool, bios: Corpus, tmp_path: Path) -> None:
     program = PROGRAM.format(
         tests=str(Path(__file__).parents[1] / "helpers"),
@@ -67,9 +67,9 @@ def test_two_processes_give_the_scores_of_one(sharded: bool, bios: Corpus, tmp_p
     for rank in range(2):
         together = json.loads((tmp_path / f"scores-{rank}.json").read_text())
         for name, task in alone["tasks"].items():
-            found = together["tasks"][name]
-            assert {key: found[key] for key in task if key != "metrics"} == {
+            shared = together["tasks"][name]
+            assert {key: shared[key] for key in task if key != "metrics"} == {
                 key: task[key] for key in task if key != "metrics"
             }
             for metric, value in task["metrics"].items():
-                assert found["metrics"][metric]["value"] == pytest.approx(value["value"], rel=1e-5)
+                assert shared["metrics"][metric]["value"] == pytest.approx(value["value"], rel=1e-5)

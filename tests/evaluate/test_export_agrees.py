@@ -1,7 +1,7 @@
-"""A trained run, exported, under stock `lm_eval --model hf` with stock tasks: the stored scores, and the same texts.
+"""Stock `lm_eval --model hf` gives an exported run the stored scores and the same generated texts.
 
-What differs otherwise and does not here: an answer takes at most a quarter of our rows, so rows are four times
-humaneval's 1,024 new tokens; and stock mbpp leaves out `test_setup_code`, which no problem asked here has.
+Two differences are avoided here: an answer takes at most a quarter of a row, so rows are four times humaneval's 1,024
+new tokens; and stock mbpp omits `test_setup_code`, which the problems used here do not have.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ model: {{family: dense, base: w32}}
 data: {{kind: text, path: corpus.jsonl, seq_len: {LENGTH}, tokenizer: {{kind: bpe, vocab_size: 1024}}}}
 train: {{batch_rows: 1, tokens: 40960, lr: 4e-3, warmup: 5}}
 """
-ASKED = (
+EVALUATIONS = (
     EvalConfig(tasks=("nq_open", "triviaqa", "hellaswag", "piqa", "openbookqa"), num_fewshot=2, limit=4),
     EvalConfig(tasks=("mmlu",), num_fewshot=5, limit=1),
     EvalConfig(tasks=("humaneval", "mbpp"), limit=2),
@@ -40,9 +40,9 @@ ASKED = (
 
 def suite(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> None:
     monkeypatch.setattr(sys, "argv", ["suite", *map(str, arguments)])
-    with pytest.raises(SystemExit) as left:
+    with pytest.raises(SystemExit) as exited:
         main()
-    assert not left.value.code
+    assert not exited.value.code
 
 
 @pytest.mark.slow
@@ -64,7 +64,7 @@ def test_a_trained_run_exported_scores_the_same_under_stock_lm_eval(
     Path("cell.yaml").write_text(CELL)
     suite(monkeypatch, "train", "cell.yaml")
     (path,) = Path("results/runs").iterdir()
-    for config in ASKED:
+    for config in EVALUATIONS:
         shots = [] if config.num_fewshot is None else ["--num-fewshot", str(config.num_fewshot)]
         options = [*shots, "--limit", str(config.limit), "--data-root", real_data, "--run-code", "strongest"]
         suite(monkeypatch, "eval", path.name, "--tasks", ",".join(config.tasks), *options)
@@ -76,7 +76,7 @@ def test_a_trained_run_exported_scores_the_same_under_stock_lm_eval(
     corpus = prepare_corpus(cell.data, Path("results/cache"))
     lm = SuiteLM(load_model(run, cell, corpus), Codec(corpus.tokenizer), LENGTH, harness.TOKEN_BUDGET)
     hub = make_hub(real_data, tmp_path / "hub")
-    for config in ASKED:
+    for config in EVALUATIONS:
         stored = json.loads((path / "eval" / f"{config.hash8}.json").read_text())["tasks"]
         stock = lm_eval(hub, tmp_path / "exported", config.tasks, config.num_fewshot, config.limit)
         for name in config.tasks:

@@ -1,4 +1,4 @@
-"""Scores by lm-eval equal the probes and plain loops, are reproducible, and refuse wrong input."""
+"""Scores by lm-eval equal the probes and plain loops and are reproducible; invalid input is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_probes_during_training_and_the_harness_agree(bios: Corpus, bios_model: 
             assert task["metrics"][metric]["value"] == pytest.approx(value, rel=1e-6)
 
 
-def test_every_score_records_what_it_was_computed_from(bios: Corpus, bios_model: Transformer) -> None:
+def test_every_score_records_its_versions_prompts_and_data(bios: Corpus, bios_model: Transformer) -> None:
     config = EvalConfig(tasks=("bios_storage", "bios_qa", "bios_choice"), limit=7)
     scores = evaluate(bios_model, bios, config)
     assert scores["hash"] == config.hash8
@@ -62,7 +62,7 @@ def test_answers_that_are_right_or_wrong_are_recorded_per_question(bios: Corpus,
     assert few["answers"]["acc"] == answers["bios_choice"]["acc"][:4]
 
 
-def test_one_evaluator_scores_many_models_like_new_ones(bios: Corpus, bios_model: Transformer) -> None:
+def test_one_evaluator_gives_many_models_the_scores_of_new_evaluators(bios: Corpus, bios_model: Transformer) -> None:
     config = EvalConfig(tasks=("bios_storage", "bios_qa"), limit=20)
     evaluator = Evaluator()
     other = small_model(bios, seed=5)
@@ -78,7 +78,7 @@ def test_bits_per_byte_of_held_out_text_equal_a_loop(text: Corpus, text_model: T
     nats = 0.0
     for document in text.held_out:
         ids = encode(document)
-        # the first window has its own context; the rest is scored after as much as fits
+        # the first window has no context; the rest is scored after as much context as fits
         first, rest = ids[:length], ids[length:]
         nats -= naive_score(text_model, [eot], first)[0]
         if rest:
@@ -151,7 +151,7 @@ def test_more_examples_than_the_data_has_are_refused(real_data: Path, bios: Corp
 
 
 @pytest.mark.parametrize("task", ["bios_qa", "bios_choice"])
-def test_a_model_that_diverged_has_no_scores(task: str, bios: Corpus) -> None:
+def test_a_diverged_model_is_not_scored(task: str, bios: Corpus) -> None:
     model = small_model(bios)
     with torch.no_grad():
         model.norm.weight[0] = math.nan
@@ -164,7 +164,7 @@ def test_examples_of_a_world_are_in_its_words_and_not_the_question(bios: Corpus,
     scores = evaluate(bios_model, bios, config)
     assert {task["few_shot"] for task in scores["tasks"].values()} == {30}
     for task in prepare(config, catalog.Sources(bios, DataRoot(None))).loaded.tasks.values():
-        # no question is its own example
+        # a question is not its own example
         assert all(request.args[0].count(request.doc["prompt"]) == 1 for request in task.instances)
 
 
@@ -176,7 +176,7 @@ def test_importing_probes_needs_no_evaluation_library() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_no_gradients_are_left_behind(bios: Corpus, bios_model: Transformer) -> None:
+def test_evaluation_leaves_no_gradients(bios: Corpus, bios_model: Transformer) -> None:
     evaluate(bios_model, bios, EvalConfig(tasks=("bios_choice",), limit=3))
     assert all(parameter.grad is None for parameter in bios_model.parameters())
     assert torch.is_grad_enabled()

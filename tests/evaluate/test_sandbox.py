@@ -1,4 +1,4 @@
-"""Hostile programs neither pass nor do harm, in every kind of sandbox that works on this machine."""
+"""Hostile programs neither pass nor do harm in any kind of sandbox that works on this machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from suite.evaluate.sandbox import Kind, Limits, Sandbox
 
 LIMITS = Limits(cpu_s=1, wall_s=1.5, memory_bytes=256 << 20)
 
-# Each ends with what a test would be; reaching it, or forging the end, would be a pass.
+# A program passes if it reaches its end or forges it.
 HOSTILE = {
     "endless loop": "while True: pass",
     "endless sleep": "import time\ntime.sleep(1000)",
@@ -46,10 +46,10 @@ HOSTILE = {
         "os.write(1, b'\\n' + (found or [b'0' * 32])[0].strip())\nos._exit(0)"
     ),
 }
-# These succeed only where walls are missing.
+# These succeed only without isolation.
 OUTSIDE = {
     "reading /etc/passwd": "assert open('/etc/passwd').read()",
-    "writing beside itself": "open({path!r}, 'w').write('was here')",
+    "writing outside its folder": "open({path!r}, 'w').write('was here')",
     "filling memory with files": (
         "written = 0\nfor folder in ('/', '/dev', '/dev/shm', '/run', '/var/tmp', '/usr', '/tmp'):\n"
         "    for n in range(40):\n        try:\n            open(f'{{folder}}/f{{n}}', 'wb').write(bytes(1_000_000))\n"
@@ -63,7 +63,7 @@ import importlib.util, pathlib, shutil, sys
 spec = importlib.util.spec_from_file_location('{name}', str({path}))
 importlib.util.module_from_spec(spec)
 """
-# These try to look into the interpreter, or to bring code of their own.
+# These try to inspect the interpreter or to load their own native code.
 INTERPRETER = {
     "garbage collector": "import gc, sys\ngc.get_referents(sys._getframe().f_back)",
     "ctypes": "import ctypes",
@@ -120,20 +120,20 @@ def test_hostile_programs_do_not_pass(name: str, box: Sandbox, port: int, monkey
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_files_outside_are_out_of_reach(name: str, box: Sandbox, tmp_path: Path) -> None:
+def test_files_outside_the_sandbox_are_out_of_reach(name: str, box: Sandbox, tmp_path: Path) -> None:
     if box.kind == "rlimits":
-        pytest.skip("rlimits has no walls, which is why it must be asked for by name")
+        pytest.skip("rlimits does not isolate, so it must be requested by name")
     target = tmp_path / "target"
     assert not box.run(OUTSIDE[name].format(path=str(target))).passed
     assert not target.exists()
 
 
 @pytest.mark.parametrize("name", INTERPRETER)
-def test_looking_into_the_interpreter_is_refused(name: str, box: Sandbox) -> None:
+def test_inspecting_the_interpreter_is_refused(name: str, box: Sandbox) -> None:
     assert not box.run(INTERPRETER[name]).passed
 
 
-def test_nothing_is_left_running(box: Sandbox) -> None:
+def test_all_processes_are_killed_at_the_end(box: Sandbox) -> None:
     mark = f"mark-{os.getpid()}-{time.time_ns()}"
     box.run(f"import time\nname = {mark!r}\ntime.sleep(1000)")
     alive = [p for p in Path("/proc").glob("[0-9]*/cmdline") if "NONCE_BYTES" in _read(p) and _started_by_us(p.parent)]

@@ -1,4 +1,4 @@
-"""The same weights under lm-eval's own adapter for transformers: every score must agree."""
+"""lm-eval's own adapter for transformers gives the same weights the same scores."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def to_transformers(model: Transformer):
-    """Our dense model as a transformers Llama."""
+    """Convert a dense model to a transformers Llama."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     size = model.size
@@ -107,7 +107,7 @@ def test_the_transformers_adapter_of_lm_eval_gives_the_same_scores(corpus: Corpu
     )
     theirs = harness.scores_of(stock, prepared)
     assert ours.keys() == theirs.keys()
-    differences = {name: (entry, theirs[name]) for name, entry in ours.items() if entry != theirs[name]}
+    differences = {name: (scores, theirs[name]) for name, scores in ours.items() if scores != theirs[name]}
     assert not differences
     logits = to_transformers(model)(torch.tensor([[eot, 5, 6, 7]])).logits
     assert torch.allclose(logits, model.eval()(torch.tensor([[eot, 5, 6, 7]])), atol=1e-4)

@@ -1,4 +1,4 @@
-"""Key usage against counting by hand."""
+"""Key usage compared with counts by a loop."""
 
 from collections import Counter
 from pathlib import Path
@@ -45,9 +45,9 @@ def test_counts_of_layers_and_shared_tables_equal_a_loop(corpus: Corpus) -> None
                 counts[layer].update(indices_NS.flatten().tolist())
     assert usage["tokens"] == BATCHES * BATCH_ROWS * 128
     for layer in layers:
-        found = usage["layers"][str(layer)]
-        assert found["reads"] == sum(counts[layer].values()) == usage["tokens"] * 4 * 4
-        assert found["used"] == len(counts[layer]) / 256
+        layer_usage = usage["layers"][str(layer)]
+        assert layer_usage["reads"] == sum(counts[layer].values()) == usage["tokens"] * 4 * 4
+        assert layer_usage["used"] == len(counts[layer]) / 256
     (shared,) = usage["tables"]
     assert shared["layers"] == layers
     assert shared["used"] == len(set().union(*counts.values())) / 256

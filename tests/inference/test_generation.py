@@ -1,4 +1,4 @@
-"""Cached, batched generation against a loop that does one forward pass per token."""
+"""Cached, batched generation compared with a loop of one forward pass per token."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_samples_follow_the_model_and_do_not_depend_on_the_batch(model: Transfor
 
 
 @pytest.mark.parametrize("family", registry.families())
-def test_every_family_scores_and_generates_as_a_loop_over_tokens(family: str) -> None:
+def test_every_family_scores_and_generates_like_a_loop_over_tokens(family: str) -> None:
     options = {"half_keys": 16, "top_k": 4} if registry.family(family).has_memory else {}
     built = models.build(registry.family(family).config(family=family, base="w32", **options), VOCAB, seed=1).double()
     prompts = [[1, 2, 3, 4, 5], [6], [7, 8]]

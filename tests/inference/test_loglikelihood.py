@@ -1,4 +1,4 @@
-"""Batched log-probabilities against a loop that does one forward pass per token."""
+"""Batched log-probabilities compared with a loop of one forward pass per token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_scores_equal_a_loop_over_tokens(model: Transformer, pairs: list, budget
     ),
     st.sampled_from([1, 12, 40, 1000]),
 )
-def test_shared_contexts_change_no_score(model: Transformer, families: list, budget: int) -> None:
+def test_shared_contexts_do_not_change_scores(model: Transformer, families: list, budget: int) -> None:
     pairs = [(context, continuation) for context, continuations in families for continuation in continuations]
     scores = loglikelihood.score(model, pairs, budget)
     expected = [naive_score(model, *request) for request in pairs]
@@ -73,7 +73,9 @@ def test_greedy_continuations_are_recognised(model: Transformer) -> None:
     ]
 
 
-def test_small_chunks_of_the_output_head_change_nothing(model: Transformer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_do_not_depend_on_the_chunks_of_the_output_head(
+    model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pairs = [([1, 2], [3, 4, 5]), ([7], [8, 9])]
     whole = loglikelihood.score(model, pairs)
     monkeypatch.setattr(loglikelihood, "LOGITS_AT_ONCE", VOCAB * 2)
@@ -128,7 +130,7 @@ def trained_bpe() -> Tokenizer:
     return BPETokenizer.train(["a b ab. a\n ba bb\n\nab? é é b  a   b", "ab ab . \n a"] * 20, 300)
 
 
-def test_no_continuation_is_empty_for_a_tokenizer_with_tokens_across_spaces(tmp_path: Path) -> None:
+def test_continuations_are_not_empty_with_tokens_across_spaces(tmp_path: Path) -> None:
     from tokenizers import Tokenizer as RustTokenizer
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -143,7 +145,9 @@ def test_no_continuation_is_empty_for_a_tokenizer_with_tokens_across_spaces(tmp_
     )
     trained.save(str(tmp_path / "tokenizer.json"))
     tokenizer = tokenizer_files.read(tmp_path / "tokenizer.json")
-    assert any(len(tokenizer.encode(a + b)) <= len(tokenizer.encode(a)) for a, b in pairs), "what used to be empty"
+    assert any(len(tokenizer.encode(a + b)) <= len(tokenizer.encode(a)) for a, b in pairs), (
+        "without the split, the continuation would be empty"
+    )
     for context, continuation in pairs:
         head, tail = loglikelihood.encode_pair(tokenizer, context, continuation)
         assert tail

@@ -13,7 +13,7 @@ def _one_thread() -> None:
 
 @pytest.fixture
 def wide() -> Iterator[None]:
-    """float64 as the default dtype, in this process too."""
+    """Use float64 as the default dtype of this process."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

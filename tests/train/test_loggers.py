@@ -1,4 +1,4 @@
-"""Loggers: train.jsonl always, TensorBoard and Weights & Biases on request, and none of them part of the identity."""
+"""Loggers: train.jsonl always, TensorBoard and Weights & Biases on request; they are not part of the identity."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ def train(cell: Cell, cache: Path, folder: Path, stop_at: int | None = None) -> 
 
 
 def expected(run: RunDir) -> dict[tuple[str, int], float]:
-    """The numbers of train.jsonl by path and step."""
+    """Return the numbers of train.jsonl by path and step."""
     return {(name, line["step"]): value for line in run.train_lines() for name, value in scalars(line).items()}
 
 
@@ -93,11 +93,11 @@ def test_wandb_has_the_scalars_of_train_jsonl(cache: Path, tmp_path: Path, monke
 
 
 def wandb_records(content: bytes) -> Iterator[bytes]:
-    """The records of an offline run's file: LevelDB's log format in blocks of 32 KiB after a header of 7 bytes."""
+    """Yield the records of an offline run's file: LevelDB's log format in blocks of 32 KiB after a 7-byte header."""
     position, parts = 7, b""
     while position + 7 <= len(content):
-        if (left := -position % 32768) and left < 7:
-            position += left
+        if (padding := -position % 32768) and padding < 7:
+            position += padding
         length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
         parts += content[position + 7 : position + 7 + length]
         position += 7 + length

@@ -66,9 +66,9 @@ SGD = {"table_optimizer": "sgd", "value_lr": 0.5}
         ("pkm", {"table_optimizer": "dense"}),
     ],
 )
-@pytest.mark.parametrize("dies_after", [2, 6])
-def test_a_killed_run_resumes_bit_for_bit(
-    family: str, options: dict[str, Any], dies_after: int, cache: Path, tmp_path: Path
+@pytest.mark.parametrize("killed_after", [2, 6])
+def test_a_killed_run_resumes_to_the_same_losses_and_weights(
+    family: str, options: dict[str, Any], killed_after: int, cache: Path, tmp_path: Path
 ) -> None:
     cell = tiny_cell(family, probes=3, **options)
     corpus = corpus_of(cell, cache)
@@ -76,17 +76,17 @@ def test_a_killed_run_resumes_bit_for_bit(
         (tmp_path / name).mkdir()
     train(cell, corpus, RunDir(tmp_path / "whole"))
 
-    dying = Trainer(cell, corpus, RunDir(tmp_path / "killed"))
-    step_once = dying.train_step
+    interrupted = Trainer(cell, corpus, RunDir(tmp_path / "killed"))
+    step_once = interrupted.train_step
 
-    def step_until_death() -> dict[str, float | None]:
-        if dying.step == dies_after:
+    def step_until_killed() -> dict[str, float | None]:
+        if interrupted.step == killed_after:
             raise Killed
         return step_once()
 
-    dying.train_step = step_until_death  # type: ignore[method-assign]
+    interrupted.train_step = step_until_killed  # type: ignore[method-assign]
     with pytest.raises(Killed):
-        dying.run_to_end()
+        interrupted.run_to_end()
     train(cell, corpus, RunDir(tmp_path / "killed"))
 
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
@@ -108,13 +108,13 @@ def test_the_loss_is_the_mean_over_real_targets(cache: Path, tmp_path: Path) -> 
     with torch.no_grad():
         logits = trainer.model(batch.tokens_BT, batch.segments_BT).double()
     log_p = logits.log_softmax(-1)
-    kept = [
+    losses_of_targets = [
         -log_p[row, column, target].item()
         for row, targets in enumerate(batch.targets_BT.tolist())
         for column, target in enumerate(targets)
         if target != -100
     ]
-    assert trainer.train_step()["loss"] == pytest.approx(sum(kept) / len(kept), rel=1e-6)
+    assert trainer.train_step()["loss"] == pytest.approx(sum(losses_of_targets) / len(losses_of_targets), rel=1e-6)
 
 
 def test_tables_and_other_parameters_are_clipped_separately_and_updated_by_adamw(
@@ -129,7 +129,7 @@ def test_tables_and_other_parameters_are_clipped_separately_and_updated_by_adamw
     tables = {"tables.0.weight"}
     grads = {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
     trainer.train_step()
-    trainer.optimizer.state()  # flushes: rows that were not read have decayed, too
+    trainer.optimizer.state()  # flushes, which also decays rows that were not read
     for group, lr, decay in ((tables, 2e-2, 0.0), (set(grads) - tables, 5e-3, 0.1)):
         norm = sum(grads[name].pow(2).sum() for name in group).sqrt()
         assert norm > 0.05
@@ -193,7 +193,7 @@ def test_row_wise_and_dense_table_optimizers_agree(
     family: str, backend: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(dispatch.VARIABLE, backend)
-    half_keys = {"half_keys": 24, "top_k": 2}  # most rows are read seldom, so that replay has something to do
+    half_keys = {"half_keys": 24, "top_k": 2}  # most rows are read rarely, so that there are steps to replay
     runs = {}
     for optimizer in ("row_wise", "dense"):
         cell = tiny_cell(family, table_optimizer=optimizer, epochs=3.0, weight_decay=0.1, value_lr=2e-2)

@@ -46,7 +46,7 @@ def model_of(cell: Cell) -> Transformer:
 
 
 def names(model: Transformer, cell: Cell, optimizer: str) -> set[str]:
-    """The parameters of that optimizer."""
+    """Return the parameters of that optimizer."""
     parameters = [name for name, _ in model.named_parameters()]
     matched = match_rules(parameters, parameter_rules(model, cell.train))
     assert list(matched) == parameters
@@ -84,7 +84,7 @@ def test_modules_that_hold_only_matrices_are_derived_from_the_model(case: str) -
     assert kinds == {"Attention"} | experts.get(case, set() if every_layer_has_a_memory else {"SwiGLU"})
 
 
-def test_the_first_matching_rule_wins_and_a_parameter_without_one_is_named() -> None:
+def test_the_first_matching_rule_wins_and_an_unmatched_parameter_raises() -> None:
     first = Rule(r"a\..*", "adamw", 1.0, 0.0, "rest")
     second = Rule(r".*\.weight", "adamw", 2.0, 0.0, "rest")
     assert match_rules(["a.weight", "b.weight"], [first, second]) == {"a.weight": first, "b.weight": second}
@@ -93,7 +93,7 @@ def test_the_first_matching_rule_wins_and_a_parameter_without_one_is_named() -> 
 
 
 def orthogonalised(matrix: Tensor) -> Tensor:
-    """Five quintic Newton-Schulz steps of Muon in float64."""
+    """Compute the five quintic Newton-Schulz steps of Muon in float64."""
     x = matrix.double()
     x = x / x.norm()
     for _ in range(5):
@@ -124,7 +124,7 @@ def test_muon_is_nesterov_momentum_orthogonalised_and_scaled() -> None:
     assert muon.momentum["w"].sub(momentum).abs().max() < 1e-6
 
 
-def test_muon_updates_each_matrix_of_a_stack_as_torch_does_alone() -> None:
+def test_muon_updates_each_matrix_of_a_stack_like_torch() -> None:
     stack = nn.Parameter(random((3, 8, 12), 0))
     alone = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
     muon = NamedMuon({"experts": stack}, 0.1)
@@ -144,8 +144,8 @@ def trainer_of(cell: Cell, cache: Path, folder: Path) -> Trainer:
     return Trainer(cell, corpus_of(cell, cache), run)
 
 
-def test_muon_leaves_embeddings_norms_and_biases_to_adamw_in_training(cache: Path, tmp_path: Path) -> None:
-    """After one step AdamW's parameters are those of a run without Muon, and the matrices are not."""
+def test_muon_does_not_change_the_updates_of_embeddings_norms_and_biases(cache: Path, tmp_path: Path) -> None:
+    """After one step, exactly the matrices differ from a run without Muon."""
     stepped = {}
     for name in ("adamw", "muon"):
         trainer = trainer_of(tiny_cell("memory_plus", matrix_optimizer=name, warmup=0), cache, tmp_path / name)
@@ -158,7 +158,7 @@ def test_muon_leaves_embeddings_norms_and_biases_to_adamw_in_training(cache: Pat
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_sgd_moves_the_rows_read_by_their_clipped_gradient_and_no_other_row(
+def test_sgd_updates_only_the_rows_read_by_their_clipped_gradient(
     decay: float, cache: Path, tmp_path: Path, wide: None
 ) -> None:
     options: dict[str, Any] = {"warmup": 0, "schedule": "constant", "clip": 0.05, "value_weight_decay": decay}
@@ -206,7 +206,7 @@ def test_each_clipping_group_is_clipped_to_its_own_norm(monkeypatch: pytest.Monk
             torch.testing.assert_close(clipped[name], gradients[name] * (0.01 / norm), rtol=1e-4, atol=0.0)
 
 
-def test_tables_share_a_clipping_group_with_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_in_a_clipping_group_with_other_parameters_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = cell_of("pkm", 2)
     monkeypatch.setattr(optim, "parameter_rules", lambda *_: [Rule(".*", "adamw", 1e-3, 0.0, "rest")])
     with pytest.raises(ValueError, match="rest"):
@@ -232,7 +232,7 @@ def test_frozen_parameters_are_in_no_group() -> None:
         ({"matrix_optimizer": "sgd"}, "matrix_optimizer"),
     ],
 )
-def test_an_invalid_option_is_named(train: dict[str, Any], words: str) -> None:
+def test_an_invalid_optimizer_option_is_named(train: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         tiny_cell("pkm", **train)
 

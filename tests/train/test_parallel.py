@@ -1,6 +1,6 @@
-"""Several processes train to the same weights as one: real processes under torchrun, gloo, float64.
+"""Several processes (torchrun, gloo, float64) train to the same losses and weights as one.
 
-Sums are then taken in another order and nothing else changes: losses and weights agree to a few roundings.
+Only the order of sums differs, so they agree up to rounding.
 """
 
 import json
@@ -75,7 +75,7 @@ def numbers(content: Any) -> list[float]:
     return [x for item in content for x in numbers(item)] if isinstance(content, list) else [content]
 
 
-def test_two_processes_train_as_one_and_one_process_reads_their_checkpoint(
+def test_two_processes_train_like_one_and_one_process_reads_their_checkpoint(
     cache: Path, tmp_path: Path, wide: None
 ) -> None:
     cells = {case: cell_of(case, 3, probes=1, accumulate=2) for case in ("memory_plus large", "moe_topk")}
@@ -190,7 +190,9 @@ def test_a_run_resumes_with_a_different_number_of_processes(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
-def test_activation_checkpointing_changes_nothing(processes: int, cache: Path, tmp_path: Path, wide: None) -> None:
+def test_activation_checkpointing_does_not_change_training(
+    processes: int, cache: Path, tmp_path: Path, wide: None
+) -> None:
     cells = {case: cell_of(case, 6) for case in ("moe_topk", "pkm batchnorm")}
     prepare(cells["moe_topk"].data, cache)
     again = [job(cell, tmp_path / f"{case}-again", checkpoint_activations=True) for case, cell in cells.items()]
@@ -213,7 +215,7 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
 def test_every_optimizer_on_several_processes_trains_as_in_one(
     processes: int, cache: Path, tmp_path: Path, wide: None
 ) -> None:
-    cells = {tmp_path / f"{number}": cell_of(case, 6, **how) for number, (case, how) in enumerate(OPTIMIZERS)}
+    cells = {tmp_path / f"{number}": cell_of(case, 6, **options) for number, (case, options) in enumerate(OPTIMIZERS)}
     prepare(cell_of("dense", 6).data, cache)
     jobs = [job(cell, folder, memory_parallel=2, stop_at=3) for folder, cell in cells.items()]
     run_jobs(jobs, cache, processes, tmp_path)
@@ -237,7 +239,7 @@ def test_in_bf16_two_processes_stay_close_to_one(cache: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["memory_plus", "peer"])
-def test_a_sharded_model_gives_the_scores_of_a_whole_one(case: str, cache: Path, tmp_path: Path) -> None:
+def test_a_sharded_model_has_the_scores_of_a_whole_one(case: str, cache: Path, tmp_path: Path) -> None:
     """Directly from the checkpoint: each process reads only its columns."""
     evaluation = EvalConfig(tasks=("bios_storage", "bios_qa"), limit=10)
     cell = cell_of(case, 4, checkpoint_every=2, evaluate_every=2)
@@ -261,7 +263,7 @@ def test_a_sharded_model_gives_the_scores_of_a_whole_one(case: str, cache: Path,
 def test_a_run_interrupted_between_steps_resumes_bit_for_bit(cache: Path, tmp_path: Path) -> None:
     cell = cell_of("memory_plus", 6)
     whole = alone(cell, tmp_path / "whole", cache)
-    run = RunDir(tmp_path / "cut")
+    run = RunDir(tmp_path / "interrupted")
     run.path.mkdir()
     trainer = Trainer(cell, prepare(cell.data, cache), run)
     assert trainer.run_to_end(lambda: trainer.step == 4) == "interrupted"
@@ -280,7 +282,7 @@ def test_a_world_that_does_not_divide_the_cell_is_refused() -> None:
         World(size=4, parallel=Parallel(memory_parallel=3)).check(cell)
 
 
-def test_a_launch_may_not_change_the_micro_batches_of_a_batch_norm() -> None:
+def test_a_launch_cannot_change_the_micro_batches_of_a_batch_norm() -> None:
     World(parallel=Parallel(accumulate=4)).check(cell_of("pkm", 2))
     with pytest.raises(UserError, match=r"parallel.accumulate: got 4"):
         World(parallel=Parallel(accumulate=4)).check(cell_of("pkm batchnorm", 2))

@@ -53,10 +53,10 @@ def test_loss_ignores_padding_and_separates_documents(bios: Corpus, bios_model: 
 
 def test_held_out_rows_are_the_held_out_text(text: Corpus) -> None:
     rows = probe.held_out_rows(text, rows=1000)
-    kept = rows.tokens_BT[rows.targets_BT != -100]
+    scored = rows.tokens_BT[rows.targets_BT != -100]
     whole = [token for document in text.held_out for token in (text.tokenizer.eot_id, *text.tokenizer.encode(document))]
-    assert kept.tolist() == whole[: len(kept)]
-    assert len(whole) - len(kept) <= text.config.seq_len
+    assert scored.tolist() == whole[: len(scored)]
+    assert len(whole) - len(scored) <= text.config.seq_len
 
 
 def test_a_text_corpus_has_a_loss_and_no_probes(text: Corpus, text_model: Transformer) -> None:

@@ -1,4 +1,4 @@
-"""Options of the row-wise optimizer: each trains, resumes bit for bit, and does what its name states."""
+"""Options of the row-wise optimizer: each trains, resumes bit for bit, and has its documented effect."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ BYTES_PER_ROW = dict.fromkeys(OPTIONS, 8 * 32 + 9) | {
     "row": 4 * 32 + 4 + 9,
     "together": 4 * 32 + 4 + 9,
 }
-"""In addition to the row itself, at width 32."""
+"""Bytes of optimizer state per row, at width 32."""
 
 
 def cell_of(family: str, **train: Any) -> Cell:
@@ -63,11 +63,11 @@ def test_an_option_trains_and_resumes_bit_for_bit(name: str, cache: Path, tmp_pa
     table = whole.model.memory_tables()[0]
     assert table.weight.dtype == (torch.bfloat16 if "bf16" in str(OPTIONS[name]) else torch.float32)
     assert whole.optimizer.rows["tables.0.weight"].bytes_per_row == BYTES_PER_ROW[name]
-    dying = trainer_of(cell, cache, tmp_path / "killed")
+    interrupted = trainer_of(cell, cache, tmp_path / "killed")
     for _ in range(6):
-        dying.train_step()
-        if dying.step == 4:
-            dying.save()
+        interrupted.train_step()
+        if interrupted.step == 4:
+            interrupted.save()
     resumed = trainer_of(cell, cache, tmp_path / "killed")
     assert resumed.step == 4
     resumed.run_to_end()
@@ -136,4 +136,4 @@ def test_options_at_their_default_change_no_hash() -> None:
 
 
 HASH = "86a553ba"
-"""The hash of that cell before the options existed."""
+"""The hash of the cell before the options existed."""

@@ -1,4 +1,4 @@
-"""Schedules against their closed forms."""
+"""Schedules compared with their closed forms."""
 
 import math
 
@@ -20,9 +20,9 @@ def test_warmup_rises_linearly_to_one() -> None:
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_decay_starts_at_one_and_ends_at_final_lr(schedule: str) -> None:
-    given = config(schedule=schedule, warmup=2, final_lr=0.1)
-    assert lr_factor(given, 2, 12) == pytest.approx(1.0)
-    assert lr_factor(given, 11, 12) == pytest.approx(0.1)
+    schedule_config = config(schedule=schedule, warmup=2, final_lr=0.1)
+    assert lr_factor(schedule_config, 2, 12) == pytest.approx(1.0)
+    assert lr_factor(schedule_config, 11, 12) == pytest.approx(0.1)
 
 
 def test_linear_and_cosine_agree_with_their_formulas_midway() -> None:
@@ -31,15 +31,15 @@ def test_linear_and_cosine_agree_with_their_formulas_midway() -> None:
 
 
 def test_wsd_is_constant_until_its_decay() -> None:
-    given = config(schedule="wsd", warmup=2, decay=0.3, final_lr=0.0, decay_shape="linear")
-    assert decay_start(given, 20) == 14
-    rates = [lr_factor(given, step, 20) for step in range(20)]
+    schedule_config = config(schedule="wsd", warmup=2, decay=0.3, final_lr=0.0, decay_shape="linear")
+    assert decay_start(schedule_config, 20) == 14
+    rates = [lr_factor(schedule_config, step, 20) for step in range(20)]
     assert rates == pytest.approx([0.5, 1.0] + [1.0] * 12 + [5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6, 0.0])
 
 
 def test_the_1_sqrt_decay_follows_its_formula_and_ends_at_final_lr() -> None:
-    given = config(schedule="wsd", decay=0.2, final_lr=0.1)
-    rates = [lr_factor(given, step, 100) for step in range(100)]
+    schedule_config = config(schedule="wsd", decay=0.2, final_lr=0.1)
+    rates = [lr_factor(schedule_config, step, 100) for step in range(100)]
     assert set(rates[:80]) == {1.0}
     for past in range(1, 21):
         assert rates[79 + past] == pytest.approx(0.1 + 0.9 * (1 - math.sqrt(past / 20)))
@@ -53,19 +53,19 @@ def test_a_decay_is_at_least_one_step_and_at_most_all() -> None:
 
 
 def test_budgets_share_the_rate_until_the_smaller_starts_to_decay() -> None:
-    given = config(schedule="wsd", warmup=5)
-    small, large = ([lr_factor(given, step, total) for step in range(total)] for total in (40, 100))
-    assert small[: decay_start(given, 40)] == large[: decay_start(given, 40)]
-    assert small[decay_start(given, 40)] < large[decay_start(given, 40)]
+    schedule_config = config(schedule="wsd", warmup=5)
+    small, large = ([lr_factor(schedule_config, step, total) for step in range(total)] for total in (40, 100))
+    assert small[: decay_start(schedule_config, 40)] == large[: decay_start(schedule_config, 40)]
+    assert small[decay_start(schedule_config, 40)] < large[decay_start(schedule_config, 40)]
 
 
 def test_a_run_retains_the_checkpoints_from_which_branches_start() -> None:
     # Rows of 10 tokens, 2 a step: budgets of 200, 400 and 800 tokens are 10, 20 and 40 steps, decaying from 8, 16, 32.
     branches = [200, 400, 800]
-    kept = [
+    retained = [
         branch_steps(config(schedule="wsd", batch_rows=2, tokens=tokens, branches=branches), 10) for tokens in branches
     ]
-    assert kept == [{8}, {8, 16}, {8, 16, 32}]
+    assert retained == [{8}, {8, 16}, {8, 16, 32}]
     assert branch_steps(config(schedule="wsd"), 10) == frozenset()
 
 

@@ -1,4 +1,4 @@
-"""Key usage logged in training, against reads counted by hand."""
+"""Key usage logged in training, compared with counted reads."""
 
 from pathlib import Path
 

@@ -37,14 +37,14 @@ def bits_learned(probes: Sequence[Probe], log2p: Sequence[float] | NDArray[np.fl
     A model that knows only how often each value occurs in its world gets N KL(occurrence | uniform) bits, which does
     not grow with N: about sum over a of (K_a - 1) / (2 ln 2) = 557 in total, with standard deviation 28 (the chi-square
     law of a likelihood ratio; from 100 people on it stays within 100 bits of that). So 557 bits is the score of a model
-    that knows nothing about individuals. It is small compared with N H from a few hundred people on.
+    that knows these frequencies only. It is small compared with N H from a few hundred people on.
 
     Args:
-        probes: facts, each in several templates.
-        log2p: for each probe, the log2 probability of its answer over the full vocabulary.
+        probes: Facts, each in several templates.
+        log2p: For each probe, the log2 probability of its answer over the full vocabulary.
 
     Raises:
-        ValueError: there are no probes, or not one probability for each.
+        ValueError: There are no probes, or the numbers of probes and probabilities differ.
     """
     if len(probes) != len(log2p) or not probes:
         raise ValueError(
@@ -80,37 +80,37 @@ class Scored(NamedTuple):
 
 
 def bits(items: Sequence[Scored]) -> float:
-    """Bits learned about the people in the probes (see `bits_learned`)."""
+    """Return bits learned about the people in the probes (see `bits_learned`)."""
     return _learned(items).bits
 
 
 def bits_se(items: Sequence[Scored]) -> float:
-    """Standard error of `bits`, from its spread over people."""
+    """Return the standard error of `bits`, from its spread over people."""
     return _learned(items).stderr
 
 
 def bits_max(items: Sequence[Scored]) -> float:
-    """The entropy of the probed attributes: the bits of a model that knows everything."""
+    """Return the entropy of the probed attributes: the bits of a model that knows everything."""
     return _learned(items).bits_max
 
 
 def nll(items: Sequence[Scored]) -> float:
-    """Mean negative log-likelihood of an answer in nats."""
+    """Return the mean negative log-likelihood of an answer in nats."""
     return sum(-item.log_p for item in items) / len(items)
 
 
 def nll_se(items: Sequence[Scored]) -> float:
-    """Standard error of `nll`, from its spread over people."""
+    """Return the standard error of `nll`, from its spread over people."""
     return _clustered_se([(item.probe.person, -item.log_p) for item in items])
 
 
 def recall(items: Sequence[Scored]) -> float:
-    """Share of probes whose answer, stop included, greedy decoding produces."""
+    """Return the share of probes whose answer, stop included, greedy decoding produces."""
     return sum(item.greedy for item in items) / len(items)
 
 
 def recall_se(items: Sequence[Scored]) -> float:
-    """Standard error of `recall`, from its spread over people."""
+    """Return the standard error of `recall`, from its spread over people."""
     return _clustered_se([(item.probe.person, float(item.greedy)) for item in items])
 
 
@@ -122,7 +122,7 @@ def _learned(items: Sequence[Scored]) -> BitsResult:
 
 
 def _clustered_se(values: Sequence[tuple[int, float]]) -> float:
-    """Standard error of a mean over (cluster, value): values of one cluster are not independent.
+    """Return the standard error of a mean over (cluster, value): values of one cluster are not independent.
 
     NaN for a single cluster.
     """

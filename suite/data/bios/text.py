@@ -22,13 +22,13 @@ _STRIDE = 1009  # coprime to TWO_SYLLABLES: neighbours in the list differ visibl
 
 
 def invented(index: int, ending: str) -> str:
-    """The index-th invented word of two syllables and an ending; distinct below TWO_SYLLABLES (4,900)."""
+    """Return the index-th invented word of two syllables and an ending; distinct below TWO_SYLLABLES (4,900)."""
     first, second = divmod(index * _STRIDE % TWO_SYLLABLES, len(_SYLLABLES))
     return (_SYLLABLES[first] + _SYLLABLES[second] + ending).capitalize()
 
 
 def invented_words(count: int, ending: str) -> tuple[str, ...]:
-    """The first `count` invented words with that ending."""
+    """Return the first `count` invented words with that ending."""
     assert count <= TWO_SYLLABLES, "two syllables give fewer words"
     return tuple(invented(index, ending) for index in range(count))
 

@@ -58,9 +58,9 @@ class World:
 
     Args:
         people: N.
-        seed: of names, attributes and the use of templates.
-        questions: share of the people whose questions are in the training text.
-        zipf: exponent of exposure against popularity; 0: uniform.
+        seed: Seed of names, attributes and the use of templates.
+        questions: Share of the people whose questions are in the training text.
+        zipf: Exponent of exposure against popularity; 0: uniform.
     """
 
     def __init__(self, people: int, seed: int = 0, questions: float = 0.0, zipf: float = 0.0) -> None:
@@ -90,11 +90,11 @@ class World:
 
     @property
     def name_space(self) -> int:
-        """N0: how many full names there are to draw from."""
+        """N0: the number of full names from which names are drawn."""
         return self._side**2
 
     def name(self, person: int) -> str:
-        """The full name, unique in this world."""
+        """Return the full name, unique in this world."""
         first, last = divmod(int(self._pairs[person]), self._side)
         return f"{self._first[first]} {self._last[last]}"
 
@@ -103,7 +103,7 @@ class World:
         """[people] how often each fact of a person occurs in one cycle of ROUNDS rounds.
 
         Uniform: ROUNDS, once per round. Zipf: proportional to (person + 1)^-zipf with the same mean, rounded, and at
-        least 1 so that everybody occurs (which raises the mean of steep distributions a little).
+        least 1 so that everybody occurs, which slightly raises the mean of steep distributions.
         """
         weights = (np.arange(self.people) + 1.0) ** -self._zipf
         return np.maximum(1, np.rint(ROUNDS * weights / weights.mean()).astype(np.int64))
@@ -114,19 +114,19 @@ class World:
         return self.copies / ROUNDS
 
     def documents(self, round_index: int) -> Iterator[str]:
-        """The sentences, then the question-answer documents of one round, in canonical order."""
+        """Yield the sentences, then the question-answer documents of one round, in canonical order."""
         yield from self.sentences(round_index)
         yield from self.questions(round_index)
 
     def sentences(self, round_index: int) -> Iterator[str]:
-        """The facts of one round in the order person, copy, attribute.
+        """Yield the facts of one round in the order person, copy, attribute.
 
         Each round uses another training template for a fact; a cycle of ROUNDS rounds uses all of them (with zipf 0).
         """
         return self._texts(round_index, self.prompts("storage"), np.arange(self.people), _SENTENCES)
 
     def questions(self, round_index: int) -> Iterator[str]:
-        """The question-answer documents of one round, about the people in `with_questions`."""
+        """Yield the question-answer documents of one round, about the people in `with_questions`."""
         return self._texts(round_index, self.prompts("extraction"), self.with_questions, _QUESTIONS)
 
     def _texts(
@@ -144,7 +144,7 @@ class World:
                     yield templates[template].format(name=name) + self.answer(person, attribute)
 
     def prompts(self, kind: ProbeKind) -> list[tuple[str, ...]]:
-        """The prompts of a kind for each attribute, with {name} in them."""
+        """Return the prompts of a kind for each attribute, with {name} in them."""
         if kind == "storage":
             return [attribute.training for attribute in self.attributes]
         if kind == "paraphrase":
@@ -152,19 +152,19 @@ class World:
         return [attribute.question_prompts for attribute in self.attributes]
 
     def answer(self, person: int, attribute: int) -> str:
-        """The true answer, with the space before it and its stop."""
+        """Return the true answer, with the space before it and its stop."""
         return self.attributes[attribute].answers[int(self.values[person, attribute])]
 
     def probes(self, kind: ProbeKind, people: Iterable[int] | None = None) -> list[Probe]:
-        """Every fact of the people in every template of the kind, in the order person, attribute, template.
+        """Return every fact of the people in every template of the kind, in the order person, attribute, template.
 
         Args:
-            kind: storage: templates seen in training; paraphrase: held-out templates; extraction: questions, only about
-                people whose questions are not in the training text.
-            people: indices; None: everybody for whom the kind is defined.
+            kind: `storage` for the templates of training, `paraphrase` for held-out ones, `extraction` for questions,
+                which are asked only about people whose questions are not in the training text.
+            people: Indices; None: all people for whom the kind is defined.
 
         Raises:
-            ValueError: extraction is requested for somebody whose questions are in the training text.
+            ValueError: Extraction is requested for a person whose questions are in the training text.
         """
         if people is None:
             people = self.without_questions.tolist() if kind == "extraction" else range(self.people)
@@ -187,7 +187,7 @@ class World:
         ]
 
     def vocabulary_texts(self) -> Iterator[str]:
-        """Texts that contain every word of any world of this size: sentences, questions, answers and names."""
+        """Yield texts that contain every word of any world of this size: sentences, questions, answers and names."""
         for attribute in self.attributes:
             for prompt in attribute.training + attribute.held_out + attribute.question_prompts:
                 yield prompt.format(name="")

@@ -45,7 +45,7 @@ class BiosData(DataConfig):
         return f"bios of {self.people} people, world {self.world}"
 
     def problems(self) -> list[Problem]:
-        """Errors that involve several fields."""
+        """Return errors that involve several fields."""
         return (
             [("people", self.people, f"at most {MAX_PEOPLE}, all that have a name")] if self.people > MAX_PEOPLE else []
         )
@@ -69,7 +69,7 @@ class BiosData(DataConfig):
 
     def check_rounds(self, rounds: Sequence[Round]) -> None:
         """See DataConfig."""
-        longest = max(int(one.lengths.max()) for one in rounds)
+        longest = max(int(r.lengths.max()) for r in rounds)
         if longest > self.seq_len:
             raise UserError(f"data.seq_len: got {self.seq_len}, allowed: at least {longest}, the longest document")
 
@@ -78,7 +78,7 @@ class BiosData(DataConfig):
         return DocumentPacking(parts[0], self.seq_len, eot_id, seed)
 
     def _vocabulary_texts(self, world: World) -> Iterator[str]:
-        """What the tokenizer is made from: all words of worlds of this size, or the training text for a BPE."""
+        """Yield the texts for the tokenizer: all words of worlds of this size, or the training text for a BPE."""
         if self.tokenizer.kind == "word":
             yield from world.vocabulary_texts()
         else:

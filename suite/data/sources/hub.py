@@ -48,7 +48,7 @@ class HubData(StreamData):
 
 
 class HubReader:
-    """The documents of a hub data set, in its own order; nothing is downloaded ahead.
+    """The documents of a hub data set, in its own order, downloaded as they are read.
 
     Its position holds the commit that is read, so that a resumed stream has the same content; the number of records
     read; and the state of the `datasets` stream. Raises UserError for a data set that cannot be reached or used.
@@ -67,11 +67,11 @@ class HubReader:
 
     @property
     def position(self) -> dict[str, Any]:
-        """Where the stream is, as JSON."""
+        """The place after the last document yielded, as JSON."""
         return {"commit": self._commit, "records": self._read, "state": self._stream.state_dict()}
 
     def __iter__(self) -> Iterator[str]:
-        """The documents from the position on."""
+        """Yield the documents from the position on."""
         records = iter(self._stream)
         while (record := self._request(lambda: next(records, None))) is not None:
             self._read += 1
@@ -82,7 +82,7 @@ class HubReader:
                 self.skipped += 1
 
     def _newest_commit(self) -> str | None:
-        """The commit that the revision currently names; None for a local folder in the layout of the hub."""
+        """Return the commit that the revision currently names; None for a local folder in the layout of the hub."""
         if Path(self._config.name).is_dir():
             return None
         from huggingface_hub import HfApi
@@ -106,7 +106,7 @@ class HubReader:
         return stream.select_columns([config.field])
 
     def _request(self, action: Callable[[], Result]) -> Result:
-        """The result of a request to the hub. Raises UserError, with the remedy, for any failure."""
+        """Return the result of a request to the hub. Raises UserError, with the remedy, for any failure."""
         try:
             return action()
         except UserError:

@@ -17,11 +17,11 @@ from suite.errors import UserError
 from suite.identity import Frozen, Problem
 
 SHARED_FIELDS = tuple(DataConfig.model_fields.keys() - {"kind"})
-"""Fields that the parts of a mixture share, and therefore do not have."""
+"""Fields of the mixture that hold for all of its parts."""
 
 
 class Part(Frozen):
-    """A stream as a part of a mixture: the fields of its kind but for those that all parts share, and a weight."""
+    """A stream as a part of a mixture: the fields of its kind except those that all parts share, and a weight."""
 
     kind: str
     weight: float = Field(gt=0, description="share of the tokens read, relative to the other parts' weights")
@@ -33,13 +33,13 @@ class Part(Frozen):
         return {kind: part_class(config) for kind, config in streams.items()} if cls is Part else {}
 
     def fields(self) -> dict[str, Any]:
-        """The stream's own fields."""
+        """Return the stream's own fields."""
         return {name: getattr(self, name) for name in type(self).model_fields if name != "weight"}
 
 
 @functools.cache
 def part_class(stream: type[StreamData]) -> type[Part]:
-    """The class of a mixture's parts of this kind."""
+    """Return the class of a mixture's parts of this kind."""
     fields: Any = {
         name: (info.annotation, info) for name, info in stream.model_fields.items() if name not in SHARED_FIELDS
     }
@@ -52,7 +52,7 @@ def _part(value: object) -> Part:
 
 @register
 class MixtureData(DataConfig):
-    """Named parts; training reads rows, and therefore tokens, of each in proportion to its weight."""
+    """Named parts; training reads rows of each, and therefore tokens, in proportion to its weight."""
 
     kind: Literal["mixture"] = Field(description="several text and hub sources by weight")
     parts: dict[str, Annotated[SerializeAsAny[Part], BeforeValidator(_part)]] = Field(
@@ -69,7 +69,7 @@ class MixtureData(DataConfig):
         return f"mixture of {', '.join(sorted(self.parts))}"
 
     def problems(self) -> list[Problem]:
-        """Errors that involve several fields."""
+        """Return errors that involve several fields."""
         problems: list[Problem] = []
         if self.tokenizer.kind not in ("file", "bytes"):
             allowed = "file, bytes (train a BPE on one part, then name its tokenizer.json)"
@@ -102,7 +102,7 @@ class MixtureData(DataConfig):
         return MixturePacking(packings, self.weights(), seed)
 
     def _corpus(self, part: Part) -> StreamData:
-        """A part as a corpus of its own."""
+        """Return a part as a corpus of its own."""
         stream = kinds()[part.kind]
         shared = {name: getattr(self, name) for name in SHARED_FIELDS}
         return cast(StreamData, stream.model_validate(part.fields() | shared))

@@ -23,7 +23,7 @@ from suite.identity import Frozen
 
 
 class DataConfig(Frozen):
-    """What every kind of data has: a tokenizer, and rows of `seq_len` tokens."""
+    """The fields of every kind of data: a tokenizer, and rows of `seq_len` tokens."""
 
     kind: str
     seq_len: int = Field(gt=1, description="tokens per row")
@@ -43,38 +43,38 @@ class DataConfig(Frozen):
         raise NotImplementedError
 
     def identified(self) -> Self:
-        """The configuration with the fingerprints of all files it names filled in; those present are retained.
+        """Return the configuration with the fingerprints of its files filled in, except those that are set already.
 
         Raises:
-            UserError: a file cannot be read.
+            UserError: A file cannot be read.
         """
         return self.model_copy(update={"tokenizer": self.tokenizer.identified()})
 
     def source_files(self) -> list[str]:
-        """The files that are read, in order; none for data that is not read from files. Raises UserError."""
+        """Return the files that are read, in order; empty for data without files. Raises UserError."""
         return []
 
     def corpora(self) -> dict[str | None, DataConfig]:
-        """The corpora that are prepared separately: the parts of a mixture by name, else this one without a name."""
+        """Return the corpora that are prepared separately: the parts of a mixture by name, or this one under None."""
         return {None: self}
 
     def weights(self) -> list[float]:
-        """The share of rows read from each of `corpora`, relative to the others."""
+        """Return the share of rows read from each of `corpora`, relative to the others."""
         return [1.0]
 
     def shard_format(self) -> dict[str, Any]:
-        """Anything but fields that shapes the shards."""
+        """Return settings other than fields that determine the shards."""
         return {}
 
     def write(self, folder: Path, progress: Progress) -> None:
         """Write the tokenizer and shards to `folder`, which may hold the committed pieces of an interrupted call.
 
         Args:
-            folder: an existing folder.
-            progress: called with the number of tokens written and the fraction done.
+            folder: An existing folder.
+            progress: Called with the number of tokens written and the fraction done.
 
         Raises:
-            UserError: the data cannot be read or used.
+            UserError: The data cannot be read or used.
         """
         raise NotImplementedError
 
@@ -82,17 +82,17 @@ class DataConfig(Frozen):
         """Raise UserError if the tokenized documents do not suit the configuration."""
 
     def packing(self, parts: Sequence[Sequence[Round]], eot_id: int, seed: int) -> Packing:
-        """How documents become rows.
+        """Return the packing of documents into rows.
 
         Args:
-            parts: the rounds of each of `corpora`.
-            eot_id: the end-of-text token.
-            seed: of the order of rows.
+            parts: The rounds of each of `corpora`.
+            eot_id: The end-of-text token.
+            seed: Seed of the order of rows.
         """
         return WindowPacking(parts[0], self.seq_len, eot_id, seed)
 
     def synthetic_world(self) -> World | None:
-        """The synthetic world that the text describes, if there is one."""
+        """Return the synthetic world that the text describes, if there is one."""
         return None
 
 
@@ -111,12 +111,12 @@ def register(config: type[Config]) -> type[Config]:
 
 
 def kinds() -> dict[str, type[DataConfig]]:
-    """The registered classes by kind, in the order of registration."""
+    """Return the registered classes by kind, in the order of registration."""
     return dict(_KINDS)
 
 
 def select(value: object, classes: Mapping[str, type[Variant]]) -> type[Variant]:
-    """The class for a block's `kind`. Raises PydanticCustomError if the kind is missing or unknown."""
+    """Return the class for a block's `kind`. Raises PydanticCustomError if the kind is missing or unknown."""
     kind = value.get("kind") if isinstance(value, Mapping) else None
     if not isinstance(kind, str) or kind not in classes:
         context = {"given": kind, "kinds": list(classes)}

@@ -28,20 +28,20 @@ class StreamData(DataConfig):
     determines_content: ClassVar[bool] = False
 
     def reader(self, position: Any = None) -> Reader:
-        """A reader that starts at `position`; None: at the beginning."""
+        """Return a reader that starts at `position`; None: at the beginning."""
         raise NotImplementedError
 
     def validation_texts(self) -> Iterable[str] | None:
-        """The documents to evaluate on, if they are a set of their own; then none of the stream is held out."""
+        """Return the documents to evaluate on, if they are a separate set; then nothing is held out."""
         return None
 
     @property
     def max_tokens(self) -> int | None:
-        """The stream ends with the document that reaches this many tokens; None: where the reader ends."""
+        """Tokens after which the stream ends, with the document that reaches them; None: at the end of the reader."""
         return None
 
     def problems(self) -> list[Problem]:
-        """Errors that involve several fields."""
+        """Return errors that involve several fields."""
         if self.tokenizer.kind == "word":
             return [("tokenizer.kind", "word", "bpe, bytes, file (kind word knows the words of a bios world only)")]
         return []
@@ -60,7 +60,7 @@ class StreamData(DataConfig):
         )
 
     def _training_texts(self, held_out: float) -> Iterator[str]:
-        """The beginning of the training text."""
+        """Yield the beginning of the training text."""
         characters = 0
         for text in self.reader():
             if not is_held_out(text, held_out):

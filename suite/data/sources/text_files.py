@@ -34,9 +34,9 @@ SUFFIXES = (
     *(".json" + compression for compression in COMPRESSED[1:]),
     ".parquet",
 )
-"""Of the files of a folder. A plain .json file in a folder is usually not text; it is read when it is named itself."""
+"""Suffixes of the files that are read in a folder. A plain .json file is usually not text; it is read only if named."""
 NOT_DATA = ("readme", "license", "licence")
-"""Files of a folder whose names begin with these are not read; nor are hidden files and folders."""
+"""Files of a folder whose names begin with these, and hidden files and folders, are not read."""
 
 _ALLOWED = "a .txt, .jsonl or .parquet file (.json too; .gz and .zst are decompressed), or a folder of them"
 _TEXT_DOCUMENT = 2000  # characters
@@ -72,7 +72,7 @@ class TextData(StreamData):
         return self.path
 
     def problems(self) -> list[Problem]:
-        """Errors that involve several fields."""
+        """Return errors that involve several fields."""
         problems = super().problems()
         if self.validation is not None and self.held_out != type(self).model_fields["held_out"].default:
             problems.append(("held_out", self.held_out, "nothing with validation: all of path is trained on"))
@@ -119,13 +119,13 @@ class FileReader:
     Its position is [file, records of that file].
 
     Args:
-        path: a file or folder.
-        field: the text's field in records.
-        position: where to resume.
-        where: the configuration's field that names the path, for errors.
+        path: A file or folder.
+        field: The text's field in records.
+        position: Where to resume.
+        where: The configuration's field that names the path, for errors.
 
     Raises:
-        UserError: a file cannot be read, or there is no text; the message names the file and line.
+        UserError: A file cannot be read or the path holds no text; the message names the file and line.
     """
 
     def __init__(self, path: Path, field: str, position: Any = None, where: str = "data.path") -> None:
@@ -137,7 +137,7 @@ class FileReader:
         self.skipped = 0
 
     def __iter__(self) -> Iterator[str]:
-        """The documents from the position on."""
+        """Yield the documents from the position on."""
         empty = self.position == [0, 0]
         for number, file in enumerate(self._files):
             if number < self.position[0]:
@@ -173,7 +173,7 @@ class FileReader:
 
 
 def files(path: Path, where: str = "data.path") -> list[Path]:
-    """The files of a path in the order they are read. `where` names the path in errors. Raises UserError if none."""
+    """Return the files of a path in reading order. `where` names the path in errors. Raises UserError if none."""
     if not path.exists():
         raise UserError(f"{where}: got {str(path)!r}, which does not exist, allowed: {_ALLOWED}")
     if path.is_dir():
@@ -181,13 +181,13 @@ def files(path: Path, where: str = "data.path") -> list[Path]:
     else:
         data = [path] if path.name.endswith((*SUFFIXES, ".json")) else []
     if not data:
-        problem = "which has no such file in it" if path.is_dir() else "which is not such a file"
+        problem = "which holds no such file" if path.is_dir() else "which is not such a file"
         raise UserError(f"{where}: got {str(path)!r}, {problem}, allowed: {_ALLOWED}")
     return data
 
 
 def _is_data(file: Path) -> bool:
-    """Whether a file of a folder is read; `file` is relative to the folder."""
+    """Return whether a file of a folder is read; `file` is relative to the folder."""
     is_hidden = any(part.startswith(".") for part in file.parts)
     return not is_hidden and file.name.endswith(SUFFIXES) and not file.name.lower().startswith(NOT_DATA)
 
@@ -197,7 +197,7 @@ def _kind(file: Path) -> str:
 
 
 def fingerprint(path: Path, where: str = "data.path") -> str:
-    """sha256 of the kinds and bytes of the files, whatever their places and names. `where` names the path in errors."""
+    """Return the sha256 of the kinds and bytes of the files, not of their paths. `where` names the path in errors."""
     digest = hashlib.sha256()
     for file in files(path, where):
         with _opened(file) as opened:
@@ -257,7 +257,7 @@ def _records(file: Path, opened: BufferedReader) -> Iterator[tuple[str, Any]]:
 
 
 def _rows(file: Path, opened: BufferedReader, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a .parquet file; of its columns only `field` is read, a few rows at a time."""
+    """Yield the rows of a .parquet file; only the column `field` is read, a few rows at a time."""
     import pyarrow
     from pyarrow import parquet
 

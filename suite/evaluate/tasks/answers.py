@@ -1,7 +1,7 @@
 """Scoring of short answers: exact match and F1 as SQuAD defines them, and the likelihood of the gold answer.
 
 Source: Rajpurkar et al. 2016 (arXiv 1606.05250), section 6.1: lower case, no punctuation, no articles, single
-spaces; F1 over the bag of words; the best over all accepted answers.
+spaces; F1 over the bag of words; the maximum over all accepted answers.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def normalise(text: str) -> str:
-    """Lower case, without punctuation and articles, words separated by single spaces."""
+    """Return lower case, without punctuation and articles, words separated by single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, golds: Sequence[str]) -> float:
-    """1.0 if the normalised prediction equals a normalised gold answer."""
+    """Return 1.0 if the normalised prediction equals a normalised gold answer."""
     return float(any(normalise(prediction) == normalise(gold) for gold in golds))
 
 
 def f1(prediction: str, golds: Sequence[str]) -> float:
-    """The best F1 of word overlap with a gold answer; two answers without words count as equal."""
+    """Return the best F1 of word overlap with a gold answer; two answers without words count as equal."""
     return max(_f1(normalise(prediction).split(), normalise(gold).split()) for gold in golds)
 
 
@@ -41,7 +41,7 @@ def _f1(predicted: list[str], gold: list[str]) -> float:
 
 
 def accepted(doc: Doc) -> list[str]:
-    """Every accepted answer of a document, the canonical one first, distinct.
+    """Return every accepted answer of a document, the canonical one first, distinct.
 
     TriviaQA has `answer.value` and `answer.aliases`, NQ a list, HotpotQA a string.
     """
@@ -54,20 +54,20 @@ def accepted(doc: Doc) -> list[str]:
 
 
 def canonical(doc: Doc) -> str:
-    """The canonical answer."""
+    """Return the canonical answer."""
     return accepted(doc)[0]
 
 
 def score_generated(doc: Doc, results: Sequence[str]) -> dict[str, float]:
-    """EM and F1 of one generated answer."""
+    """Return EM and F1 of one generated answer."""
     return {"em": exact_match(results[0], accepted(doc)), "f1": f1(results[0], accepted(doc))}
 
 
 def score_likelihoods(doc: Doc, results: Sequence[tuple[float, bool]]) -> dict[str, object]:
-    """Negative log-likelihoods of the accepted answers, one result each, the canonical first.
+    """Return negative log-likelihoods of the accepted answers, one result each, the canonical first.
 
     `nll`: the canonical answer, nats; `nll_min`: the likeliest answer, nats; `bits_per_byte`: the canonical
-    answer by its length in bytes (needs no tokenizer to compare); `greedy`: greedy decoding produces the
+    answer per byte, which can be compared between tokenizers; `greedy`: greedy decoding produces the
     canonical answer.
     """
     log_p, is_greedy = results[0]
@@ -81,12 +81,12 @@ def score_likelihoods(doc: Doc, results: Sequence[tuple[float, bool]]) -> dict[s
 
 
 def ratio(items: Sequence[tuple[float, float]]) -> float:
-    """Sum of the numerators over the sum of the denominators."""
+    """Return the sum of the numerators over the sum of the denominators."""
     return sum(top for top, _ in items) / sum(bottom for _, bottom in items)
 
 
 def ratio_stderr(items: Sequence[tuple[float, float]]) -> float:
-    """Standard error of `ratio` over documents (linearised); NaN for a single document."""
+    """Return the standard error of `ratio` over documents (linearised); NaN for a single document."""
     count = len(items)
     if count < 2:
         return math.nan
@@ -97,5 +97,5 @@ def ratio_stderr(items: Sequence[tuple[float, float]]) -> float:
 
 
 def prompt(doc: Doc) -> str:
-    """`Question: ...?` and `Answer:`, with one question mark whether or not the data set has it."""
+    """Return `Question: ...?` and `Answer:`, with exactly one question mark."""
     return f"Question: {doc['question'].strip().rstrip('?').rstrip()}?\nAnswer:"

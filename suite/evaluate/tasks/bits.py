@@ -14,14 +14,14 @@ __all__ = ["OtherPeople", "bits", "bits_max", "bits_se", "nll", "nll_se", "recal
 
 
 class OtherPeople(ContextSampler):
-    """Few-shot examples about other people than the one in question, whose fact they would otherwise give away."""
+    """Few-shot examples about people other than the one in question, whose facts they would give away."""
 
     def sample(self, n: int, eval_doc: Doc | None = None, df: Any = None, **_: Any) -> list[Doc]:
-        """`n` documents, drawn without replacement."""
+        """Return `n` documents, drawn without replacement."""
         pool = [doc for doc in self.fewshot_docs() if eval_doc is None or doc["person"] != eval_doc["person"]]
         return self.rnd.sample(pool, n)
 
 
 def score_probe(doc: Doc, results: Sequence[tuple[float, bool]]) -> dict[str, Scored]:
-    """The scored probe under the name of every metric; lm-eval aggregates."""
+    """Return the scored probe under the name of every metric; lm-eval aggregates."""
     return dict.fromkeys(METRICS, Scored(doc["probe"], *results[0]))

@@ -1,7 +1,7 @@
-"""HumanEval and MBPP: stock prompts, our sandbox.
+"""HumanEval and MBPP with stock prompts, run in the sandbox.
 
-Stock definitions load a metric from the hub that runs programs inside the evaluator. Prompts, stop strings and examples
-are theirs; the execution is ours.
+The stock definitions load a metric from the hub that runs programs inside the evaluator. Prompts, stop strings and
+examples are stock; only the execution differs.
 """
 
 from __future__ import annotations
@@ -58,17 +58,17 @@ MBPP = Problems(_mbpp_program, lambda doc: doc["code"], examples=(2, 3, 4))
 def configure(
     name: str, stock: dict[str, Any], programs: Programs, root: DataRoot, sandbox: Sandbox | None
 ) -> dict[str, Any]:
-    """The lm-eval configuration of a task that runs programs.
+    """Return the lm-eval configuration of a task that runs programs.
 
     Args:
-        name: the task's name.
-        stock: the configuration in lm-eval's YAML file.
-        programs: what is run for each problem.
-        root: where the examples are read from.
-        sandbox: where programs run.
+        name: The task's name.
+        stock: The configuration in lm-eval's YAML file.
+        programs: The programs to run for each problem.
+        root: The data that the examples are read from.
+        sandbox: Where programs run.
 
     Raises:
-        UserError: no sandbox was given.
+        UserError: `sandbox` is None.
     """
     if sandbox is None:
         raise needs_sandbox(name)
@@ -98,7 +98,7 @@ def configure(
 
 
 def needs_sandbox(name: str) -> UserError:
-    """The error for a task that runs programs, where none may run."""
+    """Return the error for a task that runs programs if that is not allowed."""
     return UserError(f"task {name}: runs programs that the model writes; allow it with --run-code")
 
 
@@ -108,10 +108,10 @@ def run(
     """Run every completion of every problem, over all cores.
 
     Args:
-        program: the text that is run for a problem and a completion.
-        sandbox: where programs run.
-        resps: the completions of each problem.
-        docs: the problems.
+        program: The text that is run for a problem and a completion.
+        sandbox: Where programs run.
+        resps: The completions of each problem.
+        docs: The problems.
 
     Returns:
         Whether each completion passed.
@@ -127,5 +127,5 @@ def _score(ks: Sequence[int], doc: Doc, results: Sequence[Sequence[bool]]) -> di
 
 
 def pass_at(k: int, count: int, passed: int) -> float:
-    """Unbiased probability that one of k programs passes, if `passed` of `count` did (Chen et al. 2021, eq. 1)."""
+    """Estimate, without bias, the probability that one of k programs passes (Chen et al. 2021, equation 1)."""
     return 1.0 - math.comb(count - passed, k) / math.comb(count, k)
