@@ -1,4 +1,4 @@
-"""Loads families from outside the package: a Python file given by its path, or an installed package's entry point.
+"""Loads families from outside the package: a Python file at a path, or an installed package's entry point.
 
 A file registers its families when it is executed. Files are identified by content: the same content is executed once,
 and its hash is part of the identity of every cell of its families.

@@ -33,7 +33,16 @@ class Packing(Protocol):
     rows_per_epoch: int
 
     def rows(self, epoch: int, first: int, last: int) -> Rows:
-        """tokens, targets and segments of the rows [first, last) of an epoch, int64 [last - first, T]."""
+        """Compute rows of one epoch.
+
+        Args:
+            epoch: The epoch, from 0.
+            first: The first row, within the epoch.
+            last: The row after the last one.
+
+        Returns:
+            Tokens, targets and segments, int64 [last - first, T].
+        """
 
 
 class DocumentPacking:
@@ -191,7 +200,16 @@ def quotas(weights: Sequence[float]) -> NDArray[np.int64]:
 
 
 def stream_rows(packing: Packing, begin: int, end: int) -> Rows:
-    """Return rows [begin, end) of a packing's endless stream of epochs."""
+    """Read rows of a packing's endless stream of epochs.
+
+    Args:
+        packing: The packing.
+        begin: The first row.
+        end: The row after the last one.
+
+    Returns:
+        Tokens, targets and segments, int64 [end - begin, T].
+    """
     parts: list[Rows] = []
     while begin < end:
         epoch, first = divmod(begin, packing.rows_per_epoch)

@@ -76,7 +76,17 @@ class RoundFile:
 
 
 def write_round(folder: Path, index: int, documents: Iterable[str], tokenizer: Tokenizer) -> int:
-    """Encode and write one round, and return its number of documents. Memory: 1,024 documents."""
+    """Encode and write one round, with at most 1,024 documents in memory.
+
+    Args:
+        folder: The folder of the shards.
+        index: The round.
+        documents: The texts.
+        tokenizer: Encodes them.
+
+    Returns:
+        The number of documents.
+    """
     remaining = iter(documents)
     with RoundFile(folder, index, tokenizer.vocab_size) as round_file:
         while texts := list(islice(remaining, _ENCODE_AT_ONCE)):
@@ -85,7 +95,16 @@ def write_round(folder: Path, index: int, documents: Iterable[str], tokenizer: T
 
 
 def read_round(folder: Path, index: int, vocab_size: int) -> Round:
-    """Map one round into memory, read-only."""
+    """Map one round into memory, read-only.
+
+    Args:
+        folder: The folder of the shards.
+        index: The round.
+        vocab_size: Entries of the vocabulary, which determine the dtype of tokens.
+
+    Returns:
+        The round.
+    """
     tokens = np.memmap(_tokens_path(folder, index), dtype=_token_dtype(vocab_size), mode="r")
     starts = np.memmap(_starts_path(folder, index), dtype=np.int64, mode="r")
     return Round(tokens.view(np.ndarray), starts.view(np.ndarray))

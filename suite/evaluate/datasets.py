@@ -46,7 +46,15 @@ class DataRoot:
         self.path = path
 
     def load(self, repo: str, config: str | None, splits: Iterable[str]) -> dict[str, Docs]:
-        """Return the named splits of a data set.
+        """Read splits of a data set.
+
+        Args:
+            repo: The data set's name.
+            config: Its configuration; None: its only one.
+            splits: The splits.
+
+        Returns:
+            The rows of each split.
 
         Raises:
             UserError: A file is missing or incomplete, or a row is not an object.
@@ -54,7 +62,7 @@ class DataRoot:
         return {split: self.split(repo, config, split) for split in splits}
 
     def split(self, repo: str, config: str | None, split: str) -> Docs:
-        """Return one split; see `load`."""
+        """Read one split; arguments and errors as for `load`."""
         if self.path is None:
             return _from_hub(repo, config, split)
         return _read(self.files(repo, config, split))
@@ -84,7 +92,7 @@ class DataRoot:
         return files
 
     def has(self, repo: str, config: str | None, split: str) -> bool:
-        """Return whether any local file of a split exists."""
+        """Return whether any local file of a split exists; arguments as for `files`."""
         return bool(self._sources(self._folder(repo, config), split))
 
     def _sources(self, folder: Path, split: str) -> dict[str, list[Path]]:
@@ -96,7 +104,7 @@ class DataRoot:
         return sources
 
     def where(self, repo: str, config: str | None, split: str) -> str:
-        """Return the location of a split for error messages: its file, its shards, or its name on the hub."""
+        """Return the file or shards of a split, or its name on the hub, for errors; arguments as for `files`."""
         if self.path is None:
             return f"{repo} ({split})"
         first, *others = self.files(repo, config, split)
@@ -112,7 +120,7 @@ class DataRoot:
         return configs[0] if len(configs) == 1 else folder / "default"
 
     def fingerprint(self, repo: str, config: str | None, splits: Iterable[str]) -> str:
-        """Return a fingerprint of the data: a hash of the files' content, or the hub's revision."""
+        """Return a hash of the files of splits, or the hub's revision; arguments as for `load`."""
         if self.path is None:
             return _hub_revision(repo)
         digest = hashlib.sha256()

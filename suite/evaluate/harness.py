@@ -91,13 +91,13 @@ class Harness:
         """Score one model; see the function `evaluate`."""
         lm = SuiteLM(model, self._codec, self._corpus.config.seq_len, TOKEN_BUDGET)
         lm.refuse_diverged()
-        entries = scores_of(lm, self._prepared)
+        records = scores_of(lm, self._prepared)
         return {
             "eval": self._config.model_dump(mode="json"),
             "hash": self._config.hash8,
             "versions": {package: version(package) for package in PACKAGES},
             "tokenizer": self._corpus.tokenizer.fingerprint,
-            "tasks": {name: {**entry, "cut": self._truncated(name, lm)} for name, entry in entries.items()},
+            "tasks": {name: {**record, "cut": self._truncated(name, lm)} for name, record in records.items()},
         }
 
     def _truncated(self, name: str, lm: SuiteLM) -> int:
@@ -143,12 +143,12 @@ def scores_of(lm: LM, prepared: Prepared) -> dict[str, dict[str, Any]]:
             {"tasks": loaded.tasks, "groups": loaded.groups},
             limit=prepared.limit,
             log_samples=True,
-            # Our sandbox runs the programs, and tasks with programs are refused without one.
+            # The sandbox runs the programs; tasks with programs are refused without one.
             confirm_run_unsafe_code=True,
         )
     assert outcome is not None
     results = outcome["results"]
-    entries = {
+    records = {
         name: {
             "version": task.VERSION,
             "few_shot": task.config.num_fewshot,
@@ -162,8 +162,8 @@ def scores_of(lm: LM, prepared: Prepared) -> dict[str, dict[str, Any]]:
         for name, task in loaded.tasks.items()
     }
     for name, group in loaded.groups.items():
-        members = [entries[task.task_name] for task in group.get_all_tasks()]
-        entries[name] = {
+        members = [records[task.task_name] for task in group.get_all_tasks()]
+        records[name] = {
             "version": group.version,
             "few_shot": members[0]["few_shot"],
             "limit": prepared.limit,
@@ -172,7 +172,7 @@ def scores_of(lm: LM, prepared: Prepared) -> dict[str, dict[str, Any]]:
             "data_fingerprint": catalog.digest(member["data_fingerprint"] for member in members),
             "metrics": _metrics(results[name]),
         }
-    return entries
+    return records
 
 
 def _metrics(result: dict[str, Any]) -> dict[str, dict[str, float | None]]:

@@ -61,18 +61,18 @@ def run(
     return {
         "tasks": {
             name: {
-                "n": entry["n"],
+                "n": record["n"],
                 "metrics": {
                     metric: {
                         "oracle": score["value"],
                         "wrong": wrong[name]["metrics"][metric]["value"],
                         "ceiling": _ceiling(loaded.get(name), metric),
                     }
-                    for metric, score in entry["metrics"].items()
+                    for metric, score in record["metrics"].items()
                     if metric in ACCURACY_LIKE
                 },
             }
-            for name, entry in oracle.items()
+            for name, record in oracle.items()
         }
     }
 

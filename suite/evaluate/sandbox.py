@@ -141,7 +141,7 @@ class Sandbox:
 
 
 def sandbox_of(run_code: RunCode | None) -> Sandbox | None:
-    """Return the sandbox that `--run-code` requests; None if it was not given. Raises UserError as `Sandbox`."""
+    """Return the sandbox that `--run-code` requests; None without the option. Raises UserError like `Sandbox`."""
     if run_code is None:
         return None
     return Sandbox() if run_code == "strongest" else Sandbox(run_code)

@@ -30,7 +30,7 @@ REFUSED = (
 
 
 def limit(bounds: list[str]) -> None:
-    """Set limits given as NAME=NUMBER, names as in the resource module without RLIMIT_."""
+    """Set limits of the form NAME=NUMBER; names are those of the resource module, without RLIMIT_."""
     for bound in bounds:
         name, _, number = bound.partition("=")
         resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (int(number), int(number)))

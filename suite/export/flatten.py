@@ -14,29 +14,29 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def bundle(
-    entry: str, name: str, extra: dict[str, str] | None = None, replacements: dict[str, str] | None = None
+    module: str, name: str, extra: dict[str, str] | None = None, replacements: dict[str, str] | None = None
 ) -> dict[str, str]:
     """Collect a module and every module of the project that it imports, directly or indirectly.
 
     Args:
-        entry: The module to start from.
+        module: The module to start from.
         name: The name of its file in the bundle, without `.py`.
-        extra: Further sources by file name. Their imports are rewritten too, and `entry` imports them.
+        extra: Further sources by file name. Their imports are rewritten too, and `module` imports them.
         replacements: Modules to copy in place of others, by the name of the module they replace.
 
     Returns:
         The sources by file name.
     """
     files: dict[str, str] = {}
-    pending = [(name, _path(entry).read_text())]
+    pending = [(name, _path(module).read_text())]
     pending += [(file.removesuffix(".py"), source) for file, source in (extra or {}).items()]
-    done = {entry}
+    queued = {module}
     while pending:
         flat, source = pending.pop()
         files[f"{flat}.py"], needed = rewritten(source)
-        for module in sorted(needed - done):
-            done.add(module)
-            pending.append((flat_name(module), _path((replacements or {}).get(module, module)).read_text()))
+        for other in sorted(needed - queued):
+            queued.add(other)
+            pending.append((flat_name(other), _path((replacements or {}).get(other, other)).read_text()))
     flat_names = sorted(file.removesuffix(".py") for file in files if file != f"{name}.py")
     imports = "".join(f"from .{other} import __name__ as _{other}  # noqa: F401\n" for other in flat_names)
     files[f"{name}.py"] += f"\n# Imported by name, so that transformers copies them.\n{imports}"

@@ -42,12 +42,12 @@ class CacheAdapter(transformer.Cache):
         self.cache, self.layers, self.length = cache, layers, cache.get_seq_length()
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values, and return all of them, [B, G, L, K]."""
+        """See transformer.Cache."""
         keys, values = self.cache.update(k_BGTK, v_BGTK, layer)
         return keys, values
 
     def remember(self, tokens_BT: Tensor) -> Tensor:
-        """Store new token ids, and return all of them, [B, L]."""
+        """See transformer.Cache."""
         if len(self.cache.layers) == self.layers:
             self.cache.layers.append(DynamicLayer())
         ids_B1T1 = tokens_BT[:, None, :, None]

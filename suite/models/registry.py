@@ -128,7 +128,13 @@ def unregister(names: Iterable[str]) -> None:
 
 
 def set_origin(name: str, source: str, path: Path) -> None:
-    """Record the file that a family comes from, and the sha256 of its content."""
+    """Record the origin of an external family.
+
+    Args:
+        name: The family.
+        source: The sha256 of its file's content.
+        path: The file.
+    """
     _FAMILIES[name] = replace(_FAMILIES[name], source=source, path=path)
 
 

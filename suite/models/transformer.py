@@ -205,7 +205,7 @@ class Transformer(nn.Module):
             Hidden states [B, T, D].
 
         Raises:
-            ValueError: Both segments and a cache are given.
+            ValueError: Both segments and a cache are passed.
         """
         if cache is not None and segments_BT is not None:
             raise ValueError(

@@ -172,7 +172,16 @@ def plan(grid: Grid, assumptions: Assumptions, cache: Path) -> list[CellPlan]:
 
 
 def document(grid: Grid, plans: list[CellPlan], assumptions: Assumptions) -> dict[str, Any]:
-    """Return the document that `suite plan --json` prints and results/plans/ holds."""
+    """Build the document that `suite plan --json` prints and results/plans/ stores.
+
+    Args:
+        grid: The grid.
+        plans: The plans of its cells.
+        assumptions: The assumptions of the plans.
+
+    Returns:
+        The document, of plain JSON values.
+    """
     return {
         "grid": grid.name,
         "assumed": asdict(assumptions) | {"usable_memory": USABLE, "micro_rows": list(MICRO_ROWS)},

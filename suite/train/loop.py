@@ -43,7 +43,16 @@ class Diverged(Exception):
 
 
 def total_steps(config: TrainConfig, loader: Loader, seq_len: int) -> int:
-    """Return the optimizer steps of a cell: its budget of tokens or epochs over the batch size, at least one."""
+    """Compute the optimizer steps of a cell: its budget of tokens or epochs over the batch size.
+
+    Args:
+        config: The training configuration.
+        loader: The loader of the cell's data, for the rows of an epoch.
+        seq_len: Tokens per row.
+
+    Returns:
+        The number of steps, at least one.
+    """
     if config.tokens is not None:
         return steps_of(config, config.tokens, seq_len)
     assert config.epochs is not None

@@ -30,7 +30,7 @@ BYTES = TokenizerConfig(kind="bytes")
 
 
 def part(number: int, tokens: int) -> Round:
-    """A corpus whose tokens encode their part and their position."""
+    """Return a corpus whose tokens encode their part and their position."""
     stream = 1 + number * 20_000 + np.arange(tokens, dtype=np.int64) % 20_000
     return Round(stream.astype(np.uint32), np.array([0, tokens], dtype=np.int64))
 

@@ -94,6 +94,6 @@ def test_a_trained_run_exported_scores_the_same_under_stock_lm_eval(
 
 
 def stock_metrics(result: dict[str, object]) -> dict[str, object]:
-    """Numbers by metric, without the names of filters."""
+    """Return numbers by metric, without the names of filters."""
     numbers = {key.partition(",")[0]: value for key, value in result.items() if "," in key}
     return {key.replace("pass_at_1", "pass@1"): value for key, value in numbers.items()}

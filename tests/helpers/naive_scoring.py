@@ -13,12 +13,12 @@ VOCAB = 40
 
 
 def small_model(corpus: Corpus, seed: int = 0) -> Transformer:
-    """A dense model whose predictions differ."""
+    """Return a dense model whose predictions differ."""
     return sharpened(models.build(ModelConfig(family="dense", base="w32"), corpus.vocab_size, seed))
 
 
 def sharpened(model: Transformer) -> Transformer:
-    """The model with larger weights than initial ones, whose predictions differ little."""
+    """Scale up the weights, since initial weights predict all tokens almost equally."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2.0)
@@ -26,7 +26,7 @@ def sharpened(model: Transformer) -> Transformer:
 
 
 def naive_score(model: Transformer, context: list[int], continuation: list[int]) -> tuple[float, bool]:
-    """One forward pass for each continuation token, nothing batched and nothing shared."""
+    """Score a continuation with one forward pass per token, without batches or shared contexts."""
     model.eval()
     total, greedy, ids = 0.0, True, list(context)
     with torch.no_grad():

@@ -51,7 +51,7 @@ class Job:
 
 
 def cell_of(case: str, steps: int, **train: Any) -> Cell:
-    """A cell of a few narrow layers that takes `steps` steps of 8 rows of 64 tokens."""
+    """Return a cell of a few narrow layers that takes `steps` steps of 8 rows of 64 tokens."""
     options = LARGE if case == "memory_plus large" else FAMILIES[case]
     fields = {
         "batch_rows": 8,
@@ -72,9 +72,9 @@ def cell_of(case: str, steps: int, **train: Any) -> Cell:
     )
 
 
-def job(cell: Cell, folder: Path, **how: Any) -> Job:
-    """A job that trains the cell in the folder."""
-    return Job(cell.model_dump(mode="json"), str(folder), **how)
+def job(cell: Cell, folder: Path, **options: Any) -> Job:
+    """Return a job that trains the cell in the folder."""
+    return Job(cell.model_dump(mode="json"), str(folder), **options)
 
 
 def run_jobs(jobs: list[Job], cache: Path, processes: int, scratch: Path) -> None:
@@ -101,22 +101,22 @@ def main(jobs: list[Job], cache: Path) -> None:
     from suite.train.parallel import Parallel, World, process_group
 
     with process_group() as processes:
-        for one in jobs:
-            torch.set_default_dtype(getattr(torch, one.dtype))
-            how = Parallel(memory_parallel=one.memory_parallel, checkpoint_activations=one.checkpoint_activations)
-            world = World(processes.rank, processes.size, how, processes.distributed, processes.device)
-            cell, run = Cell.model_validate(one.cell), RunDir(Path(one.folder))
+        for job in jobs:
+            torch.set_default_dtype(getattr(torch, job.dtype))
+            parallel = Parallel(memory_parallel=job.memory_parallel, checkpoint_activations=job.checkpoint_activations)
+            world = World(processes.rank, processes.size, parallel, processes.distributed, processes.device)
+            cell, run = Cell.model_validate(job.cell), RunDir(Path(job.folder))
             run.path.mkdir(parents=True, exist_ok=True)
             world.wait()
-            if one.score:
+            if job.score:
                 score_missing(run, cell, prepare(cell.data, cache), Scorer(), world)
                 continue
             trainer = Trainer(cell, prepare(cell.data, cache), run, world)
             outcome = trainer.run_to_end(
-                lambda: 0 < one.stop_at <= trainer.step and world.rank == one.stopping_rank  # noqa: B023
+                lambda: 0 < job.stop_at <= trainer.step and world.rank == job.stopping_rank  # noqa: B023
             )
-            assert outcome == ("interrupted" if one.stop_at else "done")
+            assert outcome == ("interrupted" if job.stop_at else "done")
 
 
 if __name__ == "__main__":
-    main([Job(**one) for one in json.loads(Path(sys.argv[1]).read_text())], Path(sys.argv[2]))
+    main([Job(**fields) for fields in json.loads(Path(sys.argv[1]).read_text())], Path(sys.argv[2]))

@@ -1,7 +1,7 @@
-"""lm-eval as its users run it: `lm_eval --model hf`, stock tasks, in a process without network.
+"""Runs lm-eval like its users: `lm_eval --model hf`, stock tasks, in a process without a network.
 
-`datasets` prefers a folder here named like a data set to the hub, so the stock tasks read local files unchanged. What
-humaneval and mbpp load as a metric from the hub is a stand-in that runs the programs in our sandbox.
+`datasets` prefers a local folder with the name of a data set to the hub, so the stock tasks read local files unchanged.
+The metric that humaneval and mbpp load from the hub is replaced by one that runs programs in the sandbox.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CodeEval(evaluate.Metric):
 
 
 def make_hub(data_root: Path, folder: Path) -> Path:
-    """A folder in which `load_dataset` finds the sets of `data_root`, and `evaluate.load` code_eval."""
+    """Fill a folder in which `load_dataset` finds the sets of `data_root`, and `evaluate.load` code_eval."""
     for path in data_root.glob("*/*"):
         target = folder / path.relative_to(data_root)
         lines = ["---", "configs:"]
@@ -45,7 +45,7 @@ def make_hub(data_root: Path, folder: Path) -> Path:
             lines += [f"- config_name: {config.name}", "  data_files:"]
             (target / config.name).mkdir(parents=True)
             rows = {file.stem: [*map(json.loads, file.open())] for file in sorted(config.glob("*.jsonl"))}
-            # all splits as one table, so that a field that is empty in one of them has its type there, too
+            # all splits as one table, so that a field that is empty in one split has its type from the others
             table = pyarrow.Table.from_pylist([row for split in rows.values() for row in split])
             start = 0
             for split, of_split in rows.items():

@@ -126,7 +126,7 @@ def test_a_pair_is_the_whole_text_split_after_the_context(text: str, continuatio
 
 @functools.cache
 def trained_bpe() -> Tokenizer:
-    """A BPE with merges across all characters of these tests."""
+    """Return a BPE with merges across all characters of these tests."""
     return BPETokenizer.train(["a b ab. a\n ba bb\n\nab? é é b  a   b", "ab ab . \n a"] * 20, 300)
 
 

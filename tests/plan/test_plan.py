@@ -72,7 +72,7 @@ def test_cells_with_the_same_name_show_their_distinguishing_settings(tmp_path: P
 
 
 def test_the_document_has_its_documented_fields(scaling: list[planning.CellPlan]) -> None:
-    entry = scaling[2].to_json(price=2.0)
+    document = scaling[2].to_json(price=2.0)
     assert {
         "cell",
         "family",
@@ -85,12 +85,12 @@ def test_the_document_has_its_documented_fields(scaling: list[planning.CellPlan]
         "memory_per_gpu",
         "gpus",
         "gpu_hours",
-    } <= entry.keys()
-    assert entry["params"].keys() == {"total", "active", "memory", "embedding"}
-    assert entry["flops_per_token"].keys() == {"train", "forward"}
-    assert entry["cost"] == 2.0 * entry["gpu_hours"]
-    assert entry["days"] == entry["gpu_hours"] / entry["gpus"] / 24
-    json.dumps(entry, allow_nan=False)
+    } <= document.keys()
+    assert document["params"].keys() == {"total", "active", "memory", "embedding"}
+    assert document["flops_per_token"].keys() == {"train", "forward"}
+    assert document["cost"] == 2.0 * document["gpu_hours"]
+    assert document["days"] == document["gpu_hours"] / document["gpus"] / 24
+    json.dumps(document, allow_nan=False)
 
 
 def test_hours_are_flops_divided_by_the_assumed_speed(scaling: list[planning.CellPlan]) -> None:

@@ -44,13 +44,13 @@ def lines(folder: Path, of: str = "loss") -> list[dict[str, Any]]:
 
 
 def weights(cell: Cell, folder: Path, cache: Path) -> dict[str, torch.Tensor]:
-    """The newest weights as a single process reads them, with whole tables."""
+    """Return the newest weights as a single process reads them, with whole tables."""
     state: dict[str, torch.Tensor] = checkpoint.load_model(RunDir(folder), cell, prepare(cell.data, cache)).state_dict()
     return state
 
 
 def distance(cell: Cell, first: Path, second: Path, cache: Path) -> tuple[float, float]:
-    """The largest differences between two runs' losses and between their weights."""
+    """Return the largest differences between two runs' losses and between their weights."""
     a, b = lines(first), lines(second)
     assert [line["step"] for line in a] == [line["step"] for line in b]
     losses = max(abs(x["loss"] - y["loss"]) for x, y in zip(a, b, strict=True))
@@ -69,7 +69,7 @@ def assert_same_run(cell: Cell, first: Path, second: Path, cache: Path) -> None:
 
 
 def numbers(content: Any) -> list[float]:
-    """All numbers of nested records, in order."""
+    """Return all numbers of nested records, in order."""
     if isinstance(content, dict):
         content = list(content.values())
     return [x for item in content for x in numbers(item)] if isinstance(content, list) else [content]
@@ -94,7 +94,7 @@ def mesh_name(case: str, processes: int, members: int) -> str:
 
 
 def jobs_of(processes: int, members: list[int], folder: Path, dtype: str) -> list[Job]:
-    """Every family on `processes` processes: those with a memory for each size of the memory-parallel group."""
+    """Return a job per family on `processes` processes; families with a memory once per memory-parallel group size."""
     return [
         job(cell_of(case, STEPS), folder / mesh_name(case, processes, m), memory_parallel=m, dtype=dtype)
         for case in FAMILIES
@@ -131,7 +131,7 @@ def test_in_fp32_processes_differ_by_rounding_only(cache: Path, tmp_path: Path, 
 
 
 def losses_and_choices(cell: Cell, accumulate: int, folder: Path, cache: Path) -> list[tuple[float, list[list[int]]]]:
-    """The loss of each step, and the tokens that experts choose, sorted, by layer, row and expert."""
+    """Return the loss of each step, and the tokens that experts choose, sorted, by layer, row and expert."""
     folder.mkdir()
     parts = World(parallel=Parallel(accumulate=accumulate))
     trainer = Trainer(cell, prepare(cell.data, cache), RunDir(folder), parts)

@@ -33,7 +33,7 @@ BYTES_PER_ROW = dict.fromkeys(OPTIONS, 8 * 32 + 9) | {
 
 
 def cell_of(family: str, **train: Any) -> Cell:
-    """A cell most of whose rows are read rarely, so that there are steps to replay."""
+    """Return a cell most of whose rows are read rarely, so that there are steps to replay."""
     cell = tiny_cell(family, epochs=3.0, value_lr=2e-2, checkpoint_every=4, **train)
     model = cell.model.model_dump() | {"half_keys": 24, "top_k": 2}
     return Cell.model_validate(cell.model_dump() | {"model": model})
@@ -49,7 +49,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def saved(trainer: Trainer) -> dict[str, torch.Tensor]:
-    """The tensors of the last checkpoint, with those of the optimizer as `parameter/kind`."""
+    """Return the tensors of the last checkpoint, with those of the optimizer as `parameter/kind`."""
     state = torch.load(trainer.run.checkpoints / f"step-{trainer.steps}" / checkpoint.STATE_FILE)
     moments = {f"{name}/{kind}": x for name, kinds in state["optimizer"].items() for kind, x in kinds.items()}
     return state["model"] | moments

@@ -160,7 +160,7 @@ class World:
 
         Args:
             kind: `storage` for the templates of training, `paraphrase` for held-out ones, `extraction` for questions,
-                which are asked only about people whose questions are not in the training text.
+                only about people whose questions are not in the training text.
             people: Indices; None: all people for whom the kind is defined.
 
         Raises:

@@ -127,5 +127,14 @@ def _score(ks: Sequence[int], doc: Doc, results: Sequence[Sequence[bool]]) -> di
 
 
 def pass_at(k: int, count: int, passed: int) -> float:
-    """Estimate, without bias, the probability that one of k programs passes (Chen et al. 2021, equation 1)."""
+    """Estimate the probability that at least one of k programs passes, without bias (Chen et al. 2021, equation 1).
+
+    Args:
+        k: Programs drawn per problem.
+        count: Programs that were run.
+        passed: Number of these that passed.
+
+    Returns:
+        The estimate of pass@k.
+    """
     return 1.0 - math.comb(count - passed, k) / math.comb(count, k)
