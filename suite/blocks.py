@@ -147,7 +147,7 @@ def flatten(source: Path, where: str, content: Any, prefix: str = "") -> Flat:
         prefix: The path of `content` within the cell.
 
     Raises:
-        UserError: Something else stands where a mapping is needed.
+        UserError: A value is not a mapping where one is needed.
     """
     if not isinstance(content, dict):
         raise UserError(f"{source}: {where}: got {content!r}, allowed: a mapping of fields to values")
@@ -168,14 +168,16 @@ def _options(source: Path, where: str, name: object) -> set[str]:
     try:
         return set(registry.family(name).config.model_fields)
     except ValueError:
-        given = "nothing" if name is None else repr(name)
+        actual = "nothing" if name is None else repr(name)
         families = registry.families()
         hint = did_you_mean(name, families)
-        raise UserError(f"{source}: {where}: model.family: got {given}{hint}, allowed: {', '.join(families)}") from None
+        raise UserError(
+            f"{source}: {where}: model.family: got {actual}{hint}, allowed: {', '.join(families)}"
+        ) from None
 
 
 def _applies(path: str, options: set[str]) -> bool:
-    """Whether a family with these model options has the field."""
+    """Return whether a family with these model options has the field."""
     section, _, rest = path.partition(".")
     return section != "model" or rest.split(".")[0] in options
 
@@ -193,7 +195,7 @@ def _refuse_unknown_options(source: Path, where: str, paths: list[str], used: se
             )
 
 
-def kept_cells(source: Path, exclude: list[Any], cells: list[Cell]) -> list[bool]:
+def included_cells(source: Path, exclude: list[Any], cells: list[Cell]) -> list[bool]:
     """Return for each cell whether no exclusion matches it.
 
     Args:
@@ -206,19 +208,19 @@ def kept_cells(source: Path, exclude: list[Any], cells: list[Cell]) -> list[bool
     """
     settings = [flat(cell.model_dump(mode="json")) for cell in cells]
     paths = {path for fields in settings for path in fields}
-    keep = [True] * len(cells)
-    for number, entry in enumerate(exclude, start=1):
+    included = [True] * len(cells)
+    for number, exclusion in enumerate(exclude, start=1):
         where = f"exclude[{number}]"
-        wanted = flatten(source, where, entry)
+        wanted = flatten(source, where, exclusion)
         for path in wanted:
             if path not in paths:
                 hint = did_you_mean(path, paths)
                 raise UserError(f"{source}: {where}.{path}: unknown field{hint}, allowed: a field of a cell")
         excluded = [all(matches(fields, path, value) for path, value in wanted.items()) for fields in settings]
         if not any(excluded):
-            raise UserError(f"{source}: {where}: {entry!r} matches no cell; correct or remove it")
-        keep = [kept and not out for kept, out in zip(keep, excluded, strict=True)]
-    return keep
+            raise UserError(f"{source}: {where}: {exclusion!r} matches no cell; correct or remove it")
+        included = [was and not is_excluded for was, is_excluded in zip(included, excluded, strict=True)]
+    return included
 
 
 def refuse_duplicates(source: Path, cells: list[Cell], labels: list[str]) -> None:

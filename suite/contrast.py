@@ -36,25 +36,25 @@ class Contrast:
     reference: tuple[str, ...]
 
     def renamed(self, names: Mapping[str, str]) -> Contrast:
-        """The same contrast after its runs changed their names."""
+        """Return the same contrast after its runs changed their names."""
         treatment, reference = (tuple(names[run] for run in side) for side in (self.treatment, self.reference))
         return Contrast(self.metric, treatment, reference)
 
     def document(self) -> dict[str, Any]:
-        """The contrast as grid.json records it."""
+        """Return the contrast as grid.json records it."""
         return asdict(self)
 
 
 def select(source: Path, content: object, cells: Sequence[Cell]) -> Contrast:
-    """The contrast that a grid's `contrast` section declares.
+    """Return the contrast that a grid's `contrast` section declares.
 
     Args:
-        source: the grid's file, for messages.
-        content: the section as read from YAML.
-        cells: the cells of the grid.
+        source: The grid's file, for messages.
+        content: The section as read from YAML.
+        cells: The cells of the grid.
 
     Raises:
-        UserError: an unknown or missing field, a side that selects no cell or several variants, two sides without a
+        UserError: An unknown or missing field, a side that selects no cell or several variants, two sides without a
             shared seed, or a metric that these cells do not record.
     """
     where = f"{source}: contrast"
@@ -82,21 +82,21 @@ def select(source: Path, content: object, cells: Sequence[Cell]) -> Contrast:
 
 
 def matches(settings: Mapping[str, Any], path: str, value: Any) -> bool:
-    """Whether a cell's dotted settings have this value at this path, or one of a list of values."""
+    """Return whether a cell's dotted settings have this value at this path, or one of a list of values."""
     return path in settings and (settings[path] == value or (isinstance(value, list) and settings[path] in value))
 
 
 def _side(
     where: str, content: object, shared: Mapping[str, Any], cells: Sequence[Cell], settings: list[dict[str, Any]]
 ) -> list[Cell]:
-    """The cells of one side, all of one variant."""
+    """Return the cells of one side, all of one variant."""
     if not isinstance(content, dict) or not content:
         raise UserError(f"{where}: got {content!r}, allowed: a mapping of cell fields to values")
     wanted = {**shared, **flat(content)}
-    known = {path for fields in settings for path in fields}
+    paths = {path for fields in settings for path in fields}
     for path in wanted:
-        if path not in known:
-            raise UserError(f"{where}.{path}: unknown field{did_you_mean(path, known)}, allowed: a cell's field")
+        if path not in paths:
+            raise UserError(f"{where}.{path}: unknown field{did_you_mean(path, paths)}, allowed: a cell's field")
     chosen = [
         (cell, fields)
         for cell, fields in zip(cells, settings, strict=True)

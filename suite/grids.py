@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from suite.baselines import checks, loading
-from suite.blocks import Flat, Point, flatten, kept_cells, points, refuse_duplicates
+from suite.blocks import Flat, Point, flatten, included_cells, points, refuse_duplicates
 from suite.cells import Cell, with_current_names
 from suite.contrast import Contrast, select
 from suite.errors import UserError
@@ -117,7 +117,7 @@ def load_grid_or_cell(
 
 
 def find_grid(name_or_path: str, where: str = "GRID") -> Path:
-    """Return the file of a grid given by path, or by name in ./grids or among the grids of this project.
+    """Return the file of a grid: a path, or a name in ./grids or among the grids of this project.
 
     Raises UserError, which names the argument or field `where`.
     """
@@ -155,7 +155,7 @@ def _check_shape(source: Path, content: dict[str, Any]) -> None:
     if content.get("grids"):
         others = sorted(set(content) - {"grids", "contrast", "launch"})
         if others:
-            raise UserError(f"{source}: {others[0]}: cannot stand next to grids, allowed: contrast and launch")
+            raise UserError(f"{source}: {others[0]}: not allowed together with grids, allowed: contrast and launch")
     elif not content.get("blocks"):
         raise UserError(f"{source}: blocks: missing; a grid needs at least one block")
 
@@ -192,11 +192,11 @@ def _cells_of_blocks(source: Path, content: dict[str, Any], overrides: Flat, nee
     """Return the cells of a grid's blocks without those that it excludes."""
     planned = points(source, content, overrides)
     cells = [_build_cell(source, point, need_data) for point in planned]
-    keep = kept_cells(source, content.get("exclude") or [], cells)
-    if not any(keep):
+    included = included_cells(source, content.get("exclude") or [], cells)
+    if not any(included):
         raise UserError(f"{source}: exclude: leaves no cell; exclude fewer")
-    chosen = [cell for cell, kept in zip(cells, keep, strict=True) if kept]
-    labels = [point.label for point, kept in zip(planned, keep, strict=True) if kept]
+    chosen = [cell for cell, is_included in zip(cells, included, strict=True) if is_included]
+    labels = [point.label for point, is_included in zip(planned, included, strict=True) if is_included]
     refuse_duplicates(source, chosen, labels)
     return tuple(chosen)
 

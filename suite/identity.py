@@ -21,20 +21,20 @@ class Frozen(BaseModel):
 
     @classmethod
     def variants(cls) -> Mapping[str, type[Frozen]]:
-        """The classes that a field declared as this class may hold, by their `kind`; empty if only this one."""
+        """Return the classes that a field declared as this class may hold, by their `kind`; empty if only this one."""
         return {}
 
     def problems(self) -> list[Problem]:
-        """Errors that involve several fields."""
+        """Return errors that involve several fields."""
         return []
 
 
 def identity(part: BaseModel, current_names: bool = False) -> dict[str, Any]:
-    """The settings that enter the hash: fields that differ from their default and are not marked NOT_IDENTITY.
+    """Return the settings that enter the hash: fields that differ from their default and are not marked NOT_IDENTITY.
 
     Args:
-        part: a cell or a block of one.
-        current_names: use today's field names. By default a renamed field keeps the name under which it was first
+        part: A cell or a block of one.
+        current_names: Use today's field names. By default a renamed field keeps the name under which it was first
             hashed (`identity_name`), so that renaming a field changes no hash.
 
     Returns:

@@ -1,7 +1,7 @@
 """The run directory: one cell's records on disk. Every file is complete or absent.
 
 Only `train.jsonl` grows in place; when a run resumes it is truncated to the checkpoint's step, so that a killed run
-leaves the same lines as an undisturbed one. All other files are written to a temporary name, synced and renamed.
+leaves the same lines as an uninterrupted one. All other files are written to a temporary name, synced and renamed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Locked(Exception):
 
 
 def run_dir(results: Path, cell: Cell) -> RunDir:
-    """The run directory of a cell."""
+    """Return the run directory of a cell."""
     return RunDir(results / RUNS / cell.run_name)
 
 
@@ -56,12 +56,12 @@ class RunDir:
         return self.path.name
 
     def read_record(self) -> dict[str, Any]:
-        """All of cell.json: the cell, its hash, account, versions and data fingerprint."""
+        """Return all of cell.json: the cell, its hash, account, versions and data fingerprint."""
         record: dict[str, Any] = json.loads(self.cell_path.read_text())
         return record | {"cell": with_current_names(record["cell"])} if "cell" in record else record
 
     def read_cell(self) -> Cell:
-        """The run's cell. Its baseline.py, if it has one, is loaded first. Raises UserError if that fails."""
+        """Return the run's cell. Its baseline.py, if it has one, is loaded first. Raises UserError if that fails."""
         if self.baseline_path.exists():
             loading.load(self.baseline_path)
         return Cell.model_validate(self.read_record()["cell"])
@@ -85,14 +85,14 @@ class RunDir:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def train_lines(self) -> list[dict[str, Any]]:
-        """The complete lines of train.jsonl; a last line truncated by a kill is left out."""
+        """Return the complete lines of train.jsonl; a last line truncated by a kill is left out."""
         if not self.train_path.exists():
             return []
         text = self.train_path.read_text()
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
     def last_train_line(self) -> dict[str, Any]:
-        """The last complete line of train.jsonl, read from the file's end; empty if there is none."""
+        """Return the last complete line of train.jsonl, read from the file's end; empty if there is none."""
         try:
             file = self.train_path.open("rb")
         except FileNotFoundError:
@@ -119,7 +119,7 @@ class RunDir:
         write_json(self.path / "eval" / f"{hash8}.json", content)
 
     def has_eval(self, hash8: str) -> bool:
-        """Whether the scores of that evaluation exist."""
+        """Return whether the scores of that evaluation exist."""
         return (self.path / "eval" / f"{hash8}.json").exists()
 
     def write_usage(self, content: dict[str, Any]) -> None:
@@ -127,7 +127,7 @@ class RunDir:
         write_json(self.usage_path, content)
 
     def state(self) -> dict[str, Any]:
-        """The content of state.json; a pending state if the file does not exist."""
+        """Return the content of state.json; a pending state if the file does not exist."""
         try:
             content: dict[str, Any] = json.loads(self.state_path.read_text())
         except FileNotFoundError:
@@ -135,7 +135,7 @@ class RunDir:
         return content
 
     def set_state(self, state: State, cause: str | None = None, **extra: Any) -> None:
-        """Update state.json; fields that are not given retain their values."""
+        """Update state.json; fields that are not passed retain their values."""
         now = time.time()
         facts = {
             "state": state,
@@ -170,7 +170,7 @@ class RunDir:
             yield
 
     def is_locked(self) -> bool:
-        """Whether a live process holds the run's lock."""
+        """Return whether a live process holds the run's lock."""
         try:
             file = (self.path / ".lock").open("a")
         except FileNotFoundError:

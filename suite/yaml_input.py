@@ -82,30 +82,30 @@ def whole_numbers(text: str, where: str) -> list[int]:
     return [int(part) for part in parts]
 
 
-def did_you_mean(given: object, names: Iterable[str]) -> str:
+def did_you_mean(name: object, names: Iterable[str]) -> str:
     """Return `, did you mean X?` for the closest of the names, or an empty string."""
-    close = difflib.get_close_matches(str(given), list(names), n=1)
+    close = difflib.get_close_matches(str(name), list(names), n=1)
     return f", did you mean {close[0]}?" if close else ""
 
 
-def explain(error: ValidationError, schema: type[BaseModel], given: Any) -> str:
+def explain(error: ValidationError, schema: type[BaseModel], content: Any) -> str:
     """Describe the first error of a validation in one line: `field: got value, allowed: what`.
 
     Args:
         error: The error that pydantic raised.
         schema: The model that was validated.
-        given: The nested mapping that the user wrote.
+        content: The nested mapping that the user wrote.
     """
-    return _explain(error.errors()[0], schema, given)
+    return _explain(error.errors()[0], schema, content)
 
 
-def _explain(detail: ErrorDetails, schema: type[BaseModel], given: Any) -> str:
+def _explain(detail: ErrorDetails, schema: type[BaseModel], content: Any) -> str:
     inner = detail.get("ctx", {}).get("error")
     if isinstance(inner, ValidationError):
         # A part with a validator of its own (the options of the model): report the error within it.
         nested = inner.errors()[0]
-        return _explain({**nested, "loc": (*detail["loc"], *nested["loc"])}, schema, given)
-    path, part = _locate(detail["loc"], schema, given)
+        return _explain({**nested, "loc": (*detail["loc"], *nested["loc"])}, schema, content)
+    path, part = _locate(detail["loc"], schema, content)
     field = ".".join(path)
     if detail["type"] == "extra_forbidden":
         names = [] if part is None else list(part.model_fields)
@@ -114,8 +114,8 @@ def _explain(detail: ErrorDetails, schema: type[BaseModel], given: Any) -> str:
         return f"{field}: got nothing, allowed: {_wanted(part, path[-1])}"
     if detail["type"] == "unknown_kind":
         kind, allowed = detail["ctx"]["given"], detail["ctx"]["kinds"]
-        given = "nothing" if kind is None else f"{kind!r}{did_you_mean(kind, allowed)}"
-        return f"{field}.kind: got {given}, allowed: {', '.join(allowed)}"
+        actual = "nothing" if kind is None else f"{kind!r}{did_you_mean(kind, allowed)}"
+        return f"{field}.kind: got {actual}, allowed: {', '.join(allowed)}"
     if inner is not None:
         # Validators of this project already name the field, the value and what is allowed.
         own = str(inner)
@@ -124,14 +124,14 @@ def _explain(detail: ErrorDetails, schema: type[BaseModel], given: Any) -> str:
 
 
 def _locate(
-    loc: tuple[int | str, ...], schema: type[BaseModel], given: Any
+    loc: tuple[int | str, ...], schema: type[BaseModel], content: Any
 ) -> tuple[list[str], type[BaseModel] | None]:
     """Return the path of an error as the user writes it, and the model with its last field (None if unknown)."""
     path: list[str] = []
     holder: type[BaseModel] | None = None
     declared: type[BaseModel] | None = schema
     current: type[BaseModel] | None = schema
-    value = given
+    value = content
     is_key = False  # the next step is a key of a mapping from names to models
     for step in loc:
         value = _item(value, step)
