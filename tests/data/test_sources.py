@@ -12,6 +12,7 @@ import pytest
 import suite.models  # noqa: F401  (registers the families)
 from suite.cells import Cell
 from suite.data.corpus import prepare
+from suite.data.sources import registry
 from suite.data.sources.registry import kinds, register
 from suite.data.sources.streams import StreamData
 from suite.data.tokenizer_config import TokenizerConfig
@@ -41,7 +42,6 @@ class CountingReader:
             yield " ".join(map(str, range(self.position)))
 
 
-@register
 class CountingData(StreamData):
     kind: Literal["counting"]
     documents: int
@@ -55,6 +55,14 @@ class CountingData(StreamData):
 
     def reader(self, position: Any = None) -> CountingReader:
         return CountingReader(self.documents, position)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _counting() -> Iterator[None]:
+    """Register the kind for this module only: other tests list the kinds of the package."""
+    register(CountingData)
+    yield
+    del registry._KINDS["counting"]
 
 
 def cell(data: dict[str, Any]) -> Cell:
