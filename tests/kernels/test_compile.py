@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,3 +100,48 @@ def test_kernels_of_every_shape_and_option_compile_within_the_limits_of_all_devi
     for row in rows:
         check(row)
     assert len(rows) > 1000
+
+
+COMPILE_RECORDED = """
+import importlib, json, sys
+import torch, triton.language as tl
+from kernels.bench.ahead_of_time import DEVICES, capture
+from kernels.bench.prediction import predict
+
+def argument(value):
+    if not isinstance(value, dict):
+        return value
+    if "type" in value:
+        return tl.dtype(value["type"])
+    size = 64 // getattr(torch, value["tensor"]).itemsize
+    return torch.zeros(size + 1, dtype=getattr(torch, value["tensor"]))[0 if value["aligned"] else 1 :]
+
+rows = {}
+for line in open(sys.argv[1]):
+    module, kernel, arguments = json.loads(line)
+    for architecture in DEVICES:
+        with capture(architecture) as launches:
+            getattr(importlib.import_module(module), kernel)[(1,)](**{k: argument(v) for k, v in arguments.items()})
+        rows[launches[0].variant] = vars(predict(launches[0], line.strip()))
+print(json.dumps(list(rows.values())))
+"""
+
+
+def compile_launches_of_tests(selection: str, folder: Path) -> list[dict[str, Any]]:
+    """Run the interpreted tests that `selection` names, and compile whatever they launched for all devices."""
+    here, recorded = Path(__file__).parent, folder / "launches.json"
+    paths = os.pathsep.join([str(here), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "RECORDED_LAUNCHES": str(recorded), "PYTHONPATH": paths}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "record_launches", "-p", "no:cacheprovider"]
+    command += ["-m", "not slow", "-k", selection, str(here)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    return json.loads(run("-c", COMPILE_RECORDED, str(recorded)))
+
+
+@pytest.mark.slow
+def test_whatever_the_tests_of_the_operators_launch_compiles(tmp_path: Path) -> None:
+    rows = compile_launches_of_tests("triton", tmp_path)
+    for row in rows:
+        check(row)
+    assert {row["kernel"] for row in rows} == {*READS_ROWS, "_pair_kernel", "_replay_kernel"}
