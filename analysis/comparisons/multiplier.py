@@ -92,8 +92,8 @@ def multipliers(reference: pd.DataFrame, family: pd.DataFrame, draws: int = 1000
         y, c = group["y"].to_numpy(float), float(group["C"].mean())
         outcome = float(y.mean())
         value, low, high = float(_inverse(law.parameters, outcome)) / c, math.nan, math.nan
-        if drawn is not None and drawn.kept and len(y) > 1:
-            means = generator.choice(y, (drawn.kept, len(y) - 1)).mean(1)
+        if drawn is not None and drawn.completed and len(y) > 1:
+            means = generator.choice(y, (drawn.completed, len(y) - 1)).mean(1)
             low, high = (end / c for end in _interval(law, drawn, y, means, beyond))
         effect = abs(outcome - float(law.predict({"x": np.array([c])})[0]))
         reason = None

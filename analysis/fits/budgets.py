@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 SAME_BUDGET = 1.05
-"""Where the gaps show no clear jump, runs whose FLOPs differ by more than this ratio from the next are apart."""
+"""Where the gaps show no clear jump, a larger ratio between the FLOPs of two neighbouring runs separates them."""
 LARGEST_GAP = 1.25
 """A gap above this ratio always separates two budgets."""
 ROUNDING = 0.01

@@ -15,7 +15,7 @@ from analysis.laws.law import Law
 
 
 def expressions(text: str) -> dict[str, str]:
-    """`N=..., D=...` as name -> expression; commas and equals signs inside backticks, brackets and quotes are kept."""
+    """Name -> expression from `N=..., D=...`; commas inside backticks, brackets and quotes do not split."""
     parts, depth, quote, start = [], 0, "", 0
     for position, character in enumerate(text):
         if quote:
@@ -30,16 +30,16 @@ def expressions(text: str) -> dict[str, str]:
             parts.append(text[start:position])
             start = position + 1
     parts.append(text[start:])
-    found: dict[str, str] = {}
+    parsed: dict[str, str] = {}
     for part in parts:
         name, equals, expression = part.partition("=")
         name, expression = name.strip(), expression.strip()
         if not equals or not name.isidentifier() or not expression or expression.startswith("="):
             raise InputError(f"--columns: {part.strip()!r} is not NAME=EXPRESSION, as in N=`Model Size`")
-        if name in found:
+        if name in parsed:
             raise InputError(f"--columns: {name} is given twice")
-        found[name] = expression
-    return found
+        parsed[name] = expression
+    return parsed
 
 
 def prepared(table: pd.DataFrame) -> pd.DataFrame:
@@ -95,7 +95,7 @@ def groups(table: pd.DataFrame, expression: str | None, option: str) -> np.ndarr
 
 
 def chosen(table: pd.DataFrame, condition: str | None, option: str) -> pd.DataFrame:
-    """The rows for which a condition holds, numbers as floats where words are left out; all without one."""
+    """The rows that satisfy a condition, or all; columns without words among these rows become floats."""
     if condition is None:
         return table
     mask = evaluate(table, condition, option)
@@ -178,7 +178,7 @@ def _check_fixed(law: Law, fixed: Mapping[str, float]) -> None:
 
 
 def _check_together(law: Law, frame: pd.DataFrame) -> None:
-    """No input is a power of another: a law's terms in them could not be told apart."""
+    """No input is a power of another: the law's terms in them would be the same."""
     needed = [name for name in law.inputs if name not in law.constant_allowed]
     logs = {name: np.log(frame[name].to_numpy(float)) for name in needed if (frame[name] > 0).all()}
     for first, second in combinations(logs, 2):

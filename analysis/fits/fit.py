@@ -161,7 +161,7 @@ def _searched(problem: Problem, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _refined(problem: Problem, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Down from every start, both through smoothed losses, which lead far, and straight, which keeps optima apart."""
+    """Descend from every start, through smoothed losses, which reach far, and directly, which reaches more optima."""
     weights = np.broadcast_to(problem.w, (len(starts), problem.n))
     ways = (True, False) if np.isfinite(problem.delta) else (False,)
     found = [minimise(problem.residual, starts, weights, problem.delta, problem.box, smooth=smooth) for smooth in ways]

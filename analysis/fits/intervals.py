@@ -25,7 +25,7 @@ class Bootstrap:
     units: int
 
     @property
-    def kept(self) -> int:
+    def completed(self) -> int:
         """Number of draws that could be fitted."""
         return len(self.theta)
 
@@ -38,7 +38,7 @@ class Bootstrap:
         from scipy.special import ndtr, stdtrit
 
         free = self.units - self.theta.shape[1]
-        if not self.kept or free < 1:
+        if not self.completed or free < 1:
             return math.nan, math.nan
         quantile = float(stdtrit(free, 0.5 + level / 2)) * math.sqrt(self.units / free)
         tail = 100 * float(ndtr(-quantile))
@@ -47,13 +47,13 @@ class Bootstrap:
 
     def standard_error(self, name: str) -> float:
         """Standard deviation over draws."""
-        return float(self.values[name].std(ddof=1)) if self.kept > 1 else math.nan
+        return float(self.values[name].std(ddof=1)) if self.completed > 1 else math.nan
 
 
 def bootstrap(
     found: Fit, draws: int, seed: int = 0, clusters: np.ndarray | None = None, strata: np.ndarray | None = None
 ) -> Bootstrap:
-    """Refit to data drawn with replacement: points, or whole clusters (runs), within strata (cells) if given.
+    """Refit to data drawn with replacement: points, or whole clusters (runs), within strata (cells) if any.
 
     Every refit starts from the two best of the fit's bank for its own draw, so another optimum can be reached.
     """
@@ -199,7 +199,7 @@ def leave_one_out(found: Fit) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """The largest cells, predicted by a fit to the rest before any refit. `reason` says why there is none."""
+    """The largest cells, predicted by a fit to the rest before any refit. `reason` is why there are none."""
 
     rule: str
     rows: np.ndarray

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from analysis.errors import InputError
 from analysis.fits.fit import Fit, fit, settle
 from analysis.fits.intervals import noise_scale, scaled_jacobian, theta_variance
 from analysis.fits.problem import Problem, to_natural
@@ -83,7 +84,10 @@ def _with_vanishing_terms(found: Fit, ends: Ends, level: float) -> Ends:
         limit = degrees * float(fdtri(degrees, problem.n - found.dimension, level)) * noise_scale(found)
         if not 2 * (value[0] - found.objective) <= limit:
             continue
-        others, _ = _intervals(fit(without), level)
+        try:
+            others, _ = _intervals(fit(without), level)
+        except InputError:  # too few different points for what is left: its parameters say nothing
+            others = {p.name: (p.low, p.high) for p in without.free}
         for name, (low, high) in {**others, parameter.name: (0.0, 0.0)}.items():
             ends[name] = (min(ends[name][0], low), max(ends[name][1], high))
         ends |= {p.name: (p.low, p.high) for p in lost}

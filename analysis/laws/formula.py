@@ -143,7 +143,7 @@ def formula_law(
     Args:
         text: `OUTPUT = EXPRESSION`, or the expression alone where one column is not in it.
         columns: names of the columns; names in the formula that are not columns are parameters.
-        parameters: what is known of them, as `E >= 0, k free, 0 <= s <= 1, beta = alpha, a ~ 0.1..1`; above 0 where
+        parameters: bounds, ties and starts, as `E >= 0, k free, 0 <= s <= 1, beta = alpha, a ~ 0.1..1`; above 0 where
             nothing is stated.
         name: the law's name.
         source: where the law is from.
@@ -159,20 +159,20 @@ def formula_law(
     output = left.strip() if equals else _only_other(names(tree), columns, option)
     if not output.isidentifier():
         raise InputError(f"{option}: {left.strip()!r} is not a name, as in 'L = E + A*N**-a'")
-    known = specs(parameters)
-    ties = {key: parse(spec.tie, f"--parameters: {key}") for key, spec in known.items() if spec.tie is not None}
+    stated = specs(parameters)
+    ties = {key: parse(spec.tie, f"--parameters: {key}") for key, spec in stated.items() if spec.tie is not None}
     tree = _tied(tree, ties)
     inputs = [key for key in names(tree) if key in columns and key != output]
     free = [key for key in names(tree) if key not in inputs]
-    _check_names(free, inputs, output, known, ties, option)
+    _check_names(free, inputs, output, stated, ties, option)
     meaning = meaning or {}
     linear: set[str] = set()
     for key in free:
-        if degree(tree, linear | {key}) <= 1 and (key not in known or known[key].start is None):
+        if degree(tree, linear | {key}) <= 1 and (key not in stated or stated[key].start is None):
             linear.add(key)
     exponents = {key for key in free if _in_exponent(tree, key)}
     entries = tuple(
-        _parameter(key, known.get(key, Spec()), key in linear, tree, set(free), key in exponents, meaning.get(key, ""))
+        _parameter(key, stated.get(key, Spec()), key in linear, tree, set(free), key in exponents, meaning.get(key, ""))
         for key in free
     )
     scales = [p.name for p in entries if not p.linear and p.name not in exponents and p.start == WIDE]
@@ -204,7 +204,7 @@ def _check_names(
     free: list[str],
     inputs: list[str],
     output: str,
-    known: Mapping[str, Spec],
+    stated: Mapping[str, Spec],
     ties: Mapping[str, ast.expr],
     option: str,
 ) -> None:
@@ -214,7 +214,7 @@ def _check_names(
         raise InputError(f"{option}: no name of --columns is in the formula")
     if not free:
         raise InputError(f"{option}: the formula has no parameter")
-    unknown = [key for key in known if key not in free and key not in ties]
+    unknown = [key for key in stated if key not in free and key not in ties]
     if unknown:
         raise InputError(f"--parameters: got {unknown[0]!r}, allowed: {', '.join(free)}")
 

@@ -19,7 +19,7 @@ class Parameter:
 
     `log`: it is fitted by its logarithm, and 0 is a limit. Otherwise it is fitted as it is, and a finite bound is a
     value that it may take. `linear`: the law is linear in it, so that it is solved for at each start. `start` is the
-    range of starts of the others. `at_bound` says in words what its lower bound means.
+    range of starts of the others. `at_bound` is what its lower bound means.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Law:
 
     `residuals`: on the logarithm of y, or on y itself. `size`: what makes a cell large, for hold-out. Inputs may be 0,
     of any sign or constant where the sets say so. `starts`: ranges of starts that depend on the data; `units`: what the
-    starts of the parameters in `scales` are multiplied by, given the others.
+    starts of the parameters in `scales` are multiplied by, at values of the others.
     """
 
     name: str

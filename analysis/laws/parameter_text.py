@@ -32,7 +32,7 @@ def specs(text: str | Mapping[str, str]) -> dict[str, Spec]:
     In a mapping the name is left out of the text, except between two bounds: `E: ">= 0"`, `s: "0 <= s <= 1"`.
     """
     items = [item for item in _split(text) if item.strip()] if isinstance(text, str) else None
-    found: dict[str, Spec] = {}
+    result: dict[str, Spec] = {}
     pairs = [_spec(item) for item in items] if items is not None else []
     if not isinstance(text, str):
         pairs = [
@@ -40,10 +40,10 @@ def specs(text: str | Mapping[str, str]) -> dict[str, Spec]:
             for name, value in text.items()
         ]
     for name, spec in pairs:
-        if name in found:
+        if name in result:
             raise InputError(f"--parameters: {name} is given twice")
-        found[name] = spec
-    return found
+        result[name] = spec
+    return result
 
 
 def _split(text: str) -> list[str]:

@@ -54,7 +54,7 @@ def fitted(entry: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping
     held = held_out(posed, used, request)
     found, profiles = profiled(fit(posed, request.seed))
     _check_sign(found)
-    known = identified(found.problem, profiles)
+    closed = identified(found.problem, profiles)
     draws = _bootstrap(found, used, request)
     divisor = posed.n if request.minimize == "mean" else 1
     result: dict[str, Any] = {
@@ -70,15 +70,15 @@ def fitted(entry: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping
         "huber": request.huber,
         "seed": request.seed,
         "intervals": {p.name: list(draws.interval(p.name) if draws else profiles[p.name]) for p in posed.free},
-        "interval_kind": f"95 %, from {draws.kept} bootstrap refits" if draws else "95 % profile",
+        "interval_kind": f"95 %, from {draws.completed} bootstrap refits" if draws else "95 % profile",
         "profile": {name: list(ends) for name, ends in profiles.items()},
         "standard_errors": {n: draws.standard_error(n) for n in profiles} if draws else standard_errors(found),
-        "identified": known,
-        "at_bound": found.at_bound,
+        "identified": closed,
+        "at_bound": {name: bound if math.isfinite(bound) else "infinity" for name, bound in found.at_bound.items()},
         "bounds": {p.name: [p.low, p.high] for p in posed.free},
         "holdout": _held_json(held, entry),
         "fixed": dict(posed.fixed),
-        "warnings": _warnings(found, known, profiles, draws, held),
+        "warnings": _warnings(found, closed, profiles, draws, held),
     }
     if request.predict is not None:
         result["predictions"] = _predictions(found, entry, chosen(table, request.predict, "--predict"), columns)
@@ -98,9 +98,9 @@ def _bootstrap(found: Fit, used: pd.DataFrame, request: Request) -> Bootstrap | 
 def _check_resampling(found: Fit, clusters: np.ndarray | None, strata: np.ndarray | None) -> None:
     """More runs than parameters, each in one stratum, and strata in which there is something to draw."""
     units = np.arange(found.problem.n) if clusters is None else clusters
-    free, known = len(found.problem.free), len(np.unique(units))
-    if known <= free:
-        raise InputError(f"--cluster: {known} groups are too few to resample for {free} parameters")
+    free, distinct = len(found.problem.free), len(np.unique(units))
+    if distinct <= free:
+        raise InputError(f"--cluster: {distinct} groups are too few to resample for {free} parameters")
     if strata is None:
         return
     pairs = pd.DataFrame({"unit": units, "stratum": strata}).drop_duplicates()
@@ -139,7 +139,7 @@ def _open(parameter: Parameter, found: Fit, ends: tuple[float, float]) -> str:
 
 
 def _range(parameter: Parameter, ends: Sequence[float | None]) -> str:
-    """An interval in words: one-sided where one end is the parameter's bound."""
+    """An interval as text: one-sided where one end is the parameter's bound."""
     low, high = (math.nan if end is None else end for end in ends)
     lowest, highest = low <= parameter.low, high >= parameter.high
     if lowest and highest:
@@ -151,24 +151,26 @@ def _range(parameter: Parameter, ends: Sequence[float | None]) -> str:
 
 def _warnings(
     found: Fit,
-    known: Mapping[str, bool],
+    closed: Mapping[str, bool],
     profiles: Mapping[str, tuple[float, float]],
     draws: Bootstrap | None,
     held: HeldOut,
 ) -> list[str]:
     """What a reader must know before using the numbers."""
-    lines = [_open(p, found, profiles[p.name]) for p in found.problem.free if not known[p.name]]
+    lines = [_open(p, found, profiles[p.name]) for p in found.problem.free if not closed[p.name]]
     n, free = found.problem.n, len(found.problem.free)
     if found.problem.different == free:
         lines.append(f"as many different points as parameters ({free}): nothing tests the law's form")
     if n < 2 * free:
-        lines.append(f"{n} points for {free} parameters: intervals are wide or open, and a bootstrap says little")
+        lines.append(f"{n} points for {free} parameters: intervals are wide or open, and a bootstrap is unreliable")
     if draws is not None and draws.requested < FEW_DRAWS:
         lines.append(f"{draws.requested} bootstrap draws are too few for the ends of a 95 % interval; 1000 are usual")
-    if draws is not None and draws.kept < draws.requested:
-        lines.append(f"{draws.requested - draws.kept} of {draws.requested} bootstrap draws had too few distinct points")
+    if draws is not None and draws.completed < draws.requested:
+        lines.append(
+            f"{draws.requested - draws.completed} of {draws.requested} bootstrap draws had too few distinct points"
+        )
     if found.agreeing < min(AGREED, len(found.bank)):
-        lines.append(f"only {found.agreeing} of {len(found.bank)} starts reached the optimum: try other seeds")
+        lines.append(f"only {found.agreeing} of {len(found.bank)} starts reached the optimum: a better one may exist")
     if not len(held.rows):
         lines.append(f"nothing held out: {held.reason}")
     return lines
@@ -199,8 +201,8 @@ def predicted_rows(item: Fitted, table: pd.DataFrame, columns: Mapping[str, str]
     """For every row of the table: `predicted` (NaN where an input is missing) and whether it was `fitted`."""
     law = item.found.problem.law
     inputs = {name: number(table, columns[name], f"--columns: {name}") for name in law.inputs}
-    known = np.isfinite(np.stack(list(inputs.values()))).all(0)
-    predicted = np.where(known, item.found.predict(inputs), np.nan)
+    closed = np.isfinite(np.stack(list(inputs.values()))).all(0)
+    predicted = np.where(closed, item.found.predict(inputs), np.nan)
     return {"predicted": predicted, "fitted": table.index.isin(item.used.index)}
 
 
@@ -227,7 +229,7 @@ def text(result: Mapping[str, Any]) -> str:
         f"n {result['n']}, objective {result['objective']:.7g} ({result['minimize']})",
     ]
     for name, value in result["parameters"].items():
-        lines.append(f"  {name:8} {value:<12.6g} {_interval_text(name, result):42} {result['meaning'][name]}")
+        lines.append(f"  {name:8} {value:<12.6g} {_interval_text(name, result):42} {result['meaning'][name]}".rstrip())
     lines.append(f"  intervals: {result['interval_kind']}")
     held = result["holdout"]
     if held["n"]:
@@ -249,13 +251,13 @@ def _interval_text(name: str, result: Mapping[str, Any]) -> str:
     """The interval of a parameter: two ends, one where the other is its bound, and whether it is identified."""
     if name not in result["intervals"]:
         return "fixed"
-    (low, high), known = result["intervals"][name], result["identified"][name]
+    (low, high), closed = result["intervals"][name], result["identified"][name]
     open_low, open_high = (a == b for a, b in zip((low, high), result["bounds"][name], strict=True))
     if open_low and open_high:
         return "not identified"
     if open_low or open_high:
         return f"{f'<= {high:.6g}' if open_low else f'>= {low:.6g}'} (one-sided) not identified"
-    return f"[{low:.6g}, {high:.6g}]{'' if known else ' not identified'}"
+    return f"[{low:.6g}, {high:.6g}]{'' if closed else ' not identified'}"
 
 
 def _diagnostics_text(found: Mapping[str, Any]) -> list[str]:

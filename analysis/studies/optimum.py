@@ -171,7 +171,7 @@ class _Search:
         return math.exp(loss) if loss < 700 else math.inf
 
     def at_ratio(self, ratio: float, ends: Ends) -> dict[str, Any]:
-        """N, D and the loss at a given number of tokens per parameter."""
+        """N, D and the loss at a fixed number of tokens per parameter."""
         low, high = 0.0, 200.0
 
         def cost(log_n: float) -> float:

@@ -136,7 +136,7 @@ def select(
 
 
 def _needed(request: Request, columns: Mapping[str, str]) -> dict[str, str]:
-    """The columns that one law uses of those given for all."""
+    """The columns that this law uses."""
     entry = named_law(request.law, columns, request)
     return {name: text for name, text in columns.items() if name in entry.inputs or name == entry.output}
 

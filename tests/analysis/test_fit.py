@@ -243,7 +243,7 @@ def test_strata_keep_their_sizes() -> None:
     problem = simulated("frontier", 0.05, 0)
     strata = np.arange(problem.n) // 10
     draws = bootstrap(fit(problem), 50, 0, strata=strata)
-    assert draws.kept == 50
+    assert draws.completed == 50
 
 
 def test_too_few_points_are_one_line() -> None:

@@ -105,8 +105,8 @@ def test_one_laws_predictions_are_the_next_ones_input(
     written = pd.read_csv(tmp_path / "next.csv")
     pd.testing.assert_frame_equal(written[frame.columns], frame)
     assert (~written["fitted"]).equals(frame["Model Size"] >= 5e9)
-    asked = [item["row"] for item in fitted["predictions"]]
-    assert written["predicted"][asked].to_list() == pytest.approx([i["predicted"] for i in fitted["predictions"]])
+    rows = [item["row"] for item in fitted["predictions"]]
+    assert written["predicted"][rows].to_list() == pytest.approx([i["predicted"] for i in fitted["predictions"]])
     link = ("--law", "exponential_link", "--columns", "L=L.where(fitted, predicted),y=error", "--where", "fitted")
     document = json.loads(call(tmp_path / "next.csv", capsys, *link, "--predict", "not fitted", "--json")[1])
     assert document["parameters"] == pytest.approx({"eps": 0.9, "k": 2.2, "gamma": 0.7}, rel=1e-6)
@@ -153,7 +153,7 @@ def test_column_expressions_split_where_they_should(text: str, parsed: dict[str,
     assert expressions(text) == parsed
 
 
-def test_diagnostics_are_told_in_text_too(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diagnostics_are_printed_as_text_too(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frame = pd.read_csv(data)
     frame.loc[11, "L"] *= 1.3
     frame.to_csv(data, index=False)
@@ -371,8 +371,8 @@ def isoflops() -> pd.DataFrame:
 
 
 def test_isoflop_parabolas_give_the_compute_optimal_exponent(tmp_path: Path) -> None:
-    asked = Request("isoflop", "N=N,L=L", group="C", figure=tmp_path)
-    found = run(isoflops(), asked)
+    request = Request("isoflop", "N=N,L=L", group="C", figure=tmp_path)
+    found = run(isoflops(), request)
     assert len(found["groups"]) == 6
     assert list(found["refused"]) == ["5e+21"]
     assert found["outside"] == []
