@@ -1,7 +1,7 @@
 """From the blocks of a grid's file to the fields of each cell.
 
-The format is described in docs/grids.md. A block is a product of its axes. What is set later wins: defaults, families,
-the block's `set`, its `axes`, and then --set of the command line.
+The format is described in docs/grids.md. A block is a product of its axes. Later settings override earlier ones:
+defaults, families, the block's `set`, its `axes`, and then --set of the command line.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _block_points(
     axes: dict[str, list[Flat]],
     overrides: Flat,
 ) -> Iterator[Point]:
-    """Yield the points of one block: a product of its axes, where a family lacks none of the options.
+    """Yield the points of one block: the product of its axes, without options that a family does not have.
 
     Args:
         source: The grid's file, for error messages.
@@ -183,7 +183,7 @@ def _applies(path: str, options: set[str]) -> bool:
 
 
 def _refuse_unknown_options(source: Path, where: str, paths: list[str], used: set[str]) -> None:
-    """Raise UserError for a model option that none of the grid's families has; options of only some are dropped."""
+    """Raise UserError for a model option that no family of the grid has; options of some families are allowed."""
     options = {option for name in used for option in registry.family(name).config.model_fields}
     for path in paths:
         if not _applies(path, options):

@@ -216,7 +216,7 @@ class Cell(Frozen):
         return _digest(identity(self))
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy with other values; its hash is computed anew."""
+        """Return a copy with other values; its hash is recomputed."""
         copied = super().model_copy(update=update, deep=deep)
         copied.__dict__.pop("hash8", None)
         return copied

@@ -3,7 +3,7 @@
 Its modules must preserve shape and dtype, and must count all of their parameters and matrix products. In evaluation
 mode they must not use later tokens.
 
-Shapes: B rows, T tokens a row, V vocabulary.
+Shapes: B rows, T tokens per row, V vocabulary.
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ def _check_products(model: Transformer) -> None:
         if measured > PRODUCT_TOLERANCE * counted:
             module = type(block.feed_forward).__name__
             raise ValueError(
-                f"{name} ({module}): cost() counts {counted:,.0f} multiply-adds a token, "
+                f"{name} ({module}): cost() counts {counted:,.0f} multiply-adds per token, "
                 f"allowed: the {measured:,.0f} of its matrix products"
             )
 

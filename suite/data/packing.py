@@ -143,7 +143,7 @@ class MixturePacking:
     """Mixes the rows of several packings by weight. Each row belongs to one part, so that weights count tokens.
 
     Every block of MIXTURE_BLOCK rows contains the same number of rows of a part: its weight's share of the block, by
-    largest remainders, in an order that is a function of (seed, block). The rows of a part come in the order of its own
+    largest remainders, in an order that is a function of (seed, block). The rows of a part follow the order of its own
     epochs, so its j-th row can be computed directly. An epoch of the mixture has as many rows as its parts together.
     """
 

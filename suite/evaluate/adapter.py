@@ -171,7 +171,7 @@ class SuiteLM(TemplateLM):
         if options["do_sample"]:
             sampling = Sampling(options["temperature"], options.get("seed", 0))
 
-        # every token is at least a byte, so a new stop string lies in these last ones
+        # a token is at least one byte, so a new stop string is within these last tokens
         tail = 1 + max((len(stop.encode()) for stop in stops), default=0)
 
         def finished(ids: list[int]) -> bool:

@@ -51,7 +51,7 @@ def refuse_unfit(tasks: Iterable[str], data: DataConfig, run_code: bool = False)
             corpus_docs.refuse_unfit(data, name, entry.configs()[0]["dataset_name"])
         elif data.tokenizer.kind == "word":
             raise UserError(
-                f"task {name}: data.tokenizer.kind: got 'word', which only knows the words of its own world, "
+                f"task {name}: data.tokenizer.kind: got 'word', which has only the words of its own world, "
                 "allowed: bpe, bytes"
             )
 

@@ -1,7 +1,7 @@
 """A SentencePiece model as a transformers tokenizer; copied into exports.
 
 The sentencepiece library itself encodes, so ids equal those of training for every text. A text that spells a special
-token is plain text. With `add_special_tokens` the end-of-text token stands before a text.
+token is plain text. With `add_special_tokens` the end-of-text token precedes a text.
 """
 
 from __future__ import annotations

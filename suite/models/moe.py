@@ -1,6 +1,6 @@
 """Mixtures of experts: `moe`, the paper's baseline, and `moe_topk`, the stronger one.
 
-Shapes: B rows, T tokens a row, N = B*T tokens, D model width, F hidden width of an expert, E experts, K
+Shapes: B rows, T tokens per row, N = B*T tokens, D model width, F hidden width of an expert, E experts, K
 experts per token, C tokens per expert and row, L tokens per expert (padded).
 """
 

@@ -135,7 +135,7 @@ class ProductKeyMemory(ProductKeyLayer):
     Args:
         table: The value table.
         dim: Model width.
-        addressing: How rows are found.
+        addressing: The settings that determine which rows are read.
         swilu: Whether the sum is gated and projected as in Memory+. Without it, rows of another width than the model
             are projected by `out` alone.
         scalar_gate: Whether the output is scaled by sigmoid(w.x + b).

@@ -6,7 +6,7 @@ step. Tracing allocates no memory, whatever the size of the tables or the model.
 
 Attention is assumed to be fused: it saves queries, keys, values, the output and one number per query.
 
-Shapes: B rows, T tokens a row, D model width, C width of all heads, W tokens of a window, V vocabulary.
+Shapes: B rows, T tokens per row, D model width, C width of all heads, W tokens of a window, V vocabulary.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The memory behaviour of training's GPU kernels, on any device: fused attention, and bf16 products under autocast.
 
-Shapes: B rows, T tokens a row, H heads, G key-value heads, K head width.
+Shapes: B rows, T tokens per row, H heads, G key-value heads, K head width.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ class Prober:
         self._rows = _loss_rows(corpus)
 
     def run(self, model: Transformer) -> dict[str, Any]:
-        """Score the model: {"eval_loss": nats a token, "probe": {kind: {bits, bits_max, nll, recall, n}}}.
+        """Score the model: {"eval_loss": nats per token, "probe": {kind: {bits, bits_max, nll, recall, n}}}.
 
         "probe" is absent for text. `n` is the number of probes. The model's mode is restored.
         """

@@ -162,7 +162,7 @@ def test_products_that_depend_on_values_are_checked_on_the_cpu(tmp_path: Path, b
     checked(path)
     registry.unregister(["squared"])
     path.write_text(path.read_text().replace("2 * self.up.weight.numel())\n\n", "1)\n\n"))
-    with pytest.raises(UserError, match=r"cost\(\) counts 1 multiply-adds a token, allowed: the 6,14"):
+    with pytest.raises(UserError, match=r"cost\(\) counts 1 multiply-adds per token, allowed: the 6,14"):
         checked(path)
 
 
@@ -209,7 +209,9 @@ def test_an_invalid_count_is_refused_by_name(tmp_path: Path, macs: str) -> None:
 def test_products_that_are_not_counted_are_refused_by_name(tmp_path: Path) -> None:
     half = baseline(tmp_path)
     half.write_text(half.read_text().replace("2 * self.up.weight.numel())\n\n", "self.up.weight.numel())\n\n"))
-    with pytest.raises(UserError, match=r"\(Squared\): cost\(\) counts 3,072 multiply-adds a token, allowed: the 6,14"):
+    with pytest.raises(
+        UserError, match=r"\(Squared\): cost\(\) counts 3,072 multiply-adds per token, allowed: the 6,14"
+    ):
         checked(half)
 
 

@@ -256,7 +256,7 @@ def test_every_cell_has_ratios_to_the_dense_model_of_its_base(scaling: list[plan
 
 def test_table_traffic_equals_the_hand_computed_one(scaling: list[planning.CellPlan]) -> None:
     plus = scaling[2]
-    read = 3 * 128 * 2048 * 4  # layers, rows a token, width, bytes
+    read = 3 * 128 * 2048 * 4  # layers, rows per token, width, bytes
     rows = 2048 * 4096
     touched = 2**20 * -math.expm1(-rows * 3 * 128 / 2**20)
     assert plus.table_bytes_per_step == pytest.approx(4 * rows * read + 8 * 4 * touched * 2048)

@@ -102,7 +102,7 @@ class MixtureData(DataConfig):
         return MixturePacking(packings, self.weights(), seed)
 
     def _corpus(self, part: Part) -> StreamData:
-        """Return a part as a corpus of its own."""
+        """Return a part as a separate corpus."""
         stream = kinds()[part.kind]
         shared = {name: getattr(self, name) for name in SHARED_FIELDS}
         return cast(StreamData, stream.model_validate(part.fields() | shared))
