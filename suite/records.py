@@ -14,14 +14,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
+
+from pydantic import ValidationError
 
 from suite.atomic import write_json, write_text
 from suite.baselines import loading
 from suite.cells import Cell, with_current_names
+from suite.errors import UserError
 from suite.models import registry
+from suite.yaml_input import explain
 
 State = Literal["pending", "running", "done", "failed"]
+STATES = get_args(State)
 
 RUNS = "runs"
 GRIDS = "grids"
@@ -31,6 +36,25 @@ TAIL_BYTES = 16384
 
 class Locked(Exception):
     """Another live process holds the run's lock."""
+
+
+class DamagedRecord(UserError):
+    """A record file that cannot be read; the message names the file and the remedy."""
+
+
+def read_json(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in a record file. Raises FileNotFoundError, or DamagedRecord with `remedy`."""
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DamagedRecord(f"{path}: cannot be read ({error.strerror}); check its permissions") from None
+    except ValueError as error:
+        raise DamagedRecord(f"{path}: is damaged: not JSON ({error}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise DamagedRecord(f"{path}: is damaged: not a JSON object; {remedy}")
+    return content
 
 
 def run_dir(results: Path, cell: Cell) -> RunDir:
@@ -47,6 +71,7 @@ class RunDir:
         self.train_path = self.path / "train.jsonl"
         self.state_path = self.path / "state.json"
         self.usage_path = self.path / "usage.json"
+        self.jobs_path = self.path / "logs" / "slurm.json"
         self.checkpoints = self.path / "checkpoints"
         self.baseline_path = self.path / "baseline.py"
 
@@ -56,15 +81,21 @@ class RunDir:
         return self.path.name
 
     def read_record(self) -> dict[str, Any]:
-        """Return all of cell.json: the cell, its hash, account, versions and data fingerprint."""
-        record: dict[str, Any] = json.loads(self.cell_path.read_text())
-        return record | {"cell": with_current_names(record["cell"])} if "cell" in record else record
+        """Return all of cell.json: the cell, its hash, account, versions and data fingerprint. Raises DamagedRecord."""
+        record = read_json(self.cell_path, self._restore)
+        if not isinstance(record.get("cell"), dict):
+            raise DamagedRecord(f"{self.cell_path}: is damaged: it has no field cell; {self._restore}")
+        return record | {"cell": with_current_names(record["cell"])}
 
     def read_cell(self) -> Cell:
-        """Return the run's cell. Its baseline.py, if it has one, is loaded first. Raises UserError if that fails."""
+        """Return the run's cell. Its baseline.py, if it has one, is loaded first. Raises UserError."""
         if self.baseline_path.exists():
             loading.load(self.baseline_path)
-        return Cell.model_validate(self.read_record()["cell"])
+        fields = self.read_record()["cell"]
+        try:
+            return Cell.model_validate(fields)
+        except ValidationError as error:
+            raise UserError(f"{self.cell_path}: {explain(error, Cell, fields)}") from None
 
     def write_cell(self, cell: Cell, **facts: Any) -> None:
         """Write cell.json: the cell with all its fields, its hash, and `facts` (account, versions, data_fingerprint).
@@ -85,14 +116,18 @@ class RunDir:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def train_lines(self) -> list[dict[str, Any]]:
-        """Return the complete lines of train.jsonl; a last line truncated by a kill is left out."""
+        """Return the complete lines of train.jsonl, without a last one truncated by a kill. Raises DamagedRecord."""
         if not self.train_path.exists():
             return []
-        text = self.train_path.read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        content = self.train_path.read_bytes()
+        lines = content[: content.rfind(b"\n") + 1].splitlines()
+        return [self._parse_line(line) for line in lines]
 
     def last_train_line(self) -> dict[str, Any]:
-        """Return the last complete line of train.jsonl, read from the file's end; empty if there is none."""
+        """Return the last complete line of train.jsonl, read from the file's end; empty if there is none.
+
+        Raises DamagedRecord.
+        """
         try:
             file = self.train_path.open("rb")
         except FileNotFoundError:
@@ -104,10 +139,18 @@ class RunDir:
                 file.seek(size - length)
                 lines = file.read(length).rpartition(b"\n")[0].split(b"\n")
                 if len(lines) > 1 or length == size:
-                    last: dict[str, Any] = json.loads(lines[-1]) if lines[-1] else {}
-                    return last
+                    return self._parse_line(lines[-1]) if lines[-1] else {}
                 length = min(size, 4 * length)
         return {}
+
+    def _parse_line(self, line: bytes) -> dict[str, Any]:
+        try:
+            content = json.loads(line)
+        except ValueError as error:
+            raise DamagedRecord(f"{self.train_path}: is damaged: not JSON ({error}); {self._restore}") from None
+        if not isinstance(content, dict):
+            raise DamagedRecord(f"{self.train_path}: is damaged: a line is not a JSON object; {self._restore}")
+        return content
 
     def cut_train(self, step: int) -> None:
         """Drop the lines after `step`: training resumes there and writes them again."""
@@ -122,17 +165,64 @@ class RunDir:
         """Return whether the scores of that evaluation exist."""
         return (self.path / "eval" / f"{hash8}.json").exists()
 
+    def read_eval(self, path: Path) -> dict[str, Any]:
+        """Return the content of a file of eval/. Raises DamagedRecord."""
+        remedy = "delete the file and the same command scores the run again"
+        content = read_json(path, remedy)
+        if not isinstance(content.get("tasks"), dict):
+            raise DamagedRecord(f"{path}: is damaged: it has no field tasks; {remedy}")
+        return content
+
+    def eval_paths(self) -> list[Path]:
+        """Return the files of eval/, in a fixed order."""
+        return sorted((self.path / "eval").glob("*.json"))
+
     def write_usage(self, content: dict[str, Any]) -> None:
         """Write usage.json, how the rows of the memory are used."""
         write_json(self.usage_path, content)
 
     def state(self) -> dict[str, Any]:
-        """Return the content of state.json; a pending state if the file does not exist."""
+        """Return the content of state.json; a pending state if the file does not exist. Raises DamagedRecord."""
+        remedy = "delete the file and the same command resumes the run from its last checkpoint"
         try:
-            content: dict[str, Any] = json.loads(self.state_path.read_text())
+            content = read_json(self.state_path, remedy)
         except FileNotFoundError:
-            content = {"state": "pending", "progress": 0.0, "eta_s": None, "cause": None}
+            return {"state": "pending", "progress": 0.0, "eta_s": None, "cause": None}
+        if content.get("state") not in STATES:
+            raise DamagedRecord(f"{self.state_path}: is damaged: its field state is not a state; {remedy}")
         return content
+
+    def jobs(self) -> dict[str, Any]:
+        """Return the newest Slurm job of each stage, by stage. Raises DamagedRecord."""
+        try:
+            return read_json(self.jobs_path, "cancel the run's jobs with scancel and delete the file")
+        except FileNotFoundError:
+            return {}
+
+    def damage(self) -> str | None:
+        """Return the first record file that cannot be read or is missing, with the remedy; None if there is none.
+
+        Of train.jsonl only the last line is checked.
+        """
+        try:
+            self.state()
+            if self.cell_path.exists():
+                self.read_record()
+            elif self.state_path.exists() or self.train_path.exists():
+                return f"{self.cell_path}: is missing; {self._restore}"
+            self.last_train_line()
+            for path in self.eval_paths():
+                self.read_eval(path)
+            self.jobs()
+        except DamagedRecord as error:
+            return str(error)
+        except OSError as error:
+            return f"{error.filename or self.path}: cannot be read ({error.strerror}); check its permissions"
+        return None
+
+    @property
+    def _restore(self) -> str:
+        return f"restore the file, or move the folder {self.path} away and the same command trains the cell again"
 
     def set_state(self, state: State, cause: str | None = None, **extra: Any) -> None:
         """Update state.json; fields that are not passed retain their values."""
@@ -154,11 +244,16 @@ class RunDir:
     def lock(self, patience_s: float = 1.0) -> Iterator[None]:
         """Hold the run's lock; the system releases it when the process ends for any reason.
 
-        Retries for `patience_s` seconds, since `is_locked` takes the lock for an instant. Raises Locked after that.
+        Retries for `patience_s` seconds, since `is_locked` takes the lock for an instant. Raises Locked after that, and
+        UserError if the folder cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("a")
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be written ({error.strerror}); use another --results") from None
         deadline = time.monotonic() + patience_s
-        with (self.path / ".lock").open("a") as file:
+        with file:
             while True:
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -170,14 +265,14 @@ class RunDir:
             yield
 
     def is_locked(self) -> bool:
-        """Return whether a live process holds the run's lock."""
+        """Return whether a live process holds the run's lock. Writes nothing, so that others' runs can be looked at."""
         try:
-            file = (self.path / ".lock").open("a")
+            file = (self.path / ".lock").open()
         except FileNotFoundError:
             return False
         with file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 return True
         return False

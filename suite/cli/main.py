@@ -94,12 +94,16 @@ def plan(
 
     loaded = options.load(grid, need_data=False)
     assumptions = planning.assumptions(gpu, nodes, utilisation, price)
-    check_folders(options.results, None)
+    check_folders(options.results, None, make=False)
     plans = planning.plan(loaded, assumptions, options.results / "cache")
     document = planning.document(loaded, plans, assumptions)
     for entry, cell in zip(document["cells"], loaded.cells, strict=True):
         entry["measured"] = measured(options.results, cell)
-    write_json(options.results / "plans" / f"{loaded.name}-{gpu}.json", document)
+    path = options.results / "plans" / f"{loaded.name}-{gpu}.json"
+    try:
+        write_json(path, document)
+    except OSError as error:  # for instance a colleague's folder, which may only be read
+        print(f"suite: the plan is not saved: {path}: {error.strerror}", file=sys.stderr)
     if options.as_json:
         print_json(document)
     else:

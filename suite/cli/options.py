@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
@@ -186,10 +187,10 @@ def check_folders(results: Path, data_root: Path | None, make: bool = True) -> N
     Args:
         results: Folder of results.
         data_root: Folder of evaluation data, if one was given.
-        make: Whether to create `results`.
+        make: Whether to create `results`, and to require that it can be written.
 
     Raises:
-        UserError: A folder is missing or cannot be created.
+        UserError: A folder is missing, or cannot be created or written.
     """
     if data_root is not None and not data_root.is_dir():
         raise UserError(f"--data-root: {data_root} is not a folder")
@@ -198,6 +199,8 @@ def check_folders(results: Path, data_root: Path | None, make: bool = True) -> N
             results.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--results: cannot create {results}: {error.strerror}") from None
+    if make and not os.access(results, os.W_OK | os.X_OK):
+        raise UserError(f"--results: {results} cannot be written; use another folder, or correct its permissions")
 
 
 def print_one(grid: Grid, results: Path, as_json: bool) -> None:

@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from suite.data.tokenizers import Tokenizer
+from suite.errors import UserError
 
 META = "meta.json"
 _ENCODE_AT_ONCE = 1024  # documents
@@ -140,7 +141,13 @@ def build_once(folder: Path, write: Callable[[Path], None]) -> None:
     """
     if folder.exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.with_name(f"{folder.name}.lock").touch()
+    except OSError as error:
+        raise UserError(
+            f"{folder}: is not prepared, and cannot be written ({error.strerror}); use another --results"
+        ) from None
     partial = folder.with_name(f"{folder.name}.partial")
     with _locked(folder.with_name(f"{folder.name}.lock")):
         if folder.exists():

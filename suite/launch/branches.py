@@ -38,7 +38,7 @@ class Start:
 def find_start(run: RunDir, cell: Cell) -> Start | None:
     """The latest whole checkpoint of a sibling, in the same results, within the stable phase of `cell`.
 
-    Siblings made by other code are skipped.
+    Siblings made by other code, and damaged ones, are skipped.
     """
     if not cell.train.branches:
         return None
@@ -46,7 +46,9 @@ def find_start(run: RunDir, cell: Cell) -> Start | None:
     for tokens in cell.train.branches:
         sibling = with_budget(cell, tokens)
         other = RunDir(run.path.with_name(sibling.run_name))
-        if tokens == cell.train.tokens or not other.cell_path.exists() or stale_because(other, sibling) is not None:
+        if tokens == cell.train.tokens or not other.cell_path.exists() or other.damage() is not None:
+            continue
+        if stale_because(other, sibling) is not None:
             continue
         # Its own record lists the checkpoints it retains: it may have been trained with fewer branches.
         retained = branch_steps(other.read_cell().train, cell.data.seq_len)

@@ -63,11 +63,14 @@ class Ended:
         max_starts: starts without progress after which a cell whose job was lost fails; None: somebody cancelled the
             job, and the cell stays pending.
         log: the file with the job's output.
+        killed_for_memory: whether memory is the likely reason; MAX_STARTS such ends in a row fail the cell even if it
+            made progress in between, since it would meet the same limit again.
     """
 
     cause: str
     max_starts: int | None = MAX_STARTS
     log: Path | None = None
+    killed_for_memory: bool = False
 
 
 class Executor(Protocol):

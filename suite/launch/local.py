@@ -95,7 +95,7 @@ class LocalExecutor:
             code = job.process.poll()
             if code is not None:
                 del self._jobs[name]
-                ended[name] = Ended(_cause(code), log=job.log)
+                ended[name] = Ended(_cause(code), log=job.log, killed_for_memory=code == -signal.SIGKILL)
         return ended
 
     def cancel(self, at_once: bool = False) -> None:
@@ -126,8 +126,10 @@ class _Job:
 
 
 def _cause(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return "its process was killed (out of memory?)"
     if code < 0:
-        return f"its process was ended by {signal.Signals(-code).name} (killed, or out of memory)"
+        return f"its process was ended by {signal.Signals(-code).name}"
     return f"its process exited with code {code} without recording a result"
 
 

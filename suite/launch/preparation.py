@@ -13,7 +13,7 @@ from suite.grids import Grid
 from suite.launch.provenance import stale_because
 from suite.launch.scorer import Scorer, is_finished
 from suite.launch.worker import CELL_FACTS, refuse_unfit
-from suite.records import GRIDS, Locked, RunDir, run_dir
+from suite.records import GRIDS, DamagedRecord, Locked, RunDir, run_dir
 from suite.train.loggers import require_packages
 from suite.yaml_input import did_you_mean
 
@@ -32,10 +32,12 @@ def write_grid(results: Path, grid: Grid) -> None:
 def prepare(results: Path, cell: Cell) -> RunDir:
     """Write what a worker reads into the cell's run directory; evaluations that other grids added to it stay.
 
-    Raises Locked if another process has the run.
+    Raises Locked if another process has the run, and DamagedRecord rather than overwriting a damaged record.
     """
     run = run_dir(results, cell)
     with run.lock(patience_s=0.2):
+        if (damage := run.damage()) is not None:
+            raise DamagedRecord(damage)
         facts: dict[str, Any] = {}
         if run.cell_path.exists() and stale_because(run, cell) is None:
             record = run.read_record()
@@ -106,10 +108,10 @@ def archive_stale(results: Path, cells: Iterable[Cell]) -> list[Path]:
 
 
 def retry_failed(results: Path, cells: Iterable[Cell]) -> None:
-    """Make failed runs pending, so that they resume from their last checkpoint."""
+    """Make failed runs pending, so that they resume from their last checkpoint; damaged ones are left alone."""
     for cell in cells:
         run = run_dir(results, cell)
-        if run.state()["state"] == "failed":
+        if run.damage() is None and run.state()["state"] == "failed":
             with run.lock():
                 run.set_state("pending")
 

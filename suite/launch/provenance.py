@@ -93,21 +93,22 @@ def bare_c(source: str) -> str:
 
 def versions() -> dict[str, str]:
     """The versions of what makes a run: our code, Python, and the libraries whose numbers end up in the weights."""
-    found = {"code": code_version(), "python": platform.python_version()}
+    installed = {"code": code_version(), "python": platform.python_version()}
     for package in ("torch", "numpy", "tokenizers"):
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def stale_because(run: RunDir, cell: Cell) -> str | None:
     """Why the run on disk cannot be used for `cell` (other code, or other defaults); None if it can.
 
-    A run without a checkpoint is never stale: it is trained from its first step when it starts.
+    A run without a checkpoint is never stale: it is trained from its first step when it starts. A damaged run is not
+    stale either: nothing is known of the code that made it.
     """
-    if not run.cell_path.exists() or not _has_weights(run):
+    if not run.cell_path.exists() or run.damage() is not None or not _has_weights(run):
         return None
     record = run.read_record()
     made_by = record.get("versions", {}).get("code")

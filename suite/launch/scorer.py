@@ -52,6 +52,8 @@ def needs_usage(run: RunDir, cell: Cell) -> bool:
 
 
 def is_finished(run: RunDir, cell: Cell) -> bool:
-    """Whether the run has failed, or is done with every configured score."""
+    """Whether the run has failed, has damaged records, or is done with every configured score."""
+    if run.damage() is not None:
+        return True
     state = run.state()["state"]
     return state == "failed" or (state == "done" and not missing_evals(run, cell))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -56,7 +55,7 @@ def scores_of(run: RunDir, configs: Iterable[EvalConfig]) -> list[dict[str, Any]
     rows = []
     for config in dict.fromkeys(configs):
         if run.has_eval(config.hash8):
-            tasks = json.loads((run.path / "eval" / f"{config.hash8}.json").read_text())["tasks"]
+            tasks = run.read_eval(run.path / "eval" / f"{config.hash8}.json")["tasks"]
             for name in config.tasks:
                 facts = {"eval": config.hash8, "task": name, **{key: tasks[name][key] for key in FACTS}}
                 rows += [{**facts, "metric": metric, **score} for metric, score in tasks[name]["metrics"].items()]
@@ -71,7 +70,7 @@ def of_other_data(run: RunDir, configs: Iterable[EvalConfig], data_root: Path) -
     for config in dict.fromkeys(configs):
         path = run.path / "eval" / f"{config.hash8}.json"
         if path.exists():
-            tasks = json.loads(path.read_text())["tasks"]
+            tasks = run.read_eval(path)["tasks"]
             now = catalog.fingerprints(config, data_root)
             changed = [name for name, fingerprint in now.items() if tasks[name]["data_fingerprint"] != fingerprint]
             if changed:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -44,8 +43,34 @@ class CellStatus:
 
 
 def cell_status(results: Path, cell: Cell) -> CellStatus:
-    """The status of a cell. A run whose state is running while its lock is free was interrupted, and is pending."""
+    """The status of a cell.
+
+    A run whose state is running while its lock is free was interrupted, and is pending. A run with a damaged record
+    file has failed: nothing continues it before its user has repaired it.
+    """
     run = run_dir(results, cell)
+    damage = run.damage()
+    return _status(run, cell) if damage is None else _damaged_status(run, damage)
+
+
+def _damaged_status(run: RunDir, damage: str) -> CellStatus:
+    return CellStatus(
+        cell=run.name.rpartition("-")[2],
+        run=run.name,
+        state="failed",
+        progress=0.0,
+        eta_s=None,
+        cause=damage,
+        note="damaged records",
+        log=None,
+        step=None,
+        tokens=None,
+        wall_s=None,
+        headline=None,
+    )
+
+
+def _status(run: RunDir, cell: Cell) -> CellStatus:
     state, note = run.state(), None
     name = state["state"]
     alive = run.is_locked()
@@ -91,8 +116,8 @@ def status_json(grid: Grid, statuses: Iterable[CellStatus]) -> dict[str, Any]:
 def headline(run: RunDir, last_line: dict[str, Any]) -> str | None:
     """The one number of a run for a table: the fraction of bits learned, else bits per byte, else the loss."""
     metrics = {}
-    for path in sorted((run.path / "eval").glob("*.json")):
-        for task, scores in json.loads(path.read_text())["tasks"].items():
+    for path in run.eval_paths():
+        for task, scores in run.read_eval(path)["tasks"].items():
             metrics.update({(task, name): metric["value"] for name, metric in scores["metrics"].items()})
     if ("bios_storage", "bits") in metrics:
         fraction = metrics["bios_storage", "bits"] / metrics["bios_storage", "bits_max"]

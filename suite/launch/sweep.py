@@ -16,13 +16,13 @@ from typing import Protocol
 from suite.cells import Cell
 from suite.grids import Grid
 from suite.launch.branches import must_wait
-from suite.launch.executor import Ended, Executor
+from suite.launch.executor import MAX_STARTS, Ended, Executor
 from suite.launch.interruption import Interruption
 from suite.launch.preparation import prepare, write_grid
 from suite.launch.scorer import is_finished
 from suite.launch.status import CellStatus, cell_status, grid_status
 from suite.launch.worker import set_failed
-from suite.records import Locked, RunDir, run_dir
+from suite.records import DamagedRecord, Locked, RunDir, run_dir
 from suite.train.checkpoint import steps_saved
 
 PROGRESS_S = 1.0
@@ -52,12 +52,16 @@ class Watcher(Protocol):
 
 @dataclass(eq=False)
 class _Entry:
-    """A cell that is not finished. `starts` counts those since its newest checkpoint, at `step`."""
+    """A cell that is not finished.
+
+    `starts` counts those since its newest checkpoint, at `step`; `kills` the ends in a row by a kill for memory.
+    """
 
     cell: Cell
     run: RunDir
     starts: int = 0
     step: int = 0
+    kills: int = 0
 
 
 class Sweep:
@@ -85,11 +89,11 @@ class Sweep:
 
     def start(self) -> None:
         """Submit what is missing, as far as the executor has room. Raises UserError."""
-        write_grid(self.results, self.grid)
         missing = [_Entry(cell, run_dir(self.results, cell)) for cell in missing_cells(self.results, self.grid)]
         if len(missing) < len(self.grid.cells):
             self.watcher.event(f"{len(self.grid.cells) - len(missing)} of {len(self.grid.cells)} cells are finished")
         adopted = self.executor.adopt([entry.cell for entry in missing])
+        write_grid(self.results, self.grid)
         for entry in missing:
             if entry.run.name in adopted:
                 self._note_start(entry)
@@ -131,7 +135,7 @@ class Sweep:
 
     def _standing(self) -> Standing:
         entries = self.running + self.watched
-        states = [(entry.run.name, entry.run.state()) for entry in entries]
+        states = [(entry.run.name, entry.run.state()) for entry in entries if entry.run.damage() is None]
         is_queue = self.executor.is_queue
         running = [
             (name, float(state.get("progress") or 0.0), state.get("eta_s"))
@@ -174,7 +178,8 @@ class Sweep:
             return
         if _step(entry.run) > entry.step:
             entry.starts = 0
-        if entry.starts < ended.max_starts:
+        entry.kills = entry.kills + 1 if ended.killed_for_memory else 0
+        if entry.starts < ended.max_starts and entry.kills < MAX_STARTS:
             self.watcher.event(f"interrupted: {entry.run.name}: {ended.cause}; starting it again")
             self.waiting.insert(0, entry)
             return
@@ -196,6 +201,9 @@ class Sweep:
                 self.watcher.event(f"watching: {entry.run.name}: another process runs it")
                 self.waiting.remove(entry)
                 self.watched.append(entry)
+            except DamagedRecord as error:
+                self.watcher.event(f"failed: {entry.run.name}: {error}")
+                self.waiting.remove(entry)
         if chosen or is_first:
             self.executor.submit([entry.cell for entry in chosen])
         for entry in chosen:
@@ -228,7 +236,7 @@ class Sweep:
 
 
 def missing_cells(results: Path, grid: Grid) -> list[Cell]:
-    """The cells that are neither done nor failed."""
+    """The cells that are neither done nor failed nor damaged."""
     return [cell for cell in grid.cells if not is_finished(run_dir(results, cell), cell)]
 
 

@@ -42,8 +42,8 @@ def run_cell(
 ) -> Outcome:
     """Bring the run at `run_path` to its end: train from its newest checkpoint, then add the missing scores.
 
-    Does nothing to a run that is finished, failed, or held by another process ("locked"). A failure is recorded with
-    its cause and not raised, so that other cells go on.
+    Does nothing to a run that is finished, failed, damaged, or held by another process ("locked"). A failure is
+    recorded with its cause and not raised, so that other cells go on.
 
     Args:
         run_path: the run directory, with a cell.json.
@@ -58,6 +58,9 @@ def run_cell(
     interruption = interruption or Interruption()
     try:
         with run.lock():
+            if (damage := run.damage()) is not None:
+                print(damage, file=sys.stderr)
+                return "failed"
             state = run.state()["state"]
             if state == "failed":
                 return "failed"

@@ -14,8 +14,13 @@ from suite.records import run_dir
 
 
 def measured(results: Path, cell: Cell) -> dict[str, float] | None:
-    """Return seconds of training, tokens per second and peak bytes of the cell's finished run; None without one."""
+    """Return seconds of training, tokens per second and peak bytes of the cell's finished run; None without one.
+
+    A run with a damaged record file does not count as finished.
+    """
     run = run_dir(results, cell)
+    if run.damage() is not None:
+        return None
     lines = [line for line in run.train_lines() if "memory_bytes" in line] if run.path.exists() else []
     if not lines or run.state()["state"] != "done":
         return None

@@ -1,9 +1,10 @@
-"""An executor is one class: a sweep runs its cells with one that is defined here."""
+"""A sweep runs its cells with any class that follows the executor protocol, here one of threads."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,9 +96,7 @@ def test_a_sweep_runs_a_grid_with_an_executor_of_a_few_methods(grid: Grid, tmp_p
     assert again.submitted == []
 
 
-def test_a_lost_job_is_started_again_and_fails_after_as_many_starts_as_its_executor_allows(
-    grid: Grid, tmp_path: Path
-) -> None:
+def test_a_lost_job_is_started_again_until_the_number_of_starts_that_its_end_allows(grid: Grid, tmp_path: Path) -> None:
     executor, log = ThreadExecutor(tmp_path / "results", lost=2), Log()
     statuses = Sweep(grid, tmp_path / "results", executor, log).run()
     assert [status.state for status in statuses] == ["done", "done"]
@@ -109,6 +108,26 @@ def test_a_lost_job_is_started_again_and_fails_after_as_many_starts_as_its_execu
     one, other = Sweep(grid, tmp_path / "fails", executor, Log()).run()
     assert (one.state, one.cause) == ("failed", "out of memory")
     assert other.state == "done"
+
+
+class SavingThenKilled(ThreadExecutor):
+    """Its jobs save one more checkpoint each, and are then killed."""
+
+    def submit(self, cells: Sequence[Cell]) -> None:
+        super().submit(cells)
+        for cell in cells:
+            (run_dir(self.results, cell).checkpoints / f"step-{len(self.submitted)}").mkdir(parents=True)
+
+
+def test_a_cell_that_is_killed_for_memory_fails_after_three_starts_although_it_saves(
+    grid: Grid, tmp_path: Path
+) -> None:
+    one_cell = replace(grid, cells=grid.cells[:1])
+    killed = Ended("killed", killed_for_memory=True)
+    executor = SavingThenKilled(tmp_path / "results", lost=9, end=killed)
+    (status,) = Sweep(one_cell, tmp_path / "results", executor, Log()).run()
+    assert (status.state, status.cause) == ("failed", "killed")
+    assert len(executor.submitted) == 3
 
 
 def test_a_cancelled_job_leaves_its_cell_pending(grid: Grid, tmp_path: Path) -> None:

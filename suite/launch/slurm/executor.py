@@ -61,10 +61,14 @@ class SlurmExecutor:
         return cls(options.grid, options.results, profile, options.scorer, options.report, options.event)
 
     def adopt(self, cells: Sequence[Cell]) -> set[str]:
-        """The cells with jobs in the queue; Slurm is asked only if any cell ever had one."""
+        """The cells with jobs in the queue; Slurm is queried only if a cell ever had one.
+
+        Raises UserError where there is no Slurm.
+        """
+        queue.require_commands()
         recorded = {cell.run_name: queue.job_ids(run_dir(self.results, cell)) for cell in cells}
         if any(recorded.values()):
-            self._queue = queue.ask()
+            self._queue = queue.query()
         for name, jobs in recorded.items():
             if alive := self._alive(jobs):
                 self._note(name, alive)
@@ -100,7 +104,7 @@ class SlurmExecutor:
 
     def poll(self, cells: Sequence[Cell]) -> dict[str, Ended]:
         """The cells that are finished by their records, and those without a living job; then score checkpoints."""
-        self._queue, self._has_polled = queue.ask(), True
+        self._queue, self._has_polled = queue.query(), True
         runs = {cell.run_name: run_dir(self.results, cell) for cell in cells}
         finished = [cell.run_name for cell in cells if is_finished(runs[cell.run_name], cell)]
         lost = [name for name in runs if name not in finished and not self._has_living_job(name)]
@@ -127,8 +131,9 @@ class SlurmExecutor:
         if state == "CANCELLED":
             return Ended(word, max_starts=None, log=log)
         # More starts give no more memory, unless the cell got further in the last one.
-        max_starts = 1 if state == "OUT_OF_MEMORY" else MAX_STARTS
-        return Ended(queue.with_tail(f"Slurm job {jobs[0]}: {word}", log), max_starts, log)
+        is_memory = state == "OUT_OF_MEMORY"
+        cause = queue.with_tail(f"Slurm job {jobs[0]}: {word}", log)
+        return Ended(cause, 1 if is_memory else MAX_STARTS, log, killed_for_memory=is_memory)
 
     def cancel(self, at_once: bool = False) -> None:
         """Cancel the jobs of all cells of the grid, and the report's."""
@@ -141,7 +146,7 @@ class SlurmExecutor:
         self._event(f"waiting for the report, job {self._report_job}")
         while self._alive([self._report_job]):
             time.sleep(self.poll_s)
-            self._queue = queue.ask()
+            self._queue = queue.query()
         state = self._queue.get(self._report_job, Job(ENDED)).state
         succeeded = state in ("COMPLETED", ENDED)
         where = f", {report_path(self.results, self.grid.name)}" if succeeded else ""
@@ -185,11 +190,11 @@ class SlurmExecutor:
 def cancel_jobs(results: Path, grid: Grid) -> list[str]:
     """Cancel the living jobs of a grid; returns the names of their runs, and "report". Raises UserError."""
     runs = [run_dir(results, cell) for cell in grid.cells]
-    jobs = {run.name: [facts["job"] for facts in queue.recorded_jobs(run).values()] for run in runs}
+    jobs = {run.name: [facts["job"] for facts in run.jobs().values()] for run in runs}
     report = queue.recorded_report(jobs_folder(results, grid))
     if report is None and not any(jobs.values()):
         return []
-    known = queue.ask()
+    known = queue.query()
     jobs["report"] = [] if report is None else [report]
     alive = {name: [job for job in ids if job in known and known[job].alive] for name, ids in jobs.items()}
     doomed = [job for ids in alive.values() for job in ids]

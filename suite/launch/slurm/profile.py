@@ -20,10 +20,10 @@ DEFAULT = "default"
 
 def _minutes(value: Any) -> Any:
     """A time in one of Slurm's formats (minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS) in minutes."""
-    found = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", value) if isinstance(value, str) else None
-    if found is None:
+    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", value) if isinstance(value, str) else None
+    if match is None:
         return value
-    days, *parts = found.groups()
+    days, *parts = match.groups()
     first, second, third = (int(part or 0) for part in parts)
     if days is None and parts[1] is None:
         return first
@@ -37,36 +37,41 @@ class Profile(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    partition: str | None = Field(default=None, description="where jobs go; none: the cluster's default")
-    account: str | None = Field(default=None, description="who pays")
+    partition: str | None = Field(default=None, description="partition of the jobs; default: the cluster's")
+    account: str | None = Field(default=None, description="account that is charged")
     qos: str | None = Field(default=None, description="quality of service")
-    constraint: str | None = Field(default=None, description="features nodes must have")
+    constraint: str | None = Field(default=None, description="features that nodes must have")
     time: Annotated[int, BeforeValidator(_minutes)] = Field(
-        default=24 * 60, gt=0, description="limit of one job, in minutes or as Slurm writes it (1-00:00:00)"
+        default=24 * 60, gt=0, description="time limit of a job, in minutes or in one of Slurm's formats (1-00:00:00)"
     )
-    warning_s: int = Field(default=120, gt=0, description="seconds before the limit in which a job saves")
+    warning_s: int = Field(default=120, gt=0, description="seconds before the time limit at which a job starts to save")
     max_jobs: int = Field(default=32, gt=0, description="training jobs that run at once")
     max_eval_jobs: int = Field(default=8, gt=0, description="evaluation jobs that run at once")
-    max_array: int = Field(default=1000, gt=1, description="jobs in one array; the cluster's MaxArraySize less one")
-    max_cuts: int = Field(default=1000, ge=0, description="time limits a cell may meet and be requeued")
-    gpus_per_node: int = Field(default=0, ge=0, description="GPUs in a node; 0: cells train on CPUs")
-    gpu: str = Field(default="h100", description="which GPU, for the plan: a100, h100 or h200")
-    gpus: int | None = Field(default=None, gt=0, description="GPUs of a cell; none: the smallest mesh of its plan")
-    memory_parallel: int | None = Field(default=None, gt=0, description="processes that share a table; none: the plan")
+    max_array: int = Field(
+        default=1000, gt=1, description="largest number of jobs in an array: the cluster's MaxArraySize minus 1"
+    )
+    max_cuts: int = Field(default=1000, ge=0, description="how often a job that reaches its time limit is requeued")
+    gpus_per_node: int = Field(default=0, ge=0, description="GPUs of a node; 0: cells train on CPUs")
+    gpu: str = Field(default="h100", description="GPU type for the plan: a100, h100 or h200")
+    gpus: int | None = Field(default=None, gt=0, description="GPUs of a cell; default: the smallest mesh of its plan")
+    memory_parallel: int | None = Field(
+        default=None, gt=0, description="processes that share a memory table; default: the plan"
+    )
     checkpoint_activations: bool = Field(
-        default=False, description="compute blocks without memory again in the backward pass"
+        default=False, description="recompute blocks without a memory layer in the backward pass"
     )
     score_together: bool | None = Field(
-        default=None, description="score on the processes that trained; none: what fits no single GPU"
+        default=None,
+        description="score with the resources of training; default: only models that do not fit on one GPU",
     )
     processes: int = Field(default=1, gt=0, description="processes of a cell on CPUs")
-    cpus_per_task: int | None = Field(default=None, gt=0, description="cores of a process; none: the cell's threads")
+    cpus_per_task: int | None = Field(default=None, gt=0, description="cores of a process; default: the cell's threads")
     mem_gb: float | None = Field(
-        default=None, gt=0, description="memory of a node, of which a job gets its GPUs' share; none: the default"
+        default=None, gt=0, description="memory of a node; a job gets the share of its GPUs; default: the cluster's"
     )
-    setup: tuple[str, ...] = Field(default=(), description="shell lines before a job: modules, variables")
-    sbatch: dict[str, str | int | bool] = Field(default={}, description="any other option of sbatch, without dashes")
-    refresh_s: float = Field(default=30.0, gt=0, description="seconds between two questions to Slurm")
+    setup: tuple[str, ...] = Field(default=(), description="shell lines that run before a job, e.g. to load modules")
+    sbatch: dict[str, str | int | bool] = Field(default={}, description="other options of sbatch, without dashes")
+    refresh_s: float = Field(default=30.0, gt=0, description="seconds between two calls of squeue")
 
     @model_validator(mode="after")
     def _warned_in_time(self) -> Profile:
@@ -76,9 +81,14 @@ class Profile(BaseModel):
 
 
 def load_profile(name_or_path: str | None, over: Mapping[str, Any] | None = None) -> Profile:
-    """The profile of that name in clusters/ or at that path, `over` (a grid's `launch`) on top; None: `default`.
+    """Read a cluster profile.
 
-    Raises UserError.
+    Args:
+        name_or_path: a name in clusters/ or a path; None: `default`.
+        over: fields that override those of the profile: a grid's `launch`.
+
+    Raises:
+        UserError: there is no such profile, or one of its fields is invalid.
     """
     path = _find(name_or_path)
     fields = read_mapping(path) | dict(over or {})
@@ -96,8 +106,8 @@ def _find(name_or_path: str | None) -> Path:
     for folder in folders:
         if (named := folder / f"{path}.yaml").is_file():
             return named
-    known = sorted({found.stem for folder in folders for found in folder.glob("*.yaml")})
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     allowed = f"a path to a .yaml file, or one of {', '.join(known)}" if known else "a path to a .yaml file"
     if name_or_path is None:
-        raise UserError(f"--profile: got none, and there is no {CLUSTERS}/{DEFAULT}.yaml, allowed: {allowed}")
+        raise UserError(f"--profile: missing, and there is no {CLUSTERS}/{DEFAULT}.yaml, allowed: {allowed}")
     raise UserError(f"--profile: got {name_or_path!r}{did_you_mean(name_or_path, known)}, allowed: {allowed}")

@@ -5,18 +5,16 @@ The submitting process records a run's jobs in its logs/slurm.json; a job id is 
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from suite.atomic import write_json
 from suite.errors import UserError
 from suite.launch.status import CellStatus
-from suite.records import RunDir
+from suite.records import RunDir, read_json
 
 ALIVE = {
     "PENDING",
@@ -67,14 +65,14 @@ class Job:
         return self.state in ALIVE
 
 
-def ask() -> dict[str, Job]:
+def query() -> dict[str, Job]:
     """Every job of this user in the queue, array elements separately, in one call. Raises UserError."""
     lines = _call("squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N").splitlines()
-    found = (line.split("|", 3) for line in lines if line.count("|") >= 3)
-    return {job: Job(state, reason, nodes) for job, state, reason, nodes in found}
+    fields = (line.split("|", 3) for line in lines if line.count("|") >= 3)
+    return {job: Job(state, reason, nodes) for job, state, reason, nodes in fields}
 
 
-def ask_of_ended(jobs: Iterable[str]) -> dict[str, Job]:
+def query_ended(jobs: Iterable[str]) -> dict[str, Job]:
     """The last states of jobs that have left the queue, in one call; unknown on a cluster without accounting."""
     wanted = sorted(set(jobs))
     if not wanted:
@@ -89,9 +87,9 @@ def ask_of_ended(jobs: Iterable[str]) -> dict[str, Job]:
     ]
     done = subprocess.run(command, capture_output=True, text=True) if shutil.which("sacct") else None
     lines = done.stdout.splitlines() if done is not None and done.returncode == 0 else []
-    said = dict(line.split("|")[:2] for line in lines if "|" in line)
+    states = dict(line.split("|")[:2] for line in lines if "|" in line)
     # "CANCELLED by 1000" is CANCELLED.
-    return {job: Job(said[job].split()[0] if said.get(job) else ENDED) for job in wanted}
+    return {job: Job(states[job].split()[0] if states.get(job) else ENDED) for job in wanted}
 
 
 def cancel(jobs: Iterable[str]) -> None:
@@ -99,37 +97,36 @@ def cancel(jobs: Iterable[str]) -> None:
     _call("scancel", *sorted(set(jobs)))
 
 
-def hold_answers() -> bool:
+def has_slurm() -> bool:
     """Whether this machine has Slurm."""
     return shutil.which("squeue") is not None
+
+
+def require_commands() -> None:
+    """Raise UserError if a command that jobs are submitted and watched with is not installed here."""
+    for command in ("sbatch", "srun", "squeue"):
+        if shutil.which(command) is None:
+            raise UserError(
+                f"--executor slurm: there is no {command} on this machine; run the command on a node that submits to "
+                "Slurm, or use --executor local"
+            )
 
 
 def _call(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except FileNotFoundError:
-        raise UserError(f"--executor slurm: got no {command[0]} here, allowed: a node that submits to Slurm") from None
+        raise UserError(
+            f"there is no {command[0]} on this machine; run the command on a node that submits to Slurm"
+        ) from None
     except subprocess.CalledProcessError as error:
-        said = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
-        raise UserError(f"{command[0]}: {said[-1]}") from None
-
-
-def _jobs_path(run: RunDir) -> Path:
-    return run.path / "logs" / "slurm.json"
+        lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
+        raise UserError(f"{command[0]}: {lines[-1]}") from None
 
 
 def record_job(run: RunDir, stage: str, job: str, log: Path) -> None:
     """Record the job of a stage of the run, and its log."""
-    write_json(_jobs_path(run), recorded_jobs(run) | {stage: {"job": job, "log": str(log)}})
-
-
-def recorded_jobs(run: RunDir) -> dict[str, dict[str, Any]]:
-    """The newest job of each stage, by stage."""
-    try:
-        found: dict[str, dict[str, Any]] = json.loads(_jobs_path(run).read_text())
-    except FileNotFoundError:
-        found = {}
-    return found
+    write_json(run.jobs_path, run.jobs() | {stage: {"job": job, "log": str(log)}})
 
 
 def record_report(folder: Path, job: str, log: Path) -> None:
@@ -139,25 +136,27 @@ def record_report(folder: Path, job: str, log: Path) -> None:
 
 def recorded_report(folder: Path) -> str | None:
     """The newest report job; None before the first."""
-    path = folder / "report.json"
-    return str(json.loads(path.read_text())["job"]) if path.exists() else None
+    try:
+        return str(read_json(folder / "report.json", "delete the file")["job"])
+    except FileNotFoundError:
+        return None
 
 
 def record_cancelled(run: RunDir) -> None:
     """Record that we cancelled the run's jobs: Slurm may not report those that never ran."""
-    write_json(_jobs_path(run), {stage: facts | {"cancelled": True} for stage, facts in recorded_jobs(run).items()})
+    write_json(run.jobs_path, {stage: facts | {"cancelled": True} for stage, facts in run.jobs().items()})
 
 
 def last_states(runs: Iterable[RunDir], queue: dict[str, Job]) -> dict[str, Job]:
     """How the jobs that left the queue ended: from our own record of cancelled jobs, otherwise from accounting."""
-    gone = [(facts["job"], facts) for run in runs for facts in recorded_jobs(run).values() if facts["job"] not in queue]
+    gone = [(facts["job"], facts) for run in runs for facts in run.jobs().values() if facts["job"] not in queue]
     ours = {job: Job("CANCELLED") for job, facts in gone if facts.get("cancelled")}
-    return ours | ask_of_ended(job for job, _ in gone if job not in ours)
+    return ours | query_ended(job for job, _ in gone if job not in ours)
 
 
 def job_ids(run: RunDir) -> list[str]:
     """The jobs that train and evaluate the run, training first."""
-    return [facts["job"] for stage, facts in recorded_jobs(run).items() if stage != "score"]
+    return [facts["job"] for stage, facts in run.jobs().items() if stage != "score"]
 
 
 def seen(jobs: Iterable[str], queue: dict[str, Job]) -> list[tuple[str, Job]]:
@@ -173,14 +172,14 @@ def with_slurm(statuses: list[CellStatus], runs: list[RunDir]) -> list[CellStatu
     unfinished = {status.run for status in statuses if status.state not in ("done", "failed")}
     jobs = {run.name: job_ids(run) for run in runs if run.name in unfinished}
     open_ = {name for name, ids in jobs.items() if ids}
-    if not open_ or not hold_answers():
+    if not open_ or not has_slurm():
         return statuses
-    queue = ask()
+    queue = query()
     queue |= last_states([run for run in runs if run.name in open_], queue)
-    said = []
+    updated = []
     for status, run in zip(statuses, runs, strict=True):
-        said.append(_with_jobs(status, run, seen(jobs[run.name], queue)) if status.run in open_ else status)
-    return said
+        updated.append(_with_jobs(status, run, seen(jobs[run.name], queue)) if status.run in open_ else status)
+    return updated
 
 
 def _with_jobs(status: CellStatus, run: RunDir, jobs: list[tuple[str, Job]]) -> CellStatus:
@@ -188,33 +187,33 @@ def _with_jobs(status: CellStatus, run: RunDir, jobs: list[tuple[str, Job]]) -> 
     if alive:
         job, facts = alive[0]
         if facts.state == "RUNNING":
-            said = f"job {job} on {facts.nodes}"
+            note = f"job {job} on {facts.nodes}"
             # A lock may not be visible from another machine.
-            return replace(status, state="running", note=said, eta_s=run.state().get("eta_s"))
-        said = f"job {job} {facts.state.lower()}" + (f" ({facts.reason})" if facts.reason not in ("", "None") else "")
-        return replace(status, state="pending", note=", ".join(filter(None, (status.note, said))))
+            return replace(status, state="running", note=note, eta_s=run.state().get("eta_s"))
+        note = f"job {job} {facts.state.lower()}" + (f" ({facts.reason})" if facts.reason not in ("", "None") else "")
+        return replace(status, state="pending", note=", ".join(filter(None, (status.note, note))))
     job, facts = jobs[-1]
     log = log_of(run)
-    how = with_memory_kills(facts.state, log)
-    said = f"job {job}: {WORDS.get(how, how.lower())}"
+    end = with_memory_kills(facts.state, log)
+    cause = f"job {job}: {WORDS.get(end, end.lower())}"
     if status.state == "running":
         return status
-    if how in RESUMABLE:
-        return replace(status, note=f"{said}; the same sweep resumes it")
-    return replace(status, state="failed", cause=with_tail(said, log), note=None, log=str(log or ""))
+    if end in RESUMABLE:
+        return replace(status, note=f"{cause}; the same sweep resumes it")
+    return replace(status, state="failed", cause=with_tail(cause, log), note=None, log=str(log or ""))
 
 
 def log_of(run: RunDir) -> Path | None:
     """The log of the run's newest job."""
-    logs = [Path(facts["log"]) for facts in recorded_jobs(run).values()]
+    logs = [Path(facts["log"]) for facts in run.jobs().values()]
     written = [log for log in logs if log.exists()]
     return max(written, key=lambda log: log.stat().st_mtime, default=None)
 
 
 def with_memory_kills(state: str, log: Path | None) -> str:
     """The state, with FAILED replaced by OUT_OF_MEMORY if the end of the log shows that Slurm killed the job for it."""
-    words = " ".join(_last_lines(log)).lower()
-    return "OUT_OF_MEMORY" if state == "FAILED" and any(said in words for said in KILLED_FOR_MEMORY) else state
+    end = " ".join(_last_lines(log)).lower()
+    return "OUT_OF_MEMORY" if state == "FAILED" and any(text in end for text in KILLED_FOR_MEMORY) else state
 
 
 def with_tail(cause: str, log: Path | None) -> str:

@@ -34,7 +34,17 @@ class Shape(Frozen):
 
 
 def shapes(grid: Grid, cells: Sequence[Cell], profile: Profile, cache: Path) -> list[Shape]:
-    """The shape of each of the grid's `cells`. Raises UserError for a cell that fits on no mesh of the cluster."""
+    """The resources of the training of each cell.
+
+    Args:
+        grid: the grid.
+        cells: cells of the grid.
+        profile: the cluster's profile.
+        cache: the folder of prepared corpora, for the plan.
+
+    Raises:
+        UserError: a cell does not fit on any mesh of the cluster.
+    """
     per_node = profile.gpus_per_node
     if per_node and profile.gpu not in GPUS:
         raise UserError(f"profile: gpu: got {profile.gpu!r}, allowed: {', '.join(GPUS)}")
@@ -42,45 +52,52 @@ def shapes(grid: Grid, cells: Sequence[Cell], profile: Profile, cache: Path) -> 
         return [_of_cpus(profile, cell, _parallel(profile, 1)) for cell in cells]
     if profile.gpus is not None:
         return [_of_gpus(profile, cell, profile.gpus, _parallel(profile, 1)) for cell in cells]
-    assumed = planning.Assumptions(replace(GPUS[profile.gpu], per_node=per_node))
-    plans = planning.plan(replace(grid, cells=tuple(cells)), assumed, cache)
-    return [_planned(profile, one) for one in plans]
+    assumptions = planning.Assumptions(replace(GPUS[profile.gpu], per_node=per_node))
+    plans = planning.plan(replace(grid, cells=tuple(cells)), assumptions, cache)
+    return [_planned(profile, plan) for plan in plans]
 
 
 def scoring_shape(profile: Profile, cell: Cell, training: Shape, cache: Path) -> Shape:
-    """Evaluation: one process, with one GPU where there are any, and a GPU's share of a node's memory.
+    """The resources of an evaluation: one process, with one GPU if nodes have any, and its share of a node's memory.
 
-    A model whose weights fit no single GPU (or any, where the profile says so) is scored in the shape of its training.
+    A model whose weights do not fit on one GPU is scored with the resources of its training; `score_together` of the
+    profile overrides this.
+
+    Args:
+        profile: the cluster's profile.
+        cell: the cell.
+        training: the resources of its training.
+        cache: the folder of prepared corpora, for the size of the vocabulary.
     """
-    together = profile.score_together
-    if together is None:
-        together = training.gpus * training.nodes > 1 and not _fits_one(profile, cell, cache)
-    if together:
+    as_trained = profile.score_together
+    if as_trained is None:
+        as_trained = training.gpus * training.nodes > 1 and not _fits_one(profile, cell, cache)
+    if as_trained:
         return training
     gpus = min(1, profile.gpus_per_node)
     return Shape(gpus=gpus, cpus=_cpus(profile, cell), mem_gb=_memory(profile, gpus))
 
 
 def _fits_one(profile: Profile, cell: Cell, cache: Path) -> bool:
-    """Whether the weights, in fp32, leave a GPU enough memory for scoring."""
+    """Whether the weights, in fp32, leave enough memory of a GPU for scoring."""
     vocabulary = planning.data_size(cell, cache).vocabulary
     weights = 4 * account_of(meta_model(cell.model, vocabulary), cell.data.seq_len).params_total
     return weights <= WEIGHTS * USABLE * GPUS[profile.gpu].memory
 
 
-def _parallel(profile: Profile, members: int, accumulate: int | None = None) -> Parallel:
+def _parallel(profile: Profile, table_shards: int, accumulate: int | None = None) -> Parallel:
     return Parallel(
-        memory_parallel=profile.memory_parallel or members,
+        memory_parallel=profile.memory_parallel or table_shards,
         accumulate=accumulate,
         checkpoint_activations=profile.checkpoint_activations,
     )
 
 
-def _planned(profile: Profile, one: planning.CellPlan) -> Shape:
-    mesh = one.mesh
+def _planned(profile: Profile, plan: planning.CellPlan) -> Shape:
+    mesh = plan.mesh
     if mesh is None:
-        raise UserError(f"cell {one.cell.run_name}: does not fit: {one.why}, allowed: {one.would_fit}")
-    return _of_gpus(profile, one.cell, mesh.gpus, _parallel(profile, mesh.table_shards, mesh.accumulate))
+        raise UserError(f"cell {plan.cell.run_name}: does not fit: {plan.why}, allowed: {plan.would_fit}")
+    return _of_gpus(profile, plan.cell, mesh.gpus, _parallel(profile, mesh.table_shards, mesh.accumulate))
 
 
 def _of_gpus(profile: Profile, cell: Cell, gpus: int, parallel: Parallel) -> Shape:

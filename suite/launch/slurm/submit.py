@@ -189,12 +189,10 @@ class Submitter:
         try:
             with executor.batch():
                 jobs = [executor.submit(call) for call in calls]
-        except FileNotFoundError:
-            raise UserError("--executor slurm: got no sbatch here, allowed: a node that submits to Slurm") from None
         except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError, OSError) as error:
             shutil.rmtree(folder, ignore_errors=True)
-            said = [line for line in str(error).splitlines() if "sbatch" in line] or [str(error)]
-            raise UserError(f"sbatch: {said[-1].strip().removeprefix('sbatch: ')}") from None
+            lines = [line for line in str(error).splitlines() if "sbatch" in line] or [str(error)]
+            raise UserError(f"sbatch: {lines[-1].strip().removeprefix('sbatch: ')}") from None
         sent = [(str(job.job_id), Path(job.paths.stdout)) for job in jobs]
         self.sent.append(Submission(executor.script(len(calls)), tuple(job for job, _ in sent)))
         return sent
@@ -306,13 +304,13 @@ def batches(entries: Sequence[Entry], profile: Profile) -> list[tuple[int, Batch
 
 def shares(sizes: Sequence[int], cap: int) -> list[int]:
     """Divide `cap` among lanes of these sizes: at least one each, at most its size, at most `cap` in total."""
-    given = [1] * len(sizes)
+    caps = [1] * len(sizes)
     for _ in range(cap - len(sizes)):
-        hungriest = max(range(len(sizes)), key=lambda lane: sizes[lane] / given[lane])
-        if given[hungriest] >= sizes[hungriest]:
+        largest = max(range(len(sizes)), key=lambda lane: sizes[lane] / caps[lane])
+        if caps[largest] >= sizes[largest]:
             break
-        given[hungriest] += 1
-    return given
+        caps[largest] += 1
+    return caps
 
 
 def _waves(cells: Sequence[Cell], results: Path) -> Iterable[list[Cell]]:
