@@ -1,4 +1,4 @@
-"""The run directory: whole files, cut training lines, and a lock that dies with its holder."""
+"""The run directory: atomic files, truncated training lines, and a lock that ends with its process."""
 
 import multiprocessing
 import os
@@ -12,7 +12,7 @@ from suite.atomic import write_json
 from suite.records import Locked, RunDir
 
 
-def test_nothing_is_left_behind_when_the_content_cannot_be_written(tmp_path: Path) -> None:
+def test_content_that_cannot_be_written_leaves_the_old_file_and_no_temporary_one(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"x": 1})
     with pytest.raises(ValueError, match="JSON compliant"):
         write_json(tmp_path / "a.json", {"x": float("nan")})
@@ -20,7 +20,7 @@ def test_nothing_is_left_behind_when_the_content_cannot_be_written(tmp_path: Pat
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_cutting_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
+def test_cut_train_drops_later_steps_and_an_incomplete_line(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     for step in (1, 2, 3):
         run.append_train({"step": step})
@@ -30,7 +30,7 @@ def test_cutting_drops_later_steps_and_a_torn_line(tmp_path: Path) -> None:
     assert run.train_path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
-def test_a_state_keeps_what_the_next_one_does_not_change(tmp_path: Path) -> None:
+def test_set_state_retains_fields_that_are_not_given(tmp_path: Path) -> None:
     run = RunDir(tmp_path)
     assert run.state()["state"] == "pending"
     run.set_state("running", started=1.0)
@@ -51,7 +51,7 @@ def hold(folder: Path) -> None:
         time.sleep(60)
 
 
-def test_the_lock_is_exclusive_and_freed_by_kill_9(tmp_path: Path) -> None:
+def test_the_lock_is_exclusive_and_is_released_by_kill_9(tmp_path: Path) -> None:
     holder = multiprocessing.get_context("spawn").Process(target=hold, args=(tmp_path,))
     holder.start()
     while not (tmp_path / "held").exists():

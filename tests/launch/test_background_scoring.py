@@ -1,4 +1,4 @@
-"""Scores of checkpoints during training, by another process."""
+"""Another process scores retained checkpoints during training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CELL = {
 }
 
 
-def made(tmp_path: Path) -> tuple[RunDir, Cell]:
+def prepared_run(tmp_path: Path) -> tuple[RunDir, Cell]:
     cell = Cell.model_validate(CELL)
     run = run_dir(tmp_path / "results", cell)
     run.path.mkdir(parents=True)
@@ -42,14 +42,14 @@ def made(tmp_path: Path) -> tuple[RunDir, Cell]:
 
 
 def step_scores(run: RunDir) -> dict[int, dict]:
-    found = [json.loads(path.read_text()) for path in (run.path / "eval" / "steps").glob("*.json")]
-    return {scores["step"]: scores for scores in found}
+    scores = [json.loads(path.read_text()) for path in (run.path / "eval" / "steps").glob("*.json")]
+    return {one["step"]: one for one in scores}
 
 
-def test_every_due_checkpoint_but_the_last_has_scores_of_its_weights(
+def test_every_retained_checkpoint_has_the_scores_of_its_weights(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, cell = made(tmp_path)
+    run, cell = prepared_run(tmp_path)
     weights = {}
     load = background_scoring.load_model
 
@@ -64,7 +64,7 @@ def test_every_due_checkpoint_but_the_last_has_scores_of_its_weights(
     scores = step_scores(run)
     assert sorted(scores) == list(range(8, last, 8))
     corpus = prepare(cell.data, tmp_path / "results" / "cache")
-    for step, model in weights.items():  # those that were left for the end; the others were another process'
+    for step, model in weights.items():  # those that the training process scored at its end
         assert evaluate(model, corpus, cell.evaluate[0])["tasks"] == scores[step]["tasks"]
         assert scores[step]["tokens"] == step * 4 * cell.data.seq_len
     (final,) = (run.path / "eval").glob("*.json")
@@ -73,8 +73,8 @@ def test_every_due_checkpoint_but_the_last_has_scores_of_its_weights(
     assert [path.name for path in run.checkpoints.iterdir()] == [f"step-{last}"]
 
 
-def test_another_process_scores_what_is_kept_until_its_input_ends(tmp_path: Path) -> None:
-    run, cell = made(tmp_path)
+def test_the_scoring_process_scores_retained_checkpoints_until_its_input_ends(tmp_path: Path) -> None:
+    run, cell = prepared_run(tmp_path)
     corpus = prepare(cell.data, tmp_path / "results" / "cache")
     with background_scoring.scored_in_background(run, cell, Scorer()) as retain:
         train(cell, corpus, run, should_stop=lambda: bool(retain()))
@@ -93,7 +93,7 @@ def test_only_checkpoints_can_be_scored(tmp_path: Path) -> None:
         load_cell(tmp_path / "cell.json")
 
 
-def test_how_often_is_no_part_of_a_runs_identity() -> None:
+def test_evaluate_every_is_not_part_of_a_runs_identity() -> None:
     cell = Cell.model_validate(CELL)
     often = cell.model_copy(update={"train": cell.train.model_copy(update={"evaluate_every": 4})})
     assert often.hash8 == cell.hash8

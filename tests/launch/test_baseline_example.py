@@ -1,4 +1,4 @@
-"""The worked example of docs/adding-a-baseline.md, added by its file alone, comes out in the report."""
+"""The worked example of docs/adding-a-baseline.md needs only its own file to appear in every table and report."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     registry.unregister(set(registry.families()) - before)
 
 
-def here(*arguments: str) -> Any:
-    """A verb in this process; gives its JSON."""
+def call(*arguments: str) -> Any:
+    """Run a verb in this process; returns its JSON document."""
     done = CliRunner().invoke(app, [*arguments, "--json"])
     assert done.exit_code == 0, done.output
     return json.loads(done.stdout)
 
 
-def test_it_is_swept_scored_planned_and_reported(folder: Path) -> None:
+def test_the_example_is_trained_scored_planned_and_reported(folder: Path) -> None:
     example = str(ROOT / "docs" / "hashed_ngram.py")
     swept = suite("sweep", "grid.yaml", "--jobs", "1", "--baseline", example, "--json", cwd=folder)
     assert swept.returncode == 0, swept.stderr
-    (ours,) = (cell["run"] for cell in json.loads(swept.stdout)["cells"] if cell["run"].startswith("hashed_ngram"))
-    record = json.loads((folder / "results" / "runs" / ours / "cell.json").read_text())
+    (run,) = (cell["run"] for cell in json.loads(swept.stdout)["cells"] if cell["run"].startswith("hashed_ngram"))
+    record = json.loads((folder / "results" / "runs" / run / "cell.json").read_text())
     assert len(record["cell"]["baseline"]) == 64
     assert record["account"]["params_memory"] > 0
     report = (folder / "results" / "grids" / "grid" / "report.md").read_text()
     assert re.search(r"hashed_ngram.*dense", report)
     # A run holds its baseline: scoring it again needs no option.
-    here("eval", ours, "--tasks", "bios_paraphrase", "--limit", "5")
-    cells = {cell["run"]: cell for cell in here("plan", "grid.yaml", "--baseline", example)["cells"]}
-    assert cells[ours]["params"]["total"] == record["account"]["params_total"]
-    assert cells[ours]["measured"]["wall_s"] > 0
+    call("eval", run, "--tasks", "bios_paraphrase", "--limit", "5")
+    cells = {cell["run"]: cell for cell in call("plan", "grid.yaml", "--baseline", example)["cells"]}
+    assert cells[run]["params"]["total"] == record["account"]["params_total"]
+    assert cells[run]["measured"]["wall_s"] > 0
 
 
 def test_without_its_file_the_family_is_unknown(folder: Path) -> None:
@@ -67,7 +67,7 @@ def test_without_its_file_the_family_is_unknown(folder: Path) -> None:
         load_grid("grid.yaml")
 
 
-def test_the_pages_shortest_baseline_works(folder: Path) -> None:
+def test_the_shortest_baseline_of_the_page_works(folder: Path) -> None:
     page = (ROOT / "docs" / "adding-a-baseline.md").read_text()
     match = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert match
@@ -75,21 +75,21 @@ def test_the_pages_shortest_baseline_works(folder: Path) -> None:
     assert grid
     (folder / "mine.py").write_text(match[1])
     (folder / "mygrid.yaml").write_text(grid[1])
-    planned = here("plan", "mygrid.yaml", "--baseline", "mine.py")
+    planned = call("plan", "mygrid.yaml", "--baseline", "mine.py")
     assert sorted(cell["family"] for cell in planned["cells"]) == ["dense"] * 2 + ["squared"] * 4
     (folder / "mygrid.yaml").write_text(grid[1].replace("squared]", "squared, hashed_ngram]"))
-    both = here("plan", "mygrid.yaml", "--baseline", "mine.py", "--baseline", str(ROOT / "docs" / "hashed_ngram.py"))
+    both = call("plan", "mygrid.yaml", "--baseline", "mine.py", "--baseline", str(ROOT / "docs" / "hashed_ngram.py"))
     assert {cell["family"] for cell in both["cells"]} == {"dense", "squared", "hashed_ngram"}
 
 
-def test_a_baseline_that_looks_at_values_is_planned_without_its_memory(folder: Path) -> None:
+def test_a_baseline_that_reads_values_of_tensors_is_planned_without_an_estimate_of_its_memory(folder: Path) -> None:
     page = (ROOT / "docs" / "adding-a-baseline.md").read_text()
     match = re.search(r"```python\n(.*?)```", page, re.DOTALL)
     assert match
     by_value = match[1].replace("return self.w2(", "return x_BTD * (x_BTD.sum().item() < 1e9) + self.w2(")
     (folder / "mine.py").write_text(by_value)
     (folder / "grid.yaml").write_text(GRID.replace("hashed_ngram", "squared"))
-    cells = {cell["family"]: cell for cell in here("plan", "grid.yaml", "--baseline", "mine.py")["cells"]}
+    cells = {cell["family"]: cell for cell in call("plan", "grid.yaml", "--baseline", "mine.py")["cells"]}
     assert cells["dense"]["fits"]
     assert not cells["squared"]["fits"]
     assert "without values" in cells["squared"]["why"]
@@ -102,7 +102,7 @@ def test_a_single_cell_is_trained_scored_and_exported(folder: Path) -> None:
         "model: {family: hashed_ngram, base: w32}\ndata: {kind: bios, people: 20}\n"
         "train: {batch_rows: 2, epochs: 0.2, lr: 1e-3}\n"
     )
-    (trained,) = here("train", "cell.yaml", "--baseline", example)["cells"]
+    (trained,) = call("train", "cell.yaml", "--baseline", example)["cells"]
     assert trained["state"] == "done"
-    here("eval", trained["run"], "--tasks", "bios_storage", "--limit", "3")
-    assert any(name.endswith("baseline.py") for name in here("export", trained["run"], "--to", "out")["files"])
+    call("eval", trained["run"], "--tasks", "bios_storage", "--limit", "3")
+    assert any(name.endswith("baseline.py") for name in call("export", trained["run"], "--to", "out")["files"])

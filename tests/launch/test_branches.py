@@ -1,4 +1,4 @@
-"""Decay branches: the same weights and records as runs trained straight, for less; started, cut and resumed anyhow."""
+"""Decay branches have the weights and records of runs trained from the beginning, also after interruptions."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def cell(tokens: int, branches: tuple[int, ...] = BUDGETS) -> Cell:
     )
 
 
-def run(results: Path, given: Cell) -> RunDir:
-    made = prepare(results, given)
-    assert worker.run_cell(made.path) == "done", made.state()
-    return made
+def run(results: Path, cell: Cell) -> RunDir:
+    finished = prepare(results, cell)
+    assert worker.run_cell(finished.path) == "done", finished.state()
+    return finished
 
 
 def outcome(made: RunDir) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
@@ -46,10 +46,10 @@ def outcome(made: RunDir) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]
 
 
 @pytest.fixture(scope="module")
-def straight(
+def from_the_beginning(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[int, tuple[list[dict[str, Any]], dict[str, torch.Tensor]]]:
-    results = tmp_path_factory.mktemp("straight")
+    results = tmp_path_factory.mktemp("from-the-beginning")
     return {tokens: outcome(run(results, cell(tokens, branches=()))) for tokens in BUDGETS}
 
 
@@ -62,7 +62,7 @@ def assert_same(made: RunDir, expected: tuple[list[dict[str, Any]], dict[str, to
 
 @pytest.fixture
 def steps_trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every step that is trained, by its number."""
+    """The number of every step that is trained."""
     trained: list[int] = []
     real = loop.Trainer.train_step
 
@@ -75,33 +75,33 @@ def steps_trained(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
-def test_branches_in_any_order_are_the_runs_trained_straight(
-    order: tuple[int, ...], straight: dict[int, Any], steps_trained: list[int], tmp_path: Path
+def test_branches_in_any_order_equal_runs_trained_from_the_beginning(
+    order: tuple[int, ...], from_the_beginning: dict[int, Any], steps_trained: list[int], tmp_path: Path
 ) -> None:
     for index in order:
-        assert_same(run(tmp_path, cell(BUDGETS[index])), straight[BUDGETS[index]])
-    # Once the stable phase of the longest, and each one's decay of 2, 4 and 6 steps.
+        assert_same(run(tmp_path, cell(BUDGETS[index])), from_the_beginning[BUDGETS[index]])
+    # The longest stable phase once, and the decay phases of 2, 4 and 6 steps.
     assert len(steps_trained) == 24 + 2 + 4 + 6
 
 
-def test_a_branch_says_where_it_comes_from(tmp_path: Path) -> None:
+def test_a_branch_records_the_run_it_started_from(tmp_path: Path) -> None:
     first = run(tmp_path, cell(BUDGETS[0]))
     second = run(tmp_path, cell(BUDGETS[1]))
     assert "branched_from" not in first.read_record()
     assert second.read_record()["branched_from"] == {"run": first.name, "step": 8}
     assert second.read_record()["hash"] == cell(BUDGETS[1], branches=()).hash8
-    assert steps_saved(second) == [8, 16, 20], "the starts of branches are kept, whatever keep_checkpoints says"
+    assert steps_saved(second) == [8, 16, 20], "the starts of branches are retained regardless of keep_checkpoints"
 
 
-def test_a_branch_that_is_cut_resumes_bit_for_bit(
-    straight: dict[int, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_branch_resumes_bit_for_bit(
+    from_the_beginning: dict[int, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(tmp_path, cell(BUDGETS[0]))
     made = prepare(tmp_path, cell(BUDGETS[2]))
     real = loop.Trainer.train_step
 
     class Killed(BaseException):
-        """Stands for the process's death."""
+        """Stands for the end of the process."""
 
     for dies_at in (10, 18, 25):  # before its first own checkpoint (14), and after later ones
 
@@ -115,12 +115,12 @@ def test_a_branch_that_is_cut_resumes_bit_for_bit(
             worker.run_cell(made.path)
     monkeypatch.setattr(loop.Trainer, "train_step", real)
     assert worker.run_cell(made.path) == "done"
-    assert_same(made, straight[BUDGETS[2]])
+    assert_same(made, from_the_beginning[BUDGETS[2]])
     assert made.read_record()["branched_from"]["step"] == 8
 
 
-def test_nothing_is_taken_from_runs_made_by_other_code_or_of_other_cells(
-    straight: dict[int, Any], steps_trained: list[int], tmp_path: Path
+def test_runs_made_by_other_code_or_of_other_cells_are_not_used(
+    from_the_beginning: dict[int, Any], steps_trained: list[int], tmp_path: Path
 ) -> None:
     other = run(tmp_path, cell(BUDGETS[0]))
     record = other.read_record()
@@ -129,33 +129,33 @@ def test_nothing_is_taken_from_runs_made_by_other_code_or_of_other_cells(
     steps_trained.clear()
     made = run(tmp_path, cell(BUDGETS[1]))
     assert steps_trained == list(range(20))
-    assert_same(made, straight[BUDGETS[1]])
+    assert_same(made, from_the_beginning[BUDGETS[1]])
 
 
-def test_a_link_that_cannot_be_made_is_a_copy(
-    straight: dict[int, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_checkpoints_are_copied_where_links_are_not_supported(
+    from_the_beginning: dict[int, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(source: str, target: str) -> None:
         raise OSError("links are not supported")
 
     run(tmp_path, cell(BUDGETS[0]))
     monkeypatch.setattr(branches.os, "link", refuse)
-    assert_same(run(tmp_path, cell(BUDGETS[1])), straight[BUDGETS[1]])
+    assert_same(run(tmp_path, cell(BUDGETS[1])), from_the_beginning[BUDGETS[1]])
 
 
-def test_a_budget_waits_for_the_smaller_ones_until_their_stable_phase_is_saved(tmp_path: Path) -> None:
+def test_a_cell_waits_until_the_stable_phase_of_smaller_budgets_is_saved(tmp_path: Path) -> None:
     small, middle, large = (cell(tokens) for tokens in BUDGETS)
     other = large.model_copy(update={"seed": 1})
 
-    def waiting(given: Cell, unfinished: list[Cell]) -> bool:
-        return branches.must_wait(given, run_dir(tmp_path, given), unfinished)
+    def waiting(cell: Cell, unfinished: list[Cell]) -> bool:
+        return branches.must_wait(cell, run_dir(tmp_path, cell), unfinished)
 
-    everyone = [large, middle, small, other]
-    assert [waiting(given, everyone) for given in everyone] == [True, True, False, False]
+    cells = [large, middle, small, other]
+    assert [waiting(one, cells) for one in cells] == [True, True, False, False]
     (run_dir(tmp_path, small).checkpoints / "step-8").mkdir(parents=True)
-    assert [waiting(given, everyone) for given in everyone] == [True, False, False, False]
-    assert not waiting(large, [large]), "what is finished or failed is waited for no longer"
-    assert not waiting(cell(BUDGETS[2], branches=()), everyone)
+    assert [waiting(one, cells) for one in cells] == [True, False, False, False]
+    assert not waiting(large, [large]), "cells do not wait for finished or failed ones"
+    assert not waiting(cell(BUDGETS[2], branches=()), cells)
 
 
 @pytest.mark.slow

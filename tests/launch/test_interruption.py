@@ -20,7 +20,7 @@ from suite.records import RunDir
 GRID = TINY.replace("[dense, memory_plus]", "[dense]").replace("epochs: 8", "epochs: 30")
 RARELY_SAVED = GRID.replace("checkpoint_every: 2", "checkpoint_every: 1000")
 
-Strike = Callable[[subprocess.Popen[str]], None]
+Interrupt = Callable[[subprocess.Popen[str]], None]
 
 
 def wait_until(condition: Callable[[], object], patience_s: float = 120.0) -> None:
@@ -40,9 +40,9 @@ def has_trained(results: Path, steps: int = 5) -> bool:
     return any(len(run.train_lines()) >= steps for run in runs_of(results))
 
 
-def of_runs(found: dict[str, str]) -> dict[str, str]:
-    """Without grid.json, which holds the path of the grid's file."""
-    return {name: text for name, text in found.items() if not name.startswith("grids/")}
+def of_runs(files: dict[str, str]) -> dict[str, str]:
+    """The files without grid.json, which contains the path of the grid's file."""
+    return {name: text for name, text in files.items() if not name.startswith("grids/")}
 
 
 def ctrl_c(sweep: subprocess.Popen[str]) -> None:
@@ -61,14 +61,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return records(folder / "results")
 
 
-@pytest.mark.parametrize("strike", [ctrl_c, terminate])
-def test_an_interrupted_sweep_saves_its_step_and_resumes_with_no_work_lost(
-    tmp_path: Path, strike: Strike, undisturbed: dict[str, str]
+@pytest.mark.parametrize("interrupt", [ctrl_c, terminate])
+def test_an_interrupted_sweep_saves_its_step_and_resumes_from_it(
+    tmp_path: Path, interrupt: Interrupt, undisturbed: dict[str, str]
 ) -> None:
     grid, results = write(tmp_path, RARELY_SAVED), tmp_path / "results"
     sweep = start_sweep(grid, results)
     wait_until(lambda: has_trained(results))
-    strike(sweep)
+    interrupt(sweep)
     assert sweep.wait(timeout=120) == 130
     assert "Traceback" not in (tmp_path / "sweep.log").read_text()
     (run,) = runs_of(results)
@@ -82,7 +82,7 @@ def test_an_interrupted_sweep_saves_its_step_and_resumes_with_no_work_lost(
     assert of_runs(records(results)) == of_runs(undisturbed)
 
 
-def test_a_second_interruption_stops_at_once_and_is_no_failure(tmp_path: Path) -> None:
+def test_a_second_interruption_stops_at_once_and_is_not_a_failure(tmp_path: Path) -> None:
     grid, results = write(tmp_path, GRID), tmp_path / "results"
     sweep = start_sweep(grid, results)
     wait_until(lambda: has_trained(results))

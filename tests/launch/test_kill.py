@@ -1,4 +1,5 @@
-"""Kill -9 anywhere, start again: the records are those of a sweep nobody struck, but for times and process ids."""
+"""After kill -9 at any moment and a restart, the records equal those of an undisturbed sweep, except for times and
+process ids."""
 
 import os
 import random
@@ -16,8 +17,8 @@ from suite.records import RunDir
 SMOKE = Path(__file__).parents[2] / "grids" / "smoke.yaml"
 VICTIMS = ("worker", "launcher")
 STAGES = ("training", "checkpointing", "evaluating")
-Blow = tuple[str, str, float]
-"""Whom, at which stage of a run, and how many seconds into it."""
+Kill = tuple[str, str, float]
+"""The process that is killed, the stage of a run, and the seconds into that stage."""
 
 
 def is_training(run: RunDir) -> bool:
@@ -35,9 +36,9 @@ def is_evaluating(run: RunDir) -> bool:
 IN_STAGE = {"training": is_training, "checkpointing": is_checkpointing, "evaluating": is_evaluating}
 
 
-def strike(launcher: subprocess.Popen[str], results: Path, blow: Blow) -> bool:
-    """Wait for a run in that stage, then a moment, then kill -9 one of its processes; False if the sweep ends first."""
-    victim, stage, delay_s = blow
+def kill_one(launcher: subprocess.Popen[str], results: Path, kill: Kill) -> bool:
+    """Wait until a run is in that stage for the given time, and kill its process; False if the sweep ends first."""
+    victim, stage, delay_s = kill
     while launcher.poll() is None:
         time.sleep(0.001)
         for run in filter(IN_STAGE[stage], runs_of(results)):
@@ -56,56 +57,56 @@ def finish(grid: Path, results: Path) -> Path:
     return results
 
 
-def struck(grid: Path, folder: Path, blows: list[Blow]) -> list[Path]:
-    """Sweeps that took all these blows, started anew whenever they lost their launcher, then brought to their end.
+def killed_sweeps(grid: Path, folder: Path, kills: list[Kill]) -> list[Path]:
+    """The results of finished sweeps that were killed as `kills` states; each is restarted if its launcher is killed.
 
-    A sweep that ends before its next blow leaves that one to another sweep.
+    If a sweep ends before its next kill, another sweep is started for it.
     """
     finished: list[Path] = []
-    while blows and len(finished) < 10:
-        results = folder / f"struck-{len(finished)}"
+    while kills and len(finished) < 10:
+        results = folder / f"killed-{len(finished)}"
         launcher = start_sweep(grid, results)
-        while blows and strike(launcher, results, blows[0]):
-            victim, _, _ = blows.pop(0)
+        while kills and kill_one(launcher, results, kills[0]):
+            victim, _, _ = kills.pop(0)
             if victim == "launcher":
                 launcher.wait(timeout=600)
                 launcher = start_sweep(grid, results)
         launcher.wait(timeout=600)
         finished.append(finish(grid, results))
-    assert not blows
+    assert not kills
     return finished
 
 
 def assert_equal_sweeps(one: Path, other: Path) -> None:
-    expected, found = records(one), records(other)
-    assert found.keys() == expected.keys()
+    expected, actual = records(one), records(other)
+    assert actual.keys() == expected.keys()
     for name, text in expected.items():
-        assert found[name] == text, name
-    weights, found_weights = final_weights(one), final_weights(other)
+        assert actual[name] == text, name
+    weights, other_weights = final_weights(one), final_weights(other)
     for run, tensors in weights.items():
         for name, tensor in tensors.items():
-            assert torch.equal(tensor, found_weights[run][name]), (run, name)
+            assert torch.equal(tensor, other_weights[run][name]), (run, name)
 
 
-def test_three_blows_leave_the_records_of_an_unbroken_sweep(tmp_path: Path) -> None:
+def test_three_kills_leave_the_records_of_an_undisturbed_sweep(tmp_path: Path) -> None:
     grid = tmp_path / "tiny.yaml"
     grid.write_text(TINY)
     choose = random.Random(0)
-    blows = [
+    kills = [
         (victim, stage, choose.uniform(0.0, 0.3))
         for victim, stage in zip(("worker", "launcher", "worker"), STAGES, strict=True)
     ]
-    expected = finish(grid, tmp_path / "unbroken")
-    for results in struck(grid, tmp_path, blows):
+    expected = finish(grid, tmp_path / "undisturbed")
+    for results in killed_sweeps(grid, tmp_path, kills):
         assert_equal_sweeps(expected, results)
 
 
 @pytest.mark.slow
-def test_ten_blows_leave_the_records_of_an_unbroken_smoke_sweep(tmp_path: Path) -> None:
+def test_ten_kills_leave_the_records_of_an_undisturbed_smoke_sweep(tmp_path: Path) -> None:
     grid = tmp_path / "smoke.yaml"
     grid.write_text(SMOKE.read_text())
     choose = random.Random(1)
-    blows = [(VICTIMS[moment % 2], choose.choice(STAGES), choose.uniform(0.0, 1.0)) for moment in range(10)]
-    expected = finish(grid, tmp_path / "unbroken")
-    for results in struck(grid, tmp_path, blows):
+    kills = [(VICTIMS[moment % 2], choose.choice(STAGES), choose.uniform(0.0, 1.0)) for moment in range(10)]
+    expected = finish(grid, tmp_path / "undisturbed")
+    for results in killed_sweeps(grid, tmp_path, kills):
         assert_equal_sweeps(expected, results)

@@ -1,4 +1,4 @@
-"""A sweep's clock, and the number of cells that run at once."""
+"""The estimate of a sweep's remaining time, and the number of concurrent cells."""
 
 import pytest
 
@@ -8,24 +8,24 @@ from suite.launch.status import duration
 from suite.launch.sweep import Standing
 
 
-def test_the_clock_extrapolates_from_what_was_done_since_the_first_look() -> None:
+def test_the_clock_extrapolates_from_the_progress_since_its_first_call() -> None:
     clock = Clock()
     assert clock.remaining_s(Standing(10, 4, []), 100.0) is None
     assert clock.remaining_s(Standing(10, 4, [("run", 0.4, None)]), 110.0) is None
-    # One cell and a half in 30 seconds: 4.5 are left, at 20 seconds each.
+    # 1.5 cells took 30 seconds, so the remaining 4.5 take 20 seconds each.
     halfway = Standing(10, 5, [("run", 0.5, None)])
     assert clock.remaining_s(halfway, 130.0) == pytest.approx(90.0)
     assert share_done(halfway) == pytest.approx(0.55)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "said"), [(None, "-"), (0.4, "0 s"), (59.4, "59 s"), (187, "3:07 min"), (7500, "2:05 h")]
+    ("seconds", "text"), [(None, "-"), (0.4, "0 s"), (59.4, "59 s"), (187, "3:07 min"), (7500, "2:05 h")]
 )
-def test_durations_read_as_people_say_them(seconds: float | None, said: str) -> None:
-    assert duration(seconds) == said
+def test_durations_have_a_readable_unit(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
 
 
-def test_jobs_fill_the_cores_or_the_gpus() -> None:
+def test_concurrent_cells_fill_the_cores_or_the_gpus() -> None:
     class Threads:
         def __init__(self, threads: int) -> None:
             self.threads = threads

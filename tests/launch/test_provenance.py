@@ -94,7 +94,7 @@ def version_with(copied: Path, name: str, text: str) -> str:
 
 
 def with_a_changed_byte(path: Path) -> str:
-    """The text with another character in a place that is neither in a comment nor in a docstring."""
+    """The text with one character changed outside of comments and docstrings."""
     text = path.read_text()
     if path.suffix == ".c":
         place = next(re.finditer(r'^ +\w[^*/\n"]*;$', text, re.MULTILINE)).end() - 1
@@ -111,27 +111,27 @@ def with_a_changed_byte(path: Path) -> str:
     return changed
 
 
-def test_a_copy_has_the_version_of_the_original(copied: Path) -> None:
+def test_a_copy_of_the_sources_has_the_same_version(copied: Path) -> None:
     assert code_version(copied) == code_version()
 
 
 @pytest.mark.parametrize("name", MAKES_WEIGHTS)
-def test_a_changed_byte_of_what_makes_weights_makes_runs_stale(copied: Path, name: str) -> None:
+def test_a_changed_byte_of_a_weight_source_makes_runs_stale(copied: Path, name: str) -> None:
     assert version_with(copied, name, with_a_changed_byte(copied / name)) != code_version()
 
 
 @pytest.mark.parametrize("name", MAKES_NO_WEIGHTS)
-def test_a_changed_byte_of_anything_else_makes_no_run_stale(copied: Path, name: str) -> None:
+def test_a_changed_byte_of_another_source_does_not_make_runs_stale(copied: Path, name: str) -> None:
     assert version_with(copied, name, with_a_changed_byte(copied / name)) == code_version()
 
 
 @pytest.mark.parametrize("name", ["suite/train/loop.py", "kernels/row_adamw/native.c"])
-def test_a_changed_comment_makes_no_run_stale(copied: Path, name: str) -> None:
+def test_a_changed_comment_does_not_make_runs_stale(copied: Path, name: str) -> None:
     comment = "\n// the end\n\n" if name.endswith(".c") else "\n# the end\n\n"
     assert version_with(copied, name, (copied / name).read_text() + comment) == code_version()
 
 
-def test_all_that_training_imports_makes_weights_or_is_listed_as_harmless() -> None:
+def test_every_file_that_training_imports_makes_weights_or_is_listed_as_harmless() -> None:
     covered = {path.relative_to(ROOT).as_posix() for path in weight_sources(ROOT)}
     assert imported_files("suite/train/loop.py") - covered == set()
 

@@ -1,4 +1,4 @@
-"""Sweeps on this machine: a failure stays alone, nothing runs twice, Ctrl-C loses nothing."""
+"""Local sweeps: a failing cell does not affect others, nothing runs twice, and runs are resumed or refused."""
 
 import json
 import os
@@ -23,7 +23,7 @@ DENSE = FAST.replace("[dense, memory_plus]", "[dense]")
 
 
 class Listener:
-    """Collects what a sweep says."""
+    """A watcher that collects events."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
@@ -41,8 +41,8 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_a_failing_cell_is_named_with_its_cause_and_the_rest_finish(tmp_path: Path) -> None:
-    # Rows too short for the longest document: known only once the data is made, so the cell fails by itself.
+def test_a_failing_cell_is_named_with_its_cause_and_the_others_finish(tmp_path: Path) -> None:
+    # Rows too short for the longest document: this is known only when the data is prepared, so only this cell fails.
     text = FAST + "  - axes: {model.family: [dense], data.seq_len: [9]}\n"
     grid, results = write(tmp_path, text), tmp_path / "results"
     done = suite("sweep", grid, "--results", results, "--json", "--no-report", cwd=tmp_path)
@@ -62,7 +62,7 @@ def test_a_failing_cell_is_named_with_its_cause_and_the_rest_finish(tmp_path: Pa
     assert records(results) == before
 
 
-def test_two_sweeps_at_once_train_every_run_once(tmp_path: Path) -> None:
+def test_two_concurrent_sweeps_train_every_run_once(tmp_path: Path) -> None:
     grid, results = write(tmp_path, FAST), tmp_path / "results"
     first, second = start_sweep(grid, results), start_sweep(grid, results)
     assert (first.wait(timeout=300), second.wait(timeout=300)) == (0, 0)
@@ -74,7 +74,7 @@ def test_two_sweeps_at_once_train_every_run_once(tmp_path: Path) -> None:
         assert state_of(run) == "done"
 
 
-def test_a_worker_killed_under_its_sweep_is_started_again(tmp_path: Path) -> None:
+def test_a_killed_worker_is_started_again(tmp_path: Path) -> None:
     grid, results = write(tmp_path, DENSE.replace("epochs: 2", "epochs: 30")), tmp_path / "results"
     sweep = start_sweep(grid, results)
     deadline = time.monotonic() + 120
@@ -112,13 +112,13 @@ def test_a_cell_in_two_grids_is_trained_once_and_a_new_evaluation_retrains_nothi
     assert status.run == run.name
     assert run.train_path.read_bytes() == lines
     assert run.has_eval(grid.cells[0].evaluate[0].hash8)
-    asked = record["cell"].pop("evaluate")
-    now = run.read_record()
-    assert now["cell"].pop("evaluate") != asked
-    assert now == record
+    evaluations = record["cell"].pop("evaluate")
+    new_record = run.read_record()
+    assert new_record["cell"].pop("evaluate") != evaluations
+    assert new_record == record
 
 
-def test_a_run_made_by_other_code_is_refused_and_set_aside_on_request(
+def test_a_run_made_by_other_code_is_refused_and_archived_on_request(
     finished: tuple[Path, Path], tmp_path: Path
 ) -> None:
     grid, _ = finished
@@ -126,24 +126,24 @@ def test_a_run_made_by_other_code_is_refused_and_set_aside_on_request(
     run = prepare(tmp_path, cells[0])
     assert run_cell(run.path) == "done"
     run.write_cell(cells[0], account={}, versions={"code": "0123456789ab"})
-    line = suite("sweep", grid, "--results", tmp_path, "--no-report", cwd=tmp_path)
-    assert line.returncode == 2
-    assert "made by code 0123456789ab" in line.stderr
-    assert "--rerun-stale" in line.stderr
+    refused = suite("sweep", grid, "--results", tmp_path, "--no-report", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "made by code 0123456789ab" in refused.stderr
+    assert "--rerun-stale" in refused.stderr
     assert cell_status(tmp_path, cells[0]).note.startswith("stale")  # type: ignore[union-attr]
-    (aside,) = archive_stale(tmp_path, cells)
-    assert aside.parent == tmp_path / "stale"
+    (archived,) = archive_stale(tmp_path, cells)
+    assert archived.parent == tmp_path / "stale"
     refuse_stale(tmp_path, cells)
     assert not run.path.exists()
 
 
-def test_a_run_that_was_cut_waits_and_one_in_work_does_not(tmp_path: Path) -> None:
+def test_an_interrupted_run_is_pending_and_a_locked_one_is_running(tmp_path: Path) -> None:
     cell = load_grid(str(write(tmp_path, DENSE))).cells[0]
     run = prepare(tmp_path, cell)
     run.set_state("running", progress=0.25)
-    cut = cell_status(tmp_path, cell)
-    assert (cut.state, cut.progress) == ("pending", 0.25)
-    assert "interrupted" in str(cut.note)
+    interrupted = cell_status(tmp_path, cell)
+    assert (interrupted.state, interrupted.progress) == ("pending", 0.25)
+    assert "interrupted" in str(interrupted.note)
     with run.lock():
         assert cell_status(tmp_path, cell).state == "running"
         assert run_cell(run.path) == "locked"
@@ -152,7 +152,7 @@ def test_a_run_that_was_cut_waits_and_one_in_work_does_not(tmp_path: Path) -> No
     assert run_cell(run.path) == "failed"
 
 
-def test_runs_on_disk_say_what_they_need_without_side_effects(tmp_path: Path) -> None:
+def test_the_status_of_a_missing_run_is_pending_and_creates_no_files(tmp_path: Path) -> None:
     cell = load_grid(str(write(tmp_path, DENSE))).cells[0]
     status = cell_status(tmp_path / "results", cell)
     assert (status.state, status.progress, status.cause) == ("pending", 0.0, None)
@@ -160,7 +160,7 @@ def test_runs_on_disk_say_what_they_need_without_side_effects(tmp_path: Path) ->
     assert RunDir(tmp_path / "results" / "runs" / cell.run_name).name == status.run
 
 
-def test_a_cause_is_the_first_line_of_its_message() -> None:
+def test_a_cause_is_the_type_and_first_line_of_the_error() -> None:
     error = RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with TORCH_USE_CUDA_DSA ...\n")
     assert describe(error) == "RuntimeError: CUDA error: an illegal memory access was encountered"
     assert describe(KeyError()) == "KeyError"

@@ -1,16 +1,15 @@
 #!/usr/bin/env python3
 """A real Slurm on one host, to test against: munge, slurmctld and a slurmd for each of a few virtual nodes.
 
-    python tests/slurm/cluster.py start [--dir DIR] [--nodes 2] [--cpus 2]    prints the lines to `eval` in a shell
+    python tests/slurm/cluster.py start [--dir DIR] [--nodes 2] [--cpus 2]    prints lines for `eval` in a shell
     python tests/slurm/cluster.py stop [--dir DIR]
 
 Needs Debian's `slurmctld slurmd slurm-client munge` (22.05 or later), no root, no systemd, no cgroups; only loopback
-addresses are used. Everything lives in DIR; several, each in a folder of its own, do not know of each other. Started
-twice, it does nothing the second time.
+addresses are used. All files are in DIR; clusters in different folders are independent. A second start does nothing.
 
-Partitions: `low` (default) and `spare`, whose jobs are requeued or cancelled for those of `high`; `high`; and `gpu`,
-of nodes with eight GPUs that exist in the configuration alone: nothing runs there, but sbatch checks requests against
-them.
+Partitions: `high`, which preempts `low` (default; its jobs are requeued) and `spare` (its jobs are cancelled); and
+`gpu`, whose nodes with eight GPUs exist only in the configuration: nothing runs there, but sbatch checks requests
+against it.
 """
 
 from __future__ import annotations
@@ -31,10 +30,10 @@ DIR = Path("/tmp/next-parameter-slurm")
 PORTS = range(7300, 9300, 100)
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sinfo", "sbatch")
 
-# Names of nodes are loopback addresses, so that MASTER_ADDR, which is a node's name, resolves.
-# cred_expire: a requeued job waits one second longer than this; below 5 Slurm takes 120.
-# preempt_send_user_signal: without it a preempted job is not warned by the signal it asked for.
-# OverMemoryKill: without cgroups, nothing else holds a job to the memory it asked for.
+# Node names are loopback addresses, so that MASTER_ADDR, which is a node's name, resolves.
+# cred_expire: a requeued job waits one second longer than this; Slurm replaces values below 5 by 120.
+# preempt_send_user_signal: without it a preempted job does not get the warning signal that it requested.
+# OverMemoryKill: without cgroups, nothing else enforces the memory limit of a job.
 CONF = """
 ClusterName=virtual
 SlurmctldHost={host}(127.0.0.1)
@@ -103,10 +102,10 @@ class Cluster:
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf")}
 
     def start(self) -> None:
-        """Start what does not run, and wait until every node takes jobs."""
-        lacking = [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
-        if lacking:
-            sys.exit(f"cluster: {', '.join(lacking)} not found; Debian: slurmctld slurmd slurm-client munge")
+        """Start the daemons that do not run, and wait until every node accepts jobs."""
+        missing = [program for program in PROGRAMS if shutil.which(program, path=_path()) is None]
+        if missing:
+            sys.exit(f"cluster: {', '.join(missing)} not found; Debian: slurmctld slurmd slurm-client munge")
         for name in self.names:
             (self.folder / "spool" / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "state").mkdir(exist_ok=True)
@@ -114,20 +113,20 @@ class Cluster:
         self._start_munge()
         self._configure()
         if not self._alive("slurmctld"):
-            self._do("slurmctld")
+            self._run("slurmctld")
         _wait("slurmctld", lambda: self._answers("scontrol", "ping"))
         for name in self.names:
             if not self._alive(f"slurmd-{name}"):
-                self._do("slurmd", "-N", name)
+                self._run("slurmd", "-N", name)
         _wait("the nodes", self._nodes_are_up)
         print(f"export SLURM_CONF={self.folder / 'slurm.conf'}")
 
     def stop(self) -> None:
         """End every job, then the daemons, and remove the folder."""
         if self._alive("slurmctld"):
-            # Jobs first: their processes would outlive the daemons.
+            # Jobs first, because their processes would outlive the daemons.
             self._answers("scancel", "--user", getpass.getuser())
-            _wait("the jobs to end", lambda: not self._says("squeue", "--noheader", "--states=running,completing"))
+            _wait("the jobs to end", lambda: not self._output("squeue", "--noheader", "--states=running,completing"))
         for pid_file in (*self.folder.glob("slurmd-*.pid"), *self.folder.glob("slurmctld.pid")):
             self._end(pid_file)
         self._end(self.folder / "munged.pid")
@@ -143,7 +142,7 @@ class Cluster:
             key.touch(mode=0o600)
             key.write_bytes(os.urandom(128))
         socket_path = self.folder / "munge.socket"
-        self._do(
+        self._run(
             "munged",
             "--force",
             f"--socket={socket_path}",
@@ -179,14 +178,16 @@ class Cluster:
         path.write_text(conf)
 
     def _free_ports(self) -> int:
-        """The first of as many ports as are needed, none of which anybody listens on."""
+        """The first of enough consecutive free ports."""
         for first in PORTS:
             if all(_is_free(first + number) for number in range(10 + len(self.names))):
                 return first
-        sys.exit(f"cluster: no free ports from {PORTS[0]} on")
+        sys.exit(f"cluster: found no free ports, starting at {PORTS[0]}")
 
     def _nodes_are_up(self) -> bool:
-        states = dict(line.split() for line in self._says("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T").splitlines())
+        states = dict(
+            line.split() for line in self._output("sinfo", "-h", "-N", "-p", "low", "-o", "%N %T").splitlines()
+        )
         for name, state in states.items():
             if state.startswith(("drain", "down")) and not state.endswith("*"):
                 self._answers("scontrol", "update", f"NodeName={name}", "State=RESUME")
@@ -202,15 +203,15 @@ class Cluster:
     def _alive(self, daemon: str) -> bool:
         return _pid(self.folder / f"{daemon}.pid") is not None
 
-    def _do(self, *command: str) -> None:
-        # Daemons keep what they are given open: not the pipe of whoever reads our output.
+    def _run(self, *command: str) -> None:
+        # Daemons keep their output open, so it must not be the pipe that this program writes to.
         with (self.folder / "start.log").open("a") as log:
             subprocess.run(command, env=self.environment | {"PATH": _path()}, check=True, stdout=log, stderr=log)
 
     def _answers(self, *command: str) -> bool:
         return subprocess.run(command, env=self.environment, capture_output=True, timeout=20).returncode == 0
 
-    def _says(self, *command: str) -> str:
+    def _output(self, *command: str) -> str:
         return subprocess.run(command, env=self.environment, capture_output=True, text=True, timeout=20).stdout.strip()
 
 
@@ -219,7 +220,7 @@ def _path() -> str:
 
 
 def _pid(pid_file: Path) -> int | None:
-    """The process a pid file names, if it lives (one that waits to be reaped does not)."""
+    """The process id in a pid file, if that process is alive (a zombie is not)."""
     try:
         pid = int(pid_file.read_text())
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]

@@ -1,4 +1,4 @@
-"""Tests here are skipped where no Slurm answers, and leave its queue empty."""
+"""Tests that need Slurm are skipped where there is none; they leave its queue empty."""
 
 import subprocess
 from collections.abc import Iterator
@@ -11,12 +11,12 @@ from slurm_jobs import LAUNCHERS, PROFILE, answers, slurm
 @pytest.fixture(scope="session")
 def _slurm() -> None:
     if not answers():
-        pytest.skip("no Slurm answers sinfo (tests/slurm/cluster.py starts one)")
+        pytest.skip("sinfo does not reach a Slurm (tests/slurm/cluster.py starts one)")
 
 
 @pytest.fixture
 def folder(tmp_path: Path, _slurm: None) -> Iterator[Path]:
-    """A folder with a profile; whatever a test leaves running or in the queue is ended."""
+    """A folder with a profile; jobs and sweeps that a test leaves behind are ended."""
     (tmp_path / "cpu.yaml").write_text(PROFILE)
     yield tmp_path
     while LAUNCHERS:
@@ -27,6 +27,6 @@ def folder(tmp_path: Path, _slurm: None) -> Iterator[Path]:
 
 @pytest.fixture
 def ours(_slurm: None) -> None:
-    """For tests that take nodes away, which only the cluster of cluster.py may be asked to bear."""
+    """For tests that take nodes down: they run only on the cluster of cluster.py."""
     if "virtual" not in slurm("scontrol", "show", "config").partition("ClusterName")[2].partition("\n")[0]:
-        pytest.skip("takes nodes down: only on the Slurm of tests/slurm/cluster.py")
+        pytest.skip("takes nodes down, and so runs only on the Slurm of tests/slurm/cluster.py")

@@ -1,4 +1,4 @@
-"""Profiles of clusters, and how cells become arrays under a cap: what needs no Slurm to be seen."""
+"""Cluster profiles, and how cells become arrays with a limit of concurrent jobs; needs no Slurm."""
 
 from pathlib import Path
 
@@ -17,15 +17,15 @@ from suite.records import RunDir
 EXAMPLE = Path(__file__).parents[2] / "clusters" / "example.yaml"
 
 
-def test_the_example_is_a_profile_and_names_every_field() -> None:
+def test_the_example_profile_is_valid_and_explains_every_field() -> None:
     assert load_profile(str(EXAMPLE)).time == 24 * 60
     for field in Profile.model_fields:
         assert f"{field}:" in EXAMPLE.read_text()
 
 
 @pytest.mark.parametrize(
-    ("written", "minutes"),
-    # As sbatch's manual reads them: minutes, minutes:seconds, hours:minutes:seconds, days-hours, and so on.
+    ("time", "minutes"),
+    # The formats of sbatch's manual: minutes, minutes:seconds, hours:minutes:seconds, days-hours, and so on.
     [
         ("90", 90),
         ("90:00", 90),
@@ -36,14 +36,14 @@ def test_the_example_is_a_profile_and_names_every_field() -> None:
         ("2-01:00:30", 2941),
     ],
 )
-def test_times_are_read_as_slurm_writes_them(tmp_path: Path, written: str, minutes: int) -> None:
+def test_times_are_read_in_every_format_of_slurm(tmp_path: Path, time: str, minutes: int) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(f'time: "{written}"\n')
+    path.write_text(f'time: "{time}"\n')
     assert load_profile(str(path)).time == minutes
 
 
 @pytest.mark.parametrize(
-    ("text", "complaint"),
+    ("text", "message"),
     [
         ("partitoin: gpu\n", "partitoin"),
         ("time: soon\n", "time: got 'soon'"),
@@ -51,21 +51,21 @@ def test_times_are_read_as_slurm_writes_them(tmp_path: Path, written: str, minut
         ("{time: 1, warning_s: 300}\n", "warning_s: got 300, allowed: less than time, 60 seconds"),
     ],
 )
-def test_a_mistake_is_one_line_with_file_and_field(tmp_path: Path, text: str, complaint: str) -> None:
+def test_an_invalid_field_is_reported_in_one_line_with_its_file(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(UserError) as caught:
         load_profile(str(path))
     assert str(path) in str(caught.value)
-    assert complaint in str(caught.value)
+    assert message in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_without_a_name_the_default_is_taken_and_missed_as_such(
+def test_the_default_profile_is_used_and_reported_if_it_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    missing = r"--profile: got none, and there is no clusters/default\.yaml, allowed: .*example"
+    missing = r"--profile: .*clusters/default\.yaml, allowed: .*example"
     with pytest.raises(UserError, match=missing):
         load_profile(None)
     (tmp_path / "clusters").mkdir()
@@ -73,42 +73,44 @@ def test_without_a_name_the_default_is_taken_and_missed_as_such(
     assert load_profile(None).time == 7
 
 
-def test_a_grids_launch_is_above_the_profile() -> None:
+def test_the_launch_block_of_a_grid_overrides_the_profile() -> None:
     assert (
         load_profile(str(EXAMPLE), {"gpus": 16, "time": "30"}).model_dump().items() >= {"gpus": 16, "time": 30}.items()
     )
 
 
-def test_only_what_fits_no_gpu_is_scored_where_it_trained_unless_the_profile_says_so(tmp_path: Path) -> None:
+def test_only_models_that_do_not_fit_on_one_gpu_are_scored_as_trained_unless_the_profile_overrides_it(
+    tmp_path: Path,
+) -> None:
     training = Shape(nodes=8, tasks=8, gpus=8)
     dense, *_, memory = load_grid("paper-8b", need_data=False).cells  # 8e9 and 77e9 weights of 4 bytes, on 80 GB
 
-    def shape(cell: Cell, **said: bool) -> Shape:
-        return scoring_shape(Profile(gpus_per_node=8, **said), cell, training, tmp_path)
+    def shape(cell: Cell, **overrides: bool) -> Shape:
+        return scoring_shape(Profile(gpus_per_node=8, **overrides), cell, training, tmp_path)
 
     assert shape(dense) == shape(memory, score_together=False) == Shape(gpus=1, cpus=dense.threads)
     assert shape(memory) == shape(dense, score_together=True) == training
 
 
-def test_a_job_gets_the_share_of_a_nodes_memory_that_its_gpus_are_of_the_nodes(tmp_path: Path) -> None:
+def test_a_job_gets_a_share_of_a_nodes_memory_in_proportion_to_its_gpus(tmp_path: Path) -> None:
     grid, profile = load_grid("paper-8b", need_data=False), Profile(gpus_per_node=8, mem_gb=800)
     dense, *_, memory = grid.cells
-    asked = shapes(grid, [dense, memory], profile, tmp_path)
-    assert [(one.nodes, one.gpus, one.mem_gb) for one in asked] == [(1, 4, 400.0), (8, 8, 800.0)]
-    assert scoring_shape(profile, dense, asked[0], tmp_path).mem_gb == 100.0
+    training = shapes(grid, [dense, memory], profile, tmp_path)
+    assert [(one.nodes, one.gpus, one.mem_gb) for one in training] == [(1, 4, 400.0), (8, 8, 800.0)]
+    assert scoring_shape(profile, dense, training[0], tmp_path).mem_gb == 100.0
     assert [one.mem_gb for one in shapes(grid, [dense], Profile(mem_gb=8), tmp_path)] == [8]
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(8, 100))
-def test_shares_of_a_cap_are_at_least_one_and_never_more_than_it(sizes: list[int], cap: int) -> None:
-    given_ = shares(sizes, cap)
-    assert min(given_) >= 1
-    assert sum(given_) == min(cap, sum(sizes))
-    assert all(share <= size for share, size in zip(given_, sizes, strict=True))
+def test_shares_are_at_least_one_and_do_not_exceed_the_cap_in_total(sizes: list[int], cap: int) -> None:
+    caps = shares(sizes, cap)
+    assert min(caps) >= 1
+    assert sum(caps) == min(cap, sum(sizes))
+    assert all(share <= size for share, size in zip(caps, sizes, strict=True))
 
 
 @given(st.lists(st.integers(0, 4), max_size=40), st.integers(1, 6), st.integers(1, 6), st.integers(2, 5))
-def test_every_cell_is_in_one_array_and_lanes_keep_the_caps(
+def test_every_cell_is_in_one_array_and_lanes_respect_the_caps(
     kinds: list[int], max_jobs: int, max_eval_jobs: int, max_array: int
 ) -> None:
     entries = [
@@ -122,6 +124,6 @@ def test_every_cell_is_in_one_array_and_lanes_keep_the_caps(
     )
     assert all(len(batch.entries) <= max_array for _, batch in arrays)
     assert all(len({(entry.shape, entry.scoring) for entry in batch.entries}) == 1 for _, batch in arrays)
-    # Arrays of a lane follow each other: what runs at once is one array of each.
+    # The arrays of a lane run one after the other, so at most one array of each lane runs at once.
     assert sum({lane: batch.cap for lane, batch in arrays}.values()) <= max_jobs
     assert sum({lane: batch.eval_cap for lane, batch in arrays}.values()) <= max_eval_jobs

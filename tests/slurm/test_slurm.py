@@ -1,4 +1,4 @@
-"""Sweeps on the Slurm that answers `sinfo` (cluster.py starts one): the records are those of the local executor."""
+"""Sweeps on a real Slurm (cluster.py starts one) leave the records of the local executor."""
 
 import json
 import os
@@ -37,24 +37,24 @@ GRIDS = Path(__file__).parents[2] / "grids"
 pytestmark = pytest.mark.slurm
 
 
-def hold(runs: list[RunDir]) -> dict[Path, int]:
-    """Stop the processes that train, each at its first checkpoint: they are cut there however fast the machine is."""
-    held: dict[Path, int] = {}
+def stop_at_first_checkpoint(runs: list[RunDir]) -> dict[Path, int]:
+    """Stop each training process at its first checkpoint, so that it is interrupted there on a machine of any speed."""
+    stopped: dict[Path, int] = {}
 
-    def all_held() -> bool:
+    def all_stopped() -> bool:
         for run in runs:
-            if run.path not in held and list(run.checkpoints.glob("step-*")):
-                held[run.path] = run.state()["pid"]
-                os.kill(held[run.path], signal.SIGSTOP)
-        return len(held) == len(runs)
+            if run.path not in stopped and list(run.checkpoints.glob("step-*")):
+                stopped[run.path] = run.state()["pid"]
+                os.kill(stopped[run.path], signal.SIGSTOP)
+        return len(stopped) == len(runs)
 
-    until(all_held)
-    assert not any(run.state().get("trained") for run in runs), "trained to its end before it could be held"
-    return held
+    until(all_stopped)
+    assert not any(run.state().get("trained") for run in runs), "trained to its end before it could be stopped"
+    return stopped
 
 
-def is_held(process: int) -> bool:
-    """Stop a process again, to which Slurm has told to go on, and then gives seconds to end; False: it has."""
+def is_still_stopped(process: int) -> bool:
+    """Stop a process again, which Slurm continues in order to end it; False once it has ended."""
     try:
         os.kill(process, signal.SIGSTOP)
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -63,7 +63,7 @@ def is_held(process: int) -> bool:
 
 
 def is_warned(process: int) -> bool:
-    """Whether the signal that Slurm was asked for waits for a stopped process, or has moved it to its end."""
+    """Whether the warning signal is pending for a stopped process, or the process has ended."""
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
     except OSError:
@@ -73,17 +73,17 @@ def is_warned(process: int) -> bool:
 
 
 def assert_equal_records(one: Path, other: Path) -> None:
-    expected, found = records(one), records(other)
-    assert found.keys() == expected.keys()
+    expected, actual = records(one), records(other)
+    assert actual.keys() == expected.keys()
     for name, text in expected.items():
-        assert found[name] == text, name
+        assert actual[name] == text, name
     for run, tensors in final_weights(one).items():
         for name, tensor in final_weights(other)[run].items():
             assert (tensor == tensors[name]).all(), (run, name)
 
 
 def test_an_array_leaves_the_records_of_the_local_executor_and_a_failing_cell_is_named(folder: Path) -> None:
-    # Rows too short for the longest document: that cell fails by itself.
+    # Rows too short for the longest document: only this cell fails.
     text = TINY.replace("[dense, memory_plus]", "[memory_plus]")
     grid = write(folder, text + "  - axes: {model.family: [dense], data.seq_len: [9]}\n")
     done = on_slurm(grid, folder / "slurm", "--json")
@@ -101,51 +101,51 @@ def test_an_array_leaves_the_records_of_the_local_executor_and_a_failing_cell_is
     shutil.rmtree(folder / "local" / "runs" / cells[1]["run"] / "checkpoints", ignore_errors=True)
     failed = {name for name in records(folder / "local") if name.startswith(cells[1]["run"])}
     expected = {name: text for name, text in records(folder / "local").items() if name not in failed}
-    found = records(folder / "slurm")
-    assert {name: found[name] for name in expected} == expected
-    assert found.keys() == expected.keys() | failed
+    actual = records(folder / "slurm")
+    assert {name: actual[name] for name in expected} == expected
+    assert actual.keys() == expected.keys() | failed
     again = on_slurm(grid, folder / "slurm", "--json", "--no-report")
     assert again.returncode == 1
     assert "submitted" not in again.stderr
 
 
-def test_cut_by_requeue_time_limit_lost_node_and_kill_records_are_those_of_an_unbroken_sweep(
+def test_records_after_requeue_time_limit_lost_node_and_kill_equal_those_of_an_undisturbed_sweep(
     folder: Path, ours: None
 ) -> None:
-    # The warning of a time limit comes up to half a minute after `warning_s` before it.
+    # Slurm sends the warning up to half a minute late.
     (folder / "cpu.yaml").write_text(PROFILE.replace("time: 20, warning_s: 30", "time: 10, warning_s: 90"))
     grid = write(folder, LONG.replace("[dense]", "[dense], seed: [0, 1, 2, 3]"))
     results = folder / "slurm"
     launcher = start_on_slurm(grid, results)
     until(lambda: len(runs_of(results)) == 4)
-    held = hold(runs_of(results))
+    stopped = stop_at_first_checkpoint(runs_of(results))
     runs = sorted(runs_of(results), key=node_of)
-    timed, struck = (run for run in runs if node_of(run) == node_of(runs[0]))
+    timed_out, killed = (run for run in runs if node_of(run) == node_of(runs[0]))
     requeued, lost = (run for run in runs if node_of(run) == node_of(runs[-1]))
-    job = job_of(timed)
+    job = job_of(timed_out)
     slurm("scontrol", "update", f"JobId={job}", "EndTime=now+100")
-    unbroken = start_sweep(grid, folder / "local")
+    undisturbed = start_sweep(grid, folder / "local")
     slurm("scontrol", "requeue", job_of(requeued))
-    os.kill(held[struck.path], signal.SIGKILL)
-    until(lambda: not is_held(held[requeued.path]))
+    os.kill(stopped[killed.path], signal.SIGKILL)
+    until(lambda: not is_still_stopped(stopped[requeued.path]))
     slurm("scontrol", "update", f"NodeName={node_of(lost)}", "State=DOWN", "Reason=test")
-    until(lambda: not is_held(held[lost.path]))
-    until(lambda: is_warned(held[timed.path]))
+    until(lambda: not is_still_stopped(stopped[lost.path]))
+    until(lambda: is_warned(stopped[timed_out.path]))
     slurm("scontrol", "update", f"JobId={job}", "TimeLimit=10")
-    with suppress(ProcessLookupError):  # Slurm may have let it go on itself
-        os.kill(held[timed.path], signal.SIGCONT)
+    with suppress(ProcessLookupError):  # Slurm may have continued it
+        os.kill(stopped[timed_out.path], signal.SIGCONT)
     until(lambda: resume_nodes() or launcher.poll() is not None, 900)
     assert launcher.wait() == 0, (folder / "sweep.log").read_text()
     for run in runs:
         starts = [line for line in log_of(run).splitlines() if "training from step" in line]
         assert len(starts) > 1, run.name
         assert not starts[-1].endswith(" step 0"), run.name
-    assert "timed-out" in log_of(timed)
-    assert unbroken.wait(timeout=900) == 0
+    assert "timed-out" in log_of(timed_out)
+    assert undisturbed.wait(timeout=900) == 0
     assert_equal_records(folder / "local", results)
 
 
-def test_forty_cells_respect_the_cap_and_ask_slurm_once_a_refresh(
+def test_forty_cells_respect_the_limit_of_jobs_and_call_squeue_once_per_refresh(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = folder / "calls"
@@ -168,15 +168,15 @@ def test_forty_cells_respect_the_cap_and_ask_slurm_once_a_refresh(
     moments = sorted([(state["started"], 1) for state in states] + [(state["finished"], -1) for state in states])
     at_once = [sum(change for _, change in moments[: last + 1]) for last in range(len(moments))]
     assert max(at_once) <= 3
-    said = calls.read_text().split()
-    print(f"{number} cells in {refreshes * 5:.0f} s:", {name: said.count(name) for name in sorted(set(said))})
-    assert said.count("sbatch") == 1
-    assert said.count("squeue") <= refreshes + 1
-    assert set(said) == {"sbatch", "squeue"}
+    called = calls.read_text().split()
+    print(f"{number} cells in {refreshes * 5:.0f} s:", {name: called.count(name) for name in sorted(set(called))})
+    assert called.count("sbatch") == 1
+    assert called.count("squeue") <= refreshes + 1
+    assert set(called) == {"sbatch", "squeue"}
 
 
 @pytest.mark.slow
-def test_checkpoints_are_scored_by_other_jobs_while_training_goes_on(folder: Path) -> None:
+def test_checkpoints_are_scored_by_other_jobs_during_training(folder: Path) -> None:
     text = DENSE.replace("epochs: 8", "epochs: 120, evaluate_every: 50").replace("log_every: 1", "log_every: 20")
     grid = write(folder, text.replace("checkpoint_every: 2", "checkpoint_every: 50"))
     launcher = start_on_slurm(grid, folder / "slurm")
@@ -190,7 +190,7 @@ def test_checkpoints_are_scored_by_other_jobs_while_training_goes_on(folder: Pat
 
 
 @pytest.mark.slow
-def test_two_processes_preempted_save_together_and_go_on_afterwards(folder: Path, ours: None) -> None:
+def test_two_preempted_processes_save_together_and_resume(folder: Path, ours: None) -> None:
     (folder / "cpu.yaml").write_text(PROFILE.replace("{", "{processes: 2, memory_parallel: 2, score_together: true, "))
     text = TINY.replace("[dense, memory_plus]", "[memory_plus]").replace("epochs: 8", "epochs: 12")
     grid = write(folder, text.replace("checkpoint_every: 2", "checkpoint_every: 100000"))
@@ -206,13 +206,13 @@ def test_two_processes_preempted_save_together_and_go_on_afterwards(folder: Path
     assert launcher.wait(timeout=900) == 0, (folder / "sweep.log").read_text()
     resumed = [line for line in log_of(run).splitlines() if "training from step" in line]
     assert len(resumed) == 2
-    # Nothing was saved but on the warning: nothing but that step's checkpoint can be behind this.
+    # Only the warning led to a checkpoint, so this is the checkpoint of that step.
     assert not resumed[1].endswith(" step 0")
-    assert start_on_slurm(grid, folder / "unbroken").wait(timeout=900) == 0
-    assert records(folder / "slurm") == records(folder / "unbroken")
+    assert start_on_slurm(grid, folder / "undisturbed").wait(timeout=900) == 0
+    assert records(folder / "slurm") == records(folder / "undisturbed")
 
 
-def test_status_tells_what_slurm_says_and_cancel_ends_it(folder: Path) -> None:
+def test_status_shows_the_state_of_jobs_and_cancel_ends_them(folder: Path) -> None:
     grid = write(folder, LONG.replace("[dense]", "[dense], seed: [0, 1]").replace("epochs: 40", "epochs: 4000"))
     (folder / "cpu.yaml").write_text(PROFILE.replace("max_jobs: 4", "max_jobs: 1"))
     results = folder / "slurm"
@@ -230,11 +230,11 @@ def test_status_tells_what_slurm_says_and_cancel_ends_it(folder: Path) -> None:
     assert running["note"].startswith("job ")
     assert waiting["state"] == "pending"
     assert "(JobArrayTaskLimit)" in waiting["note"]
-    waits_for_all = slurm("squeue", "--noheader", "--name=tiny-report", "--format=%T %r")
-    assert waits_for_all == "PENDING Dependency"
-    twice = on_slurm(grid, results, "--no-wait")
-    assert "2 cells have jobs already" in twice.stderr
-    assert "submitted" not in twice.stderr
+    report_job = slurm("squeue", "--noheader", "--name=tiny-report", "--format=%T %r")
+    assert report_job == "PENDING Dependency"
+    second = on_slurm(grid, results, "--no-wait")
+    assert "2 cells have jobs already" in second.stderr
+    assert "submitted" not in second.stderr
     cancelled = suite("cancel", grid, "--results", results, "--json", cwd=folder)
     assert json.loads(cancelled.stdout)["cancelled"] == [*(run.name for run in runs_of(results)), "report"]
     until(lambda: not slurm("squeue", "--me", "--noheader"))
@@ -243,7 +243,7 @@ def test_status_tells_what_slurm_says_and_cancel_ends_it(folder: Path) -> None:
         assert "cancelled; the same sweep resumes it" in status["note"]
 
 
-def test_a_process_that_dies_again_and_again_fails_with_slurms_word_and_the_logs_last_lines(folder: Path) -> None:
+def test_a_process_that_fails_repeatedly_fails_its_cell_with_slurms_state_and_the_end_of_the_log(folder: Path) -> None:
     grid = write(folder, DENSE)
     (folder / "cpu.yaml").write_text(PROFILE.replace("{", "{setup: [echo no module named cuda, exit 3], "))
     done = on_slurm(grid, folder / "slurm", "--json", "--no-report")
@@ -257,7 +257,7 @@ def test_a_process_that_dies_again_and_again_fails_with_slurms_word_and_the_logs
     assert retried.returncode == 0, retried.stderr
 
 
-def test_slurm_accepts_the_scripts_of_a_dry_launch_of_an_8b_cell_with_16m_rows(folder: Path) -> None:
+def test_slurm_accepts_the_scripts_of_a_dry_run_of_an_8b_cell_with_16m_rows(folder: Path) -> None:
     if subprocess.run(["scontrol", "show", "partition", "gpu"], capture_output=True).returncode:
         pytest.skip("this Slurm has no partition `gpu`")
     (folder / "cpu.yaml").write_text("{partition: gpu, time: 1-00:00:00, gpus_per_node: 8, gpu: h100, mem_gb: 900}\n")
@@ -268,16 +268,16 @@ def test_slurm_accepts_the_scripts_of_a_dry_launch_of_an_8b_cell_with_16m_rows(f
     scripts = json.loads(done.stdout)["scripts"]
     assert len(scripts) == 3
     for script in scripts:
-        answer = subprocess.run(["sbatch", "--test-only", script], capture_output=True, text=True, cwd=folder)
-        assert answer.returncode == 0, answer.stderr
+        checked = subprocess.run(["sbatch", "--test-only", script], capture_output=True, text=True, cwd=folder)
+        assert checked.returncode == 0, checked.stderr
     loaded = load_grid(str(grid), need_data=False)
     for one in planning.plan(loaded, planning.assumptions("h100", None, 0.4, None), folder / "cache"):
         assert one.mesh is not None
         parts = one.mesh.memory
         assert parts.weights + parts.moments + parts.gradients + parts.activations <= 80e9
-        # All that training needs, and of scoring the weights, are too much for one: both get the same nodes.
+        # Neither training nor the weights alone fit on one GPU, so both stages get the same nodes.
         for script in scripts[:2]:
-            asked = (folder / script).read_text()
-            assert "#SBATCH --array=0-1%2" in asked
-            assert f"#SBATCH --nodes={one.mesh.gpus // 8}" in asked
-            assert "#SBATCH --gpus-per-node=8" in asked
+            text = (folder / script).read_text()
+            assert "#SBATCH --array=0-1%2" in text
+            assert f"#SBATCH --nodes={one.mesh.gpus // 8}" in text
+            assert "#SBATCH --gpus-per-node=8" in text
