@@ -279,7 +279,9 @@ def copy_bandwidth(device: str, size: int = 1 << 26) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m kernels.bench", description="Time the kernels beside torch's own.")
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.bench", description="Time the kernels next to PyTorch's operators."
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     parser.add_argument("--out", type=Path, help="folder for kernels-<device>.csv and step-against-dense-<device>.csv")

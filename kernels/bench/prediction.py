@@ -54,7 +54,7 @@ class Compiled:
 
 
 def predict(launch: Launch, shape: str) -> Compiled:
-    """What the machine code of a launch says."""
+    """Registers, spills and predicted speed of a launch, from its machine code."""
     device, code = DEVICES[launch.architecture], machine_code.read(launch.cubin)
     hot = code.hot_loop()
     blocks = blocks_per_multiprocessor(code.registers, launch)

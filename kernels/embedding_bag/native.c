@@ -5,15 +5,15 @@
 #include <string.h>
 
 enum {
-    AHEAD = 8,       /* rows asked for from memory before they are needed */
-    NEAR = 256,      /* and how much of each: what follows, the CPU fetches by itself */
+    AHEAD = 8,       /* rows prefetched before they are needed */
+    NEAR = 256,      /* values of each; the CPU prefetches the rest itself */
     LANES = 16,      /* partial sums of a dot product */
     DIGIT_BITS = 11, /* of a radix sort: the counts of all digits fill half of a first-level cache */
 };
 
 typedef float lanes __attribute__((vector_size(LANES * sizeof(float))));
 
-static void ask_for(const float *row, int64_t width)
+static void prefetch(const float *row, int64_t width)
 {
     for (int64_t d = 0; d < width && d < NEAR; d += 16)
         __builtin_prefetch(row + d);
@@ -61,7 +61,7 @@ int64_t dots(const float *table, const int64_t *indices, const float *x, float *
     for (int64_t l = 0, n = 0; n < bags; n++)
         for (int64_t s = 0; s < size; s++, l++) {
             if (l + AHEAD < lookups)
-                ask_for(table + indices[l + AHEAD] * width, width);
+                prefetch(table + indices[l + AHEAD] * width, width);
             out[l] = dot(table + indices[l] * width, x + n * width, width);
         }
     return -1;

@@ -62,8 +62,8 @@ def _settle(state: State, blocks: Blocks, rows_U: Tensor, last_U: Tensor, histor
 
 
 def _cuts(lasts: list[int], rows: int, now: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Blocks: rows that missed `limit` steps or more apart from the others; full blocks of one last step where
-    there are as many, else blocks of a spread up to NARROW."""
+    """Bounds of blocks. Rows that missed `limit` steps or more have blocks of their own, and so have rows with the same
+    last step if they fill one; the last steps in other blocks differ by at most NARROW."""
     low = 0
     cut_off = bisect_right(lasts, now - limit)
     while low < len(lasts):

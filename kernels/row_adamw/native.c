@@ -11,9 +11,9 @@
 #include <stdint.h>
 
 enum {
-    AHEAD = 8,                        /* rows asked for from memory before they are needed, */
-    NEAR = 256,                       /* and how much of each: what follows, the CPU fetches by itself */
-    POWERS = 256,                     /* gaps up to which powers of the betas are kept at hand */
+    AHEAD = 8,                        /* rows prefetched before they are needed, */
+    NEAR = 256,                       /* values of each; the CPU prefetches the rest itself */
+    POWERS = 256,                     /* gaps up to which powers of the betas are tabulated */
     MKL_MODE = 0x2 | 0x100 | 0x140000, /* high accuracy, no error handling, subnormal numbers kept */
 };
 
@@ -96,7 +96,7 @@ static void scale(float *x, float factor, int64_t width)
         x[d] *= factor;
 }
 
-static void ask_for(const State *state, int64_t row)
+static void prefetch(const State *state, int64_t row)
 {
     for (int64_t d = 0; d < state->width && d < NEAR; d += 16) {
         __builtin_prefetch(state->values + row * state->width + d, 1);
@@ -132,7 +132,7 @@ int64_t update(State *state, const History *history, SquareRoot *torch_sqrt, flo
         int64_t high = low + block < count ? low + block : count;
         for (int64_t u = low; u < high; u++) {
             if (u + AHEAD < count)
-                ask_for(state, rows[u + AHEAD]);
+                prefetch(state, rows[u + AHEAD]);
             int64_t at = rows[u] * width, gap = history->now - 1 - done(state, state->moment, rows[u]);
             if (gap > 0 && gap < POWERS)
                 decay_moments(state, rows[u], kept[0][gap], kept[1][gap]);
@@ -183,7 +183,7 @@ int64_t replay_every(State *state, const History *history, SquareRoot *torch_sqr
     int64_t width = state->width, now = history->now;
     for (int64_t u = 0; u < count; u++) {
         if (u + AHEAD < count)
-            ask_for(state, rows[u + AHEAD]);
+            prefetch(state, rows[u + AHEAD]);
         int64_t row = rows[u], step = done(state, state->last, row) + 1;
         float *p = state->values + row * width, *m = state->mean + row * width, *v = state->square + row * width;
         state->last[row] = state->moment[row] = (int32_t)now;
@@ -214,7 +214,7 @@ int64_t replay_hoisted(State *state, const History *history, float *roots, const
     float eps = (float)history->eps;
     for (int64_t u = 0; u < count; u++) {
         if (u + AHEAD < count)
-            ask_for(state, rows[u + AHEAD]);
+            prefetch(state, rows[u + AHEAD]);
         int64_t row = rows[u], last = done(state, state->last, row), moment = done(state, state->moment, row);
         float *restrict p = state->values + row * width;
         const float *restrict m = state->mean + row * width, *restrict v = state->square + row * width;

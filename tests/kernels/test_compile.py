@@ -49,7 +49,7 @@ def check(row: dict[str, Any]) -> None:
     assert row["basis"] == "predicted"
 
 
-def test_kernels_of_representative_shapes_compile_within_the_limits_of_all_devices() -> None:
+def test_triton_kernels_of_representative_shapes_compile_within_the_limits_of_all_devices() -> None:
     rows = compiled()
     assert {row["architecture"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
     assert {row["kernel"] for row in rows} == {*READS_ROWS, "_pair_kernel", "_replay_kernel"}
@@ -95,7 +95,7 @@ def test_a_run_compiles_few_variants_of_a_kernel(program: str) -> None:
 
 
 @pytest.mark.slow
-def test_kernels_of_every_shape_and_option_compile_within_the_limits_of_all_devices() -> None:
+def test_triton_kernels_of_every_shape_and_option_compile_within_the_limits_of_all_devices() -> None:
     rows = compiled("--all")
     for row in rows:
         check(row)
