@@ -8,6 +8,7 @@ it is passed over for an older one. Other files in the run's `checkpoints` are l
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -130,8 +131,14 @@ def _write(folder: Path, tensors: Tensors, world: World) -> None:
     if world.distributed:
         # Imported here because it takes almost two seconds and one process does not need it.
         import torch.distributed.checkpoint as dcp
+        from torch.distributed.checkpoint.api import CheckpointException
 
-        dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder, sync_files=True))
+        try:
+            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder, sync_files=True))
+        except CheckpointException as failed:  # a BaseException, which every process raises
+            rank, (cause, _) = next(iter(failed.failures.items()))
+            reason = f"process {rank}: {type(cause).__name__}: {cause}".splitlines()[0]
+            raise OSError(errno.EIO, reason) from None
         return
     with (folder / STATE_FILE).open("wb") as file:
         torch.save(tensors, file)

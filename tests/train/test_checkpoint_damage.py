@@ -20,6 +20,7 @@ from suite.records import RunDir
 from suite.train import checkpoint
 from suite.train.checksums import MANIFEST, find_damage
 from suite.train.loop import Trainer, train
+from suite.train.parallel import World
 
 LAST, BEFORE = 8, 4
 CELL = tiny_cell("memory_plus", checkpoint_every=4)
@@ -182,6 +183,19 @@ def test_a_refused_write_is_one_line_and_leaves_what_was_saved(
         trainer.save()
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"step-{BEFORE}", f"step-{LAST}"]
+    assert checkpoint.newest_whole(run) == LAST
+
+
+def test_a_refused_write_of_shards_is_one_line(run: RunDir, request: pytest.FixtureRequest) -> None:
+    tensors = {"model": {"weight": torch.ones(100, 100)}}
+    torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
+    try:
+        world = World(distributed=True)
+        request.getfixturevalue("small_disk")
+        with pytest.raises(UserError, match="step-12: cannot be written: "):
+            checkpoint.save(run, 12, tensors, {}, 2, world)
+    finally:
+        torch.distributed.destroy_process_group()
     assert checkpoint.newest_whole(run) == LAST
 
 
