@@ -8,17 +8,21 @@ Shapes: B rows, T tokens of the call, L tokens of the cache and the call, G key-
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from suite import models
 from suite.models import transformer
+from suite.models.memory_table import MemoryLayer
 from suite.models.registry import family
 
 
@@ -65,11 +69,13 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = NextParameterConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
 
     def __init__(self, config: NextParameterConfig) -> None:
         super().__init__(config)
         options = family(config.cell_model["family"]).config.model_validate(config.cell_model)
         self.model = models.Transformer(options, config.vocab_size)
+        self.gradient_checkpointing = False
         self.post_init()
 
     def forward(
@@ -81,6 +87,7 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         cache: Cache | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Compute logits [B, T, V] and, with `labels`, the mean loss.
@@ -93,16 +100,21 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: Whether to create a cache if there is none; None: the configuration's `use_cache`.
             return_dict: False returns a tuple.
             cache: The cache.
+            num_items_in_batch: Targets over which the loss is a mean, as trainers give it when they accumulate
+                gradients; None: the targets of the call.
             **kwargs: Ignored.
 
         Returns:
             Logits, loss and cache.
 
         Raises:
-            ValueError: The cache has a fixed size.
+            ValueError: The cache has a fixed size, or blocks are recomputed, which would extend a cache twice.
         """
         past = past_key_values if cache is None else cache
-        if past is None and (self.config.use_cache if use_cache is None else use_cache):
+        recomputes = self.gradient_checkpointing and self.training
+        if past is not None and recomputes:
+            raise ValueError(f"{CACHE}: cannot be used in training with gradient checkpointing; leave it out")
+        if past is None and not recomputes and (self.config.use_cache if use_cache is None else use_cache):
             past = DynamicCache(config=self.config)
         adapter = None
         if past is not None:
@@ -115,7 +127,10 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
         logits_BTV = self.model(input_ids, cache=adapter, pad_B=pad_B)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten())
+            reduction = "mean" if num_items_in_batch is None else "sum"
+            logits_NV, targets_N = logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()
+            loss = F.cross_entropy(logits_NV, targets_N, reduction=reduction)
+            loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **{CACHE: past})
         return output.to_tuple() if return_dict is False else output
 
@@ -123,5 +138,37 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
         """Return the token embedding."""
         return self.model.embedding
 
+    def set_input_embeddings(self, value: torch.nn.Embedding) -> None:
+        """Replace the token embedding, whose size becomes that of the vocabulary."""
+        self.model.embedding = value
+        self.model.vocab_size = value.num_embeddings
+
+    def get_output_embeddings(self) -> torch.nn.Module | None:
+        """Return the output head; None if it is the token embedding."""
+        return self.model.output
+
+    def set_output_embeddings(self, new_embeddings: torch.nn.Linear) -> None:
+        """Replace the output head."""
+        self.model.output = new_embeddings
+
+    def _set_gradient_checkpointing(
+        self,
+        enable: bool = True,
+        gradient_checkpointing_func: Callable[..., Any] = checkpoint,
+        every_n_layers: int = 1,
+    ) -> None:
+        """Recompute blocks without a memory in the backward pass, as the project's own training does."""
+        self.gradient_checkpointing = enable
+        for index, block in enumerate(self.model.layers):
+            vars(block).pop("forward", None)
+            has_memory = any(isinstance(module, MemoryLayer) for module in block.modules())
+            if enable and index % every_n_layers == 0 and not has_memory:
+                block.forward = functools.partial(_recomputed_in_training, gradient_checkpointing_func, block)
+
     def _init_weights(self, module: torch.nn.Module) -> None:
         """Do nothing, since all weights come from the export."""
+
+
+def _recomputed_in_training(recompute: Callable[..., Any], block: torch.nn.Module, *arguments: Any) -> Any:
+    plain = functools.partial(type(block).forward, block)
+    return recompute(plain, *arguments) if block.training else plain(*arguments)
