@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.executor import Ended, Options
+from suite.launch.report import report_command, write_report
 from suite.launch.scorer import Scorer
 from suite.records import run_dir
 
@@ -105,13 +107,12 @@ class LocalExecutor:
                 job.process.send_signal(signal.SIGKILL if at_once else signal.SIGTERM)
 
     def report(self, to_stderr: bool) -> bool:
-        """Fit and draw in another process, because analysis is independent of torch and suite."""
-        command = [sys.executable, "-m", "analysis", "report"]
-        command += ["--grid", self.grid.name, "--results", str(self.results)]
-        done = subprocess.run(command, stdout=sys.stderr if to_stderr else None)
-        if done.returncode:
-            print(f"suite: the report failed; to repeat it: {' '.join(command)}", file=sys.stderr)
-        return done.returncode == 0
+        """Fit and draw in another process."""
+        written = write_report(self.results, self.grid.name, stdout=sys.stderr if to_stderr else None)
+        if not written:
+            command = shlex.join(report_command(self.results, self.grid.name))
+            print(f"suite: the report failed; to repeat it: {command}", file=sys.stderr)
+        return written
 
     def dry_run(self, cells: Sequence[Cell]) -> list[Path]:
         """Nothing: processes have no scripts."""

@@ -90,6 +90,17 @@ def test_a_sweep_finishes_the_other_cells_and_leaves_the_damaged_run_as_it_is(
     assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.parametrize("name", ["empty cell.json", "missing cell.json", "binary train.jsonl"])
+def test_the_report_of_a_sweep_names_the_damaged_file(finished: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    results, grid = tmp_path / "results", finished[0]
+    shutil.copytree(finished[1], results)
+    path = damage(run_dir(results, load_grid(str(grid)).cells[0]), *DAMAGE[name])
+    done = suite("sweep", grid, "--results", results, cwd=tmp_path)
+    assert done.returncode == 1
+    assert "the report failed" not in done.stderr
+    assert str(path) in (results / "grids" / "tiny" / "report.md").read_text()
+
+
 @pytest.mark.parametrize("name", ["empty state.json", "empty scores"])
 def test_a_damaged_file_that_is_deleted_is_made_again(finished: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     results, cell = tmp_path / "results", load_grid(str(finished[0])).cells[0]

@@ -18,7 +18,7 @@ from suite.launch.preparation import prepare
 from suite.launch.worker import run_cell
 
 GRID = TINY.replace("[dense, memory_plus]", "[dense]").replace("epochs: 8", "epochs: 1")
-WITHOUT_OVERRIDE = ("setpriv", "--bounding-set=-dac_override")
+WITHOUT_OVERRIDE = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 """The start of a command that root may run only where the permissions of files let it."""
 
 
@@ -82,3 +82,15 @@ def test_a_verb_that_must_write_says_in_one_line_that_it_cannot(read_only: Path,
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "results" in done.stderr
+
+
+def test_a_record_file_without_read_permission_fails_its_run_by_name(read_only: Path, tmp_path: Path) -> None:
+    shutil.copytree(read_only, tmp_path, dirs_exist_ok=True)
+    (path,) = (tmp_path / "results" / "runs").glob("*/cell.json")
+    path.chmod(0)
+    done = suite(tmp_path, "status", "tiny.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    (cell,) = json.loads(done.stdout)["cells"]
+    assert cell["state"] == "failed"
+    assert str(path.relative_to(tmp_path)) in cell["cause"]
+    assert "Permission denied" in cell["cause"]

@@ -17,11 +17,12 @@ from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch import background_scoring
 from suite.launch.executor import MAX_STARTS, Ended, Options
+from suite.launch.report import report_path
 from suite.launch.scorer import Scorer, is_finished
 from suite.launch.slurm import queue
 from suite.launch.slurm.profile import Profile, load_profile
 from suite.launch.slurm.queue import ENDED, WORDS, Job
-from suite.launch.slurm.submit import Submission, Submitter, jobs_folder, report_path
+from suite.launch.slurm.submit import Submission, Submitter, jobs_folder
 from suite.records import GRIDS, RunDir, run_dir
 
 GRACE_S = 10.0

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import shlex
 import shutil
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.branches import must_wait
+from suite.launch.report import report_command, write_report
 from suite.launch.scorer import Scorer
 from suite.launch.slurm.job import CellJob, Stage
 from suite.launch.slurm.profile import Profile
@@ -231,26 +230,14 @@ class Report:
         self.grid, self.results = grid, results
 
     def __call__(self) -> None:
-        """Fit and draw. Raises CalledProcessError if no new report was written; failed cells alone do not count."""
-        command = [sys.executable, "-m", "analysis", "report", "--grid", self.grid, "--results", str(self.results)]
-        print(shlex.join(command), flush=True)
-        before = self._written()
-        done = subprocess.run(command)
-        if self._written() == before:
-            done.check_returncode()
-
-    def _written(self) -> float | None:
-        path = report_path(self.results, self.grid)
-        return path.stat().st_mtime if path.exists() else None
+        """Fit and draw. Raises RuntimeError if no new report was written."""
+        print(shlex.join(report_command(self.results, self.grid)), flush=True)
+        if not write_report(self.results, self.grid):
+            raise RuntimeError(f"the report of {self.grid} failed; its output is above")
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
         """Start again after a requeue."""
         return submitit.helpers.DelayedSubmission(self)
-
-
-def report_path(results: Path, grid: str) -> Path:
-    """The path of a grid's report."""
-    return results / GRIDS / grid / "report.md"
 
 
 def jobs_folder(results: Path, grid: Grid) -> Path:

@@ -1,0 +1,40 @@
+"""The report of a grid, made by another process because analysis is independent of torch and suite."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import TextIO
+
+from suite.records import GRIDS
+
+
+def report_path(results: Path, grid: str) -> Path:
+    """The path of a grid's report."""
+    return results / GRIDS / grid / "report.md"
+
+
+def report_command(results: Path, grid: str) -> list[str]:
+    """The command that fits and draws."""
+    return [sys.executable, "-m", "analysis", "report", "--grid", grid, "--results", str(results)]
+
+
+def write_report(results: Path, grid: str, stdout: TextIO | None = None) -> bool:
+    """Fit and draw; returns whether a new report was written.
+
+    The exit code does not tell: it is also 1 if the report lists failed or damaged runs.
+
+    Args:
+        results: the results folder.
+        grid: the grid's name.
+        stdout: where the command's output goes; None: standard output.
+    """
+    before = _written_at(results, grid)
+    done = subprocess.run(report_command(results, grid), stdout=stdout)
+    return done.returncode == 0 or _written_at(results, grid) != before
+
+
+def _written_at(results: Path, grid: str) -> int | None:
+    path = report_path(results, grid)
+    return path.stat().st_mtime_ns if path.exists() else None
