@@ -77,11 +77,21 @@ def evaluate(
         raise UserError("RUN|GRID: missing; give a run, a grid, or --oracle")
     extra = _extra_evaluations(tasks, preset, num_fewshot, limit)
     grid, runs, results = _find_runs(target, options)
-    wanted = [(run, cell.with_evaluations(extra).evaluate) for run, cell in zip(runs, grid.cells, strict=True)]
+    damaged = {run.name: damage for run in runs if (damage := run.damage()) is not None}
+    wanted = [
+        (run, cell.with_evaluations(extra).evaluate)
+        for run, cell in zip(runs, grid.cells, strict=True)
+        if run.name not in damaged
+    ]
+    if not wanted:
+        raise UserError(next(iter(damaged.values())))
+    for damage in damaged.values():
+        print(f"suite: not scored: {damage}", file=sys.stderr)
     untrained = _score(wanted, scoring)
     _print_scores(grid, results, wanted, options.as_json)
     if untrained:
         print(f"not scored, because training is not finished: {', '.join(untrained)}", file=sys.stderr)
+    if untrained or damaged:
         raise typer.Exit(1)
 
 
@@ -150,7 +160,7 @@ def _print_scores(grid: Grid, results: Path, wanted: Wanted, as_json: bool) -> N
     scores = {run.name: scores_of(run, evaluations) for run, evaluations in wanted}
     if as_json:
         document = status_json(grid, statuses)
-        cells = [cell | {"scores": scores[cell["run"]]} for cell in document["cells"]]
+        cells = [cell | {"scores": scores.get(cell["run"], [])} for cell in document["cells"]]
         print_json(document | {"cells": cells})
     else:
         print_statuses(grid, statuses, as_json=False)

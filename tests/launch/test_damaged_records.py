@@ -101,6 +101,24 @@ def test_the_report_of_a_sweep_names_the_damaged_file(finished: tuple[Path, Path
     assert str(path) in (results / "grids" / "tiny" / "report.md").read_text()
 
 
+@pytest.mark.parametrize("name", ["truncated state.json", "empty scores"])
+def test_an_evaluation_of_the_grid_scores_the_other_runs(
+    finished: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    results, grid = tmp_path / "results", finished[0]
+    shutil.copytree(finished[1], results)
+    broken, whole = (run_dir(results, cell) for cell in load_grid(str(grid)).cells)
+    path = damage(broken, *DAMAGE[name])
+    options = ("--tasks", "bios_storage", "--limit", "3", "--results", results, "--json")
+    done = suite("eval", grid, *options, cwd=tmp_path)
+    assert done.returncode == 1
+    assert str(path) in done.stderr
+    assert "Traceback" not in done.stderr
+    scored = {cell["run"]: {row["n"] for row in cell["scores"]} for cell in json.loads(done.stdout)["cells"]}
+    assert scored[broken.name] == set()
+    assert len(scored[whole.name]) == 2
+
+
 @pytest.mark.parametrize("name", ["empty state.json", "empty scores"])
 def test_a_damaged_file_that_is_deleted_is_made_again(finished: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     results, cell = tmp_path / "results", load_grid(str(finished[0])).cells[0]
