@@ -213,6 +213,8 @@ class RunDir:
             self.last_train_line()
             for path in self.eval_paths():
                 self.read_eval(path)
+            if self.usage_path.exists():
+                read_json(self.usage_path, f"delete the file and suite eval {self.name} writes it again")
             self.jobs()
         except DamagedRecord as error:
             return str(error)

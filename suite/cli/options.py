@@ -226,12 +226,11 @@ def print_statuses(grid: Grid, statuses: list[CellStatus], as_json: bool) -> Non
 
 def report_failures(statuses: list[CellStatus]) -> None:
     """Print the failed cells and their causes on stderr."""
-    from suite.launch.status import failures
+    from suite.launch.status import DAMAGED, failures
 
-    lines = failures(statuses)
-    for line in lines:
+    for line in failures(statuses):
         print(line, file=sys.stderr)
-    if lines:
+    if any(status.state == "failed" and status.note != DAMAGED for status in statuses):
         print("failed cells are not started again without --retry-failed", file=sys.stderr)
 
 

@@ -16,6 +16,8 @@ from suite.launch.provenance import stale_because
 from suite.launch.scorer import missing_evals
 from suite.records import RunDir, run_dir
 
+DAMAGED = "damaged records"
+"""The note of a run with a record file that cannot be read."""
 MAX_LISTED = 500
 """A table of more cells than this leaves out those that are done."""
 
@@ -61,7 +63,7 @@ def _damaged_status(run: RunDir, damage: str) -> CellStatus:
         progress=0.0,
         eta_s=None,
         cause=damage,
-        note="damaged records",
+        note=DAMAGED,
         log=None,
         step=None,
         tokens=None,

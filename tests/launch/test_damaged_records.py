@@ -31,6 +31,7 @@ DAMAGE = {
     "truncated scores": ("eval/*.json", b'{"tasks": {"bios'),
     "binary scores": ("eval/*.json", b"\x80\x81\xff"),
     "binary train.jsonl": ("train.jsonl", b"\x80\x81\xff\n\xfe\xff\n"),
+    "truncated usage.json": ("usage.json", b'{"tables": [{'),
     "damaged job record": ("logs/slurm.json", b"{"),
 }
 
