@@ -18,8 +18,9 @@ from suite.baselines.loading import error_line
 from suite.errors import UserError
 from suite.models import registry
 from suite.models.accounting import account_of, cost_of, meta_model, needs_values
+from suite.models.initial_weights import build
 from suite.models.registry import ModelConfig
-from suite.models.transformer import Block, Transformer, build
+from suite.models.transformer import Block, Transformer
 
 TOKENS = 8
 """Tokens per row when shapes are checked, and the vocabulary size for bases that define none."""

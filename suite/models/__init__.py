@@ -1,6 +1,7 @@
 """Models by family; importing this package registers the built-in families."""
 
 from suite.models import feedforward, moe, peer, product_key
-from suite.models.transformer import Transformer, build
+from suite.models.initial_weights import build
+from suite.models.transformer import Transformer
 
 __all__ = ["Transformer", "build", "feedforward", "moe", "peer", "product_key"]

@@ -59,7 +59,7 @@ class MemoryTable(nn.Module):
         return products_NS
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Draw initial values like the released code; arguments as for `transformer.fill`."""
+        """Draw initial values like the released code; arguments as for `initial_weights.fill`."""
         parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
 
     def share_gradient(self) -> None:

@@ -103,7 +103,7 @@ class ProductKeyLayer(MemoryLayer):
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """Draw keys uniformly within k_dim^-1/2, the query Xavier-uniform, other matrices normal with fan_in^-1/2.
 
-        Biases are zero and gains one. Arguments as for `transformer.fill`.
+        Biases are zero and gains one. Arguments as for `initial_weights.fill`.
         """
         if name in ("keys", "sink_keys"):
             bound = self.k_dim**-0.5

@@ -89,7 +89,7 @@ class Family:
         feed_forwards: Called with a configuration; returns one module per layer. Each module has `forward(x_BTD) ->
             y_BTD` and `cost() -> Cost`. It may have `after_step()`, called after each optimizer step, and
             `init_parameter(name, parameter, generator)`, which replaces the default initial values (see
-            `transformer.initialise`). A module with an attribute `window` also receives the ids of each token and
+            `initial_weights.initialise`). A module with an attribute `window` also receives the ids of each token and
             its window - 1 predecessors: `forward(x_BTD, ids_BTW)`, int64, -1 where the document has none.
         has_memory: Whether the family has value tables.
         source: Sha256 of the file that an external family comes from.

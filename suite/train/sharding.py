@@ -23,10 +23,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from suite.errors import UserError
+from suite.models.initial_weights import fill, generator_of, reset_statistics
 from suite.models.moe import TokenChoice
 from suite.models.precision import at_least_fp32
 from suite.models.registry import ModelConfig
-from suite.models.transformer import Transformer, fill, generator_of, reset_statistics
+from suite.models.transformer import Transformer
 from suite.train.memory_parallel import ColumnTable
 from suite.train.parallel import World
 
