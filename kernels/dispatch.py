@@ -16,18 +16,18 @@ VARIABLE = "KERNELS_BACKEND"
 
 
 def choose(tensor: Tensor, override: str | None = None, native_takes: bool = True) -> str:
-    """`native` (C) for float32 on a CPU if there is a C compiler, `triton` on CUDA, else `torch`.
+    """Return the backend: `native` (C) for float32 on a CPU if there is a C compiler, `triton` on CUDA, else `torch`.
 
     The Triton kernels run on CPU tensors only under TRITON_INTERPRET=1, set before triton is imported.
 
     Args:
-        tensor: its device and dtype decide.
-        override: a name in BACKENDS; if None, the variable KERNELS_BACKEND.
-        native_takes: whether the operator's C code supports the other arguments.
+        tensor: Its device and dtype decide.
+        override: A name in BACKENDS; if None, the variable KERNELS_BACKEND.
+        native_takes: Whether the operator's C code supports the other arguments.
 
     Raises:
-        ValueError: the name is not in BACKENDS, or is `native` and the C code does not support the arguments.
-        native.Unavailable: the name is `native` and the C code cannot be compiled.
+        ValueError: The name is not in BACKENDS, or is `native` and the C code does not support the arguments.
+        native.Unavailable: The name is `native` and the C code cannot be compiled.
     """
     name = override or os.environ.get(VARIABLE)
     native_takes = native_takes and tensor.device.type == "cpu" and tensor.dtype == torch.float32
@@ -46,10 +46,11 @@ def choose(tensor: Tensor, override: str | None = None, native_takes: bool = Tru
 
 
 def implementation(operator: str, tensor: Tensor, override: str | None = None, native_takes: bool = True) -> ModuleType:
-    """The operator's module that `choose` names: kernels.<operator>.reference (for torch), .native or .triton."""
+    """Return the operator's module that `choose` names: kernels.<operator>.reference (for torch), .native or
+    .triton."""
     return module(operator, choose(tensor, override, native_takes))
 
 
 def module(operator: str, backend: str) -> ModuleType:
-    """The operator's module of that backend."""
+    """Return the operator's module of that backend."""
     return importlib.import_module(f"kernels.{operator}.{'reference' if backend == 'torch' else backend}")

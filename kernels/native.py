@@ -31,7 +31,7 @@ class Unavailable(RuntimeError):
 
 @functools.cache
 def available() -> bool:
-    """Whether the library can be used; warns if there is a compiler but it fails."""
+    """Return whether the library can be used; warns if there is a compiler but it fails."""
     if shutil.which(_compiler()[0]) is None:
         return False
     try:
@@ -44,7 +44,7 @@ def available() -> bool:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The library, compiled if it is not in the cache; raises Unavailable if that fails."""
+    """Return the library, compiled if it is not in the cache; raises Unavailable if that fails."""
     if shutil.which(_compiler()[0]) is None:
         raise Unavailable(f"kernel backend native: no C compiler {_compiler()[0]!r} (CC names another)")
     macros = _run(*_compiler(), *FLAGS, "-dM", "-E", "-x", "c", os.devnull)

@@ -212,7 +212,7 @@ def _write(item: Fitted, original: pd.DataFrame, table: pd.DataFrame, columns: M
 
 
 def _text(document: Mapping[str, Any]) -> str:
-    """The document as lines for a terminal."""
+    """Return the document as lines for a terminal."""
     from analysis.studies.document import text
     from analysis.studies.isoflop import isoflop_text
 
@@ -229,7 +229,7 @@ def _text(document: Mapping[str, Any]) -> str:
 
 
 def _trends(results: Path, grid: str | None, as_json: bool) -> int:
-    """The log-linear fits of a grid's outcomes."""
+    """Return the log-linear fits of a grid's outcomes."""
     from analysis.comparisons.trends import trends
     from analysis.records.grid_data import load
 

@@ -51,7 +51,7 @@ Seed = Annotated[int, typer.Option(help="seed of starts and resampling")]
 
 
 def assignments(items: Sequence[str], option: str) -> dict[str, float]:
-    """Numbers by name, from NAME=VALUE."""
+    """Return numbers by name, from NAME=VALUE."""
     values: dict[str, float] = {}
     for item in items:
         name, _, value = (part.strip() for part in item.partition("="))

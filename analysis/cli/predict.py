@@ -210,7 +210,7 @@ def select(
 
 
 def _request(law: str | None, formula: str | None, parameters: str, columns: str, **options: Any) -> Request:
-    """The request of a fit to a file without hold-out."""
+    """Return the request of a fit to a file without hold-out."""
     from analysis.studies.request import FORMULA, Request
 
     if (law is None) == (formula is None):
@@ -219,7 +219,7 @@ def _request(law: str | None, formula: str | None, parameters: str, columns: str
 
 
 def _fitted(data: Path, request: Request) -> Fitted:
-    """The fit of a request to a file."""
+    """Return the fit of a request to a file."""
     from analysis.fits.columns import chosen, expressions, prepared
     from analysis.records.tables import read_table
     from analysis.studies.document import fitted
@@ -232,7 +232,7 @@ def _fitted(data: Path, request: Request) -> Fitted:
 
 
 def _points(path: Path | None, inputs: list[str]) -> list[dict[str, float]]:
-    """The points of a table whose columns are a law's inputs."""
+    """Return the points of a table whose columns are a law's inputs."""
     from analysis.fits.columns import number, prepared
     from analysis.records.tables import read_table
 
@@ -262,7 +262,7 @@ def _budgets(text: str) -> list[float]:
 def _from_isoflops(
     data: Path, request: Request, cost: Any, budgets: Sequence[float]
 ) -> tuple[Fitted, list[dict[str, Any]]]:
-    """The frontier through isoFLOP optima, and its size at each budget."""
+    """Return the frontier through isoFLOP optima, and its size at each budget."""
     from analysis.fits.columns import chosen, expressions, prepared
     from analysis.records.tables import read_table
     from analysis.studies.isoflop import isoflops

@@ -93,7 +93,7 @@ def report(
 
 
 def _grids(results: Path, grid: str | None, reference: str | None) -> Iterator[tuple[str, GridData]]:
-    """The records of the named grid, or of every grid."""
+    """Yield the records of the named grid, or of every grid."""
     from analysis.records.frame import load_published
     from analysis.records.grid_data import grids_of, load
 
@@ -149,7 +149,7 @@ def kernels(results: Results = Path("results"), out: FigureFolder = None, as_jso
 
 
 def _figures(results: Path) -> Path:
-    """The default folder of figures: next to the results they are drawn from."""
+    """Return the default folder of figures: next to the results they are drawn from."""
     return results.parent / "figures"
 
 

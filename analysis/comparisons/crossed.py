@@ -10,7 +10,8 @@ from analysis.errors import InputError
 
 
 def crossed_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
-    """Mean difference of two (runs, questions) arrays of scores with its 95 % interval, runs and questions crossed.
+    """Return the mean difference of two (runs, questions) arrays of scores with its 95 % interval, runs and questions
+    crossed.
 
     Questions are shared; runs are paired by row (one seed each). Two-way random effects: the mean's variance is
     (MS_runs + MS_questions - MS_rest) / (runs questions), with Satterthwaite's degrees of freedom (Satterthwaite 1946,
@@ -18,7 +19,7 @@ def crossed_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, flo
     less than either noise alone.
 
     Raises:
-        InputError: arrays of different shapes, or fewer than two runs or questions.
+        InputError: Arrays of different shapes, or fewer than two runs or questions.
     """
     from scipy.special import stdtrit
 

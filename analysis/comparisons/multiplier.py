@@ -57,17 +57,17 @@ class Multiplier:
 
 
 def multipliers(reference: pd.DataFrame, family: pd.DataFrame, draws: int = 1000, seed: int = 0) -> list[Multiplier]:
-    """Multipliers of a family's cells.
+    """Return the multipliers of a family's cells.
 
     Args:
-        reference: runs with columns cell, C (training FLOPs) and y (loss or error, above 0).
-        family: the same. A column `shared` in both names the size and budget that cells of the two share; it is `cell`
+        reference: Runs with columns cell, C (training FLOPs) and y (loss or error, above 0).
+        family: The same. A column `shared` in both names the size and budget that cells of the two share; it is `cell`
             by default.
-        draws: bootstrap draws.
-        seed: of the fit and the draws.
+        draws: Bootstrap draws.
+        seed: Of the fit and the draws.
 
     Raises:
-        InputError: fewer than four budgets on the reference's curve, values that a law cannot be fitted to, or a cell
+        InputError: Fewer than four budgets on the reference's curve, values that a law cannot be fitted to, or a cell
             that spans more than one budget.
     """
     _check("reference", reference)
@@ -109,7 +109,8 @@ def multipliers(reference: pd.DataFrame, family: pd.DataFrame, draws: int = 1000
 
 
 def envelope(runs: pd.DataFrame) -> np.ndarray:
-    """Which runs are of cells that no other cell dominates: none reaches as low a mean outcome with no more compute.
+    """Return which runs are of cells that no other cell dominates: none reaches as low a mean outcome with no more
+    compute.
 
     Runs of one cell at several budgets count as several cells.
     """
@@ -142,14 +143,16 @@ def _check_budgets(runs: pd.DataFrame) -> None:
 
 
 def _misfit(law: Fit, curve: pd.DataFrame) -> float:
-    """Root mean square distance of the cells' means from the law, for the degrees of freedom that are left."""
+    """Return the root mean square distance of the cells' means from the law, for the degrees of freedom that are
+    left."""
     means = curve.groupby("cell")[["C", "y"]].mean()
     residuals = means["y"].to_numpy() - law.predict({"x": means["C"].to_numpy()})
     return float(np.sqrt((residuals**2).sum() / max(len(means) - len(law.parameters), 1)))
 
 
 def _interval(law: Fit, drawn: Bootstrap, y: np.ndarray, means: np.ndarray, beyond: int) -> tuple[float, float]:
-    """95 % interval of the compute that the reference needs for a family's mean outcome, over draws of both sides.
+    """Return the 95 % interval of the compute that the reference needs for a family's mean outcome, over draws of both
+    sides.
 
     Percentiles are those of a t-quantile with Satterthwaite's degrees of freedom of the two sides: the family's runs
     but one, and the runs of the reference `beyond` one per cell.
@@ -166,7 +169,7 @@ def _interval(law: Fit, drawn: Bootstrap, y: np.ndarray, means: np.ndarray, beyo
 
 
 def _inverse(p: Mapping[str, Any], y: Any) -> np.ndarray:
-    """Compute at which E + A C^-alpha = y; infinite at or below E."""
+    """Return the compute at which E + A C^-alpha = y; infinite at or below E."""
     y = np.asarray(y, float)
     with np.errstate(all="ignore"):
         return np.where(y > p["E"], (p["A"] / (y - p["E"])) ** (1 / p["alpha"]), math.inf)

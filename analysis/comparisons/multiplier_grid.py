@@ -16,7 +16,7 @@ Named = tuple[str, str, Multiplier]
 
 
 def multipliers_along_reference(data: GridData) -> tuple[list[Named], list[str]]:
-    """The multiplier of each variant, by data.
+    """Return the multiplier of each variant, by data.
 
     Returns:
         (base, variant, multiplier), without intervals below MIN_PAIRS runs; and the reasons why some have none.
@@ -52,5 +52,5 @@ def _named(part: pd.DataFrame, item: Multiplier) -> Named:
 
 
 def _data(pairing: str) -> str:
-    """The data of a pairing, whatever the base."""
+    """Return the data of a pairing, whatever the base."""
     return json.dumps(json.loads(pairing)[1])

@@ -112,12 +112,12 @@ class Contrast:
 
 
 def contrasts(data: GridData) -> list[Contrast]:
-    """Every variant against the plain variants of the reference family, and against its controls of equal MACs.
+    """Return every variant against the plain variants of the reference family, and against its controls of equal MACs.
 
     The contrast that the grid declares is primary and comes first. Holm's adjustment covers all others.
 
     Raises:
-        InputError: two runs of one variant and one seed.
+        InputError: Two runs of one variant and one seed.
     """
     sides = _sides(data)
     if sides.empty:
@@ -137,14 +137,16 @@ def contrasts(data: GridData) -> list[Contrast]:
 
 
 def _variants(data: GridData) -> pd.DataFrame:
-    """One row per variant (label at one base and data): the position of its first run, and its number as index."""
+    """Return one row per variant (label at one base and data): the position of its first run, and its number as
+    index."""
     runs = data.runs[data.runs["macs"].notna()]
     first = runs.assign(position=runs.index).drop_duplicates(["pairing", "label"])
     return first.set_index(["pairing", "label"])
 
 
 def _sides(data: GridData) -> pd.DataFrame:
-    """One row per contrast: the first run of each side, whether it is to a control, and whether it is primary."""
+    """Return one row per contrast: the first run of each side, whether it is to a control, and whether it is
+    primary."""
     columns = ["pairing", "label", "family", "reshaped", "train_key", "macs", "position"]
     variants = _variants(data).reset_index()[columns]
     reference = variants[variants["family"] == data.reference]
@@ -168,7 +170,8 @@ def _sides(data: GridData) -> pd.DataFrame:
 
 
 def _declared(data: GridData, variants: pd.DataFrame) -> tuple[int, int] | None:
-    """First runs of the two sides of the grid's contrast; None without one, or before runs of both have started."""
+    """Return the first runs of the two sides of the grid's contrast; None without one, or before runs of both have
+    started."""
     if data.contrast is None:
         return None
     firsts = []
@@ -182,7 +185,7 @@ def _declared(data: GridData, variants: pd.DataFrame) -> tuple[int, int] | None:
 
 
 def _contrast(runs: pd.DataFrame, ours: int, theirs: int, control: bool) -> Contrast:
-    """A contrast without its outcomes."""
+    """Return a contrast without its outcomes."""
     a, b = runs.iloc[ours].to_dict(), runs.iloc[theirs].to_dict()
     macs, params, read = (_ratio(a[key], b[key]) for key in ("macs", "params_total", "bytes_per_token"))
     return Contrast(a["base"], a["label"], b["label"], a["family"], control, macs, params, read)
@@ -193,7 +196,8 @@ def _ratio(a: float, b: float) -> float:
 
 
 def _pairs(data: GridData, sides: pd.DataFrame) -> pd.DataFrame:
-    """One row per pair of runs: contrast, seed, positions `ours` and `theirs`, and the columns of both (`_ref`)."""
+    """Return one row per pair of runs: contrast, seed, positions `ours` and `theirs`, and the columns of both
+    (`_ref`)."""
     runs = data.runs.assign(position=data.runs.index)
     variant = runs.groupby(["pairing", "label"], sort=False)["position"].transform("first")
     columns = ["seed", "state", "tokens_per_s", "tokens", "e50", "e50_state", "wall_to_e50", "flops_to_e50", "bits_max"]
@@ -267,7 +271,7 @@ def _unbounded(difference: Difference) -> Difference:
 
 
 def _or_none(difference: Difference) -> Difference | None:
-    """None where some pair lacks the value."""
+    """Return the values of all pairs; None where some pair lacks one."""
     return difference if np.isfinite(difference.mean) else None
 
 
@@ -303,7 +307,7 @@ def _compare_finals(data: GridData, result: list[Contrast], pairs: pd.DataFrame)
 
 
 def _final_differences(same: pd.DataFrame) -> Iterator[tuple[int, list[ScoreDifference]]]:
-    """Contrast -> differences by score, LOSS first."""
+    """Return the differences of each contrast by score, LOSS first."""
     if same.empty:
         return
     numbered = same.assign(group=same.groupby(["contrast", "score"]).ngroup())
@@ -336,7 +340,7 @@ def _crossed(same: pd.DataFrame) -> Iterator[tuple[int, tuple[float, float]]]:
 
 
 def _unpaired(ours: pd.DataFrame, theirs: pd.DataFrame, same: pd.DataFrame) -> Iterator[tuple[int, list[Unpaired]]]:
-    """Contrast -> the scores that both runs of a pair have, but never of the same thing."""
+    """Return, for each contrast, the scores that both runs of a pair have, but never of the same thing."""
     place = ["contrast", "seed", "key"]
     both = ours.drop_duplicates(place).merge(theirs.drop_duplicates(place), on=place, suffixes=("", "_ref"))
     index = pd.MultiIndex.from_frame(both[place])

@@ -24,18 +24,18 @@ class Difference:
 
 
 def paired(differences: np.ndarray) -> Difference:
-    """The mean of paired differences, or of one variant's runs, with its 95 % t-interval."""
+    """Return the mean of paired differences, or of one variant's runs, with its 95 % t-interval."""
     values = np.asarray(differences, float)
     return paired_by_group(values, np.zeros(len(values), int), 1)[0]
 
 
 def paired_by_group(values: np.ndarray, group: np.ndarray, groups: int) -> list[Difference]:
-    """As `paired`, for many sets of values.
+    """Compute `paired` for many sets of values.
 
     Args:
         values: (n,).
-        group: the set of each value, (n,), from 0 to groups - 1.
-        groups: number of sets; one without values has n = 0.
+        group: The set of each value, (n,), from 0 to groups - 1.
+        groups: Number of sets; one without values has n = 0.
     """
     from scipy.special import stdtr, stdtrit
 
@@ -53,7 +53,7 @@ def paired_by_group(values: np.ndarray, group: np.ndarray, groups: int) -> list[
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down adjusted p-values; NaN stays NaN and is not counted."""
+    """Return Holm's step-down adjusted p-values; NaN stays NaN and is not counted."""
     order = sorted((p, position) for position, p in enumerate(p_values) if not math.isnan(p))
     adjusted = [float("nan")] * len(p_values)
     largest = 0.0
@@ -64,7 +64,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def sign_test(lower: int, higher: int) -> float:
-    """Exact two-sided binomial p of `lower` against `higher` at equal chances; NaN below MIN_PAIRS pairs."""
+    """Return the exact two-sided binomial p of `lower` against `higher` at equal chances; NaN below MIN_PAIRS pairs."""
     n = lower + higher
     if n < MIN_PAIRS:
         return float("nan")

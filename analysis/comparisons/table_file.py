@@ -31,18 +31,18 @@ OPTIONAL = {
 
 
 def columns_of(table: pd.DataFrame, columns: str, where: str | None) -> pd.DataFrame:
-    """The columns that a comparison needs, from expressions.
+    """Return the columns that a comparison needs, from expressions.
 
     Args:
-        table: runs as read from a file.
+        table: Runs as read from a file.
         columns: NAME=EXPRESSION,... with the names of NEEDED and OPTIONAL.
-        where: a condition that rows have to satisfy.
+        where: A condition that rows have to satisfy.
 
     Returns:
         family, cell and seed as labels, the rest as positive numbers.
 
     Raises:
-        InputError: an unknown or missing column, or values that are missing or not positive.
+        InputError: An unknown or missing column, or values that are missing or not positive.
     """
     requested, rows = expressions(columns), chosen(table, where, "--where")
     unknown = [name for name in requested if name not in NEEDED | OPTIONAL]
@@ -73,17 +73,17 @@ def columns_of(table: pd.DataFrame, columns: str, where: str | None) -> pd.DataF
 def compare(
     runs: pd.DataFrame, reference: str, primary: str | None, draws: int = 1000, seed: int = 0
 ) -> dict[str, Any]:
-    """Paired differences and compute multipliers of every family against the reference.
+    """Compute paired differences and compute multipliers of every family against the reference.
 
     Args:
-        runs: the columns of `columns_of`.
-        reference: family that the others are compared with.
+        runs: The columns of `columns_of`.
+        reference: Family that the others are compared with.
         primary: FAMILY:CELL of the one contrast whose p-value is not adjusted.
-        draws: bootstrap draws of the multipliers.
-        seed: of the draws.
+        draws: Bootstrap draws of the multipliers.
+        seed: Of the draws.
 
     Raises:
-        InputError: no runs of the reference, none of another family, an unknown primary contrast, or two runs
+        InputError: No runs of the reference, none of another family, an unknown primary contrast, or two runs
             of a family that share cell and seed.
     """
     families = list(dict.fromkeys(runs["family"]))
@@ -114,7 +114,7 @@ def _tested(differences: list[dict[str, Any]], primary: str | None) -> None:
 
 
 def _difference(ours: pd.DataFrame, theirs: pd.DataFrame, family: str, cell: str) -> list[dict[str, Any]]:
-    """A family against the reference at one cell; empty where no seed is shared."""
+    """Return a family against the reference at one cell; empty where no seed is shared."""
     for part in (ours, theirs):
         if (twice := part["seed"].duplicated()).any():
             name, seed = part["family"].iloc[0], part.loc[twice, "seed"].iloc[0]
@@ -146,7 +146,7 @@ def _difference(ours: pd.DataFrame, theirs: pd.DataFrame, family: str, cell: str
 def _multipliers(
     runs: pd.DataFrame, reference: pd.DataFrame, others: list[str], draws: int, seed: int
 ) -> dict[str, Any]:
-    """By family and cell; the reason where the reference does not allow them."""
+    """Return the multipliers by family and cell, or the reason why the reference does not allow them."""
     if "C" not in runs:
         return {"multipliers": [], "reason": "no column C"}
     try:
@@ -164,7 +164,7 @@ def _multipliers(
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """A comparison as lines for a terminal."""
+    """Return a comparison as lines for a terminal."""
     lines = []
     for item in result["differences"]:
         p = "" if np.isnan(item["p"]) else f", p {item['p']:.3g} (primary)"

@@ -36,7 +36,7 @@ class Trend:
 
 
 def trends(data: GridData) -> list[Trend]:
-    """The fits that a grid allows, one per memory family and outcome."""
+    """Return the fits that a grid allows, one per memory family and outcome."""
     table = data.done[data.done["params_total"].notna() & (data.done["partner"] >= 0)]
     is_reference = table["family"].eq(data.reference) & ~table["reshaped"]
     table = table[(table["memory_rows"] > 0) | is_reference]
@@ -52,8 +52,8 @@ def trends(data: GridData) -> list[Trend]:
 
 
 def _outcomes(data: GridData, part: pd.DataFrame) -> list[tuple[str, np.ndarray, str]]:
-    """Name, value per run and what was left out: E50 and storage NLL at a common exposure, or final loss at equal
-    tokens."""
+    """Return the name, value per run and what was left out: E50 and storage NLL at a common exposure, or final loss at
+    equal tokens."""
     reached = part["e50_state"].eq("reached")
     if reached.any():
         without = int((~reached).sum())
@@ -75,7 +75,8 @@ def _design(table: pd.DataFrame) -> np.ndarray:
 
 
 def _fit(outcome: str, family: str, table: pd.DataFrame, left_out: str) -> Trend:
-    """Least squares over runs, intervals from their spread within cells, the largest table predicted beforehand."""
+    """Fit least squares over runs, with intervals from their spread within cells, and predict the held-out largest
+    table."""
     x, y = _design(table), np.log(table["y"].to_numpy(float))
     cells = table.groupby(["base", "label"]).ngroup().to_numpy()
     varied = _identified(x)
@@ -99,7 +100,7 @@ def _fit(outcome: str, family: str, table: pd.DataFrame, left_out: str) -> Trend
 
 
 def _identified(x: np.ndarray) -> list[int]:
-    """Columns that add a direction to those before them."""
+    """Return the columns that add a direction to those before them."""
     columns: list[int] = []
     for column in (0, 1, 2):
         if np.linalg.matrix_rank(x[:, [*columns, column]], tol=1e-8) > len(columns):
@@ -108,7 +109,8 @@ def _identified(x: np.ndarray) -> list[int]:
 
 
 def _interval(x: np.ndarray, y: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """95 % t-interval of each coefficient from the spread of runs within cells, Satterthwaite's degrees of freedom.
+    """Return the 95 % t-interval of each coefficient from the spread of runs within cells, Satterthwaite's degrees of
+    freedom.
 
     A bootstrap of runs within cells tends to it, but shrinks in cells of a few runs.
     """
@@ -130,7 +132,7 @@ def _interval(x: np.ndarray, y: np.ndarray, cells: np.ndarray) -> tuple[np.ndarr
 
 
 def _held_out(table: pd.DataFrame, x: np.ndarray, y: np.ndarray, cells: np.ndarray) -> dict[str, float | str]:
-    """The cell with the most table parameters (the larger base on a tie), predicted by a fit to the others."""
+    """Return the cell with the most table parameters (the larger base on a tie), predicted by a fit to the others."""
     biggest = table.assign(cell=cells).sort_values(["params_memory", "N"])["cell"].iloc[-1]
     rest, out = cells != biggest, cells == biggest
     if len(set(cells[rest])) < 3:

@@ -33,7 +33,8 @@ class Choice:
 
 
 def table(data: GridData) -> pd.DataFrame:
-    """One row per finished run: family, seed, the tuned fields (NaN where it has none) and the share of bits stored."""
+    """Return one row per finished run: family, seed, the tuned fields (NaN where it has none) and the share of bits
+    stored."""
     runs = data.done.assign(share=data.curves("storage_bits").last_y()[data.done.index] / data.done["bits_max"])
     runs = runs[runs["share"].notna()].sort_values("stored")
     if runs.empty:
@@ -47,7 +48,7 @@ def table(data: GridData) -> pd.DataFrame:
 
 
 def choices(scored: pd.DataFrame) -> list[Choice]:
-    """The choice of every family of a tuning table, in the grid's order."""
+    """Return the choice of every family of a tuning table, in the grid's order."""
     return [_choice(str(family), part) for family, part in scored.groupby("family", sort=False)]
 
 
@@ -75,7 +76,7 @@ def _choice(family: str, scored: pd.DataFrame) -> Choice:
 
 
 def markdown(scored: pd.DataFrame) -> str:
-    """The choices as a table, followed by every setting tried."""
+    """Return the choices as a table, followed by every setting tried."""
     lines = [
         "| family | runs | lr | value lr | value weight decay | stored | worst neighbour | at an edge |",
         "|---" * 8 + "|",

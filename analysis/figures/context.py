@@ -68,22 +68,22 @@ class Context:
         return [base for base in self.data.bases if base in set(self.table["base"])]
 
     def of_base(self, base: str) -> pd.DataFrame:
-        """The runs of a base size."""
+        """Return the runs of a base size."""
         return self.table[self.table["base"] == base]
 
     def variants(self, base: str) -> Iterator[tuple[str, pd.DataFrame]]:
-        """Label and runs of each variant of a base, in reading order."""
+        """Return the label and runs of each variant of a base, in reading order."""
         for label, group in self.of_base(base).groupby("label", sort=False):
             yield str(label), group
 
     def legend(self, label: str) -> str:
-        """A legend entry: the label and its number of runs, by base where they differ."""
+        """Return a legend entry: the label and its number of runs, by base where they differ."""
         counts = self.table[self.table["label"] == label].groupby("base").size()
         numbers = [int(counts[base]) for base in self.bases if base in counts.index]
         return f"{label} (n={'/'.join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))})"
 
     def note(self, text: str) -> str:
-        """A footnote: what the marks are, the source, and what the worlds can show."""
+        """Return a footnote: what the marks are, the source, and what the worlds can show."""
         source = f"Source: our runs, grid {self.grid}, {len(self.table)} runs."
         return " ".join(filter(None, [text, self.remark, source, regime(self.data.done)]))
 
@@ -93,7 +93,7 @@ class Context:
         return identities(self.data.scores)
 
     def no_bits(self) -> str:
-        """Why there is no figure of bits learned, and what would make one."""
+        """Return why there is no figure of bits learned, and what would make one."""
         if not len(self.table):
             return f"no finished run in grid {self.grid}: suite sweep {self.source}"
         return (
@@ -102,18 +102,18 @@ class Context:
         )
 
     def with_bits_at_common_exposure(self, part: pd.DataFrame) -> tuple[pd.DataFrame, float]:
-        """Runs with storage probes and the last exposure that all of them reached, where `nll` and `flops_there` are
-        taken."""
+        """Return the runs with storage probes and the last exposure that all of them reached, where `nll` and
+        `flops_there` are taken."""
         part = part[part["e50_state"] != "none"]
         exposure, at = self.data.common_exposure(part.index), part.index.to_numpy(int)
         nll = self.data.curves("storage_nll").at(exposure, at)
         return part.assign(nll=nll, flops_there=self.data.curves("train_flops").at(exposure, at)), exposure
 
     def bases_of_equal_tokens(self) -> list[str]:
-        """Bases whose finished runs all saw the same number of tokens, within 1 %.
+        """Return the bases whose finished runs all saw the same number of tokens, within 1 %.
 
         Raises:
-            Missing: there is none.
+            Missing: There is none.
         """
         tokens = self.table.groupby("base")["tokens"]
         spread = tokens.max() / tokens.min()
@@ -134,7 +134,7 @@ class Context:
 
 
 def context(comparisons: Comparisons) -> Context:
-    """The figures' view of a grid's finished runs."""
+    """Return the figures' view of a grid's finished runs."""
     data = comparisons.data
     table = data.done
     labels, remark = table["label"], ""
@@ -153,7 +153,7 @@ def context(comparisons: Comparisons) -> Context:
 
 
 def _pooled(table: pd.DataFrame) -> pd.Series:
-    """Family and table size, or width, of each run."""
+    """Return the family and table size, or width, of each run."""
     keys = np.where(table["half_keys"].notna(), " k" + table["half_keys"].fillna(0).astype(int).astype(str), "")
     width = np.where(table["ffn_hidden"].notna(), " ffn" + table["ffn_hidden"].fillna(0).astype(int).astype(str), "")
     return table["family"] + keys + width

@@ -69,7 +69,7 @@ def _note(found: Fit, others: list[str], source: str) -> str:
 
 
 def _levels(values: np.ndarray) -> np.ndarray:
-    """Up to CURVES values of an input, spread over those that occur."""
+    """Return up to CURVES values of an input, spread over those that occur."""
     unique = np.unique(values)
     if len(unique) <= CURVES:
         return unique
@@ -79,21 +79,21 @@ def _levels(values: np.ndarray) -> np.ndarray:
 
 
 def _nearest(values: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """The curve nearest to each run, on a logarithmic scale where all values are positive."""
+    """Return the curve nearest to each run, on a logarithmic scale where all values are positive."""
     if (values > 0).all() and (levels > 0).all():
         values, levels = np.log(values), np.log(levels)
     return np.abs(values[:, None] - levels).argmin(1)
 
 
 def _range(values: np.ndarray) -> np.ndarray:
-    """Points over an input's range, evenly spaced on a logarithmic scale where it is positive."""
+    """Return points over an input's range, evenly spaced on a logarithmic scale where it is positive."""
     if (values > 0).all():
         return np.geomspace(values.min(), values.max(), POINTS)
     return np.linspace(values.min(), values.max(), POINTS)
 
 
 def _band(found: Fit, point: dict[str, np.ndarray], predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The 95 % band of the law, symmetric on the fitted scale."""
+    """Return the 95 % band of the law, symmetric on the fitted scale."""
     reach = prediction_errors(found, point)
     if found.problem.law.residuals == "log":
         return predicted * np.exp(-reach), predicted * np.exp(reach)

@@ -19,7 +19,7 @@ HELD = "#D55E00"
 
 
 def law_figure(found: Fit, held: HeldOut, folder: Path, source: str) -> list[Path]:
-    """Fitted against observed (against its one input, for laws of one), with residuals and leverage below.
+    """Draw fitted against observed (against its one input, for laws of one), with residuals and leverage below.
 
     Held-out points are open, as a fit to the rest predicted them; the law drawn is fitted to all.
     """
@@ -61,7 +61,7 @@ def law_figure(found: Fit, held: HeldOut, folder: Path, source: str) -> list[Pat
 
 
 def _note(found: Fit, held: HeldOut, source: str) -> str:
-    """The law, what was held out and how it was predicted, and where the points are from."""
+    """Describe the law, what was held out and how it was predicted, and where the points are from."""
     score = f"nothing held out: {held.reason}"
     if len(held.rows):
         error = 100 * float(np.abs(held.relative_errors).mean())

@@ -30,13 +30,13 @@ QUANTILES = (0.1, 0.9)
 
 
 def mean_curve(data: GridData, runs: np.ndarray, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """The curves of some runs on the probe exposures of the one that ended first.
+    """Return the curves of some runs on the probe exposures of the one that ended first.
 
     Args:
-        data: the grid.
-        runs: positions of the runs.
-        x: probe column of the horizontal axis.
-        y: probe column of the outcome.
+        data: The grid.
+        runs: Positions of the runs.
+        x: Probe column of the horizontal axis.
+        y: Probe column of the outcome.
 
     Returns:
         The mean of x, (exposures,), and y of each run, (runs with such probes, exposures).
@@ -54,7 +54,7 @@ def mean_curve(data: GridData, runs: np.ndarray, x: str, y: str) -> tuple[np.nda
 
 
 def _resampled(curves: Curves, runs: np.ndarray, exposures: np.ndarray) -> np.ndarray:
-    """Each run's values at these exposures, (runs, exposures)."""
+    """Return each run's values at these exposures, (runs, exposures)."""
     queries = np.repeat(runs, len(exposures))
     return curves.at(np.tile(exposures, len(runs)), queries, clamp=True).reshape(len(runs), len(exposures))
 
@@ -65,11 +65,11 @@ def curves(axis: Axes, context: Context, base: str, x: str, y: str) -> None:
     Of more than LINES runs the band holds the runs between QUANTILES, and there are no thin lines.
 
     Args:
-        axis: where.
-        context: the grid.
-        base: base size.
-        x: probe column of the horizontal axis, a key of AXES.
-        y: probe column of the outcome.
+        axis: Where.
+        context: The grid.
+        base: Base size.
+        x: Probe column of the horizontal axis, a key of AXES.
+        y: Probe column of the outcome.
     """
     for label, group in context.variants(base):
         look, runs = context.looks[label], group.index.to_numpy(int)
@@ -103,7 +103,8 @@ def _single_runs(axis: Axes, data: GridData, runs: np.ndarray, x: str, y: str, l
 
 
 def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Ends of the band over (runs, exposures): quantiles of many runs, or the t-interval of the mean (NaN for few)."""
+    """Return the ends of the band over (runs, exposures): quantiles of many runs, or the t-interval of the mean (NaN
+    for few)."""
     if len(values) > LINES:
         low, high = np.quantile(values, QUANTILES, axis=0)
         return low, high
@@ -129,7 +130,7 @@ def cut_below(axis: Axes, bits_max: float) -> None:
 
 
 def bits_against_exposures(context: Context, folder: Path) -> list[Path]:
-    """Bits learned (storage) against exposures, one panel per base, half of N H marked."""
+    """Draw bits learned (storage) against exposures, one panel per base, half of N H marked."""
     bases = context.bases
     with style.figure(1, len(bases), width=max(4.4, 3.6 * len(bases)), height=4.2, sharey=False) as (
         drawn,
@@ -156,7 +157,7 @@ def bits_against_exposures(context: Context, folder: Path) -> list[Path]:
 
 
 def bits_against_compute(context: Context, folder: Path) -> list[Path]:
-    """Bits learned against training FLOPs (above) and against wall-clock (below), one column per base."""
+    """Draw bits learned against training FLOPs (above) and against wall-clock (below), one column per base."""
     bases = context.bases
     with style.figure(2, len(bases), width=max(4.4, 3.6 * len(bases)), height=6.4) as (drawn, axes):
         for row, x in enumerate(("train_flops", "wall_s")):
@@ -171,7 +172,7 @@ def bits_against_compute(context: Context, folder: Path) -> list[Path]:
 
 
 def loss_curves(context: Context, folder: Path) -> list[Path]:
-    """Evaluation-mode loss against training tokens, one panel per base; training-mode loss is never drawn."""
+    """Draw evaluation-mode loss against training tokens, one panel per base; training-mode loss is never drawn."""
     bases = context.bases
     with style.figure(1, len(bases), width=max(4.4, 3.6 * len(bases)), height=4.2) as (drawn, axes):
         for axis, base in zip(axes, bases, strict=True):
@@ -183,7 +184,7 @@ def loss_curves(context: Context, folder: Path) -> list[Path]:
 
 
 def against_rows(context: Context, folder: Path) -> list[Path]:
-    """The paper's figure 1 form: E50 and NLL against memory rows, models without a table as horizontal references."""
+    """Draw figure 1 of the paper: E50 and NLL against memory rows, models without a table as horizontal references."""
     bases = context.bases
     if not (context.table["memory_rows"] > 0).any():
         raise Missing(

@@ -30,13 +30,13 @@ def dot(
     """Draw the mean of some runs with its 95 % t-interval, and single runs as faint ticks.
 
     Args:
-        axis: where.
-        at: the place of the mean on the other axis.
-        values: one per run.
-        look: colour and marker.
-        sideways: values lie along x.
-        ratio: mean and interval are those of the logarithms.
-        options: of the mean's marker.
+        axis: Where.
+        at: The place of the mean on the other axis.
+        values: One per run.
+        look: Colour and marker.
+        sideways: Values lie along x.
+        ratio: Mean and interval are those of the logarithms.
+        options: Of the mean's marker.
     """
     difference = paired(np.log(values) if ratio else values)
     middle, low, high = ((np.exp(v) if ratio else v) for v in (difference.mean, difference.low, difference.high))
@@ -52,7 +52,7 @@ def dot(
 
 
 def face(look: style.Look, group: pd.DataFrame, key: str) -> str:
-    """White where the mean is of E50 and a run is censored, so that it is a bound."""
+    """Return the marker's fill: white where the mean is of E50 and a run is censored, so that it is a bound."""
     return "white" if key == "e50" and bool(group["e50_state"].ne("reached").any()) else look.color
 
 
@@ -60,12 +60,12 @@ def line_over_bases(axis: Axes, context: Context, label: str, part: pd.DataFrame
     """Draw one variant over its base sizes: means joined, each with its interval and single runs.
 
     Args:
-        axis: where.
-        context: looks and legend entries.
-        label: the variant.
-        part: its runs, with columns `x` and `y`.
-        x: column of the horizontal place.
-        y: column of the outcome.
+        axis: Where.
+        context: Looks and legend entries.
+        label: The variant.
+        part: Its runs, with columns `x` and `y`.
+        x: Column of the horizontal place.
+        y: Column of the outcome.
     """
     look = context.looks[label]
     groups = sorted(((float(group[x].mean()), group) for _, group in part.groupby("base")), key=lambda item: item[0])
@@ -86,11 +86,11 @@ def variant_points(axis: Axes, context: Context, part: pd.DataFrame, x: str, y: 
     """Draw one point per variant, with what distinguishes it within its family written next to the point.
 
     Args:
-        axis: where.
-        context: looks and legend entries.
-        part: runs with columns `x` and `y`.
-        x: column of the horizontal place.
-        y: column of the outcome.
+        axis: Where.
+        context: Looks and legend entries.
+        part: Runs with columns `x` and `y`.
+        x: Column of the horizontal place.
+        y: Column of the outcome.
     """
     from matplotlib.ticker import EngFormatter, MaxNLocator
 

@@ -53,7 +53,7 @@ def draw(bench: Path, folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
         Name -> files, and a line for each missing figure with the command that makes it possible.
 
     Raises:
-        InputError: a file without the columns needed, or with values that are not above 0.
+        InputError: A file without the columns needed, or with values that are not above 0.
     """
     tables, steps = sorted(bench.glob("kernels-*.csv")), bench / "step.csv"
     drawn = {f"kernel-roofline-{path.stem.removeprefix('kernels-')}": roofline(path, folder) for path in tables}
@@ -69,7 +69,7 @@ def draw(bench: Path, folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
 
 
 def roofline(path: Path, folder: Path) -> list[Path]:
-    """One device's figure: a column per operator, a row of panels per use and width."""
+    """Return one device's figure: a column per operator, a row of panels per use and width."""
     table = _read(path)
     operators = [name for name in TITLES if name in set(table["operator"])]
     uses = sorted({(str(use), int(width)) for use, width in zip(table["use"], table["width"], strict=True)})

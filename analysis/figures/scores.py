@@ -27,7 +27,7 @@ VARIANTS = 24
 
 
 def scores_against_rows(context: Context, folder: Path) -> list[Path]:
-    """Final scores against memory rows, with models without a table, and published points of the same base."""
+    """Draw final scores against memory rows, with models without a table and published points of the same base."""
     with_memory = set(context.table.loc[context.table["memory_rows"] > 0, "base"])
     bases = [base for base in context.bases_of_equal_tokens() if base in with_memory]
     if not bases:
@@ -52,7 +52,7 @@ def scores_against_rows(context: Context, folder: Path) -> list[Path]:
 
 
 def scores_against_base(context: Context, folder: Path) -> list[Path]:
-    """Final scores against base size, a line per variant of two base sizes or more."""
+    """Draw final scores against base size, a line per variant of two base sizes or more."""
     bases, sizes = context.bases_of_equal_tokens(), context.base_sizes()
     if len(bases) < 2:
         raise Missing(
@@ -76,7 +76,7 @@ def scores_against_base(context: Context, folder: Path) -> list[Path]:
 
 
 def scores_against_cost(context: Context, folder: Path) -> list[Path]:
-    """Final scores against training FLOPs and against bytes read per token, a variant's base sizes joined."""
+    """Draw final scores against training FLOPs and against bytes read per token, a variant's base sizes joined."""
     costs = {"train_flops": "training FLOPs", "bytes_per_token": "bytes read per token, batch 1"}
     table = context.table[context.table["base"].isin(context.bases_of_equal_tokens())]
 
@@ -93,7 +93,7 @@ def scores_against_cost(context: Context, folder: Path) -> list[Path]:
 
 
 def final_scores_figure(context: Context, folder: Path) -> list[Path]:
-    """Final evaluation-mode loss, bits per byte and task scores by variant, side by side."""
+    """Draw final evaluation-mode loss, bits per byte and task scores by variant, side by side."""
     bases = context.bases_of_equal_tokens()
     names = [f"{base} {context.legend(label)}" for base in bases for label, _ in context.variants(base)]
     if len(names) > VARIANTS:
@@ -123,10 +123,10 @@ def final_scores_figure(context: Context, folder: Path) -> list[Path]:
 
 
 def _scores(context: Context) -> list[int]:
-    """The scores there are, evaluation-mode loss first; bits are drawn as learning curves.
+    """Return the available scores, evaluation-mode loss first; bits are drawn as learning curves.
 
     Raises:
-        Missing: there is none.
+        Missing: There is none.
     """
     scores = context.data.scores
     scores = scores[scores["run"].isin(context.table.index) & (scores["metric"] != "bits")]
@@ -144,7 +144,7 @@ def _title(context: Context, score: int) -> str:
 
 
 def _points(context: Context, part: pd.DataFrame, score: int) -> pd.DataFrame:
-    """The runs that have a score, with it as `value`."""
+    """Return the runs that have a score, with it as `value`."""
     scores = context.data.scores
     values = scores.loc[scores["score"] == score].set_index("run")["value"]
     return part.assign(value=values.reindex(part.index)).dropna(subset=["value"])
@@ -162,19 +162,19 @@ def _panels(
     margin: float = 0.0,
     sharey: bool = False,
 ) -> list[Path]:
-    """A figure of one panel per place and score; scores beyond PANELS panels are named in the footnote.
+    """Return a figure of one panel per place and score; scores beyond PANELS panels are named in the footnote.
 
     Args:
-        context: the grid.
-        folder: where the figure is written.
-        name: of the file.
-        panels: the place (a base, a cost or nothing) and score of each panel.
-        panel: draws one.
-        note: the footnote.
-        columns: panels side by side.
-        height: of a row, inches.
-        margin: width for labels to the left, inches.
-        sharey: whether panels share their vertical axis.
+        context: The grid.
+        folder: Where the figure is written.
+        name: Of the file.
+        panels: The place (a base, a cost or nothing) and score of each panel.
+        panel: Draws one.
+        note: The footnote.
+        columns: Panels side by side.
+        height: Of a row, inches.
+        margin: Width for labels to the left, inches.
+        sharey: Whether panels share their vertical axis.
     """
     scores = list(dict.fromkeys(score for _, score in panels))
     room = max(1, PANELS * len(scores) // len(panels))

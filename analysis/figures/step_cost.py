@@ -27,10 +27,10 @@ OPTIMIZERS = {"row_wise": ("-", "row-wise"), "dense": ("--", "dense optimizer")}
 
 
 def step_cost(path: Path, folder: Path) -> list[Path]:
-    """The figure: a line per family and optimizer, families without a table as dotted levels.
+    """Return the figure: a line per family and optimizer, families without a table as dotted levels.
 
     Raises:
-        InputError: a file without the columns needed, or without rows.
+        InputError: A file without the columns needed, or without rows.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 

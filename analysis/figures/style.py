@@ -69,8 +69,8 @@ PLAIN = Look("#7F7F7F", "o", "-", 1.0, 4.0)
 
 
 def looks(variants: list[tuple[str, str]]) -> dict[str, Look]:
-    """Label -> look, for (family, label) pairs in drawing order: families by colour and marker, members by line style
-    and the marker's size."""
+    """Return the look of each label, for (family, label) pairs in drawing order: families by colour and marker, members
+    by line style and the marker's size."""
     unknown = [family for family in dict.fromkeys(family for family, _ in variants) if family not in COLOURS]
     colours = COLOURS | {family: SPARE[i % len(SPARE)] for i, family in enumerate(unknown)}
     seen: dict[str, int] = {}

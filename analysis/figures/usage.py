@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
 
 def usage_figure(context: Context, folder: Path) -> list[Path]:
-    """Share of rows read and unevenness of reads, of every model with a table; the mean over a run's tables."""
+    """Draw the share of rows read and unevenness of reads, of every model with a table; the mean over a run's
+    tables."""
     runs = context.table[context.table["usage_used"].notna()]
     groups = [(str(base), label, group) for base in context.bases for label, group in context.variants(base)]
     groups = [(base, label, group.loc[group.index.isin(runs.index)]) for base, label, group in groups]
@@ -49,7 +50,7 @@ PANELS = (
 
 
 def usage_in_training(context: Context, folder: Path) -> list[Path]:
-    """Rows read, rows never read and unevenness of reads against training tokens, a row of panels per base."""
+    """Draw rows read, rows never read and unevenness of reads against training tokens, a row of panels per base."""
     use = context.data.table_use
     by_base = {
         base: [

@@ -27,7 +27,7 @@ ROWS = 40
 
 
 def against_base(context: Context, folder: Path) -> list[Path]:
-    """E50 and answer NLL against base size, a line per variant of two base sizes or more."""
+    """Draw E50 and answer NLL against base size, a line per variant of two base sizes or more."""
     if not context.data.has_bits:
         raise Missing(context.no_bits())
     if len(context.bases) < 2:
@@ -54,7 +54,7 @@ def against_base(context: Context, folder: Path) -> list[Path]:
 
 
 def against_cost(context: Context, folder: Path) -> list[Path]:
-    """What each variant reaches against what it costs: training FLOPs and bytes read per token, a row per base."""
+    """Draw what each variant reaches against what it costs: training FLOPs and bytes read per token, a row per base."""
     bios = context.data.has_bits
     bases = context.bases if bios else context.bases_of_equal_tokens()
     with style.figure(len(bases), 2, width=7.0, height=2.9 * len(bases), sharey="row") as (drawn, axes):
@@ -77,8 +77,8 @@ def against_cost(context: Context, folder: Path) -> list[Path]:
 
 
 def multiplier_figure(context: Context, folder: Path) -> list[Path]:
-    """Compute of the reference for the same outcome over each variant's own: at half of N H by pair of seeds; without
-    storage probes at the final loss, along the reference's runs."""
+    """Draw the compute of the reference for the same outcome over each variant's own: at half of N H by pair of seeds;
+    without storage probes at the final loss, along the reference's runs."""
     if not context.data.has_bits:
         return _multipliers_at_loss(context, folder)
     ratios: dict[tuple[str, str], list[np.ndarray]] = {}
@@ -106,7 +106,7 @@ def multiplier_figure(context: Context, folder: Path) -> list[Path]:
 
 
 def _multipliers_at_loss(context: Context, folder: Path) -> list[Path]:
-    """Compute of the reference for each variant's final loss, open where that is an extrapolation."""
+    """Draw the compute of the reference for each variant's final loss, open where that is an extrapolation."""
     multipliers, reasons = context.comparisons.multipliers
     drawn_rows = [item for item in multipliers if np.isfinite(item[2].value) and item[1] in context.drawn_as]
     reference = context.data.reference
@@ -155,7 +155,7 @@ def _named_rows(names: list[str], xlabel: str) -> Iterator[tuple[Figure, Axes]]:
 
 
 def trend_figure(context: Context, folder: Path) -> list[Path]:
-    """The log-linear fits: fitted against observed by variant, the held-out one as a ring, and residuals below."""
+    """Draw the log-linear fits: fitted against observed by variant, the held-out one as a ring, and residuals below."""
     fits = [trend for trend in context.comparisons.trends if trend.points]
     if not fits:
         raise Missing(
@@ -217,7 +217,7 @@ def _intervals(top: Axes, bottom: Axes, points: pd.DataFrame, color: str) -> Non
 
 
 def plan_figure(context: Context, folder: Path) -> list[Path]:
-    """Measured wall-clock of each run against the plan's prediction."""
+    """Draw the measured wall-clock of each run against the plan's prediction."""
     runs = context.table[context.table["predicted_wall_s"].gt(0) & context.table["wall_s"].gt(0)]
     if runs.empty:
         raise Missing(f"no predicted wall-clock in grid {context.grid}; before a sweep: suite plan {context.source}")

@@ -14,7 +14,7 @@ CLEAR = 3.0
 
 
 def budgets(flops: np.ndarray) -> np.ndarray:
-    """Each run's budget, (n,): the geometric mean of the FLOPs of the runs that belong together.
+    """Return each run's budget, (n,): the geometric mean of the FLOPs of the runs that belong together.
 
     Runs are separated at the wide gaps between their sorted FLOPs. Which gaps are wide, the table decides: those from
     the largest jump in the sorted list of gaps on, so that budgets may scatter by several per cent about a nominal one.
@@ -29,7 +29,7 @@ def budgets(flops: np.ndarray) -> np.ndarray:
 
 
 def _threshold(gaps: np.ndarray) -> float:
-    """The gap of log FLOPs above which two runs have different budgets."""
+    """Return the gap of log FLOPs above which two runs have different budgets."""
     widths = np.concatenate([[ROUNDING], np.sort(gaps[gaps > ROUNDING])])
     jumps = widths[1:] / widths[:-1]
     jumps[widths[1:] <= np.log(SAME_BUDGET)] = 0.0

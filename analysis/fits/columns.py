@@ -15,7 +15,7 @@ from analysis.laws.law import Law
 
 
 def expressions(text: str) -> dict[str, str]:
-    """Name -> expression from `N=..., D=...`; commas inside backticks, brackets and quotes do not split."""
+    """Return expressions by name from `N=..., D=...`; commas inside backticks, brackets and quotes do not split."""
     parts, depth, quote, start = [], 0, "", 0
     for position, character in enumerate(text):
         if quote:
@@ -43,12 +43,12 @@ def expressions(text: str) -> dict[str, str]:
 
 
 def prepared(table: pd.DataFrame) -> pd.DataFrame:
-    """A plain index, and numbers as floats: integers would overflow in products such as 6 N D."""
+    """Return a plain index, and numbers as floats: integers would overflow in products such as 6 N D."""
     return _as_floats(table.reset_index(drop=True))
 
 
 def _as_floats(table: pd.DataFrame) -> pd.DataFrame:
-    """Columns that hold nothing but numbers, as text or not, as floats."""
+    """Convert columns that hold nothing but numbers, as text or not, to floats."""
     return pd.DataFrame({column: _floats(series) for column, series in table.items()}, index=table.index)
 
 
@@ -60,7 +60,7 @@ def _floats(series: pd.Series) -> pd.Series:
 
 
 def evaluate(table: pd.DataFrame, expression: str, option: str) -> pd.Series:
-    """An expression over the table's columns, as pandas.eval reads it; InputError naming the option."""
+    """Return an expression over the table's columns, as pandas.eval reads it; InputError naming the option."""
     try:
         result = table.eval(expression, engine="python", local_dict={}, global_dict={})
     except pd.errors.UndefinedVariableError as error:
@@ -76,7 +76,7 @@ def evaluate(table: pd.DataFrame, expression: str, option: str) -> pd.Series:
 
 
 def number(table: pd.DataFrame, expression: str, option: str) -> np.ndarray:
-    """An expression's values as floats (n,), NaN where missing; InputError where it gives something else."""
+    """Return an expression's values as floats (n,), NaN where missing; InputError where it gives something else."""
     series = evaluate(table, expression, option)
     if not pd.api.types.is_numeric_dtype(series):
         row, bad = next((item for item in series.items() if not _is_number(item[1])), (0, None))
@@ -85,7 +85,7 @@ def number(table: pd.DataFrame, expression: str, option: str) -> np.ndarray:
 
 
 def groups(table: pd.DataFrame, expression: str | None, option: str) -> np.ndarray | None:
-    """An expression's values as labels (n,); None without one, InputError where one is missing."""
+    """Return an expression's values as labels (n,); None without one, InputError where one is missing."""
     if expression is None:
         return None
     series = evaluate(table, expression, option)
@@ -95,7 +95,7 @@ def groups(table: pd.DataFrame, expression: str | None, option: str) -> np.ndarr
 
 
 def chosen(table: pd.DataFrame, condition: str | None, option: str) -> pd.DataFrame:
-    """The rows that satisfy a condition, or all; columns without words among these rows become floats."""
+    """Return the rows that satisfy a condition, or all; columns without words among these rows become floats."""
     if condition is None:
         return table
     mask = evaluate(table, condition, option)
@@ -107,7 +107,7 @@ def chosen(table: pd.DataFrame, condition: str | None, option: str) -> pd.DataFr
 
 
 def numbers(table: pd.DataFrame, columns: Mapping[str, str], drop_missing: bool) -> tuple[pd.DataFrame, list[int]]:
-    """The named expressions as float columns, and which rows of the table they are.
+    """Return the named expressions as float columns, and which rows of the table they are.
 
     Rows with a missing value are an InputError, unless they are to be dropped.
     """
@@ -140,7 +140,7 @@ def problem(
     weights: np.ndarray | None = None,
     fixed: Mapping[str, float] | None = None,
 ) -> Problem:
-    """A law's problem on a frame of its inputs and output, checked; InputError in one line for every fault."""
+    """Return a law's problem on a frame of its inputs and output, checked; InputError in one line for every fault."""
     wanted = [*law.inputs, law.output]
     absent = [name for name in wanted if name not in frame.columns]
     if absent:

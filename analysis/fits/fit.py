@@ -42,7 +42,7 @@ class Fit:
         return {name: float(values[name][0]) for name in self.problem.law.names}
 
     def predict(self, x: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The fitted law at inputs x."""
+        """Return the fitted law at inputs x."""
         return self.problem.predict(self.theta[None], x)[0]
 
     @cached_property
@@ -69,7 +69,7 @@ class Fit:
 
 
 def fit(problem: Problem, seed: int = 0) -> Fit:
-    """The global optimum as far as many starts can tell; InputError where there are too few points."""
+    """Return the global optimum as far as many starts can tell; InputError where there are too few points."""
     need, different = len(problem.free) + 1, problem.different
     if problem.n < need:
         raise InputError(
@@ -97,9 +97,9 @@ def settle(problem: Problem, theta: np.ndarray, value: float) -> tuple[np.ndarra
     at one end stays there; one that fits as well at both is unidentified and takes the middle of its range.
 
     Args:
-        problem: the problem.
-        theta: an optimum, (p,).
-        value: its objective.
+        problem: The problem.
+        theta: An optimum, (p,).
+        value: Its objective.
 
     Returns:
         The optimum, at bounds where the data lead to them, and its objective.
@@ -130,7 +130,7 @@ def settle(problem: Problem, theta: np.ndarray, value: float) -> tuple[np.ndarra
 
 
 def _centred(problem: Problem, theta: np.ndarray, value: float, flat: list[int]) -> tuple[np.ndarray, float]:
-    """Unidentified parameters in the middle of their ranges, where that fits as well."""
+    """Move unidentified parameters to the middle of their ranges, where that fits as well."""
     for i in flat:
         moved = theta.copy()
         moved[i] = problem.centre[i]
@@ -141,7 +141,7 @@ def _centred(problem: Problem, theta: np.ndarray, value: float, flat: list[int])
 
 
 def _searched(problem: Problem, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Refined starts, best first, until AGREED of them end at the same optimum.
+    """Return the refined starts, best first, until AGREED of them end at the same optimum.
 
     While they do not, every start moves on by a share of the way between two others, as in differential evolution
     (Storn and Price 1997, Journal of Global Optimization 11): a small delta leaves many shallow optima close together.
@@ -174,12 +174,12 @@ def _best_first(theta: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _agreeing(problem: Problem, value: np.ndarray) -> int:
-    """How many end where the best does."""
+    """Return how many end where the best does."""
     return int((value <= value[0] * (1 + 1e-6) + problem.negligible).sum())
 
 
 def _polished(problem: Problem, theta: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A longer descent of the best few from where they are."""
+    """Return a longer descent of the best few from where they are."""
     few = min(4, len(theta))
     weights = np.broadcast_to(problem.w, (few, problem.n))
     again, found = minimise(

@@ -30,7 +30,7 @@ class Bootstrap:
         return len(self.theta)
 
     def interval(self, name: str, level: float = 0.95) -> tuple[float, float]:
-        """Expanded percentile interval of a parameter; NaN without draws.
+        """Return the expanded percentile interval of a parameter; NaN without draws.
 
         Percentiles of a normal quantile widened by t / z and sqrt(n / (n - p)), n resampled units: plain percentiles
         are too narrow in small samples (Hesterberg 2015, The American Statistician 69(4), section 4.3).
@@ -46,7 +46,7 @@ class Bootstrap:
         return float(low), float(high)
 
     def standard_error(self, name: str) -> float:
-        """Standard deviation over draws."""
+        """Return the standard deviation over draws."""
         return float(self.values[name].std(ddof=1)) if self.completed > 1 else math.nan
 
 
@@ -70,7 +70,7 @@ def bootstrap(
 
 
 def _refitted(found: Fit, weights: np.ndarray) -> np.ndarray:
-    """The optimum under each row of weights (draws, n), as theta (draws, p)."""
+    """Return the optimum under each row of weights (draws, n), as theta (draws, p)."""
     problem = found.problem
     losses = huber(problem.residual(found.bank)[0], problem.delta)
     order = np.argsort(weights @ np.nan_to_num(losses, nan=np.inf, posinf=1e300).T, 1)[:, :2]
@@ -84,7 +84,7 @@ def _refitted(found: Fit, weights: np.ndarray) -> np.ndarray:
 def _counts(
     n: int, draws: int, generator: np.random.Generator, clusters: np.ndarray | None, strata: np.ndarray | None
 ) -> np.ndarray:
-    """How often each point is drawn, (draws, n).
+    """Return how often each point is drawn, (draws, n).
 
     Within strata one unit fewer is drawn than there are and all are scaled up to their number: plain draws of a few
     runs vary too little (Rao and Wu 1988, JASA 83(401)). A stratum of one unit keeps it.
@@ -101,7 +101,7 @@ def _counts(
 
 
 def _moments(found: Fit) -> tuple[float, float]:
-    """E psi^2, corrected by n/(n - p), and E psi', of Huber's psi at the optimum.
+    """Return E psi^2, corrected by n/(n - p), and E psi', of Huber's psi at the optimum.
 
     Under Huber's loss with a small delta few points lie in the quadratic zone; E psi' = P(|r| <= delta) is then
     estimated over a wider band around 0, without the p points that such a fit goes through.
@@ -119,19 +119,20 @@ def _moments(found: Fit) -> tuple[float, float]:
 
 
 def noise_scale(found: Fit) -> float:
-    """E psi^2 / E psi', by which twice a rise of the objective is compared with chi-squared."""
+    """Return E psi^2 / E psi', by which twice a rise of the objective is compared with chi-squared."""
     squared, slope = _moments(found)
     return squared / slope
 
 
 def theta_variance(found: Fit) -> float:
-    """E psi^2 / (E psi')^2, the variance that multiplies the inverse of J'J."""
+    """Return E psi^2 / (E psi')^2, the variance that multiplies the inverse of J'J."""
     squared, slope = _moments(found)
     return squared / slope**2
 
 
 def scaled_jacobian(found: Fit, bounded: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Weighted derivatives of the residuals by theta at the optimum, in columns of unit length, and those lengths.
+    """Return the weighted derivatives of the residuals by theta at the optimum, in columns of unit length, and those
+    lengths.
 
     Columns of parameters at a bound are 0, unless they are requested as well.
     """
@@ -144,7 +145,7 @@ def scaled_jacobian(found: Fit, bounded: bool = False) -> tuple[np.ndarray, np.n
 
 
 def standard_errors(found: Fit) -> dict[str, float]:
-    """Large-sample standard errors by the delta method; infinite along directions the data do not fix."""
+    """Return the large-sample standard errors by the delta method; infinite along directions the data do not fix."""
     problem = found.problem
     scaled, unit = scaled_jacobian(found)
     _, singular, right = np.linalg.svd(scaled, full_matrices=False)
@@ -163,7 +164,7 @@ def standard_errors(found: Fit) -> dict[str, float]:
 
 
 def prediction_errors(found: Fit, x: Mapping[str, np.ndarray], level: float = 0.95) -> np.ndarray:
-    """Half widths (n,) of the law's interval at inputs x, on the fitted scale, by the delta method.
+    """Return the half widths (n,) of the law's interval at inputs x, on the fitted scale, by the delta method.
 
     Parameters at a bound are held there. `quantities.interval` gives the profile interval, which takes refits.
     """
@@ -181,14 +182,14 @@ def prediction_errors(found: Fit, x: Mapping[str, np.ndarray], level: float = 0.
 
 
 def leverage(found: Fit) -> np.ndarray:
-    """Diagonal of the hat matrix of the linearised fit, (n,)."""
+    """Return the diagonal of the hat matrix of the linearised fit, (n,)."""
     scaled, _unit = scaled_jacobian(found)
     q, singular, _ = np.linalg.svd(scaled, full_matrices=False)
     return (q[:, singular > 1e-9 * singular[0]] ** 2).sum(1)
 
 
 def leave_one_out(found: Fit) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Refits without each point in turn: parameter values (n,), and each point's residual under the fit without it."""
+    """Refit without each point in turn: parameter values (n,), and each point's residual under the fit without it."""
     problem = found.problem
     weights = problem.w * (1 - np.eye(problem.n))
     theta, _ = minimise(
@@ -253,7 +254,7 @@ def hold_out(problem: Problem, size: np.ndarray, share: float, rule: str, seed: 
 
 
 def refit(found: Fit, weights: np.ndarray) -> Fit:
-    """The same problem under other weights, from the fit's bank of starts."""
+    """Return the same problem under other weights, from the fit's bank of starts."""
     problem = replace(found.problem, weights=weights)
     repeated = np.broadcast_to(weights, (len(found.bank), problem.n))
     theta, value = minimise(problem.residual, found.bank, repeated, problem.delta, problem.box)

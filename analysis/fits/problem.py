@@ -86,18 +86,18 @@ class Problem:
         return np.array(middle)
 
     def natural(self, theta: np.ndarray) -> dict[str, np.ndarray]:
-        """Parameter values (B,) from theta (B, p), fixed ones included."""
+        """Return the parameter values (B,) from theta (B, p), fixed ones included."""
         values = {p.name: to_natural(p, theta[:, i]) for i, p in enumerate(self.free)}
         return values | {name: np.full(len(theta), value) for name, value in self.fixed.items()}
 
     def predict(self, theta: np.ndarray, x: Mapping[str, np.ndarray]) -> np.ndarray:
-        """The law at inputs x, (B, n)."""
+        """Return the law at inputs x, (B, n)."""
         values = {name: value[:, None] for name, value in self.natural(theta).items()}
         with np.errstate(all="ignore"):
             return np.broadcast_to(self.law.value(values, x), (len(theta), len(next(iter(x.values())))))
 
     def residual(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Residuals (B, n), law minus data (or their logarithms), and derivatives by theta (B, n, p)."""
+        """Return the residuals (B, n), law minus data (or their logarithms), and derivatives by theta (B, n, p)."""
         shape = (len(theta), self.n)
         values: dict[str, object] = {name: np.float64(value) for name, value in self.fixed.items()}
         for i, p in enumerate(self.free):
@@ -112,24 +112,25 @@ class Problem:
             return np.log(value) - np.log(self.y), jacobian / value[..., None]
 
     def restricted(self, rows: np.ndarray) -> Problem:
-        """The same problem on some of its points."""
+        """Return the same problem on some of its points."""
         weights = None if self.weights is None else self.weights[rows]
         x = {name: values[rows] for name, values in self.x.items()}
         return Problem(self.law, x, self.y[rows], self.delta, weights, self.fixed, self.least_variance)
 
 
 def to_natural(parameter: Parameter, theta: np.ndarray) -> np.ndarray:
-    """A parameter's value from its coordinate."""
+    """Return a parameter's value from its coordinate."""
     return np.exp(np.clip(theta, -700, 700)) if parameter.log else theta
 
 
 def to_theta(parameter: Parameter, natural: np.ndarray) -> np.ndarray:
-    """A parameter's coordinate from its value."""
+    """Return a parameter's coordinate from its value."""
     return np.log(natural) if parameter.log else natural
 
 
 def _bounds(parameter: Parameter, starts: tuple[float, float] | None) -> tuple[float, float]:
-    """Bounds of a coordinate; a bound at 0 or infinity of a logarithmic scale is moved to a finite distance."""
+    """Return the bounds of a coordinate; a bound at 0 or infinity of a logarithmic scale is moved to a finite
+    distance."""
     if not parameter.log:
         return parameter.low, parameter.high
     near, far = (-FARTHEST, FARTHEST) if starts is None else (math.log(starts[0]) - FAR, math.log(starts[1]) + FAR)
@@ -142,7 +143,8 @@ def _width(starts: tuple[float, float]) -> float:
 
 
 def lengths(columns: np.ndarray, axis: int) -> np.ndarray:
-    """Euclidean lengths along an axis, above 0; scaled first, since squares in odd units would leave the floats."""
+    """Return Euclidean lengths along an axis, above 0; scaled first, since squares in odd units would leave the
+    floats."""
     largest = np.maximum(np.abs(columns).max(axis), 1e-300)
     squares = (columns / np.expand_dims(largest, axis)) ** 2
     return np.maximum(largest * np.sqrt(squares.sum(axis)), 1e-300)

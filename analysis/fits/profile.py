@@ -26,7 +26,8 @@ Ends = dict[str, tuple[float, float]]
 
 
 def profile(found: Fit, level: float = 0.95) -> Ends:
-    """Profile intervals: where the objective, minimised over all else, has risen by the level's t-quantile squared.
+    """Compute profile intervals: where the objective, minimised over all else, has risen by the level's t-quantile
+    squared.
 
     An end that is not reached before the parameter's bound, or within e^12 of the optimum on a logarithmic scale, is
     the bound: the interval is one-sided, or open.
@@ -35,7 +36,7 @@ def profile(found: Fit, level: float = 0.95) -> Ends:
 
 
 def profiled(found: Fit, level: float = 0.95) -> tuple[Fit, Ends]:
-    """The fit and its profile intervals; where a profile finds a better optimum, that one and its intervals."""
+    """Return the fit and its profile intervals; where a profile finds a better optimum, that one and its intervals."""
     for _ in range(4):
         ends, better = _intervals(found, level)
         if better is None:
@@ -46,7 +47,7 @@ def profiled(found: Fit, level: float = 0.95) -> tuple[Fit, Ends]:
 
 
 def _intervals(found: Fit, level: float) -> tuple[Ends, tuple[np.ndarray, float] | None]:
-    """Profile intervals, and a better optimum where they find one.
+    """Compute profile intervals, and a better optimum where they find one.
 
     Where the profile of another parameter reaches its bound, the ends are those of a rise by a tenth more: a parameter
     next to a bounded one that is nearly collinear with it has twice the rise distributed as a mixture, chi-squared of
@@ -95,7 +96,7 @@ def _with_vanishing_terms(found: Fit, ends: Ends, level: float) -> Ends:
 
 
 def _vanishing(found: Fit) -> list[tuple[int, list[Parameter]]]:
-    """Parameters at whose value 0 others have no effect on the law, and those others."""
+    """Return the parameters at whose value 0 others have no effect on the law, and those others."""
     problem, pairs = found.problem, []
     for i, parameter in enumerate(problem.free):
         if not parameter.low <= 0 <= parameter.high:
@@ -111,7 +112,7 @@ def _vanishing(found: Fit) -> list[tuple[int, list[Parameter]]]:
 
 
 def _nothing(problem: Problem, i: int) -> float:
-    """The value 0 of a parameter, or as near as a logarithmic scale comes: not every law is defined at 0."""
+    """Return the value 0 of a parameter, or as near as a logarithmic scale comes: not every law is defined at 0."""
     return math.exp(problem.box.low[i]) if problem.free[i].log else 0.0
 
 
@@ -138,7 +139,7 @@ class _Profile:
         self.outer = np.full(2 * p, np.nan)
 
     def _limits(self, errors: np.ndarray) -> np.ndarray:
-        """How far each profile is followed: to the bound, or to a distance at which it is open."""
+        """Return how far each profile is followed: to the bound, or to a distance at which it is open."""
         box, theta, free = self.problem.box, self.found.theta[self.which], self.problem.free
         room = np.where(self.side < 0, theta - box.low[self.which], box.high[self.which] - theta)
         far = np.where([free[i].log for i in self.which], OPEN_AFTER, 1e4 * errors)
@@ -161,7 +162,7 @@ class _Profile:
         return self._ends()
 
     def _value_at(self, rows: np.ndarray, distance: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Theta and objective with each row's parameter held at a distance from the optimum."""
+        """Return theta and objective with each row's parameter held at a distance from the optimum."""
         p = len(self.found.theta)
         start, free = start.copy(), np.ones((len(rows), p), bool)
         index = np.arange(len(rows)), self.which[rows]
@@ -201,7 +202,7 @@ class _Profile:
             self.outer[rows] = np.where(below, self.outer[rows], middle)
 
     def _undercut(self) -> np.ndarray:
-        """Rows whose end another optimum undercuts, moved outwards: a path of optima can miss a valley next to it."""
+        """Move rows outwards whose end another optimum undercuts: a path of optima can miss a valley next to it."""
         rows = np.flatnonzero(np.isfinite(self.outer))
         if not len(rows):
             return rows
@@ -218,7 +219,7 @@ class _Profile:
         return moved[self.inner[moved] < self.limit[moved]]
 
     def _ends(self) -> Ends:
-        """Natural values of the ends; a bound where a row is open."""
+        """Return the natural values of the ends; a bound where a row is open."""
         p = len(self.found.theta)
         distance = 0.5 * (self.inner + self.outer)
         ends = []
@@ -233,13 +234,13 @@ class _Profile:
 
 
 def _distinct(bank: np.ndarray) -> np.ndarray:
-    """The different members of a bank of optima, in their order."""
+    """Return the different members of a bank of optima, in their order."""
     _, first = np.unique(np.round(bank, 3), axis=0, return_index=True)
     return bank[np.sort(first)]
 
 
 def _theta_errors(found: Fit) -> np.ndarray:
-    """Standard errors in theta, as first steps of the profiles."""
+    """Return standard errors in theta, as first steps of the profiles."""
     scaled, unit = scaled_jacobian(found, bounded=True)
     covariance = np.linalg.pinv(scaled.T @ scaled, rcond=1e-10)
     error = np.sqrt(np.maximum(np.diag(covariance), 1e-30) * max(theta_variance(found), 1e-300)) / unit
@@ -247,5 +248,5 @@ def _theta_errors(found: Fit) -> np.ndarray:
 
 
 def identified(problem: Problem, ends: Ends) -> dict[str, bool]:
-    """Whether the 95 % profile of each parameter is closed on both sides."""
+    """Return whether the 95 % profile of each parameter is closed on both sides."""
     return {p.name: ends[p.name][0] > p.low and ends[p.name][1] < p.high for p in problem.free}

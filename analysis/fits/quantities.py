@@ -22,13 +22,13 @@ FAR = 200.0
 
 
 def interval(found: Fit, quantity: Quantity, ends: Ends, level: float = 0.95) -> tuple[float, float]:
-    """The profile interval of a quantity: the values at which a refit is not significantly worse.
+    """Return the profile interval of a quantity: the values at which a refit is not significantly worse.
 
     Args:
-        found: the fit.
-        quantity: what to find the interval of, on a scale on which it is about linear.
-        ends: the profile intervals of the fit's parameters; one that reaches a bound widens this one.
-        level: of confidence.
+        found: The fit.
+        quantity: What to find the interval of, on a scale on which it is about linear.
+        ends: The profile intervals of the fit's parameters; one that reaches a bound widens this one.
+        level: Of confidence.
 
     Returns:
         Lower and upper end; infinite where the data do not bound the quantity.
@@ -48,7 +48,7 @@ def interval(found: Fit, quantity: Quantity, ends: Ends, level: float = 0.95) ->
 
 
 def _standard_error(found: Fit, slope: np.ndarray) -> float:
-    """The quantity's standard error by the delta method, a first step of its profile."""
+    """Return the quantity's standard error by the delta method, a first step of its profile."""
     scaled, unit = scaled_jacobian(found, bounded=True)
     covariance = np.linalg.pinv(scaled.T @ scaled, rcond=1e-10)
     direction = np.nan_to_num(slope) / unit
@@ -64,7 +64,7 @@ class _Held:
     stiffness: float
 
     def end(self, value: float, step: float, target: float) -> float:
-        """Where the objective reaches the target in the direction of `step`; infinite where it does not."""
+        """Return where the objective reaches the target in the direction of `step`; infinite where it does not."""
         inner, outer, reach, theta = 0.0, math.nan, 1.0, self.found.theta
         while reach <= FAR:
             moved, objective = self._refit(value + reach * step, theta)
@@ -84,7 +84,7 @@ class _Held:
         return value + 0.5 * (inner + outer) * step
 
     def _refit(self, at: float, theta: np.ndarray) -> tuple[np.ndarray, float]:
-        """The best fit with the quantity held, from the last one and from the optimum."""
+        """Return the best fit with the quantity held, from the last one and from the optimum."""
         problem, p = self.found.problem, len(theta)
         starts = np.column_stack([np.stack([theta, self.found.theta]), np.full(2, at)])
         free = np.ones((2, p + 1), bool)
@@ -108,7 +108,7 @@ class _Held:
 
 
 def prediction(found: Fit, x: Mapping[str, float]) -> Quantity:
-    """The law at one point, on the scale that was fitted."""
+    """Return the law at one point, on the scale that was fitted."""
     problem = found.problem
     point = {name: np.array([float(x[name])]) for name in problem.law.inputs}
     y = np.ones(1) if problem.law.residuals == "log" else np.zeros(1)
@@ -122,7 +122,7 @@ def prediction(found: Fit, x: Mapping[str, float]) -> Quantity:
 
 
 def by_differences(value: Callable[[np.ndarray], np.ndarray], step: float = 1e-3) -> Quantity:
-    """A quantity from its value (B, p) -> (B,) alone, with derivatives by central differences."""
+    """Return a quantity from its value (B, p) -> (B,) alone, with derivatives by central differences."""
 
     def quantity(theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         batch, p = theta.shape

@@ -23,7 +23,7 @@ POINTS_AT_ONCE = 60_000
 
 
 def huber(residuals: np.ndarray, delta: float) -> np.ndarray:
-    """Huber's loss, r^2/2 for |r| <= delta and delta (|r| - delta/2) beyond."""
+    """Return Huber's loss, r^2/2 for |r| <= delta and delta (|r| - delta/2) beyond."""
     size = np.abs(residuals)
     if np.isinf(delta):
         return 0.5 * size**2
@@ -31,7 +31,7 @@ def huber(residuals: np.ndarray, delta: float) -> np.ndarray:
 
 
 def objective(residuals: np.ndarray, weights: np.ndarray, delta: float) -> np.ndarray:
-    """Weighted sum over points; infinite where a residual is not a number."""
+    """Return the weighted sum over points; infinite where a residual is not a number."""
     with np.errstate(invalid="ignore", over="ignore"):
         total = (weights * huber(residuals, delta)).sum(-1)
     return np.where(np.isfinite(total), total, np.inf)
@@ -59,14 +59,14 @@ def minimise(
     """Minimise the objective of many fits at once.
 
     Args:
-        residual: residuals and derivatives of a batch of theta.
-        theta: starts, (B, p).
-        weights: weights of the points, (B, n).
-        delta: where Huber's loss becomes linear; infinite for least squares.
-        box: bounds of theta.
-        free: mask (B, p) of the parameters to move; all by default.
-        iterations: the most steps of a fit.
-        smooth: with a small delta, minimise a smoothed loss first (delta at the residuals' size) and sharpen it.
+        residual: Residuals and derivatives of a batch of theta.
+        theta: Starts, (B, p).
+        weights: Weights of the points, (B, n).
+        delta: Where Huber's loss becomes linear; infinite for least squares.
+        box: Bounds of theta.
+        free: Mask (B, p) of the parameters to move; all by default.
+        iterations: The most steps of a fit.
+        smooth: With a small delta, minimise a smoothed loss first (delta at the residuals' size) and sharpen it.
 
     Returns:
         theta (B, p) and the objective (B,).
@@ -113,7 +113,7 @@ def _descend(
     free: np.ndarray,
     iterations: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Damped steps for every fit until none improves."""
+    """Take damped steps for every fit until none improves."""
     theta = theta.copy()
     with np.errstate(all="ignore"):
         r, jacobian = residual(theta)
@@ -156,7 +156,8 @@ def _step(
     free: np.ndarray,
     room: tuple[np.ndarray, np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The damped step of every fit within `room` (lowest and highest step, (B, p) each), and its expected decrease."""
+    """Return the damped step of every fit within `room` (lowest and highest step, (B, p) each), and its expected
+    decrease."""
     jacobian = np.where(free[:, None, :], np.nan_to_num(jacobian, posinf=0, neginf=0), 0.0)
     size = np.abs(r)
     flat = jacobian.transpose(0, 2, 1)
@@ -192,7 +193,7 @@ def _bounded_newton(matrix: np.ndarray, gradient: np.ndarray, low: np.ndarray, h
 
 
 def _solved(matrix: np.ndarray, gradient: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """The Newton step of the free coordinates, 0 for the others."""
+    """Return the Newton step of the free coordinates, 0 for the others."""
     unit = free / np.sqrt(np.einsum("bpp->bp", matrix))
     scaled = matrix * unit[:, :, None] * unit[:, None, :] + _diagonal(np.where(free, 1e-14, 1.0))
     try:

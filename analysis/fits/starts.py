@@ -16,7 +16,8 @@ RANKED = 1000
 
 
 def spread_starts(problem: Problem, seed: int, count: int) -> np.ndarray:
-    """The `count` best of STARTS points: nonlinear parameters spread out, linear ones solved for, as theta (B, p)."""
+    """Return the `count` best of STARTS points: nonlinear parameters spread out, linear ones solved for, as theta (B,
+    p)."""
     if problem.n > RANKED:
         problem = problem.restricted(np.linspace(0, problem.n - 1, RANKED).astype(int))
     searched = [p for p in problem.free if not p.linear]
@@ -41,7 +42,7 @@ def spread_starts(problem: Problem, seed: int, count: int) -> np.ndarray:
 
 
 def _low_discrepancy(count: int, dimensions: int, seed: int) -> np.ndarray:
-    """Roberts' R sequence in the unit cube, shifted by the seed."""
+    """Return Roberts' R sequence in the unit cube, shifted by the seed."""
     ratio = 2.0
     for _ in range(30):
         ratio = (1 + ratio) ** (1 / (dimensions + 1))
@@ -51,7 +52,8 @@ def _low_discrepancy(count: int, dimensions: int, seed: int) -> np.ndarray:
 
 
 def _linear(problem: Problem, natural: Mapping[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
-    """The linear parameters of least squares (relative, for laws fitted in logarithms) at each nonlinear start."""
+    """Return the linear parameters of least squares (relative, for laws fitted in logarithms) at each nonlinear
+    start."""
     linear = [p for p in problem.free if p.linear]
     if not linear:
         return {}
@@ -76,7 +78,8 @@ def _linear(problem: Problem, natural: Mapping[str, np.ndarray], count: int) -> 
 
 
 def _non_negative(columns: np.ndarray, target: np.ndarray, positive: np.ndarray) -> np.ndarray:
-    """Least squares (B, n, k) @ (B, k) = (B, n), with some coefficients not below 0: the best feasible active set."""
+    """Solve least squares (B, n, k) @ (B, k) = (B, n), with some coefficients not below 0: the best feasible active
+    set."""
     batch, _, k = columns.shape
     norm = lengths(columns, 1)
     gram = np.einsum("bni,bnj->bij", columns / norm[:, None], columns / norm[:, None])

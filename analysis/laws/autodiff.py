@@ -69,7 +69,7 @@ class Dual:
         return self._chain(value, power * self.value ** (power - 1))
 
     def __rpow__(self, base: Any) -> Dual:
-        """A constant base >= 0 to this power; 0 to a positive power is 0 with slope 0."""
+        """Return a constant base >= 0 to this power; 0 to a positive power is 0 with slope 0."""
         base = np.asarray(base, float)
         logs = np.log(np.where(base > 0, base, 1.0))
         value = np.where(base > 0, np.exp(self.value * logs), 0.0)
@@ -77,39 +77,39 @@ class Dual:
 
 
 def exp(x: Any) -> Any:
-    """The exponential of a dual or an array."""
+    """Return the exponential of a dual or an array."""
     return x._chain(value := np.exp(x.value), value) if isinstance(x, Dual) else np.exp(x)
 
 
 def expm1(x: Any) -> Any:
-    """exp(x) - 1 of a dual or an array, exact where x is tiny."""
+    """Return exp(x) - 1 of a dual or an array, exact where x is tiny."""
     return x._chain(np.expm1(x.value), np.exp(x.value)) if isinstance(x, Dual) else np.expm1(x)
 
 
 def log(x: Any) -> Any:
-    """The natural logarithm of a dual or an array."""
+    """Return the natural logarithm of a dual or an array."""
     return x._chain(np.log(x.value), 1.0 / x.value) if isinstance(x, Dual) else np.log(x)
 
 
 def log1p(x: Any) -> Any:
-    """log(1 + x) of a dual or an array, exact where x is tiny."""
+    """Return log(1 + x) of a dual or an array, exact where x is tiny."""
     return x._chain(np.log1p(x.value), 1.0 / (1.0 + x.value)) if isinstance(x, Dual) else np.log1p(x)
 
 
 def softplus(x: Any) -> Any:
-    """log(1 + exp(x)) of a dual or an array, finite wherever x is."""
+    """Return log(1 + exp(x)) of a dual or an array, finite wherever x is."""
     if not isinstance(x, Dual):
         return np.logaddexp(0.0, x)
     return x._chain(np.logaddexp(0.0, x.value), np.exp(-np.logaddexp(0.0, -x.value)))
 
 
 def minimum(x: Any, y: Any) -> Any:
-    """The smaller of two duals or arrays, elementwise, with the smaller one's slope."""
+    """Return the smaller of two duals or arrays, elementwise, with the smaller one's slope."""
     return _choose(x, y, lambda a, b: a <= b)
 
 
 def maximum(x: Any, y: Any) -> Any:
-    """The larger of two duals or arrays, elementwise, with the larger one's slope."""
+    """Return the larger of two duals or arrays, elementwise, with the larger one's slope."""
     return _choose(x, y, lambda a, b: a >= b)
 
 

@@ -94,7 +94,9 @@ def _square(x: Any) -> Any:
 
 
 def _data_constrained(p: Values, x: Inputs) -> Any:
-    """Repeated tokens and surplus parameters are worth less, exponentially: effective D' and N'.
+    """Return the data-constrained law's values, in effective D' and N'.
+
+    Repeated tokens and surplus parameters are worth exponentially less.
 
     expm1, because 1 - exp(-x) of a large Rn or Rd is rounding noise that a fit would follow.
     """
@@ -270,7 +272,7 @@ THREE_TERMS = formula_law(
 
 
 def mixture(columns: set[str]) -> Law:
-    """L = E + exp(sum of w_i s_i) over the columns s1, s2, ... (Ye et al. 2024, arXiv 2403.16952)."""
+    """Return the law L = E + exp(sum of w_i s_i) over the columns s1, s2, ... (Ye et al. 2024, arXiv 2403.16952)."""
     shares = sorted(
         (name for name in columns if name[:1] == "s" and name[1:].isdigit()), key=lambda name: int(name[1:])
     )
@@ -316,7 +318,7 @@ LAWS: dict[str, Law] = {
 
 
 def law(name: str, columns: set[str]) -> Law:
-    """The law of that name; a joint law without the column D comes without its D term. InputError if unknown."""
+    """Return the law of that name; a joint law without the column D comes without its D term. InputError if unknown."""
     if name not in LAWS:
         raise InputError(f"--law: got {name!r}, allowed: joint, {', '.join(LAWS)}")
     if name == "mixture":

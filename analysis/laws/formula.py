@@ -46,7 +46,7 @@ SIGNED = (-2.0, 2.0)
 
 
 def parse(text: str, option: str) -> ast.expr:
-    """The syntax tree of a formula's right-hand side; InputError if it holds anything but arithmetic."""
+    """Return the syntax tree of a formula's right-hand side; InputError if it holds anything but arithmetic."""
     if len(text) > LONGEST:
         raise InputError(f"{option}: {len(text)} characters, allowed: {LONGEST}")
     try:
@@ -81,7 +81,7 @@ def _check(tree: ast.expr, text: str, option: str) -> None:
 
 
 def evaluate(tree: ast.expr, values: Mapping[str, Any]) -> Any:
-    """The value of a checked tree: an array, or a dual number where a value is one."""
+    """Return the value of a checked tree: an array, or a dual number where a value is one."""
     match tree:
         case ast.BinOp(left, op, right):
             return OPERATORS[type(op)](evaluate(left, values), evaluate(right, values))
@@ -99,7 +99,7 @@ def evaluate(tree: ast.expr, values: Mapping[str, Any]) -> Any:
 
 
 def names(tree: ast.expr) -> list[str]:
-    """The names of parameters and inputs in a tree, in their order."""
+    """Return the names of parameters and inputs in a tree, in their order."""
     found = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     functions = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
     ordered = sorted(found, key=lambda node: (node.lineno, node.col_offset))
@@ -107,7 +107,7 @@ def names(tree: ast.expr) -> list[str]:
 
 
 def degree(tree: ast.expr, of: set[str]) -> float:
-    """The degree of a tree as a polynomial in the named parameters together; infinite where it is none."""
+    """Return the degree of a tree as a polynomial in the named parameters together; infinite where it is none."""
     match tree:
         case ast.BinOp(left, op, right):
             first, second = degree(left, of), degree(right, of)
@@ -138,21 +138,21 @@ def formula_law(
     meaning: Mapping[str, str] | None = None,
     option: str = "--formula",
 ) -> Law:
-    """A law from its formula.
+    """Return a law from its formula.
 
     Args:
         text: `OUTPUT = EXPRESSION`, or the expression alone where one column is not in it.
-        columns: names of the columns; names in the formula that are not columns are parameters.
-        parameters: bounds, ties and starts, as `E >= 0, k free, 0 <= s <= 1, beta = alpha, a ~ 0.1..1`; above 0 where
+        columns: Names of the columns; names in the formula that are not columns are parameters.
+        parameters: Bounds, ties and starts, as `E >= 0, k free, 0 <= s <= 1, beta = alpha, a ~ 0.1..1`; above 0 where
             nothing is stated.
-        name: the law's name.
-        source: where the law is from.
+        name: The law's name.
+        source: Where the law is from.
         residuals: `log` or `linear`; by default logarithms.
-        meaning: meaning by parameter or input.
-        option: what to name in an error.
+        meaning: Meaning by parameter or input.
+        option: What to name in an error.
 
     Raises:
-        InputError: the formula or the parameters cannot be read.
+        InputError: The formula or the parameters cannot be read.
     """
     left, equals, right = text.rpartition("=")
     tree = parse(right, option)
@@ -220,7 +220,7 @@ def _check_names(
 
 
 def _tied(tree: ast.expr, ties: Mapping[str, ast.expr]) -> ast.expr:
-    """The tree with every tied parameter replaced by its expression."""
+    """Return the tree with every tied parameter replaced by its expression."""
 
     class Replace(ast.NodeTransformer):
         def visit_Name(self, node: ast.Name) -> ast.expr:
@@ -239,7 +239,7 @@ def _tied(tree: ast.expr, ties: Mapping[str, ast.expr]) -> ast.expr:
 def _parameter(
     name: str, spec: Spec, linear: bool, tree: ast.expr, free: set[str], exponent: bool, meaning: str
 ) -> Parameter:
-    """A parameter with the scale it is fitted on and the range of its starts.
+    """Return a parameter with the scale it is fitted on and the range of its starts.
 
     An offset (nothing but a number or inputs multiplies it) may be 0; other parameters without bounds are above 0 and
     fitted by their logarithm.
@@ -263,7 +263,7 @@ def _parameter(
 
 
 def _is_offset(tree: ast.expr, name: str, free: set[str]) -> bool:
-    """Whether the law's slope in a linear parameter depends on no parameter."""
+    """Return whether the law's slope in a linear parameter depends on no parameter."""
     match tree:
         case ast.BinOp(left, op, right) if isinstance(op, ast.Add | ast.Sub):
             return all(_is_offset(part, name, free) for part in (left, right) if name in names(part))
@@ -283,13 +283,13 @@ def _in_exponent(tree: ast.expr, name: str) -> bool:
 
 
 def _size(x: Inputs) -> np.ndarray:
-    """The product of the inputs that are positive throughout; the first input where none is."""
+    """Return the product of the inputs that are positive throughout; the first input where none is."""
     positive = [values for values in x.values() if (values > 0).all()]
     return np.exp(sum(np.log(values) for values in positive)) if positive else next(iter(x.values()))
 
 
 def _units(tree: ast.expr, scales: list[str], values: Values, x: Inputs) -> dict[str, np.ndarray]:
-    """The value of each scale parameter at which it is as large as what stands next to it in the formula.
+    """Return the value of each scale parameter at which it is as large as what stands next to it in the formula.
 
     In A*N**-a, A is measured in units of N**a at the middle of the data; in N + s, s in units of N; in N/s likewise.
     """
@@ -312,7 +312,7 @@ def _units(tree: ast.expr, scales: list[str], values: Values, x: Inputs) -> dict
 
 
 def _beside(node: ast.BinOp, name: str) -> ast.expr | None:
-    """The other operand where one is the bare parameter; none for powers."""
+    """Return the other operand where one is the bare parameter; none for powers."""
     if isinstance(node.op, ast.Pow):
         return None
     if isinstance(node.left, ast.Name) and node.left.id == name:

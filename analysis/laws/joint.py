@@ -19,7 +19,7 @@ JOINT = {
 
 
 def _joint_value(name: str, with_d: bool) -> Callable[[Values, Inputs], Any]:
-    """The joint laws' values; the A term's factor is exactly 1 at M = 0."""
+    """Return the joint laws' values; the A term's factor is exactly 1 at M = 0."""
 
     def value(p: Values, x: Inputs) -> Any:
         n, m = x["N"], x["M"]

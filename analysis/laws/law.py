@@ -77,18 +77,18 @@ def signed(name: str, meaning: str, linear: bool = False, start: tuple[float, fl
 
 
 def around(x: np.ndarray, factor: float = 100.0, power: float = 1.0) -> tuple[float, float]:
-    """From a factor below to a factor above a power of the median of the positive values."""
+    """Return the range from a factor below to a factor above a power of the median of the positive values."""
     middle = float(np.exp(power * np.median(np.log(x[x > 0])))) if (x > 0).any() else 1.0
     return middle / factor, middle * factor
 
 
 def spanned(x: np.ndarray, factor: float = 10.0) -> tuple[float, float]:
-    """From a factor below the least positive value to a factor above the largest."""
+    """Return the range from a factor below the least positive value to a factor above the largest."""
     positive = x[x > 0]
     return (float(positive.min()) / factor, float(positive.max()) * factor) if len(positive) else (1.0, 1.0)
 
 
 def across(x: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """Per unit of x, from `low` to `high` over the range of its values."""
+    """Return the range of a slope: from `low` to `high` over the range of x, per unit of x."""
     span = float(np.ptp(x))
     return low / span, high / span

@@ -16,14 +16,14 @@ FIELDS = ("name", "formula", "source", "residuals", "parameters", "meaning")
 
 
 def read_law(path: Path, columns: Sequence[str]) -> Law:
-    """The law of a .yaml file: `formula`, and optionally name, source, residuals, parameters and meaning.
+    """Return the law of a .yaml file: `formula`, and optionally name, source, residuals, parameters and meaning.
 
     Args:
-        path: the file.
-        columns: names of the columns; other names in the formula are parameters.
+        path: The file.
+        columns: Names of the columns; other names in the formula are parameters.
 
     Raises:
-        InputError: the file cannot be read, or a field is wrong.
+        InputError: The file cannot be read, or a field is wrong.
     """
     try:
         # BaseLoader: every value is the text that the user wrote (YAML 1.1 reads `1e9` as text and `no` as false)

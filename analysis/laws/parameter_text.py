@@ -27,7 +27,7 @@ class Spec:
 
 
 def specs(text: str | Mapping[str, str]) -> dict[str, Spec]:
-    """Specifications by parameter, from `E >= 0, k free, beta = alpha` or from a mapping of name to text.
+    """Return the specifications by parameter, from `E >= 0, k free, beta = alpha` or from a mapping of name to text.
 
     In a mapping the name is left out of the text, except between two bounds: `E: ">= 0"`, `s: "0 <= s <= 1"`.
     """
@@ -47,7 +47,7 @@ def specs(text: str | Mapping[str, str]) -> dict[str, Spec]:
 
 
 def _split(text: str) -> list[str]:
-    """The parts between commas that stand outside brackets."""
+    """Return the parts between commas that stand outside brackets."""
     parts, depth = [""], 0
     for character in text:
         depth += (character == "(") - (character == ")")

@@ -55,15 +55,15 @@ PANELS = (
 
 
 def published(results: Path) -> pd.DataFrame:
-    """The paper's numbers, as committed in results/published, with `letter`, the first of their confidence."""
+    """Return the paper's numbers, as committed in results/published, with `letter`, the first of their confidence."""
     paths = [published_folder(results) / f"memory_layers_{name}.csv" for name in TABLES]
     table = pd.concat([read_table(path) for path in paths], ignore_index=True)
     return table.assign(letter=table["confidence"].str[0], note=table["note"].fillna(""))
 
 
 def ours(results: Path) -> pd.DataFrame:
-    """Final scores of our runs of the paper's models, one row per run and score, under the paper's names of tasks and
-    variants."""
+    """Return the final scores of our runs of the paper's models, one row per run and score, under the paper's names of
+    tasks and variants."""
     columns = ["run", "family", "base", "memory_rows", "plain", "variant", "tokens", "task", "metric", "value"]
     try:
         store = read_store(results, None, COLUMNS)
@@ -83,7 +83,7 @@ def ours(results: Path) -> pd.DataFrame:
 
 
 def _one_setting(scores: pd.DataFrame) -> pd.DataFrame:
-    """One score of each task of the paper per run: on the most questions, and with the most examples of those.
+    """Return one score of each task of the paper per run: on the most questions, and with the most examples of those.
 
     Where two tasks are one in the paper, lm-eval's own counts: it is the released template's.
     """
@@ -99,13 +99,13 @@ def _one_setting(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def _recent_losses(runs: pd.DataFrame) -> pd.DataFrame:
-    """The mean training loss of the last logged steps, since a single step's loss is noisy."""
+    """Return the mean training loss of the last logged steps, since a single step's loss is noisy."""
     losses = runs["recent_loss"].dropna()
     return pd.DataFrame({"run": losses.index, "task": "train", "metric": "nll", "value": losses.to_numpy(float)})
 
 
 def own_options(model: dict[str, Any]) -> dict[str, Any]:
-    """The options, other than table rows, by which a model differs from the paper's of its family and base."""
+    """Return the options, other than table rows, by which a model differs from the paper's of its family and base."""
     layers, width, stride = SHAPES[model["base"]]
     middle, plus = layers // 2, model["family"] == "memory_plus"
     papers = {
@@ -122,7 +122,7 @@ def own_options(model: dict[str, Any]) -> dict[str, Any]:
 
 
 def variants(model: dict[str, Any]) -> tuple[str, ...]:
-    """What tables 3 and 4 call a model of the 373m base; nothing if they do not have it."""
+    """Return what tables 3 and 4 call a model of the 373m base; nothing if they do not have it."""
     if model["base"] != "373m" or model["family"] not in ("pkm", "memory_plus"):
         return ()
     own = own_options(model)
@@ -147,7 +147,7 @@ def variants(model: dict[str, Any]) -> tuple[str, ...]:
 
 
 def draw(results: Path, folder: Path) -> dict[str, list[Path]]:
-    """Figure 1, figure 4 and the four tables: name -> files. InputError if there are no published numbers."""
+    """Draw figure 1, figure 4 and the four tables: name -> files. InputError if there are no published numbers."""
     theirs, mine = published(results), ours(results)
     files = {
         "figure1": _figure1(theirs, mine, folder),
@@ -160,7 +160,7 @@ def draw(results: Path, folder: Path) -> dict[str, list[Path]]:
 
 
 def _figure1(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Path]:
-    """Scores of the 1.3b base against memory rows."""
+    """Draw scores of the 1.3b base against memory rows."""
     shown = _shown(mine[(mine["base"] == "1.3b") & mine["family"].isin(["dense", "pkm", "memory_plus"])], PANELS)
     with style.figure(1, 4, width=11.0, height=3.0) as (drawn, axes):
         for axis, (task, metric, title) in zip(axes, PANELS, strict=True):
@@ -195,7 +195,7 @@ def _figure1(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
 
 
 def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Path]:
-    """Scores against the base's size, from table 1; tables of about 2^20 rows."""
+    """Draw scores against the base's size, from table 1; tables of about 2^20 rows."""
     at = {base: index for index, base in enumerate(BASES)}
     shown = _shown(mine[mine["base"].isin(BASES) & (mine["memory_rows"] <= 2**20)], PANELS[:2])
     families = [family for family in style.COLOURS if family in set(theirs["family"][theirs["table"] == "Table 1"])]
@@ -234,7 +234,7 @@ def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
 
 
 def _shown(mine: pd.DataFrame, panels: Sequence[tuple[str, str, str]]) -> pd.DataFrame:
-    """Our scores that have a panel, of the paper's models."""
+    """Return our scores that have a panel, of the paper's models."""
     mine = mine[mine["plain"].astype(bool)]
     in_panels = [mine["task"].eq(task) & mine["metric"].eq(metric) for task, metric, _ in panels]
     return mine[np.logical_or.reduce(in_panels)]
@@ -245,7 +245,7 @@ def _also(mine: pd.DataFrame) -> str:
 
 
 def _place(rows: float) -> float:
-    """log2 of the rows; no rows stand two steps before 2^20."""
+    """Return log2 of the rows; no rows stand two steps before 2^20."""
     return 18.0 if rows == 0 else len(bin(int(rows))) - 3
 
 

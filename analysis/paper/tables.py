@@ -64,7 +64,7 @@ class Table:
 
 
 def tables(theirs: pd.DataFrame, mine: pd.DataFrame) -> str:
-    """Tables 1 to 4 as Markdown: the published number with its letter, and ours where runs match."""
+    """Return tables 1 to 4 as Markdown: the published number with its letter, and ours where runs match."""
     text = [
         '# Tables of "Memory Layers at Scale" (arXiv:2412.09764)\n',
         f"{LETTERS} Scores in %; NLL in nats. `–`: not found. Ours, where a run matches: value (n runs, tokens).\n",
@@ -76,13 +76,13 @@ def tables(theirs: pd.DataFrame, mine: pd.DataFrame) -> str:
 
 
 def draw_tables(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> dict[str, list[Path]]:
-    """The same as figures, one a table: name -> files."""
+    """Return the same as figures, one a table: name -> files."""
     found = filled(theirs, mine)
     return {name: _draw(name, parts, len(mine) > 0, folder) for name, parts in found.items()}
 
 
 def filled(theirs: pd.DataFrame, mine: pd.DataFrame) -> dict[str, list[Table]]:
-    """`table1` to `table4` -> the table, or its left and its right one."""
+    """Return `table1` to `table4`, each as one table or as its left and its right one."""
     found: dict[str, list[Table]] = {}
     for title, name, wanted in SCORES:
         found[name.lower().replace(" ", "")] = [_scores_table(title, theirs[theirs["table"] == name], mine, wanted)]
@@ -93,7 +93,7 @@ def filled(theirs: pd.DataFrame, mine: pd.DataFrame) -> dict[str, list[Table]]:
 
 
 def _draw(name: str, parts: list[Table], with_ours: bool, folder: Path) -> list[Path]:
-    """The parts under each other, each cell as in Markdown."""
+    """Return the parts under each other, each cell as in Markdown."""
     from matplotlib.transforms import Bbox
 
     heights = [len(part.rows) + 2 for part in parts]
@@ -144,7 +144,7 @@ def _nearest(budgets: pd.Series, tokens: float) -> float:
 
 
 def _size(group: pd.DataFrame) -> str:
-    """The total as a number, or as it is printed where that is none."""
+    """Return the total as a number, or as it is printed where that is none."""
     total, printed = group["params_total"].iloc[0], re.search(r"printed total: ([^;]+)", group["note"].iloc[0])
     return printed[1] if printed else f"{number(total / 1e6)}m"
 
@@ -163,7 +163,7 @@ def _ablation_table(title: str, part: pd.DataFrame, mine: pd.DataFrame) -> Table
 
 
 def _cell(printed: pd.DataFrame, mine: pd.DataFrame, scale: float) -> str:
-    """`7.76 A`, and ours behind it for the same metric, by budget."""
+    """Return `7.76 A`, and ours behind it for the same metric, by budget."""
     if printed.empty:
         return "–"
     row = printed.iloc[0]

@@ -36,11 +36,11 @@ class Curves:
         return np.bincount(self.run, minlength=self.runs)
 
     def last_x(self) -> np.ndarray:
-        """The last x of each run, (runs,); NaN without points."""
+        """Return the last x of each run, (runs,); NaN without points."""
         return self._of_point(self.x, self.first + self.count - 1)
 
     def last_y(self) -> np.ndarray:
-        """The last y of each run, (runs,); NaN without points."""
+        """Return the last y of each run, (runs,); NaN without points."""
         return self._of_point(self.y, self.first + self.count - 1)
 
     def _of_point(self, values: np.ndarray, points: np.ndarray) -> np.ndarray:
@@ -50,7 +50,7 @@ class Curves:
         return result
 
     def crossing(self, level: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where each curve first reaches its level.
+        """Return where each curve first reaches its level.
 
         Args:
             level: (runs,).
@@ -84,13 +84,13 @@ class Curves:
     def at(
         self, target: np.ndarray | float, run: np.ndarray | None = None, log: bool = True, clamp: bool = False
     ) -> np.ndarray:
-        """The values of curves at some x.
+        """Return the values of curves at some x.
 
         Args:
             target: x, one for each of `run` or one for all.
-            run: positions of the runs whose curves are read, (queries,); all runs by default.
-            log: linear in the logarithm of x, points at x = 0 left out; otherwise in x.
-            clamp: beyond its ends a curve has the value of its first or last point; otherwise NaN.
+            run: Positions of the runs whose curves are read, (queries,); all runs by default.
+            log: Linear in the logarithm of x, points at x = 0 left out; otherwise in x.
+            clamp: Beyond its ends a curve has the value of its first or last point; otherwise NaN.
 
         Returns:
             (queries,); NaN for runs without points or without a target.

@@ -118,13 +118,13 @@ class Frame:
 
 
 def load(results: Path, grid: str | None, reference: str, published: bool = True) -> Frame:
-    """The frame of a results folder: its runs and its published tables.
+    """Return the frame of a results folder: its runs and its published tables.
 
     Args:
-        results: folder of runs/, grids/, plans/ and published/.
-        grid: only the runs of this grid; None: all runs.
-        reference: family whose plain model is the partner that ratios are relative to.
-        published: whether to append the published tables.
+        results: Folder of runs/, grids/, plans/ and published/.
+        grid: Only the runs of this grid; None: all runs.
+        reference: Family whose plain model is the partner that ratios are relative to.
+        published: Whether to append the published tables.
     """
     names = {name: recorded.runs for name, recorded in read_grids(results).items()}
     columns = [name for name in grid_data.COLUMNS if name != "answers"]
@@ -144,7 +144,7 @@ def load(results: Path, grid: str | None, reference: str, published: bool = True
 
 
 def load_published(results: Path) -> pd.DataFrame:
-    """All published tables of a results folder, as one frame (empty without any)."""
+    """Return all published tables of a results folder, as one frame (empty without any)."""
     return _framed(_concatenated(_published_parts(results), COLUMNS))
 
 
@@ -153,13 +153,14 @@ def _published_parts(results: Path) -> list[Columns]:
 
 
 def _between(entries: pd.DataFrame, first: int, end: int) -> pd.DataFrame:
-    """The entries of the runs from `first` up to `end`."""
+    """Return the entries of the runs from `first` up to `end`."""
     start, stop = np.searchsorted(entries["run"].to_numpy(), [first, end])
     return entries.iloc[start:stop].reset_index(drop=True)
 
 
 def _of_runs(runs: pd.DataFrame, lists: Mapping[str, pd.DataFrame]) -> Columns:
-    """The rows of the runs in these lists: by run, then logged lines in order, then final and intermediate scores."""
+    """Return the rows of the runs in these lists: by run, then logged lines in order, then final and intermediate
+    scores."""
     lines = lists["lines"].assign(line=lambda table: table.groupby("run").cumcount())
     trained, evaluated = lines[lines["loss"].notna()], lines[lines["eval_loss"].notna()]
     last = int(lines["line"].max()) if len(lines) else 0
@@ -200,7 +201,7 @@ Columns = dict[str, Any]
 
 
 def _logged(lines: pd.DataFrame, split: str, task: str, metric: str, value: Any, order: Any) -> Columns:
-    """One row per logged line; `order` is its place among the rows of the line."""
+    """Return one row per logged line; `order` is its place among the rows of the line."""
     at = ("line", "step", "tokens", "train_flops", "wall_s", "tokens_per_s")
     constants = {name: _constant(text, len(lines)) for name, text in (("split", split), ("task", task))}
     constants["metric"] = _constant(metric, len(lines))
@@ -213,7 +214,7 @@ def _logged(lines: pd.DataFrame, split: str, task: str, metric: str, value: Any,
 
 
 def _probed(lines: pd.DataFrame, probes: pd.DataFrame) -> list[Columns]:
-    """One row per probe, kind and metric."""
+    """Return one row per probe, kind and metric."""
     first = np.searchsorted(lines["run"].to_numpy(), probes["run"].to_numpy())
     of_probe = lines.take(first + probes["line"].to_numpy(int))
     place = len(PROBED) * probes.groupby("run").cumcount().to_numpy()
@@ -229,7 +230,7 @@ def _probed(lines: pd.DataFrame, probes: pd.DataFrame) -> list[Columns]:
 
 
 def _final(runs: pd.DataFrame, scores: pd.DataFrame, line: int) -> Columns:
-    """One row per final score, at the run's last values."""
+    """Return one row per final score, at the run's last values."""
     table = scores[scores["split"] == "final"].drop(columns="tokens")
     at = table["run"].to_numpy(int)
     ends = {name: runs[name].to_numpy(float)[at] for name in ("tokens", "train_flops", "wall_s", "tokens_per_s")}
@@ -237,7 +238,7 @@ def _final(runs: pd.DataFrame, scores: pd.DataFrame, line: int) -> Columns:
 
 
 def _intermediate(runs: pd.DataFrame, scores: pd.DataFrame, line: int) -> Columns:
-    """One row per score of an intermediate checkpoint."""
+    """Return one row per score of an intermediate checkpoint."""
     table = scores[scores["split"] == "steps"]
     per_token = np.nan_to_num(runs["flops_per_token"].to_numpy(float)[table["run"].to_numpy(int)])
     tokens = table["tokens"].fillna(0)
@@ -245,20 +246,20 @@ def _intermediate(runs: pd.DataFrame, scores: pd.DataFrame, line: int) -> Column
 
 
 def _scored(table: pd.DataFrame, line: int) -> Columns:
-    """Scores as rows after all lines of their run, in the files' order."""
+    """Return scores as rows after all lines of their run, in the files' order."""
     return _columns_of(
         table.rename(columns={"version": "task_version", "run": "at"}).assign(line=line, order=range(len(table)))
     )
 
 
 def _columns_of(table: pd.DataFrame) -> Columns:
-    """The columns of a table, text as categories."""
+    """Return the columns of a table, text as categories."""
     names = [str(name) for name in table]
     return {name: table[name].astype("category").array if name in TEXT else table[name].to_numpy() for name in names}
 
 
 def _memberships(names: pd.Series, grids: Mapping[str, Sequence[str]]) -> pd.Series:
-    """The grids of each run, separated by semicolons."""
+    """Return the grids of each run, separated by semicolons."""
     member: dict[str, list[str]] = {}
     for grid, runs in grids.items():
         for name in dict.fromkeys(runs):
@@ -267,12 +268,12 @@ def _memberships(names: pd.Series, grids: Mapping[str, Sequence[str]]) -> pd.Ser
 
 
 def _constant(text: str, rows: int) -> pd.Categorical[str]:
-    """One text in every row."""
+    """Return one text in every row."""
     return pd.Categorical.from_codes(np.zeros(rows, np.int8), pd.Index([text]))
 
 
 def _repeated(values: pd.Series, at: np.ndarray) -> Any:
-    """A run's value in each of its rows; text as categories."""
+    """Return a run's value in each of its rows; text as categories."""
     if pd.api.types.is_numeric_dtype(values):
         return values.to_numpy(float)[at]
     codes, texts = pd.factorize(values)
@@ -280,12 +281,12 @@ def _repeated(values: pd.Series, at: np.ndarray) -> Any:
 
 
 def _concatenated(parts: Sequence[Columns], columns: Sequence[str]) -> Columns:
-    """The rows of all parts, the categories of text united and columns that a part lacks filled with NaN."""
+    """Return the rows of all parts, the categories of text united and columns that a part lacks filled with NaN."""
     return {name: _joined([_column(part, name) for part in parts], name in TEXT) for name in columns}
 
 
 def _column(part: Columns, name: str) -> Any:
-    """A column of a part, or one without any value."""
+    """Return a column of a part, or one without any value."""
     rows = len(part["metric"])
     if name not in TEXT:
         return part.get(name, np.full(rows, np.nan))
@@ -300,7 +301,7 @@ def _joined(pieces: Sequence[Any], text: bool) -> Any:
 
 
 def _framed(columns: Columns) -> pd.DataFrame:
-    """The frame of these columns; whole numbers are integers where none is missing."""
+    """Return the frame of these columns; whole numbers are integers where none is missing."""
     for name in WHOLE:
         if len(columns[name]) and not np.isnan(columns[name].astype(float)).any():
             columns[name] = columns[name].astype(np.int64)
@@ -308,7 +309,7 @@ def _framed(columns: Columns) -> pd.DataFrame:
 
 
 def read_published(path: Path) -> pd.DataFrame:
-    """A table of published numbers as a frame; its columns are the frame's or the papers' names for them."""
+    """Return a table of published numbers as a frame; its columns are the frame's or the papers' names for them."""
     table = read_table(path)
     missing = {"source", "task", "metric", "value"} - set(table.columns)
     if missing:
@@ -325,7 +326,7 @@ def read_published(path: Path) -> pd.DataFrame:
 
 
 def amount(text: object) -> float:
-    """A count as papers write it: 1.3b, 984m, 512k, 1T, 15,000; NaN for anything else."""
+    """Return a count as papers write it: 1.3b, 984m, 512k, 1T, 15,000; NaN for anything else."""
     match = re.fullmatch(r"\s*([0-9][0-9,]*(?:\.[0-9]+)?(?:e[0-9]+)?)\s*([kmbt]?)\s*", str(text).lower())
     if not match:
         return float("nan")
@@ -334,7 +335,7 @@ def amount(text: object) -> float:
 
 
 def _typed(table: pd.DataFrame) -> pd.DataFrame:
-    """Exactly the columns of the frame: text as categories, everything else as numbers."""
+    """Return exactly the columns of the frame: text as categories, everything else as numbers."""
     table = table.reindex(columns=COLUMNS)
     for column in COLUMNS:
         if column not in TEXT:

@@ -104,7 +104,7 @@ class GridData:
         return [str(base) for base in size.sort_values().index]
 
     def curves(self, y: str, x: str = "epoch") -> Curves:
-        """The curves of a probe column over another, of all runs; empty where no run has it."""
+        """Return the curves of a probe column over another, of all runs; empty where no run has it."""
         if y not in self.probes or x not in self.probes:
             empty = np.array([])
             return Curves(empty.astype(int), empty, empty, len(self.runs))
@@ -112,7 +112,7 @@ class GridData:
         return Curves(table["run"].to_numpy(int), table[x].to_numpy(float), table[y].to_numpy(float), len(self.runs))
 
     def common_exposure(self, positions: pd.Index) -> float:
-        """The last exposure that all of these runs were probed at; NaN without probes."""
+        """Return the last exposure that all of these runs were probed at; NaN without probes."""
         last = self.curves("epoch").last_x()[positions.to_numpy(int)]
         return float(last.min()) if len(last) else float("nan")
 
@@ -129,17 +129,17 @@ def load(
     published: pd.DataFrame | None = None,
     fallback: str | None = None,
 ) -> GridData:
-    """The records of a results folder, or of one grid in it.
+    """Return the records of a results folder, or of one grid in it.
 
     Args:
-        results: folder of runs/, grids/ and plans/.
-        grid: name of a grid that has records; None: all runs.
-        reference: family that the others are compared with; None: that of the grid's declared contrast.
-        published: numbers from papers, to be drawn with the runs.
-        fallback: the reference family of a grid that declares no contrast.
+        results: Folder of runs/, grids/ and plans/.
+        grid: Name of a grid that has records; None: all runs.
+        reference: Family that the others are compared with; None: that of the grid's declared contrast.
+        published: Numbers from papers, to be drawn with the runs.
+        fallback: The reference family of a grid that declares no contrast.
 
     Raises:
-        InputError: an unknown grid, no run at all, or no reference family.
+        InputError: An unknown grid, no run at all, or no reference family.
     """
     recorded = None if grid is None else read_grid(results, grid)
     table = read_store(results, grid, COLUMNS)
@@ -155,10 +155,10 @@ def load(
 
 
 def read_store(results: Path, grid: str | None, columns: Sequence[str]) -> pa.Table:
-    """The run table of a results folder, or of one grid in it.
+    """Return the run table of a results folder, or of one grid in it.
 
     Raises:
-        InputError: an unknown grid, or no run at all.
+        InputError: An unknown grid, or no run at all.
     """
     table = store.load(results, columns, None if grid is None else read_grid(results, grid).runs)
     if not len(table):
@@ -173,7 +173,7 @@ def from_store(
     predicted: Mapping[str, float],
     fallback: str | None = None,
 ) -> GridData:
-    """The tables of the runs of a store; see `load`."""
+    """Return the tables of the runs of a store; see `load`."""
     runs, damaged = run_table(table, predicted)
     reference = _reference(runs, reference, contrast) or fallback
     if reference is None:
@@ -189,7 +189,7 @@ def from_store(
 
 
 def run_table(table: pa.Table, predicted: Mapping[str, float]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The readable runs of a store in its order, and run and cause of the damaged ones.
+    """Return the readable runs of a store in its order, and run and cause of the damaged ones.
 
     `stored` is the row of a run in the store, `settings` its cell as JSON.
     """
@@ -204,14 +204,14 @@ def run_table(table: pa.Table, predicted: Mapping[str, float]) -> tuple[pd.DataF
 
 
 def positions(runs: pd.DataFrame, stored: int) -> np.ndarray:
-    """For every row of the store the position of its run in `runs`; -1 for the others."""
+    """Return, for every row of the store, the position of its run in `runs`; -1 for the others."""
     position = np.full(stored, -1)
     position[runs["stored"]] = np.arange(len(runs))
     return position
 
 
 def unnest(table: pa.Table, column: str, position: np.ndarray) -> pd.DataFrame:
-    """A list column as a table of its entries, with the position of their run; -1 leaves a run's entries out."""
+    """Return a list column as a table of its entries, with the position of their run; -1 leaves a run's entries out."""
     lists = table[column].combine_chunks()
     entries = lists.flatten()
     run = position[np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy(zero_copy_only=False))]
@@ -225,7 +225,7 @@ def unnest(table: pa.Table, column: str, position: np.ndarray) -> pd.DataFrame:
 
 
 def _reference(runs: pd.DataFrame, reference: str | None, contrast: Contrast | None) -> str | None:
-    """The family that the others are compared with, as named or as declared."""
+    """Return the family that the others are compared with, as named or as declared."""
     if reference is not None:
         return reference
     declared = runs.loc[runs["run"].isin(contrast.reference), "family"] if contrast else runs["family"].iloc[:0]
@@ -233,7 +233,7 @@ def _reference(runs: pd.DataFrame, reference: str | None, contrast: Contrast | N
 
 
 def _identified(runs: pd.DataFrame, cells: list[dict[str, Any]], accounts: list[dict[str, Any]]) -> pd.DataFrame:
-    """The runs with what their cells and accounts state."""
+    """Return the runs with what their cells and accounts state."""
     models = [cell["model"] for cell in cells]
     half_keys = pd.array([model.get("half_keys") for model in models], "Float64").to_numpy(float, na_value=np.nan)
     stated = {
@@ -260,7 +260,8 @@ def _identified(runs: pd.DataFrame, cells: list[dict[str, Any]], accounts: list[
 
 
 def _ordered(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """Runs in reading order: bases from small to large, the reference family first, then families without a table."""
+    """Sort runs in reading order: bases from small to large, the reference family first, then families without a
+    table."""
     size = runs.groupby("base")["params_active"].transform("min")
     tables = runs.groupby("family")["memory_rows"].transform("max") > 0
     keys = ["size", "base", "rank", "family", "ffn_hidden", "memory_rows", "label", "seed"]
@@ -270,7 +271,7 @@ def _ordered(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def with_partners(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
-    """The runs with their partner, a run of the reference family in its base shape, and the ratios to it.
+    """Return the runs with their partner, a run of the reference family in its base shape, and the ratios to it.
 
     A partner shares base and data, and the training settings where one does. N of a cell is the partner's non-embedding
     parameters.
@@ -291,13 +292,13 @@ def with_partners(runs: pd.DataFrame, reference: str) -> pd.DataFrame:
 
 
 def _first(plain: pd.DataFrame, keys: list[str], runs: pd.DataFrame) -> np.ndarray:
-    """For every run the position of the first plain run with the same keys; -1 without one."""
+    """Return, for every run, the position of the first plain run with the same keys; -1 without one."""
     first = plain.drop_duplicates(keys).assign(position=lambda table: table.index)[[*keys, "position"]]
     return runs[keys].merge(first, on=keys, how="left")["position"].fillna(-1).to_numpy(int)
 
 
 def _probes(table: pa.Table, position: np.ndarray) -> pd.DataFrame:
-    """One row per line of train.jsonl with an evaluation-mode loss or a probe."""
+    """Return one row per line of train.jsonl with an evaluation-mode loss or a probe."""
     lines = unnest(table, "lines", position)
     lines["line"] = lines.groupby("run").cumcount()
     scores = unnest(table, "probes", position)
@@ -311,7 +312,7 @@ def _probes(table: pa.Table, position: np.ndarray) -> pd.DataFrame:
 
 
 def _with_e50(data: GridData) -> pd.DataFrame:
-    """The runs with E50, what it cost, and N H of the people that the storage probes cover."""
+    """Return the runs with E50, what it cost, and N H of the people that the storage probes cover."""
     bits, runs = data.curves("storage_bits"), data.runs
     bits_max = data.curves("storage_bits_max").last_y()
     e50, state = bits.crossing(bits_max / 2)
@@ -326,10 +327,10 @@ TO_E50 = {"wall_to_e50": "wall_s", "flops_to_e50": "train_flops"}
 
 
 def grids_of(results: Path, grid: str | None) -> list[str]:
-    """The grid that was named, or all that have records.
+    """Return the grid that was named, or all that have records.
 
     Raises:
-        InputError: none has.
+        InputError: None has.
     """
     if grid is not None:
         return [grid]

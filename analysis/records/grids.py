@@ -33,15 +33,15 @@ class Recorded:
 
 
 def read_grids(results: Path) -> dict[str, Recorded]:
-    """Grid name -> its record, from results/grids/*/grid.json."""
+    """Return the record of each grid by name, from results/grids/*/grid.json."""
     return dict(_read(path) for path in sorted(results.glob("grids/*/grid.json")))
 
 
 def read_grid(results: Path, grid: str) -> Recorded:
-    """The record of one grid.
+    """Return the record of one grid.
 
     Raises:
-        InputError: it has none.
+        InputError: It has none.
     """
     path = results / "grids" / grid / "grid.json"
     if path.is_file():
@@ -67,7 +67,8 @@ def _read(path: Path) -> tuple[str, Recorded]:
 
 
 def read_source(results: Path, grid: str) -> str:
-    """The arguments with which `suite sweep` continues the grid: name or path, scales, and its runs' baseline files."""
+    """Return the arguments with which `suite sweep` continues the grid: name or path, scales, and its runs' baseline
+    files."""
     path = Path(str(read_json(results / "grids" / grid / "grid.json").get("source", grid)))
     runs = set(read_grid(results, grid).runs)
     is_named = any((folder / path.name).resolve() == path.resolve() for folder in GRID_FOLDERS)

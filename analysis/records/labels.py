@@ -13,7 +13,7 @@ OUTSIDE_A_LABEL = ("seed", "evaluate")
 
 
 def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The variant of each cell: family, table or width, and what else varies within its family and base."""
+    """Return the variant of each cell: family, table or width, and what else varies within its family and base."""
     groups: dict[tuple[str, str], list[int]] = {}
     for position, cell in enumerate(cells):
         groups.setdefault((cell["model"]["family"], cell["model"]["base"]), []).append(position)
@@ -38,7 +38,7 @@ def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def flat(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as dotted names, without paths, which are not part of a cell's identity."""
+    """Return nested settings as dotted names, without paths, which are not part of a cell's identity."""
     settings: dict[str, Any] = {}
     for key, value in block.items():
         if isinstance(value, dict):
@@ -49,16 +49,16 @@ def flat(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_reshaped(model: Mapping[str, Any]) -> bool:
-    """Whether a model overrides the shape of its base size, as controls of equal MACs do."""
+    """Return whether a model overrides the shape of its base size, as controls of equal MACs do."""
     return any(model.get(name) is not None for name in SHAPE)
 
 
 def pairing(cell: Mapping[str, Any]) -> str:
-    """What two runs must share to be compared: base size and data, as JSON."""
+    """Return what two runs must share to be compared: base size and data, as JSON."""
     data = {key: value for key, value in cell["data"].items() if key != "path"}
     return json.dumps([cell["model"]["base"], data], sort_keys=True)
 
 
 def training(cell: Mapping[str, Any]) -> str:
-    """The training settings of a cell, as JSON."""
+    """Return the training settings of a cell, as JSON."""
     return json.dumps(cell.get("train"), sort_keys=True)

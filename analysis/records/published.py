@@ -76,7 +76,7 @@ MISALIGNED = "a public note warns that text extraction from the PDF can misalign
 
 
 def normalise(table: pd.DataFrame) -> pd.DataFrame:
-    """A table as collected (source, table, base_size, model_family, memory_keys, ...) in COLUMNS."""
+    """Return a table as collected (source, table, base_size, model_family, memory_keys, ...) in COLUMNS."""
     return pd.DataFrame([_row(row) for row in table.to_dict("records")], columns=COLUMNS)
 
 
@@ -106,7 +106,7 @@ def _row(row: dict) -> dict[str, object]:
 
 
 def _metric(text: str) -> tuple[str, int | None]:
-    """`acc 5-shot` -> (acc, 5); a metric without a count of examples as it is."""
+    """Split `acc 5-shot` into (acc, 5); a metric without a count of examples stays as it is."""
     match = re.fullmatch(r"(\S+) (\d+)-shot", text)
     return (match[1], int(match[2])) if match else (text, None)
 
@@ -116,7 +116,7 @@ def _family(model: str) -> str:
 
 
 def _notes(row: dict, model: str, total: str, tokens: str) -> list[str]:
-    """What matters for comparing this number with others."""
+    """Return what matters for comparing this number with others."""
     notes = []
     if total.endswith("(derived)"):
         notes.append("total is our arithmetic, not printed")
@@ -131,7 +131,7 @@ def _notes(row: dict, model: str, total: str, tokens: str) -> list[str]:
 
 
 def _traps(row: dict, model: str, total: str) -> list[str]:
-    """What is wrong, or may be, with a number of "Memory Layers at Scale" as printed."""
+    """Return what is wrong, or may be, with a number of "Memory Layers at Scale" as printed."""
     table, here = str(row["table"]), (row["task"], row["metric"], row["memory_keys"])
     holds = {
         COPIED_TOTAL: table == "Table 1" and model == "Memory+" and total == "3.377b",
@@ -147,8 +147,8 @@ def _text(value: object) -> str:
 
 
 def printed_as(task: str, metric: str) -> tuple[str, str]:
-    """Task and metric of one of our evaluations as they are called in these tables: triviaqa_qa, em -> triviaqa,
-    exact_match."""
+    """Return the task and metric of one of our evaluations as they are called in these tables: triviaqa_qa, em ->
+    triviaqa, exact_match."""
     return task.removesuffix("_nll").removesuffix("_qa"), OURS.get(metric, metric)
 
 

@@ -11,7 +11,7 @@ BITS_PER_PARAMETER = 2.0
 
 
 def regime(runs: pd.DataFrame) -> str:
-    """One sentence on what the worlds of these runs can show; empty without any."""
+    """Return one sentence on what the worlds of these runs can show; empty without any."""
     worlds = runs[runs["people"].notna() & runs["params_total"].gt(0)]
     if worlds.empty:
         return ""

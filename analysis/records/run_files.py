@@ -69,7 +69,7 @@ class Row:
 
 
 def read_run(folder: Path) -> Row:
-    """The records of a run directory; one with an unreadable file is marked as damaged and has no lists."""
+    """Return the records of a run directory; one with an unreadable file is marked as damaged and has no lists."""
     row = Row(folder.name)
     try:
         _read_cell(row, folder)
@@ -150,7 +150,7 @@ def _read_scores(row: Row, path: Path, split: str) -> None:
 
 
 def _number(value: Any) -> float | None:
-    """A JSON number as a float."""
+    """Return a JSON number as a float."""
     if value is None or type(value) is float:
         return value
     if isinstance(value, bool) or not isinstance(value, int):

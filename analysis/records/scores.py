@@ -16,12 +16,12 @@ NOT_A_SCORE = ("bits_max",)
 
 
 def final_scores(runs: pd.DataFrame, scores: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
-    """The final scores of all runs.
+    """Return the final scores of all runs.
 
     Args:
-        runs: one row per run, with its last `eval_loss`.
-        scores: all recorded scores: run, split, IDENTITY, value, stderr.
-        answers: for each of `scores`, 0 and 1 by question as text, or None.
+        runs: One row per run, with its last `eval_loss`.
+        scores: All recorded scores: run, split, IDENTITY, value, stderr.
+        answers: For each of `scores`, 0 and 1 by question as text, or None.
 
     Returns:
         One row per run and score: run (position), IDENTITY, value, stderr, answers, `key` (task/metric) and `score`, a
@@ -43,7 +43,8 @@ def final_scores(runs: pd.DataFrame, scores: pd.DataFrame, answers: pd.DataFrame
 
 
 def identities(scores: pd.DataFrame) -> pd.DataFrame:
-    """One row per score identity, by `score`, with a `title` that tells it from others of the same task and metric."""
+    """Return one row per score identity, by `score`, with a `title` that tells it from others of the same task and
+    metric."""
     unique = scores.drop_duplicates("score").set_index("score").sort_index()[["key", *IDENTITY]]
     several = unique["key"].duplicated(keep=False)
     titles = [
@@ -54,13 +55,13 @@ def identities(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def setting(few_shot: float, n: float) -> str:
-    """Few-shot examples and number of questions, for people."""
+    """Return the few-shot examples and number of questions, for people."""
     parts = [] if np.isnan(few_shot) else [f"{few_shot:.0f}-shot"]
     return ", ".join(parts + ([] if np.isnan(n) else [f"n={n:,.0f}"])) or "settings not recorded"
 
 
 def _distinct(titles: list[str], hashes: pd.Series) -> list[str]:
-    """Titles that are still equal get the start of their prompts' hash."""
+    """Add the start of their prompts' hash to titles that are still equal."""
     repeated = pd.Series(titles).duplicated(keep=False)
     return [
         f"{title} prompts {str(digest)[:6]}" if same else title

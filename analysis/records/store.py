@@ -47,12 +47,12 @@ SCHEMA = pa.schema(
 
 
 def load(results: Path, columns: Sequence[str], names: Iterable[str] | None = None) -> pa.Table:
-    """The run table of a results folder, its cache brought up to date.
+    """Return the run table of a results folder, its cache brought up to date.
 
     Args:
-        results: the folder of runs/ and cache/.
-        columns: columns of SCHEMA that the caller needs; `run` always comes first.
-        names: runs to load, in this order; those without a directory are left out. None: all, by name.
+        results: The folder of runs/ and cache/.
+        columns: Columns of SCHEMA that the caller needs; `run` always comes first.
+        names: Runs to load, in this order; those without a directory are left out. None: all, by name.
 
     Returns:
         One row per run directory.
@@ -85,7 +85,7 @@ def scan(results: Path, names: Sequence[str] | None = None) -> dict[str, str]:
 
 
 def _signature(folder: Path) -> str:
-    """The record files of a run directory with what changes when they do; empty without any."""
+    """Return the record files of a run directory with what changes when they do; empty without any."""
     parts: list[str] = []
     for prefix in ("", "eval/", "eval/steps/"):
         try:
@@ -112,7 +112,7 @@ def _cached_signatures(path: Path) -> dict[str, str]:
 
 
 def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table | None:
-    """Columns of the cache; None if there is no cache, or one that is damaged or has another schema."""
+    """Return the columns of the cache; None if there is no cache, or one that is damaged or has another schema."""
     try:
         with path.open("rb") as file:
             parquet = pq.ParquetFile(file)
@@ -124,7 +124,7 @@ def _read(path: Path, columns: Sequence[str] | None = None) -> pa.Table | None:
 
 
 def _update(results: Path, path: Path, signatures: dict[str, str], fresh: set[str], keep_others: bool) -> pa.Table:
-    """The whole table with every run of `signatures` as its files are now; written to the cache."""
+    """Return the whole table with every run of `signatures` as its files are now; written to the cache."""
     old = _read(path)
     parts = []
     if old is not None:
@@ -143,7 +143,7 @@ def _update(results: Path, path: Path, signatures: dict[str, str], fresh: set[st
 
 
 def to_columns(rows: Sequence[Row], signatures: dict[str, str]) -> pa.Table:
-    """Parsed runs as rows of the table."""
+    """Return parsed runs as rows of the table."""
     names = [row.name for row in rows]
     columns: list[pa.Array] = [pa.array(names, pa.string()), pa.array([signatures[name] for name in names])]
     for name in SCALARS:
@@ -183,6 +183,6 @@ def _write(table: pa.Table, path: Path) -> None:
 
 
 def _in_order(table: pa.Table, names: Iterable[str]) -> pa.Table:
-    """The rows of these runs, in this order."""
+    """Return the rows of these runs, in this order."""
     rows = pc.index_in(pa.array(list(names), pa.string()), value_set=table["run"].combine_chunks())
     return table.take(rows)

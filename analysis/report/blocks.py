@@ -81,7 +81,7 @@ figcaption { font-size: .9rem; color: #444; }
 
 
 def to_markdown(blocks: Sequence[Block], folder: Path) -> str:
-    """The blocks as Markdown; links to figures are relative to the folder of the report."""
+    """Return the blocks as Markdown; links to figures are relative to the folder of the report."""
     parts = []
     for block in blocks:
         match block:
@@ -99,7 +99,7 @@ def to_markdown(blocks: Sequence[Block], folder: Path) -> str:
 
 
 def to_html(blocks: Sequence[Block]) -> str:
-    """The blocks as one HTML page that contains its styles and pictures."""
+    """Return the blocks as one HTML page that contains its styles and pictures."""
     title = next((block.text for block in blocks if isinstance(block, Heading)), "Report")
     sections = [block.text for block in blocks if isinstance(block, Heading) and block.level == 2]
     links = "".join(f'<a href="#{_anchor(text)}">{html.escape(text)}</a>' for text in sections)
@@ -122,7 +122,7 @@ def _anchor(text: str) -> str:
 
 
 def _element(block: Block) -> str:
-    """One block as HTML."""
+    """Return one block as HTML."""
     match block:
         case Heading(text, level):
             return f'<h{level} id="{_anchor(text)}">{html.escape(text)}</h{level}>'
@@ -143,7 +143,7 @@ def _element(block: Block) -> str:
 
 
 def _html_table(headers: Sequence[str], rows: Sequence[Sequence[object]], left: int) -> str:
-    """A table that scrolls sideways on a narrow screen."""
+    """Return a table that scrolls sideways on a narrow screen."""
 
     def line(tag: str, cells: Sequence[object]) -> str:
         marks = [' class="l"' if column < left else "" for column in range(len(cells))]

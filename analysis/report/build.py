@@ -34,15 +34,15 @@ def write(data: GridData, folder: Path, figures: Path) -> dict[str, Any]:
     """Draw the figures and write report.md, report.html and the tables that are too long for them.
 
     Args:
-        data: the grid.
-        folder: where the report is written.
-        figures: where the figures are.
+        data: The grid.
+        folder: Where the report is written.
+        figures: Where the figures are.
 
     Returns:
         The paths, what is missing, and the runs that failed or are damaged.
 
     Raises:
-        InputError: a folder cannot be written.
+        InputError: A folder cannot be written.
     """
     plots = context(Comparisons(data))
     drawn, missing = draw(plots, figures)
@@ -66,12 +66,12 @@ def write(data: GridData, folder: Path, figures: Path) -> dict[str, Any]:
 
 
 def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) -> list[Block]:
-    """The blocks of the report, in order.
+    """Return the blocks of the report, in order.
 
     Args:
-        plots: the grid, its comparisons, and the labels of the figures.
-        pictures: the figures that were drawn.
-        missing: a line for each figure that was not.
+        plots: The grid, its comparisons, and the labels of the figures.
+        pictures: The figures that were drawn.
+        missing: A line for each figure that was not.
     """
     data, comparisons = plots.data, plots.comparisons
     contrasts, bios = comparisons.contrasts, bool(data.runs["e50_state"].ne("none").any())
@@ -101,7 +101,7 @@ def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) ->
 
 
 def _what_ran(data: GridData) -> list[Block]:
-    """One row per variant: runs, account, ratios to the plain reference, speed, exposures, E50."""
+    """Return one row per variant: runs, account, ratios to the plain reference, speed, exposures, E50."""
     headers = [
         "base",
         "variant",
@@ -163,7 +163,7 @@ def _span(values: pd.Series) -> str:
 
 
 def _e50_cell(done: pd.DataFrame) -> str:
-    """Mean E50 with its interval; a lower bound where runs are censored."""
+    """Return the mean E50 with its interval; a lower bound where runs are censored."""
     probed = done[done["e50_state"] != "none"]
     if probed.empty:
         return "–"
@@ -176,7 +176,7 @@ def _e50_cell(done: pd.DataFrame) -> str:
 
 
 def _speed_warning(data: GridData) -> str:
-    """How much the speeds of equal runs differ, where that is more than noise."""
+    """Return how much the speeds of equal runs differ, where that is more than noise."""
     speeds = data.done.groupby(["base", "label"])["tokens_per_s"]
     spread = float((speeds.max() / speeds.min()).max()) if len(data.done) else float("nan")
     if not spread > UNSTEADY:
@@ -191,7 +191,7 @@ KINDS = ("storage", "paraphrase", "extraction")
 
 
 def _kinds(data: GridData) -> list[Block]:
-    """Shares of N H for the three kinds of probe, at each base's common exposure."""
+    """Return shares of N H for the three kinds of probe, at each base's common exposure."""
     rows = []
     probed = data.done[data.done["e50_state"] != "none"]
     for base, part in probed.groupby("base", sort=False):
@@ -212,7 +212,7 @@ def _kinds(data: GridData) -> list[Block]:
 
 
 def _finals(plots: Context) -> list[Block]:
-    """Mean of every final score by variant."""
+    """Return the mean of every final score by variant."""
     data = plots.data
     scores = data.scores[data.scores["run"].isin(data.done.index)]
     if scores.empty:
@@ -263,7 +263,7 @@ def _failures(data: GridData) -> list[Block]:
 
 
 def _versions(runs: pd.DataFrame) -> list[Block]:
-    """Every set of versions among the runs, with how many runs it made."""
+    """Return every set of versions among the runs, with how many runs it made."""
     lines = []
     for key, count in runs["versions"].value_counts(sort=False).items():
         versions = ", ".join(f"{name} {value}" for name, value in json.loads(str(key)).items()) or "none recorded"

@@ -23,7 +23,7 @@ UNPAIRED = 30
 
 
 def headline(data: GridData, contrasts: Sequence[Contrast]) -> list[Block]:
-    """The primary contrast in a sentence, whatever its sign."""
+    """Return the primary contrast in a sentence, whatever its sign."""
     if data.contrast is None:
         return [
             Text(
@@ -41,7 +41,7 @@ def headline(data: GridData, contrasts: Sequence[Contrast]) -> list[Block]:
 
 
 def _e50_sentence(primary: Contrast) -> str:
-    """The ratio of exposures in words."""
+    """Return the ratio of exposures in words."""
     at = f"{_pairs(len(primary.seeds))}, at {_compute(primary)}"
     if primary.log_e50 is None:
         return f"{primary.variant} against {primary.reference} at {primary.base} has no E50; {at}"
@@ -62,7 +62,7 @@ def _e50_sentence(primary: Contrast) -> str:
 
 
 def _final_sentence(primary: Contrast) -> str:
-    """The difference of the declared score."""
+    """Return the difference of the declared score."""
     against = f"{primary.variant} against {primary.reference} at {primary.base}"
     score = primary.final
     if score is None:
@@ -82,7 +82,7 @@ def _pairs(count: int) -> str:
 
 
 def _compute(contrast: Contrast) -> str:
-    """The compute that a comparison is made at, in words."""
+    """Return the compute that a comparison is made at, in words."""
     equal = "equal-FLOP" if contrast.equal_flop else "not equal-FLOP"
     return (
         f"{contrast.macs_ratio:.2f}x MACs per token ({equal}), {contrast.params_ratio:.2f}x parameters, "
@@ -91,12 +91,12 @@ def _compute(contrast: Contrast) -> str:
 
 
 def difference_blocks(contrasts: Sequence[Contrast], bios: bool, pooled: Mapping[str, str]) -> list[Block]:
-    """Every contrast's outcomes at its ratios of MACs, parameters, bytes and wall-clock.
+    """Return every contrast's outcomes at its ratios of MACs, parameters, bytes and wall-clock.
 
     Args:
-        contrasts: all of a grid.
-        bios: whether E50 is measured.
-        pooled: variant -> the label under which many variants are summarised.
+        contrasts: All of a grid.
+        bios: Whether E50 is measured.
+        pooled: Variant -> the label under which many variants are summarised.
     """
     if not contrasts:
         return [Text("No pairs: no run of the reference shares base size, data and seed with another family's.")]
@@ -123,7 +123,7 @@ def difference_blocks(contrasts: Sequence[Contrast], bios: bool, pooled: Mapping
 
 
 def _summary(contrasts: Sequence[Contrast], pooled: Mapping[str, str]) -> list[Block]:
-    """E50 ratios by base, family and table size."""
+    """Summarise E50 ratios by base, family and table size."""
     groups: dict[tuple[str, str, bool], list[Contrast]] = {}
     for contrast in contrasts:
         if contrast.log_e50 is not None and contrast.bound != "unknown":
@@ -144,7 +144,7 @@ def _summary(contrasts: Sequence[Contrast], pooled: Mapping[str, str]) -> list[B
 
 
 def _unpaired(contrasts: Sequence[Contrast]) -> list[Block]:
-    """What both runs of a pair were scored on, but not in the same way."""
+    """Return what both runs of a pair were scored on, but not in the same way."""
     lines = [
         f"{contrast.base}, {contrast.variant} against {contrast.reference}: {score.key}, seeds "
         f"{', '.join(map(str, score.seeds))}: {_sides(score.ours, score.theirs)}"
@@ -225,7 +225,7 @@ def _cost_row(contrast: Contrast) -> list[object]:
 
 
 def _ratio_cell(contrast: Contrast) -> str:
-    """E50 ratio with its interval, or the bound that censored runs leave."""
+    """Return the E50 ratio with its interval, or the bound that censored runs leave."""
     difference = contrast.log_e50
     if difference is None:
         return "–"

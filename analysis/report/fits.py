@@ -16,7 +16,7 @@ from analysis.report.formatting import with_interval
 
 
 def trend_blocks(trends: Sequence[Trend]) -> list[Block]:
-    """The log-linear fits with their held-out variant."""
+    """Return the log-linear fits with their held-out variant."""
     if not trends:
         return [Text("None: they need runs of a memory family and of the reference.")]
     rows = []
@@ -43,12 +43,12 @@ def _estimate(ends: tuple[float, float, float]) -> str:
 
 
 def multiplier_blocks(data: GridData, multipliers: Sequence[Named], reasons: Sequence[str]) -> list[Block]:
-    """What each variant's final loss would cost the reference, by data; or why the grid does not tell.
+    """Return what each variant's final loss would cost the reference, by data; or why the grid cannot show it.
 
     Args:
-        data: the grid.
+        data: The grid.
         multipliers: (base, variant, multiplier).
-        reasons: why some data have none.
+        reasons: Why some data have none.
     """
     if not multipliers:
         return [Text(f"None: {'; '.join(reasons)}.")]

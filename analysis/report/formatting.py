@@ -9,12 +9,12 @@ from analysis.records.tables import number, signed
 
 
 def with_interval(difference: Difference | None, digits: int = 3, sign: bool = False) -> str:
-    """`mean [low, high]`, or the mean alone below MIN_PAIRS.
+    """Return `mean [low, high]`, or the mean alone below MIN_PAIRS.
 
     Args:
         difference: None where there is none.
-        digits: significant digits.
-        sign: whether to write the sign of positive numbers.
+        digits: Significant digits.
+        sign: Whether to write the sign of positive numbers.
     """
     if difference is None or difference.n == 0:
         return "–"
@@ -24,7 +24,7 @@ def with_interval(difference: Difference | None, digits: int = 3, sign: bool = F
 
 
 def exp_cell(difference: Difference | None) -> str:
-    """The ratio whose logarithm the difference is, with its interval."""
+    """Return the ratio whose logarithm the difference is, with its interval."""
     if difference is None:
         return "–"
     mean, low, high = (math.exp(value) for value in (difference.mean, difference.low, difference.high))

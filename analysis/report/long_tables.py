@@ -14,7 +14,8 @@ ROWS = 60
 
 
 def shortened(blocks: Sequence[Block], folder: Path) -> list[Block]:
-    """The blocks with long tables cut to ROWS rows, each followed by the name of the CSV file with all of its rows.
+    """Return the blocks with long tables cut to ROWS rows, each followed by the name of the CSV file with all of its
+    rows.
 
     Files of an earlier report are removed from the folder.
     """

@@ -31,7 +31,7 @@ FEW_DRAWS = 100
 
 @dataclass(frozen=True)
 class Fitted:
-    """A fit, its held-out score, the rows it used and the document about it."""
+    """A fit, its held-out score, the rows it used and the JSON document that `fit --json` prints for it."""
 
     found: Fit
     held: HeldOut
@@ -44,11 +44,11 @@ def fitted(entry: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping
     """Fit one law and report on it.
 
     Args:
-        entry: the law.
-        rows: the rows to fit.
-        table: the whole table, of which `request.predict` selects rows to predict.
-        columns: expression of each input and of the output.
-        request: the options of the fit.
+        entry: The law.
+        rows: The rows to fit.
+        table: The whole table, of which `request.predict` selects rows to predict.
+        columns: Expression of each input and of the output.
+        request: The options of the fit.
     """
     posed, used = data(entry, rows, columns, request)
     held = held_out(posed, used, request)
@@ -127,7 +127,7 @@ def _held_json(held: HeldOut, entry: Law) -> dict[str, Any]:
 
 
 def _open(parameter: Parameter, found: Fit, ends: tuple[float, float]) -> str:
-    """Why a parameter's interval is one-sided or open."""
+    """Return why a parameter's interval is one-sided or open."""
     name = parameter.name
     reason = f"{parameter.at_bound}, " if parameter.at_bound and ends[0] <= parameter.low else ""
     if name in found.at_bound:
@@ -139,7 +139,7 @@ def _open(parameter: Parameter, found: Fit, ends: tuple[float, float]) -> str:
 
 
 def _range(parameter: Parameter, ends: Sequence[float | None]) -> str:
-    """An interval as text: one-sided where one end is the parameter's bound."""
+    """Return an interval as text: one-sided where one end is the parameter's bound."""
     low, high = (math.nan if end is None else end for end in ends)
     lowest, highest = low <= parameter.low, high >= parameter.high
     if lowest and highest:
@@ -156,7 +156,7 @@ def _warnings(
     draws: Bootstrap | None,
     held: HeldOut,
 ) -> list[str]:
-    """What a reader must know before using the numbers."""
+    """Return what a reader must know before using the numbers."""
     lines = [_open(p, found, profiles[p.name]) for p in found.problem.free if not closed[p.name]]
     n, free = found.problem.n, len(found.problem.free)
     if found.problem.different == free:
@@ -187,7 +187,7 @@ def _check_sign(found: Fit) -> None:
 
 
 def _predictions(found: Fit, entry: Law, rows: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Predictions of rows of the table; observed value and relative error are null where the row has none."""
+    """Return predictions of rows of the table; observed value and relative error are null where the row has none."""
     frame, index = numbers(rows, {name: columns[name] for name in entry.inputs}, drop_missing=False)
     predicted = found.predict({name: frame[name].to_numpy(float) for name in entry.inputs})
     observed = number(rows, columns[entry.output], f"--columns: {entry.output}")
@@ -198,7 +198,7 @@ def _predictions(found: Fit, entry: Law, rows: pd.DataFrame, columns: Mapping[st
 
 
 def predicted_rows(item: Fitted, table: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """For every row of the table: `predicted` (NaN where an input is missing) and whether it was `fitted`."""
+    """Return, for every row of the table, `predicted` (NaN where an input is missing) and whether it was `fitted`."""
     law = item.found.problem.law
     inputs = {name: number(table, columns[name], f"--columns: {name}") for name in law.inputs}
     closed = np.isfinite(np.stack(list(inputs.values()))).all(0)
@@ -207,7 +207,8 @@ def predicted_rows(item: Fitted, table: pd.DataFrame, columns: Mapping[str, str]
 
 
 def _diagnostics(found: Fit, used: pd.DataFrame) -> dict[str, Any]:
-    """By point: row, residual (law minus data), leverage, residual when left out; and how far parameters then move."""
+    """Return by point: row, residual (law minus data), leverage, residual when left out; and how far parameters then
+    move."""
     if found.problem.n > LEFT_OUT:
         raise InputError(
             f"--diagnostics: {found.problem.n} points, allowed: up to {LEFT_OUT} (each is left out in turn)"
@@ -223,7 +224,7 @@ def _diagnostics(found: Fit, used: pd.DataFrame) -> dict[str, Any]:
 
 
 def text(result: Mapping[str, Any]) -> str:
-    """A document as lines for a terminal."""
+    """Return a document as lines for a terminal."""
     lines = [
         f"{result['law']}: {result['formula']} (source: {result['source']})",
         f"n {result['n']}, objective {result['objective']:.7g} ({result['minimize']})",
@@ -248,7 +249,7 @@ def text(result: Mapping[str, Any]) -> str:
 
 
 def _interval_text(name: str, result: Mapping[str, Any]) -> str:
-    """The interval of a parameter: two ends, one where the other is its bound, and whether it is identified."""
+    """Return the interval of a parameter: two ends, one where the other is its bound, and whether it is identified."""
     if name not in result["intervals"]:
         return "fixed"
     (low, high), closed = result["intervals"][name], result["identified"][name]
@@ -261,7 +262,7 @@ def _interval_text(name: str, result: Mapping[str, Any]) -> str:
 
 
 def _diagnostics_text(found: Mapping[str, Any]) -> list[str]:
-    """The points that say most, and how far each parameter moves when one point is left out."""
+    """Return the points that say most, and how far each parameter moves when one point is left out."""
     most, worst = int(np.argmax(found["leverage"])), int(np.argmax(np.abs(found["left_out_residual"])))
     ranges = (f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in found["parameters_without_a_point"].items())
     return [

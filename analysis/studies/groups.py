@@ -26,10 +26,10 @@ def fit_groups(table: pd.DataFrame, request: Request, by: str, shared: Sequence[
     """Fit a law in each group, and once more with some parameters shared.
 
     Args:
-        table: the runs.
-        request: the fit.
-        by: expression of the group.
-        shared: names of the parameters that all groups share.
+        table: The runs.
+        request: The fit.
+        by: Expression of the group.
+        shared: Names of the parameters that all groups share.
 
     Returns:
         The document: `groups`, each with parameters and 95 % profile intervals; with shared parameters also `shared`,
@@ -82,7 +82,7 @@ def _reported(found: Fit, ends: Mapping[str, tuple[float, float]]) -> dict[str, 
 def _shared(
     posed: Problem, labels: np.ndarray, names: list[str], separate: list[Fit], shared: Sequence[str]
 ) -> dict[str, Any]:
-    """The fit with shared parameters, and the F test of it."""
+    """Return the fit with shared parameters, and the F test of it."""
     from scipy.special import fdtrc
 
     law = grouped(posed.law, names, shared)
@@ -106,7 +106,8 @@ def _shared(
 
 
 def _joint_fit(problem: Problem, separate: list[Fit], names: list[str], shared: Sequence[str]) -> Fit:
-    """From the separate optima: shared parameters from each group in turn and from their mean."""
+    """Fit all groups together, from the separate optima: shared parameters start at each group's in turn and at their
+    mean."""
     tables = [dict(zip([p.name for p in item.problem.free], item.theta, strict=True)) for item in separate]
     starts = []
     for pick in [*range(len(separate)), None]:
@@ -127,7 +128,8 @@ def _joint_fit(problem: Problem, separate: list[Fit], names: list[str], shared: 
 
 
 def grouped(law: Law, names: Sequence[str], shared: Sequence[str]) -> Law:
-    """The law with one value of each parameter that is not shared per group; the input `group` numbers the groups."""
+    """Return the law with one value of each parameter that is not shared per group; the input `group` numbers the
+    groups."""
 
     def value(values: Mapping[str, Any], x: Mapping[str, np.ndarray]) -> Any:
         inner = {name: item for name, item in values.items() if "[" not in name}
@@ -159,7 +161,7 @@ def _starts(law: Law, x: Mapping[str, np.ndarray], names: Sequence[str]) -> dict
 
 
 def text(document: Mapping[str, Any]) -> str:
-    """Fits by group as lines for a terminal."""
+    """Return fits by group as lines for a terminal."""
     lines = [f"{document['law']}: {document['formula']}; n {document['n']}, {len(document['groups'])} groups"]
     for item in document["groups"]:
         lines.append(f"  {document['by']} = {item['group']} (n {item['n']})")

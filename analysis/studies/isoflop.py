@@ -79,13 +79,13 @@ def isoflops(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -
 
 
 def inside(found: Fit) -> bool:
-    """Whether the optimum lies among the sizes tried; one that does not is an extrapolation and no evidence."""
+    """Return whether the optimum lies among the sizes tried; one that does not is an extrapolation and no evidence."""
     sizes = found.problem.x["N"]
     return bool(sizes.min() < found.parameters["Nopt"] < sizes.max())
 
 
 def _frontier(fits: list[tuple[float, Fit]], weighted: bool, request: Request) -> Fitted | None:
-    """Nopt against C, each budget weighted by the inverse variance of its ln Nopt, or all the same.
+    """Fit Nopt against C, each budget weighted by the inverse variance of its ln Nopt, or all the same.
 
     Optima may lie closer to the line than their own errors allow: intervals use the larger of the two spreads.
     """
@@ -103,7 +103,7 @@ def _frontier(fits: list[tuple[float, Fit]], weighted: bool, request: Request) -
 
 
 def isoflop_text(result: Mapping[str, Any]) -> str:
-    """The budgets as lines for a terminal; the frontier is printed as any law is."""
+    """Return the budgets as lines for a terminal; the frontier is printed as any law is."""
     lines = [f"isoflop: {LAWS['isoflop'].formula}; n {result['n']}, {len(result['groups'])} budgets"]
     for group in result["groups"]:
         optimum, (low, high) = group["parameters"]["Nopt"], group["intervals"]["Nopt"]

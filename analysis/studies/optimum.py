@@ -23,7 +23,7 @@ DEFAULT_FLOPS = "6*N*D"
 
 
 def flops_formula(text: str) -> ast.expr:
-    """The FLOPs of training as a formula of N and D."""
+    """Return the FLOPs of training as a formula of N and D."""
     tree = parse(text, "--flops")
     if sorted(names(tree)) != ["D", "N"]:
         raise InputError(f"--flops: got {text!r}, allowed: a formula of N and D, as in {DEFAULT_FLOPS}")
@@ -33,15 +33,15 @@ def flops_formula(text: str) -> ast.expr:
 def optimum(
     found: Fit, ends: Ends, budget: float, flops: ast.expr, at: Mapping[str, float], ratio: float | None = None
 ) -> dict[str, Any]:
-    """The best N and D at a budget.
+    """Return the best N and D at a budget.
 
     Args:
-        found: a fit of a law with inputs N and D.
-        ends: profile intervals of its parameters.
-        budget: training FLOPs.
-        flops: the FLOPs as a formula of N and D, rising in D.
-        at: values of the law's other inputs.
-        ratio: tokens per parameter at which the loss at this budget is also wanted.
+        found: A fit of a law with inputs N and D.
+        ends: Profile intervals of its parameters.
+        budget: Training FLOPs.
+        flops: The FLOPs as a formula of N and D, rising in D.
+        at: Values of the law's other inputs.
+        ratio: Tokens per parameter at which the loss at this budget is also wanted.
 
     Returns:
         `N`, `D`, `loss` and their 95 % intervals, `ratio` D/N; `inside` where the optimum is not at an end of the
@@ -81,7 +81,7 @@ def optimum(
 
 
 def from_frontier(found: Fit, ends: Ends, budget: float, flops: ast.expr) -> dict[str, Any]:
-    """N and D at a budget from a fitted frontier Nopt = k C^a of isoFLOP optima."""
+    """Return N and D at a budget from a fitted frontier Nopt = k C^a of isoFLOP optima."""
     value, (low, high) = (
         found.predict({"C": np.array([budget])})[0],
         interval(found, prediction(found, {"C": budget}), ends),
@@ -101,7 +101,7 @@ def from_frontier(found: Fit, ends: Ends, budget: float, flops: ast.expr) -> dic
 
 
 def _tokens(flops: ast.expr, budget: float, n: np.ndarray) -> np.ndarray:
-    """Tokens that a budget buys at each size, by bisection of log D; NaN where none or any number does."""
+    """Return tokens that a budget buys at each size, by bisection of log D; NaN where none or any number does."""
     low, high = np.full(len(n), -5.0), np.full(len(n), 120.0)
 
     def cost(log_d: np.ndarray) -> np.ndarray:
@@ -130,18 +130,19 @@ class _Search:
         self.grid, self.d = self.grid[usable], self.d[usable]
 
     def tokens(self, n: np.ndarray) -> np.ndarray:
-        """Tokens that the budget buys at each size."""
+        """Return tokens that the budget buys at each size."""
         return _tokens(self.flops, self.budget, n)
 
     def losses(self, theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
-        """The law on the fitted scale, (B, n)."""
+        """Return the law on the fitted scale, (B, n)."""
         x = {"N": n, "D": d} | {name: np.full(len(n), value) for name, value in self.at.items()}
         value = self.found.problem.predict(theta, x)
         with np.errstate(all="ignore"):
             return np.log(value) if self.found.problem.law.residuals == "log" else value
 
     def best(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """log N at the least loss, (B,), and that loss: the vertex of a parabola through the three lowest points."""
+        """Return log N at the least loss, (B,), and that loss: the vertex of a parabola through the three lowest
+        points."""
         value = self.losses(theta, np.exp(self.grid), self.d)
         loss = np.where(np.isfinite(value), value, np.inf)
         rows, i = np.arange(len(theta)), np.clip(loss.argmin(1), 1, len(self.grid) - 2)
@@ -152,26 +153,26 @@ class _Search:
         return self.grid[i] + (self.grid[1] - self.grid[0]) * shift, np.where(np.isfinite(vertex), vertex, middle)
 
     def inside(self, log_n: float) -> bool:
-        """Whether the optimum is a minimum, not an end of the sizes searched."""
+        """Return whether the optimum is a minimum, not an end of the sizes searched."""
         return bool(self.grid[1] < log_n < self.grid[-2])
 
     def n_at(self, log_n: float) -> float:
         return math.exp(log_n) if log_n < 700 else math.inf
 
     def d_at(self, n: float) -> float:
-        """Tokens at a size, for the other end of an interval."""
+        """Return tokens at a size, for the other end of an interval."""
         if n == 0 or math.isinf(n):
             return math.inf if n == 0 else 0.0
         return float(self.tokens(np.array([n]))[0])
 
     def natural(self, loss: float) -> float:
-        """A loss from the fitted scale."""
+        """Return a loss from the fitted scale."""
         if self.found.problem.law.residuals != "log":
             return loss
         return math.exp(loss) if loss < 700 else math.inf
 
     def at_ratio(self, ratio: float, ends: Ends) -> dict[str, Any]:
-        """N, D and the loss at a fixed number of tokens per parameter."""
+        """Return N, D and the loss at a fixed number of tokens per parameter."""
         low, high = 0.0, 200.0
 
         def cost(log_n: float) -> float:
@@ -193,7 +194,7 @@ class _Search:
 
 
 def text(items: list[dict[str, Any]]) -> str:
-    """Optima as lines for a terminal."""
+    """Return optima as lines for a terminal."""
     lines = []
     for item in items:
         values = []

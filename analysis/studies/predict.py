@@ -15,12 +15,12 @@ from analysis.fits.quantities import interval, prediction
 
 
 def predictions(found: Fit, ends: Ends, points: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
-    """What the law predicts at each point.
+    """Return what the law predicts at each point.
 
     Args:
-        found: the fit.
-        ends: profile intervals of its parameters.
-        points: the inputs of each point.
+        found: The fit.
+        ends: Profile intervals of its parameters.
+        points: The inputs of each point.
 
     Returns:
         For each point its inputs, `predicted`, `interval` (95 %, of the law), `run_interval` (95 %, of a new run: with
@@ -52,7 +52,7 @@ def _predicted(found: Fit, ends: Ends, point: Mapping[str, float]) -> dict[str, 
 
 
 def scatter(found: Fit) -> float:
-    """Half the 95 % interval of a run about the law, on the fitted scale: a t-quantile of the residuals' spread.
+    """Return half the 95 % interval of a run about the law, on the fitted scale: a t-quantile of the residuals' spread.
 
     Under Huber's loss the spread is the normalised median absolute residual, which outliers do not widen.
     """
@@ -71,14 +71,14 @@ def _within(values: np.ndarray, value: float) -> bool:
 
 
 def _back(end: float, residuals: str) -> float:
-    """An end on the fitted scale in the outcome's own units."""
+    """Return an end on the fitted scale in the outcome's own units."""
     if residuals == "linear":
         return end
     return math.exp(end) if end < 700 else math.inf
 
 
 def text(items: Sequence[Mapping[str, Any]]) -> str:
-    """Predictions as lines for a terminal."""
+    """Return predictions as lines for a terminal."""
     lines = []
     for item in items:
         where = ", ".join(f"{name} {value:.4g}" for name, value in item["inputs"].items())

@@ -78,7 +78,8 @@ def check(request: Request) -> None:
 
 
 def chosen_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
-    """The law with the requested scale of residuals; Huber's loss is on logarithms unless requested otherwise."""
+    """Return the law with the requested scale of residuals; Huber's loss is on logarithms unless requested
+    otherwise."""
     entry = named_law(name, columns, request)
     unknown = sorted(set(columns) - {*entry.inputs, entry.output})
     if unknown:
@@ -90,7 +91,7 @@ def chosen_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
 
 
 def named_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
-    """The built-in law of that name, the law of a file, or the requested formula."""
+    """Return the built-in law of that name, the law of a file, or the requested formula."""
     if name == FORMULA:
         if request.formula is None:
             raise InputError("--law formula: needs --formula")
@@ -103,16 +104,16 @@ def named_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
 
 
 def data(entry: Law, rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -> tuple[Problem, pd.DataFrame]:
-    """The problem and the rows that it uses.
+    """Return the problem and the rows that it uses.
 
     Args:
-        entry: the law.
-        rows: the candidate rows of the user's table.
-        columns: expression of each input and of the output.
-        request: which rows to drop, the loss, the weights and the fixed parameters.
+        entry: The law.
+        rows: The candidate rows of the user's table.
+        columns: Expression of each input and of the output.
+        request: Which rows to drop, the loss, the weights and the fixed parameters.
 
     Raises:
-        InputError: the rows cannot be fitted.
+        InputError: The rows cannot be fitted.
     """
     wanted = {name: columns[name] for name in [*entry.inputs, entry.output] if name in columns}
     frame, _ = numbers(rows, wanted, request.drop_missing)
@@ -129,7 +130,7 @@ def data(entry: Law, rows: pd.DataFrame, columns: Mapping[str, str], request: Re
 
 
 def held_out(posed: Problem, used: pd.DataFrame, request: Request) -> HeldOut:
-    """Predictions of the largest cells by a fit to the rest; none if the share is 0."""
+    """Return predictions of the largest cells by a fit to the rest; none if the share is 0."""
     nothing = np.array([])
     if request.holdout == 0:
         return HeldOut("", nothing, nothing, nothing, "--holdout 0")

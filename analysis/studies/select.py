@@ -60,7 +60,8 @@ def select_joint(rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, 
 
 
 def cell_errors(posed: Problem, held: HeldOut) -> np.ndarray:
-    """|log error| of each held-out cell, the mean over its runs; infinite where a prediction is not positive."""
+    """Return the |log error| of each held-out cell, the mean over its runs; infinite where a prediction is not
+    positive."""
     with np.errstate(invalid="ignore"):
         errors = np.abs(np.log(held.predicted / held.observed))
     runs = pd.DataFrame({name: values[held.rows] for name, values in posed.x.items()})
@@ -69,7 +70,7 @@ def cell_errors(posed: Problem, held: HeldOut) -> np.ndarray:
 
 
 def choose(scores: Mapping[str, np.ndarray], parameters: Mapping[str, int]) -> str:
-    """The law with the fewest parameters whose mean score is within one standard error of the best law's."""
+    """Return the law with the fewest parameters whose mean score is within one standard error of the best law's."""
     means = {name: float(value.mean()) for name, value in scores.items()}
     best = min(means, key=lambda name: means[name])
     errors = scores[best]
@@ -90,11 +91,11 @@ def select(
     """Compare laws by rolling hold-out: fit up to a size, predict the next ones.
 
     Args:
-        rows: the rows of the table.
-        columns: expressions by name; each law uses those that it needs.
-        requests: the fits to compare, one per law.
-        size: expression of a cell's size.
-        blocks: number of blocks of sizes that are predicted in turn, from the larger half of the sizes.
+        rows: The rows of the table.
+        columns: Expressions by name; each law uses those that it needs.
+        requests: The fits to compare, one per law.
+        size: Expression of a cell's size.
+        blocks: Number of blocks of sizes that are predicted in turn, from the larger half of the sizes.
 
     Returns:
         The document: for each law its parameters, mean error and the error of each block; the laws refused with the
@@ -136,13 +137,13 @@ def select(
 
 
 def _needed(request: Request, columns: Mapping[str, str]) -> dict[str, str]:
-    """The columns that this law uses."""
+    """Return the columns that this law uses."""
     entry = named_law(request.law, columns, request)
     return {name: text for name, text in columns.items() if name in entry.inputs or name == entry.output}
 
 
 def _edges(sizes: np.ndarray, blocks: int) -> list[float]:
-    """The largest size of the first fit and of each block."""
+    """Return the largest size of the first fit and of each block."""
     unique = np.unique(sizes)
     if len(unique) < 3:
         raise InputError(f"--size: {len(unique)} different sizes, needed: at least 3")
@@ -153,7 +154,7 @@ def _edges(sizes: np.ndarray, blocks: int) -> list[float]:
 def _rolling(
     entry: Law, rows: pd.DataFrame, columns: Mapping[str, str], request: Request, sizes: np.ndarray, edges: list[float]
 ) -> pd.DataFrame:
-    """The error of each held-out cell, (block, error), the mean over its runs."""
+    """Return the error of each held-out cell, (block, error), the mean over its runs."""
     posed, used = data(entry, rows, columns, request)
     size = sizes[rows.index.get_indexer(used.index)]
     parts = []
@@ -172,7 +173,7 @@ def _rolling(
 
 
 def select_text(document: Mapping[str, Any]) -> str:
-    """The comparison as lines for a terminal."""
+    """Return the comparison as lines for a terminal."""
     lines = [f"rolling hold-out; fits up to sizes {', '.join(f'{edge:.4g}' for edge in document['edges'][:-1])}"]
     for item in sorted(document["laws"], key=lambda item: item["mean_error"]):
         blocks = ", ".join(f"{value:.3%}" for value in item["blocks"])

@@ -120,5 +120,5 @@ class _Utils:
         pass
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        """No limit on shared memory, so that a kernel that needs too much is recorded rather than refused."""
+        """Return no limit on shared memory, so that a kernel that needs too much is recorded rather than refused."""
         return {"max_shared_mem": 1 << 30, "multiprocessor_count": 1, "warpSize": 32}

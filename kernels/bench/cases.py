@@ -58,7 +58,7 @@ class Case:
         return torch.randperm(self.rows, generator=torch.Generator().manual_seed(0))
 
     def inputs(self, turn: int) -> Inputs:
-        """Indices, weights and output gradient of a turn."""
+        """Return the indices, weights and output gradient of a turn."""
         generator = torch.Generator().manual_seed(turn)
         shape = (self.lookups // self.bag, self.bag)
         uniform_NS = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -70,7 +70,7 @@ class Case:
         return Inputs(indices_NS.to(self.device), weights_NS.to(self.device), grad_ND.to(self.device, self.dtype))
 
     def table(self) -> Tensor:
-        """Initial values."""
+        """Return the initial values."""
         generator = torch.Generator(self.device).manual_seed(0)
         start = torch.empty(self.rows, self.width, device=self.device).normal_(generator=generator)
         return start.mul_(self.width**-0.5).to(self.dtype)
@@ -115,16 +115,16 @@ class Contender:
         those whose turns depend on earlier ones."""
 
     def correct(self) -> bool:
-        """Whether the results are right."""
+        """Return whether the results are right."""
         raise NotImplementedError
 
     def parts(self) -> str:
-        """Median milliseconds of named parts."""
+        """Return the median milliseconds of named parts."""
         medians = {name: 1e3 * sorted(laps)[len(laps) // 2] for name, laps in self._laps.items()}
         return " ".join(f"{name}={value:.2f}" for name, value in medians.items())
 
     def lap(self, name: str, work: Callable[[], object]) -> float:
-        """Seconds of `work`, recorded under `name`."""
+        """Return the seconds of `work`, recorded under `name`."""
         seconds = seconds_of(work, self.device)
         self._laps.setdefault(name, []).append(seconds)
         return seconds
@@ -153,13 +153,13 @@ class Forward(Contender):
 
 
 def plain_bag(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, sparse: bool = False) -> Tensor:
-    """torch's own weighted bag."""
+    """Compute the weighted bag with torch.nn.functional.embedding_bag."""
     weights_NS = weights_NS.to(table_RD.dtype)
     return F.embedding_bag(indices_NS, table_RD, mode="sum", per_sample_weights=weights_NS, sparse=sparse)
 
 
 def forward(case: Case) -> list[Contender]:
-    """Ours, F.embedding_bag and the reference."""
+    """Return the contenders of the forward pass: our kernel, F.embedding_bag and the reference."""
     table_RD = case.table()
     sink = RowGradients(table_RD)
 
@@ -204,7 +204,7 @@ class Search(Contender):
 
 
 def _all_pairs(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The usual way: torch.topk of both sides and of all top_k * top_k sums."""
+    """Search the usual way: torch.topk of both sides and of all top_k * top_k sums."""
     values, keys = (q_NM2W.permute(1, 2, 0, 3) @ keys_M2nW.mT).topk(top_k)
     sums = (values[:, 0].unsqueeze(-1) + values[:, 1].unsqueeze(-2)).flatten(-2)
     scores, chosen = sums.topk(top_k)
@@ -213,7 +213,10 @@ def _all_pairs(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, T
 
 
 def search(case: Case) -> list[Contender]:
-    """Ours, the usual way and the reference; tables of a square number of rows."""
+    """Return the contenders of the search: our kernel, all pairs by torch.topk, and the reference.
+
+    Tables have a square number of rows.
+    """
     return [
         Search("ours", case, product_key),
         Search("topk, all pairs", case, _all_pairs),

@@ -34,11 +34,11 @@ class Failure:
 
 
 def compile_all(every: bool, architectures: Sequence[int]) -> Iterator[list[Compiled] | Failure]:
-    """What each call compiles to on each architecture, in the order of `launches.calls`.
+    """Return what each call compiles to on each architecture, in the order of `launches.calls`.
 
     Args:
-        every: all shapes and options instead of a few that represent them.
-        architectures: keys of DEVICES.
+        every: All shapes and options instead of a few that represent them.
+        architectures: Keys of DEVICES.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     environment.pop("TRITON_INTERPRET", None)
@@ -105,7 +105,7 @@ def main(every: bool, as_json: bool, architectures: Sequence[int]) -> int:
 
 
 def document(rows: Sequence[Compiled], failures: Sequence[Failure]) -> dict[str, Any]:
-    """The JSON document: compiler version, compiled variants, calls that failed."""
+    """Return the JSON document: compiler version, compiled variants, calls that failed."""
     import triton
 
     return {
@@ -116,7 +116,7 @@ def document(rows: Sequence[Compiled], failures: Sequence[Failure]) -> dict[str,
 
 
 def heading() -> str:
-    """The table's first line."""
+    """Return the table's first line."""
     return (
         f"{'kernel':20} {'arch':6} {'regs':>4} {'spills':>11} {'shared':>7} {'warps':>5} {'load':>4} {'occupancy':>9} "
         f"{'in flight/needed, KiB':>21} {'roof, predicted':>15}  shape"
@@ -124,7 +124,7 @@ def heading() -> str:
 
 
 def line(row: Compiled) -> str:
-    """One compiled variant."""
+    """Format one compiled variant as a row of the table."""
     spills = f"{row.spill_stores}/{row.spill_loads}"
     flight = f"{row.in_flight / 1024:.0f}/{row.needed / 1024:.0f}"
     return (

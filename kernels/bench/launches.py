@@ -46,7 +46,7 @@ class Call:
 
 
 def calls(every: bool) -> list[Call]:
-    """The calls of all shapes and options, or of a few that represent them."""
+    """Return the calls of all shapes and options, or of a few that represent them."""
     return [*_searches(every), *_bags(every), *_updates(every)]
 
 

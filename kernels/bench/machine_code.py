@@ -30,7 +30,7 @@ class Code:
     instructions: tuple[Instruction, ...]
 
     def hot_loop(self) -> tuple[Instruction, ...]:
-        """The innermost loop that loads the most global memory; the whole kernel where no loop loads any."""
+        """Return the innermost loop that loads the most global memory; the whole kernel where no loop loads any."""
         bodies = []
         for instruction in self.instructions:
             target = instruction.jump_target()
@@ -59,18 +59,19 @@ class Instruction:
         return next((_WIDTHS[part] for part in self.name.split(".") if part in _WIDTHS), 4)
 
     def jump_target(self) -> int | None:
-        """The address that a branch goes to."""
+        """Return the address that a branch goes to."""
         found = re.search(r"0x([0-9a-f]+)", self.operands) if self.operation == "BRA" else None
         return int(found[1], 16) if found else None
 
 
 def loads(instructions: tuple[Instruction, ...]) -> Counter[int]:
-    """Numbers of global loads by bytes per thread; asynchronous copies to shared memory included."""
+    """Return numbers of global loads by bytes per thread; asynchronous copies to shared memory included."""
     return Counter(i.bytes for i in instructions if i.operation in ("LDG", "LDGSTS"))
 
 
 def loaded_bytes(instructions: tuple[Instruction, ...]) -> int:
-    """Bytes per thread of the widest global loads: narrower ones are indices and scalars, the same for many threads."""
+    """Return the bytes per thread of the widest global loads: narrower ones are indices and scalars, the same for many
+    threads."""
     counts = loads(instructions)
     return max(counts) * counts[max(counts)] if counts else 0
 

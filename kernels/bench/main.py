@@ -155,7 +155,10 @@ def _measure(operator: str, case: Case, contenders: list[Contender], copy: float
 
 
 def _round(case: Case, contenders: list[Contender], turn: int) -> list[float]:
-    """Seconds of each contender. The first to read a table finds it in no cache, so the order rotates."""
+    """Return the seconds of each contender.
+
+    The order rotates, because the first to read a table finds it in no cache.
+    """
     inputs, seconds = case.inputs(turn), [0.0] * len(contenders)
     for place in range(len(contenders)):
         index = (turn + place) % len(contenders)
@@ -189,7 +192,7 @@ def _result(
 
 
 def against_dense(results: list[Result]) -> list[Against]:
-    """The update by rows next to the dense one, for every case in which both passed their check."""
+    """Return the update by rows next to the dense one, for every case in which both passed their check."""
     by_case = {(r.operator, r.contender, r.use, r.width, r.rows): r for r in results}
     table = []
     for ours in results:
@@ -226,7 +229,7 @@ def _table_bytes(result: Result) -> int:
 
 
 def peak_bytes(case: Case, contender: str) -> int:
-    """Peak memory of a few steps of a contender in a separate process: resident, or allocated on CUDA.
+    """Return the peak memory of a few steps of a contender in a separate process: resident, or allocated on CUDA.
 
     0 where the system does not report it (CPU outside Linux).
     """
@@ -248,7 +251,7 @@ def _peak(case: Case, name: str) -> int:
 
 
 def _kilobytes(file: str, field: str) -> int:
-    """A field of a file of /proc (getrusage's peak would start at the parent's)."""
+    """Return a field of a file of /proc (getrusage's peak would start at the parent's)."""
     for text in Path("/proc", file).read_text().splitlines():
         if text.startswith(f"{field}:"):
             return int(text.split()[1])
@@ -256,7 +259,7 @@ def _kilobytes(file: str, field: str) -> int:
 
 
 def free_bytes(device: str) -> int:
-    """Available memory; outside Linux, half of a CPU's memory."""
+    """Return available memory; outside Linux, half of a CPU's memory."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0]
     if sys.platform == "linux":
@@ -265,20 +268,20 @@ def free_bytes(device: str) -> int:
 
 
 def quantiles(values: list[float]) -> tuple[float, float, float]:
-    """p20, p50 and p80, linearly interpolated."""
+    """Return p20, p50 and p80, linearly interpolated."""
     levels = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     p20, p50, p80 = torch.tensor(values, dtype=torch.float64).quantile(levels).tolist()
     return p20, p50, p80
 
 
 def copy_bandwidth(device: str, size: int = 1 << 26) -> float:
-    """Bytes per second, read + written, of copying `size` float32 values; best of five."""
+    """Return bytes per second, read + written, of copying `size` float32 values; best of five."""
     source, target = torch.ones(size, device=device), torch.empty(size, device=device)
     return 2 * source.nbytes / min(seconds_of(lambda: target.copy_(source), device) for _ in range(5))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.bench", description="Time the kernels next to PyTorch's operators."
     )
@@ -324,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def machine(device: str) -> str:
-    """The device, for people."""
+    """Return the device, for people."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     cpu = platform.processor() or platform.machine()
@@ -351,7 +354,7 @@ def progress(done: int, cases: int) -> None:
 
 
 def line(result: Result) -> str:
-    """A result for people."""
+    """Return a result for people."""
     where = f"{result.operator:8} {result.contender:15} {result.use:8} rows 2^{math.log2(result.rows):<4.3g}"
     peak = f"  peak {result.peak_bytes / 2**20:.0f} MiB" if result.peak_bytes else ""
     ratio = f"x{result.ratio_p50:.3f} ({result.ratio_p20:.3f}-{result.ratio_p80:.3f})" if result.ratio_p50 else ""
@@ -362,7 +365,7 @@ def line(result: Result) -> str:
 
 
 def against_table(table: list[Against]) -> str:
-    """The comparison with the dense path for people."""
+    """Return the comparison with the dense path for people."""
     head = (
         "\nStep against dense: backward and update by rows over dense backward + clipping + AdamW(fused=True)\n"
         "use       width  rows   lookups   rows, ms  dense, ms  ratio (p20-p80)        search, ms  "

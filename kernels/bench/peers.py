@@ -54,7 +54,7 @@ class Layer(Contender):
 
 
 def layers(case: Case) -> list[Contender]:
-    """Ours and product-key-memory's, if it is installed and the table is float32."""
+    """Return our contender and product-key-memory's, if it is installed and the table is float32."""
     try:
         package = importlib.import_module("product_key_memory")
     except ImportError:
@@ -88,13 +88,13 @@ def layers(case: Case) -> list[Contender]:
 
 
 def _queries(peer: Any, x_ND: Tensor) -> Tensor:
-    """Its normed half queries, [N, M, 2, W]."""
+    """Return the peer's normed half queries, [N, M, 2, W]."""
     q_N2MW = peer.to_queries(x_ND).unflatten(1, (2, peer.heads, -1))
     q_NM2W: Tensor = peer.norm(q_N2MW).transpose(1, 2)
     return q_NM2W
 
 
 def _keys(peer: Any) -> Tensor:
-    """Its half keys, [M, 2, n, W]."""
+    """Return the peer's half keys, [M, 2, n, W]."""
     keys_M2nW: Tensor = peer.keys.permute(0, 2, 1, 3)
     return keys_M2nW

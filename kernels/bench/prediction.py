@@ -54,7 +54,7 @@ class Compiled:
 
 
 def predict(launch: Launch, shape: str) -> Compiled:
-    """Registers, spills and predicted speed of a launch, from its machine code."""
+    """Return the registers, spills and predicted speed of a launch, from its machine code."""
     device, code = DEVICES[launch.architecture], machine_code.read(launch.cubin)
     hot = code.hot_loop()
     blocks = blocks_per_multiprocessor(code.registers, launch)
@@ -82,7 +82,7 @@ def predict(launch: Launch, shape: str) -> Compiled:
 
 
 def blocks_per_multiprocessor(registers: int, launch: Launch) -> int:
-    """Blocks that fit together; 0 where one alone needs more shared memory than a block may have."""
+    """Return the blocks that fit together; 0 where one alone needs more shared memory than a block may have."""
     device = DEVICES[launch.architecture]
     if launch.shared > device.shared_per_block:
         return 0

@@ -41,11 +41,11 @@ class Step(Contender):
         self.moved_right = True
 
     def rows(self, rows_C: Tensor) -> Rows:
-        """The state of some rows."""
+        """Return the state of some rows."""
         raise NotImplementedError
 
     def expected(self, before: Rows, grads_CD: Tensor) -> Tensor:
-        """Their values after one more step: AdamW's, Loshchilov and Hutter 2019, algorithm 2."""
+        """Return their values after one more step: AdamW's, Loshchilov and Hutter 2019, algorithm 2."""
         step = before.step + 1
         m_CD = BETAS[0] * before.m_CD + (1 - BETAS[0]) * grads_CD
         v_CD = BETAS[1] * before.v_CD + (1 - BETAS[1]) * grads_CD.square()
@@ -165,8 +165,10 @@ class SparseStep(Step):
 
 
 def step(case: Case, free_bytes: float) -> list[Contender]:
-    """Ours and, if they fit in memory, dense AdamW, the reference and SparseAdam (float32); all but the last start as
-    after many steps."""
+    """Return our contender and, if they fit in memory, dense AdamW, the reference and SparseAdam (float32).
+
+    All but SparseAdam start as after many steps.
+    """
     ours, small = RowStep(case, settled=True), case.rows <= SMALL_ROWS and case.dtype == torch.float32
     if case.rows_bytes + case.dense_bytes > free_bytes:
         return [ours]
@@ -180,7 +182,7 @@ def step(case: Case, free_bytes: float) -> list[Contender]:
 
 
 def stepper(case: Case, name: str) -> Contender:
-    """One contender from its first step, with nothing else in memory."""
+    """Return one contender from its first step, with nothing else in memory."""
     if name == "dense AdamW":
         return DenseStep(case, settled=False)
     if name == "SparseAdam":
@@ -189,7 +191,7 @@ def stepper(case: Case, name: str) -> Contender:
 
 
 def _moments(case: Case) -> dict[str, Any]:
-    """As after many steps, so that no row is new: gradients of 1e-5, bias corrections near one."""
+    """Set the state to that after many steps, so that no row is new: gradients of 1e-5, bias corrections near one."""
     generator = torch.Generator(case.device).manual_seed(1)
     m_RD = torch.empty(case.rows, case.width, device=case.device).normal_(generator=generator).mul_(1e-6)
     return {"step": 400, "m": m_RD, "v": m_RD.new_tensor(1e-10).expand_as(m_RD)}
@@ -200,7 +202,7 @@ def _wide(tensor_RD: Tensor, rows_C: Tensor) -> Tensor:
 
 
 def _gradients(inputs: Inputs, rows_C: Tensor, read_U: Tensor) -> Tensor:
-    """The clipped gradients of some rows, float64; the norm is that of all rows read, `read_U` ascending."""
+    """Return the clipped gradients of some rows, float64; the norm is that of all rows read, `read_U` ascending."""
     (size, width), wide = (inputs.indices_NS.shape[1], inputs.grad_ND.shape[1]), torch.float64
     every_UD = torch.zeros(len(read_U), width, device=read_U.device)
     of_rows_CD = torch.zeros(len(rows_C), width, dtype=wide, device=read_U.device)
@@ -215,7 +217,10 @@ def _gradients(inputs: Inputs, rows_C: Tensor, read_U: Tensor) -> Tensor:
 
 
 def _same(ours_RD: Tensor, dense_RD: Tensor) -> bool:
-    """Within a hundredth of an update for float32; a bfloat16 table rounds at other steps than ours."""
+    """Return whether both agree within a hundredth of an update (float32).
+
+    A bfloat16 table gets more room, since ours rounds at other steps.
+    """
     difference_RD = (ours_RD.detach() - dense_RD.detach()).abs()
     return bool(difference_RD.max() < (1e-2 * RATE if ours_RD.dtype == torch.float32 else 3e-2))
 

@@ -33,7 +33,7 @@ __all__ = ["Groups", "RowGradients", "embedding_bag", "embedding_dot", "group_by
 def embedding_bag(
     table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, sink: RowGradients, backend: str | None = None
 ) -> Tensor:
-    """out_ND[n] = sum over s of weights[n, s] * table[indices[n, s]], in the table's dtype.
+    """Return out_ND[n] = sum over s of weights[n, s] * table[indices[n, s]], in the table's dtype.
 
     indices int64 in [0, R); weights any float dtype. Autograd gives the weights' gradient in their dtype; the
     rows' gradients go to `sink` (and table_RD.grad stays None). A bag may hold a row more than once.
@@ -46,7 +46,7 @@ def embedding_bag(
 def embedding_dot(
     table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor, sink: RowGradients, backend: str | None = None
 ) -> Tensor:
-    """dots_NS[n, s] = <table[indices[n, s]], x[n]>, in float32 (float64 for a float64 table).
+    """Return dots_NS[n, s] = <table[indices[n, s]], x[n]>, in float32 (float64 for a float64 table).
 
     Autograd gives the gradient of x in its dtype; the rows' gradients go to `sink`.
     """
@@ -56,7 +56,7 @@ def embedding_dot(
 
 
 def _groups(table_RD: Tensor, indices_NS: Tensor, sink: RowGradients) -> Groups | None:
-    """What the backward pass needs; None if there will be no backward pass."""
+    """Return what the backward pass needs; None if there will be no backward pass."""
     return sink.groups(indices_NS) if torch.is_grad_enabled() and table_RD.requires_grad else None
 
 

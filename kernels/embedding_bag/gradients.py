@@ -53,7 +53,7 @@ class RowGradients:
         self._is_read_R: Tensor | None = None
 
     def groups(self, indices_NS: Tensor) -> Groups:
-        """The lookups grouped by row; a second call with the same tensor object returns the cached groups."""
+        """Return the lookups grouped by row; a second call with the same tensor object returns the cached groups."""
         if self._last is None or self._last[0] is not indices_NS:
             self._last = (indices_NS, self._group_by_row(indices_NS, self.table_rows))
         return self._last[1]
@@ -62,10 +62,10 @@ class RowGradients:
         """Add one backward pass's gradients: per row, the sum of weight x source over its lookups.
 
         Args:
-            source_ND: the output's gradient, or whatever the weights multiply.
-            weights_NS: the factor of every lookup.
-            groups: the lookups grouped by row.
-            ops: the implementation of `row_sums`.
+            source_ND: The output's gradient, or whatever the weights multiply.
+            weights_NS: The factor of every lookup.
+            groups: The lookups grouped by row.
+            ops: The implementation of `row_sums`.
         """
         self._apply_scale()
         reads_most = len(groups.rows_U) >= MOSTLY * self.table_rows
@@ -87,7 +87,8 @@ class RowGradients:
             self.merged()
 
     def merged(self) -> tuple[Tensor, Tensor]:
-        """(rows_U int64, ascending and unique; sums_UD). The sums are the buffer itself: writes to them persist."""
+        """Return (rows_U int64, ascending and unique; sums_UD). The sums are the buffer itself: writes to them
+        persist."""
         self._apply_scale()
         if self._whole_RD is not None:
             rows_U, sums_RD, *_ = self.placed()
@@ -102,7 +103,7 @@ class RowGradients:
         return empty, torch.zeros(0, self.width, dtype=self.dtype, device=self.device)
 
     def placed(self) -> Placed:
-        """The gradients without a copy of them, for an optimizer that can read them so."""
+        """Return the gradients without a copy of them, for an optimizer that can read them so."""
         if self._whole_RD is not None:
             whole_RD, is_read_R = self._whole()
             rows_U = is_read_R.nonzero().squeeze(1)
@@ -113,12 +114,12 @@ class RowGradients:
         return Placed(rows_U, sums_UD, None, scale)
 
     def norm(self) -> Tensor:
-        """The exact global 2-norm (rows not read have no gradient), a 0-dim tensor."""
+        """Return the exact global 2-norm (rows not read have no gradient), a 0-dim tensor."""
         self._apply_scale()
         return torch.linalg.vector_norm(self.merged()[1] if self._whole_RD is None else self._whole()[0])
 
     def scale_(self, factor: Tensor | float) -> None:
-        """Multiply the gradients, at the latest when they are next needed."""
+        """Multiply the gradients by a factor, applied lazily: when they are next read."""
         self._apply_scale()
         self._scale = torch.as_tensor(factor, dtype=self.dtype, device=self.device)
 
@@ -141,7 +142,7 @@ class RowGradients:
         self._scale = self._whole_RD = self._is_read_R = None
 
     def _whole(self) -> tuple[Tensor, Tensor]:
-        """The buffer of the whole table and which rows were read; what was compact so far is moved there."""
+        """Return the buffer of the whole table and which rows were read; what was compact so far is moved there."""
         if self._whole_RD is None or self._is_read_R is None or self._rows:
             pieces = list(zip(self._rows, self._sums, strict=True))
             self._rows, self._sums = [], []

@@ -16,7 +16,7 @@ __all__ = ["bag", "dots", "group_by_row", "row_sums"]
 
 
 def dots(table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
-    """As reference.dots; `table_RD` is contiguous."""
+    """See reference.dots; `table_RD` is contiguous."""
     (bags, size), (rows, width) = indices_NS.shape, table_RD.shape
     dots_NS, indices_NS = table_RD.new_empty(bags, size), indices_NS.long().contiguous()
     outside = call("dots", table_RD, indices_NS, x_ND.float().contiguous(), dots_NS, bags, size, rows, width)
@@ -25,7 +25,7 @@ def dots(table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
 
 
 def group_by_row(indices_NS: Tensor, table_rows: int) -> Groups:
-    """As reference.group_by_row, by a radix sort of rows and lookups packed into 64 bits."""
+    """Group lookups as reference.group_by_row does, by a radix sort of rows and lookups packed into 64 bits."""
     indices_L = indices_NS.reshape(-1).long().contiguous()
     lookups = len(indices_L)
     sorted_L, other_L = indices_L.new_empty(lookups), indices_L.new_empty(lookups)

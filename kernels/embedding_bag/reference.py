@@ -40,12 +40,12 @@ def group_by_row(indices_NS: Tensor, table_rows: int) -> Groups:
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums over a table of `dtype`."""
+    """Return the dtype of sums over a table of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def bag(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, dtype: torch.dtype) -> Tensor:
-    """out_ND[n] = sum over s of weights[n, s] * table[indices[n, s]], in `dtype`."""
+    """Return out_ND[n] = sum over s of weights[n, s] * table[indices[n, s]], in `dtype`."""
     (bags, size), width = indices_NS.shape, table_RD.shape[1]
     if indices_NS.numel() == 0:
         return table_RD.new_zeros(bags, width, dtype=dtype)
@@ -61,7 +61,7 @@ def bag(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, dtype: torch.d
 
 
 def dots(table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
-    """dots_NS[n, s] = <table[indices[n, s]], x[n]>, in float32 (float64 for a float64 table).
+    """Return dots_NS[n, s] = <table[indices[n, s]], x[n]>, in float32 (float64 for a float64 table).
 
     With x the output's gradient these are the gradients of the bag's weights.
     """
@@ -75,7 +75,7 @@ def dots(table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
 
 
 def row_sums(source_ND: Tensor, weights_NS: Tensor, groups: Groups, wide: torch.dtype) -> Tensor:
-    """sums_UD[u] = sum over the lookups (n, s) of rows_U[u] of weights[n, s] * source[n], in dtype `wide`.
+    """Return sums_UD[u] = sum over the lookups (n, s) of rows_U[u] of weights[n, s] * source[n], in dtype `wide`.
 
     With source the output's gradient this is the gradient of the rows read. Order: that of the lookups.
     """
@@ -87,7 +87,7 @@ def row_sums(source_ND: Tensor, weights_NS: Tensor, groups: Groups, wide: torch.
 
 
 def sum_pieces(sums: list[Tensor], groups: Groups) -> Tensor:
-    """Compact row gradients of several reads of one table as one, in the order given; `groups` are of their rows."""
+    """Merge compact row gradients of several reads of one table, in their order; `groups` are of their rows."""
     return F.embedding_bag(groups.order_L, torch.cat(sums), groups.offsets_U, mode="sum")
 
 

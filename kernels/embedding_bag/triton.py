@@ -145,7 +145,7 @@ def _sums_kernel(
 
 
 def bag(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, dtype: torch.dtype) -> Tensor:
-    """As reference.bag."""
+    """See reference.bag."""
     (bags, size), width = indices_NS.shape, table_RD.shape[1]
     out_ND = table_RD.new_zeros(bags, width, dtype=dtype)
     if indices_NS.numel():
@@ -166,7 +166,7 @@ def bag(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, dtype: torch.d
 
 
 def dots(table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
-    """As reference.dots."""
+    """See reference.dots."""
     (bags, size), width = indices_NS.shape, table_RD.shape[1]
     dtype = accumulator(table_RD.dtype)
     out_NS = torch.empty(bags, size, dtype=dtype, device=table_RD.device)
@@ -186,7 +186,7 @@ def dots(table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
 
 
 def row_sums(source_ND: Tensor, weights_NS: Tensor, groups: Groups, wide: torch.dtype) -> Tensor:
-    """As reference.row_sums."""
+    """See reference.row_sums."""
     sums_UD = torch.empty(len(groups.rows_U), source_ND.shape[1], dtype=wide, device=source_ND.device)
     starts_L = torch.zeros(len(groups.order_L), dtype=torch.int64, device=source_ND.device)
     targets_L = starts_L.index_fill_(0, groups.offsets_U, 1).cumsum(0) - 1
@@ -207,12 +207,12 @@ def sum_sorted(
     """Sum weighted rows of `source_ND` into rows of `out`.
 
     Args:
-        source_ND: one row per bag, any float dtype.
-        weights_NS: the factor of every lookup.
+        source_ND: One row per bag, any float dtype.
+        weights_NS: The factor of every lookup.
         order_L: int64 positions of the lookups in the flattened weights, sorted by target.
         targets_L: int64 rows of `out`, ascending.
         out: float32 (float64) [*, D]; rows that are no target stay as they are.
-        adds: add to what `out` holds instead of replacing it.
+        adds: Add to what `out` holds instead of replacing it.
     """
     width, block, lookups = out.shape[1], _columns(out.shape[1]), len(order_L)
     source, weights, order, targets = source_ND.contiguous(), weights_NS.contiguous(), order_L, targets_L

@@ -27,7 +27,7 @@ __all__ = ["product_key"]
 
 
 def product_key(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int, backend: str | None = None) -> tuple[Tensor, Tensor]:
-    """(rows_MNK int64, scores_MNK), best first, n >= top_k; gradients of queries and keys by autograd.
+    """Return (rows_MNK int64, scores_MNK), best first, n >= top_k; gradients of queries and keys by autograd.
 
     Products are summed in float32 (float64 for float64 queries), which is also the dtype of the scores, and ranked in
     float32. Equal half scores rank by index, equal sums by the rank of their first, then of their second half. Only the
@@ -35,13 +35,13 @@ def product_key(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int, backend: str | No
     reference's backward on CUDA (scatter_add).
 
     Args:
-        q_NM2W: half queries of any float dtype.
-        keys_M2nW: half keys of any float dtype.
-        top_k: rows per head.
-        backend: overrides kernels.dispatch.
+        q_NM2W: Half queries of any float dtype.
+        keys_M2nW: Half keys of any float dtype.
+        top_k: Rows per head.
+        backend: Overrides kernels.dispatch.
 
     Raises:
-        ValueError: top_k is not in 1..n.
+        ValueError: `top_k` is not in 1..n.
     """
     if not 1 <= top_k <= keys_M2nW.shape[2]:
         raise ValueError(f"top_k: got {top_k}, allowed: 1 to the half keys ({keys_M2nW.shape[2]})")

@@ -20,7 +20,7 @@ LANES = 8
 
 
 def search(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """As reference.search; laid out token by token, as the rows are read."""
+    """See reference.search; laid out token by token, as the rows are read."""
     (tokens, heads), half_keys = q_NM2W.shape[:2], keys_M2nW.shape[2]
     keys_M2Wn = keys_M2nW.float().mT
     first_P, second_P = pairs(top_k).int().contiguous()
@@ -48,7 +48,7 @@ def search(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tenso
 
 
 def search_backward(grad_MNK: Tensor, rows_MNK: Tensor, q_NM2W: Tensor, keys_M2nW: Tensor) -> tuple[Tensor, Tensor]:
-    """As reference.search_backward, and deterministic."""
+    """See reference.search_backward; deterministic."""
     (tokens, heads, _, width), half_keys = q_NM2W.shape, keys_M2nW.shape[2]
     grad_q_NM2W, grad_keys_M2nW = q_NM2W.new_zeros(q_NM2W.shape), q_NM2W.new_zeros(keys_M2nW.shape)
     call(

@@ -28,7 +28,7 @@ SORTED_WHOLE = 128
 
 
 def pairs(top_k: int) -> Tensor:
-    """Ranks (from 0) of the pairs that can be among the top_k sums, [2, P] int64: (i+1)(j+1) <= top_k.
+    """Return the ranks (from 0) of the pairs that can be among the top_k sums, [2, P] int64: (i+1)(j+1) <= top_k.
 
     A pair ranks after the (i+1)(j+1) - 1 others that are at least as good in both halves, so no other pair can be among
     them. For top_k 32 these are 119 of 1,024 pairs.
@@ -37,7 +37,7 @@ def pairs(top_k: int) -> Tensor:
 
 
 def search(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """(rows_MNK int64, scores_MNK), best first; see kernels.product_key."""
+    """Return (rows_MNK int64, scores_MNK), best first; see kernels.product_key."""
     tokens, heads = q_NM2W.shape[:2]
     wide = torch.float64 if q_NM2W.dtype == torch.float64 else torch.float32
     keys_M2Wn = keys_M2nW.to(wide).mT
@@ -50,7 +50,7 @@ def search(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tenso
 
 
 def combine(scores_M2Cn: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """The top_k of all n*n sums of a first and a second half score: rows i*n + j and their sums, best first."""
+    """Return the top_k of all n*n sums of a first and a second half score: rows i*n + j and their sums, best first."""
     best_M2CK = best(scores_M2Cn, top_k)
     ranked_M2CK = scores_M2Cn.gather(-1, best_M2CK)
     first_P, second_P = pairs(top_k).to(scores_M2Cn.device)
@@ -62,7 +62,7 @@ def combine(scores_M2Cn: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def search_backward(grad_MNK: Tensor, rows_MNK: Tensor, q_NM2W: Tensor, keys_M2nW: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of queries and keys in float32 (float64) from those of the scores."""
+    """Return the gradients of queries and keys in float32 (float64) from those of the scores."""
     wide = grad_MNK.dtype
     half_keys = keys_M2nW.shape[2]
     halves_M2NK = torch.stack((rows_MNK // half_keys, rows_MNK % half_keys), 1)
@@ -79,7 +79,7 @@ def search_backward(grad_MNK: Tensor, rows_MNK: Tensor, q_NM2W: Tensor, keys_M2n
 
 
 def chunks(q_NM2W: Tensor, keys_M2nW: Tensor) -> Iterator[slice]:
-    """Slices of tokens whose half scores exist at the same time."""
+    """Yield slices of tokens whose half scores exist at the same time."""
     kind, side = q_NM2W.device.type, keys_M2nW.shape[:3].numel()
     limit = CHUNK_SCORES if kind in ("cpu", "meta") else CHUNK_SCORES_GPU
     if kind == "meta":
@@ -89,7 +89,7 @@ def chunks(q_NM2W: Tensor, keys_M2nW: Tensor) -> Iterator[slice]:
 
 
 def best(values: Tensor, count: int) -> Tensor:
-    """Positions of the `count` largest along the last dimension, best first, the lower position first in ties.
+    """Return positions of the `count` largest along the last dimension, best first, the lower position first in ties.
 
     Values are ranked in float32. torch.topk does not define the order of ties and is slow on a CPU. Short rows are
     sorted; in long ones, the count-th largest value is found first, and only the values not below it are sorted.
@@ -108,14 +108,14 @@ def best(values: Tensor, count: int) -> Tensor:
 
 
 def _flat_nonzero(flat: Tensor) -> Tensor:
-    """Positions of the true elements in the flattened tensor, int64."""
+    """Return positions of the true elements in the flattened tensor, int64."""
     if numpy is not None and flat.device.type == "cpu":
         return torch.from_numpy(numpy.flatnonzero(flat.numpy()))
     return flat.reshape(-1).nonzero().squeeze(1)
 
 
 def _nth_largest(flat: Tensor, count: int) -> Tensor:
-    """The count-th largest of each row, [rows, 1]."""
+    """Return the count-th largest of each row, [rows, 1]."""
     if numpy is not None and flat.device.type == "cpu":
         place = flat.shape[-1] - count
         return torch.from_numpy(numpy.partition(flat.numpy(), place, axis=-1)[:, place : place + 1])
@@ -123,7 +123,8 @@ def _nth_largest(flat: Tensor, count: int) -> Tensor:
 
 
 def _ranking(flat: Tensor) -> Tensor:
-    """Positions of each row's values, largest first, the lower position first in ties (NaN counts as largest)."""
+    """Return the positions of each row's values, largest first, the lower position first in ties (NaN counts as
+    largest)."""
     if numpy is None or flat.device.type != "cpu":
         return flat.sort(dim=-1, descending=True, stable=True).indices
     # Unique integers: the value's bits, made to fall as the value rises, above the position.

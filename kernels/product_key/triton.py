@@ -51,14 +51,14 @@ PARTS_FLOAT32 = ((0, 0), (0, 1), (1, 0), (1, 1), (0, 2), (2, 0))
 
 @triton.jit
 def _rising(scores):
-    """An int32 per score that orders as the scores do; minus zero is zero."""
+    """Return an int32 per score that orders as the scores do; minus zero is zero."""
     bits = tl.where(scores == 0, 0.0, scores).to(tl.int32, bitcast=True)
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
 def _candidate(rising, positions):
-    """One int64: rises with the score, falls with the position."""
+    """Return one int64: rises with the score, falls with the position."""
     return (rising.to(tl.int64) << 32) | (0xFFFFFFFF - positions.to(tl.int64))
 
 
@@ -75,7 +75,8 @@ def _score(candidates):
 
 @triton.jit
 def _highest_of_four(row, first, half_keys: tl.constexpr):
-    """The highest _rising of keys first to first + 3 of a row of scores, for a block of any shape; LOWEST of none."""
+    """Return the highest _rising of keys first to first + 3 of a row of scores, for a block of any shape; LOWEST of
+    none."""
     key = tl.expand_dims(first, -1) + tl.arange(0, 4)
     inside = key < half_keys
     rising = tl.where(inside, _rising(tl.load(row + key, mask=inside, other=0.0)), LOWEST)
@@ -158,7 +159,7 @@ def _pair_kernel(
 
 
 def search(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """As reference.search."""
+    """See reference.search."""
     if q_NM2W.dtype == torch.float64:
         return reference.search(q_NM2W, keys_M2nW, top_k)
     (tokens, heads), half_keys = q_NM2W.shape[:2], keys_M2nW.shape[2]
@@ -176,7 +177,7 @@ def search(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tenso
 
 
 def split(x: Tensor, wanted: list[int]) -> Tensor:
-    """Parts of x as bfloat16, side by side in the last dimension: [..., W] to [..., T*W].
+    """Return the parts of x as bfloat16, side by side in the last dimension: [..., W] to [..., T*W].
 
     Part 0 is x rounded, part 1 the rounded rest, and so on; three hold all bits of a float32 number. Infinities are
     all in part 0.
@@ -190,7 +191,7 @@ def split(x: Tensor, wanted: list[int]) -> Tensor:
 
 
 def products(q_SCV: Tensor, keys_SVn: Tensor) -> Tensor:
-    """Batched products of bfloat16 numbers, summed and returned in float32."""
+    """Compute batched products of bfloat16 numbers, summed and returned in float32."""
     if q_SCV.is_cuda:
         return torch.bmm(q_SCV, keys_SVn, out_dtype=torch.float32)
     return torch.bmm(q_SCV.float(), keys_SVn.float())
@@ -216,7 +217,7 @@ def select(scores_SCn: Tensor, start: int, best_scores_SNK: Tensor, best_keys_SN
 
 
 def combine(best_scores_SNK: Tensor, best_keys_SNK: Tensor, half_keys: int) -> tuple[Tensor, Tensor]:
-    """Rows and scores of the best pairs, both [M, N, K], from the best half keys of both sides."""
+    """Return rows and scores of the best pairs, both [M, N, K], from the best half keys of both sides."""
     sides, tokens, top_k = best_scores_SNK.shape
     rows_MNK = torch.empty(sides // 2, tokens, top_k, dtype=torch.int64, device=best_scores_SNK.device)
     scores_MNK = torch.empty(sides // 2, tokens, top_k, dtype=torch.float32, device=best_scores_SNK.device)
@@ -241,17 +242,18 @@ def combine(best_scores_SNK: Tensor, best_keys_SNK: Tensor, half_keys: int) -> t
 
 @functools.cache
 def _pairs(top_k: int, device: torch.device) -> Tensor:
-    """reference.pairs as int32 on the device, where it stays: copying it for every search would stop the host."""
+    """Return reference.pairs as int32 on the device, where it stays: copying it for every search would stop the
+    host."""
     return reference.pairs(top_k).to(device, torch.int32).contiguous()
 
 
 def _power_of_2(count: int) -> int:
-    """The least power of two from `count` on, at least 2: Triton's sorting networks take no less."""
+    """Return the least power of two from `count` on, at least 2: Triton's sorting networks take no less."""
     return max(2, triton.next_power_of_2(count))
 
 
 def search_backward(grad_MNK: Tensor, rows_MNK: Tensor, q_NM2W: Tensor, keys_M2nW: Tensor) -> tuple[Tensor, Tensor]:
-    """As reference.search_backward, deterministic: half keys of all heads as one table of 2Mn rows."""
+    """See reference.search_backward; deterministic: half keys of all heads as one table of 2Mn rows."""
     (tokens, heads, _, width), half_keys, wide = q_NM2W.shape, keys_M2nW.shape[2], grad_MNK.dtype
     halves_M2NK = torch.stack((rows_MNK // half_keys, rows_MNK % half_keys), 1)
     sides_M2 = torch.arange(2 * heads, device=rows_MNK.device).view(heads, 2)

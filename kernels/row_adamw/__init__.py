@@ -59,14 +59,14 @@ class RowAdamW:
     because the gradient would be that of an outdated row. The state is on the table's device.
 
     Args:
-        table_RD: the table.
-        gradients: where backward passes put its row gradients.
-        betas, eps, weight_decay: as of torch.optim.AdamW.
-        replay_limit: most steps replayed for a row; None: all.
+        table_RD: The table.
+        gradients: Where backward passes put its row gradients.
+        betas, eps, weight_decay: As of torch.optim.AdamW.
+        replay_limit: Most steps replayed for a row; None: all.
         path: "replay" or "sweep" at every step, or "auto".
-        low_precision, row_second_moment, lazy: the options above.
-        seed: of stochastic rounding.
-        backend: overrides kernels.dispatch.
+        low_precision, row_second_moment, lazy: The options above.
+        seed: Of stochastic rounding.
+        backend: Overrides kernels.dispatch.
     """
 
     def __init__(
@@ -184,7 +184,8 @@ class RowAdamW:
         self._all_done()
 
     def _take_gradients(self) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-        """Rows, gradients and further arguments of `update` and `sweep`: Triton's read gradients where they are."""
+        """Return the rows, gradients and further arguments of `update` and `sweep`: Triton's read gradients where they
+        are."""
         if hasattr(self._ops, "READS_IN_PLACE"):
             rows_U, sums, slots_U, scale = self.gradients.placed()
             return rows_U, sums, {"slots_U": slots_U, "scale": scale}

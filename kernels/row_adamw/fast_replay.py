@@ -27,7 +27,7 @@ NARROW = 64
 def replay(
     state: State, blocks: Blocks, rows_U: Tensor, last_U: Tensor, history: History, limit: int, moments: bool
 ) -> None:
-    """As reference.replay, for touched rows sorted by last_U; at most `limit` updates, then decay alone."""
+    """See reference.replay; for touched rows sorted by last_U; at most `limit` updates, then decay alone."""
     _settle(state, blocks, rows_U, last_U, history)
     kept_U2 = kept(history.step - last_U, history, state.mean_RD) if moments else None
     lasts, last_U = last_U.tolist(), last_U.cpu()
@@ -62,8 +62,11 @@ def _settle(state: State, blocks: Blocks, rows_U: Tensor, last_U: Tensor, histor
 
 
 def _cuts(lasts: list[int], rows: int, now: int, limit: int) -> Iterator[tuple[int, int]]:
-    """Bounds of blocks. Rows that missed `limit` steps or more have blocks of their own, and so have rows with the same
-    last step if they fill one; the last steps in other blocks differ by at most NARROW."""
+    """Yield the bounds of blocks.
+
+    Rows that missed `limit` steps or more have blocks of their own, and so have rows with the same last step if they
+    fill one; the last steps in other blocks differ by at most NARROW.
+    """
     low = 0
     cut_off = bisect_right(lasts, now - limit)
     while low < len(lasts):

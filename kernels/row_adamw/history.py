@@ -43,7 +43,7 @@ class History:
         return self.start + len(self.size) - 1
 
     def at(self, step: int) -> int:
-        """The index of a step's scalars."""
+        """Return the index of a step's scalars."""
         return step - self.start
 
     def restart(self, start: int) -> None:
@@ -70,7 +70,7 @@ class History:
 
     @property
     def log2_kept(self) -> tuple[float, float]:
-        """Base-2 logarithms of kept1 and kept2."""
+        """Base-2 logarithms of `kept1` and `kept2`, by which the moments decay in a step without gradient."""
         return math.log2(self.kept1), math.log2(self.kept2)
 
     def _rounded(self, value: float) -> float:

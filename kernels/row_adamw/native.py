@@ -68,7 +68,7 @@ class _History(ctypes.Structure):
 
 @functools.cache
 def _torch_sqrt() -> ctypes.c_void_p:
-    """The square root of torch.sqrt: MKL's, if torch was built with it, else none (IEEE's)."""
+    """Return the square root of torch.sqrt: MKL's, if torch was built with it, else none (IEEE's)."""
     try:
         return ctypes.cast(ctypes.CDLL(torch._C.__file__).vmsSqrt, ctypes.c_void_p)
     except AttributeError:
@@ -77,7 +77,7 @@ def _torch_sqrt() -> ctypes.c_void_p:
 
 @functools.cache
 def exact() -> bool:
-    """Whether the C code equals the PyTorch path bit for bit on this CPU, in one step and two replayed ones.
+    """Return whether the C code equals the PyTorch path bit for bit on this CPU, in one step and two replayed ones.
 
     Warns once if not: torch's kernels then round in a way that native.c does not know.
     """
@@ -88,7 +88,7 @@ def exact() -> bool:
 
 
 def _probe(ops: ModuleType) -> tuple[Tensor, ...]:
-    """Values and moments after the three passes, from random ones of many magnitudes."""
+    """Return values and moments after the three passes, from random ones of many magnitudes."""
     generator = torch.Generator().manual_seed(0)
     rows, width = 64, 67
     p_RD, m_RD, v_RD, g_RD = (torch.randn(rows, width, generator=generator) for _ in range(4))
@@ -141,7 +141,7 @@ def sweep(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, histor
 
 
 def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit: int | None, moments: bool) -> None:
-    """As reference.replay."""
+    """See reference.replay."""
     both = _State.of(state), _History.of(history)
     if limit is None:
         call("replay_every", *both, _torch_sqrt(), blocks.roots_BD, blocks.rows, rows_U, len(rows_U), blocks.zeros_D)

@@ -94,12 +94,12 @@ def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit
     """Bring rows to the latest step, as if they had had zero gradients since their last one.
 
     Args:
-        state: the table and its moments.
-        blocks: scratch memory.
-        rows_U: unique int64 rows.
-        history: the steps so far.
-        limit: most steps replayed per row (fast_replay.py); None: every step, in torch's operations.
-        moments: bring the moments up to date too, instead of leaving that to `update`.
+        state: The table and its moments.
+        blocks: Scratch memory.
+        rows_U: Unique int64 rows.
+        history: The steps so far.
+        limit: Most steps replayed per row (fast_replay.py); None: every step, in torch's operations.
+        moments: Bring the moments up to date too, instead of leaving that to `update`.
     """
     if not moments:
         rows_U = rows_U[state.last(rows_U) < history.step]

@@ -38,11 +38,11 @@ class State:
     noise: torch.Generator | None = None
 
     def last(self, rows_U: Tensor) -> Tensor:
-        """The step up to which the rows' values are current."""
+        """Return the step up to which the rows' values are current."""
         return self.last_R[rows_U].clamp(min=self.floor)
 
     def moment(self, rows_U: Tensor) -> Tensor:
-        """The step up to which the rows' moments are current."""
+        """Return the step up to which the rows' moments are current."""
         return self.moment_R[rows_U].clamp(min=self.floor)
 
     @property
@@ -51,7 +51,8 @@ class State:
         return self.values_RD, self.mean_RD, self.square_RX
 
     def rounded(self, values_BD: Tensor) -> Tensor:
-        """Values in the table's dtype: to nearest, or with `noise` up or down with an unbiased mean (bfloat16)."""
+        """Return values in the table's dtype: to nearest, or with `noise` up or down with an unbiased mean
+        (bfloat16)."""
         if self.noise is None:
             return values_BD.to(self.values_RD.dtype)
         bits_BD = values_BD.view(torch.int32)
@@ -73,11 +74,11 @@ class Blocks:
         self._root_BX = torch.empty_like(self._scratch[2])
 
     def root(self, count: int) -> Tensor:
-        """Scratch for the denominators of `count` rows."""
+        """Return scratch memory for the denominators of `count` rows."""
         return self._root_BX[:count]
 
     def gather(self, rows_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Copies of the rows' values, mean and square."""
+        """Return copies of the rows' values, mean and square."""
         p_BD, m_BD, v_BX = (scratch[: len(rows_B)] for scratch in self._scratch)
         if self.state.values_RD.dtype == self.wide:
             torch.index_select(self.state.values_RD, 0, rows_B, out=p_BD)
@@ -99,7 +100,7 @@ class Blocks:
 
 
 def even(count: int, rows: int) -> Iterator[tuple[int, int]]:
-    """Bounds of blocks of `rows` rows."""
+    """Yield the bounds of blocks of `rows` rows."""
     return ((low, min(low + rows, count)) for low in range(0, count, rows))
 
 
@@ -110,17 +111,18 @@ def decay_moments(m_BD: Tensor, v_BX: Tensor, kept_B2: Tensor) -> None:
 
 
 def kept(missed_U: Tensor, history: History, like: Tensor) -> Tensor:
-    """The factors of both moments after `missed` steps without gradient, [U, 2] in dtype and device of `like`."""
+    """Return the factors of both moments after `missed` steps without gradient, [U, 2] in dtype and device of
+    `like`."""
     steps = torch.arange(int(missed_U.max()) + 1 if len(missed_U) else 1, device=missed_U.device)
     table_2T = torch.stack((powers(history.kept1, steps), powers(history.kept2, steps)), 1)
     return table_2T.to(like.device, like.dtype)[missed_U.to(like.device)]
 
 
 def powers(base: float, exponent_B: Tensor) -> Tensor:
-    """base ** exponent in float64."""
+    """Return base ** exponent in float64."""
     return torch.pow(base, exponent_B.double())
 
 
 def column(values_B: Tensor, like: Tensor) -> Tensor:
-    """A factor per row, in the dtype and on the device of the rows."""
+    """Return a factor per row, in the dtype and on the device of the rows."""
     return values_B.to(like.device, like.dtype).unsqueeze(1)

@@ -184,13 +184,13 @@ def update(
     """As reference.update, with the gradients where they are.
 
     Args:
-        state: the table and its moments.
-        blocks: unused.
+        state: The table and its moments.
+        blocks: Unused.
         rows_U: int64 rows that have gradients.
-        sums: their gradients, [*, D].
-        history: the steps so far, the one to take included.
-        slots_U: where in `sums` a row's gradient is; None: in order.
-        scale: what the gradients are multiplied by, a 0-dim tensor; None: nothing.
+        sums: Their gradients, [*, D].
+        history: The steps so far, the one to take included.
+        slots_U: Where in `sums` a row's gradient is; None: in order.
+        scale: What the gradients are multiplied by, a 0-dim tensor; None: nothing.
     """
     behind_U = history.step - 1 - state.moment(rows_U)
     state.last_R[rows_U] = history.step
@@ -261,7 +261,7 @@ def _step(
 
 
 def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit: int | None, moments: bool) -> None:
-    """As reference.replay; moments are brought up to date in any case."""
+    """See reference.replay; moments are brought up to date in any case."""
     if not moments:
         rows_U = rows_U[state.last(rows_U) < history.step]
     last_U = state.last(rows_U)
@@ -304,13 +304,15 @@ def _constants(state: State) -> dict[str, object]:
 
 
 def _on_device(values: Tensor, like: Tensor) -> Tensor:
-    """Values from the host in the dtype and on the device of `like`; from pinned memory, so that the host goes on."""
+    """Return values from the host in the dtype and on the device of `like`; from pinned memory, so that the host goes
+    on."""
     values = values.to(like.dtype)
     return values.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else values.to(like.device)
 
 
 def _seed(state: State) -> Tensor | None:
-    """A new seed for stochastic rounding, where it is on: on the device, since the host would have to wait for it."""
+    """Return a new seed for stochastic rounding, where it is on: on the device, since the host would have to wait for
+    it."""
     if state.noise is None:
         return None
     return torch.randint(1 << 31, (1,), generator=state.noise, device=state.noise.device)

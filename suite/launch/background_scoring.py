@@ -80,12 +80,12 @@ def retain_due(run: RunDir, cell: Cell) -> bool:
 
 
 def retained_folder(run: RunDir) -> Path:
-    """The folder of checkpoints that wait to be scored."""
+    """Return the folder of checkpoints that wait to be scored."""
     return run.path / "to_score"
 
 
 def retained_steps(run: RunDir) -> list[int]:
-    """The steps whose checkpoints wait to be scored, ascending."""
+    """Return the steps whose checkpoints wait to be scored, ascending."""
     return sorted(int(path.name.removeprefix("step-")) for path in retained_folder(run).glob("step-*"))
 
 
@@ -100,12 +100,12 @@ def score_retained(
     """Score the retained checkpoints, into eval/steps/<hash8>-<step>.json, and drop them.
 
     Args:
-        run: the run, in training or trained.
-        cell: its cell, with the evaluations to score.
-        corpus: the cell's corpus.
-        scorer: settings for scoring.
-        world: the processes that hold the model together, all of which call this.
-        should_stop: called between checkpoints.
+        run: The run, in training or trained.
+        cell: Its cell, with the evaluations to score.
+        corpus: The cell's corpus.
+        scorer: Settings for scoring.
+        world: The processes that hold the model together, all of which call this.
+        should_stop: Called between checkpoints.
     """
     while not should_stop():
         waiting = retained_steps(run) if world.is_first else []  # training may have added some
@@ -128,7 +128,7 @@ def score_retained(
 
 
 def step_name(hash8: str, step: int) -> str:
-    """The name of an evaluation's scores at a step, for `RunDir.write_eval`."""
+    """Return the name of an evaluation's scores at a step, for `RunDir.write_eval`."""
     return f"steps/{hash8}-{step}"
 
 

@@ -36,7 +36,7 @@ class Start:
 
 
 def find_start(run: RunDir, cell: Cell) -> Start | None:
-    """The latest whole checkpoint of a sibling, in the same results, within the stable phase of `cell`.
+    """Return the latest whole checkpoint of a sibling, in the same results, within the stable phase of `cell`.
 
     Siblings made by other code, and damaged ones, are skipped.
     """
@@ -91,7 +91,7 @@ def _copy_start(run: RunDir, start: Start) -> None:
 
 
 def must_wait(cell: Cell, run: RunDir, unfinished: Iterable[Cell]) -> bool:
-    """Whether an unfinished sibling with a smaller budget will save a checkpoint from which `cell` could start.
+    """Return whether an unfinished sibling with a smaller budget will save a checkpoint from which `cell` could start.
 
     Without waiting, cells that start together would all train their shared phase.
     """
@@ -106,18 +106,18 @@ def must_wait(cell: Cell, run: RunDir, unfinished: Iterable[Cell]) -> bool:
 
 
 def with_budget(cell: Cell, tokens: int | None) -> Cell:
-    """The cell with another number of training tokens."""
+    """Return the cell with another number of training tokens."""
     return cell.model_copy(update={"train": cell.train.model_copy(update={"tokens": tokens})})
 
 
 def _comparable(other: Cell, cell: Cell) -> Cell:
-    """The other cell, with the fields that do not affect weights as in `cell`."""
+    """Return the other cell, with the fields that do not affect weights as in `cell`."""
     train = other.train.model_copy(update={"branches": cell.train.branches})
     return other.model_copy(update={"train": train, "evaluate": cell.evaluate})
 
 
 def _is_past(run: RunDir, cell: Cell) -> bool:
-    """Whether the end of the run's stable phase is saved, or the phase is too short."""
+    """Return whether the end of the run's stable phase is saved, or the phase is too short."""
     stable = _stable_steps(cell)
     return stable <= 0 or (run.checkpoints / f"step-{stable}").is_dir()
 

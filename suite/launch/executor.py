@@ -34,14 +34,14 @@ class Options:
     """What an executor is made from; it refuses options that do not apply to it.
 
     Attributes:
-        grid: the grid, whose cells may be submitted.
-        results: the results folder.
-        scorer: settings for scoring.
-        jobs: cells at once (local).
-        profile: a cluster profile, by name or path (slurm).
-        wait: whether the sweep watches the jobs until they end; False only for queues.
-        report: whether a report follows the cells.
-        event: called with each line to log.
+        grid: The grid, whose cells may be submitted.
+        results: The results folder.
+        scorer: Settings for scoring.
+        jobs: Cells at once (local).
+        profile: A cluster profile, by name or path (slurm).
+        wait: Whether the sweep watches the jobs until they end; False only for queues.
+        report: Whether a report follows the cells.
+        event: Called with each line to log.
     """
 
     grid: Grid
@@ -59,11 +59,11 @@ class Ended:
     """How the job of a cell ended; if the cell is not finished, the job was lost.
 
     Attributes:
-        cause: one line, for the log and for the cell's record if it fails.
-        max_starts: starts without progress after which a cell whose job was lost fails; None: somebody cancelled the
+        cause: One line, for the log and for the cell's record if it fails.
+        max_starts: Starts without progress after which a cell whose job was lost fails; None: somebody cancelled the
             job, and the cell stays pending.
-        log: the file with the job's output.
-        killed_for_memory: whether memory is the likely reason; MAX_STARTS such ends in a row fail the cell even if it
+        log: The file with the job's output.
+        killed_for_memory: Whether memory is the likely reason; MAX_STARTS such ends in a row fail the cell even if it
             made progress in between, since it would meet the same limit again.
     """
 
@@ -77,8 +77,8 @@ class Executor(Protocol):
     """Runs cells; `name`d in EXECUTORS.
 
     Attributes:
-        is_queue: whether it accepts any number of cells, orders them itself, and its jobs outlive the sweep.
-        poll_s: seconds between two calls of `poll`.
+        is_queue: Whether it accepts any number of cells, orders them itself, and its jobs outlive the sweep.
+        poll_s: Seconds between two calls of `poll`.
     """
 
     is_queue: bool
@@ -89,16 +89,17 @@ class Executor(Protocol):
         """Make the executor. Raises UserError for an option that does not apply to it."""
 
     def adopt(self, cells: Sequence[Cell]) -> set[str]:
-        """The run names of cells that have jobs from an earlier sweep; they count as submitted from now on."""
+        """Return the run names of cells that have jobs from an earlier sweep; they count as submitted from now on."""
 
     def room(self) -> int:
-        """How many more cells may be submitted now."""
+        """Return how many more cells may be submitted now."""
 
     def submit(self, cells: Sequence[Cell]) -> None:
         """Start a job for each cell; its run directory holds cell.json. The first call may have no cells."""
 
     def poll(self, cells: Sequence[Cell]) -> dict[str, Ended]:
-        """How the jobs ended, by run name, of those submitted `cells` whose jobs have ended since they were submitted.
+        """Return how the jobs ended, by run name, of those submitted `cells` whose jobs have ended since they were
+        submitted.
 
         Each end is returned once.
         """
@@ -117,7 +118,7 @@ class Executor(Protocol):
 
 
 def executor_class(name: str) -> type[Executor]:
-    """The executor of that name. Raises UserError for an unknown one."""
+    """Return the executor of that name. Raises UserError for an unknown one."""
     if name not in EXECUTORS:
         known = ", ".join(EXECUTORS)
         raise UserError(f"--executor: got {name!r}{did_you_mean(name, EXECUTORS)}, allowed: {known}")

@@ -49,5 +49,5 @@ class Interruption:
 
 
 def _is_heeded(number: signal.Signals) -> bool:
-    """False under nohup, which must keep its effect."""
+    """Return whether the signal is not ignored; under nohup SIGHUP is, and must stay so."""
     return signal.getsignal(number) is not signal.SIG_IGN

@@ -46,7 +46,7 @@ class LocalExecutor:
 
     @classmethod
     def create(cls, options: Options) -> LocalExecutor:
-        """With as many slots as --jobs, the GPUs or the cores allow. Raises UserError for an option of Slurm."""
+        """Make one with as many slots as --jobs, the GPUs or the cores allow. Raises UserError for an option of Slurm."""
         import torch
 
         if options.profile is not None:
@@ -58,11 +58,11 @@ class LocalExecutor:
         return cls(options.grid, options.results, options.scorer, slots, gpus, options.event)
 
     def adopt(self, cells: Sequence[Cell]) -> set[str]:
-        """None: a process that an earlier sweep left behind holds its run's lock, which the sweep sees."""
+        """Return None: a process that an earlier sweep left behind holds its run's lock, which the sweep sees."""
         return set()
 
     def room(self) -> int:
-        """The free slots."""
+        """Return the free slots."""
         return self.slots - len(self._jobs)
 
     def submit(self, cells: Sequence[Cell]) -> None:
@@ -91,7 +91,7 @@ class LocalExecutor:
         return _Job(process, slot, log)
 
     def poll(self, cells: Sequence[Cell]) -> dict[str, Ended]:
-        """The processes that have exited."""
+        """Return the processes that have exited."""
         ended = {}
         for name, job in list(self._jobs.items()):
             code = job.process.poll()
@@ -115,7 +115,7 @@ class LocalExecutor:
         return written
 
     def dry_run(self, cells: Sequence[Cell]) -> list[Path]:
-        """Nothing: processes have no scripts."""
+        """Return nothing: processes have no scripts."""
         return []
 
 
@@ -135,7 +135,7 @@ def _cause(code: int) -> str:
 
 
 def usable_cores() -> int:
-    """The CPU cores this process may use: its affinity, and the quota of its container if there is one."""
+    """Return the CPU cores this process may use: its affinity, and the quota of its container if there is one."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -145,5 +145,5 @@ def usable_cores() -> int:
 
 
 def default_jobs(cells: Iterable[Cell], gpus: int) -> int:
-    """The number of cells at once: one per GPU, or what the cores allow with each cell's threads."""
+    """Return the number of cells at once: one per GPU, or what the cores allow with each cell's threads."""
     return gpus or max(1, usable_cores() // max(cell.threads for cell in cells))

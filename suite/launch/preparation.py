@@ -117,6 +117,6 @@ def retry_failed(results: Path, cells: Iterable[Cell]) -> None:
 
 
 def _free_path(path: Path) -> Path:
-    """The path, or the first of path-2, path-3 ... that does not exist."""
+    """Return the path, or the first of path-2, path-3 ... that does not exist."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in range(2, 10_000))
     return path if not path.exists() else next(candidate for candidate in numbered if not candidate.exists())

@@ -21,7 +21,7 @@ class Clock:
         self._first: tuple[float, float] | None = None
 
     def remaining_s(self, standing: Standing, now: float) -> float | None:
-        """Remaining seconds at time `now` (seconds, any origin); None before half a cell is done."""
+        """Return the remaining seconds at time `now` (seconds, any origin); None before half a cell is done."""
         done = share_done(standing) * standing.cells
         if self._first is None:
             self._first = (now, done)
@@ -32,7 +32,7 @@ class Clock:
 
 
 def share_done(standing: Standing) -> float:
-    """The fraction of the sweep that is done, 0 to 1; running cells count by their progress."""
+    """Return the fraction of the sweep that is done, 0 to 1; running cells count by their progress."""
     return (standing.finished + sum(progress for _, progress, _ in standing.running)) / standing.cells
 
 
@@ -111,5 +111,5 @@ class BarWatcher:
 
 
 def watcher(console: Console) -> PlainWatcher | BarWatcher:
-    """Bars if the console is a terminal, otherwise lines."""
+    """Return bars if the console is a terminal, otherwise lines."""
     return BarWatcher(console) if console.is_terminal else PlainWatcher(console)

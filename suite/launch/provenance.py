@@ -41,7 +41,7 @@ NOT_WEIGHT_SOURCES = (
 
 
 def weight_sources(root: Path) -> Iterator[Path]:
-    """The files below `root` that make weights, in a fixed order."""
+    """Yield the files below `root` that make weights, in a fixed order."""
     excluded = {path for pattern in NOT_WEIGHT_SOURCES for path in root.glob(pattern)}
     included = {path for pattern in WEIGHT_SOURCES for path in root.glob(pattern)}
     yield from sorted(included - excluded)
@@ -49,7 +49,7 @@ def weight_sources(root: Path) -> Iterator[Path]:
 
 @functools.cache
 def code_version(root: Path = ROOT) -> str:
-    """Twelve hex digits of the sources that make the weights.
+    """Return twelve hex digits of the sources that make the weights.
 
     Comments, docstrings and layout do not count.
     """
@@ -61,7 +61,7 @@ def code_version(root: Path = ROOT) -> str:
 
 
 def bare_python(source: str) -> str:
-    """Python source without comments, docstrings and layout."""
+    """Return Python source without comments, docstrings and layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -79,7 +79,7 @@ C_TOKEN = re.compile(rf"{C_LITERAL}|[\w.]+|<<=|>>=|->|\+\+|--|<<|>>|[-+*/%&|^<>=
 
 
 def bare_c(source: str) -> str:
-    """C source without comments and layout: its tokens, and its preprocessor lines one by one.
+    """Return C source without comments and layout: its tokens, and its preprocessor lines one by one.
 
     In a preprocessor line a space can change the meaning, so only runs of spaces are shortened.
     """
@@ -92,7 +92,8 @@ def bare_c(source: str) -> str:
 
 
 def versions() -> dict[str, str]:
-    """The versions of what makes a run: our code, Python, and the libraries whose numbers end up in the weights."""
+    """Return the versions of what makes a run: our code, Python, and the libraries whose numbers end up in the
+    weights."""
     installed = {"code": code_version(), "python": platform.python_version()}
     for package in ("torch", "numpy", "tokenizers"):
         try:
@@ -103,7 +104,7 @@ def versions() -> dict[str, str]:
 
 
 def stale_because(run: RunDir, cell: Cell) -> str | None:
-    """Why the run on disk cannot be used for `cell` (other code, or other defaults); None if it can.
+    """Return why the run on disk cannot be used for `cell` (other code, or other defaults); None if it can.
 
     A run without a checkpoint is never stale: it is trained from its first step when it starts. A damaged run is not
     stale either: nothing is known of the code that made it.

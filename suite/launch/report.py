@@ -11,12 +11,12 @@ from suite.records import GRIDS
 
 
 def report_path(results: Path, grid: str) -> Path:
-    """The path of a grid's report."""
+    """Return the path of a grid's report."""
     return results / GRIDS / grid / "report.md"
 
 
 def report_command(results: Path, grid: str) -> list[str]:
-    """The command that fits and draws."""
+    """Return the command that fits and draws."""
     return [sys.executable, "-m", "analysis", "report", "--grid", grid, "--results", str(results)]
 
 
@@ -26,9 +26,9 @@ def write_report(results: Path, grid: str, stdout: TextIO | None = None) -> bool
     The exit code does not tell: it is also 1 if the report lists failed or damaged runs.
 
     Args:
-        results: the results folder.
-        grid: the grid's name.
-        stdout: where the command's output goes; None: standard output.
+        results: The results folder.
+        grid: The grid's name.
+        stdout: Where the command's output goes; None: standard output.
     """
     before = _written_at(results, grid)
     done = subprocess.run(report_command(results, grid), stdout=stdout)

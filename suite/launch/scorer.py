@@ -37,22 +37,22 @@ class Scorer:
 
 
 def cache_of(run: RunDir) -> Path:
-    """The folder of prepared corpora, shared by all runs of a results folder."""
+    """Return the folder of prepared corpora, shared by all runs of a results folder."""
     return run.path.parent.parent / "cache"
 
 
 def missing_evals(run: RunDir, cell: Cell) -> list[str]:
-    """The hashes of the cell's evaluations that have no scores yet."""
+    """Return the hashes of the cell's evaluations that have no scores yet."""
     return [config.hash8 for config in cell.evaluate if not run.has_eval(config.hash8)]
 
 
 def needs_usage(run: RunDir, cell: Cell) -> bool:
-    """Whether the model has a memory whose usage is not recorded yet."""
+    """Return whether the model has a memory whose usage is not recorded yet."""
     return registry.family(cell.model.family).has_memory and not run.usage_path.exists()
 
 
 def is_finished(run: RunDir, cell: Cell) -> bool:
-    """Whether the run has failed, has damaged records, or is done with every configured score."""
+    """Return whether the run has failed, has damaged records, or is done with every configured score."""
     if run.damage() is not None:
         return True
     state = run.state()["state"]

@@ -24,15 +24,15 @@ def score_runs(
     Scores that were written before a failure or a KeyboardInterrupt stay.
 
     Args:
-        runs: runs, each with evaluations to add to those of its cell.
-        scorer: settings for scoring.
-        log: called with a line before each run.
+        runs: Runs, each with evaluations to add to those of its cell.
+        scorer: Settings for scoring.
+        log: Called with a line before each run.
 
     Returns:
         The names of the runs that are not trained.
 
     Raises:
-        UserError: no run is trained, or as `evaluate_run`.
+        UserError: No run is trained, or as `evaluate_run`.
     """
     requested = [*runs]
     trained = [(run, added) for run, added in requested if run.state().get("trained")]
@@ -47,7 +47,7 @@ def score_runs(
 
 
 def scores_of(run: RunDir, configs: Iterable[EvalConfig]) -> list[dict[str, Any]]:
-    """The scores that a run has of evaluations, one row per metric of each task; members of a group separately.
+    """Return the scores that a run has of evaluations, one row per metric of each task; members of a group separately.
 
     Returns:
         [{"eval", "task", "few_shot", "n", "cut", "metric", "value", "stderr"}]; "eval" is the evaluation's hash.
@@ -63,7 +63,7 @@ def scores_of(run: RunDir, configs: Iterable[EvalConfig]) -> list[dict[str, Any]
 
 
 def of_other_data(run: RunDir, configs: Iterable[EvalConfig], data_root: Path) -> list[str]:
-    """One line for each evaluation whose scores were made from other data than `data_root` holds now."""
+    """Return one line for each evaluation whose scores were made from other data than `data_root` holds now."""
     from suite.evaluate import catalog
 
     lines = []

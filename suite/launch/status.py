@@ -40,12 +40,12 @@ class CellStatus:
     headline: str | None
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as a JSON object."""
+        """Return the fields as a JSON object."""
         return asdict(self)
 
 
 def cell_status(results: Path, cell: Cell) -> CellStatus:
-    """The status of a cell.
+    """Return the status of a cell.
 
     A run whose state is running while its lock is free was interrupted, and is pending. A run with a damaged record
     file has failed: nothing continues it before its user has repaired it.
@@ -105,18 +105,18 @@ def _status(run: RunDir, cell: Cell) -> CellStatus:
 
 
 def grid_status(results: Path, grid: Grid) -> list[CellStatus]:
-    """The status of every cell, in the grid's order."""
+    """Return the status of every cell, in the grid's order."""
     return [cell_status(results, cell) for cell in grid.cells]
 
 
 def status_json(grid: Grid, statuses: Iterable[CellStatus]) -> dict[str, Any]:
-    """The document that `suite status --json` prints."""
+    """Return the document that `suite status --json` prints."""
     variant = variants(grid.cells)
     return {"grid": grid.name, "cells": [status.to_json() | {"variant": variant[status.run]} for status in statuses]}
 
 
 def headline(run: RunDir, last_line: dict[str, Any]) -> str | None:
-    """The one number of a run for a table: the fraction of bits learned, else bits per byte, else the loss."""
+    """Return the one number of a run for a table: the fraction of bits learned, else bits per byte, else the loss."""
     metrics = {}
     for path in run.eval_paths():
         for task, scores in run.read_eval(path)["tasks"].items():
@@ -131,7 +131,7 @@ def headline(run: RunDir, last_line: dict[str, Any]) -> str | None:
 
 
 def table(grid: Grid, statuses: list[CellStatus]) -> Table:
-    """A table of the cells; in a grid of more than `MAX_LISTED` cells, of those that are not done."""
+    """Return a table of the cells; in a grid of more than `MAX_LISTED` cells, of those that are not done."""
     listed = [status for status in statuses if len(statuses) <= MAX_LISTED or status.state != "done"]
     title = f"{grid.name}: {summary(statuses)}"
     if len(listed) < len(statuses):
@@ -157,7 +157,7 @@ def table(grid: Grid, statuses: list[CellStatus]) -> Table:
 
 
 def failures(statuses: Iterable[CellStatus]) -> list[str]:
-    """One line for each failed cell, with its cause and the path of its log."""
+    """Return one line for each failed cell, with its cause and the path of its log."""
     return [
         f"failed: {status.run}: {status.cause}" + (f" (log: {status.log})" if status.log else "")
         for status in statuses
@@ -166,7 +166,7 @@ def failures(statuses: Iterable[CellStatus]) -> list[str]:
 
 
 def summary(statuses: list[CellStatus]) -> str:
-    """Counts by state: `3 done, 1 running`."""
+    """Return counts by state: `3 done, 1 running`."""
     states = [status.state for status in statuses]
     return ", ".join(
         f"{states.count(name)} {name}" for name in ("done", "running", "pending", "failed") if name in states
@@ -174,7 +174,7 @@ def summary(statuses: list[CellStatus]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds in a readable unit: 42 s, 3:07 min, 2:05 h."""
+    """Return seconds in a readable unit: 42 s, 3:07 min, 2:05 h."""
     if seconds is None:
         return "-"
     if seconds < 60:

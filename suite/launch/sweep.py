@@ -212,7 +212,7 @@ class Sweep:
             self.running.append(entry)
 
     def _startable(self) -> Sequence[_Entry]:
-        """The waiting cells, without those that would train what another cell is about to have trained."""
+        """Return the waiting cells, without those that would train what another cell is about to have trained."""
         if self.executor.is_queue:  # it orders them itself
             return list(self.waiting)
         unfinished = [entry.cell for entry in self.waiting + self.watched + self.running]
@@ -236,7 +236,7 @@ class Sweep:
 
 
 def missing_cells(results: Path, grid: Grid) -> list[Cell]:
-    """The cells that are neither done nor failed nor damaged."""
+    """Return the cells that are neither done nor failed nor damaged."""
     return [cell for cell in grid.cells if not is_finished(run_dir(results, cell), cell)]
 
 

@@ -46,13 +46,13 @@ def run_cell(
     recorded with its cause and not raised, so that other cells go on.
 
     Args:
-        run_path: the run directory, with a cell.json.
-        scorer: settings for scoring; None: the defaults.
-        interruption: once it is requested, training ends its step, saves a checkpoint and stops; None: never.
-        log: the file that this process writes its output to, for the run's state.
+        run_path: The run directory, with a cell.json.
+        scorer: Settings for scoring; None: the defaults.
+        interruption: Once it is requested, training ends its step, saves a checkpoint and stops; None: never.
+        log: The file that this process writes its output to, for the run's state.
 
     Raises:
-        KeyboardInterrupt: the run was interrupted; it is pending and can be resumed.
+        KeyboardInterrupt: The run was interrupted; it is pending and can be resumed.
     """
     run = RunDir(run_path)
     interruption = interruption or Interruption()
@@ -121,11 +121,11 @@ def attempt(
     """Do `work` on a run whose lock is held, and record in its state that it runs and how it ended.
 
     Args:
-        run: the run.
-        work: raises an exception if it fails.
-        interruption: an exception after it was requested is an interruption, whatever its type: torch turns a
+        run: The run.
+        work: Raises an exception if it fails.
+        interruption: An exception after it was requested is an interruption, whatever its type: torch turns a
             KeyboardInterrupt inside of a write into a RuntimeError.
-        log: the file with the output of this process.
+        log: The file with the output of this process.
 
     Returns:
         "done", or "failed" with the cause in the state.
@@ -207,7 +207,7 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
 
 
 def needs_scoring(run: RunDir, cell: Cell) -> bool:
-    """Whether a trained run still lacks scores, of the end or of retained checkpoints, or its memory usage."""
+    """Return whether a trained run still lacks scores, of the end or of retained checkpoints, or its memory usage."""
     return bool(missing_evals(run, cell) or background_scoring.retained_steps(run)) or needs_usage(run, cell)
 
 
@@ -215,11 +215,11 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
     """Score the retained checkpoints, then the final weights, wherever scores are missing; record memory usage.
 
     Args:
-        run: a trained run.
-        cell: its cell, with the evaluations to score.
-        corpus: the cell's corpus.
-        scorer: settings for scoring.
-        world: processes that hold the model together, all of which call this; None: this process holds it.
+        run: A trained run.
+        cell: Its cell, with the evaluations to score.
+        corpus: The cell's corpus.
+        scorer: Settings for scoring.
+        world: Processes that hold the model together, all of which call this; None: this process holds it.
     """
     world = world or World()
     background_scoring.score_retained(run, cell, corpus, scorer, world)
@@ -250,7 +250,7 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
 
 
 def describe(error: BaseException) -> str:
-    """A cause in one line: the exception's type and the first line of its message."""
+    """Return a cause in one line: the exception's type and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 

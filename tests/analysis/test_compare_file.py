@@ -105,7 +105,7 @@ def test_a_reader_that_leaves_early_is_no_error(table: pd.DataFrame, tmp_path: P
         (["--columns", COLUMNS, "--bootstrap", "0"], "--bootstrap: allowed: 1 or more"),
     ],
 )
-def test_faults_are_one_line_and_exit_2(
+def test_faults_of_compare_are_one_line_and_exit_2(
     table: pd.DataFrame, options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(table, tmp_path, *options) == 2

@@ -20,7 +20,7 @@ def test_where_one_of_them_alone_varies_it_is_that_ones_t_interval(axis: int) ->
 
 
 @pytest.mark.parametrize(("run", "question"), [(0.1, 0.1), (0.05, 0.2), (0.0, 0.3)])
-def test_ninety_five_percent_intervals_cover(run: float, question: float) -> None:
+def test_ninety_five_percent_intervals_over_runs_and_questions_cover(run: float, question: float) -> None:
     generator, hits = np.random.default_rng(1), 0
     for _ in range(1000):
         noise = generator.normal(0, run, (5, 1)) + generator.normal(0, question, (1, 100))

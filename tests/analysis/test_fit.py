@@ -308,7 +308,7 @@ def test_overtraining_and_error_fits_reproduce_the_published_numbers() -> None:
 @pytest.mark.parametrize(
     ("name", "delta"), [*((name, np.inf) for name in LAWS), ("chinchilla", 1e-3), ("joint1", 1e-3)]
 )
-def test_ninety_five_percent_intervals_cover(name: str, delta: float) -> None:
+def test_ninety_five_percent_intervals_of_a_fit_cover(name: str, delta: float) -> None:
     hits = dict.fromkeys(TRUTH[name], 0)
     for seed in range(200):
         for key, (low, high) in profile(fit(simulated(name, 0.005, seed, delta))).items():

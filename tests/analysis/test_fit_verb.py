@@ -256,7 +256,7 @@ def faults(frame: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, list[str], str]
 
 
 @pytest.mark.parametrize("name", faults(table("chinchilla")))
-def test_faults_are_one_line_and_exit_2(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_faults_of_fit_are_one_line_and_exit_2(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     frame, options, message = faults(table("chinchilla"))[name]
     path = tmp_path / "runs.csv"
     frame.to_csv(path, index=False)

@@ -47,7 +47,7 @@ def test_too_few_dense_budgets_are_refused() -> None:
 
 
 @pytest.mark.slow
-def test_ninety_five_percent_intervals_cover() -> None:
+def test_ninety_five_percent_intervals_of_a_multiplier_cover() -> None:
     hits = 0
     for seed in range(200):
         dense = runs(np.geomspace(1e18, 1e21, 7), 1.0, 0.003, 2 * seed, 5)

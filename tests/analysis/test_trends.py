@@ -9,7 +9,7 @@ from analysis.comparisons.trends import _interval
 
 
 @pytest.mark.parametrize("runs", [2, 5])
-def test_ninety_five_percent_intervals_cover(runs: int) -> None:
+def test_ninety_five_percent_intervals_of_a_trend_cover(runs: int) -> None:
     generator, hits = np.random.default_rng(0), 0
     cells = np.repeat(np.arange(6), runs)
     x = np.stack([np.ones(6 * runs), cells], 1)

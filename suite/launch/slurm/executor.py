@@ -1,4 +1,4 @@
-"""The Slurm executor: cells become jobs of arrays, and one question to Slurm per poll tells how they stand.
+"""The Slurm executor: cells become jobs of arrays, and each poll queries Slurm once for their states.
 
 Jobs outlive the sweep: one that is stopped and started again submits only the cells that are neither finished nor have
 a job.
@@ -55,14 +55,14 @@ class SlurmExecutor:
 
     @classmethod
     def create(cls, options: Options) -> SlurmExecutor:
-        """With the profile of that name, changed by the grid's `launch`. Raises UserError for a local option."""
+        """Make one with the profile of that name, changed by the grid's `launch`. Raises UserError for a local option."""
         if options.jobs is not None:
             raise UserError("--jobs: applies to --executor local; on Slurm, set max_jobs in the profile")
         profile = load_profile(options.profile, options.grid.launch)
         return cls(options.grid, options.results, profile, options.scorer, options.report, options.event)
 
     def adopt(self, cells: Sequence[Cell]) -> set[str]:
-        """The cells with jobs in the queue; Slurm is queried only if a cell ever had one.
+        """Return the cells with jobs in the queue; Slurm is queried only if a cell ever had one.
 
         Raises UserError where there is no Slurm.
         """
@@ -78,7 +78,7 @@ class SlurmExecutor:
         return set(self._jobs)
 
     def room(self) -> int:
-        """Everything at first: arrays are limited by max_jobs. Later what lost jobs leave of max_jobs."""
+        """Return no limit at first: arrays are limited by max_jobs. Later return what lost jobs leave of max_jobs."""
         return max(0, self.profile.max_jobs - len(self._jobs)) if self._has_polled else sys.maxsize
 
     def submit(self, cells: Sequence[Cell]) -> None:
@@ -104,7 +104,7 @@ class SlurmExecutor:
             self._event(f"submitted: {', '.join(sent)}")
 
     def poll(self, cells: Sequence[Cell]) -> dict[str, Ended]:
-        """The cells that are finished by their records, and those without a living job; then score checkpoints."""
+        """Return finished cells and those whose jobs were lost, then submit the scoring of checkpoints."""
         self._queue, self._has_polled = queue.query(), True
         runs = {cell.run_name: run_dir(self.results, cell) for cell in cells}
         finished = [cell.run_name for cell in cells if is_finished(runs[cell.run_name], cell)]
@@ -123,7 +123,7 @@ class SlurmExecutor:
         return any(job.alive for job in known) or (not known and is_new)
 
     def _loss(self, run: RunDir, last: dict[str, Job]) -> Ended:
-        """How the jobs of an unfinished cell ended, and what that means for it."""
+        """Return how the jobs of an unfinished cell ended, and what that means for it."""
         jobs = self._jobs[run.name]
         states = [(self._queue.get(job) or last.get(job) or Job(ENDED)).state for job in jobs]
         log = queue.log_of(run)
@@ -214,6 +214,6 @@ def _write(folder: Path, number: int, submission: Submission) -> Path:
 
 
 def _worst(states: Sequence[str]) -> str:
-    """The state that says how a cell's jobs ended; Slurm cancels a job whose dependency failed."""
+    """Return the state that shows how a cell's jobs ended; Slurm cancels a job whose dependency failed."""
     bad = [state for state in states if state not in ("COMPLETED", "CANCELLED")]
     return bad[0] if bad else max(states, key=("COMPLETED", "CANCELLED").index)

@@ -63,7 +63,7 @@ class CellJob:
         return self._in_thread(lambda: self._train(run))
 
     def checkpoint(self) -> submitit.helpers.DelayedSubmission:
-        """Called by submitit's handler in the first process on a warning; returns what to run after the requeue."""
+        """Return what to run after the requeue; submitit's handler calls it in the first process on a warning."""
         if self._stopping is not None and self._ended is not None:
             self._stopping.set()
             self._ended.wait()
@@ -178,7 +178,7 @@ class CellJob:
 
 
 def _corpus(run: RunDir, cell: Cell, world: World, then: Callable[[Corpus], None] = lambda corpus: None) -> Corpus:
-    """The run's corpus: the first process prepares it and calls `then`, before the others read it."""
+    """Return the run's corpus: the first process prepares it and calls `then`, before the others read it."""
     from suite.data.corpus import prepare
 
     if world.is_first:
@@ -190,12 +190,12 @@ def _corpus(run: RunDir, cell: Cell, world: World, then: Callable[[Corpus], None
 
 
 def _log() -> Path:
-    """The file with the output of this job."""
+    """Return the file with the output of this job."""
     return Path(submitit.JobEnvironment().paths.stdout)
 
 
 def _is_preempted() -> bool:
-    """Whether this job is being preempted; the signal is the same as before a time limit."""
+    """Return whether this job is being preempted; the signal is the same as before a time limit."""
     command = ["scontrol", "show", "job", os.environ["SLURM_JOB_ID"]]
     return re.search(r"PreemptTime=\d", subprocess.run(command, capture_output=True, text=True).stdout) is not None
 

@@ -19,7 +19,7 @@ DEFAULT = "default"
 
 
 def _minutes(value: Any) -> Any:
-    """A time in one of Slurm's formats (minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS) in minutes."""
+    """Return a time in one of Slurm's formats (minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS) in minutes."""
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", value) if isinstance(value, str) else None
     if match is None:
         return value
@@ -84,11 +84,11 @@ def load_profile(name_or_path: str | None, over: Mapping[str, Any] | None = None
     """Read a cluster profile.
 
     Args:
-        name_or_path: a name in clusters/ or a path; None: `default`.
-        over: fields that override those of the profile: a grid's `launch`.
+        name_or_path: A name in clusters/ or a path; None: `default`.
+        over: Fields that override those of the profile: a grid's `launch`.
 
     Raises:
-        UserError: there is no such profile, or one of its fields is invalid.
+        UserError: There is no such profile, or one of its fields is invalid.
     """
     path = _find(name_or_path)
     fields = read_mapping(path) | dict(over or {})

@@ -66,14 +66,14 @@ class Job:
 
 
 def query() -> dict[str, Job]:
-    """Every job of this user in the queue, array elements separately, in one call. Raises UserError."""
+    """Return every job of this user in the queue, array elements separately, in one call. Raises UserError."""
     lines = _call("squeue", "--me", "--noheader", "--array", "--states=all", "--format=%i|%T|%r|%N").splitlines()
     fields = (line.split("|", 3) for line in lines if line.count("|") >= 3)
     return {job: Job(state, reason, nodes) for job, state, reason, nodes in fields}
 
 
 def query_ended(jobs: Iterable[str]) -> dict[str, Job]:
-    """The last states of jobs that have left the queue, in one call; unknown on a cluster without accounting."""
+    """Return the last states of jobs that have left the queue, in one call; unknown on a cluster without accounting."""
     wanted = sorted(set(jobs))
     if not wanted:
         return {}
@@ -98,7 +98,7 @@ def cancel(jobs: Iterable[str]) -> None:
 
 
 def has_slurm() -> bool:
-    """Whether this machine has Slurm."""
+    """Return whether this machine has Slurm."""
     return shutil.which("squeue") is not None
 
 
@@ -135,7 +135,7 @@ def record_report(folder: Path, job: str, log: Path) -> None:
 
 
 def recorded_report(folder: Path) -> str | None:
-    """The newest report job; None before the first."""
+    """Return the newest report job; None before the first."""
     try:
         return str(read_json(folder / "report.json", "delete the file")["job"])
     except FileNotFoundError:
@@ -148,19 +148,20 @@ def record_cancelled(run: RunDir) -> None:
 
 
 def last_states(runs: Iterable[RunDir], queue: dict[str, Job]) -> dict[str, Job]:
-    """How the jobs that left the queue ended: from our own record of cancelled jobs, otherwise from accounting."""
+    """Return how the jobs that left the queue ended: from our own record of cancelled jobs, otherwise from
+    accounting."""
     gone = [(facts["job"], facts) for run in runs for facts in run.jobs().values() if facts["job"] not in queue]
     ours = {job: Job("CANCELLED") for job, facts in gone if facts.get("cancelled")}
     return ours | query_ended(job for job, _ in gone if job not in ours)
 
 
 def job_ids(run: RunDir) -> list[str]:
-    """The jobs that train and evaluate the run, training first."""
+    """Return the jobs that train and evaluate the run, training first."""
     return [facts["job"] for stage, facts in run.jobs().items() if stage != "score"]
 
 
 def seen(jobs: Iterable[str], queue: dict[str, Job]) -> list[tuple[str, Job]]:
-    """The jobs that are in the queue."""
+    """Return the jobs that are in the queue."""
     return [(job, queue[job]) for job in jobs if job in queue]
 
 
@@ -204,20 +205,21 @@ def _with_jobs(status: CellStatus, run: RunDir, jobs: list[tuple[str, Job]]) -> 
 
 
 def log_of(run: RunDir) -> Path | None:
-    """The log of the run's newest job."""
+    """Return the log of the run's newest job."""
     logs = [Path(facts["log"]) for facts in run.jobs().values()]
     written = [log for log in logs if log.exists()]
     return max(written, key=lambda log: log.stat().st_mtime, default=None)
 
 
 def with_memory_kills(state: str, log: Path | None) -> str:
-    """The state, with FAILED replaced by OUT_OF_MEMORY if the end of the log shows that Slurm killed the job for it."""
+    """Return the state, with FAILED replaced by OUT_OF_MEMORY if the end of the log shows that Slurm killed the job for
+    it."""
     end = " ".join(_last_lines(log)).lower()
     return "OUT_OF_MEMORY" if state == "FAILED" and any(text in end for text in KILLED_FOR_MEMORY) else state
 
 
 def with_tail(cause: str, log: Path | None) -> str:
-    """The cause, followed by the last lines of the log."""
+    """Return the cause, followed by the last lines of the log."""
     last = _last_lines(log)
     return f"{cause}; its last lines: {' / '.join(last)}" if last else cause
 

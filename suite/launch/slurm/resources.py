@@ -34,16 +34,16 @@ class Shape(Frozen):
 
 
 def shapes(grid: Grid, cells: Sequence[Cell], profile: Profile, cache: Path) -> list[Shape]:
-    """The resources of the training of each cell.
+    """Return the resources of the training of each cell.
 
     Args:
-        grid: the grid.
-        cells: cells of the grid.
-        profile: the cluster's profile.
-        cache: the folder of prepared corpora, for the plan.
+        grid: The grid.
+        cells: Cells of the grid.
+        profile: The cluster's profile.
+        cache: The folder of prepared corpora, for the plan.
 
     Raises:
-        UserError: a cell does not fit on any mesh of the cluster.
+        UserError: A cell does not fit on any mesh of the cluster.
     """
     per_node = profile.gpus_per_node
     if per_node and profile.gpu not in GPUS:
@@ -58,16 +58,17 @@ def shapes(grid: Grid, cells: Sequence[Cell], profile: Profile, cache: Path) -> 
 
 
 def scoring_shape(profile: Profile, cell: Cell, training: Shape, cache: Path) -> Shape:
-    """The resources of an evaluation: one process, with one GPU if nodes have any, and its share of a node's memory.
+    """Return the resources of an evaluation: one process, with one GPU if nodes have any, and its share of a node's
+    memory.
 
     A model whose weights do not fit on one GPU is scored with the resources of its training; `score_together` of the
     profile overrides this.
 
     Args:
-        profile: the cluster's profile.
-        cell: the cell.
-        training: the resources of its training.
-        cache: the folder of prepared corpora, for the size of the vocabulary.
+        profile: The cluster's profile.
+        cell: The cell.
+        training: The resources of its training.
+        cache: The folder of prepared corpora, for the size of the vocabulary.
     """
     as_trained = profile.score_together
     if as_trained is None:
@@ -79,7 +80,7 @@ def scoring_shape(profile: Profile, cell: Cell, training: Shape, cache: Path) ->
 
 
 def _fits_one(profile: Profile, cell: Cell, cache: Path) -> bool:
-    """Whether the weights, in fp32, leave enough memory of a GPU for scoring."""
+    """Return whether the weights, in fp32, leave enough memory of a GPU for scoring."""
     vocabulary = planning.data_size(cell, cache).vocabulary
     weights = 4 * account_of(meta_model(cell.model, vocabulary), cell.data.seq_len).params_total
     return weights <= WEIGHTS * USABLE * GPUS[profile.gpu].memory
@@ -115,7 +116,7 @@ def _of_gpus(profile: Profile, cell: Cell, gpus: int, parallel: Parallel) -> Sha
 
 
 def _memory(profile: Profile, gpus: int) -> float | None:
-    """The memory of a job on a node, in proportion to its GPUs."""
+    """Return the memory of a job on a node, in proportion to its GPUs."""
     if profile.mem_gb is None or not profile.gpus_per_node:
         return profile.mem_gb
     return profile.mem_gb * gpus / profile.gpus_per_node

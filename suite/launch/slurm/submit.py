@@ -68,7 +68,7 @@ class _Executor(submitit.SlurmExecutor):
         return 1
 
     def script(self, count: int) -> str:
-        """The exact batch script of `count` jobs."""
+        """Return the exact batch script of `count` jobs."""
         if count > 1:
             self.parameters["map_count"] = count
         text: str = self._make_submission_file_text(self._submitit_command_str, "")
@@ -91,7 +91,7 @@ class Submitter:
         return jobs_folder(self.results, self.grid)
 
     def entries(self, cells: Sequence[Cell]) -> list[Entry]:
-        """The stages that the cells need. Raises UserError for a cell that does not fit on the cluster."""
+        """Return the stages that the cells need. Raises UserError for a cell that does not fit on the cluster."""
         planned = shapes(self.grid, cells, self.profile, self.results / "cache")
         entries = []
         for cell, shape in zip(cells, planned, strict=True):
@@ -106,9 +106,9 @@ class Submitter:
         """Submit the stages that the cells need.
 
         Args:
-            cells: cells whose run directories are prepared.
-            report: whether to submit a report job, too.
-            alive: jobs of other cells for which the report waits.
+            cells: Cells whose run directories are prepared.
+            report: Whether to submit a report job, too.
+            alive: Jobs of other cells for which the report waits.
 
         Returns:
             Run name -> its jobs; the report job under "report".
@@ -197,7 +197,7 @@ class Submitter:
         return sent
 
     def _parameters(self, shape: Shape, name: str, waits: list[str], cap: int) -> dict[str, Any]:
-        """The parameters for submitit, without those that the profile leaves to the cluster."""
+        """Return the parameters for submitit, without those that the profile leaves to the cluster."""
         profile = self.profile
         requested = {
             "job_name": name,
@@ -241,17 +241,17 @@ class Report:
 
 
 def jobs_folder(results: Path, grid: Grid) -> Path:
-    """The folder of the scripts, pickles and logs of a grid's jobs."""
+    """Return the folder of the scripts, pickles and logs of a grid's jobs."""
     return (results / GRIDS / grid.name / "slurm").resolve()
 
 
 def _variables(shape: Shape) -> list[str]:
-    """Threads per process; since Slurm 22.05 srun does not inherit its number of cores from the job."""
+    """Return the threads per process; since Slurm 22.05 srun does not inherit its number of cores from the job."""
     return [f"export OMP_NUM_THREADS={shape.cpus}", "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"]
 
 
 def _teardown(folder: Path) -> list[str]:
-    """Shell lines after srun: requeue a job whose process was killed (kill -9, out of memory), a few times.
+    """Return shell lines after srun: requeue a job whose process was killed (kill -9, out of memory), a few times.
 
     submitit requeues a job that was warned, and Slurm one whose node was lost.
     """
@@ -301,7 +301,7 @@ def shares(sizes: Sequence[int], cap: int) -> list[int]:
 
 
 def _waves(cells: Sequence[Cell], results: Path) -> Iterable[list[Cell]]:
-    """The cells in order: those that start from another cell's checkpoint come in a later wave."""
+    """Return the cells in order: those that start from another cell's checkpoint come in a later wave."""
     left = list(cells)
     while left:
         waiting = [cell for cell in left if must_wait(cell, run_dir(results, cell), left)]
@@ -310,13 +310,13 @@ def _waves(cells: Sequence[Cell], results: Path) -> Iterable[list[Cell]]:
 
 
 def _afterany(jobs: Iterable[str]) -> list[str]:
-    """A dependency on the end of jobs; each array is named once."""
+    """Return a dependency on the end of jobs; each array is named once."""
     arrays = sorted({job.partition("_")[0] for job in jobs}, key=int)
     return [f"afterany:{':'.join(arrays)}"] if arrays else []
 
 
 def _behind(jobs: Sequence[str]) -> list[str]:
-    """A dependency on success: of each array element on the same element of the other array."""
+    """Return a dependency on success: of each array element on the same element of the other array."""
     if not jobs:
         return []
     array, is_array, _ = jobs[0].partition("_")
