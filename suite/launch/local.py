@@ -46,7 +46,7 @@ class LocalExecutor:
 
     @classmethod
     def create(cls, options: Options) -> LocalExecutor:
-        """Make one with as many slots as --jobs, the GPUs or the cores allow. Raises UserError for an option of Slurm."""
+        """Make one with the slots that --jobs, the GPUs or the cores allow. Raises UserError for an option of Slurm."""
         import torch
 
         if options.profile is not None:

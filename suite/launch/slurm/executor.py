@@ -55,7 +55,7 @@ class SlurmExecutor:
 
     @classmethod
     def create(cls, options: Options) -> SlurmExecutor:
-        """Make one with the profile of that name, changed by the grid's `launch`. Raises UserError for a local option."""
+        """Make one with the profile of that name under the grid's `launch`. Raises UserError for a local option."""
         if options.jobs is not None:
             raise UserError("--jobs: applies to --executor local; on Slurm, set max_jobs in the profile")
         profile = load_profile(options.profile, options.grid.launch)
