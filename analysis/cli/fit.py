@@ -154,14 +154,14 @@ def run(table: pd.DataFrame, request: Request) -> dict[str, Any]:
     if request.group is not None:
         return _isoflops(rows, columns, request)
     if request.law == "joint":
-        found = select_joint(rows, table, columns, request)
+        fits = select_joint(rows, table, columns, request)
     else:
-        found = [fitted(chosen_law(request.law, columns, request), rows, table, columns, request)]
-    for item in found:
+        fits = [fitted(chosen_law(request.law, columns, request), rows, table, columns, request)]
+    for item in fits:
         _draw(item, request)
     if request.out is not None:
-        _write(found[0], original, table, columns, request.out)
-    return found[0].document
+        _write(fits[0], original, table, columns, request.out)
+    return fits[0].document
 
 
 def _isoflops(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -> dict[str, Any]:
@@ -169,12 +169,12 @@ def _isoflops(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) 
 
     if request.law != "isoflop":
         raise InputError(f"--group: got law {request.law!r}, allowed: isoflop")
-    found = isoflops(rows, columns, request)
+    profiles = isoflops(rows, columns, request)
     if request.figure is not None:
         from analysis.figures.isoflop import isoflop_figure
 
-        found.document["figure"] = [str(path) for path in isoflop_figure(found, request.figure, request.source)]
-    return found.document
+        profiles.document["figure"] = [str(path) for path in isoflop_figure(profiles, request.figure, request.source)]
+    return profiles.document
 
 
 def _groups(table: pd.DataFrame, request: Request, by: str | None, shared: str | None, as_json: bool) -> int:
@@ -233,11 +233,11 @@ def _trends(results: Path, grid: str | None, as_json: bool) -> int:
     from analysis.comparisons.trends import trends
     from analysis.records.grid_data import load
 
-    found = trends(load(results, grid, fallback=REFERENCE))
+    fits = trends(load(results, grid, fallback=REFERENCE))
     if as_json:
-        print_json({"grid": grid, "fits": [asdict(trend) for trend in found]})
+        print_json({"grid": grid, "fits": [asdict(trend) for trend in fits]})
         return 0
-    for trend in found:
+    for trend in fits:
         print(f"{trend.outcome}, {trend.family}: {trend.runs} runs, {trend.cells} cells")
         for term, (estimate, low, high) in trend.estimates.items():
             interval = "no interval: cells of one run" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"

@@ -89,12 +89,12 @@ def predict(
     wanted += _points(points, list(item.found.problem.law.inputs))
     if not wanted:
         raise InputError("--at: missing; name a point, as in --at N=7e9,D=1.4e12, or a table of them by --points")
-    found = predictions(item.found, item.profiles, wanted)
-    document = {"law": item.document["law"], "fit": item.document, "predictions": found}
+    predicted = predictions(item.found, item.profiles, wanted)
+    document = {"law": item.document["law"], "fit": item.document, "predictions": predicted}
     if as_json:
         print_json(document)
     else:
-        print(f"{_title(item)}\n{text(found)}")
+        print(f"{_title(item)}\n{text(predicted)}")
     return 0
 
 
@@ -143,18 +143,18 @@ def optimum(
     )
     cost, budgets = flops_formula(flops), _budgets(budget)
     if request.law == "isoflop":
-        item, found = _from_isoflops(data, replace(request, group=group), cost, budgets)
+        item, optima = _from_isoflops(data, replace(request, group=group), cost, budgets)
     else:
         if group is not None:
             raise InputError("--group: only with --law isoflop")
         item = _fitted(data, request)
         others = assignments(at.split(",") if at else (), "--at")
-        found = [best(item.found, item.profiles, value, cost, others, ratio) for value in budgets]
-    document = {"law": request.label, "flops": flops, "fit": item.document, "optima": found}
+        optima = [best(item.found, item.profiles, value, cost, others, ratio) for value in budgets]
+    document = {"law": request.label, "flops": flops, "fit": item.document, "optima": optima}
     if as_json:
         print_json(document)
     else:
-        print(f"{_title(item)}; FLOPs {flops}\n{text(found)}")
+        print(f"{_title(item)}; FLOPs {flops}\n{text(optima)}")
     return 0
 
 
@@ -281,6 +281,6 @@ def _from_isoflops(
 
 
 def _title(item: Fitted) -> str:
-    found = item.found
-    values = ", ".join(f"{name} {value:.5g}" for name, value in found.parameters.items())
-    return f"{found.problem.law.name}: {found.problem.law.formula}; n {found.problem.n}; {values}"
+    fit = item.found
+    values = ", ".join(f"{name} {value:.5g}" for name, value in fit.parameters.items())
+    return f"{fit.problem.law.name}: {fit.problem.law.formula}; n {fit.problem.n}; {values}"

@@ -276,7 +276,7 @@ def _or_none(difference: Difference) -> Difference | None:
 
 
 def _compare_bits(data: GridData, result: list[Contrast], pairs: pd.DataFrame) -> None:
-    """Bits learned at the last exposure that every run of a contrast reached."""
+    """Compare bits learned at the last exposure that every run of a contrast reached."""
     curves, last = data.curves("storage_bits"), data.curves("epoch").last_x()
     probed = curves.count > 0
     pairs = pairs[probed[pairs["ours"]] & probed[pairs["theirs"]] & pairs["steady"] & pairs["steady_ref"]]
@@ -293,7 +293,7 @@ def _compare_bits(data: GridData, result: list[Contrast], pairs: pd.DataFrame) -
 
 
 def _compare_finals(data: GridData, result: list[Contrast], pairs: pd.DataFrame) -> None:
-    """Final scores, where the two runs of every pair ended at the same number of tokens."""
+    """Compare final scores, where the two runs of every pair ended at the same number of tokens."""
     unequal = (pairs["tokens"] / pairs["tokens_ref"] - 1).abs() > SAME_TOKENS
     pairs = pairs[~unequal.groupby(pairs["contrast"]).transform("any")][["contrast", "seed", "ours", "theirs"]]
     columns = ["run", "score", "key", "few_shot", "n", "value", "answers"]

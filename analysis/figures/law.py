@@ -30,14 +30,14 @@ def law_figure(found: Fit, held: HeldOut, folder: Path, source: str) -> list[Pat
     x = problem.x[name] if single else y
     heights = {"height_ratios": [3, 1.4, 1.2]}
     with style.figure(3, 1, width=5.2, height=6.4, sharex=True, gridspec_kw=heights) as (drawn, (top, middle, bottom)):
-        kept = np.ones(problem.n, bool)
-        kept[held.rows] = False
+        fitted = np.ones(problem.n, bool)
+        fitted[held.rows] = False
         if single:
             _curve(top, found, name)
         else:
             top.plot([y.min(), y.max()], [y.min(), y.max()], color="#888888", linewidth=0.8, linestyle=":")
         shown = y if single else found.predict(problem.x)
-        top.plot(x[kept], shown[kept], "o", color=FITTED, markersize=3.5, label=f"fitted ({int(kept.sum())})")
+        top.plot(x[fitted], shown[fitted], "o", color=FITTED, markersize=3.5, label=f"fitted ({int(fitted.sum())})")
         if len(held.rows):
             guess = y[held.rows] if single else held.predicted
             words = f"held out{'' if single else ', as predicted before the fit'} ({len(held.rows)})"
@@ -72,7 +72,7 @@ def _note(found: Fit, held: HeldOut, source: str) -> str:
 
 
 def _residuals(axis: Axes, found: Fit, held: HeldOut, x: np.ndarray) -> None:
-    """Law minus data on the scale that was fitted, of the fit to all, and of the held-out points as predicted."""
+    """Draw law minus data on the scale that was fitted, of the fit to all, and of the held-out points as predicted."""
     logs = found.problem.law.residuals == "log"
     scale = 100.0 if logs else 1.0
     axis.axhline(0, color="#888888", linewidth=0.8, linestyle=":")
@@ -84,7 +84,7 @@ def _residuals(axis: Axes, found: Fit, held: HeldOut, x: np.ndarray) -> None:
 
 
 def _curve(axis: Axes, found: Fit, name: str) -> None:
-    """The law over the range of its one input."""
+    """Draw the law over the range of its one input."""
     values = found.problem.x[name]
     positive = values[values > 0]
     at = (

@@ -216,7 +216,7 @@ def against_rows(context: Context, folder: Path) -> list[Path]:
 
 
 def rows_panel(axis: Axes, context: Context, points: pd.DataFrame, key: str, ylabel: str) -> None:
-    """One outcome against memory rows: tables as joined points, families without a table as lines with a
+    """Draw one outcome against memory rows: tables as joined points, families without a table as lines with a
     band."""
     for family, members in points.groupby("family", sort=False):
         with_table = members[members["memory_rows"] > 0]
@@ -243,7 +243,7 @@ def rows_panel(axis: Axes, context: Context, points: pd.DataFrame, key: str, yla
 
 
 def _bounds(axis: Axes, bounds: list[tuple[float, str]]) -> None:
-    """Lines that are lower bounds, named at the right edge; those too close for a line of text each share one."""
+    """Draw lines that are lower bounds, named at the right edge; those too close for a line of text each share one."""
     low, high = axis.get_ylim()
     rows: list[tuple[float, list[str]]] = []
     for at, label in sorted(bounds):
@@ -264,7 +264,7 @@ def _bounds(axis: Axes, bounds: list[tuple[float, str]]) -> None:
 
 
 def _rows_family(axis: Axes, context: Context, family: str, members: pd.DataFrame, key: str) -> None:
-    """A family with tables: one point per number of rows, joined, with intervals; open where runs are
+    """Draw a family with tables: one point per number of rows, joined, with intervals; open where runs are
     censored."""
     look = context.looks[str(members["label"].iloc[0])]
     groups = [(float(group["memory_rows"].iloc[0]), group) for _, group in members.groupby("memory_rows")]

@@ -110,7 +110,7 @@ def _read(path: Path) -> pd.DataFrame:
 
 
 def _panel(axis: Axes, part: pd.DataFrame, operator: str) -> None:
-    """One operator: a line per contender over table sizes, and the roof."""
+    """Draw one operator: a line per contender over table sizes, and the roof."""
     from matplotlib.ticker import LogLocator, NullFormatter
 
     axis.set_xscale("log", base=2)

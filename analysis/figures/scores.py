@@ -194,7 +194,7 @@ def _panels(
 
 
 def _published(axis: Axes, context: Context, base: str, score: int) -> None:
-    """Published values of the same base, task and metric, by memory rows; each with its family and confidence."""
+    """Draw published values of the same base, task and metric, by memory rows; each with its family and confidence."""
     published = context.data.published
     if published is None:
         return

@@ -106,7 +106,7 @@ def figure(
 
 
 def legend_above(drawn: Figure, axes: list[Axes]) -> None:
-    """One legend for the whole figure over its panels; equal labels once."""
+    """Draw one legend for the whole figure over its panels; equal labels once."""
     entries: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -120,7 +120,7 @@ def legend_above(drawn: Figure, axes: list[Axes]) -> None:
 
 
 def log_axis(axis: Axes) -> None:
-    """A logarithmic x axis whose labels do not collide: decades, 1-2-5 where there are few, plain steps within one."""
+    """Make the x axis logarithmic, its labels apart: decades, 1-2-5 where there are few, plain steps within one."""
     from matplotlib.ticker import (
         EngFormatter,
         LogFormatterSciNotation,

@@ -83,7 +83,7 @@ def usage_in_training(context: Context, folder: Path) -> list[Path]:
 
 
 def _over_training(axis: Axes, context: Context, label: str, part: pd.DataFrame) -> None:
-    """The runs of one variant, and their mean at the tokens that all of them logged."""
+    """Draw the runs of one variant, and their mean at the tokens that all of them logged."""
     look, runs = context.looks[label], part["run"].nunique()
     by_tokens = part.groupby("tokens")["y"]
     shared = by_tokens.size() == runs

@@ -210,7 +210,7 @@ def trend_figure(context: Context, folder: Path) -> list[Path]:
 
 
 def _intervals(top: Axes, bottom: Axes, points: pd.DataFrame, color: str) -> None:
-    """The intervals of the observed means: along x in the fit, along y in the residuals."""
+    """Draw the intervals of the observed means: along x in the fit, along y in the residuals."""
     top.hlines(points["fitted"], points["low"], points["high"], color=color, linewidth=1)
     low, high = (100 * (points["fitted"] / points[end] - 1) for end in ("low", "high"))
     bottom.vlines(points["seen"], low, high, color=color, linewidth=1)

@@ -163,7 +163,7 @@ def problem(
 
 
 def _check_fixed(law: Law, fixed: Mapping[str, float]) -> None:
-    """Known parameters at values they may have, and one left to fit."""
+    """Check that fixed parameters have allowed values and that at least one is left to fit."""
     bounds = {parameter.name: (parameter.low, parameter.high) for parameter in law.parameters}
     for name, value in fixed.items():
         if name not in bounds:
@@ -178,7 +178,7 @@ def _check_fixed(law: Law, fixed: Mapping[str, float]) -> None:
 
 
 def _check_together(law: Law, frame: pd.DataFrame) -> None:
-    """No input is a power of another: the law's terms in them would be the same."""
+    """Check that no input is a power of another: the law's terms in them would be the same."""
     needed = [name for name in law.inputs if name not in law.constant_allowed]
     logs = {name: np.log(frame[name].to_numpy(float)) for name in needed if (frame[name] > 0).all()}
     for first, second in combinations(logs, 2):
@@ -189,7 +189,7 @@ def _check_together(law: Law, frame: pd.DataFrame) -> None:
 
 
 def _check(law: Law, name: str, series: pd.Series) -> None:
-    """Finite, of the allowed sign, and more than one value (a constant column cannot carry an exponent)."""
+    """Check that values are finite, of the allowed sign and not all equal (a constant cannot carry an exponent)."""
     values = series.to_numpy(float)
     if not np.isfinite(values).all():
         raise InputError(f"--columns: {name} is infinite or missing in {int((~np.isfinite(values)).sum())} rows")

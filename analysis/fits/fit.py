@@ -164,8 +164,8 @@ def _refined(problem: Problem, starts: np.ndarray) -> tuple[np.ndarray, np.ndarr
     """Descend from every start, through smoothed losses, which reach far, and directly, which reaches more optima."""
     weights = np.broadcast_to(problem.w, (len(starts), problem.n))
     ways = (True, False) if np.isfinite(problem.delta) else (False,)
-    found = [minimise(problem.residual, starts, weights, problem.delta, problem.box, smooth=smooth) for smooth in ways]
-    return _best_first(np.concatenate([theta for theta, _ in found]), np.concatenate([value for _, value in found]))
+    tries = [minimise(problem.residual, starts, weights, problem.delta, problem.box, smooth=smooth) for smooth in ways]
+    return _best_first(np.concatenate([theta for theta, _ in tries]), np.concatenate([value for _, value in tries]))
 
 
 def _best_first(theta: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -182,7 +182,7 @@ def _polished(problem: Problem, theta: np.ndarray, value: np.ndarray) -> tuple[n
     """Return a longer descent of the best few from where they are."""
     few = min(4, len(theta))
     weights = np.broadcast_to(problem.w, (few, problem.n))
-    again, found = minimise(
+    longer, longer_value = minimise(
         problem.residual, theta[:few], weights, problem.delta, problem.box, iterations=400, smooth=False
     )
-    return _best_first(np.concatenate([again, theta[few:]]), np.concatenate([found, value[few:]]))
+    return _best_first(np.concatenate([longer, theta[few:]]), np.concatenate([longer_value, value[few:]]))

@@ -172,8 +172,8 @@ class _Profile:
         problem = self.problem
         theta, value = minimise(problem.residual, start, weights, problem.delta, problem.box, free, 100)
         best = int(np.argmin(value))
-        found = self.found.objective if self.better is None else self.better[1]
-        if value[best] < found * (1 - BETTER) - problem.negligible:
+        lowest = self.found.objective if self.better is None else self.better[1]
+        if value[best] < lowest * (1 - BETTER) - problem.negligible:
             self.better = theta[best], float(value[best])
         return theta, value
 

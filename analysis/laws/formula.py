@@ -60,7 +60,7 @@ def parse(text: str, option: str) -> ast.expr:
 
 
 def _check(tree: ast.expr, text: str, option: str) -> None:
-    """Only arithmetic, numbers, names and the functions above."""
+    """Check that there is only arithmetic, numbers, names and the functions above."""
     match tree:
         case ast.BinOp(left, op, right) if type(op) in OPERATORS:
             _check(left, text, option)
@@ -100,9 +100,9 @@ def evaluate(tree: ast.expr, values: Mapping[str, Any]) -> Any:
 
 def names(tree: ast.expr) -> list[str]:
     """Return the names of parameters and inputs in a tree, in their order."""
-    found = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     functions = {id(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
-    ordered = sorted(found, key=lambda node: (node.lineno, node.col_offset))
+    ordered = sorted(nodes, key=lambda node: (node.lineno, node.col_offset))
     return list(dict.fromkeys(node.id for node in ordered if id(node) not in functions))
 
 

@@ -266,7 +266,7 @@ def _line(axis: Axes, rows: pd.DataFrame, scale: float, look: str, label: str) -
 
 
 def _letters(axis: Axes, places: pd.Series, values: pd.Series, letters: pd.Series) -> None:
-    """A letter below each point."""
+    """Write a letter below each point."""
     for place, value, letter in zip(places, values, letters, strict=True):
         axis.annotate(
             letter,
@@ -280,7 +280,7 @@ def _letters(axis: Axes, places: pd.Series, values: pd.Series, letters: pd.Serie
 
 
 def _ours(axis: Axes, rows: pd.DataFrame, place: Callable[[Any], float], scale: float) -> None:
-    """Our runs: one legend entry per family and budget, filled at the largest budget, half filled at the next ones."""
+    """Draw our runs: one legend entry per family and budget, filled at the largest budget, half filled at others."""
     budgets = sorted(rows["tokens"].unique(), reverse=True)
     for key, group in rows.groupby(["family", "tokens"]):
         family, tokens = cast(tuple[str, float], key)

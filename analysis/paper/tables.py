@@ -77,19 +77,19 @@ def tables(theirs: pd.DataFrame, mine: pd.DataFrame) -> str:
 
 def draw_tables(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> dict[str, list[Path]]:
     """Return the same as figures, one a table: name -> files."""
-    found = filled(theirs, mine)
-    return {name: _draw(name, parts, len(mine) > 0, folder) for name, parts in found.items()}
+    tables = filled(theirs, mine)
+    return {name: _draw(name, parts, len(mine) > 0, folder) for name, parts in tables.items()}
 
 
 def filled(theirs: pd.DataFrame, mine: pd.DataFrame) -> dict[str, list[Table]]:
     """Return `table1` to `table4`, each as one table or as its left and its right one."""
-    found: dict[str, list[Table]] = {}
+    tables: dict[str, list[Table]] = {}
     for title, name, wanted in SCORES:
-        found[name.lower().replace(" ", "")] = [_scores_table(title, theirs[theirs["table"] == name], mine, wanted)]
+        tables[name.lower().replace(" ", "")] = [_scores_table(title, theirs[theirs["table"] == name], mine, wanted)]
     for title, start in ABLATIONS:
         part = theirs[theirs["table"].str.startswith(start)]
-        found.setdefault(f"table{start.split()[1]}", []).append(_ablation_table(title, part, mine))
-    return found
+        tables.setdefault(f"table{start.split()[1]}", []).append(_ablation_table(title, part, mine))
+    return tables
 
 
 def _draw(name: str, parts: list[Table], with_ours: bool, folder: Path) -> list[Path]:

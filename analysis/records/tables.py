@@ -63,7 +63,7 @@ def _read_json_table(path: Path, suffix: str) -> pd.DataFrame:
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """The table as .csv, .jsonl or .parquet, whole or not at all; InputError if it cannot be written there."""
+    """Write the table as .csv, .jsonl or .parquet, whole or not at all; InputError if it cannot be written there."""
     writers = {
         ".csv": lambda temporary: _write_csv(table, temporary),
         ".jsonl": lambda temporary: table.to_json(temporary, orient="records", lines=True),

@@ -40,17 +40,17 @@ class Fitted:
     document: dict[str, Any]
 
 
-def fitted(entry: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, str], request: Request) -> Fitted:
+def fitted(law: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, str], request: Request) -> Fitted:
     """Fit one law and report on it.
 
     Args:
-        entry: The law.
+        law: The law.
         rows: The rows to fit.
         table: The whole table, of which `request.predict` selects rows to predict.
         columns: Expression of each input and of the output.
         request: The options of the fit.
     """
-    posed, used = data(entry, rows, columns, request)
+    posed, used = data(law, rows, columns, request)
     held = held_out(posed, used, request)
     found, profiles = profiled(fit(posed, request.seed))
     _check_sign(found)
@@ -58,15 +58,15 @@ def fitted(entry: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping
     draws = _bootstrap(found, used, request)
     divisor = posed.n if request.minimize == "mean" else 1
     result: dict[str, Any] = {
-        "law": entry.name,
-        "formula": entry.formula,
-        "source": entry.source,
+        "law": law.name,
+        "formula": law.formula,
+        "source": law.source,
         "n": posed.n,
         "parameters": found.parameters,
-        "meaning": {p.name: p.meaning for p in entry.parameters},
+        "meaning": {p.name: p.meaning for p in law.parameters},
         "objective": found.objective / divisor,
         "minimize": request.minimize,
-        "residuals": entry.residuals,
+        "residuals": law.residuals,
         "huber": request.huber,
         "seed": request.seed,
         "intervals": {p.name: list(draws.interval(p.name) if draws else profiles[p.name]) for p in posed.free},
@@ -76,12 +76,12 @@ def fitted(entry: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping
         "identified": closed,
         "at_bound": {name: bound if math.isfinite(bound) else "infinity" for name, bound in found.at_bound.items()},
         "bounds": {p.name: [p.low, p.high] for p in posed.free},
-        "holdout": _held_json(held, entry),
+        "holdout": _held_json(held, law),
         "fixed": dict(posed.fixed),
         "warnings": _warnings(found, closed, profiles, draws, held),
     }
     if request.predict is not None:
-        result["predictions"] = _predictions(found, entry, chosen(table, request.predict, "--predict"), columns)
+        result["predictions"] = _predictions(found, law, chosen(table, request.predict, "--predict"), columns)
     if request.diagnostics:
         result["diagnostics"] = _diagnostics(found, used)
     return Fitted(found, held, used, profiles, result)
@@ -96,7 +96,7 @@ def _bootstrap(found: Fit, used: pd.DataFrame, request: Request) -> Bootstrap | 
 
 
 def _check_resampling(found: Fit, clusters: np.ndarray | None, strata: np.ndarray | None) -> None:
-    """More runs than parameters, each in one stratum, and strata in which there is something to draw."""
+    """Check for more runs than parameters, each in one stratum, and for strata with something to draw."""
     units = np.arange(found.problem.n) if clusters is None else clusters
     free, distinct = len(found.problem.free), len(np.unique(units))
     if distinct <= free:
@@ -111,7 +111,7 @@ def _check_resampling(found: Fit, clusters: np.ndarray | None, strata: np.ndarra
         raise InputError("--strata: every stratum holds a single run, so there is nothing to resample")
 
 
-def _held_json(held: HeldOut, entry: Law) -> dict[str, Any]:
+def _held_json(held: HeldOut, law: Law) -> dict[str, Any]:
     if not len(held.rows):
         return {"n": 0, "reason": held.reason}
     errors = held.relative_errors
@@ -177,7 +177,7 @@ def _warnings(
 
 
 def _check_sign(found: Fit) -> None:
-    """A law of one sign cannot describe an outcome of the other."""
+    """Refuse a law of one sign for an outcome of the other."""
     y, law = found.problem.y, found.problem.law
     if (y < 0).all() and (found.predict(found.problem.x) >= 0).all():
         raise InputError(
@@ -186,11 +186,11 @@ def _check_sign(found: Fit) -> None:
         )
 
 
-def _predictions(found: Fit, entry: Law, rows: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, Any]]:
+def _predictions(found: Fit, law: Law, rows: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return predictions of rows of the table; observed value and relative error are null where the row has none."""
-    frame, index = numbers(rows, {name: columns[name] for name in entry.inputs}, drop_missing=False)
-    predicted = found.predict({name: frame[name].to_numpy(float) for name in entry.inputs})
-    observed = number(rows, columns[entry.output], f"--columns: {entry.output}")
+    frame, index = numbers(rows, {name: columns[name] for name in law.inputs}, drop_missing=False)
+    predicted = found.predict({name: frame[name].to_numpy(float) for name in law.inputs})
+    observed = number(rows, columns[law.output], f"--columns: {law.output}")
     return [
         {"row": row, "predicted": float(p), "observed": float(o), "relative_error": float(p / o - 1)}
         for row, p, o in zip(index, predicted, observed, strict=True)

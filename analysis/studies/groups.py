@@ -38,11 +38,11 @@ def fit_groups(table: pd.DataFrame, request: Request, by: str, shared: Sequence[
     check(request)
     columns = expressions(request.columns)
     rows = chosen(prepared(table), request.where, "--where")
-    entry = chosen_law(request.law, columns, request)
-    unknown = [name for name in shared if name not in entry.names]
+    law = chosen_law(request.law, columns, request)
+    unknown = [name for name in shared if name not in law.names]
     if unknown:
-        raise InputError(f"--shared: got {unknown[0]!r}, allowed for law {entry.name}: {', '.join(entry.names)}")
-    posed, used = data(entry, rows, columns, request)
+        raise InputError(f"--shared: got {unknown[0]!r}, allowed for law {law.name}: {', '.join(law.names)}")
+    posed, used = data(law, rows, columns, request)
     labels = groups(used, by, "--by")
     assert labels is not None
     names = list(dict.fromkeys(labels))
@@ -55,8 +55,8 @@ def fit_groups(table: pd.DataFrame, request: Request, by: str, shared: Sequence[
         except InputError as error:
             raise InputError(f"--by: group {name}: {error}") from None
     document: dict[str, Any] = {
-        "law": entry.name,
-        "formula": entry.formula,
+        "law": law.name,
+        "formula": law.formula,
         "by": by,
         "n": posed.n,
         "groups": [

@@ -97,9 +97,9 @@ def _frontier(fits: list[tuple[float, Fit]], weighted: bool, request: Request) -
     if weighted and (np.isfinite(spread) & (spread > 0)).all():
         weights, variance = 1 / spread**2 / np.mean(1 / spread**2), float(1 / np.mean(1 / spread**2))
     table = pd.DataFrame({"C": [budget for budget, _ in fits], "y": optima, "weight": weights})
-    law = Request("frontier", "C=C,y=y", weights="weight", holdout=request.holdout, seed=request.seed)
-    law = replace(law, least_variance=variance if np.isfinite(variance) else 0.0)
-    return fitted(LAWS["frontier"], table, table, {"C": "C", "y": "y"}, law)
+    options = Request("frontier", "C=C,y=y", weights="weight", holdout=request.holdout, seed=request.seed)
+    options = replace(options, least_variance=variance if np.isfinite(variance) else 0.0)
+    return fitted(LAWS["frontier"], table, table, {"C": "C", "y": "y"}, options)
 
 
 def isoflop_text(result: Mapping[str, Any]) -> str:
@@ -109,8 +109,8 @@ def isoflop_text(result: Mapping[str, Any]) -> str:
         optimum, (low, high) = group["parameters"]["Nopt"], group["intervals"]["Nopt"]
         words = f"  C {group['C']:<10.4g} n {group['n']:<3} Nopt {optimum:<10.4g} [{low:.4g}, {high:.4g}]"
         loss = f" Lmin {group['parameters']['Lmin']:.5g}"
-        known = "  not identified: no part in the frontier" if group["C"] in result["unidentified"] else ""
-        lines.append(words + loss + known + ("  outside its sizes" if group["C"] in result["outside"] else ""))
+        note = "  not identified: no part in the frontier" if group["C"] in result["unidentified"] else ""
+        lines.append(words + loss + note + ("  outside its sizes" if group["C"] in result["outside"] else ""))
     lines.append(f"  intervals: {result['groups'][0]['interval_kind']}")
     lines += [f"  left out: budget {budget}: {reason}" for budget, reason in result["refused"].items()]
     if "reason" in result["frontier"]:

@@ -39,12 +39,12 @@ def select_joint(rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, 
     refused: dict[str, str] = {}
     for name in JOINT:
         try:
-            entry = chosen_law(name, columns, request)
-            posed, used = data(entry, rows, columns, request)
+            law = chosen_law(name, columns, request)
+            posed, used = data(law, rows, columns, request)
             held = held_out(posed, used, request)
             if not len(held.rows):
                 raise InputError(f"nothing held out: {held.reason}")
-            candidates.append(fitted(entry, rows, table, columns, request))
+            candidates.append(fitted(law, rows, table, columns, request))
         except InputError as error:
             refused[name] = str(error)
             continue
@@ -109,8 +109,8 @@ def select(
     scores, refused = {}, {}
     for request in requests:
         try:
-            entry = chosen_law(request.law, _needed(request, columns), request)
-            cells = _rolling(entry, rows, _needed(request, columns), request, order, edges)
+            law = chosen_law(request.law, _needed(request, columns), request)
+            cells = _rolling(law, rows, _needed(request, columns), request, order, edges)
         except InputError as error:
             refused[request.label] = str(error)
             continue
@@ -118,8 +118,8 @@ def select(
         laws.append(
             {
                 "law": request.label,
-                "formula": entry.formula,
-                "parameters": len(entry.names) - len(request.fix or {}),
+                "formula": law.formula,
+                "parameters": len(law.names) - len(request.fix or {}),
                 "mean_error": float(cells["error"].mean()),
                 "blocks": [float(part["error"].mean()) for _, part in cells.groupby("block")],
             }
@@ -138,8 +138,8 @@ def select(
 
 def _needed(request: Request, columns: Mapping[str, str]) -> dict[str, str]:
     """Return the columns that this law uses."""
-    entry = named_law(request.law, columns, request)
-    return {name: text for name, text in columns.items() if name in entry.inputs or name == entry.output}
+    law = named_law(request.law, columns, request)
+    return {name: text for name, text in columns.items() if name in law.inputs or name == law.output}
 
 
 def _edges(sizes: np.ndarray, blocks: int) -> list[float]:
@@ -152,10 +152,10 @@ def _edges(sizes: np.ndarray, blocks: int) -> list[float]:
 
 
 def _rolling(
-    entry: Law, rows: pd.DataFrame, columns: Mapping[str, str], request: Request, sizes: np.ndarray, edges: list[float]
+    law: Law, rows: pd.DataFrame, columns: Mapping[str, str], request: Request, sizes: np.ndarray, edges: list[float]
 ) -> pd.DataFrame:
     """Return the error of each held-out cell, (block, error), the mean over its runs."""
-    posed, used = data(entry, rows, columns, request)
+    posed, used = data(law, rows, columns, request)
     size = sizes[rows.index.get_indexer(used.index)]
     parts = []
     for block, (low, high) in enumerate(pairwise(edges)):

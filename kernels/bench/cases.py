@@ -111,8 +111,10 @@ class Contender:
         raise NotImplementedError
 
     def prove(self, inputs: Inputs) -> None:
-        """Called with the same inputs for all contenders after their turns and before `correct`: one more step of
-        those whose turns depend on earlier ones."""
+        """Take one more step, for contenders whose turns depend on earlier ones.
+
+        Called with the same inputs for all contenders, after their turns and before `correct`.
+        """
 
     def correct(self) -> bool:
         """Return whether the results are right."""

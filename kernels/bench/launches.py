@@ -77,7 +77,7 @@ def _bags(every: bool) -> Iterator[Call]:
 
 
 def _bag(width: int, read: int, dtype: torch.dtype) -> None:
-    """Forward and both gradients; one row is read so often that its sum takes several levels."""
+    """Run forward and both gradients; one row is read so often that its sum takes several levels."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     table_RD, x_ND = torch.zeros(ROWS, width, dtype=dtype), torch.zeros(TOKENS, width, dtype=dtype)
     indices_NS = (torch.arange(TOKENS * read) % ROWS).view(TOKENS, read)
@@ -109,7 +109,7 @@ def _updates(every: bool) -> Iterator[Call]:
 
 
 def take_steps(steps: int, table_RD: torch.Tensor, options: dict[str, Any], flush_every: int = 0) -> None:
-    """AdamW steps on changing rows of a table, and a flush at the end (and every `flush_every` steps)."""
+    """Take AdamW steps on changing rows of a table, and a flush at the end (and every `flush_every` steps)."""
     sink = RowGradients(table_RD)
     adamw = RowAdamW(table_RD, sink, replay_limit=256, backend="triton", **options)
     for step in range(steps):

@@ -60,8 +60,8 @@ class Instruction:
 
     def jump_target(self) -> int | None:
         """Return the address that a branch goes to."""
-        found = re.search(r"0x([0-9a-f]+)", self.operands) if self.operation == "BRA" else None
-        return int(found[1], 16) if found else None
+        match = re.search(r"0x([0-9a-f]+)", self.operands) if self.operation == "BRA" else None
+        return int(match[1], 16) if match else None
 
 
 def loads(instructions: tuple[Instruction, ...]) -> Counter[int]:
@@ -84,8 +84,8 @@ def read(cubin: bytes) -> Code:
         path.write_bytes(cubin)
         resources = _RESOURCES.search(_cuobjdump("-res-usage", path))
         instructions = tuple(
-            Instruction(int(found[1], 16), found[2], found[3])
-            for found in _INSTRUCTION.finditer(_cuobjdump("-sass", path))
+            Instruction(int(match[1], 16), match[2], match[3])
+            for match in _INSTRUCTION.finditer(_cuobjdump("-sass", path))
         )
     if resources is None or not instructions:
         raise RuntimeError("cuobjdump: its output names neither registers nor instructions")

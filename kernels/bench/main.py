@@ -387,7 +387,7 @@ def against_table(table: list[Against]) -> str:
 
 
 def write_csv(path: Path, rows: Sequence[Result] | Sequence[Against]) -> None:
-    """Records of one kind as CSV."""
+    """Write records of one kind as CSV."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(rows[0])] if rows else [])
         writer.writeheader()

@@ -198,7 +198,7 @@ def products(q_SCV: Tensor, keys_SVn: Tensor) -> Tensor:
 
 
 def select(scores_SCn: Tensor, start: int, best_scores_SNK: Tensor, best_keys_SNK: Tensor) -> None:
-    """The best half keys of a chunk of tokens, best first, written at [:, start : start + C]."""
+    """Select the best half keys of a chunk of tokens, best first, written at [:, start : start + C]."""
     (sides, chunk, half_keys), (_, tokens, top_k) = scores_SCn.shape, best_scores_SNK.shape
     block_k = _power_of_2(top_k)
     _select_kernel[(chunk, sides)](

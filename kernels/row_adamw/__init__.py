@@ -124,7 +124,7 @@ class RowAdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """One AdamW step at rate `lr` with the sink's gradients, zero for the other rows; clears the sink."""
+        """Take one AdamW step at rate `lr` with the sink's gradients, zero for the other rows; clears the sink."""
         rows_U, sums, where = self._take_gradients()
         done = self._current or bool((self.state.last(rows_U) == self.steps).all())
         assert done, "a row has a gradient but was not read since the last step"

@@ -109,7 +109,7 @@ def _probe(ops: ModuleType) -> tuple[Tensor, ...]:
 
 
 def update(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, history: History) -> None:
-    """As reference.update."""
+    """See reference.update."""
     call(
         "update",
         _State.of(state),
@@ -124,7 +124,7 @@ def update(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, histo
 
 
 def sweep(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, history: History) -> None:
-    """As reference.sweep."""
+    """See reference.sweep."""
     call(
         "sweep",
         _State.of(state),

@@ -28,7 +28,7 @@ __all__ = ["Blocks", "replay", "sweep", "update"]
 
 
 def update(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, history: History) -> None:
-    """The latest step of `history` on rows that have gradients, in place.
+    """Apply the latest step of `history` to rows that have gradients, in place.
 
     Their values must be at the step before; moments that are further behind decay first.
     """
@@ -46,7 +46,7 @@ def update(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, histo
 
 
 def sweep(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, history: History) -> None:
-    """The latest step of `history` on every row, in place; rows not in rows_U (ascending) have no gradient.
+    """Apply the latest step of `history` to every row, in place; rows not in rows_U (ascending) have no gradient.
 
     Gradients are expanded one block at a time. `last_R` is not updated.
     """
@@ -70,7 +70,7 @@ def sweep(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, histor
 
 
 def _gradient_step(p_BD: Tensor, m_BD: Tensor, v_BX: Tensor, g_BD: Tensor, root_BX: Tensor, history: History) -> None:
-    """The latest step in place, in torch's operation order; a one-column v takes the row's mean square."""
+    """Apply the latest step in place, in torch's operation order; a one-column v takes the row's mean square."""
     hyper, at = history.hyper, history.at(history.step)
     if hyper.weight_decay != 0:
         p_BD.mul_(history.decay[at])
@@ -122,7 +122,7 @@ def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit
 
 
 def _decay(state: State, rows_U: Tensor, last_U: Tensor, history: History, exact: bool) -> None:
-    """Replay of rows that never had a gradient: weight decay alone; `exact`: step by step."""
+    """Replay rows that never had a gradient: weight decay alone; `exact`: step by step."""
     for last in last_U.unique().tolist():
         rows_G = rows_U[last_U == last]
         values_GD = state.values_RD[rows_G].to(state.mean_RD.dtype)
@@ -135,7 +135,7 @@ def _decay(state: State, rows_U: Tensor, last_U: Tensor, history: History, exact
 
 
 def _every_step(p_BD: Tensor, m_BD: Tensor, v_BX: Tensor, root_BX: Tensor, lasts: list[int], history: History) -> None:
-    """Every missed step of rows sorted by their last one; at step s the rows with last < s are a prefix."""
+    """Replay every missed step of rows sorted by their last one; at step s the rows with last < s are a prefix."""
     hyper, zero = history.hyper, m_BD.new_zeros(())
     active, parts = 0, (p_BD, m_BD, v_BX, root_BX)
     for step in range(lasts[0] + 1, history.step + 1):

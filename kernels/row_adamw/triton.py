@@ -181,7 +181,7 @@ def update(
     slots_U: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> None:
-    """As reference.update, with the gradients where they are.
+    """See reference.update; gradients are read where they are.
 
     Args:
         state: The table and its moments.
@@ -209,7 +209,7 @@ def sweep(
     slots_U: Tensor | None = None,
     scale: Tensor | None = None,
 ) -> None:
-    """As reference.sweep, with arguments as of `update`; finds gradients through a map of 4 bytes per row."""
+    """See reference.sweep; arguments as of `update`; finds gradients through a map of 4 bytes per row."""
     if slots_U is None:
         slots_U = torch.arange(len(rows_U), device=rows_U.device)
     state.touched_R[rows_U] = True
@@ -227,7 +227,7 @@ def _step(
     rows: Tensor | None = None,
     behind: Tensor | None = None,
 ) -> None:
-    """One step on `count` rows: those given, or without `rows` all of the table."""
+    """Take one step on `count` rows: those in `rows`, or without `rows` all of the table."""
     hyper, at, width = history.hyper, history.at(history.step), state.mean_RD.shape[1]
     constants = (
         history.decay[at],

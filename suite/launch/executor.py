@@ -120,7 +120,7 @@ class Executor(Protocol):
 def executor_class(name: str) -> type[Executor]:
     """Return the executor of that name. Raises UserError for an unknown one."""
     if name not in EXECUTORS:
-        known = ", ".join(EXECUTORS)
-        raise UserError(f"--executor: got {name!r}{did_you_mean(name, EXECUTORS)}, allowed: {known}")
+        names = ", ".join(EXECUTORS)
+        raise UserError(f"--executor: got {name!r}{did_you_mean(name, EXECUTORS)}, allowed: {names}")
     module, _, attribute = EXECUTORS[name].partition(":")
     return cast(type[Executor], getattr(importlib.import_module(module), attribute))

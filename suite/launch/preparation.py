@@ -64,12 +64,12 @@ def refuse_unknown_tasks(grid: Grid) -> None:
     """Raise UserError for a task that does not exist."""
     from suite.evaluate import task_list
 
-    known = task_list.names()
+    names = task_list.names()
     for name in dict.fromkeys(task for cell in grid.cells for config in cell.evaluate for task in config.tasks):
-        if name not in known:
-            allowed = ", ".join(known)
+        if name not in names:
+            allowed = ", ".join(names)
             raise UserError(
-                f"{grid.source}: evaluate.tasks: got {name!r}{did_you_mean(name, known)}, allowed: {allowed}"
+                f"{grid.source}: evaluate.tasks: got {name!r}{did_you_mean(name, names)}, allowed: {allowed}"
             )
 
 

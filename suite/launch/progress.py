@@ -51,11 +51,11 @@ class PlainWatcher:
         return None
 
     def event(self, text: str) -> None:
-        """One line, with the time."""
+        """Print one line, with the time."""
         self._console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, standing: Standing) -> None:
-        """One line every 15 seconds."""
+        """Print one line every 15 seconds."""
         now = time.monotonic()
         remaining_s = self._clock.remaining_s(standing, now)
         if now - self._logged >= PLAIN_LINE_EVERY_S:
@@ -91,7 +91,7 @@ class BarWatcher:
         self._bars.stop()
 
     def event(self, text: str) -> None:
-        """A line above the bars."""
+        """Print a line above the bars."""
         self._bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def progress(self, standing: Standing) -> None:

@@ -47,7 +47,7 @@ class Watcher(Protocol):
         """Log what happened to a cell."""
 
     def progress(self, standing: Standing) -> None:
-        """Show how the sweep stands; called about once a second."""
+        """Show the progress of the sweep; called about once a second."""
 
 
 @dataclass(eq=False)
@@ -170,7 +170,7 @@ class Sweep:
             self._lost(entry, ended)
 
     def _lost(self, entry: _Entry, ended: Ended) -> None:
-        """A job ended without finishing its cell: leave the cell, start it again, or record that it failed."""
+        """Handle the end of a job whose cell is unfinished: leave the cell, restart it, or record that it failed."""
         if ended.max_starts is None:
             entry.run.set_state("pending", cause=ended.cause, eta_s=None)
             self.cancelled += 1

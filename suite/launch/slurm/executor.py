@@ -118,9 +118,9 @@ class SlurmExecutor:
         return ended
 
     def _has_living_job(self, name: str) -> bool:
-        known = [self._queue[job] for job in self._jobs[name] if job in self._queue]
+        jobs = [self._queue[job] for job in self._jobs[name] if job in self._queue]
         is_new = time.monotonic() - self._submitted[name] < GRACE_S
-        return any(job.alive for job in known) or (not known and is_new)
+        return any(job.alive for job in jobs) or (not jobs and is_new)
 
     def _loss(self, run: RunDir, last: dict[str, Job]) -> Ended:
         """Return how the jobs of an unfinished cell ended, and what that means for it."""
@@ -195,9 +195,9 @@ def cancel_jobs(results: Path, grid: Grid) -> list[str]:
     report = queue.recorded_report(jobs_folder(results, grid))
     if report is None and not any(jobs.values()):
         return []
-    known = queue.query()
+    queued = queue.query()
     jobs["report"] = [] if report is None else [report]
-    alive = {name: [job for job in ids if job in known and known[job].alive] for name, ids in jobs.items()}
+    alive = {name: [job for job in ids if job in queued and queued[job].alive] for name, ids in jobs.items()}
     doomed = [job for ids in alive.values() for job in ids]
     if doomed:
         queue.cancel(doomed)

@@ -159,9 +159,9 @@ class CellJob:
             worker.set_done(run)
 
     def _score(self, run: RunDir, cell: Cell, world: World) -> None:
-        kept = background_scoring.retained_folder(run)
+        retained = background_scoring.retained_folder(run)
         # Wait for a job that is still scoring retained checkpoints.
-        with _held(RunDir(kept)) if world.is_first and kept.exists() else nullcontext():
+        with _held(RunDir(retained)) if world.is_first and retained.exists() else nullcontext():
             worker.score_missing(run, cell, _corpus(run, cell, world), self.scorer, world)
         if world.is_first:
             worker.set_done(run)

@@ -106,8 +106,8 @@ def _find(name_or_path: str | None) -> Path:
     for folder in folders:
         if (named := folder / f"{path}.yaml").is_file():
             return named
-    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
-    allowed = f"a path to a .yaml file, or one of {', '.join(known)}" if known else "a path to a .yaml file"
+    names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
+    allowed = f"a path to a .yaml file, or one of {', '.join(names)}" if names else "a path to a .yaml file"
     if name_or_path is None:
         raise UserError(f"--profile: missing, and there is no {CLUSTERS}/{DEFAULT}.yaml, allowed: {allowed}")
-    raise UserError(f"--profile: got {name_or_path!r}{did_you_mean(name_or_path, known)}, allowed: {allowed}")
+    raise UserError(f"--profile: got {name_or_path!r}{did_you_mean(name_or_path, names)}, allowed: {allowed}")
