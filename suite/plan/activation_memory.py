@@ -78,7 +78,7 @@ class StepTracer:
         def run(x_BTD: Tensor) -> Tensor:
             return block(x_BTD, inputs.rotation, inputs.bias, None, 0, inputs.ids_BTW)
 
-        return self._traced(key, run, list(block.parameters()), inputs)
+        return self._traced(key, run, block.parameters(), inputs)
 
     def _head(self, inputs: _Inputs) -> Part:
         """Return the last norm, the output matrix and the loss; a tied matrix is counted with the embedding."""
@@ -91,7 +91,7 @@ class StepTracer:
         )
         return replace(part, weights=part.weights - (matrix.numel() if tied else 0))
 
-    def _traced(self, key: object, run: Callable[[Tensor], Tensor], weights: list[Tensor], inputs: _Inputs) -> Part:
+    def _traced(self, key: object, run: Callable[[Tensor], Tensor], weights: Iterable[Tensor], inputs: _Inputs) -> Part:
         """Return the part of that key; on first use, run it forward and backward and count its bytes.
 
         Args:
@@ -109,7 +109,7 @@ class StepTracer:
                 if isinstance(module, Experts):
                     module.busiest = self.busiest
             with one_row(self.tables):
-                self.cache[key] = self._trace(run, weights, inputs)
+                self.cache[key] = self._trace(run, list(weights), inputs)
         return self.cache[key]
 
     def _trace(self, run: Callable[[Tensor], Tensor], weights: list[Tensor], inputs: _Inputs) -> Part:
