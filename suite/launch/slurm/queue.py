@@ -47,7 +47,9 @@ WORDS = {
 RESUMABLE = {"TIMEOUT", "PREEMPTED", "NODE_FAIL", "CANCELLED", "BOOT_FAIL", "COMPLETED", ENDED}
 """Ends of a job after which its cell can be resumed."""
 TAIL_LINES = 5
-KILLED_FOR_MEMORY = ("oom-kill", "out of memory", "exceeded memory limit")
+MEMORY_KILL_LINES = 20
+"""Slurm reports a memory kill some lines before the end of a log, in an order that differs between jobs."""
+KILLED_FOR_MEMORY = ("oom-kill", "out of memory", "exceeded memory limit", "exceeded job memory limit")
 """What Slurm writes to the log of a job that it killed for its memory; the state of most of them is FAILED."""
 
 
@@ -214,7 +216,7 @@ def log_of(run: RunDir) -> Path | None:
 def with_memory_kills(state: str, log: Path | None) -> str:
     """Return the state, with FAILED replaced by OUT_OF_MEMORY if the end of the log shows that Slurm killed the job for
     it."""
-    end = " ".join(_last_lines(log)).lower()
+    end = " ".join(_last_lines(log, MEMORY_KILL_LINES)).lower()
     return "OUT_OF_MEMORY" if state == "FAILED" and any(text in end for text in KILLED_FOR_MEMORY) else state
 
 
@@ -224,10 +226,10 @@ def with_tail(cause: str, log: Path | None) -> str:
     return f"{cause}; its last lines: {' / '.join(last)}" if last else cause
 
 
-def _last_lines(log: Path | None) -> list[str]:
+def _last_lines(log: Path | None, count: int = TAIL_LINES) -> list[str]:
     if log is None:
         return []
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 4096))
         lines = file.read().decode(errors="replace").splitlines()
-    return [line.strip() for line in lines if line.strip()][-TAIL_LINES:]
+    return [line.strip() for line in lines if line.strip()][-count:]
