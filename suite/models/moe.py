@@ -1,13 +1,13 @@
-"""Mixtures of experts: `moe`, the paper's baseline, and `moe_topk`, the stronger one.
+"""Mixtures of experts: `moe`, the paper's baseline, and `moe_topk`, the stronger one with two kinds of router.
 
 Shapes: B rows, T tokens per row, N = B*T tokens, D model width, F hidden width of an expert, E experts, K
-experts per token, C tokens per expert and row, L tokens per expert (padded).
+experts per token, C tokens per expert and row, L tokens per expert (padded), S = N*K.
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -55,8 +55,10 @@ class Experts(nn.Module):
         """Return each token's outputs of its K experts, [N, K, D]; experts are int64 in [0, E).
 
         Tokens are grouped by expert and padded to the count of the busiest expert, so that one batched product serves
-        all. Padding repeats token 0, and its results are discarded.
+        all. Padding repeats token 0, and its results are discarded. On a GPU in bf16, grouped products need no padding.
         """
+        if self._on_gpu_in_bf16(x_ND):
+            return self.grouped(x_ND, expert_NK, torch.bfloat16)
         expert = expert_NK.flatten()
         order = expert.argsort(stable=True)
         counts_E = tally(expert, self.count)
@@ -69,6 +71,34 @@ class Experts(nn.Module):
         token[place] = rank // expert_NK.shape[1]
         y_ELD = self(x_ND.index_select(0, token).view(self.count, longest, -1))
         return y_ELD.flatten(0, 1).index_select(0, place).view(*expert_NK.shape, -1)
+
+    def grouped(self, x_ND: Tensor, expert_NK: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return what `routed` returns, by products over groups of tokens that end where `ends_E` says.
+
+        No count is read by the host, and no token is padded.
+
+        Args:
+            x_ND: Tokens.
+            expert_NK: Their experts, int64 in [0, E).
+            dtype: The dtype of the products: fp32 or bf16.
+
+        Returns:
+            The outputs [N, K, D] in `dtype`.
+        """
+        order_S = expert_NK.flatten().argsort(stable=True)
+        ends_E = tally(expert_NK.flatten(), self.count).cumsum(0).to(torch.int32)
+        x_SD = x_ND.to(dtype).index_select(0, order_S // expert_NK.shape[1])
+        w1, w2, w3 = (weight.to(dtype).mT for weight in (self.w1, self.w2, self.w3))
+        h_SF = F.silu(F.grouped_mm(x_SD, w1, offs=ends_E)) * F.grouped_mm(x_SD, w3, offs=ends_E)
+        y_SD = F.grouped_mm(h_SF, w2, offs=ends_E)
+        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
+        return y_SD.index_select(0, place_S).view(*expert_NK.shape, -1)
+
+    def _on_gpu_in_bf16(self, x_ND: Tensor) -> bool:
+        """Return whether products are in bf16 on a GPU, with rows of a multiple of 16 bytes, as its kernels need."""
+        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_ND.dtype
+        aligned = not any(width % 8 for width in self.w1.shape[1:])
+        return x_ND.is_cuda and dtype == torch.bfloat16 and aligned
 
     def cost(self, active: int) -> Cost:
         """Count all experts; each token reads the weights of `active` ones."""
@@ -136,8 +166,39 @@ class ExpertChoice(nn.Module):
         return self.router.cost() + self.experts.cost(active=1)
 
 
-class TokenChoice(nn.Module):
-    """Many small experts; each token uses its best K. Load is balanced without an auxiliary loss.
+class RoutedExperts(nn.Module):
+    """Many small experts, of which each token uses its best K; subclasses choose them and balance their load.
+
+    A subclass has `route(logits_NE) -> (experts [N, K] int64, gates [N, K])`.
+    """
+
+    def __init__(self, dim: int, hidden: int, experts: int, top_k: int, shared_hidden: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.router = Router(dim, experts)
+        self.experts = Experts(experts, dim, hidden)
+        self.shared = SwiGLU(dim, shared_hidden) if shared_hidden else None
+
+    def route(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each token's experts and their gates."""
+        raise NotImplementedError
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, 1)
+        expert_NK, gate_NK = self.route(self.router(x_ND))
+        y_ND = (self.experts.routed(x_ND, expert_NK) * gate_NK.unsqueeze(-1)).sum(dim=1).to(x_BTD.dtype)
+        if self.shared is not None:
+            y_ND = y_ND + self.shared(x_ND)
+        return y_ND.view_as(x_BTD)
+
+    def cost(self) -> Cost:
+        """Count the chosen experts and the shared one."""
+        shared = Cost() if self.shared is None else self.shared.cost()
+        return self.router.cost() + self.experts.cost(self.top_k) + shared
+
+
+class TokenChoice(RoutedExperts):
+    """Load is balanced without an auxiliary loss, by a bias per expert (`router: sigmoid`).
 
     Affinities are sigmoids, normalised over the chosen experts (DeepSeek-V3, arXiv 2412.19437, equations 12 to 16). A
     bias per expert, used only for the choice, moves by `balance_rate` after each step, up for experts that received
@@ -151,26 +212,19 @@ class TokenChoice(nn.Module):
     def __init__(
         self, dim: int, hidden: int, experts: int, top_k: int, shared_hidden: int, balance_rate: float
     ) -> None:
-        super().__init__()
-        self.top_k, self.balance_rate = top_k, balance_rate
-        self.router = Router(dim, experts)
-        self.experts = Experts(experts, dim, hidden)
-        self.shared = SwiGLU(dim, shared_hidden) if shared_hidden else None
+        super().__init__(dim, hidden, experts, top_k, shared_hidden)
+        self.balance_rate = balance_rate
         self.register_buffer("balance_E", torch.zeros(experts))
         self.register_buffer("load_E", torch.zeros(experts), persistent=False)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        x_ND = x_BTD.flatten(0, 1)
-        affinity_NE = self.router(x_ND).sigmoid()
+    def route(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts of the largest biased affinities, and their normalised affinities without the bias."""
+        affinity_NE = logits_NE.sigmoid()
         expert_NK = (affinity_NE + self.balance_E).topk(self.top_k).indices
         if self.training:
             self.load_E += tally(expert_NK.flatten(), self.experts.count)
         gate_NK = affinity_NE.gather(-1, expert_NK)
-        gate_NK = gate_NK / gate_NK.sum(dim=-1, keepdim=True)
-        y_ND = (self.experts.routed(x_ND, expert_NK) * gate_NK.unsqueeze(-1)).sum(dim=1).to(x_BTD.dtype)
-        if self.shared is not None:
-            y_ND = y_ND + self.shared(x_ND)
-        return y_ND.view_as(x_BTD)
+        return expert_NK, gate_NK / gate_NK.sum(dim=-1, keepdim=True)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -178,10 +232,45 @@ class TokenChoice(nn.Module):
         self.balance_E += self.balance_rate * torch.sign(self.load_E.mean() - self.load_E)
         self.load_E.zero_()
 
-    def cost(self) -> Cost:
-        """Count the chosen experts and the shared one."""
-        shared = Cost() if self.shared is None else self.shared.cost()
-        return self.router.cost() + self.experts.cost(self.top_k) + shared
+
+class LossBalanced(RoutedExperts):
+    """Load is balanced by an auxiliary loss (`router: softmax`, as in OLMoE, arXiv 2409.02060, section 2).
+
+    Gates are the softmax over all experts and are not normalised over the chosen ones. In training, `auxiliary` holds
+    two losses with their weights: the balance loss E * sum_e f_e * p_e, where f_e is the share of the choices that fell
+    on expert e and p_e its mean gate, and the mean squared logsumexp of the logits (Zoph et al. 2022, arXiv 2202.08906,
+    equation 5). Our choice: the pool is the micro-batch of all processes, padding included, and layers are averaged.
+    Each process holds its own tokens' part of both losses.
+    """
+
+    def __init__(
+        self, dim: int, hidden: int, experts: int, top_k: int, shared_hidden: int, weights: dict[str, float]
+    ) -> None:
+        super().__init__(dim, hidden, experts, top_k, shared_hidden)
+        self.weights = weights
+        self.auxiliary: dict[str, tuple[float, Tensor]] = {}
+
+    def share_counts(self, counts_E: Tensor) -> Tensor:
+        """Return counts summed over the processes that share a batch; here there is one."""
+        return counts_E
+
+    def route(self, logits_NE: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the experts of the largest gates, and these gates; set the auxiliary losses in training."""
+        gate_NE = logits_NE.softmax(dim=-1)
+        gate_NK, expert_NK = gate_NE.topk(self.top_k)
+        if self.training:
+            counts_E = self.share_counts(tally(expert_NK.flatten(), self.experts.count)).to(gate_NE.dtype)
+            choices = counts_E.sum()
+            tokens = choices / self.top_k
+            balance = self.experts.count * (counts_E / choices * (gate_NE.sum(0) / tokens)).sum()
+            z = logits_NE.logsumexp(dim=-1).square().sum() / tokens
+            losses = {"balance_loss": balance, "z_loss": z}
+            self.auxiliary = {name: (self.weights[name], loss) for name, loss in losses.items()}
+        return expert_NK, gate_NK
+
+    def after_step(self) -> None:
+        """Release the losses, and with them the activations that they refer to."""
+        self.auxiliary = {}
 
 
 class MoEConfig(ModelConfig):
@@ -206,7 +295,12 @@ class MoETopKConfig(ModelConfig):
         default=None, gt=0, description="width; None: ffn_hidden // (top_k + shared_experts)"
     )
     shared_experts: int = Field(default=0, ge=0, description="experts that every token uses")
-    balance_rate: float = Field(default=1e-3, ge=0, description="step size of the balancing bias")
+    router: Literal["sigmoid", "softmax"] = Field(
+        default="sigmoid", description="sigmoid: balanced by a bias (DeepSeek-V3); softmax: balanced by a loss (OLMoE)"
+    )
+    balance_rate: float = Field(default=1e-3, ge=0, description="router sigmoid: step size of the balancing bias")
+    balance_loss: float = Field(default=1e-2, ge=0, description="router softmax: weight of the balance loss")
+    z_loss: float = Field(default=1e-3, ge=0, description="router softmax: weight of the squared logsumexp of logits")
 
     @property
     def routing(self) -> tuple[int, int, int]:
@@ -215,13 +309,24 @@ class MoETopKConfig(ModelConfig):
         experts, top_k = self.experts or (16 if laptop else 64), self.top_k or (4 if laptop else 8)
         return experts, top_k, self.expert_hidden or self.size.ffn_hidden // (top_k + self.shared_experts)
 
+    @property
+    def batch_statistics(self) -> bool:
+        """Whether the balance loss counts choices over the micro-batch."""
+        return self.router == "softmax" and self.balance_loss > 0
+
     def family_problems(self) -> list[Problem]:
         experts, top_k, hidden = self.routing
         if top_k > experts:
             return [("top_k", top_k, f"at most experts ({experts})")]
         if hidden == 0:
             return [("top_k", top_k, f"a smaller number, or set expert_hidden: ffn_hidden is {self.size.ffn_hidden}")]
-        return []
+        other = ("balance_loss", "z_loss") if self.router == "sigmoid" else ("balance_rate",)
+        defaults = {name: type(self).model_fields[name].default for name in other}
+        return [
+            (name, getattr(self, name), f"{default} with router {self.router}")
+            for name, default in defaults.items()
+            if getattr(self, name) != default
+        ]
 
 
 def expert_choice_feed_forwards(config: MoEConfig) -> list[nn.Module]:
@@ -232,11 +337,14 @@ def expert_choice_feed_forwards(config: MoEConfig) -> list[nn.Module]:
 
 def token_choice_feed_forwards(config: MoETopKConfig) -> list[nn.Module]:
     """Return a token-choice mixture for every layer."""
-    size, (experts, top_k, hidden) = config.size, config.routing
-    shared_hidden = config.shared_experts * hidden
-    return [
-        TokenChoice(size.dim, hidden, experts, top_k, shared_hidden, config.balance_rate) for _ in range(size.layers)
-    ]
+    experts, top_k, hidden = config.routing
+    shape = (config.size.dim, hidden, experts, top_k, config.shared_experts * hidden)
+    weights = {"balance_loss": config.balance_loss, "z_loss": config.z_loss}
+
+    def mixture() -> RoutedExperts:
+        return TokenChoice(*shape, config.balance_rate) if config.router == "sigmoid" else LossBalanced(*shape, weights)
+
+    return [mixture() for _ in range(config.size.layers)]
 
 
 register(Family("moe", MoEConfig, expert_choice_feed_forwards))

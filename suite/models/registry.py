@@ -52,7 +52,7 @@ class ModelConfig(BaseModel):
 
     @property
     def batch_statistics(self) -> bool:
-        """Whether a layer normalises over the micro-batch, so that the size of a micro-batch changes the result."""
+        """Whether a layer uses statistics of the micro-batch, so that the size of a micro-batch changes the result."""
         return False
 
     def dense(self) -> ModelConfig:

@@ -254,6 +254,20 @@ class Transformer(nn.Module):
         present = {name for name, _ in self.named_parameters()}
         return [name for name in declared if name in present]
 
+    def auxiliary_losses(self) -> dict[str, tuple[float, Tensor]]:
+        """Return the losses that modules add to that of the last training pass: name -> (weight, mean over modules).
+
+        A module sets `auxiliary`, of the same form, in its forward pass. With several processes it is this one's part.
+        """
+        terms: dict[str, list[tuple[float, Tensor]]] = {}
+        for module in self.modules():
+            for name, term in getattr(module, "auxiliary", {}).items():
+                terms.setdefault(name, []).append(term)
+        return {
+            name: (of_name[0][0], torch.stack([value for _, value in of_name]).mean())
+            for name, of_name in terms.items()
+        }
+
     def after_step(self) -> None:
         """Call `after_step` of the feed-forwards that have it; the trainer calls this after each optimizer step."""
         for layer in self.layers:

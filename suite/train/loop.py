@@ -147,9 +147,10 @@ class Trainer:
         """Take one optimizer step over `batch_rows` rows and return the values to log. Raises Diverged."""
         self.model.train()
         lrs = self.optimizer.set_lr(lr_factor(self.config, self.step, self.steps))
-        loss = self._backward()
-        if not math.isfinite(loss):
-            raise Diverged(f"step {self.step + 1}: the loss is {loss}")
+        loss, auxiliary = self._backward()
+        for name, value in {"loss": loss, **auxiliary}.items():
+            if not math.isfinite(value):
+                raise Diverged(f"step {self.step + 1}: the {name} is {value}")
         norms = self.optimizer.step()
         self._after_step()
         self.step += 1
@@ -159,13 +160,17 @@ class Trainer:
             "value_lr": lrs.get("values"),
             "grad_norm": norms["rest"],
             "value_grad_norm": norms.get("values"),
+            **auxiliary,
         }
 
-    def _backward(self) -> float:
-        """Compute gradients of the mean loss over the step's targets, and return that loss.
+    def _backward(self) -> tuple[float, dict[str, float]]:
+        """Compute gradients of the mean loss over the step's targets plus the weighted auxiliary losses of the model.
 
         Each micro-batch is split over processes, so it has the same rows in any world. The random generator is seeded
         by (seed, step, rank), so that resuming needs no generator state.
+
+        Returns:
+            The mean loss alone, and the auxiliary losses without their weights, means over micro-batches.
         """
         world, parts = self.world, self.world.micro_batches(self.cell)
         key = np.random.SeedSequence((self.cell.seed, self.step, world.rank))
@@ -174,7 +179,7 @@ class Trainer:
             self.loader.batch(self.step, micro * world.size + world.rank, parts * world.size) for micro in range(parts)
         ]
         (targets,) = world.total(sum(int((batch.targets_BT != IGNORED).sum()) for batch in batches))
-        loss = 0.0
+        loss, auxiliary = 0.0, dict[str, float]()
         for batch in batches:
             columns = (batch.tokens_BT, batch.targets_BT, batch.segments_BT)
             tokens_BT, targets_BT, segments_BT = (column.to(self.device) for column in columns)
@@ -183,9 +188,14 @@ class Trainer:
             wide_NV = logits_BTV.flatten(0, 1)
             wide_NV = wide_NV.to(at_least_fp32(wide_NV.dtype))
             part = F.cross_entropy(wide_NV, targets_BT.flatten(), reduction="sum") / targets
-            part.backward()
+            objective = part
+            for name, (weight, value) in self.model.auxiliary_losses().items():
+                objective = objective + weight / parts * value
+                auxiliary[name] = auxiliary.get(name, 0.0) + value.item() / parts
+            objective.backward()
             loss += part.item()
-        return world.total(loss)[0]
+        loss, *values = world.total(loss, *auxiliary.values())
+        return loss, dict(zip(auxiliary, values, strict=True))
 
     def _after_step(self) -> None:
         if self.world.distributed:

@@ -6,7 +6,7 @@
   (memory_parallel.py).
 - With bf16, modules that hold only weight matrices (attention, feed-forward layers, experts) are gathered in bf16, to
   which autocast would cast them anyway, and their gradients are summed in fp32. Norms, routers and keys stay in fp32.
-- Statistics over the tokens of a step (batch norms, expert loads) are summed over all processes.
+- Statistics over the tokens of a batch (batch norms, expert loads) are summed over all processes.
 
 Shapes: N tokens of a process, C channels or own columns, R rows of a table, D row width.
 """
@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from suite.errors import UserError
 from suite.models.initial_weights import fill, generator_of, reset_statistics
-from suite.models.moe import TokenChoice
+from suite.models.moe import LossBalanced, TokenChoice
 from suite.models.precision import at_least_fp32
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
@@ -59,6 +59,7 @@ def build_sharded(config: ModelConfig, vocab_size: int, seed: int, world: World,
         widths = [table.weight.shape[1] for table in model.memory_tables()]
         _shard_tables(model, memory)
         _make_batchnorms_global(model)
+    _share_counts(model, world)
     _fully_shard(model, data, precision)
     model.to_empty(device=world.device)
     reset_statistics(model)
@@ -76,6 +77,18 @@ def sum_statistics(model: Transformer, world: World) -> None:
     for module in model.modules():
         if isinstance(module, TokenChoice):
             world.sum_(module.load_E)
+
+
+def _share_counts(model: Transformer, world: World) -> None:
+    """Count the choices of a balance loss over all processes."""
+
+    def summed(counts_E: Tensor) -> Tensor:
+        world.sum_(counts_E)
+        return counts_E
+
+    for module in model.modules():
+        if isinstance(module, LossBalanced):
+            module.share_counts = summed  # type: ignore[method-assign]
 
 
 def as_dtensors(model: Transformer, state: dict[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dense tied, grouped": {"family": "dense", "base": "w64", "tie_embeddings": True, "kv_heads": 2},
     "moe": {"family": "moe", "base": "w32", "experts": 4},
     "moe_topk": {"family": "moe_topk", "base": "w32", "shared_experts": 1},
+    "moe_topk softmax": {"family": "moe_topk", "base": "w32", "router": "softmax"},
     "pkm": {"family": "pkm", "base": "w32", **SMALL, "query_batchnorm": True},
     "memory_plus": {"family": "memory_plus", "base": "w32", **SMALL, "qk_norm": True},
     "peer": {"family": "peer", "base": "w32", **SMALL},

@@ -13,6 +13,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "dense": {},
     "moe": {"experts": 4},
     "moe_topk": {"shared_experts": 1},
+    "moe_topk softmax": {"router": "softmax", "experts": 8, "top_k": 2},
     "pkm": {"half_keys": 16, "top_k": 8},
     "memory_plus": {"half_keys": 16, "top_k": 8, "qk_norm": True},
     "memory_plus varied": {

@@ -23,6 +23,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dense": {},
     "moe": {"experts": 4},
     "moe_topk": {"experts": 4, "top_k": 2, "shared_experts": 1},
+    "moe_topk softmax": {"experts": 4, "top_k": 2, "router": "softmax"},
     "pkm": MEMORY,
     "pkm batchnorm": MEMORY | {"query_batchnorm": True},
     "memory_plus": MEMORY | {"placement": (0, 1), "qk_norm": True},

@@ -9,7 +9,9 @@ from suite.data.corpus import Corpus, prepare
 
 def tiny_cell(family: str = "dense", seed: int = 0, **train: Any) -> Cell:
     family, *options = family.split()
-    model: dict[str, Any] = {"family": family, "base": "w32"} | dict.fromkeys(options, True)
+    model: dict[str, Any] = {"family": family, "base": "w32"}
+    for option in options:
+        model |= {"router": "softmax"} if option == "softmax" else {option: True}
     if family in ("pkm", "memory_plus"):
         model |= {"half_keys": 16, "top_k": 4}
     fields = {

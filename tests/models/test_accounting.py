@@ -107,7 +107,7 @@ def padded_macs(layer: nn.Module, rows: int, seq_len: int) -> float:
     """Return the multiply-adds of padding: each expert processes a whole number of tokens."""
     if isinstance(layer, moe.ExpertChoice):
         slots, used = rows * -(-seq_len // layer.experts.count), rows * seq_len / layer.experts.count
-    elif isinstance(layer, moe.TokenChoice):
+    elif isinstance(layer, moe.RoutedExperts):
         used = rows * seq_len * layer.top_k / layer.experts.count
         slots = math.ceil(used)
     else:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from model_families import model, tokens
+from model_families import config, model, tokens
+from naive_routing import auxiliary_by_loop
 from torch.nn import functional as F
 
-from suite.models.moe import ExpertChoice, Experts, TokenChoice
+from suite.models.moe import ExpertChoice, Experts, LossBalanced, TokenChoice
 
 
 def randomise(module: torch.nn.Module) -> torch.nn.Module:
@@ -93,6 +95,79 @@ def test_token_choice_equals_a_loop_over_tokens():
         expected.square().sum().backward()
         for a, b in zip(got, [x_BTD.grad] + [p.grad for p in layer.parameters()], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+def softmax_choice_by_loop(layer: LossBalanced, x_D: torch.Tensor) -> torch.Tensor:
+    gate_E = torch.softmax(layer.router.weight @ x_D, dim=0)
+    chosen = sorted(range(layer.experts.count), key=lambda e: -gate_E[e].item())[: layer.top_k]
+    return torch.stack([gate_E[e] * one_expert(layer.experts, e, x_D) for e in chosen]).sum(0)
+
+
+def softmax_layer() -> LossBalanced:
+    weights = {"balance_loss": 0.01, "z_loss": 0.001}
+    layer = LossBalanced(12, 8, experts=6, top_k=3, shared_hidden=0, weights=weights).double()
+    return randomise(layer)
+
+
+def test_softmax_routing_equals_a_loop_over_tokens_and_does_not_normalise_the_chosen_gates() -> None:
+    layer = softmax_layer()
+    x_BTD = torch.randn(2, 9, 12, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    expected = torch.stack([softmax_choice_by_loop(layer, x) for x in x_BTD.view(-1, 12)]).view(2, 9, 12)
+    torch.testing.assert_close(layer(x_BTD), expected)
+    losses = {name: loss for name, (_, loss) in layer.auxiliary.items()}
+    by_loop = auxiliary_by_loop(layer, x_BTD.view(-1, 12))
+    for name, loss in by_loop.items():
+        torch.testing.assert_close(losses[name], loss)
+        got, want = (torch.autograd.grad(of[name], layer.router.weight, retain_graph=True) for of in (losses, by_loop))
+        torch.testing.assert_close(got, want)
+
+
+def test_the_balance_loss_is_one_for_equal_use_and_the_number_of_experts_for_one_expert() -> None:
+    layer = LossBalanced(4, 8, experts=4, top_k=1, shared_hidden=0, weights={"balance_loss": 1.0, "z_loss": 0.0})
+    randomise(layer)
+    layer.router.weight.data = 100 * torch.eye(4)
+    layer(torch.eye(4)[None])
+    assert layer.auxiliary["balance_loss"][1].item() == 1.0
+    layer(torch.eye(4)[:1].expand(3, -1)[None])
+    assert layer.auxiliary["balance_loss"][1].item() == 4.0
+
+
+def test_auxiliary_losses_exist_in_training_only_and_are_means_over_layers() -> None:
+    net = model("moe_topk softmax")
+    net.eval()(tokens(1, 8))
+    assert net.auxiliary_losses() == {}
+    net.train()(tokens(1, 8))
+    of_layers = [layer.feed_forward.auxiliary["z_loss"][1].item() for layer in net.layers]
+    weight, mean = net.auxiliary_losses()["z_loss"]
+    assert (weight, mean.item()) == (1e-3, pytest.approx(sum(of_layers) / 4))
+    net.after_step()
+    assert net.auxiliary_losses() == {}
+    assert model("moe_topk").train().auxiliary_losses() == {}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+def test_grouped_products_equal_padded_ones_with_their_gradients(dtype: torch.dtype, tolerance: float) -> None:
+    """On a CPU; the dtype on a GPU is bf16. One expert gets no token."""
+    experts = randomise(Experts(5, 16, 24))
+    generator = torch.Generator().manual_seed(1)
+    x_ND = torch.randn(11, 16, generator=generator).requires_grad_()
+    expert_NK = torch.tensor([[0, 1], [1, 4]])[torch.randint(2, (11,), generator=generator)]
+    gradient_NKD = torch.randn(11, 2, 16, generator=generator)
+    results = []
+    for y_NKD in (experts.routed(x_ND, expert_NK), experts.grouped(x_ND, expert_NK, dtype)):
+        results.append(
+            (y_NKD, *torch.autograd.grad(y_NKD, (x_ND, *experts.parameters()), gradient_NKD.to(y_NKD.dtype)))
+        )
+    for padded, grouped in zip(*results, strict=True):
+        assert (grouped.float() - padded).norm() <= tolerance * padded.norm()
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [({"router": "softmax", "balance_rate": 0.1}, "balance_rate"), ({"z_loss": 0.1}, "z_loss")],
+)
+def test_an_option_of_the_other_router_is_refused(options: dict, field: str) -> None:
+    assert [problem[0] for problem in config("moe_topk", **options).problems()] == [field]
 
 
 def worst_share(layer: TokenChoice, x_BTD: torch.Tensor) -> float:

@@ -15,7 +15,7 @@ from suite.baselines import loading
 from suite.cells import Cell
 from suite.models import registry
 from suite.models.accounting import meta_model
-from suite.models.moe import TokenChoice
+from suite.models.moe import RoutedExperts
 from suite.models.product_key import MemoryPlusConfig
 from suite.plan.activation_memory import StepTracer
 from suite.plan.live_bytes import LiveBytes
@@ -29,6 +29,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "dense w128 tied": {"family": "dense", "base": "w128", "tie_embeddings": True},
     "moe": {"family": "moe", "base": "w32", "experts": 16},
     "moe_topk": {"family": "moe_topk", "base": "w32", "shared_experts": 1},
+    "moe_topk softmax": {"family": "moe_topk", "base": "w32", "router": "softmax"},
     "pkm": {"family": "pkm", "base": "w32", **SMALL},
     "memory_plus": {"family": "memory_plus", "base": "w32", **SMALL},
     "memory_plus large": {"family": "memory_plus", "base": "w64", "half_keys": 256, "top_k": 8},
@@ -101,7 +102,7 @@ def watch_busiest(model: torch.nn.Module, tokens: int) -> list[float]:
     """Record, for each call of a mixture, the load of its busiest expert over the mean; shapes do not determine it."""
     seen: list[float] = []
     for module in model.modules():
-        if isinstance(module, TokenChoice):
+        if isinstance(module, RoutedExperts):
             mean = tokens * module.top_k / module.experts.count
             module.experts.register_forward_pre_hook(lambda _, args, mean=mean: seen.append(args[0].shape[1] / mean))
     return seen

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from naive_routing import auxiliary_by_loop
 from tiny_cells import corpus_of, tiny_cell
 
 from kernels import dispatch
@@ -60,6 +61,7 @@ SGD = {"table_optimizer": "sgd", "value_lr": 0.5}
     ("family", "options"),
     [
         *[(family, {}) for family in ("dense", "moe", "moe_topk", "pkm", "pkm query_batchnorm", "memory_plus")],
+        ("moe_topk softmax", {}),
         ("moe_topk", {"matrix_optimizer": "muon"}),
         ("memory_plus", {"matrix_optimizer": "muon"} | SGD),
         ("peer", SGD),
@@ -100,6 +102,38 @@ def test_micro_batches_add_up_to_the_whole_batch(cache: Path, tmp_path: Path) ->
         one, four = whole.train_step(), parts.train_step()
         assert one["loss"] == pytest.approx(four["loss"], rel=1e-6)
         assert one["grad_norm"] == pytest.approx(four["grad_norm"], rel=1e-5)
+
+
+def test_auxiliary_losses_enter_the_gradient_but_not_the_loss(cache: Path, tmp_path: Path, wide: None) -> None:
+    """In float64, the gradient is that of cross-entropy plus the weighted means over micro-batches of naive losses."""
+    cell = tiny_cell("moe_topk softmax", accumulate=2, batch_rows=2)
+    trainer = trainer_of(cell, cache, tmp_path)
+    twin = models.build(cell.model, trainer.corpus.vocab_size, cell.seed)
+    routed: list[tuple[Any, torch.Tensor]] = []
+    for layer in twin.layers:
+        layer.feed_forward.register_forward_pre_hook(
+            lambda module, args: routed.append((module, args[0].flatten(0, 1)))
+        )
+    batches = [trainer.loader.batch(0, micro, 2) for micro in range(2)]
+    targets = sum(int((batch.targets_BT != -100).sum()) for batch in batches)
+    entropy, objective = 0.0, torch.zeros(())
+    auxiliary = {"balance_loss": 0.0, "z_loss": 0.0}
+    for batch in batches:
+        routed.clear()
+        logits_NV = twin(batch.tokens_BT, batch.segments_BT).flatten(0, 1)
+        part = F.cross_entropy(logits_NV, batch.targets_BT.flatten(), reduction="sum") / targets
+        entropy, objective = entropy + part.item(), objective + part
+        for module, x_ND in routed:
+            for name, loss in auxiliary_by_loop(module, x_ND).items():
+                mean = loss / len(routed) / 2
+                objective = objective + {"balance_loss": 0.01, "z_loss": 0.001}[name] * mean
+                auxiliary[name] += mean.item()
+    objective.backward()
+    loss, logged = trainer._backward()
+    assert loss == pytest.approx(entropy, rel=1e-12)
+    assert logged == pytest.approx(auxiliary, rel=1e-12)
+    for (name, ours), theirs in zip(trainer.model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-14, msg=name)
 
 
 def test_the_loss_is_the_mean_over_real_targets(cache: Path, tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ MATRICES = {
         r"layers\.\d\.feed_forward\.experts\.w[123]",
         r"layers\.\d\.feed_forward\.shared\.w[123]\.weight",
     ],
+    "moe_topk softmax": [ATTENTION, r"layers\.\d\.feed_forward\.experts\.w[123]"],
     "pkm": [ATTENTION, SWIGLU, r"layers\.1\.feed_forward\.query\.weight"],
     "pkm batchnorm": [ATTENTION, SWIGLU, r"layers\.1\.feed_forward\.query\.weight"],
     "memory_plus": [ATTENTION, SWIGLU, r"layers\.\d\.feed_forward\.(query|gate|out)\.weight"],
@@ -79,7 +80,7 @@ def test_modules_that_hold_only_matrices_are_derived_from_the_model(case: str) -
     """FSDP gathers them in bf16: attention, plain feed-forwards and stacks of experts."""
     model = model_of(cell_of(case, 2))
     kinds = {type(module).__name__ for module in model.modules() if holds_matrices_only(module)}
-    experts = {"moe": {"Experts"}, "moe_topk": {"Experts", "SwiGLU"}}
+    experts = {"moe": {"Experts"}, "moe_topk": {"Experts", "SwiGLU"}, "moe_topk softmax": {"Experts"}}
     every_layer_has_a_memory = case == "memory_plus"
     assert kinds == {"Attention"} | experts.get(case, set() if every_layer_has_a_memory else {"SwiGLU"})
 

@@ -78,7 +78,8 @@ def numbers(content: Any) -> list[float]:
 def test_two_processes_train_like_one_and_one_process_reads_their_checkpoint(
     cache: Path, tmp_path: Path, wide: None
 ) -> None:
-    cells = {case: cell_of(case, 3, probes=1, accumulate=2) for case in ("memory_plus large", "moe_topk")}
+    cases = ("memory_plus large", "moe_topk", "moe_topk softmax")
+    cells = {case: cell_of(case, 3, probes=1, accumulate=2) for case in cases}
     prepare(cells["moe_topk"].data, cache)
     run_jobs([job(cell, tmp_path / f"{case}-2", memory_parallel=2) for case, cell in cells.items()], cache, 2, tmp_path)
     for case, cell in cells.items():
@@ -193,7 +194,7 @@ def test_a_run_resumes_with_a_different_number_of_processes(
 def test_activation_checkpointing_does_not_change_training(
     processes: int, cache: Path, tmp_path: Path, wide: None
 ) -> None:
-    cells = {case: cell_of(case, 6) for case in ("moe_topk", "pkm batchnorm")}
+    cells = {case: cell_of(case, 6) for case in ("moe_topk", "moe_topk softmax", "pkm batchnorm")}
     prepare(cells["moe_topk"].data, cache)
     again = [job(cell, tmp_path / f"{case}-again", checkpoint_activations=True) for case, cell in cells.items()]
     run_jobs(again, cache, processes, tmp_path)
