@@ -14,19 +14,14 @@ from analysis.cli.options import (
     REFERENCE,
     AsJson,
     Data,
-    DropHighest,
-    DropMissing,
+    FitOptions,
     Fix,
     Formula,
     Grid,
-    Huber,
     Parameters,
-    Residuals,
     Results,
-    Seed,
-    Weights,
-    Where,
     assignments,
+    expand_options,
     print_json,
 )
 from analysis.errors import InputError
@@ -44,22 +39,18 @@ EXAMPLE = (
 )
 
 
+@expand_options
 def fit(
+    options: FitOptions,
     law: Annotated[str | None, typer.Option(help=f"a law file (.yaml), joint, {', '.join(LAWS)}")] = None,
     formula: Formula = None,
     parameters: Parameters = "",
     data: Data = None,
     columns: Annotated[str | None, typer.Option(help="NAME=EXPRESSION,... as pandas.eval reads them")] = None,
-    huber: Huber = None,
     minimize: Annotated[str, typer.Option(metavar="sum|mean", help="objective over points")] = "sum",
-    residuals: Residuals = None,
-    where: Where = None,
     predict: Annotated[
         str | None, typer.Option(metavar="CONDITION", help="predict rows that satisfy this, with relative errors")
     ] = None,
-    drop_highest: DropHighest = 0,
-    drop_missing: DropMissing = False,
-    weights: Weights = None,
     cluster: Annotated[str | None, typer.Option(metavar="EXPR", help="resample and hold out whole runs")] = None,
     strata: Annotated[str | None, typer.Option(metavar="EXPR", help="resample within these groups (cells)")] = None,
     bootstrap: Annotated[int, typer.Option(metavar="DRAWS", help="intervals from this many refits")] = 0,
@@ -71,7 +62,6 @@ def fit(
     group: Annotated[
         str | None, typer.Option(metavar="EXPR", help="isoflop: compute budget; one parabola each, then the frontier")
     ] = None,
-    seed: Seed = 0,
     diagnostics: Annotated[
         bool, typer.Option("--diagnostics", help="residuals, leverage and leave-one-out of each point")
     ] = False,
@@ -109,26 +99,20 @@ def fit(
         formula=formula,
         parameters=parameters,
         columns=columns,
-        huber=huber,
         minimize=minimize,
-        residuals=residuals,
-        where=where,
         predict=predict,
-        drop_highest=drop_highest,
-        drop_missing=drop_missing,
-        weights=weights,
         cluster=cluster,
         strata=strata,
         bootstrap=bootstrap,
         holdout=holdout,
         holdout_by=holdout_by,
         fix=assignments(fix or (), "--fix"),
-        seed=seed,
         diagnostics=diagnostics,
         figure=figure,
         group=group,
         out=out,
         source=data.name,
+        **options.fields(),
     )
     if by is not None or shared is not None:
         return _groups(read_table(data), request, by, shared, as_json)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -38,16 +41,50 @@ Formula = Annotated[str | None, typer.Option(help="a law of your own, such as 'L
 Parameters = Annotated[
     str, typer.Option(help="of --formula: 'E >= 0, k free, 0 <= s <= 1, b = a, a ~ 0.1..1'; default: above 0")
 ]
-Huber = Annotated[
-    float | None, typer.Option(metavar="DELTA", help="Huber's loss on log residuals; default: least squares")
-]
-Residuals = Annotated[str | None, typer.Option(metavar="log|linear", help="scale of residuals; default: the law's")]
-Where = Annotated[str | None, typer.Option(metavar="CONDITION", help="fit only rows that satisfy this")]
-DropHighest = Annotated[int, typer.Option(metavar="K", help="drop the K highest outputs")]
-DropMissing = Annotated[bool, typer.Option("--drop-missing", help="drop rows with missing values")]
-Weights = Annotated[str | None, typer.Option(metavar="EXPR", help="weight of each point")]
 Fix = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="hold a parameter fixed")]
-Seed = Annotated[int, typer.Option(help="seed of starts and resampling")]
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """The options of every verb that fits a law: fields of `Request` of the same names."""
+
+    huber: Annotated[
+        float | None, typer.Option(metavar="DELTA", help="Huber's loss on log residuals; default: least squares")
+    ] = None
+    residuals: Annotated[
+        str | None, typer.Option(metavar="log|linear", help="scale of residuals; default: the law's")
+    ] = None
+    where: Annotated[str | None, typer.Option(metavar="CONDITION", help="fit only rows that satisfy this")] = None
+    drop_highest: Annotated[int, typer.Option(metavar="K", help="drop the K highest outputs")] = 0
+    drop_missing: Annotated[bool, typer.Option("--drop-missing", help="drop rows with missing values")] = False
+    weights: Annotated[str | None, typer.Option(metavar="EXPR", help="weight of each point")] = None
+    seed: Annotated[int, typer.Option(help="seed of starts and resampling")] = 0
+
+    def fields(self) -> dict[str, Any]:
+        """Return the values by the names of `Request`'s fields."""
+        return asdict(self)
+
+
+def expand_options(verb: Callable[..., int]) -> Callable[..., int]:
+    """Let a verb take a dataclass of options: each field becomes an option of the command, after the verb's own.
+
+    Typer reads the options from a function's signature, so the returned function has one in which the dataclass
+    parameter is replaced by the fields of the dataclass.
+    """
+    parameters = inspect.signature(verb, eval_str=True).parameters
+    (group,) = (parameter for parameter in parameters.values() if is_dataclass(parameter.annotation))
+    fields = inspect.signature(group.annotation, eval_str=True).parameters
+
+    @functools.wraps(verb)
+    def command(**arguments: Any) -> int:
+        options = group.annotation(**{name: arguments.pop(name) for name in fields})
+        return verb(**arguments, **{group.name: options})
+
+    own = [parameter for parameter in parameters.values() if parameter.name != group.name]
+    flat = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in (*own, *fields.values())]
+    command.__signature__ = inspect.Signature(flat)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in flat}
+    return command
 
 
 def assignments(items: Sequence[str], option: str) -> dict[str, float]:

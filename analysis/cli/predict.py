@@ -12,19 +12,14 @@ import typer
 from analysis.cli.options import (
     AsJson,
     Columns,
-    DropHighest,
-    DropMissing,
+    FitOptions,
     Fix,
     Formula,
-    Huber,
     LawName,
     Parameters,
-    Residuals,
-    Seed,
     TableFile,
-    Weights,
-    Where,
     assignments,
+    expand_options,
     print_json,
 )
 from analysis.errors import InputError
@@ -47,7 +42,9 @@ SELECT = (
 )
 
 
+@expand_options
 def predict(
+    options: FitOptions,
     data: TableFile,
     columns: Columns,
     law: LawName = None,
@@ -57,33 +54,13 @@ def predict(
     points: Annotated[
         Path | None, typer.Option(metavar="FILE", help="a table of points with the law's inputs as columns")
     ] = None,
-    huber: Huber = None,
-    residuals: Residuals = None,
-    where: Where = None,
-    drop_highest: DropHighest = 0,
-    drop_missing: DropMissing = False,
-    weights: Weights = None,
     fix: Fix = None,
-    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> int:
     """Predict new points, with 95 % intervals of the law and of a new run."""
     from analysis.studies.predict import predictions, text
 
-    request = _request(
-        law,
-        formula,
-        parameters,
-        columns,
-        huber=huber,
-        residuals=residuals,
-        where=where,
-        drop_highest=drop_highest,
-        drop_missing=drop_missing,
-        weights=weights,
-        fix=assignments(fix or (), "--fix"),
-        seed=seed,
-    )
+    request = _request(law, formula, parameters, columns, fix, options)
     wanted = [assignments(item.split(","), "--at") for item in at or ()]
     item = _fitted(data, request)
     wanted += _points(points, list(item.found.problem.law.inputs))
@@ -98,7 +75,9 @@ def predict(
     return 0
 
 
+@expand_options
 def optimum(
+    options: FitOptions,
     data: TableFile,
     columns: Columns,
     budget: Annotated[str, typer.Option(metavar="FLOPS,...", help="training FLOPs to allocate")],
@@ -113,34 +92,14 @@ def optimum(
     group: Annotated[
         str | None, typer.Option(metavar="EXPR", help="with --law isoflop: the compute budget of each run")
     ] = None,
-    huber: Huber = None,
-    residuals: Residuals = None,
-    where: Where = None,
-    drop_highest: DropHighest = 0,
-    drop_missing: DropMissing = False,
-    weights: Weights = None,
     fix: Fix = None,
-    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> int:
     """Compute-optimal N and D of a budget with 95 % intervals, from a law or from isoFLOP profiles."""
     from analysis.studies.optimum import flops_formula, text
     from analysis.studies.optimum import optimum as best
 
-    request = _request(
-        law,
-        formula,
-        parameters,
-        columns,
-        huber=huber,
-        residuals=residuals,
-        where=where,
-        drop_highest=drop_highest,
-        drop_missing=drop_missing,
-        weights=weights,
-        fix=assignments(fix or (), "--fix"),
-        seed=seed,
-    )
+    request = _request(law, formula, parameters, columns, fix, options)
     cost, budgets = flops_formula(flops), _budgets(budget)
     if request.law == "isoflop":
         item, optima = _from_isoflops(data, replace(request, group=group), cost, budgets)
@@ -158,26 +117,24 @@ def optimum(
     return 0
 
 
+@expand_options
 def select(
+    options: FitOptions,
     data: TableFile,
     columns: Columns,
     law: Annotated[list[str] | None, typer.Option(help="a built-in law or a law file; repeat it")] = None,
     formula: Annotated[list[str] | None, typer.Option(help="a law of your own; repeat it")] = None,
+    parameters: Annotated[
+        list[str] | None, typer.Option(help="signs and bounds as of fit, one for each --formula, in their order")
+    ] = None,
     size: Annotated[str, typer.Option(metavar="EXPR", help="the size by which cells are held out")] = "",
     blocks: Annotated[int, typer.Option(help="number of blocks of sizes to predict in turn")] = 4,
-    huber: Huber = None,
-    residuals: Residuals = None,
-    where: Where = None,
-    drop_highest: DropHighest = 0,
-    drop_missing: DropMissing = False,
-    weights: Weights = None,
-    seed: Seed = 0,
     as_json: AsJson = False,
 ) -> int:
     """Compare laws by rolling hold-out: fit the smaller sizes, predict the next ones."""
     from analysis.fits.columns import chosen, expressions, prepared
     from analysis.records.tables import read_table
-    from analysis.studies.request import Request, check
+    from analysis.studies.request import FORMULA, Request, check
     from analysis.studies.select import select as compare
     from analysis.studies.select import select_text
 
@@ -185,22 +142,18 @@ def select(
         raise InputError("--size: missing; an expression of the table's columns by which cells are held out")
     if blocks < 1:
         raise InputError(f"--blocks: got {blocks}, allowed: 1 or more")
-    common: dict[str, Any] = {
-        "columns": columns,
-        "huber": huber,
-        "residuals": residuals,
-        "where": where,
-        "drop_highest": drop_highest,
-        "drop_missing": drop_missing,
-        "weights": weights,
-        "seed": seed,
-    }
-    requests = [Request(law=name, **common) for name in law or ()]
-    requests += [Request(law="formula", formula=text, **common) for text in formula or ()]
+    if parameters and len(parameters) != len(formula or ()):
+        raise InputError(f"--parameters: got {len(parameters)}, allowed: one for each --formula, in their order")
+    rules = parameters or [""] * len(formula or ())
+    requests = [Request(law=name, columns=columns, **options.fields()) for name in law or ()]
+    requests += [
+        Request(law=FORMULA, formula=text, parameters=rule, columns=columns, **options.fields())
+        for text, rule in zip(formula or (), rules, strict=True)
+    ]
     if not requests:
         raise InputError("--law: missing; name the laws to compare by --law and --formula")
     check(requests[0])
-    rows = chosen(prepared(read_table(data)), where, "--where")
+    rows = chosen(prepared(read_table(data)), options.where, "--where")
     document = compare(rows, expressions(columns), requests, size, blocks)
     if as_json:
         print_json(document)
@@ -209,13 +162,23 @@ def select(
     return 0
 
 
-def _request(law: str | None, formula: str | None, parameters: str, columns: str, **options: Any) -> Request:
+def _request(
+    law: str | None, formula: str | None, parameters: str, columns: str, fix: list[str] | None, options: FitOptions
+) -> Request:
     """Return the request of a fit to a file without hold-out."""
     from analysis.studies.request import FORMULA, Request
 
     if (law is None) == (formula is None):
         raise InputError("--law: one of --law and --formula is needed")
-    return Request(law or FORMULA, columns, formula=formula, parameters=parameters, holdout=0.0, **options)
+    return Request(
+        law or FORMULA,
+        columns,
+        formula=formula,
+        parameters=parameters,
+        holdout=0.0,
+        fix=assignments(fix or (), "--fix"),
+        **options.fields(),
+    )
 
 
 def _fitted(data: Path, request: Request) -> Fitted:

@@ -161,6 +161,17 @@ def test_rolling_holdout_selects_the_true_law(runs: str, capsys: pytest.CaptureF
     assert errors["chinchilla"] < errors["L = E + A*N**-a"]
 
 
+def test_each_formula_of_a_selection_has_its_own_parameters(runs: str, capsys: pytest.CaptureFixture[str]) -> None:
+    formulas = ("--formula", "L = E + A*N**-a", "--formula", "L = E + A*N**-a + B*D**-b")
+    rest = ("--data", runs, "--columns", "N=N,D=D,L=L", "--size", "N", "--blocks", "1")
+    rules = ("--parameters", "a = 0.5", "--parameters", "a = b")
+    selected = {item["law"]: item for item in call(capsys, "select", *rest, *formulas, *rules)["laws"]}
+    alone = call(capsys, "select", *rest, *formulas[2:], *rules[2:])["laws"][0]
+    assert selected["L = E + A*N**-a + B*D**-b"]["mean_error"] == pytest.approx(alone["mean_error"], rel=1e-9)
+    assert main(["select", *rest, *formulas, "--parameters", "a = 0.5"]) == 2
+    assert "--parameters: got 1, allowed: one for each --formula" in capsys.readouterr().err
+
+
 def test_rows_to_predict_need_no_outcome() -> None:
     data = table("chinchilla", 0.01, 0)
     data.loc[70:, "L"] = np.nan
