@@ -109,7 +109,12 @@ def stale_because(run: RunDir, cell: Cell) -> str | None:
     A run without a checkpoint is never stale: it is trained from its first step when it starts. A damaged run is not
     stale either: nothing is known of the code that made it.
     """
-    if not run.cell_path.exists() or run.damage() is not None or not _has_weights(run):
+    return None if run.damage() is not None else stale_because_whole(run, cell)
+
+
+def stale_because_whole(run: RunDir, cell: Cell) -> str | None:
+    """Return what `stale_because` does, for a run whose `damage` has been checked, which reads most of its files."""
+    if not run.cell_path.exists() or not _has_weights(run):
         return None
     record = run.read_record()
     made_by = record.get("versions", {}).get("code")

@@ -12,7 +12,7 @@ from rich.table import Table
 
 from suite.cells import Cell, display_name, variants
 from suite.grids import Grid
-from suite.launch.provenance import stale_because
+from suite.launch.provenance import stale_because_whole
 from suite.launch.scorer import missing_evals
 from suite.records import RunDir, run_dir
 
@@ -84,7 +84,7 @@ def _status(run: RunDir, cell: Cell) -> CellStatus:
         name, note = "pending", "trained; some scores are missing"
     elif name == "pending" and state.get("cause"):
         note = state["cause"]
-    stale = stale_because(run, cell)
+    stale = stale_because_whole(run, cell)
     if stale is not None:
         note = f"stale: {stale}"
     last = run.last_train_line()
