@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -14,9 +15,10 @@ from pydantic import ValidationError
 
 from suite.baselines import checks, loading
 from suite.blocks import Flat, Point, flatten, included_cells, points, refuse_duplicates
-from suite.cells import Cell, with_current_names
+from suite.cells import Cell, TrainConfig, with_current_names
 from suite.contrast import Contrast, select
 from suite.errors import UserError
+from suite.identity import NOT_IDENTITY
 from suite.models import registry
 from suite.shipped import shipped
 from suite.yaml_input import did_you_mean, explain, parse_value, read_mapping
@@ -31,6 +33,8 @@ GRID_FIELDS = {
     "grids": list,
 }
 """The sections of a grid's file and their types."""
+MAX_SETTING = 24
+"""Characters of a --set value in the name of a grid."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Grid:
     """Fields of the cluster profile that the grid sets (suite.launch.slurm.profile)."""
     contrast: Contrast | None = None
     """The primary contrast, if the grid declares one."""
+    arguments: tuple[str, ...] = ()
+    """The options, such as `--set=train.lr=1e-3`, that make these cells from those of the file."""
 
 
 def load_grid(
@@ -76,7 +82,30 @@ def load_grid(
     for config in {cell.model.model_dump_json(): cell.model for cell in cells if cell.baseline}.values():
         checks.check(config)
     contrast = _contrast(source, content, cells, bool(values))
-    return Grid(source.stem, source, cells, content.get("launch") or {}, contrast)
+    arguments = tuple(f"--set={path}={text}" for path, text in (overrides or {}).items())
+    return Grid(_name(source, overrides or {}), source, cells, content.get("launch") or {}, contrast, arguments)
+
+
+def _name(source: Path, overrides: Mapping[str, str]) -> str:
+    """Return the name of the file, and the overrides that select other runs than those of the file.
+
+    Records and reports of a grid are found by its name, so grids of different runs have different names.
+    """
+    chosen = (f"-{path}={_short(text)}" for path, text in overrides.items() if _selects_runs(path))
+    return source.stem + "".join(chosen)
+
+
+def _short(text: str) -> str:
+    """Return a text as a part of a file name; texts that differ stay different."""
+    plain = re.sub(r"[^\w.+-]+", "_", text)[:MAX_SETTING]
+    return plain if plain == text else f"{plain}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+
+
+def _selects_runs(path: str) -> bool:
+    """Return whether another value of a cell's field makes another run."""
+    section, _, name = path.partition(".")
+    info = TrainConfig.model_fields.get(name) if section == "train" else None
+    return section != "evaluate" and (info is None or info.json_schema_extra != NOT_IDENTITY)
 
 
 def load_cell(path: Path, baselines: Iterable[Path] = ()) -> Cell:

@@ -57,7 +57,8 @@ def rescale(grid: Grid, factors: Mapping[str, float]) -> Grid:
     suffix = "".join(f"-{name}-x{factor:g}" for name, factor in factors.items())
     renamed = dict(zip((cell.run_name for cell in grid.cells), names, strict=True))
     contrast = grid.contrast.renamed(renamed) if grid.contrast else None
-    return Grid(grid.name + suffix, grid.source, cells, grid.launch, contrast)
+    arguments = (*grid.arguments, *(f"--scale={name}={factor:g}" for name, factor in factors.items()))
+    return Grid(grid.name + suffix, grid.source, cells, grid.launch, contrast, arguments)
 
 
 def _scaled(grid: Grid, cell: Cell, factors: Mapping[str, float]) -> Cell:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,18 +66,19 @@ def _read(path: Path) -> tuple[str, Recorded]:
 
 
 def read_source(results: Path, grid: str) -> str:
-    """Return the arguments with which `suite sweep` continues the grid: name or path, scales, and its runs' baseline
+    """Return the arguments with which `suite sweep` continues the grid: name or path, options, and its runs' baseline
     files."""
-    path = Path(str(read_json(results / "grids" / grid / "grid.json").get("source", grid)))
+    record = read_json(results / "grids" / grid / "grid.json")
+    path = Path(str(record.get("source", grid)))
     runs = set(read_grid(results, grid).runs)
     is_named = any((folder / path.name).resolve() == path.resolve() for folder in GRID_FOLDERS)
-    scales = re.findall(r"-([a-z_]+)-x([^-]+(?:-\d+)?)", grid.removeprefix(path.stem))
+    options = record.get("arguments", [])
     baselines = {
         file.read_bytes(): file
         for file in sorted(results.glob("runs/*/baseline.py"), reverse=True)
         if file.parent.name in runs
     }
-    arguments = [path.stem if is_named else str(path), *(f"--scale={name}={factor}" for name, factor in scales)]
+    arguments = [path.stem if is_named else str(path), *map(str, options)]
     return shlex.join([*arguments, *(f"--baseline={file}" for file in baselines.values())])
 
 

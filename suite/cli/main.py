@@ -89,17 +89,19 @@ def plan(
     Example: suite plan paper-fixed-memory --gpu h100
     """
     from suite.atomic import write_json
+    from suite.launch.preparation import refuse_other_file
     from suite.plan import plan as planning
     from suite.plan.table import measured, partners_table, plan_notes, plan_table
 
     loaded = options.load(grid, need_data=False)
     assumptions = planning.assumptions(gpu, nodes, utilisation, price)
     check_folders(options.results, None, make=False)
+    path = options.results / "plans" / f"{loaded.name}-{gpu}.json"
+    refuse_other_file(path, loaded)
     plans = planning.plan(loaded, assumptions, options.results / "cache")
-    document = planning.document(loaded, plans, assumptions)
+    document = planning.document(loaded, plans, assumptions) | {"file": str(loaded.source.resolve())}
     for entry, cell in zip(document["cells"], loaded.cells, strict=True):
         entry["measured"] = measured(options.results, cell)
-    path = options.results / "plans" / f"{loaded.name}-{gpu}.json"
     try:
         write_json(path, document)
     except OSError as error:  # for instance a colleague's folder, which may only be read

@@ -124,6 +124,7 @@ def _make_ready(
     if rerun_stale:
         for path in preparation.archive_stale(results, grid.cells):
             watcher.event(f"archived: {path}")
+    preparation.refuse_other_file(preparation.grid_path(results, grid), grid)
     preparation.refuse_stale(results, grid.cells)
     if retry_failed:
         preparation.retry_failed(results, grid.cells)

@@ -65,10 +65,10 @@ def begin(run: RunDir, cell: Cell, **facts: Any) -> None:
     """
     begun = bool(steps_saved(run))
     start = None if begun else find_start(run, cell)
+    record = run.read_record() if begun else {}
+    facts |= {name: record[name] for name in ("branched_from", "changes") if name in record}
     if start is not None:
         facts["branched_from"] = {"run": start.run.name, "step": start.step}
-    elif begun and "branched_from" in (record := run.read_record()):
-        facts["branched_from"] = record["branched_from"]
     run.write_cell(cell, **facts)
     if start is not None:
         _copy_start(run, start)

@@ -2,37 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from suite.atomic import write_json
-from suite.cells import Cell
+from suite.cells import Cell, flat
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.provenance import stale_because
 from suite.launch.scorer import Scorer, is_finished
 from suite.launch.worker import CELL_FACTS, refuse_unfit
-from suite.records import GRIDS, DamagedRecord, Locked, RunDir, run_dir
+from suite.records import GRIDS, DamagedRecord, Locked, RunDir, read_json, run_dir
+from suite.train.checkpoint import steps_saved
 from suite.train.loggers import require_packages
 from suite.yaml_input import did_you_mean
 
 
+def grid_path(results: Path, grid: Grid) -> Path:
+    """Return the path of a grid's record, results/grids/<grid>/grid.json."""
+    return results / GRIDS / grid.name / "grid.json"
+
+
 def write_grid(results: Path, grid: Grid) -> None:
-    """Write results/grids/<grid>/grid.json: the runs of the grid, and its primary contrast."""
+    """Write the record of a grid: its file, its runs, and its primary contrast."""
     content = {
         "grid": grid.name,
         "source": str(grid.source),
+        "file": str(grid.source.resolve()),
+        "arguments": list(grid.arguments),
         "runs": [cell.run_name for cell in grid.cells],
         "contrast": grid.contrast.document() if grid.contrast else None,
     }
-    write_json(results / GRIDS / grid.name / "grid.json", content)
+    write_json(grid_path(results, grid), content)
 
 
-def prepare(results: Path, cell: Cell) -> RunDir:
-    """Write what a worker reads into the cell's run directory; evaluations that other grids added to it stay.
+def refuse_other_file(path: Path, grid: Grid) -> None:
+    """Refuse to replace what another file of the same name recorded.
 
-    Raises Locked if another process has the run, and DamagedRecord rather than overwriting a damaged record.
+    A record whose file no longer exists, or has the same content, was made by this grid before it was moved or copied.
+
+    Args:
+        path: A record of the grid, with the field `file`.
+        grid: The grid.
+
+    Raises:
+        UserError: The record belongs to another file.
+    """
+    try:
+        recorded = Path(str(read_json(path, "delete the file").get("file", "")))
+    except FileNotFoundError:
+        return
+    if recorded.is_file() and recorded.read_bytes() != grid.source.read_bytes():
+        raise UserError(
+            f"{grid.source}: {path} belongs to {recorded}, a grid of the same name; rename one of the files, or use"
+            " another --results"
+        )
+
+
+def prepare(results: Path, cell: Cell, event: Callable[[str], None] = lambda text: None) -> RunDir:
+    """Write what a worker reads into the cell's run directory.
+
+    Settings outside the cell's identity, such as `train.checkpoint_every`, replace those recorded earlier, and
+    cell.json lists such changes. Evaluations that other grids added to the run stay.
+
+    Args:
+        results: The results folder.
+        cell: The cell.
+        event: Called with a line if recorded settings change.
+
+    Returns:
+        The run.
+
+    Raises:
+        Locked: Another process has the run.
+        DamagedRecord: A record of the run is damaged; it is not overwritten.
     """
     run = run_dir(results, cell)
     with run.lock(patience_s=0.2):
@@ -40,11 +84,23 @@ def prepare(results: Path, cell: Cell) -> RunDir:
             raise DamagedRecord(damage)
         facts: dict[str, Any] = {}
         if run.cell_path.exists() and stale_because(run, cell) is None:
-            record = run.read_record()
+            record, recorded = run.read_record(), run.read_cell()
             facts = {name: value for name, value in record.items() if name not in CELL_FACTS}
-            cell = run.read_cell().with_evaluations(cell.evaluate)
+            if run.state().get("trained"):
+                cell = recorded.model_copy(update={"data": cell.data, "evaluate": cell.evaluate})
+            cell = cell.model_copy(update={"evaluate": recorded.with_evaluations(cell.evaluate).evaluate})
+            if changed := _changes(recorded, cell):
+                event(f"changed: {run.name}: {', '.join(f'{field}: {old} -> {new}' for field, old, new in changed)}")
+                change = {"step": max(steps_saved(run), default=0), "settings": [*map(list, changed)]}
+                facts["changes"] = [*record.get("changes", []), change]
         run.write_cell(cell, **facts)
     return run
+
+
+def _changes(old: Cell, new: Cell) -> list[tuple[str, Any, Any]]:
+    """Return the settings that differ, as (field, old value, new value), without evaluations."""
+    before, after = (flat(cell.model_dump(mode="json", exclude={"evaluate"})) for cell in (old, new))
+    return [(field, before.get(field), value) for field, value in after.items() if before.get(field) != value]
 
 
 def refuse_unfit_tasks(grid: Grid, results: Path, scorer: Scorer) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from suite.cells import Cell
+from suite.cells import Cell, EvalConfig
 from suite.models import registry
 from suite.records import RunDir
 
@@ -42,8 +43,23 @@ def cache_of(run: RunDir) -> Path:
 
 
 def missing_evals(run: RunDir, cell: Cell) -> list[str]:
-    """Return the hashes of the cell's evaluations that have no scores yet."""
-    return [config.hash8 for config in cell.evaluate if not run.has_eval(config.hash8)]
+    """Return the hashes of the cell's evaluations that have no scores yet.
+
+    An evaluation of one grid may have been scored in parts, for grids that share some of its tasks.
+    """
+    missing = [config for config in cell.evaluate if not run.has_eval(config.hash8)]
+    if not missing or not run.cell_path.exists():
+        return [config.hash8 for config in missing]
+    recorded = (EvalConfig.model_validate(fields) for fields in run.read_record()["cell"].get("evaluate", ()))
+    scored = [config for config in recorded if run.has_eval(config.hash8)]
+    return [config.hash8 for config in missing if not _is_covered(config, scored)]
+
+
+def _is_covered(config: EvalConfig, scored: Iterable[EvalConfig]) -> bool:
+    """Return whether every task of an evaluation has scores with the same settings."""
+    settings = config.num_fewshot, config.limit
+    tasks = {task for other in scored if (other.num_fewshot, other.limit) == settings for task in other.tasks}
+    return tasks.issuperset(config.tasks)
 
 
 def needs_usage(run: RunDir, cell: Cell) -> bool:

@@ -195,7 +195,7 @@ class Sweep:
             if len(chosen) == room:
                 break
             try:
-                prepare(self.results, entry.cell)
+                prepare(self.results, entry.cell, self.watcher.event)
                 chosen.append(entry)
             except Locked:
                 self.watcher.event(f"watching: {entry.run.name}: another process runs it")

@@ -312,9 +312,11 @@ def test_what_would_make_a_figure_is_said_as_the_grid_was_given(
     assert read_source(tmp_path, "g") == "'with space/g.yaml'"
     monkeypatch.chdir(tmp_path)
     scaled = "g-tokens-x0.01-batch_rows-x1e-05"
-    for name, words in (("g", "g"), (scaled, "g --scale=tokens=0.01 --scale=batch_rows=1e-05")):
-        write_json(tmp_path / "grids" / name / "grid.json", {"grid": name, "source": "grids/g.yaml", "runs": []})
-        assert read_source(tmp_path, name) == words
+    options = ["--scale=tokens=0.01", "--scale=batch_rows=1e-05"]
+    for name, arguments in (("g", []), (scaled, options)):
+        record = {"grid": name, "source": "grids/g.yaml", "arguments": arguments, "runs": []}
+        write_json(tmp_path / "grids" / name / "grid.json", record)
+        assert read_source(tmp_path, name) == " ".join(["g", *arguments])
 
 
 def _scored(root: Path, name: str, few_shot: int, right: str, *, limit: int | None = None, prompts: str = "p") -> None:
