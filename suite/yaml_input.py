@@ -17,14 +17,26 @@ from suite.errors import UserError
 from suite.identity import Frozen
 from suite.models import registry
 
-YAML_1_2_FLOAT = re.compile(
-    r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+|[-+]?[0-9][0-9_]*\.[0-9_]*|[-+]?\.[0-9][0-9_]*"
-    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
-)
+SCALARS = {
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    "int": (r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+", list("-+0123456789")),
+    "float": (
+        r"[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9][0-9_]*)[eE][-+]?[0-9]+|[-+]?[0-9][0-9_]*\.[0-9_]*"
+        r"|[-+]?\.[0-9][0-9_]*|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+        list("-+0123456789."),
+    ),
+    "merge": (r"<<", ["<"]),
+}
+"""The scalars of YAML 1.2 that are not text: tag -> pattern and first characters. Digits may be grouped by `_`."""
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that reads 1e-3 as a number, as YAML 1.2 does, and refuses duplicate keys."""
+    """A SafeLoader that reads scalars as YAML 1.2 does, and refuses duplicate keys.
+
+    YAML 1.1 reads 12:00:00 as a number in base 60, 0123 as octal, `no` as false, 2024-01-01 as a date, and 1e9 as text.
+    A float without a fraction, such as 1e9, becomes an integer, which fields of either type accept.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -34,20 +46,28 @@ class _Loader(yaml.SafeLoader):
                 raise UserError(f"line {line}: {key}: given twice; remove one")
         return super().construct_mapping(node, deep)
 
+    def construct_whole(self, node: yaml.ScalarNode) -> int:
+        """Return the integer of a scalar in base 8, 10 or 16."""
+        text = str(node.value)
+        return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(f"^(?:{YAML_1_2_FLOAT.pattern})$"), list("-+0123456789.")
-)
+    def construct_number(self, node: yaml.ScalarNode) -> int | float:
+        """Return the number of a scalar, as an integer if it has no fraction."""
+        number = self.construct_yaml_float(node)
+        return int(number) if number.is_integer() else number
+
+
+_Loader.yaml_implicit_resolvers = {}
+for _tag, (_pattern, _first) in SCALARS.items():
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_whole)
+_Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML or JSON file. Raises UserError with the file, and the line of a syntax error."""
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
         raise UserError(f"{path}: {reason}; give a readable YAML file") from None
@@ -70,7 +90,7 @@ def _parse(text: str, where: str) -> Any:
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise UserError(f"{where}: {line}not valid YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of more than 4,300 digits
         raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
 
 

@@ -9,6 +9,7 @@ import pytest
 from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import Grid, find_grid, load_cell, load_grid
+from suite.yaml_input import parse_value
 
 BASE = """
 defaults:
@@ -92,9 +93,36 @@ def test_an_axis_may_set_several_fields_together(tmp_path: Path) -> None:
 def test_numbers_in_exponent_form_are_numbers(tmp_path: Path, written: str, expected: float | None) -> None:
     text = ONE_BLOCK.replace("lr: 1e-3", f"lr: {written}")
     if expected is None:
-        assert complaint(tmp_path, text).endswith("train.lr: got -100.0, allowed: greater than 0")
+        assert complaint(tmp_path, text).endswith("train.lr: got -100, allowed: greater than 0")
     else:
         assert load(tmp_path, text).cells[0].train.lr == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("12:00:00", "12:00:00"),
+        ("0123", 123),
+        ("0o17", 15),
+        ("1e9", 1_000_000_000),
+        ("1_000", 1000),
+        ("no", "no"),
+        ("on", "on"),
+        ("2024-01-01", "2024-01-01"),
+        ("false", False),
+        ("~", None),
+        ("1.50", 1.5),
+        ("v1.0", "v1.0"),
+    ],
+)
+def test_scalars_are_read_as_they_are_written(written: str, expected: object) -> None:
+    value = parse_value(written, "--set x")
+    assert (type(value), value) == (type(expected), expected)
+
+
+def test_a_whole_float_is_a_number_of_tokens(tmp_path: Path) -> None:
+    assert load(tmp_path, ONE_BLOCK.replace("epochs: 2", "tokens: 1e9")).cells[0].train.tokens == 10**9
+    assert "12:00" in complaint(tmp_path, ONE_BLOCK, train__warmup="12:00")
 
 
 def test_exclusions_match_on_the_fields_they_name(tmp_path: Path) -> None:

@@ -38,8 +38,9 @@ def test_the_example_profile_is_valid_and_explains_every_field() -> None:
 )
 def test_times_are_read_in_every_format_of_slurm(tmp_path: Path, time: str, minutes: int) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(f'time: "{time}"\n')
-    assert load_profile(str(path)).time == minutes
+    for written in (time, f'"{time}"'):
+        path.write_text(f"time: {written}\n")
+        assert load_profile(str(path)).time == minutes
 
 
 @pytest.mark.parametrize(
