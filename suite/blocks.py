@@ -51,7 +51,7 @@ def points(source: Path, content: dict[str, Any], overrides: Flat) -> list[Point
         UserError: A section has the wrong shape, a family is unknown, or no family of the grid has an option.
     """
     defaults = flatten(source, "defaults", content.get("defaults") or {})
-    families = _families(source, content.get("families") or {})
+    families = read_families(source, content.get("families") or {})
     layers = [("defaults", list(defaults)), ("--set", list(overrides))]
     result: list[Point] = []
     for number, block in enumerate(content["blocks"], start=1):
@@ -93,8 +93,8 @@ def _block_points(
     for values in itertools.product(*axes.values()):
         chosen: Flat = {path: value for fields in values for path, value in fields.items()}
         name = {**defaults, **fixed, **chosen, **overrides}.get("model.family")
-        options = _options(source, where, name)
-        applied = {path: value for path, value in chosen.items() if _applies(path, options)}
+        options = model_options(source, where, name)
+        applied = {path: value for path, value in chosen.items() if applies(path, options)}
         label = f"{where} ({', '.join(f'{path}={value}' for path, value in applied.items())})"
         if len(applied) < len(chosen):
             # The family lacks an option that is an axis: points that differ only in it are one.
@@ -106,18 +106,18 @@ def _block_points(
         origins = dict.fromkeys(defaults, "defaults") | dict.fromkeys(family, f"families.{name}")
         origins = {path: origin for path, origin in origins.items() if path not in fixed and path not in applied}
         origins |= dict.fromkeys(overrides, "--set")
-        yield Point({path: value for path, value in merged.items() if _applies(path, options)}, label, origins)
+        yield Point({path: value for path, value in merged.items() if applies(path, options)}, label, origins)
 
 
-def _families(source: Path, content: dict[str, Any]) -> dict[str, Flat]:
+def read_families(source: Path, content: dict[str, Any]) -> dict[str, Flat]:
     """Return the fields of each family; its model options must be its own."""
     result = {}
     for name, fields in content.items():
         where = f"families.{name}"
-        options = _options(source, "families", name)
+        options = model_options(source, "families", name)
         result[str(name)] = flatten(source, where, fields or {})
         for path in result[str(name)]:
-            if not _applies(path, options):
+            if not applies(path, options):
                 option = path.split(".")[1]
                 allowed = ", ".join(sorted(options))
                 hint = did_you_mean(option, options)
@@ -163,7 +163,7 @@ def flatten(source: Path, where: str, content: Any, prefix: str = "") -> Flat:
     return fields
 
 
-def _options(source: Path, where: str, name: object) -> set[str]:
+def model_options(source: Path, where: str, name: object) -> set[str]:
     """Return the model options of a family. Raises UserError for an unknown family."""
     try:
         return set(registry.family(name).config.model_fields)
@@ -176,7 +176,7 @@ def _options(source: Path, where: str, name: object) -> set[str]:
         ) from None
 
 
-def _applies(path: str, options: set[str]) -> bool:
+def applies(path: str, options: set[str]) -> bool:
     """Return whether a family with these model options has the field."""
     section, _, rest = path.partition(".")
     return section != "model" or rest.split(".")[0] in options
@@ -186,7 +186,7 @@ def _refuse_unknown_options(source: Path, where: str, paths: list[str], used: se
     """Raise UserError for a model option that no family of the grid has; options of some families are allowed."""
     options = {option for name in used for option in registry.family(name).config.model_fields}
     for path in paths:
-        if not _applies(path, options):
+        if not applies(path, options):
             option = path.split(".")[1]
             hint = did_you_mean(option, options)
             raise UserError(

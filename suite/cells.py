@@ -95,6 +95,14 @@ class TrainConfig(Frozen):
     stop_past: float | None = Field(
         default=None, gt=0, lt=1, description="stop after two probes in a row above this fraction of all bits"
     )
+    init_from: str | None = Field(
+        default=None,
+        json_schema_extra=NOT_IDENTITY,
+        description="run to start from: a name under the grid's `parents`, a run's name or path; None: new weights",
+    )
+    parent: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{8}$", description="hash of the run that init_from names; filled in"
+    )
     log_every: int = Field(default=10, gt=0, json_schema_extra=NOT_IDENTITY, description="steps between log lines")
     loggers: tuple[LoggerName, ...] = Field(
         default=(),
@@ -134,6 +142,8 @@ class TrainConfig(Frozen):
             problems.append(("branches", self.branches, "token budgets that include train.tokens, with schedule wsd"))
         if self.branches and self.stop_past is not None:
             problems.append(("stop_past", self.stop_past, "None with branches, which end at their budgets"))
+        if self.parent is not None and self.init_from is None:
+            problems.append(("parent", self.parent, "None without init_from, which names the run"))
         if self.evaluate_every is not None and self.evaluate_every % self.checkpoint_every:
             allowed = f"a multiple of checkpoint_every ({self.checkpoint_every})"
             problems.append(("evaluate_every", self.evaluate_every, allowed))
@@ -215,6 +225,11 @@ class Cell(Frozen):
         """Eight hex digits of the run's identity."""
         return _digest(identity(self))
 
+    def starting_from(self, parent: str, init_from: str | None = None) -> Cell:
+        """Return the cell with another parent, given by its hash; `init_from` may name it differently."""
+        named = {"parent": parent, "init_from": init_from or self.train.init_from}
+        return self.model_copy(update={"train": self.train.model_copy(update=named)})
+
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
         """Return a copy with other values; its hash is recomputed."""
         copied = super().model_copy(update=update, deep=deep)
@@ -257,6 +272,8 @@ def variants(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
     for members in groups.values():
         settings = {cell.run_name: flat(cell.model_dump(mode="json")) for cell in members}
         keys = {key for cell in members for key in flat(identity(cell, current_names=True))}
+        if "train.parent" in keys:  # the name of a parent is easier to recognise, and equal for all seeds
+            keys = (keys - {"train.parent"}) | {"train.init_from"}
         for key in keys - {"model.half_keys", "seed"}:
             values = {run: json.dumps(fields.get(key)) for run, fields in settings.items()}
             counts = Counter(values.values()).most_common(2)

@@ -23,8 +23,8 @@ from suite.yaml_input import did_you_mean
 
 FIELDS = ("treatment", "reference", "metric", "base")
 SIDES = ("treatment", "reference")
-OUTSIDE_A_VARIANT = ("seed", "evaluate", "threads")
-"""Fields in which the runs of one side of a contrast may differ."""
+OUTSIDE_A_VARIANT = ("seed", "evaluate", "threads", "train.parent")
+"""Fields in which the runs of one side of a contrast may differ; each seed may have a parent of its own."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _side(
     first = chosen[0][1]
     for _, fields in chosen[1:]:
         for path in sorted(first.keys() | fields.keys()):
-            if path.split(".")[0] not in OUTSIDE_A_VARIANT and first.get(path) != fields.get(path):
+            if not {path, path.split(".")[0]} & {*OUTSIDE_A_VARIANT} and first.get(path) != fields.get(path):
                 raise UserError(f"{where}: selects cells that differ in {path}; name one value of it")
     return [cell for cell, _ in chosen]
 

@@ -20,12 +20,14 @@ from suite.contrast import Contrast, select
 from suite.errors import UserError
 from suite.identity import NOT_IDENTITY
 from suite.models import registry
+from suite.parents import INIT_FROM, Parents, read_parents, with_identified_parent
 from suite.shipped import shipped
 from suite.yaml_input import did_you_mean, explain, parse_value, read_mapping
 
 GRID_FIELDS = {
     "defaults": dict,
     "families": dict,
+    "parents": dict,
     "blocks": list,
     "exclude": list,
     "contrast": dict,
@@ -203,7 +205,7 @@ def _contrast(source: Path, content: dict[str, Any], cells: tuple[Cell, ...], ch
 
 def _cells_of_grids(source: Path, names: list[Any], overrides: Flat, need_data: bool) -> tuple[Cell, ...]:
     """Return the cells of other grids, each once; a cell of several grids has the evaluations of all of them."""
-    cells: dict[str, Cell] = {}
+    cells: list[Cell] = []
     for name in names:
         sibling = source.with_name(f"{name}.yaml")
         inner = sibling if sibling.is_file() else find_grid(str(name), f"{source}: grids")
@@ -211,23 +213,46 @@ def _cells_of_grids(source: Path, names: list[Any], overrides: Flat, need_data: 
         _check_shape(inner, content)
         if content.get("grids"):
             raise UserError(f"{source}: grids: got {name!r}, which names grids itself, allowed: grids with blocks")
-        for cell in _cells_of_blocks(inner, content, overrides, need_data):
-            earlier = cells.get(cell.run_name)
-            cells[cell.run_name] = cell if earlier is None else earlier.with_evaluations(cell.evaluate)
-    return tuple(cells.values())
+        cells += _cells_of_blocks(inner, content, overrides, need_data)
+    return _each_once(cells)
 
 
 def _cells_of_blocks(source: Path, content: dict[str, Any], overrides: Flat, need_data: bool) -> tuple[Cell, ...]:
-    """Return the cells of a grid's blocks without those that it excludes."""
+    """Return the parents in a grid, then the cells of its blocks without those that it excludes."""
     planned = points(source, content, overrides)
-    cells = [_build_cell(source, point, need_data) for point in planned]
-    included = included_cells(source, content.get("exclude") or [], cells)
+    parents = read_parents(source, content, overrides)
+    lineages = [_lineage(source, point, parents, need_data) for point in planned]
+    parents.refuse_unused({str(cell.train.init_from) for lineage in lineages for cell in lineage})
+    included = included_cells(source, content.get("exclude") or [], [lineage[-1] for lineage in lineages])
     if not any(included):
         raise UserError(f"{source}: exclude: leaves no cell; exclude fewer")
-    chosen = [cell for cell, is_included in zip(cells, included, strict=True) if is_included]
+    chosen = [lineage for lineage, is_included in zip(lineages, included, strict=True) if is_included]
     labels = [point.label for point, is_included in zip(planned, included, strict=True) if is_included]
-    refuse_duplicates(source, chosen, labels)
-    return tuple(chosen)
+    refuse_duplicates(source, [lineage[-1] for lineage in chosen], labels)
+    ancestors = [cell for lineage in chosen for cell in lineage[:-1]]
+    return _each_once([*ancestors, *(lineage[-1] for lineage in chosen)])
+
+
+def _each_once(cells: Iterable[Cell]) -> tuple[Cell, ...]:
+    """Return the distinct cells in order; one that occurs several times has the evaluations of all."""
+    distinct: dict[str, Cell] = {}
+    for cell in cells:
+        earlier = distinct.get(cell.run_name)
+        distinct[cell.run_name] = cell if earlier is None else earlier.with_evaluations(cell.evaluate)
+    return tuple(distinct.values())
+
+
+def _lineage(
+    source: Path, point: Point, parents: Parents, need_data: bool, chain: tuple[str, ...] = ()
+) -> tuple[Cell, ...]:
+    """Return the cell of a point, after the parents in the same grid that it directly or indirectly starts from."""
+    found = parents.of(point, chain)
+    if found is None:
+        return (_build_cell(source, point, need_data),)
+    name, parent = found
+    ancestors = _lineage(source, parent, parents, need_data, (*chain, name))
+    fields = {**point.fields, INIT_FROM: name, "train.parent": ancestors[-1].hash8}
+    return *ancestors, _build_cell(source, dataclasses.replace(point, fields=fields), need_data)
 
 
 def _build_cell(source: Path, point: Point, need_data: bool = True) -> Cell:
@@ -244,7 +269,7 @@ def _build_cell(source: Path, point: Point, need_data: bool = True) -> Cell:
         raise UserError(f"{where}{f'from {origin}: ' if origin else ''}{complaint}") from None
     cell = cell.model_copy(update={"baseline": registry.family(cell.model.family).source})
     try:
-        return cell.model_copy(update={"data": cell.data.identified()})
+        return with_identified_parent(cell).model_copy(update={"data": cell.data.identified()})
     except UserError as error:
         if not need_data:
             return cell

@@ -49,7 +49,7 @@ def rescale(grid: Grid, factors: Mapping[str, float]) -> Grid:
     """
     if not factors:
         return grid
-    cells = tuple(_scaled(grid, cell, factors) for cell in grid.cells)
+    cells = _scaled_cells(grid, factors)
     names = [cell.run_name for cell in cells]
     for name in names:
         if names.count(name) > 1:
@@ -59,6 +59,19 @@ def rescale(grid: Grid, factors: Mapping[str, float]) -> Grid:
     contrast = grid.contrast.renamed(renamed) if grid.contrast else None
     arguments = (*grid.arguments, *(f"--scale={name}={factor:g}" for name, factor in factors.items()))
     return Grid(grid.name + suffix, grid.source, cells, grid.launch, contrast, arguments)
+
+
+def _scaled_cells(grid: Grid, factors: Mapping[str, float]) -> tuple[Cell, ...]:
+    """Return the scaled cells; a cell whose parent is in the grid starts from the scaled parent."""
+    hashes: dict[str | None, str] = {}
+    cells = []
+    for cell in grid.cells:  # parents come first
+        scaled = _scaled(grid, cell, factors)
+        if cell.train.parent in hashes:
+            scaled = scaled.starting_from(hashes[cell.train.parent])
+        hashes[cell.hash8] = scaled.hash8
+        cells.append(scaled)
+    return tuple(cells)
 
 
 def _scaled(grid: Grid, cell: Cell, factors: Mapping[str, float]) -> Cell:

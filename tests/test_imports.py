@@ -19,6 +19,7 @@ LAYERS = {
         "cells",
         "baselines contrast",
         "blocks",
+        "parents",
         "grids",
         "rescale records inference",
         "train evaluate",

@@ -38,12 +38,13 @@ def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def flat(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings as dotted names, without paths, which are not part of a cell's identity."""
+    """Return nested settings as dotted names, without paths, which are not part of a cell's identity, and without the
+    hash of a parent, which differs between seeds."""
     settings: dict[str, Any] = {}
     for key, value in block.items():
         if isinstance(value, dict):
             settings |= flat(value, f"{prefix}{key}.")
-        elif key != "path":
+        elif key not in ("path", "parent"):
             settings[prefix + key] = value
     return settings
 
@@ -61,4 +62,5 @@ def pairing(cell: Mapping[str, Any]) -> str:
 
 def training(cell: Mapping[str, Any]) -> str:
     """Return the training settings of a cell, as JSON."""
-    return json.dumps(cell.get("train"), sort_keys=True)
+    settings = {key: value for key, value in (cell.get("train") or {}).items() if key != "parent"}
+    return json.dumps(settings, sort_keys=True)

@@ -157,6 +157,7 @@ def train(
     preparation.refuse_stale(results, [loaded])
     preparation.retry_failed(results, [loaded])
     preparation.refuse_unfit_tasks(Grid(loaded.run_name, cell, (loaded,)), results, scoring)
+    preparation.refuse_missing_parents(Grid(loaded.run_name, cell, (loaded,)), results)
     try:
         run = preparation.prepare(results, loaded)
     except Locked as error:

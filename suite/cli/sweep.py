@@ -129,6 +129,7 @@ def _make_ready(
     if retry_failed:
         preparation.retry_failed(results, grid.cells)
     preparation.refuse_unfit_tasks(grid, results, scorer)
+    preparation.refuse_missing_parents(grid, results)
 
 
 @expand_options

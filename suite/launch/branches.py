@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,11 +90,14 @@ def _copy_start(run: RunDir, start: Start) -> None:
     sync_folder(run.checkpoints)
 
 
-def must_wait(cell: Cell, run: RunDir, unfinished: Iterable[Cell]) -> bool:
-    """Return whether an unfinished sibling with a smaller budget will save a checkpoint from which `cell` could start.
+def must_wait(cell: Cell, run: RunDir, unfinished: Sequence[Cell]) -> bool:
+    """Return whether `cell` has to wait for an unfinished cell: its parent, or a sibling with a smaller budget.
 
-    Without waiting, cells that start together would all train their shared phase.
+    The sibling will save a checkpoint from which `cell` could start. Without waiting, cells that start together would
+    all train their shared phase.
     """
+    if cell.train.parent is not None and any(other.hash8 == cell.train.parent for other in unfinished):
+        return True
     if not cell.train.branches:
         return False
     for other in unfinished:

@@ -15,6 +15,7 @@ from suite.launch.scorer import Scorer, is_finished
 from suite.launch.worker import CELL_FACTS, refuse_unfit
 from suite.records import GRIDS, DamagedRecord, Locked, RunDir, read_json, run_dir
 from suite.train.checkpoint import steps_saved
+from suite.train.finetuning.parent import find_parent
 from suite.train.loggers import require_packages
 from suite.yaml_input import did_you_mean
 
@@ -112,6 +113,19 @@ def refuse_unfit_tasks(grid: Grid, results: Path, scorer: Scorer) -> None:
         try:
             require_packages(cell.train.loggers)
             refuse_unfit(run, cell, scorer)
+        except UserError as error:
+            raise UserError(f"{grid.source}: {error}") from None
+
+
+def refuse_missing_parents(grid: Grid, results: Path) -> None:
+    """Raise UserError if a cell that is not finished starts from a run that neither exists nor is in the grid."""
+    hashes = {cell.hash8 for cell in grid.cells}
+    for cell in grid.cells:
+        run = run_dir(results, cell)
+        if cell.train.parent in {None, *hashes} or steps_saved(run) or is_finished(run, cell):
+            continue
+        try:
+            find_parent(run, cell)
         except UserError as error:
             raise UserError(f"{grid.source}: {error}") from None
 

@@ -197,12 +197,21 @@ def refuse_stale_run(run: RunDir, cell: Cell) -> None:
 
 
 def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
-    """Write cell.json before training, take over a sibling's checkpoint where there is one, and log the first step."""
+    """Write cell.json before training, take over a sibling's checkpoint where there is one, and log the first step.
+
+    Raises UserError if the run's parent cannot be used.
+    """
     from suite.models.accounting import account
     from suite.train.checkpoint import steps_saved
+    from suite.train.finetuning import parent
 
-    accounted = account(cell.model, corpus.vocab_size, cell.data.seq_len).to_json()
-    branches.begin(run, cell, account=accounted, versions=versions(), data_fingerprint=corpus.fingerprint)
+    facts = {
+        "account": account(cell.model, corpus.vocab_size, cell.data.seq_len).to_json(),
+        "versions": versions(),
+        "data_fingerprint": corpus.fingerprint,
+        "tokenizer": corpus.tokenizer.fingerprint,
+    }
+    branches.begin(run, cell, **facts, **parent.facts(run, cell, corpus))
     print(f"{run.name}: training from step {max(steps_saved(run), default=0)}", file=sys.stderr)
 
 

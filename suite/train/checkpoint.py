@@ -173,12 +173,14 @@ def restore(run: RunDir, tensors: Tensors, world: World | None = None) -> dict[s
     step = newest_whole(run, world)
     if step is None:
         return None
-    _read(_folder(run, step), tensors)
+    read(run, step, tensors)
     position: dict[str, Any] = json.loads((_folder(run, step) / POSITION_FILE).read_text())
     return position
 
 
-def _read(folder: Path, tensors: Tensors) -> None:
+def read(run: RunDir, step: int, tensors: Tensors) -> None:
+    """Load a checkpoint into `tensors` in place; other tensors of the checkpoint are not read."""
+    folder = _folder(run, step)
     if (folder / STATE_FILE).exists():
         # Memory-mapped, so that a process reads only the shards that it holds.
         _copy(tensors, torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=True))
@@ -235,8 +237,24 @@ def load_model(
     else:
         model = models.build(cell.model, corpus.vocab_size, cell.seed).to("cpu" if world is None else world.device)
         state = {"model": model.state_dict()}
-    _read(_folder(run, step), state)
+    read(run, step, state)
     return model.eval()
+
+
+def model_shapes(run: RunDir, step: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the model's tensors in a checkpoint, by name."""
+    folder = _folder(run, step)
+    if (folder / STATE_FILE).exists():
+        tensors = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True, mmap=True)["model"]
+        return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    import torch.distributed.checkpoint as dcp
+
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    return {
+        name.removeprefix("model."): tuple(entry.size)
+        for name, entry in saved.items()
+        if name.startswith("model.") and isinstance(entry, dcp.metadata.TensorStorageMetadata)
+    }
 
 
 def _folder(run: RunDir, step: int) -> Path:

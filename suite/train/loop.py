@@ -25,6 +25,7 @@ from suite.models.transformer import Transformer
 from suite.models.usage import Reads
 from suite.records import RunDir
 from suite.train import checkpoint
+from suite.train.finetuning import parent
 from suite.train.loggers import open_loggers
 from suite.train.optim import Optimizer
 from suite.train.parallel import World, recompute_blocks
@@ -80,6 +81,7 @@ class Trainer:
         self.world.check(cell)
         self.device = self.world.device
         self.model, self.forward = self._build()
+        self._start_from_parent()
         self.optimizer = Optimizer(self.model, self.config)
         self.reads = Reads(self.model)
         self.loader = corpus.loader(cell.seed, self.config.batch_rows)
@@ -114,6 +116,11 @@ class Trainer:
         for block in model.layers:  # FSDP's work between blocks stays outside the compiler
             block.forward = torch.compile(block.forward)
         return model, model
+
+    def _start_from_parent(self) -> None:
+        """Copy the parent's weights, before any optimizer copies or converts a table; a resumed run has its own."""
+        if self.cell.train.parent is not None and not checkpoint.steps_saved(self.run):
+            parent.load(parent.match(self.run, self.cell, self.corpus), self._tensors({})["model"])
 
     def _tensors(self, moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
         """Return all tensors of a checkpoint: those in use, as DTensors if they are sharded."""
