@@ -9,7 +9,6 @@ Shapes: B rows, T tokens per row, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from suite.models import registry
 from suite.models.accounting import account_of, cost_of, meta_model, needs_values
 from suite.models.initial_weights import build
 from suite.models.registry import ModelConfig
-from suite.models.transformer import Block, Transformer
+from suite.models.transformer import Transformer
 
 TOKENS = 8
 """Tokens per row when shapes are checked, and the vocabulary size for bases that define none."""
@@ -72,38 +71,45 @@ def _check_shapes_and_products(model: Transformer) -> bool:
 
 
 def _check_shapes(model: Transformer) -> None:
-    """Run two rows in evaluation mode and check the result of every feed-forward."""
+    """Run two rows in evaluation mode and check the result of every module of the family."""
     tokens_BT = torch.zeros(2, TOKENS, dtype=torch.int64, device=model.norm.weight.device)
-    for index, block in enumerate(cast(list[Block], list(model.layers))):
-        block.feed_forward.register_forward_hook(_shape_check(index))
+    values = model.size.kv_heads * model.size.head_dim
+    for name, module in model.attached().items():
+        module.register_forward_hook(_shape_check(name, values if name.endswith("attention_values") else None))
     with torch.no_grad():
         model.eval()(tokens_BT)
 
 
-def _shape_check(layer: int) -> Callable[..., None]:
-    """Return a forward hook that raises ValueError if a module's result differs from its input in shape or dtype."""
+def _shape_check(name: str, width: int | None) -> Callable[..., None]:
+    """Return a forward hook that raises ValueError if a module's result has a wrong shape or dtype.
+
+    Args:
+        name: The module's name in the model.
+        width: The columns of the result; None: those of the input.
+    """
 
     def check_result(module: nn.Module, inputs: tuple[Tensor, ...], result: object) -> None:
-        expected = _shape_and_dtype(inputs[0])
-        if _shape_and_dtype(result) != expected:
-            name = f"layers.{layer}.feed_forward ({type(module).__name__})"
+        actual, expected = _shape_and_dtype(result), _shape_and_dtype(inputs[0], width)
+        if actual != expected:
+            allowed = "the shape and dtype of its input" if width is None else f"{expected}, the shape of the values"
             raise ValueError(
-                f"{name}: forward returns {_shape_and_dtype(result)} for {expected}, allowed: the shape and dtype of "
-                "its input"
+                f"{name} ({type(module).__name__}): forward returns {actual} for {_shape_and_dtype(inputs[0])}, "
+                f"allowed: {allowed}"
             )
 
     return check_result
 
 
-def _shape_and_dtype(value: object) -> str:
+def _shape_and_dtype(value: object, width: int | None = None) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
-    return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')}"
+    shape = tuple(value.shape) if width is None else (*value.shape[:-1], width)
+    return f"{shape} {str(value.dtype).removeprefix('torch.')}"
 
 
 @torch.no_grad()
 def _check_products(model: Transformer) -> None:
-    """Raise ValueError if a feed-forward makes more matrix products than its `cost()` counts.
+    """Raise ValueError if a module of the family makes more matrix products than its `cost()` counts.
 
     The row is long, so that experts padded to whole numbers of tokens count as they do in training.
     """
@@ -112,15 +118,13 @@ def _check_products(model: Transformer) -> None:
     tokens_BT = torch.zeros(1, PRODUCT_TOKENS, dtype=torch.int64, device=model.norm.weight.device)
     with FlopCounterMode(display=False) as counter:
         model.eval()(tokens_BT)
-    for index, block in enumerate(cast(list[Block], list(model.layers))):
-        name = f"layers.{index}.feed_forward"
+    for name, module in model.attached().items():
         flops = sum(counter.get_flop_counts().get(f"Transformer.{name}", {}).values())
         measured = flops / 2 / PRODUCT_TOKENS
-        counted = sum(cost_of(name, block.feed_forward).macs.values())
+        counted = sum(cost_of(name, module).macs.values())
         if measured > PRODUCT_TOLERANCE * counted:
-            module = type(block.feed_forward).__name__
             raise ValueError(
-                f"{name} ({module}): cost() counts {counted:,.0f} multiply-adds per token, "
+                f"{name} ({type(module).__name__}): cost() counts {counted:,.0f} multiply-adds per token, "
                 f"allowed: the {measured:,.0f} of its matrix products"
             )
 

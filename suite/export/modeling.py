@@ -9,7 +9,7 @@ Shapes: B rows, T tokens of the call, L tokens of the cache and the call, G key-
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -40,23 +40,26 @@ class NextParameterConfig(PreTrainedConfig):
 
 
 class CacheAdapter(transformer.Cache):
-    """Gives a transformers cache the interface of `transformer.Cache`. Token ids are stored as one additional layer."""
+    """Gives a transformers cache the interface of `transformer.Cache`.
+
+    Every sequence that modules store is one additional layer, in the order in which a forward pass stores them.
+    """
 
     def __init__(self, cache: Cache, layers: int) -> None:
-        self.cache, self.layers, self.length = cache, layers, cache.get_seq_length()
+        self.cache, self.length, self._next = cache, cache.get_seq_length(), layers
 
     def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """See transformer.Cache."""
         keys, values = self.cache.update(k_BGTK, v_BGTK, layer)
         return keys, values
 
-    def remember(self, tokens_BT: Tensor) -> Tensor:
+    def remember(self, slot: Hashable, x_BTC: Tensor, last: int) -> Tensor:
         """See transformer.Cache."""
-        if len(self.cache.layers) == self.layers:
+        if len(self.cache.layers) == self._next:
             self.cache.layers.append(DynamicLayer())
-        ids_B1T1 = tokens_BT[:, None, :, None]
-        ids_B1L1 = self.cache.update(ids_B1T1, ids_B1T1, self.layers)[0]
-        return ids_B1L1[:, 0, :, 0]
+        rows_BLC = self.cache.update(x_BTC[:, None], x_BTC[:, None, :, :0], self._next)[0][:, 0]
+        self._next += 1
+        return rows_BLC[:, max(0, self.length - last) :]
 
 
 CACHE = "cache" if hasattr(CausalLMOutputWithPast(), "cache") else "past_key_values"

@@ -91,9 +91,8 @@ def needs_values(error: RuntimeError) -> bool:
 def account_of(model: Transformer, seq_len: int) -> Account:
     """Count a model that has been built, on any device, with rows of `seq_len` tokens. Raises as `account` does."""
     costs = {name: cost_of(name, part) for name, part in model.parts()}
-    for name, part in model.parts():
-        if name.endswith("feed_forward"):
-            _require_all_parameters(name, part, costs[name])
+    for name, module in model.attached().items():
+        _require_all_parameters(name, module, costs[name])
     total = sum(costs.values(), Cost())
     real = sum(parameter.numel() for parameter in model.parameters())
     counted = sum(total.params.values())
@@ -152,7 +151,7 @@ def cost_of(name: str, part: nn.Module) -> Cost:
 
 
 def _require_all_parameters(name: str, part: nn.Module, cost: Cost) -> None:
-    """Raise ValueError if a feed-forward's `cost()` does not count all of its parameters, and list them."""
+    """Raise ValueError if the `cost()` of a family's module does not count all of its parameters, and list them."""
     sizes = {path: parameter.numel() for path, parameter in part.named_parameters()}
     if sum(sizes.values()) != sum(cost.params.values()):
         listed = ", ".join(f"{path} {size}" for path, size in sizes.items())

@@ -1,19 +1,20 @@
-"""The registry of model families: a name, a configuration class, and the feed-forward of every layer.
+"""The registry of model families: a name, a configuration class, and the modules that stand in the transformer.
 
-The transformer takes one module per layer and knows nothing else about a family. One call of `register` adds a family;
-its configuration class lists the fields that a cell may set.
+The transformer knows the points at which modules enter and nothing else about a family. One call of `register` adds a
+family; its configuration class lists the fields that a cell may set.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from suite.models.attachments import Attachments, validated
 from suite.models.sizes import SIZES, Size
 
 Problem = tuple[str, object, str]
@@ -86,11 +87,14 @@ class Family:
     Attributes:
         name: The family's name, a Python identifier.
         config: The configuration class.
-        feed_forwards: Called with a configuration; returns one module per layer. Each module has `forward(x_BTD) ->
-            y_BTD` and `cost() -> Cost`. It may have `after_step()`, called after each optimizer step, and
-            `init_parameter(name, parameter, generator)`, which replaces the default initial values (see
-            `initial_weights.initialise`). A module with an attribute `window` also receives the ids of each token and
-            its window - 1 predecessors: `forward(x_BTD, ids_BTW)`, int64, -1 where the document has none.
+        feed_forwards: Called with a configuration; returns one feed-forward per layer or, for modules at other points,
+            `Attachments`. Each module has `forward(x_BTD) -> y_BTD` and `cost() -> Cost`. It may have `after_step()`,
+            called after each optimizer step, and `init_parameter(name, parameter, generator)`, which replaces the
+            default initial values (see `initial_weights.initialise`). Its `forward` receives as further arguments, in
+            this order, what it requests: with `window`, the ids of each token and its window - 1 predecessors,
+            `ids_BTW`, int64, -1 where the document has none; with `reads_embedding`, the token embedding,
+            `embedding_BTD`; with `reads_earlier`, a function that returns its own rows of earlier tokens
+            (`cache.Earlier`). A factory with a second required parameter also receives the size of the vocabulary.
         has_memory: Whether the family has value tables.
         source: Sha256 of the file that an external family comes from.
         path: That file.
@@ -98,10 +102,16 @@ class Family:
 
     name: str
     config: type[ModelConfig]
-    feed_forwards: Callable[[Any], list[nn.Module]]
+    feed_forwards: Callable[..., list[nn.Module] | Attachments]
     has_memory: bool = False
     source: str | None = None
     path: Path | None = None
+
+    def modules(self, config: ModelConfig, vocab_size: int) -> Attachments:
+        """Return the modules of a model. Raises ValueError if they are not what `feed_forwards` may return."""
+        parameters = inspect.signature(self.feed_forwards).parameters.values()
+        required = [parameter for parameter in parameters if parameter.default is parameter.empty]
+        return validated(self.feed_forwards(*(config, vocab_size)[: len(required)]), config.size.layers)
 
 
 _FAMILIES: dict[str, Family] = {}

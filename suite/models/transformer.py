@@ -1,6 +1,7 @@
-"""A Llama-style language model: pre-norm RMSNorm, rotary positions, causal attention, any feed-forward.
+"""A Llama-style language model: pre-norm RMSNorm, rotary positions, causal attention, and the modules of a family.
 
-The registry provides the feed-forward of each layer. This is single-device code; parallelism is applied from outside.
+The registry provides the modules and the points at which they enter (`attachments`). This is single-device code;
+parallelism is applied from outside.
 
 Shapes: B rows, T tokens of the call, L keys (T plus the cached tokens), D model width, H heads, G
 key-value heads, K head width, V vocabulary.
@@ -15,55 +16,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suite.models import registry
+from suite.models import attachments, registry
+from suite.models.attachments import Attachments, reads_embedding, window_of
+from suite.models.cache import Cache, EarlierTokens
 from suite.models.cost import Cost, dense_cost
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.registry import ModelConfig
 from suite.models.sizes import Size
 
 NORM_EPS = 1e-5
-
-
-class Cache:
-    """Keys and values of earlier tokens, for generation; holds `length` tokens and at most `max_len`."""
-
-    def __init__(self, layers: int, batch: int, max_len: int) -> None:
-        self.batch, self.max_len, self.length = batch, max_len, 0
-        self._tokens: Tensor | None = None
-        self._layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
-
-    def extend(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values.
-
-        Args:
-            layer: The layer's index.
-            k_BGTK: Its new keys.
-            v_BGTK: Its new values.
-
-        Returns:
-            All keys and all values of the layer, [B, G, L, K] each.
-        """
-        batch, kv_heads, tokens, width = k_BGTK.shape
-        stored = self._layers[layer]
-        if stored is None:
-            shape = (batch, kv_heads, self.max_len, width)
-            stored = self._layers[layer] = (k_BGTK.new_empty(shape), v_BGTK.new_empty(shape))
-        end = self.length + tokens
-        for buffer, new in zip(stored, (k_BGTK, v_BGTK), strict=True):
-            buffer[:, :, self.length : end] = new
-        return stored[0][:, :, :end], stored[1][:, :, :end]
-
-    def remember(self, tokens_BT: Tensor) -> Tensor:
-        """Store new token ids, and return all of them, [B, L]; for modules that read the ids of earlier tokens."""
-        earlier = [] if self._tokens is None else [self._tokens]
-        self._tokens = torch.cat((*earlier, tokens_BT), 1)
-        return self._tokens
-
-    def select(self, rows_B: Tensor) -> None:
-        """Keep only the rows with these indices."""
-        self.batch = len(rows_B)
-        self._tokens = None if self._tokens is None else self._tokens[rows_B]
-        self._layers = [stored and (stored[0][rows_B], stored[1][rows_B]) for stored in self._layers]
 
 
 class Attention(nn.Module):
@@ -86,11 +47,15 @@ class Attention(nn.Module):
         mask_BHTL: Tensor | None,
         cache: Cache | None,
         layer: int,
+        values_BTC: Tensor | None = None,
     ) -> Tensor:
         batch, tokens, _ = x_BTD.shape
         q_BHTK = self._split(rotate(self.wq(x_BTD), self.heads, rotation))
         k_BGTK = self._split(rotate(self.wk(x_BTD), self.kv_heads, rotation))
-        v_BGTK = self._split(self.wv(x_BTD))
+        v_BTC = self.wv(x_BTD)
+        if values_BTC is not None:
+            v_BTC = v_BTC + values_BTC.to(v_BTC.dtype)
+        v_BGTK = self._split(v_BTC)
         if cache is not None:
             k_BGTK, v_BGTK = cache.extend(layer, k_BGTK, v_BGTK)
         y_BHTK = F.scaled_dot_product_attention(
@@ -113,15 +78,34 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + feed_forward(norm x)."""
+    """x + attention(norm x), then x + feed_forward(norm x), and what a family attaches to the layer."""
 
-    def __init__(self, size: Size, feed_forward: nn.Module) -> None:
+    before_attention: nn.Module | None
+    attention_values: nn.Module | None
+    skip: nn.Module | None
+
+    def __init__(self, size: Size, modules: Attachments, layer: int) -> None:
         super().__init__()
+        skip = modules.skips.get(layer)
+        self.skip_to = layer if skip is None else skip.to
+        self.before_attention = modules.before_attention.get(layer)
         self.attention_norm = nn.RMSNorm(size.dim, eps=NORM_EPS)
+        self.attention_values = modules.attention_values.get(layer)
         self.attention = Attention(size)
         self.feed_forward_norm = nn.RMSNorm(size.dim, eps=NORM_EPS)
-        self.feed_forward = feed_forward
-        self.window: int = getattr(feed_forward, "window", 0)
+        self.feed_forward = modules.feed_forwards[layer]
+        self.skip = None if skip is None else skip.module
+        self.reads_embedding = any(reads_embedding(module) for module in self.attached().values())
+
+    def attached(self) -> dict[str, nn.Module]:
+        """Return the family's modules by point, in the order of their inputs."""
+        points = {
+            "before_attention": self.before_attention,
+            "attention_values": self.attention_values,
+            "feed_forward": self.feed_forward,
+            "skip": self.skip,
+        }
+        return {point: module for point, module in points.items() if module is not None}
 
     def forward(
         self,
@@ -131,15 +115,26 @@ class Block(nn.Module):
         cache: Cache | None,
         layer: int,
         ids_BTW: Tensor | None = None,
-    ) -> Tensor:
-        x_BTD = x_BTD + self.attention(self.attention_norm(x_BTD), rotation, mask_BHTL, cache, layer)
+        embedding_BTD: Tensor | None = None,
+        earlier: EarlierTokens | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return the residual stream after the layer and, if the layer has a skip, what `skip` computed."""
+
+        def attached(point: str, module: nn.Module, h_BTD: Tensor) -> Tensor:
+            return attachments.call(module, (layer, point), h_BTD, ids_BTW, embedding_BTD, earlier)
+
+        if self.before_attention is not None:
+            x_BTD = x_BTD + attached("before_attention", self.before_attention, x_BTD)
+        h_BTD = self.attention_norm(x_BTD)
+        values = self.attention_values
+        values_BTC = None if values is None else attached("attention_values", values, h_BTD)
+        x_BTD = x_BTD + self.attention(h_BTD, rotation, mask_BHTL, cache, layer, values_BTC)
         h_BTD = self.feed_forward_norm(x_BTD)
-        if ids_BTW is None or not self.window:
-            return x_BTD + self.feed_forward(h_BTD)
-        return x_BTD + self.feed_forward(h_BTD, ids_BTW[..., -self.window :])
+        x_BTD = x_BTD + attached("feed_forward", self.feed_forward, h_BTD)
+        return x_BTD if self.skip is None else (x_BTD, attached("skip", self.skip, h_BTD))
 
     def cost(self) -> Cost:
-        """Count the two norms; attention and feed-forward count themselves."""
+        """Count the two norms; attention and the family's modules count themselves."""
         gains = self.attention_norm.weight.numel() + self.feed_forward_norm.weight.numel()
         return dense_cost("norm", gains, 0)
 
@@ -157,22 +152,15 @@ class Transformer(nn.Module):
             field, value, allowed = problems[0]
             raise ValueError(f"{field}: got {value!r}, allowed: {allowed}")
         self.config, self.size, self.vocab_size = config, config.size, vocab_size
-        feed_forwards = registry.family(config.family).feed_forwards(config)
-        count = len(feed_forwards) if isinstance(feed_forwards, list) else type(feed_forwards).__name__
-        if count != self.size.layers:
-            raise ValueError(
-                f"feed_forwards: got {count}, allowed: a list of {self.size.layers} modules, one per layer"
-            )
-        if len({id(module) for module in feed_forwards}) < count:
-            raise ValueError(
-                "feed_forwards: the same module is used in two layers; use one module per layer (share tables instead)"
-            )
+        modules = registry.family(config.family).modules(config, vocab_size)
         self.embedding = nn.Embedding(vocab_size, self.size.dim)
-        self.layers = nn.ModuleList(Block(self.size, feed_forward) for feed_forward in feed_forwards)
+        self.input_embedding = modules.input_embedding
+        self.layers = nn.ModuleList(Block(self.size, modules, layer) for layer in range(self.size.layers))
         self.norm = nn.RMSNorm(self.size.dim, eps=NORM_EPS)
         self.output = None if config.tie_embeddings else nn.Linear(self.size.dim, vocab_size, bias=False)
         distinct = {id(table): table for layer in self.memory_layers().values() for table in layer.tables}
         self.tables = nn.ModuleList(distinct.values())
+        self.window = max(window_of(module) for module in self.attached().values())
 
     def forward(
         self,
@@ -215,10 +203,20 @@ class Transformer(nn.Module):
         mask_BHTL = attention_mask(tokens_BT, past, segments_BT, pad_B)
         if mask_BHTL is not None:
             mask_BHTL = as_bias(mask_BHTL, self.embedding.weight.dtype)
-        ids_BTW = self._windows(tokens_BT, segments_BT, cache, pad_B)
-        x_BTD = self.embedding(tokens_BT)
-        for index, layer in enumerate(self.layers):
-            x_BTD = layer(x_BTD, rotation, mask_BHTL, cache, index, ids_BTW)
+        earlier = EarlierTokens(past, segments_BT, cache, pad_B)
+        ids_BTW = earlier.windows(tokens_BT, self.window) if self.window else None
+        x_BTD = embedding_BTD = self.embedding(tokens_BT)
+        if self.input_embedding is not None:
+            x_BTD = attachments.call(self.input_embedding, "input_embedding", x_BTD, ids_BTW, embedding_BTD, earlier)
+        skipped: dict[int, list[Tensor]] = {}
+        for index, layer in enumerate(cast(list[Block], list(self.layers))):
+            read_BTD = embedding_BTD if layer.reads_embedding else None
+            x_BTD = layer(x_BTD, rotation, mask_BHTL, cache, index, ids_BTW, read_BTD, earlier)
+            if layer.skip is not None:
+                x_BTD, y_BTD = x_BTD
+                skipped.setdefault(layer.skip_to, []).append(y_BTD)
+            for y_BTD in skipped.pop(index, []):
+                x_BTD = x_BTD + y_BTD
         if cache is not None:
             cache.length += tokens_BT.shape[1]
         return self.norm(x_BTD)
@@ -231,13 +229,27 @@ class Transformer(nn.Module):
         """Return an empty cache for `batch` rows of at most `max_len` tokens."""
         return Cache(self.size.layers, batch, max_len)
 
-    def memory_layers(self) -> dict[int, MemoryLayer]:
-        """Return the memory of each layer that has one, by layer index."""
-        return {
-            index: module
-            for index, layer in enumerate(self.layers)
-            for module in layer.modules()
+    def attached(self) -> dict[str, nn.Module]:
+        """Return the modules of the family by their names in the model, in forward order."""
+        first = {} if self.input_embedding is None else {"input_embedding": self.input_embedding}
+        return first | {
+            f"layers.{index}.{point}": module
+            for index, layer in enumerate(cast(list[Block], list(self.layers)))
+            for point, module in layer.attached().items()
+        }
+
+    def memory_layers(self) -> dict[int | str, MemoryLayer]:
+        """Return the memories: by layer index where a layer has one, else by the name of the module in the model."""
+        named = {
+            f"{name}.{path}".rstrip("."): module
+            for name, attached in self.attached().items()
+            for path, module in attached.named_modules()
             if isinstance(module, MemoryLayer)
+        }
+        layers = [int(name.split(".")[1]) if name.startswith("layers.") else None for name in named]
+        return {
+            name if layer is None or layers.count(layer) > 1 else layer: module
+            for layer, (name, module) in zip(layers, named.items(), strict=True)
         }
 
     def memory_tables(self) -> list[MemoryTable]:
@@ -245,11 +257,9 @@ class Transformer(nn.Module):
         return cast(list[MemoryTable], list(self.tables))
 
     def hidden_matrices(self) -> list[str]:
-        """Return the names of weight matrices (and stacks of them) inside blocks, as modules declare in `matrices`."""
+        """Return the names of weight matrices (and stacks of them) that modules declare in `matrices`."""
         declared = [
-            f"layers.{path}.{name}"
-            for path, module in self.layers.named_modules()
-            for name in getattr(module, "matrices", ())
+            f"{path}.{name}" for path, module in self.named_modules() for name in getattr(module, "matrices", ())
         ]
         present = {name for name, _ in self.named_parameters()}
         return [name for name in declared if name in present]
@@ -269,9 +279,9 @@ class Transformer(nn.Module):
         }
 
     def after_step(self) -> None:
-        """Call `after_step` of the feed-forwards that have it; the trainer calls this after each optimizer step."""
-        for layer in self.layers:
-            after_step = getattr(layer.feed_forward, "after_step", None)
+        """Call `after_step` of the family's modules that have it; the trainer calls this after each optimizer step."""
+        for module in self.attached().values():
+            after_step = getattr(module, "after_step", None)
             if after_step is not None:
                 after_step()
 
@@ -281,7 +291,7 @@ class Transformer(nn.Module):
         for index, layer in enumerate(self.layers):
             yield f"layers.{index}", layer
             yield f"layers.{index}.attention", cast(nn.Module, layer.attention)
-            yield f"layers.{index}.feed_forward", cast(nn.Module, layer.feed_forward)
+        yield from self.attached().items()
         for index, table in enumerate(self.tables):
             yield f"tables.{index}", table
 
@@ -292,16 +302,6 @@ class Transformer(nn.Module):
         head = Cost(own, {"head": matrix}, {"head": matrix})
         embedding = Cost({"embedding": matrix}, {"embedding": self.size.dim})
         return embedding + dense_cost("norm", self.size.dim, 0) + head
-
-    def _windows(
-        self, tokens_BT: Tensor, segments_BT: Tensor | None, cache: Cache | None, pad_B: Tensor | None
-    ) -> Tensor | None:
-        """Return the ids [B, T, W] of each token and its W - 1 predecessors, if a layer needs them."""
-        window = max(block.window for block in cast(list[Block], list(self.layers)))
-        if not window:
-            return None
-        ids_BL = tokens_BT if cache is None else cache.remember(tokens_BT)
-        return token_windows(ids_BL, window, segments_BT, pad_B)[:, ids_BL.shape[1] - tokens_BT.shape[1] :]
 
     def _rotation(self, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines [T, H*K] of the rotary angles (Su et al. 2021, equation 34)."""
@@ -329,30 +329,6 @@ def rotate(x_BTC: Tensor, heads: int, rotation: tuple[Tensor, Tensor]) -> Tensor
     cos_TC, sin_TC = (part[:, :width] for part in rotation)
     swapped_BTC = x_BTC.unflatten(-1, (heads, 2, -1)).flip(-2).flatten(-3)
     return (x_BTC * cos_TC + swapped_BTC * sin_TC).type_as(x_BTC)
-
-
-def token_windows(tokens_BL: Tensor, window: int, segments_BL: Tensor | None, pad_B: Tensor | None) -> Tensor:
-    """Return the ids of each token and of those before it.
-
-    Args:
-        tokens_BL: Token ids, int64.
-        window: Tokens per window (W), the current one included.
-        segments_BL: Document numbers; None if every row is one document.
-        pad_B: Number of padding tokens at the left of each row; None for none.
-
-    Returns:
-        Ids [B, L, W], the current token last; -1 for tokens of another document, padding, and before the row.
-    """
-    windows_BLW = F.pad(tokens_BL, (window - 1, 0), value=-1).unfold(1, window, 1)
-    if segments_BL is not None:
-        documents_BLW = F.pad(segments_BL, (window - 1, 0), value=-1).unfold(1, window, 1)
-        windows_BLW = windows_BLW.masked_fill(documents_BLW != segments_BL.unsqueeze(-1), -1)
-    if pad_B is not None:
-        position_LW = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)[:, None] + torch.arange(
-            1 - window, 1, device=tokens_BL.device
-        )
-        windows_BLW = windows_BLW.masked_fill(position_LW < pad_B[:, None, None], -1)
-    return windows_BLW
 
 
 def attention_mask(tokens_BT: Tensor, past: int, segments_BT: Tensor | None, pad_B: Tensor | None) -> Tensor | None:

@@ -28,8 +28,8 @@ class Reads:
     def __init__(self, model: Transformer) -> None:
         self._layers = model.memory_layers()
         self.tables = list({id(_table(layer)): _table(layer) for layer in self._layers.values()}.values())
-        self._counts: dict[int, Tensor] = {}
-        self._reading = -1
+        self._counts: dict[int | str, Tensor] = {}
+        self._reading: int | str = -1
         # Hooks stay registered, because a compiled model does not notice hooks that come and go.
         self._handles = [
             layer.register_forward_pre_hook(lambda *_, index=index: self._enter(index))
@@ -94,7 +94,7 @@ class Reads:
         for table in self.tables:
             table.before_read.remove(self._count)
 
-    def _enter(self, index: int) -> None:
+    def _enter(self, index: int | str) -> None:
         self._reading = index
 
     def _count(self, indices_NS: Tensor) -> None:

@@ -1,8 +1,8 @@
 """Predicts how much memory each part of a model needs in a training step.
 
-Each part (embedding, blocks, head with its loss) runs forward and backward once on the meta device, where tensors have
-shapes but no storage, while the bytes alive are counted. Equal parts run once. `step_memory` adds the parts up to a
-step. Tracing allocates no memory, whatever the size of the tables or the model.
+Each part (embedding, a module at the input embedding, blocks, head with its loss) runs forward and backward once on the
+meta device, where tensors have shapes but no storage, while the bytes alive are counted. Equal parts run once.
+`step_memory` adds the parts up to a step. Tracing allocates no memory, whatever the size of the tables or the model.
 
 Attention is assumed to be fused: it saves queries, keys, values, the output and one number per query.
 
@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from suite.models.attachments import call
+from suite.models.cache import EarlierTokens
 from suite.models.feedforward import SwiGLU
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.moe import Experts
@@ -57,8 +59,8 @@ class StepTracer:
         self.cache: PartCache = {} if cache is None else cache
         self.tables = model.memory_tables()
         self.blocks = cast(list[Block], list(model.layers))
-        config = model.config.model_dump_json()
-        self._block_keys = [_block_key(block, model, config) for block in self.blocks]
+        self._config = model.config.model_dump_json()
+        self._block_keys = [_block_key(block, model, self._config) for block in self.blocks]
         self._tables_read = [_tables_read(block, self.tables) for block in self.blocks]
 
     def parts(self, rows: int) -> Parts:
@@ -72,11 +74,25 @@ class StepTracer:
             for block, key, tables_read in zip(self.blocks, self._block_keys, self._tables_read, strict=True)
         ]
         sizes = tuple((table.weight.shape[0], table.weight.shape[1]) for table in self.tables)
-        return Parts((embedding, *blocks, self._head(inputs)), sizes, inputs.bytes)
+        return Parts((embedding, *self._input(inputs), *blocks, self._head(inputs)), sizes, inputs.bytes)
+
+    def _input(self, inputs: _Inputs) -> list[Part]:
+        """Return the part of the module at the input embedding, if there is one."""
+        module = self.model.input_embedding
+        if module is None:
+            return []
+
+        def run(x_BTD: Tensor) -> Tensor:
+            return call(module, "input_embedding", x_BTD, inputs.ids_BTW, x_BTD, inputs.earlier)
+
+        part = self._traced(("input_embedding", self._config), run, module.parameters(), inputs)
+        return [replace(part, tables=_tables_read(module, self.tables))]
 
     def _block(self, block: Block, key: object, inputs: _Inputs) -> Part:
         def run(x_BTD: Tensor) -> Tensor:
-            return block(x_BTD, inputs.rotation, inputs.bias, None, 0, inputs.ids_BTW)
+            read_BTD = inputs.embedding_BTD if block.reads_embedding else None
+            y = block(x_BTD, inputs.rotation, inputs.bias, None, 0, inputs.ids_BTW, read_BTD, inputs.earlier)
+            return y if block.skip is None else y[0] + y[1]
 
         return self._traced(key, run, block.parameters(), inputs)
 
@@ -141,29 +157,37 @@ class _Inputs:
     rotation: tuple[Tensor, Tensor]
     bias: Tensor
     ids_BTW: Tensor | None
+    embedding_BTD: Tensor
+    earlier: EarlierTokens
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """The tensors with their own storage."""
-        return self.tokens_BT, *self.rotation, self.bias
+        """All tensors."""
+        assert self.earlier.segments_BT is not None
+        return self.tokens_BT, self.embedding_BTD, self.earlier.segments_BT, *self._computed
 
     @property
     def bytes(self) -> int:
-        """Bytes of rotation, bias, tokens, segments and targets."""
-        computed = sum(tensor.untyped_storage().nbytes() for tensor in (*self.rotation, self.bias))
+        """Bytes of rotation, bias, windows, tokens, segments and targets; the embedding is a part's output."""
+        computed = sum(tensor.untyped_storage().nbytes() for tensor in self._computed)
         return computed + 3 * self.tokens_BT.numel() * INT64_BYTES
+
+    @property
+    def _computed(self) -> tuple[Tensor, ...]:
+        return *self.rotation, self.bias, *(() if self.ids_BTW is None else (self.ids_BTW,))
 
 
 def _inputs(model: Transformer, seq_len: int, rows: int, precision: Precision) -> _Inputs:
     """Return tensors of the shapes that the transformer gives its blocks for packed rows."""
-    window = max(block.window for block in cast(list[Block], list(model.layers)))
     with torch.device("meta"):
         tokens_BT = torch.empty(rows, seq_len, dtype=torch.int64)
         angles_TC = (seq_len, model.size.heads * model.size.head_dim)
         rotation = torch.empty(angles_TC), torch.empty(angles_TC)
         bias = torch.empty(rows, 1, seq_len, seq_len, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    ids_BTW = tokens_BT.unsqueeze(-1).expand(-1, -1, window) if window else None
-    return _Inputs(tokens_BT, rotation, bias, ids_BTW)
+        ids_BTW = torch.empty(rows, seq_len, model.window, dtype=torch.int64) if model.window else None
+        embedding_BTD = torch.empty(rows, seq_len, model.size.dim, requires_grad=True)
+    earlier = EarlierTokens(segments_BT=torch.empty_like(tokens_BT))
+    return _Inputs(tokens_BT, rotation, bias, ids_BTW, embedding_BTD, earlier)
 
 
 class _GradientSource(torch.autograd.Function):
@@ -186,15 +210,15 @@ def _block_key(block: Block, model: Transformer, config: str) -> object:
     their modules (with the settings in `extra_repr`) and the shapes of their parameters.
     """
     shapes = tuple(parameter.shape for parameter in block.parameters())
-    if type(block.feed_forward) is SwiGLU:
+    if [type(module) for module in block.attached().values()] == [SwiGLU]:
         return model.size.heads, model.size.kv_heads, shapes
     return config, repr(block), shapes
 
 
-def _tables_read(block: Block, tables: list[MemoryTable]) -> tuple[int, ...]:
-    """Return the indices of the tables that a block reads, in order."""
+def _tables_read(part: nn.Module, tables: list[MemoryTable]) -> tuple[int, ...]:
+    """Return the indices of the tables that a block or module reads, in order."""
     index_of = {id(table): index for index, table in enumerate(tables)}
-    memories = (module for module in block.modules() if isinstance(module, MemoryLayer))
+    memories = (module for module in part.modules() if isinstance(module, MemoryLayer))
     return tuple(index_of[id(table)] for memory in memories for table in memory.tables)
 
 

@@ -82,7 +82,7 @@ class Parts:
     """The parts of a model.
 
     Attributes:
-        parts: Embedding, blocks and head, in forward order.
+        parts: Embedding, a module at the input embedding if there is one, blocks and head, in forward order.
         tables: Rows and width of each table.
         shared: Bytes that all parts share.
     """

@@ -1,7 +1,7 @@
 """Shards the model of a cell over the processes of a world, without changes to model code or to what is computed.
 
-- Weights outside the tables, experts included: FSDP2, one unit per block. Gradients are summed, since the loss is
-  divided by the number of targets in all processes.
+- Weights outside the tables, experts included: FSDP2, one unit per block and one for a module at the input embedding.
+  Gradients are summed, since the loss is divided by the number of targets in all processes.
 - Value tables: sharded by columns within groups of `memory_parallel` processes and replicated across groups
   (memory_parallel.py).
 - With bf16, modules that hold only weight matrices (attention, feed-forward layers, experts) are gathered in bf16, to
@@ -124,12 +124,14 @@ def _shard_tables(model: Transformer, memory: DeviceMesh) -> None:
 def _fully_shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
     tables = {parameter for table in model.memory_tables() for parameter in table.parameters()}
     narrow = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.layers:
+    units = [*model.layers] if model.input_embedding is None else [model.input_embedding, *model.layers]
+    for unit in units:
         if precision == "bf16":
-            for module in block.modules():
+            for module in unit.modules():
                 if holds_matrices_only(module):
                     fully_shard(module, mesh=mesh, mp_policy=narrow)
-        fully_shard(block, mesh=mesh)
+        if not isinstance(unit, FSDPModule):  # a unit of weight matrices only is sharded already
+            fully_shard(unit, mesh=mesh)
     fully_shard(model, mesh=mesh, ignored_params=tables)
     # Evaluation calls `hidden` and `head` instead of `forward`; the weights of `head` stay gathered after `hidden`.
     register_fsdp_forward_method(model, "hidden")

@@ -14,7 +14,7 @@ import suite.baselines
 from suite.baselines import checks, loading
 from suite.errors import UserError
 from suite.models import build, registry
-from suite.models.transformer import token_windows
+from suite.models.cache import EarlierTokens
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "hashed_ngram.py"
 FILE = """
@@ -219,7 +219,7 @@ def test_a_module_in_two_layers_is_refused(tmp_path: Path) -> None:
     path = baseline(tmp_path)
     once = "[Squared(config.size.dim, config.size.ffn_hidden)] * config.size.layers"
     path.write_text(re.sub(r"return \[Squared.*\]", f"return {once}", path.read_text()))
-    with pytest.raises(UserError, match="feed_forwards: the same module"):
+    with pytest.raises(UserError, match="feed_forwards: layer 1: the same module is used at feed_forwards: layer 0"):
         checked(path)
 
 
@@ -308,11 +308,11 @@ def test_the_modules_that_earlier_baseline_files_import_hold_the_public_names(mo
 
 def test_windows_stay_within_document_row_and_padding() -> None:
     tokens = torch.tensor([[5, 6, 7, 8, 9]])
-    plain = token_windows(tokens, 3, None, None)
+    plain = EarlierTokens().windows(tokens, 3)
     assert plain[0].tolist() == [[-1, -1, 5], [-1, 5, 6], [5, 6, 7], [6, 7, 8], [7, 8, 9]]
-    packed = token_windows(tokens, 3, torch.tensor([[0, 0, 1, 1, 1]]), None)
+    packed = EarlierTokens(segments_BT=torch.tensor([[0, 0, 1, 1, 1]])).windows(tokens, 3)
     assert packed[0].tolist() == [[-1, -1, 5], [-1, 5, 6], [-1, -1, 7], [-1, 7, 8], [7, 8, 9]]
-    padded = token_windows(tokens, 3, None, torch.tensor([2]))
+    padded = EarlierTokens(pad_B=torch.tensor([2])).windows(tokens, 3)
     assert padded[0, 2:].tolist() == [[-1, -1, 7], [-1, 7, 8], [7, 8, 9]]
 
 

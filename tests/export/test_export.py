@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from page_examples import POINTS, file_of
 from typer.testing import CliRunner
 
 from suite import models
@@ -122,6 +123,30 @@ def test_greedy_generation_equals_ours_with_and_without_a_cache(name: str, tmp_p
     mask[1, :3] = 0
     padded = theirs.generate(prompts, attention_mask=mask, max_new_tokens=8, do_sample=False, pad_token_id=0)
     assert padded[1, 6:].tolist() == generate(model, [prompts[1, 3:].tolist()], 8)[0]
+
+
+@pytest.mark.parametrize("name", [name for name in POINTS if name != "squared"])
+def test_modules_at_every_point_work_with_padding_and_a_cache(name: str, tmp_path: Path) -> None:
+    loading.load(file_of(name, tmp_path))
+    model = models.build(registry.family(name).config(family=name, base="w32"), 50, 0).eval()
+    export(model, tmp_path / "out")
+    theirs, mask = loaded(tmp_path / "out"), torch.ones(2, 21, dtype=torch.int64)
+    mask[1, :4] = 0
+    cache = transformers.DynamicCache(config=theirs.config)
+    with torch.no_grad():
+        ours = model(tokens(), pad_B=torch.tensor([0, 4]))
+        parts = [
+            theirs(part, attention_mask=mask[:, :end], past_key_values=cache).logits
+            for part, end in zip(tokens().split([9, 1, 11], 1), (9, 10, 21), strict=True)
+        ]
+        for logits in (theirs(tokens(), attention_mask=mask).logits, torch.cat(parts, 1)):
+            torch.testing.assert_close(logits[0], ours[0], rtol=0, atol=2e-5)
+            torch.testing.assert_close(logits[1, 4:], ours[1, 4:], rtol=0, atol=2e-5)
+        expected = theirs(torch.cat((tokens(), tokens()[:, :1]), 1)[[1]]).logits[:, -1]
+        cache = transformers.DynamicCache(config=theirs.config)
+        theirs(tokens(), past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        torch.testing.assert_close(theirs(tokens()[[1, 0], :1], past_key_values=cache).logits[:1, -1], expected)
 
 
 @pytest.mark.parametrize("name", ["memory_plus", "hashed_ngram"])
