@@ -39,6 +39,11 @@ class TrainConfig(Frozen):
     value_lr: float | None = Field(
         default=None, gt=0, description="peak learning rate of value tables; None: ten times lr (released template)"
     )
+    value_lr_end: float = Field(
+        default=1.0,
+        ge=0,
+        description="factor on value_lr at the end, reached linearly and multiplied by the schedule (UltraMemV2: 0.25)",
+    )
     matrix_optimizer: Literal["adamw", "muon"] = Field(
         default="adamw",
         description="optimizer of the weight matrices inside blocks",
@@ -140,6 +145,8 @@ class TrainConfig(Frozen):
         problems += self._table_problems()
         if self.branches and (self.schedule != "wsd" or self.tokens not in self.branches):
             problems.append(("branches", self.branches, "token budgets that include train.tokens, with schedule wsd"))
+        if self.branches and self.value_lr_end != 1.0:
+            problems.append(("value_lr_end", self.value_lr_end, "1.0 with branches, which share their first steps"))
         if self.branches and self.stop_past is not None:
             problems.append(("stop_past", self.stop_past, "None with branches, which end at their budgets"))
         if self.parent is not None and self.init_from is None:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from analysis.errors import InputError
 from analysis.records import store
@@ -241,7 +242,7 @@ def _identified(runs: pd.DataFrame, cells: list[dict[str, Any]], accounts: list[
         "base": [model["base"] for model in models],
         "seed": [cell["seed"] for cell in cells],
         "half_keys": half_keys,
-        "memory_rows": np.nan_to_num(half_keys) ** 2,
+        "memory_rows": _memory_rows(half_keys, accounts),
         "ffn_hidden": pd.to_numeric(pd.Series([model.get("ffn_hidden") for model in models], dtype=object)),
         "reshaped": [is_reshaped(model) for model in models],
         "pairing": [pairing(cell) for cell in cells],
@@ -257,6 +258,12 @@ def _identified(runs: pd.DataFrame, cells: list[dict[str, Any]], accounts: list[
         for name, field in ACCOUNT.items()
     }
     return runs.assign(**stated, **counted)
+
+
+def _memory_rows(half_keys: NDArray[np.float64], accounts: list[dict[str, Any]]) -> NDArray[np.float64]:
+    """Return the rows of each run's largest table; accounts of older runs do not state them."""
+    counted = pd.array([account.get("memory_rows") for account in accounts], "Float64").to_numpy(float, na_value=np.nan)
+    return np.where(np.isnan(counted), np.nan_to_num(half_keys) ** 2, counted)
 
 
 def _ordered(runs: pd.DataFrame, reference: str) -> pd.DataFrame:

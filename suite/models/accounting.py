@@ -33,6 +33,7 @@ class Account:
         params_total: All parameters.
         params_active: Parameters that one token uses: all but unread value rows and unchosen experts.
         params_memory: Elements of the value tables.
+        memory_rows: Rows of the largest value table; 0 without one.
         params_embedding: Parameters of the embedding and of an untied output head.
         macs_per_token: Multiply-adds per token of the forward pass, by group; attention is counted at the mean
             causal length of a row.
@@ -47,6 +48,7 @@ class Account:
     params_total: int
     params_active: int
     params_memory: int
+    memory_rows: int
     params_embedding: int
     macs_per_token: dict[str, float]
     macs_total: float
@@ -111,6 +113,7 @@ def account_of(model: Transformer, seq_len: int) -> Account:
         params_total=real,
         params_active=read + unread_embedding,
         params_memory=total.params.get("memory_values", 0),
+        memory_rows=max((len(table.weight) for table in model.memory_tables()), default=0),
         params_embedding=total.params["embedding"] + total.params.get("head", 0),
         macs_per_token=macs,
         macs_total=macs_total,

@@ -39,7 +39,8 @@ def initialise(model: Transformer, seed: int) -> None:
     Two models therefore start with equal values in the parameters that they share. Matrices
     are normal with standard deviation fan_in^-1/2, divided by sqrt(2 x layers) where they write to the residual stream
     (wo, w2; GPT-2). Gains are one and biases zero. A module with `init_parameter` sets its own values and those of its
-    submodules. Buffers start at zero, those of a batch norm at torch's initial values.
+    submodules. Buffers start at zero, those of a batch norm at torch's initial values, and those of a module with
+    `reset_buffers` at what it sets.
     """
     reset_statistics(model)
     for name, parameter in model.named_parameters():
@@ -48,12 +49,14 @@ def initialise(model: Transformer, seed: int) -> None:
 
 @torch.no_grad()
 def reset_statistics(model: Transformer) -> None:
-    """Set buffers to zero, those of a batch norm to torch's initial values."""
+    """Set buffers to zero, those of a batch norm to torch's initial values, and others by `reset_buffers`."""
     for buffer in model.buffers():
         buffer.zero_()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.reset_running_stats()
+        elif hasattr(module, "reset_buffers"):
+            module.reset_buffers()
 
 
 def generator_of(seed: int, name: str, device: torch.device) -> torch.Generator:

@@ -26,11 +26,12 @@ class MemoryTable(nn.Module):
     `before_read` holds functions that are called with the indices of each read before it happens; the row-wise
     optimizer and the counter of key usage register there. If `gradients` is set, backward passes write compact row
     gradients to it and leave `weight.grad` None; otherwise the gradient is dense. Initial values are normal with
-    standard deviation dim^-1/2 (released code).
+    standard deviation `std`; None: dim^-1/2 (released code).
     """
 
-    def __init__(self, rows: int, dim: int) -> None:
+    def __init__(self, rows: int, dim: int, std: float | None = None) -> None:
         super().__init__()
+        self.std = std
         self.weight = nn.Parameter(torch.empty(rows, dim))
         self.before_read: list[Callable[[Tensor], None]] = []
         self.gradients: RowGradients | None = None
@@ -59,8 +60,9 @@ class MemoryTable(nn.Module):
         return products_NS
 
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Draw initial values like the released code; arguments as for `initial_weights.fill`."""
-        parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
+        """Draw initial values; arguments as for `initial_weights.fill`."""
+        std = parameter.shape[1] ** -0.5 if self.std is None else self.std
+        parameter.normal_(0.0, std, generator=generator)
 
     def share_gradient(self) -> None:
         """Sum the gradients of replicas once they are complete; nothing to do in a single process."""

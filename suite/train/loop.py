@@ -153,7 +153,7 @@ class Trainer:
     def train_step(self) -> dict[str, float | None]:
         """Take one optimizer step over `batch_rows` rows and return the values to log. Raises Diverged."""
         self.model.train()
-        lrs = self.optimizer.set_lr(lr_factor(self.config, self.step, self.steps))
+        lrs = self.optimizer.set_lr(lr_factor(self.config, self.step, self.steps), self.step / self.steps)
         loss, auxiliary = self._backward()
         for name, value in {"loss": loss, **auxiliary}.items():
             if not math.isfinite(value):

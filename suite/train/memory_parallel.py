@@ -28,17 +28,17 @@ INT32_ROWS = 1 << 31
 class ColumnTable(MemoryTable):
     """This process's columns of a table. Reads give rows of the whole table; all processes of a group read together."""
 
-    def __init__(self, rows: int, dim: int, mesh: DeviceMesh) -> None:
+    def __init__(self, table: MemoryTable, mesh: DeviceMesh) -> None:
         """Allocate this process's columns.
 
         Args:
-            rows: Rows of the table (R).
-            dim: Row width of the whole table (D).
-            mesh: The mesh "replica" x "memory"; the size of its second dimension divides `dim`.
+            table: The whole table [R, D], on the meta device.
+            mesh: The mesh "replica" x "memory"; the size of its second dimension divides D.
         """
         self.mesh, self.group, self.replicas = mesh, mesh.get_group("memory"), mesh.get_group("replica")
         self.members = self.group.size()
-        super().__init__(rows, dim // self.members)
+        rows, dim = table.weight.shape
+        super().__init__(rows, dim // self.members, table.std)
 
     def columns(self) -> slice:
         """Return the columns of the whole table that this process holds."""

@@ -36,7 +36,8 @@ TABLE_OPTIMIZERS: dict[str, OptimizerName] = {"row_wise": "row_adamw", "dense": 
 class Rule:
     """How the parameters whose whole name matches a regular expression are trained.
 
-    The parameters of a `group` are clipped by their joint norm. Value tables need a group of their own.
+    The parameters of a `group` are clipped by their joint norm. Value tables need a group of their own. The learning
+    rate is multiplied by a factor that moves linearly from 1 to `lr_end` in the course of the run.
     """
 
     pattern: str
@@ -44,6 +45,7 @@ class Rule:
     lr: float
     weight_decay: float
     group: str
+    lr_end: float = 1.0
 
 
 def parameter_rules(model: Transformer, config: TrainConfig) -> list[Rule]:
@@ -55,7 +57,7 @@ def parameter_rules(model: Transformer, config: TrainConfig) -> list[Rule]:
     rules = []
     if table_names:
         optimizer = TABLE_OPTIMIZERS[config.table_optimizer]
-        rules.append(Rule(any_of(table_names), optimizer, value_lr, value_decay, "values"))
+        rules.append(Rule(any_of(table_names), optimizer, value_lr, value_decay, "values", config.value_lr_end))
     if config.matrix_optimizer == "muon":
         rules.append(Rule(any_of(model.hidden_matrices()), "muon", config.lr, config.weight_decay, "rest"))
     return [*rules, Rule(".*", "adamw", config.lr, config.weight_decay, "rest")]
@@ -127,9 +129,12 @@ class Optimizer:
     def _members(self, rule: Rule) -> dict[str, nn.Parameter]:
         return {name: parameter for name, parameter in self.parameters.items() if self.rules[name] == rule}
 
-    def set_lr(self, factor: float) -> dict[str, float]:
-        """Scale all base rates by the schedule's factor and return the current rates by group."""
-        self.lr = {rule: rule.lr * factor for rule in self.lr}
+    def set_lr(self, factor: float, progress: float = 0.0) -> dict[str, float]:
+        """Scale all base rates by the schedule's factor and return the current rates by group.
+
+        `progress` is the share of the run's steps that have been taken.
+        """
+        self.lr = {rule: rule.lr * factor * (1 + (rule.lr_end - 1) * progress) for rule in self.lr}
         for group in self.adamw.param_groups:
             group["lr"] = self.lr[group["rule"]]
         return {rule.group: lr for rule, lr in self.lr.items()}

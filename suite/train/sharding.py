@@ -110,12 +110,12 @@ def _shard_tables(model: Transformer, memory: DeviceMesh) -> None:
     """Replace every table by a ColumnTable."""
     shards = {}
     for table in model.memory_tables():
-        rows, width = table.weight.shape
+        width = table.weight.shape[1]
         members = memory["memory"].size()
         if width % members:
             allowed = f"a divisor of the row width ({width})"
             raise UserError(f"launch: parallel.memory_parallel: got {members}, allowed: {allowed}")
-        shards[id(table)] = ColumnTable(rows, width, memory)
+        shards[id(table)] = ColumnTable(table, memory)
     model.tables = nn.ModuleList(shards.values())
     for layer in model.memory_layers().values():
         layer.tables = [shards[id(table)] for table in layer.tables]

@@ -40,6 +40,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "pkm": {"family": "pkm", "base": "w32", **SMALL, "query_batchnorm": True},
     "memory_plus": {"family": "memory_plus", "base": "w32", **SMALL, "qk_norm": True},
     "peer": {"family": "peer", "base": "w32", **SMALL},
+    "ultramem_v2": {"family": "ultramem_v2", "base": "w32", **SMALL},
 }
 
 

@@ -26,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "pkm batchnorm": {"half_keys": 16, "top_k": 8, "query_batchnorm": True},
     "peer": {"half_keys": 16, "top_k": 8},
+    "ultramem_v2": {"half_keys": 10, "top_k": 8, "memory_heads": 2},
     "memory_plus keep_ffn": {"half_keys": 16, "top_k": 8, "keep_ffn": True, "placement": (1, 2)},
 }
 

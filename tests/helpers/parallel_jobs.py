@@ -28,6 +28,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "pkm batchnorm": MEMORY | {"query_batchnorm": True},
     "memory_plus": MEMORY | {"placement": (0, 1), "qk_norm": True},
     "peer": MEMORY,
+    "ultramem_v2": MEMORY | {"value_dim": 8, "k_dim": 8},
 }
 LARGE = MEMORY | {"half_keys": 260, "placement": (0, 1)}
 """A table with more rows than are initialised together when it is sharded (sharding.ROWS_AT_ONCE)."""

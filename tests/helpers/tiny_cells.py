@@ -12,7 +12,7 @@ def tiny_cell(family: str = "dense", seed: int = 0, **train: Any) -> Cell:
     model: dict[str, Any] = {"family": family, "base": "w32"}
     for option in options:
         model |= {"router": "softmax"} if option == "softmax" else {option: True}
-    if family in ("pkm", "memory_plus"):
+    if family in ("pkm", "memory_plus", "ultramem_v2"):
         model |= {"half_keys": 16, "top_k": 4}
     fields = {
         "batch_rows": 4,

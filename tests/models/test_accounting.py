@@ -98,8 +98,9 @@ def test_the_account_differs_from_torchs_count_only_by_known_items(case, seq_len
     items = {"future tokens": tokens * net.size.layers * 2 * net.size.dim * (seq_len - (seq_len + 1) / 2)}
     items["padded experts"] = sum(padded_macs(layer.feed_forward, rows, seq_len) for layer in net.layers)
     assert forward == 2 * (tokens * ours.macs_total + sum(items.values()))
-    # PEER's u.x: its gradients are weighted sums of rows and of tokens, which are not matrix products.
-    items["gradients that are sums of rows"] = -2 / 3 * tokens * ours.macs_per_token.get("experts", 0)
+    # Products of tokens and rows: their gradients are weighted sums of rows and of tokens, not matrix products.
+    products = sum(ours.macs_per_token.get(group, 0) for group in ("experts", "memory_products"))
+    items["gradients that are sums of rows"] = -2 / 3 * tokens * products
     assert training == pytest.approx(6 * (tokens * ours.macs_total + sum(items.values())), rel=1e-12)
 
 

@@ -37,6 +37,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "memory_plus keep_ffn": {"family": "memory_plus", "base": "w32", **SMALL, "keep_ffn": True},
     "pkm batchnorm": {"family": "pkm", "base": "w32", **SMALL, "query_batchnorm": True},
     "peer": {"family": "peer", "base": "w48", **SMALL},
+    "ultramem_v2": {"family": "ultramem_v2", "base": "w32", "half_keys": 32, "top_k": 8},
     "hashed_ngram": {"family": "hashed_ngram", "base": "w32"},
 }
 

@@ -62,6 +62,7 @@ SGD = {"table_optimizer": "sgd", "value_lr": 0.5}
     [
         *[(family, {}) for family in ("dense", "moe", "moe_topk", "pkm", "pkm query_batchnorm", "memory_plus")],
         ("moe_topk softmax", {}),
+        ("ultramem_v2", {"value_lr_end": 0.25}),
         ("moe_topk", {"matrix_optimizer": "muon"}),
         ("memory_plus", {"matrix_optimizer": "muon"} | SGD),
         ("peer", SGD),

@@ -38,6 +38,7 @@ MATRICES = {
     "pkm batchnorm": [ATTENTION, SWIGLU, r"layers\.1\.feed_forward\.query\.weight"],
     "memory_plus": [ATTENTION, SWIGLU, r"layers\.\d\.feed_forward\.(query|gate|out)\.weight"],
     "peer": [ATTENTION, SWIGLU, r"layers\.1\.feed_forward\.query\.weight"],
+    "ultramem_v2": [ATTENTION, SWIGLU, r"layers\.\d\.feed_forward\.memory\.(query|factor|out)\.weight"],
 }
 """Names of the weight matrices inside blocks, by family."""
 
@@ -81,7 +82,7 @@ def test_modules_that_hold_only_matrices_are_derived_from_the_model(case: str) -
     model = model_of(cell_of(case, 2))
     kinds = {type(module).__name__ for module in model.modules() if holds_matrices_only(module)}
     experts = {"moe": {"Experts"}, "moe_topk": {"Experts", "SwiGLU"}, "moe_topk softmax": {"Experts"}}
-    every_layer_has_a_memory = case == "memory_plus"
+    every_layer_has_a_memory = case in ("memory_plus", "ultramem_v2")
     assert kinds == {"Attention"} | experts.get(case, set() if every_layer_has_a_memory else {"SwiGLU"})
 
 
@@ -241,3 +242,17 @@ def test_an_invalid_optimizer_option_is_named(train: dict[str, Any], words: str)
 def test_the_default_optimizer_leaves_every_hash_unchanged() -> None:
     assert tiny_cell("pkm", matrix_optimizer="adamw").hash8 == tiny_cell("pkm").hash8
     assert tiny_cell("pkm", matrix_optimizer="muon").hash8 != tiny_cell("pkm").hash8
+
+
+def test_the_rate_of_tables_falls_linearly_and_is_multiplied_by_the_schedule(cache: Path, tmp_path: Path) -> None:
+    options = {"value_lr": 4e-3, "value_lr_end": 0.25, "lr": 1e-3, "schedule": "cosine", "final_lr": 0.1, "warmup": 0}
+    trainer = trainer_of(tiny_cell("memory_plus", **options), cache, tmp_path)
+    steps = trainer.steps
+    for step in range(3):
+        logged = trainer.train_step()
+        cosine = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * step / (steps - 1)))
+        assert logged["lr"] == pytest.approx(1e-3 * cosine, rel=1e-12)
+        assert logged["value_lr"] == pytest.approx(1e-3 * (1 + 3 * (1 - step / steps)) * cosine, rel=1e-12)
+    wsd = {"schedule": "wsd", "tokens": 4096, "epochs": None, "branches": [4096]}
+    with pytest.raises(ValidationError, match=r"value_lr_end: got 0.25"):
+        tiny_cell("memory_plus", value_lr_end=0.25, **wsd)
