@@ -260,7 +260,7 @@ def _identified(runs: pd.DataFrame, cells: list[dict[str, Any]], accounts: list[
     return runs.assign(**stated, **counted)
 
 
-def _memory_rows(half_keys: NDArray[np.float64], accounts: list[dict[str, Any]]) -> NDArray[np.float64]:
+def _memory_rows(half_keys: NDArray[np.float64], accounts: list[dict[str, Any]]) -> Any:
     """Return the rows of each run's largest table; accounts of older runs do not state them."""
     counted = pd.array([account.get("memory_rows") for account in accounts], "Float64").to_numpy(float, na_value=np.nan)
     return np.where(np.isnan(counted), np.nan_to_num(half_keys) ** 2, counted)

@@ -55,8 +55,8 @@ def reset_statistics(model: Transformer) -> None:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d):
             module.reset_running_stats()
-        elif hasattr(module, "reset_buffers"):
-            module.reset_buffers()
+        elif (reset_buffers := getattr(module, "reset_buffers", None)) is not None:
+            reset_buffers()
 
 
 def generator_of(seed: int, name: str, device: torch.device) -> torch.Generator:

@@ -144,7 +144,7 @@ class TuckerMemory(MemoryLayer):
         }
         reads = self.heads * self.top_k
         row = sum(table.weight.shape[1] for table in self.tables)
-        macs = {
+        macs: dict[str, float] = {
             "memory_query": query,
             "memory_scoring": keys + reads * CORES * RANK * (RANK + self.top_k),
             "memory_projection": projections,
