@@ -40,6 +40,7 @@ from kernels import dispatch
 from kernels.embedding_bag import RowGradients
 from kernels.row_adamw import native
 from kernels.row_adamw.history import History, Hyper
+from kernels.row_adamw.noise import Noise
 from kernels.row_adamw.rows import State
 
 __all__ = ["RowAdamW"]
@@ -65,7 +66,8 @@ class RowAdamW:
         replay_limit: Most steps replayed for a row; None: all.
         path: "replay" or "sweep" at every step, or "auto".
         low_precision, row_second_moment, lazy: The options above.
-        seed: Of stochastic rounding.
+        seed, first_column: Of stochastic rounding (noise.py): the place of the first column where the table's columns
+            are divided.
         backend: Overrides kernels.dispatch.
     """
 
@@ -83,6 +85,7 @@ class RowAdamW:
         row_second_moment: bool = False,
         lazy: bool = False,
         seed: int = 0,
+        first_column: int = 0,
         backend: str | None = None,
     ) -> None:
         if replay_limit is not None and replay_limit < 1:
@@ -91,7 +94,7 @@ class RowAdamW:
             raise ValueError(f"low_precision='stochastic': got a table of {table_RD.dtype}, allowed: torch.bfloat16")
         self.table_RD, self.gradients = table_RD.detach(), gradients
         self.replay_limit, self.path, self.lazy = replay_limit, path, lazy
-        self.state = _new_state(self.table_RD, low_precision, row_second_moment, seed)
+        self.state = _new_state(self.table_RD, low_precision, row_second_moment, Noise(seed, first_column))
         self.history = History(Hyper(*betas, eps, weight_decay), self.state.mean_RD.dtype)
         self.has_master = self.state.values_RD is not self.table_RD
         self._ops = _implementation(self.state.values_RD, not row_second_moment, backend)
@@ -155,7 +158,7 @@ class RowAdamW:
         self._all_done()
 
     def state_dict(self) -> dict[str, Any]:
-        """Flush, then return step count, moments, rows ever updated, master copy and random state if there are any."""
+        """Flush, then return step count, moments, rows ever updated, and the master copy if there is one."""
         self.flush()
         state = self.state
         saved: dict[str, Any] = {
@@ -166,8 +169,6 @@ class RowAdamW:
         }
         if self.has_master:
             saved["master"] = state.values_RD
-        if state.noise is not None:
-            saved["noise"] = state.noise.get_state()
         return saved
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
@@ -178,8 +179,6 @@ class RowAdamW:
         state.touched_R.copy_(saved["touched"])
         if self.has_master:
             state.values_RD.copy_(saved["master"])
-        if state.noise is not None:
-            state.noise.set_state(saved["noise"])
         self.history.restart(int(saved["step"]))
         self._all_done()
 
@@ -218,11 +217,10 @@ class RowAdamW:
             self.table_RD[rows_U] = self.state.values_RD[rows_U].to(self.table_RD.dtype)
 
 
-def _new_state(table_RD: Tensor, low_precision: str, row_second_moment: bool, seed: int) -> State:
+def _new_state(table_RD: Tensor, low_precision: str, row_second_moment: bool, noise: Noise) -> State:
     rows, width = table_RD.shape
     wide = torch.float64 if table_RD.dtype == torch.float64 else torch.float32
     needs_master = low_precision == "master" and table_RD.dtype != wide
-    stochastic = low_precision == "stochastic"
     return State(
         values_RD=table_RD.to(wide, copy=True) if needs_master else table_RD,
         mean_RD=table_RD.new_zeros(rows, width, dtype=wide),
@@ -230,7 +228,7 @@ def _new_state(table_RD: Tensor, low_precision: str, row_second_moment: bool, se
         last_R=table_RD.new_zeros(rows, dtype=torch.int32),
         moment_R=table_RD.new_zeros(rows, dtype=torch.int32),
         touched_R=table_RD.new_zeros(rows, dtype=torch.bool),
-        noise=torch.Generator(table_RD.device).manual_seed(seed) if stochastic else None,
+        noise=noise if low_precision == "stochastic" else None,
     )
 
 

@@ -42,7 +42,7 @@ def update(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, histo
         if kept_U2 is not None:
             decay_moments(parts[1], parts[2], kept_U2[low:high])
         _gradient_step(*parts, grads_UD[low:high], blocks.root(high - low), history)
-        blocks.scatter(rows_U[low:high], *parts)
+        blocks.scatter(rows_U[low:high], *parts, history.step)
 
 
 def sweep(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, history: History) -> None:
@@ -64,7 +64,7 @@ def sweep(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, histor
         p_BD = stored_BD.to(blocks.wide)
         _gradient_step(p_BD, m_BD, v_BX, g_BD, blocks.root(count), history)
         if p_BD is not stored_BD:
-            stored_BD.copy_(state.rounded(p_BD))
+            stored_BD.copy_(state.rounded(p_BD, torch.arange(start, start + count, device=rows_U.device), history.step))
         if high - low < count:
             zeros_BD.index_fill_(0, within_U, 0.0)
 
@@ -118,7 +118,7 @@ def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit
     for low, high in even(len(lasts), blocks.rows):
         parts = blocks.gather(rows_U[low:high])
         _every_step(*parts, blocks.root(high - low), lasts[low:high], history)
-        blocks.scatter(rows_U[low:high], *parts)
+        blocks.scatter(rows_U[low:high], *parts, history.step)
 
 
 def _decay(state: State, rows_U: Tensor, last_U: Tensor, history: History, exact: bool) -> None:
@@ -131,7 +131,7 @@ def _decay(state: State, rows_U: Tensor, last_U: Tensor, history: History, exact
                 values_GD.mul_(decay)
         else:
             values_GD.mul_(math.exp(history.log_decay[-1] - history.log_decay[history.at(last)]))
-        state.write(rows_G, values_GD)
+        state.write(rows_G, values_GD, history.step)
 
 
 def _every_step(p_BD: Tensor, m_BD: Tensor, v_BX: Tensor, root_BX: Tensor, lasts: list[int], history: History) -> None:

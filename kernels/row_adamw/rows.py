@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.row_adamw.history import History
+from kernels.row_adamw.noise import Noise
 
 BLOCK_ELEMENTS = 1 << 15
 """Values per block: the rows of three float32 arrays and their copies fill half of a 2 MiB second-level cache, so
@@ -35,7 +36,7 @@ class State:
     moment_R: Tensor
     touched_R: Tensor
     floor: int = 0
-    noise: torch.Generator | None = None
+    noise: Noise | None = None
 
     def last(self, rows_U: Tensor) -> Tensor:
         """Return the step up to which the rows' values are current."""
@@ -50,18 +51,18 @@ class State:
         """Values, mean, square."""
         return self.values_RD, self.mean_RD, self.square_RX
 
-    def rounded(self, values_BD: Tensor) -> Tensor:
-        """Return values in the table's dtype: to nearest, or with `noise` up or down with an unbiased mean
-        (bfloat16)."""
+    def rounded(self, values_BD: Tensor, rows_B: Tensor, step: int) -> Tensor:
+        """Return rows' values after a step in the table's dtype: to nearest, or with `noise` up or down with an
+        unbiased mean (bfloat16)."""
         if self.noise is None:
             return values_BD.to(self.values_RD.dtype)
-        bits_BD = values_BD.view(torch.int32)
-        below_BD = torch.randint(1 << 16, bits_BD.shape, dtype=torch.int32, device=bits_BD.device, generator=self.noise)
-        return bits_BD.add(below_BD).bitwise_and_(-(1 << 16)).view(torch.float32).to(self.values_RD.dtype)
+        below_BD = self.noise.bits(rows_B, values_BD.shape[1], step)
+        rounded_BD = values_BD.view(torch.int32).add(below_BD).bitwise_and_(-(1 << 16))
+        return rounded_BD.view(torch.float32).to(self.values_RD.dtype)
 
-    def write(self, rows_B: Tensor, values_BD: Tensor) -> None:
-        """Store values of some rows."""
-        self.values_RD.index_copy_(0, rows_B, self.rounded(values_BD))
+    def write(self, rows_B: Tensor, values_BD: Tensor, step: int) -> None:
+        """Store the values of some rows after a step."""
+        self.values_RD.index_copy_(0, rows_B, self.rounded(values_BD, rows_B, step))
 
 
 class Blocks:
@@ -88,9 +89,9 @@ class Blocks:
         torch.index_select(self.state.square_RX, 0, rows_B, out=v_BX)
         return p_BD, m_BD, v_BX
 
-    def scatter(self, rows_B: Tensor, p_BD: Tensor, m_BD: Tensor, v_BX: Tensor) -> None:
-        """Write the copies back."""
-        self.state.write(rows_B, p_BD)
+    def scatter(self, rows_B: Tensor, p_BD: Tensor, m_BD: Tensor, v_BX: Tensor, step: int) -> None:
+        """Write back the copies, which are those after a step."""
+        self.state.write(rows_B, p_BD, step)
         self.scatter_moments(rows_B, m_BD, v_BX)
 
     def scatter_moments(self, rows_B: Tensor, m_BD: Tensor, v_BX: Tensor) -> None:

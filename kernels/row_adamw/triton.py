@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.row_adamw.history import History
+from kernels.row_adamw.noise import MULTIPLIERS
 from kernels.row_adamw.rows import State
 
 __all__ = ["READS_IN_PLACE", "Blocks", "replay", "sweep", "update"]
@@ -41,14 +42,26 @@ class Blocks:
 
 
 @triton.jit
-def _store(values, places, p, inside, seed, STOCHASTIC: tl.constexpr):
+def _mixed(x, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    # See noise.mixed.
+    x = x.to(tl.uint32)
+    x = (x ^ (x >> 16)) * FIRST
+    x = (x ^ (x >> 15)) * SECOND
+    return x ^ (x >> 16)
+
+
+@triton.jit
+def _store(
+    values, places, p, inside, rows, columns, key, STOCHASTIC: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr
+):
     if STOCHASTIC:
-        below = tl.randint(tl.load(seed), places).to(tl.int32, bitcast=True) & 0xFFFF
+        noise = _mixed(_mixed(rows ^ key, FIRST, SECOND) ^ _mixed(columns, FIRST, SECOND), FIRST, SECOND)
+        below = noise.to(tl.int32, bitcast=True) & 0xFFFF
         p = ((p.to(tl.int32, bitcast=True) + below) & -65536).to(tl.float32, bitcast=True)
     tl.store(values + places, p, mask=inside)
 
 
-@triton.jit(do_not_specialize=["count"])
+@triton.jit(do_not_specialize=["count", "key"])
 def _step_kernel(
     values,
     mean,
@@ -59,13 +72,16 @@ def _step_kernel(
     behind,
     constants,
     scale,
-    seed,
+    key,
+    first_column,
     count,
     width,
     SWEEP: tl.constexpr,
     ROW_WISE: tl.constexpr,
     DECAYS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -99,7 +115,7 @@ def _step_kernel(
     if DECAYS:
         p = p * tl.load(constants)
     p = p - tl.load(constants + 1) * m / (tl.sqrt(v) / tl.load(constants + 2) + tl.load(constants + 3))
-    _store(values, places, p, inside, seed, STOCHASTIC)
+    _store(values, places, p, inside, row[:, None], first_column + columns, key, STOCHASTIC, FIRST, SECOND)
     tl.store(mean + places, m, mask=inside)
     if ROW_WISE:
         tl.store(square + row[:, None], v, mask=given[:, None])
@@ -107,7 +123,7 @@ def _step_kernel(
         tl.store(square + places, v, mask=inside)
 
 
-@triton.jit(do_not_specialize=["now", "start", "limit", "length"])
+@triton.jit(do_not_specialize=["now", "start", "limit", "length", "key"])
 def _replay_kernel(
     values,
     mean,
@@ -118,7 +134,8 @@ def _replay_kernel(
     moment,
     steps,
     constants,
-    seed,
+    key,
+    first_column,
     width,
     now,
     start,
@@ -127,6 +144,8 @@ def _replay_kernel(
     ROW_WISE: tl.constexpr,
     DECAYS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
     WIDE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -169,7 +188,7 @@ def _replay_kernel(
             tl.store(square + row, v)
         else:
             tl.store(square + places, v, mask=inside)
-    _store(values, places, p, inside, seed, STOCHASTIC)
+    _store(values, places, p, inside, row, first_column + columns, key, STOCHASTIC, FIRST, SECOND)
 
 
 def update(
@@ -249,7 +268,7 @@ def _step(
         behind,
         _on_device(torch.tensor(constants, dtype=torch.float64), state.mean_RD),
         scale,
-        _seed(state),
+        *_noise(state, history),
         count,
         width,
         SWEEP=rows is None,
@@ -279,7 +298,7 @@ def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit
         state.moment(rows_U),
         _on_device(steps, state.mean_RD),
         _on_device(torch.tensor(constants, dtype=torch.float64), state.mean_RD),
-        _seed(state),
+        *_noise(state, history),
         width,
         history.step,
         history.start,
@@ -298,6 +317,8 @@ def _constants(state: State) -> dict[str, object]:
     return {
         "ROW_WISE": state.square_RX.shape[1] != width,
         "STOCHASTIC": state.noise is not None,
+        "FIRST": MULTIPLIERS[0],
+        "SECOND": MULTIPLIERS[1],
         "WIDE": tl.float64 if state.mean_RD.dtype == torch.float64 else tl.float32,
         "BLOCK_D": triton.next_power_of_2(width),
     }
@@ -310,9 +331,6 @@ def _on_device(values: Tensor, like: Tensor) -> Tensor:
     return values.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else values.to(like.device)
 
 
-def _seed(state: State) -> Tensor | None:
-    """Return a new seed for stochastic rounding, where it is on: on the device, since the host would have to wait for
-    it."""
-    if state.noise is None:
-        return None
-    return torch.randint(1 << 31, (1,), generator=state.noise, device=state.noise.device)
+def _noise(state: State, history: History) -> tuple[int, int]:
+    """Return the key of the latest step's stochastic rounding, and the first column; zeros where it is off."""
+    return (0, 0) if state.noise is None else (state.noise.key(history.step), state.noise.first_column)
