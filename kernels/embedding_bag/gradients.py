@@ -113,6 +113,36 @@ class RowGradients:
         self._scale = scale
         return Placed(rows_U, sums_UD, None, scale)
 
+    def is_read(self) -> Tensor:
+        """Return which rows of the table have a gradient, bool [R]."""
+        if self._whole_RD is not None:
+            return self._whole()[1].clone()
+        is_read_R = torch.zeros(self.table_rows, dtype=torch.bool, device=self.device)
+        return is_read_R.index_fill_(0, self.merged()[0], True)
+
+    def spread(self, rows_V: Tensor) -> Tensor:
+        """Give a gradient of zero to those of some rows that have none yet.
+
+        Replicas of a table call it with the same rows, to sum their gradients in place.
+
+        Args:
+            rows_V: int64 rows, ascending and unique; every row that has a gradient is one of them.
+
+        Returns:
+            The buffer of all sums, laid out by `rows_V` and the table's size alone: [V, D], or the whole table.
+        """
+        self._apply_scale()
+        if len(rows_V) >= MOSTLY * self.table_rows:
+            whole_RD, is_read_R = self._whole()
+            is_read_R.index_fill_(0, rows_V, True)
+            return whole_RD
+        assert self._whole_RD is None
+        rows_U, sums_UD = self.merged()
+        spread_VD = sums_UD.new_zeros(len(rows_V), self.width)
+        spread_VD[torch.searchsorted(rows_V, rows_U)] = sums_UD
+        self._rows, self._sums = [rows_V], [spread_VD]
+        return spread_VD
+
     def norm(self) -> Tensor:
         """Return the exact global 2-norm (rows not read have no gradient), a 0-dim tensor."""
         self._apply_scale()

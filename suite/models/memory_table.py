@@ -24,9 +24,10 @@ class MemoryTable(nn.Module):
     """`rows` trainable rows of width `dim`, read as weighted sums.
 
     `before_read` holds functions that are called with the indices of each read before it happens; the row-wise
-    optimizer and the counter of key usage register there. If `gradients` is set, backward passes write compact row
-    gradients to it and leave `weight.grad` None; otherwise the gradient is dense. Initial values are normal with
-    standard deviation `std`; None: dim^-1/2 (released code).
+    optimizer and the counter of key usage register there. Functions in `before_sharing` are called with the rows whose
+    gradients are about to be summed over replicas; this process need not have read them. If `gradients` is set,
+    backward passes write compact row gradients to it and leave `weight.grad` None; otherwise the gradient is dense.
+    Initial values are normal with standard deviation `std`; None: dim^-1/2 (released code).
     """
 
     def __init__(self, rows: int, dim: int, std: float | None = None) -> None:
@@ -34,7 +35,13 @@ class MemoryTable(nn.Module):
         self.std = std
         self.weight = nn.Parameter(torch.empty(rows, dim))
         self.before_read: list[Callable[[Tensor], None]] = []
+        self.before_sharing: list[Callable[[Tensor], None]] = []
         self.gradients: RowGradients | None = None
+
+    @property
+    def first_column(self) -> int:
+        """The place in the whole table of the first column stored here."""
+        return 0
 
     @property
     def wide(self) -> torch.dtype:

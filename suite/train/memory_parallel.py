@@ -3,10 +3,10 @@
 Process m of a group holds columns [m C, (m + 1) C) of every row, C = D / M. To read, the processes of a group gather
 the indices and weights of all their tokens, look up their own columns for all of them, and send each process the
 columns of its tokens. The backward pass does the reverse. Each process thus has the full gradient of its columns from
-the tokens of its group, as compact rows. Replicas exchange their compact rows.
+the tokens of its group, as compact rows. Replicas sum them over the rows that any of them has read.
 
 Shapes: M processes of a group, N tokens of a process, G = M*N tokens of the group, S rows read per token, R rows,
-D row width, C = D / M own columns, U unique rows.
+D row width, C = D / M own columns, V rows that any replica has read.
 """
 
 from __future__ import annotations
@@ -40,11 +40,14 @@ class ColumnTable(MemoryTable):
         rows, dim = table.weight.shape
         super().__init__(rows, dim // self.members, table.std)
 
+    @property
+    def first_column(self) -> int:
+        """The place in the whole table of this process's first column."""
+        return self.mesh.get_local_rank("memory") * self.weight.shape[1]
+
     def columns(self) -> slice:
         """Return the columns of the whole table that this process holds."""
-        width = self.weight.shape[1]
-        first = self.mesh.get_local_rank("memory") * width
-        return slice(first, first + width)
+        return slice(self.first_column, self.first_column + self.weight.shape[1])
 
     def as_dtensor(self, own_RC: Tensor) -> DTensor:
         """Wrap this process's columns of a tensor of rows (weights, a moment) as a DTensor of the whole tensor."""
@@ -66,16 +69,23 @@ class ColumnTable(MemoryTable):
         return products_NS
 
     def share_gradient(self) -> None:
-        """Sum the gradient over replicas, in the same order everywhere, so that all have equal sums."""
+        """Sum the gradient over replicas, in the same order everywhere, so that all have equal sums.
+
+        Compact gradients are summed over the rows that any replica has read: as those rows alone, or as the whole table
+        if they are most of it. What is sent and allocated thus does not grow with the number of replicas.
+        """
         if self.replicas.size() == 1:
             return
-        if self.gradients is not None:
-            pieces = gather_rows(*self.gradients.merged(), self.replicas)
-            self.gradients.clear()
-            for rows_U, sums_UC in pieces:
-                self.gradients.add(rows_U, sums_UC)
-        elif self.weight.grad is not None:
-            dist.all_reduce(self.weight.grad, group=self.replicas)
+        if self.gradients is None:
+            if self.weight.grad is not None:
+                dist.all_reduce(self.weight.grad, group=self.replicas)
+            return
+        is_read_R = self.gradients.is_read().to(torch.uint8)
+        dist.all_reduce(is_read_R, dist.ReduceOp.MAX, group=self.replicas)
+        rows_V = is_read_R.nonzero().squeeze(1)
+        for listener in self.before_sharing:
+            listener(rows_V)
+        dist.all_reduce(self.gradients.spread(rows_V), group=self.replicas)
 
     def share_reads(self, counts: Tensor) -> None:
         """Sum counts of reads over replicas; within a group every process already counts the reads of all."""
@@ -102,28 +112,6 @@ class ColumnTable(MemoryTable):
         columns_MNC = x_ND.unflatten(1, (self.members, -1)).transpose(0, 1)
         swapped_GC: Tensor = _AllToAll.apply(columns_MNC.flatten(0, 1), self.group)
         return swapped_GC
-
-
-def gather_rows(rows_U: Tensor, sums_UD: Tensor, group: ProcessGroup) -> list[tuple[Tensor, Tensor]]:
-    """Gather the compact row gradients of every process of a group.
-
-    Args:
-        rows_U: This process's unique rows, int64.
-        sums_UD: Their gradient sums.
-        group: The process group.
-
-    Returns:
-        (rows, sums) of every process, by rank.
-    """
-    counts = [torch.zeros(1, dtype=torch.int64, device=rows_U.device) for _ in range(group.size())]
-    dist.all_gather(counts, torch.tensor([len(rows_U)], device=rows_U.device), group=group)
-    lengths = [int(count) for count in counts]
-    longest = max(lengths)
-    padded_rows, padded_sums = rows_U.new_zeros(longest), sums_UD.new_zeros(longest, sums_UD.shape[1])
-    padded_rows[: len(rows_U)], padded_sums[: len(rows_U)] = rows_U, sums_UD
-    every_rows = _all_gather(padded_rows, group).split(longest) if longest else [padded_rows] * len(lengths)
-    every_sums = _all_gather(padded_sums, group).split(longest) if longest else [padded_sums] * len(lengths)
-    return [(rows[:length], sums[:length]) for rows, sums, length in zip(every_rows, every_sums, lengths, strict=True)]
 
 
 def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:

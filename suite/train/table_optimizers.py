@@ -91,6 +91,8 @@ def row_adamw(table: MemoryTable, config: TrainConfig, weight_decay: float) -> R
         low_precision=LOW_PRECISION[config.value_precision],
         row_second_moment=config.value_second_moment == "row",
         lazy=config.value_lazy,
+        first_column=table.first_column,
     )
     table.before_read.append(adamw.before_read)
+    table.before_sharing.append(adamw.before_read)
     return adamw

@@ -12,10 +12,13 @@ import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from suite.cells import Cell
 from suite.data.corpus import prepare
+
+if TYPE_CHECKING:
+    from suite.models.transformer import Transformer
 
 TINY = {"base": "w32", "layers": 2, "dim": 16, "heads": 2, "kv_heads": 2, "ffn_hidden": 32}
 MEMORY = {"half_keys": 16, "top_k": 4, "memory_heads": 2}
@@ -30,6 +33,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "peer": MEMORY,
     "ultramem_v2": MEMORY | {"value_dim": 8, "k_dim": 8},
 }
+SPARSE = {"half_keys": 160, "top_k": 2, "memory_heads": 2}
+"""A table of which a step reads a few rows, so that steps are replayed."""
 LARGE = MEMORY | {"half_keys": 260, "placement": (0, 1)}
 """A table with more rows than are initialised together when it is sharded (sharding.ROWS_AT_ONCE)."""
 WITH_MEMORY = [case for case in FAMILIES if case.split()[0] not in ("dense", "moe", "moe_topk")]
@@ -54,7 +59,7 @@ class Job:
 
 def cell_of(case: str, steps: int, **train: Any) -> Cell:
     """Return a cell of a few narrow layers that takes `steps` steps of 8 rows of 64 tokens."""
-    options = LARGE if case == "memory_plus large" else FAMILIES[case]
+    options = {"memory_plus large": LARGE, "pkm sparse": SPARSE}.get(case) or FAMILIES[case]
     fields = {
         "batch_rows": 8,
         "tokens": steps * 8 * 64,
@@ -118,6 +123,19 @@ def main(jobs: list[Job], cache: Path) -> None:
                 lambda: 0 < job.stop_at <= trainer.step and world.rank == job.stopping_rank  # noqa: B023
             )
             assert outcome == ("interrupted" if job.stop_at else "done")
+            if world.distributed:
+                assert_replicas_are_equal(trainer.model)
+
+
+def assert_replicas_are_equal(model: Transformer) -> None:
+    """Processes that hold the same columns of a table hold the same values, bit for bit."""
+    import torch.distributed as dist
+
+    for table in model.memory_tables():
+        for reduce in (dist.ReduceOp.MIN, dist.ReduceOp.MAX):
+            extreme = table.weight.detach().clone()
+            dist.all_reduce(extreme, reduce, group=table.replicas)
+            assert extreme.equal(table.weight)
 
 
 if __name__ == "__main__":

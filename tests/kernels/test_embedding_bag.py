@@ -270,3 +270,25 @@ def test_rows_beyond_two_to_the_31_elements_are_read(backend: str, tmp_path: Pat
     assert weights.grad is not None
     assert weights.grad.tolist() == [[2.0 * width, width]]
     assert sink.merged()[0].tolist() == [1, rows - 1]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.9])
+def test_replicas_sum_gradients_over_the_rows_that_any_has_read(share: float) -> None:
+    """Compact or in a buffer of the whole table, by the rows alone; a factor is applied before."""
+    generator = torch.Generator().manual_seed(0)
+    sinks, dense_RD = [], torch.zeros(50, 4)
+    for factor in (1.0, 0.5):
+        sinks.append(RowGradients(torch.zeros(50, 4)))
+        for _ in range(2):
+            rows = (torch.rand(50, generator=generator) < share / 2).nonzero().squeeze(1)
+            sums = torch.randn(len(rows), 4, generator=generator)
+            sinks[-1].add(rows, sums.clone())
+            dense_RD[rows] += factor * sums
+        sinks[-1].scale_(factor)
+    union = (sinks[0].is_read() | sinks[1].is_read()).nonzero().squeeze(1)
+    first, second = (sink.spread(union) for sink in sinks)
+    first.add_(second)
+    rows, sums = sinks[0].merged()
+    assert rows.equal(union)
+    assert first.shape == ((50, 4) if share == 0.9 else (len(union), 4))
+    torch.testing.assert_close(torch.zeros(50, 4).index_copy_(0, rows, sums), dense_RD)
