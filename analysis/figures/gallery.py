@@ -8,6 +8,7 @@ from pathlib import Path
 from analysis.figures import learning
 from analysis.figures.context import Context, Missing
 from analysis.figures.isoflop import isoflops_of_grid
+from analysis.figures.next_parameter import next_parameter
 from analysis.figures.scores import SCORE_FIGURES
 from analysis.figures.style import FORMATS
 from analysis.figures.variants import CELL_FIGURES
@@ -29,6 +30,7 @@ CAPTIONS = {
     "final-scores": "Final scores",
     "scores-rows": "Final scores against memory rows, with published points",
     "scores-base": "Final scores against base size",
+    "next-parameter": "Gain over the base against what each destination adds",
     "scores-cost": "Final scores against training FLOPs and bytes read per token",
     "plan": "Predicted against measured wall-clock",
 }
@@ -41,6 +43,7 @@ FIGURES: list[tuple[str, Draw, bool]] = [
     ("loss-curves", learning.loss_curves, False),
     *((name, function, False) for name, function in [*CELL_FIGURES, *SCORE_FIGURES]),
     ("isoflop", isoflops_of_grid, False),
+    ("next-parameter", next_parameter, False),
 ]
 """Name, function, and whether it needs storage probes."""
 

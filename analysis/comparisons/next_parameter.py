@@ -1,0 +1,279 @@
+"""Where the next parameter goes: what each destination gains over a base for what it adds.
+
+A destination is a way to grow the reference's plain model of a base: a wider reference, or another family at one of its
+sizes. A step is one size of a destination. Its gain is paired over seeds with the base: doublings of learning speed
+(log2 of the ratio of E50), or the improvement of a final score. What it costs is its ratio to the base along an axis:
+parameters, bytes held, bytes read, multiply-adds, or training time. All choices here are ours.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+
+from analysis.comparisons.paired import E50, SAME_TOKENS
+from analysis.comparisons.statistics import Difference, holm, paired
+from analysis.errors import InputError
+from analysis.records.grid_data import GridData
+from analysis.records.labels import SHAPE, flat
+
+AXES = {
+    "params": ("params_total", "parameters"),
+    "held": ("bytes_held", "bytes of weights held"),
+    "bytes": ("bytes_per_token", "bytes read per token"),
+    "macs": ("macs", "multiply-adds per token"),
+    "time": ("s_per_token", "training time per token"),
+}
+"""Axis -> column and what it is called."""
+BYTES_HELD = 2
+"""Bytes per weight at inference (bf16), as in an account's bytes per token."""
+SIZES = (*SHAPE, "half_keys", "experts", "rows")
+"""Model fields that make a destination larger; runs that differ in others belong to different destinations."""
+SPENDS = float(np.log2(1.02))
+"""A step whose cost is below the base's plus 2 % spends nothing of an axis."""
+LOWER_IS_BETTER = ("nll", "bits_per_byte", "byte_perplexity", "word_perplexity")
+ALPHA = 0.05
+
+
+@dataclass(frozen=True)
+class Step:
+    """One size of a destination.
+
+    Attributes:
+        base: Name of the base size.
+        destination: How the base grows.
+        label: Variant of the runs.
+        amount: Cost by axis, in the axis' units.
+        doublings: Log2 of the ratio of that cost to the base's, by axis.
+        gains: Gain by seed.
+        left_out: Pairs without a gain: half of the bits never learned, or another number of tokens.
+    """
+
+    base: str
+    destination: str
+    label: str
+    amount: Mapping[str, float]
+    doublings: Mapping[str, float]
+    gains: Mapping[int, float]
+    left_out: int
+
+    @property
+    def gain(self) -> Difference:
+        """The mean gain over seeds."""
+        return paired(np.array([*self.gains.values()]))
+
+
+@dataclass(frozen=True)
+class Lead:
+    """Who gains most at one cost.
+
+    Attributes:
+        doublings: Log2 of the ratio of the cost to the base's.
+        leader: Destination of the largest mean gain.
+        runner_up: Destination that comes closest.
+        difference: Gain of the leader less that of the runner-up, over common seeds.
+        decided: Whether the leader is ahead of every other destination that was measured there, by t-tests at 5 % with
+            Holm's adjustment over all comparisons of the base.
+    """
+
+    doublings: float
+    leader: str
+    runner_up: str
+    difference: Difference
+    decided: bool
+
+
+def metric_of(data: GridData, metric: str | None) -> str:
+    """Return the metric that gains are measured in: as requested, as the contrast declares, or E50 where runs have it.
+
+    Raises:
+        InputError: The runs do not have the metric.
+    """
+    available = [E50] if data.has_bits else []
+    available += sorted(set(data.scores["key"])) if len(data.scores) else []
+    chosen = metric or (data.contrast.metric if data.contrast else next(iter(available), None))
+    if chosen not in available:
+        raise InputError(f"--metric: got {chosen!r}, allowed: {', '.join(available) or 'none: no finished run'}")
+    return str(chosen)
+
+
+def steps(data: GridData, metric: str) -> list[Step]:
+    """Return the steps of every destination, by base, destination and size; see the module."""
+    runs = data.done[data.done["macs"].notna() & (data.done["partner"] >= 0)]
+    runs = runs.assign(
+        destination=_destinations(runs, data.reference),
+        bytes_held=BYTES_HELD * runs["params_total"],
+        s_per_token=runs["wall_s"] / runs["tokens"],
+        outcome=_outcomes(data, metric).reindex(runs.index),
+        base_label=data.runs["label"].to_numpy()[runs["partner"]],
+    )
+    result = []
+    for (_, base_label), family in runs.groupby(["pairing", "base_label"], sort=False):
+        plain = family[(family["label"] == base_label) & ~family["reshaped"]]
+        others = family[family["label"] != base_label]
+        for (destination, label), step in others.groupby(["destination", "label"], sort=False):
+            result.append(_step(plain, step, str(destination), str(label), metric))
+    order = {base: at for at, base in enumerate(data.bases)}
+    names = list(dict.fromkeys(step.destination for step in result))
+    return sorted(result, key=lambda step: (order[step.base], names.index(step.destination), step.doublings["params"]))
+
+
+def _destinations(runs: pd.DataFrame, reference: str) -> list[str]:
+    """Return the destination of each run: its family, and the settings of its model that tell it from others of it."""
+    settings = []
+    for model in runs["model"]:
+        options = {key: value for key, value in flat(model).items() if key not in (*SIZES, "family", "base")}
+        settings.append({key: value for key, value in options.items() if value is not None})
+    names = []
+    for (_, run), own in zip(runs.iterrows(), settings, strict=True):
+        same = [other for other, family in zip(settings, runs["family"], strict=True) if family == run["family"]]
+        varying = [key for key in own if len({json.dumps(other.get(key)) for other in same}) > 1]
+        wider = ["wider"] if run["family"] == reference and run["reshaped"] else []
+        names.append(" ".join([str(run["family"]), *wider, *(f"{key}={own[key]}" for key in varying)]))
+    return names
+
+
+def _outcomes(data: GridData, metric: str) -> pd.Series:
+    """Return the outcome of each finished run, larger is better; NaN without one."""
+    if metric == E50:
+        reached = data.done["e50_state"] == "reached"
+        e50 = data.done["e50"].astype(float).where(reached)
+        return pd.Series(-np.log2(e50.to_numpy(float)), index=e50.index)
+    scores = data.scores[data.scores["key"] == metric]
+    several = scores["score"].unique()
+    if len(several) > 1:
+        raise InputError(f"--metric {metric}: the runs were scored in {len(several)} ways; compare them in the report")
+    sign = -1.0 if metric.rpartition("/")[2] in LOWER_IS_BETTER else 1.0
+    return sign * scores.set_index("run")["value"].astype(float)
+
+
+def _step(plain: pd.DataFrame, step: pd.DataFrame, destination: str, label: str, metric: str) -> Step:
+    """Return the step of one variant, paired by seed with the runs of the base."""
+    pairs = step.merge(plain, on="seed", suffixes=("", "_base"))
+    gains = pairs["outcome"] - pairs["outcome_base"]
+    if metric != E50:
+        gains = gains.where((pairs["tokens"] / pairs["tokens_base"] - 1).abs() <= SAME_TOKENS)
+    amount = {axis: float(step[column].median()) for axis, (column, _) in AXES.items()}
+    of_base = {axis: float(plain[column].median()) for axis, (column, _) in AXES.items()}
+    with np.errstate(divide="ignore", invalid="ignore"):
+        doublings = {axis: float(np.log2(amount[axis] / of_base[axis])) for axis in AXES}
+    valid = gains.notna()
+    by_seed = dict(zip(pairs.loc[valid, "seed"].astype(int), gains[valid].astype(float), strict=True))
+    base = str(step["base"].iloc[0])
+    return Step(base, destination, label, amount, doublings, by_seed, int((~valid).sum()))
+
+
+def per_doubling(members: Sequence[Step], by: str) -> list[Difference | None]:
+    """Return what each step of one destination gains per doubling of a cost, over the step before it (or the base).
+
+    Args:
+        members: The steps of one destination at one base, from small to large.
+        by: An axis.
+
+    Returns:
+        The mean over seeds with its interval; None for a step that adds less than 2 % to the cost of the one before.
+    """
+    zero = dict.fromkeys(members[0].gains, 0.0) if members else {}
+    result: list[Difference | None] = []
+    for before, step in pairwise([None, *members]):
+        assert step is not None
+        start, earlier = (0.0, zero) if before is None else (before.doublings[by], before.gains)
+        added = step.doublings[by] - start
+        seeds = [seed for seed in step.gains if before is None or seed in earlier]
+        values = [(step.gains[seed] - (earlier[seed] if before else 0.0)) / added for seed in seeds] if added else []
+        result.append(paired(np.array(values)) if added >= SPENDS else None)
+    return result
+
+
+def leads(members: Sequence[Step], by: str) -> list[Lead]:
+    """Return who gains most at each cost that some step of a base has.
+
+    Between its steps, a destination's gain is linear in the logarithm of the cost, and 0 at the base; beyond its last
+    step it is not compared.
+
+    Args:
+        members: All steps of one base.
+        by: An axis.
+    """
+    curves = {name: curve for name, curve in _curves(members, by).items() if len(curve[1])}
+    costs = sorted({float(x) for xs, _ in curves.values() for x in xs[1:]})
+    compared = []
+    for cost in costs:
+        gains = {
+            name: {seed: float(np.interp(cost, xs, ys)) for seed, ys in by_seed.items()}
+            for name, (xs, by_seed) in curves.items()
+            if xs[-1] >= cost - 1e-9
+        }
+        if len(gains) > 1:
+            compared.append((cost, *_against_others(gains)))
+    adjusted = iter(holm([other.p for _, _, others in compared for other in others.values()]))
+    result = []
+    for cost, leader, others in compared:
+        p_values = [next(adjusted) for _ in others]
+        closest = min(others, key=lambda name: others[name].mean)
+        result.append(Lead(cost, leader, closest, others[closest], all(p < ALPHA for p in p_values)))
+    return result
+
+
+def _curves(members: Sequence[Step], by: str) -> dict[str, tuple[np.ndarray, dict[int, np.ndarray]]]:
+    """Return the gain of each destination over its cost, by the seeds that all of its steps have."""
+    curves = {}
+    for name in dict.fromkeys(step.destination for step in members):
+        own = [step for step in members if step.destination == name and step.doublings[by] >= SPENDS]
+        own = sorted(own, key=lambda step: step.doublings[by])
+        seeds = set.intersection(*(set(step.gains) for step in own)) if own else set()
+        xs = np.array([0.0, *(step.doublings[by] for step in own)])
+        curves[name] = (xs, {seed: np.array([0.0, *(step.gains[seed] for step in own)]) for seed in sorted(seeds)})
+    return curves
+
+
+def _against_others(gains: Mapping[str, Mapping[int, float]]) -> tuple[str, dict[str, Difference]]:
+    """Return the destination of the largest mean gain, and its difference to each other over common seeds."""
+    leader = max(gains, key=lambda name: float(np.mean([*gains[name].values()])))
+    others = {}
+    for name in gains:
+        if name != leader:
+            seeds = [seed for seed in gains[leader] if seed in gains[name]]
+            others[name] = paired(np.array([gains[leader][seed] - gains[name][seed] for seed in seeds]))
+    return leader, others
+
+
+def equivalent_size(data: GridData, members: Sequence[Step], of_reference: Sequence[Step]) -> dict[str, Difference]:
+    """Return the size of a reference model of equal outcome (N_eq), by label, as the log2 of its ratio to the base.
+
+    Each seed's curve of the wider reference is solved for the seed's gain; see `leads` for what lies between its steps.
+
+    Args:
+        data: The grid.
+        members: All steps of one base.
+        of_reference: Those of them that widen the reference.
+
+    Returns:
+        By label; a variant is absent where the gain of any seed is outside the curve.
+    """
+    curves = _curves(of_reference, "params")
+    if len(curves) != 1:
+        return {}
+    ((xs, by_seed),) = curves.values()
+    sizes = {}
+    for step in members:
+        seeds = [seed for seed in step.gains if seed in by_seed]
+        if step.destination.split(" ")[0] == data.reference or not seeds:
+            continue
+        found = [_crossing(xs, by_seed[seed], step.gains[seed]) for seed in seeds]
+        if all(value is not None for value in found):
+            sizes[step.label] = paired(np.array(found, float))
+    return sizes
+
+
+def _crossing(xs: np.ndarray, ys: np.ndarray, value: float) -> float | None:
+    """Return the first place where a piecewise linear curve reaches a value; None if it does not."""
+    for (x0, y0), (x1, y1) in pairwise(zip(xs, ys, strict=True)):
+        if min(y0, y1) <= value <= max(y0, y1):
+            return float(x0 if y0 == y1 else x0 + (x1 - x0) * (value - y0) / (y1 - y0))
+    return None

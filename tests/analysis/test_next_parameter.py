@@ -1,0 +1,102 @@
+"""Where the next parameter goes: gains per doubling, who leads where, and the equivalent size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from run_folders import write_run
+
+from analysis.__main__ import main
+from analysis.comparisons.next_parameter import AXES, Step, equivalent_size, leads, metric_of, per_doubling, steps
+from analysis.errors import InputError
+from analysis.records.grid_data import GridData, load
+from analysis.report.next_parameter import lead_sentences
+
+
+def step(destination: str, doublings: float, gains: dict[int, float]) -> Step:
+    cost = dict.fromkeys(AXES, doublings)
+    return Step("w32", destination, f"{destination} x{doublings}", dict.fromkeys(AXES, 2**doublings), cost, gains, 0)
+
+
+def seeds(mean: float, spread: float = 0.1) -> dict[int, float]:
+    return {seed: mean + spread * (seed - 2) for seed in range(5)}
+
+
+def test_gain_per_doubling_is_the_slope_of_each_step() -> None:
+    first, second, free = step("moe", 1.0, seeds(0.5)), step("moe", 3.0, seeds(1.5)), step("moe", 3.01, seeds(1.6))
+    rates = per_doubling([first, second, free], "params")
+    assert rates[0] is not None
+    assert rates[0].mean == pytest.approx(0.5)
+    # 0.1 * the standard deviation of -2..2, over the root of five pairs, times the t quantile of four degrees
+    assert rates[0].high - rates[0].mean == pytest.approx(0.1 * np.sqrt(2.5 / 5) * 2.776445)
+    assert rates[1] is not None
+    assert rates[1].mean == pytest.approx(0.5)
+    assert rates[1].high == pytest.approx(rates[1].low), "the spread of both steps is of the same seeds"
+    assert rates[2] is None, "a step that adds 0.7 % has no slope"
+
+
+def test_the_leader_is_compared_at_equal_costs_only_where_both_were_measured() -> None:
+    noise = {seed: (0.01 if seed % 2 else -0.01) for seed in range(5)}
+    low = step("moe", 2.0, seeds(0.4))
+    high = step("memory_plus", 1.0, {seed: value + 0.5 + noise[seed] for seed, value in seeds(0.2, 0.05).items()})
+    (lead,) = leads([low, high], "params")
+    assert lead.doublings == 1.0
+    assert (lead.leader, lead.runner_up, lead.decided) == ("memory_plus", "moe", True)
+    assert lead.difference.mean == pytest.approx(0.5 - 0.002)
+    (sentence,) = lead_sentences([lead], "parameters")
+    assert sentence.startswith("at 2 times the parameters memory_plus gains most (+0.498 [")
+
+
+def test_no_leader_is_declared_within_noise_or_with_few_pairs() -> None:
+    gains = [seeds(0.1, 0.2), dict(enumerate(reversed(seeds(0.12, 0.2).values())))]
+    (close,) = leads([step("a", 1.0, gains[0]), step("b", 1.0, gains[1])], "params")
+    assert not close.decided
+    assert "none can be told" in lead_sentences([close], "parameters")[0]
+    few = leads([step("a", 1.0, {0: 0.1, 1: 0.1}), step("b", 1.0, {0: 2.0, 1: 2.1})], "params")
+    assert not few[0].decided
+    assert "2 pairs are too few" in lead_sentences(few, "parameters")[0]
+    assert "no two destinations" in lead_sentences(leads([step("a", 1.0, seeds(1))], "params"), "parameters")[0]
+
+
+def test_equivalent_size_inverts_the_curve_of_the_wider_reference() -> None:
+    empty = pd.DataFrame()
+    data = GridData(empty, empty, empty, empty, "dense")
+    wider = [step("dense wider", 1.0, seeds(0.4)), step("dense wider", 2.0, seeds(0.8))]
+    ours = step("pkm", 5.0, {seed: gain + 0.1 for seed, gain in seeds(0.4).items()})
+    beyond = step("peer", 5.0, seeds(3.0))
+    sizes = equivalent_size(data, [*wider, ours, beyond], wider)
+    assert set(sizes) == {ours.label}
+    # both curves shift alike with the seed, so every seed gives 1 + 0.1 / 0.4 doublings
+    assert sizes[ours.label].mean == pytest.approx(1.25)
+
+
+def test_steps_of_a_grid_are_paired_by_seed_with_their_base(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in range(5):
+        write_run(tmp_path, "dense", "w32", seed, 20.0 + seed)
+        write_run(tmp_path, "memory_plus", "w32", seed, (20.0 + seed) / 2, half_keys=16)
+        write_run(tmp_path, "memory_plus", "w32", seed, (20.0 + seed) / 4, half_keys=64)
+    write_run(tmp_path, "moe", "w32", 0, 500.0)
+    data = load(tmp_path, fallback="dense")
+    by_label = {item.label: item for item in steps(data, metric_of(data, None))}
+    small, large, moe = (by_label[name] for name in ("memory_plus k16", "memory_plus k64", "moe"))
+    assert small.gain.mean == pytest.approx(1.0, abs=0.05)
+    assert large.gain.mean == pytest.approx(2.0, abs=0.05)
+    assert small.doublings["params"] == pytest.approx(np.log2((50_000 + 256 * 32) / 50_000))
+    assert (moe.gain.n, moe.left_out) == (0, 1)
+    with pytest.raises(InputError, match="--metric: got 'piqa/acc', allowed: e50"):
+        metric_of(data, "piqa/acc")
+
+    figures = tmp_path / "figures"
+    assert main(["next", "--results", str(tmp_path), "--figure", str(figures), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    gains = {item["variant"]: item["gain"]["mean"] for item in document["bases"][0]["steps"]}
+    assert gains["memory_plus k64"] == pytest.approx(2.0, abs=0.05)
+    assert (figures / "next-parameter.png").stat().st_size > 10_000
+    assert main(["next", "--results", str(tmp_path)]) == 0
+    assert "| w32 | memory_plus | memory_plus k64 |" in capsys.readouterr().out
+    assert main(["next", "--results", str(tmp_path), "--by", "euros"]) == 2
+    assert "--by: got 'euros', allowed: params" in capsys.readouterr().err
