@@ -37,7 +37,9 @@ class TrainConfig(Frozen):
     epochs: float | None = Field(default=None, gt=0, description="passes over the data; for bios: exposures per fact")
     lr: float = Field(gt=0, description="peak learning rate")
     value_lr: float | None = Field(
-        default=None, gt=0, description="peak learning rate of value tables; None: ten times lr (released template)"
+        default=None,
+        gt=0,
+        description="peak learning rate of value tables; None: ten times lr (released template), five times for engram",
     )
     value_lr_end: float = Field(
         default=1.0,
@@ -69,7 +71,7 @@ class TrainConfig(Frozen):
     value_lazy: bool = Field(default=False, description="do not update unread rows (LazyAdam)")
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled weight decay, of every parameter")
     value_weight_decay: float | None = Field(
-        default=None, ge=0, description="weight decay of value tables; None: weight_decay"
+        default=None, ge=0, description="weight decay of value tables; None: weight_decay, and 0 for engram"
     )
     betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False, description="AdamW's betas")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")

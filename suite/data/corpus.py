@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from suite.data import resumable_writer, shards, tokenizers
+from suite.data.canonical_ids import canonical_ids
 from suite.data.loader import Loader
 from suite.data.resumable_writer import HELD_OUT, Progress
 from suite.data.shards import META, Round
@@ -82,6 +83,10 @@ class Corpus:
                 else:
                     alternating.append(text)
         return alternating
+
+    def canonical_ids(self) -> list[int]:
+        """Return the canonical id of every token."""
+        return canonical_ids(self.tokenizer)
 
     def loader(self, seed: int, batch_rows: int) -> Loader:
         """Return batches of `batch_rows` rows of `config.seq_len` tokens, in the order of `seed`."""

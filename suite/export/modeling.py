@@ -145,6 +145,10 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace the token embedding, whose size becomes that of the vocabulary."""
         self.model.embedding = value
         self.model.vocab_size = value.num_embeddings
+        for module in self.model.modules():
+            resize_vocabulary = getattr(module, "resize_vocabulary", None)
+            if resize_vocabulary is not None:
+                resize_vocabulary(value.num_embeddings)
 
     def get_output_embeddings(self) -> torch.nn.Module | None:
         """Return the output head; None if it is the token embedding."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,18 @@ from suite.models.registry import ModelConfig
 from suite.models.sizes import Size
 from suite.models.transformer import Transformer
 
+CanonicalIds = Callable[[], list[int]]
+"""Returns the canonical id of every token; called for models that hash them."""
 
-def build(config: ModelConfig, vocab_size: int, seed: int) -> Transformer:
+
+def build(config: ModelConfig, vocab_size: int, seed: int, canonical_ids: CanonicalIds | None = None) -> Transformer:
     """Build the model of a configuration and draw its initial weights, unless it is on the meta device.
 
     Args:
         config: The configuration.
         vocab_size: Entries of the vocabulary.
         seed: The seed of the initial weights.
+        canonical_ids: The canonical ids of the vocabulary's tokens; None: every token has its own.
 
     Returns:
         The model.
@@ -28,12 +33,12 @@ def build(config: ModelConfig, vocab_size: int, seed: int) -> Transformer:
     """
     model = Transformer(config, vocab_size)
     if not model.norm.weight.is_meta:
-        initialise(model, seed)
+        initialise(model, seed, canonical_ids)
     return model
 
 
 @torch.no_grad()
-def initialise(model: Transformer, seed: int) -> None:
+def initialise(model: Transformer, seed: int, canonical_ids: CanonicalIds | None = None) -> None:
     """Fill every parameter from its own generator, seeded by (seed, name).
 
     Two models therefore start with equal values in the parameters that they share. Matrices
@@ -43,6 +48,7 @@ def initialise(model: Transformer, seed: int) -> None:
     `reset_buffers` at what it sets.
     """
     reset_statistics(model)
+    set_canonical_ids(model, canonical_ids)
     for name, parameter in model.named_parameters():
         fill(model, name, parameter, generator_of(seed, name, parameter.device))
 
@@ -57,6 +63,18 @@ def reset_statistics(model: Transformer) -> None:
             module.reset_running_stats()
         elif (reset_buffers := getattr(module, "reset_buffers", None)) is not None:
             reset_buffers()
+
+
+@torch.no_grad()
+def set_canonical_ids(model: Transformer, canonical_ids: CanonicalIds | None) -> None:
+    """Pass the canonical ids to the modules that hash them; None: every token has its own, as after a reset."""
+    if canonical_ids is None:
+        return
+    setters = [getattr(module, "set_canonical_ids", None) for module in model.modules()]
+    ids = canonical_ids() if any(setters) else []
+    for setter in setters:
+        if setter is not None:
+            setter(ids)
 
 
 def generator_of(seed: int, name: str, device: torch.device) -> torch.Generator:

@@ -52,6 +52,16 @@ class ModelConfig(BaseModel):
         return getattr(self, "half_keys", None)
 
     @property
+    def value_lr_ratio(self) -> float:
+        """Learning rate of value tables over the base rate, where train.value_lr is None (released template)."""
+        return 10.0
+
+    @property
+    def default_value_weight_decay(self) -> float | None:
+        """Weight decay of value tables where train.value_weight_decay is None; None: train.weight_decay."""
+        return None
+
+    @property
     def batch_statistics(self) -> bool:
         """Whether a layer uses statistics of the micro-batch, so that the size of a micro-batch changes the result."""
         return False

@@ -101,9 +101,11 @@ class Trainer:
             # Imported here because it takes almost two seconds and one process does not need it.
             from suite.train.sharding import build_sharded
 
-            model = build_sharded(cell.model, self.corpus.vocab_size, cell.seed, world, self.config.precision)
+            precision, ids = self.config.precision, self.corpus.canonical_ids
+            model = build_sharded(cell.model, self.corpus.vocab_size, cell.seed, world, precision, ids)
         else:
-            model = models.build(cell.model, self.corpus.vocab_size, cell.seed).to(self.device)
+            model = models.build(cell.model, self.corpus.vocab_size, cell.seed, self.corpus.canonical_ids)
+            model = model.to(self.device)
         if world.parallel.checkpoint_activations:
             recompute_blocks(model)
         if not self.config.compile:

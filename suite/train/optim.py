@@ -23,9 +23,6 @@ from suite.models.transformer import Transformer
 from suite.train.muon import NamedMuon
 from suite.train.table_optimizers import RowSGD, row_adamw, row_sgd
 
-VALUE_LR_RATIO = 10.0
-"""Default ratio of the learning rate of value tables to the base rate: 1e-3 to 1e-4 in the released template."""
-
 OptimizerName = Literal["adamw", "muon", "row_adamw", "row_sgd"]
 
 TABLE_OPTIMIZERS: dict[str, OptimizerName] = {"row_wise": "row_adamw", "dense": "adamw", "sgd": "row_sgd"}
@@ -52,8 +49,9 @@ def parameter_rules(model: Transformer, config: TrainConfig) -> list[Rule]:
     """Return the rules of a cell, in order of precedence."""
     tables = {id(table.weight) for table in model.memory_tables()}
     table_names = [name for name, parameter in model.named_parameters() if id(parameter) in tables]
-    value_lr = config.value_lr or VALUE_LR_RATIO * config.lr
-    value_decay = config.weight_decay if config.value_weight_decay is None else config.value_weight_decay
+    value_lr = config.value_lr or model.config.value_lr_ratio * config.lr
+    decays = (config.value_weight_decay, model.config.default_value_weight_decay, config.weight_decay)
+    value_decay = next(decay for decay in decays if decay is not None)
     rules = []
     if table_names:
         optimizer = TABLE_OPTIMIZERS[config.table_optimizer]

@@ -23,7 +23,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from suite.errors import UserError
-from suite.models.initial_weights import fill, generator_of, reset_statistics
+from suite.models.initial_weights import CanonicalIds, fill, generator_of, reset_statistics, set_canonical_ids
 from suite.models.moe import LossBalanced, TokenChoice
 from suite.models.precision import at_least_fp32
 from suite.models.registry import ModelConfig
@@ -36,7 +36,14 @@ ROWS_AT_ONCE = 1 << 16
 pieces as at once."""
 
 
-def build_sharded(config: ModelConfig, vocab_size: int, seed: int, world: World, precision: str) -> Transformer:
+def build_sharded(
+    config: ModelConfig,
+    vocab_size: int,
+    seed: int,
+    world: World,
+    precision: str,
+    canonical_ids: CanonicalIds | None = None,
+) -> Transformer:
     """Build this process's shard of a model, with the initial weights that a single process would draw.
 
     It materialises at most one full parameter outside the tables at a time.
@@ -47,6 +54,7 @@ def build_sharded(config: ModelConfig, vocab_size: int, seed: int, world: World,
         seed: Seed of the initial weights.
         world: The processes that share the model.
         precision: Train.precision; with "bf16", weight matrices are gathered in bf16.
+        canonical_ids: As for `initial_weights.build`.
 
     Raises:
         UserError: Memory_parallel does not divide the row width.
@@ -63,6 +71,7 @@ def build_sharded(config: ModelConfig, vocab_size: int, seed: int, world: World,
     _fully_shard(model, data, precision)
     model.to_empty(device=world.device)
     reset_statistics(model)
+    set_canonical_ids(model, canonical_ids)
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             _fill_shard(model, name, parameter, seed)

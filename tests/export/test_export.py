@@ -41,6 +41,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "memory_plus": {"family": "memory_plus", "base": "w32", **SMALL, "qk_norm": True},
     "peer": {"family": "peer", "base": "w32", **SMALL},
     "ultramem_v2": {"family": "ultramem_v2", "base": "w32", **SMALL},
+    "engram": {"family": "engram", "base": "w32", "head_rows": 40, "hash_heads": 2, "zero_kernel": False},
 }
 
 
@@ -150,7 +151,7 @@ def test_modules_at_every_point_work_with_padding_and_a_cache(name: str, tmp_pat
         torch.testing.assert_close(theirs(tokens()[[1, 0], :1], past_key_values=cache).logits[:1, -1], expected)
 
 
-@pytest.mark.parametrize("name", ["memory_plus", "hashed_ngram"])
+@pytest.mark.parametrize("name", ["memory_plus", "hashed_ngram", "engram"])
 def test_a_transformers_cache_can_be_filled_reordered_and_continued(name: str, tmp_path: Path) -> None:
     model, theirs = exported(name, tmp_path / "out")
     cache = transformers.DynamicCache(config=theirs.config)

@@ -20,6 +20,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "dense": {"family": "dense", "base": "w32"},
     "moe_topk": {"family": "moe_topk", "base": "w32"},
     "memory_plus": {"family": "memory_plus", **MEMORY},
+    "engram": {"family": "engram", "base": "w32", "head_rows": 40, "hash_heads": 2},
     "peer tied": {"family": "peer", **MEMORY, "tie_embeddings": True},
 }
 VOCABULARY = 50

@@ -28,6 +28,18 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "peer": {"half_keys": 16, "top_k": 8},
     "ultramem_v2": {"half_keys": 10, "top_k": 8, "memory_heads": 2},
     "memory_plus keep_ffn": {"half_keys": 16, "top_k": 8, "keep_ffn": True, "placement": (1, 2)},
+    "engram": {"head_rows": 40, "hash_heads": 2, "zero_kernel": False},
+    "engram v4.1": {"form": "v4.1", "head_rows": 40, "hash_heads": 2, "placement": (0, 2), "gate": "sigmoid"},
+    "engram beside": {
+        "form": "qwen",
+        "head_rows": 40,
+        "hash_heads": 2,
+        "zero_kernel": False,
+        "shared_mix": False,
+        "prime_rows": False,
+        "point": "beside_ffn",
+        "gate": "none",
+    },
 }
 
 

@@ -32,6 +32,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "memory_plus": MEMORY | {"placement": (0, 1), "qk_norm": True},
     "peer": MEMORY,
     "ultramem_v2": MEMORY | {"value_dim": 8, "k_dim": 8},
+    "engram": {"head_rows": 30, "hash_heads": 2, "placement": (0, 1), "zero_kernel": False},
 }
 SPARSE = {"half_keys": 160, "top_k": 2, "memory_heads": 2}
 """A table of which a step reads a few rows, so that steps are replayed."""

@@ -14,6 +14,8 @@ def tiny_cell(family: str = "dense", seed: int = 0, **train: Any) -> Cell:
         model |= {"router": "softmax"} if option == "softmax" else {option: True}
     if family in ("pkm", "memory_plus", "ultramem_v2"):
         model |= {"half_keys": 16, "top_k": 4}
+    if family == "engram":
+        model |= {"head_rows": 100, "hash_heads": 2}
     fields = {
         "batch_rows": 4,
         "epochs": 2.0,

@@ -7,6 +7,7 @@ import torch
 from model_families import OPTIONS, VOCAB, config
 
 from suite.models.accounting import meta_model
+from suite.models.cache import EarlierTokens
 from suite.plan.activation_memory import PartCache, StepTracer, one_row
 from suite.plan.fused_attention import Kernels, Precision
 from suite.plan.live_bytes import LiveBytes
@@ -59,12 +60,17 @@ def test_every_block_uses_the_memory_predicted_for_its_part(case: str, precision
     with torch.device("meta"):
         rotation = model._rotation(0, 16, x_BTD.device)
         bias = torch.zeros(2, 1, 16, 16, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    for part, block in zip(StepTracer(model, 16, precision).parts(2).parts[1:-1], model.layers, strict=True):
+        ids_BTW = torch.zeros(2, 16, model.window, dtype=torch.int64)
+        earlier = EarlierTokens(segments_BT=torch.zeros(2, 16, dtype=torch.int64))
+    parts = StepTracer(model, 16, precision).parts(2).parts
+    for part, block in zip(parts[-1 - len(model.layers) : -1], model.layers, strict=True):
         copies = {id(weight): weight.bfloat16() for weight in block.parameters()} if precision == "bf16" else {}
         with one_row(model.memory_tables()):
-            excluded = (x_BTD, *rotation, bias, *model.parameters(), *copies.values())
+            excluded = (x_BTD, *rotation, bias, ids_BTW, earlier.segments_BT, *model.parameters(), *copies.values())
             with LiveBytes(*excluded) as live, Kernels(precision, copies):
-                y_BTD = block(x_BTD, rotation, bias, None, 0)
+                y = block(x_BTD, rotation, bias, None, 0, ids_BTW, None, earlier)
+                y_BTD = y if block.skip is None else y[0] + y[1]
+                del y
                 assert (part.forward, part.saved) == (live.peak, live.bytes)
                 live.peak = live.bytes
                 y_BTD.backward(torch.empty_like(y_BTD))

@@ -39,6 +39,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "peer": {"family": "peer", "base": "w48", **SMALL},
     "ultramem_v2": {"family": "ultramem_v2", "base": "w32", "half_keys": 32, "top_k": 8},
     "hashed_ngram": {"family": "hashed_ngram", "base": "w32"},
+    "engram": {"family": "engram", "base": "w32", "head_rows": 300},
+    "engram v4.1": {"family": "engram", "base": "w48", "form": "v4.1", "head_rows": 300},
 }
 
 

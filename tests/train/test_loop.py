@@ -60,7 +60,10 @@ SGD = {"table_optimizer": "sgd", "value_lr": 0.5}
 @pytest.mark.parametrize(
     ("family", "options"),
     [
-        *[(family, {}) for family in ("dense", "moe", "moe_topk", "pkm", "pkm query_batchnorm", "memory_plus")],
+        *[
+            (family, {})
+            for family in ("dense", "moe", "moe_topk", "pkm", "pkm query_batchnorm", "memory_plus", "engram")
+        ],
         ("moe_topk softmax", {}),
         ("ultramem_v2", {"value_lr_end": 0.25}),
         ("moe_topk", {"matrix_optimizer": "muon"}),

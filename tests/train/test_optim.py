@@ -39,6 +39,7 @@ MATRICES = {
     "memory_plus": [ATTENTION, SWIGLU, r"layers\.\d\.feed_forward\.(query|gate|out)\.weight"],
     "peer": [ATTENTION, SWIGLU, r"layers\.1\.feed_forward\.query\.weight"],
     "ultramem_v2": [ATTENTION, SWIGLU, r"layers\.\d\.feed_forward\.memory\.(query|factor|out)\.weight"],
+    "engram": [ATTENTION, SWIGLU, r"layers\.\d\.before_attention\.(key|value)\.weight"],
 }
 """Names of the weight matrices inside blocks, by family."""
 

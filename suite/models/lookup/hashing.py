@@ -1,0 +1,119 @@
+"""Rows of n-grams: multiplicative-XOR hashes of token ids (Engram, arXiv 2601.07372, section 2, and its code).
+
+The hash of order n is (x_0 m_0) ^ (x_1 m_1) ^ ... over the last n ids, the current one first, modulo a head's rows.
+
+Shapes: B rows, T tokens, V vocabulary, N highest order, H = (N - 1) * heads per order.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+LAYER_SEED = 10007
+"""Distance of the seeds of consecutive layers in the published code."""
+
+
+class NgramHash(nn.Module):
+    """The rows of the n-grams that end at each token, one per order and head, in one table of all heads.
+
+    The buffers are part of a checkpoint, so a trained model needs neither its tokenizer nor numpy's generator.
+
+    Args:
+        vocab_size: Entries of the vocabulary (V).
+        moduli: Rows of each order and head, orders ascending.
+        orders: The highest order (N); the lowest is 2.
+        seed: Seed of the multipliers.
+        shared_mix: Whether all heads of an order share their multipliers and differ in the modulus only, as in the
+            published code.
+        canonical: Whether ids are mapped to canonical ones.
+    """
+
+    canonical_ids: Tensor
+    multipliers_HN: Tensor
+    moduli_H: Tensor
+    first_H: Tensor
+
+    def __init__(
+        self, vocab_size: int, moduli: list[int], orders: int, seed: int, shared_mix: bool, canonical: bool
+    ) -> None:
+        super().__init__()
+        self.moduli, self.orders, self.seed, self.shared_mix = moduli, orders, seed, shared_mix
+        self.canonical = canonical
+        self.register_buffer("canonical_ids", torch.empty(vocab_size + 1, dtype=torch.int64))
+        self.register_buffer("multipliers_HN", torch.empty(len(moduli), orders, dtype=torch.int64))
+        self.register_buffer("moduli_H", torch.empty(len(moduli), dtype=torch.int64))
+        self.register_buffer("first_H", torch.empty(len(moduli), dtype=torch.int64))
+
+    def reset_buffers(self) -> None:
+        """Set all buffers; every token has a canonical id of its own."""
+        self.set_canonical_ids(list(range(len(self.canonical_ids) - 1)))
+
+    def set_canonical_ids(self, canonical_ids: list[int]) -> None:
+        """Set all buffers, given the canonical id of every token.
+
+        The last canonical id, at index -1, stands for a token that the document does not have. It is an id of its own;
+        the published code has the id of the padding token there.
+        """
+        ids = canonical_ids if self.canonical else list(range(len(canonical_ids)))
+        count = max(ids) + 1
+        self.canonical_ids.copy_(torch.tensor([*ids, count]))
+        multipliers = torch.from_numpy(
+            odd_multipliers(self.seed, count, len(self.moduli), self.orders, self.shared_mix)
+        )
+        heads = len(self.moduli) // (self.orders - 1)
+        order_H1 = torch.arange(2, self.orders + 1).repeat_interleave(heads).unsqueeze(1)
+        # A zero multiplier leaves an id out of the mix.
+        self.multipliers_HN.copy_(torch.where(torch.arange(self.orders) < order_H1, multipliers, 0))
+        self.moduli_H.copy_(torch.tensor(self.moduli))
+        self.first_H.copy_(torch.tensor([0, *itertools.accumulate(self.moduli[:-1])]))
+
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """Change the number of tokens; each new token gets a canonical id of its own."""
+        missing = self.canonical_ids[-1:]
+        known = self.canonical_ids[:-1][:vocab_size]
+        new = missing + torch.arange(1, vocab_size - len(known) + 1, device=missing.device)
+        self.canonical_ids = torch.cat((known, new, missing))
+
+    def forward(self, ids_BTN: Tensor) -> Tensor:
+        """Return the row of each order and head, [B, T, H]; a missing id is -1."""
+        x_BTN = self.canonical_ids[ids_BTN]
+        mix_BTH = x_BTN[..., -1:] * self.multipliers_HN[:, 0]
+        for back in range(1, self.orders):
+            mix_BTH = mix_BTH ^ (x_BTN[..., -1 - back, None] * self.multipliers_HN[:, back])
+        return mix_BTH % self.moduli_H + self.first_H
+
+
+def odd_multipliers(seed: int, ids: int, heads: int, orders: int, shared: bool) -> np.ndarray:
+    """Draw odd multipliers so small that a product with an id stays below 2^63.
+
+    Args:
+        seed: Seed of numpy's generator.
+        ids: Number of ids.
+        heads: Hash heads of all orders (H).
+        orders: Multipliers per head (N).
+        shared: Whether all heads have the same.
+
+    Returns:
+        The multipliers [H, N], int64.
+    """
+    half = (2**63 - 1) // ids // 2
+    generator = np.random.default_rng(seed)
+    if shared:
+        return np.tile(generator.integers(0, half, orders, dtype=np.int64) * 2 + 1, (heads, 1))
+    return generator.integers(0, half, (heads, orders), dtype=np.int64) * 2 + 1
+
+
+def primes_from(start: int) -> Iterator[int]:
+    """Yield the primes of at least `start`, ascending."""
+    return (number for number in itertools.count(max(2, start)) if is_prime(number))
+
+
+def is_prime(number: int) -> bool:
+    """Return whether a number is prime, by trial division."""
+    return number > 1 and all(number % divisor for divisor in range(2, math.isqrt(number) + 1))
