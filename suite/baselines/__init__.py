@@ -4,6 +4,7 @@ from suite.models.attachments import Attachments, Skip
 from suite.models.cache import Earlier
 from suite.models.cost import Cost, dense_cost
 from suite.models.feedforward import SwiGLU
+from suite.models.lookup.controls import TableConfig
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.registry import Family, ModelConfig, Problem, register
 
@@ -18,6 +19,7 @@ __all__ = [
     "Problem",
     "Skip",
     "SwiGLU",
+    "TableConfig",
     "dense_cost",
     "register",
 ]

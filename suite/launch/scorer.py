@@ -64,7 +64,8 @@ def _is_covered(config: EvalConfig, scored: Iterable[EvalConfig]) -> bool:
 
 def needs_usage(run: RunDir, cell: Cell) -> bool:
     """Return whether the model has a memory whose usage is not recorded yet."""
-    return registry.family(cell.model.family).has_memory and not run.usage_path.exists()
+    has_memory = registry.family(cell.model.family).has_memory and getattr(cell.model, "control", None) != "dense"
+    return has_memory and not run.usage_path.exists()
 
 
 def is_finished(run: RunDir, cell: Cell) -> bool:

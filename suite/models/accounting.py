@@ -101,6 +101,8 @@ def account_of(model: Transformer, seq_len: int) -> Account:
     assert counted == real, f"parameters counted {counted}, real {real}: {total.params}"
 
     size = model.size
+    if "memory_values" in total.read:  # a table may have fewer rows than a token reads
+        total.read["memory_values"] = min(total.read["memory_values"], total.params["memory_values"])
     mean_len = (seq_len + 1) / 2
     attend = size.layers * 2 * size.dim * mean_len
     macs = add_counts(total.macs, {"attention": attend})

@@ -27,8 +27,11 @@ class MemoryTable(nn.Module):
     optimizer and the counter of key usage register there. Functions in `before_sharing` are called with the rows whose
     gradients are about to be summed over replicas; this process need not have read them. If `gradients` is set,
     backward passes write compact row gradients to it and leave `weight.grad` None; otherwise the gradient is dense.
-    Initial values are normal with standard deviation `std`; None: dim^-1/2 (released code).
+    Initial values are normal with standard deviation `std`; None: dim^-1/2 (released code). `set_control` makes it a
+    control (lookup/controls.py). While `is_off`, every row reads as zeros.
     """
+
+    order_R: Tensor
 
     def __init__(self, rows: int, dim: int, std: float | None = None) -> None:
         super().__init__()
@@ -37,6 +40,31 @@ class MemoryTable(nn.Module):
         self.before_read: list[Callable[[Tensor], None]] = []
         self.before_sharing: list[Callable[[Tensor], None]] = []
         self.gradients: RowGradients | None = None
+        self.control: str | None = None
+        self.is_off = False
+
+    def set_control(self, control: str) -> None:
+        """Become a control: "one_row", "frozen", or "shuffled" (addresses lead to rows in a fixed random order)."""
+        self.control = control
+        if control == "one_row":
+            self.weight = nn.Parameter(self.weight[:1].detach().clone())
+        elif control == "frozen":
+            self.weight.requires_grad_(False)
+        else:
+            order_R = torch.empty(len(self.weight), dtype=torch.int32, device=self.weight.device)
+            self.register_buffer("order_R", order_R)
+            self.reset_buffers()
+
+    def reset_buffers(self) -> None:
+        """Draw the order of shuffled rows, the same for every seed of a run."""
+        if self.control == "shuffled" and not self.order_R.is_meta:
+            self.order_R.copy_(torch.randperm(len(self.order_R), generator=torch.Generator().manual_seed(0)))
+
+    def rows_of(self, addresses_NS: Tensor) -> Tensor:
+        """Return the rows that are read at these addresses, which differ from them only in a control."""
+        if self.control == "one_row":
+            return torch.zeros_like(addresses_NS)
+        return self.order_R[addresses_NS].long() if self.control == "shuffled" else addresses_NS
 
     @property
     def first_column(self) -> int:
@@ -50,6 +78,9 @@ class MemoryTable(nn.Module):
 
     def forward(self, indices_NS: Tensor, weights_NS: Tensor) -> Tensor:
         """Return the weighted sums of rows, [N, D], in dtype `wide`; indices are int64 in [0, rows)."""
+        if self.is_off:
+            return weights_NS.new_zeros(len(weights_NS), self.weight.shape[1], dtype=self.wide)
+        indices_NS = self.rows_of(indices_NS)
         for listener in self.before_read:
             listener(indices_NS)
         weights_NS = weights_NS.to(self.wide)
@@ -59,6 +90,9 @@ class MemoryTable(nn.Module):
 
     def products(self, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
         """Return the inner products of each token with its rows, [N, S], in dtype `wide`."""
+        if self.is_off:
+            return x_ND.new_zeros(indices_NS.shape, dtype=self.wide)
+        indices_NS = self.rows_of(indices_NS)
         for listener in self.before_read:
             listener(indices_NS)
         if self.gradients is not None:
@@ -111,8 +145,10 @@ class _Products(torch.autograd.Function):
         return torch.cat([(F.embedding(rows_NS, weight_RD) @ x_ND1).squeeze(-1) for rows_NS, x_ND1 in parts])
 
     @staticmethod
-    def backward(ctx: Any, grad_NS: Tensor) -> tuple[None, Tensor, Tensor]:
+    def backward(ctx: Any, grad_NS: Tensor) -> tuple[None, Tensor | None, Tensor]:
         indices_NS, weight_RD, x_ND = ctx.saved_tensors
+        if not ctx.needs_input_grad[1]:
+            return None, None, F.embedding_bag(indices_NS, weight_RD, per_sample_weights=grad_NS, mode="sum")
         with torch.enable_grad():
             leaf_RD = weight_RD.detach().requires_grad_()
             sums_ND = F.embedding_bag(indices_NS, leaf_RD, per_sample_weights=grad_NS, mode="sum")

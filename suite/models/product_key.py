@@ -20,9 +20,10 @@ from torch.nn import functional as F
 from kernels.product_key import product_key
 from suite.models.cost import Cost
 from suite.models.feedforward import SwiGLU
+from suite.models.lookup.controls import TableConfig
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.precision import at_least_fp32
-from suite.models.registry import Family, ModelConfig, Problem, register
+from suite.models.registry import Family, Problem, register
 
 PAPER_K_DIM = 256
 """Key width of the paper's "Memory" rows, both halves together (table 4)."""
@@ -219,7 +220,7 @@ class SwiGLUPlusMemory(SwiGLU):
         return super().cost() + self.memory.cost()
 
 
-class AddressedConfig(ModelConfig):
+class AddressedConfig(TableConfig):
     """The options of every family addressed by product keys."""
 
     half_keys: int = Field(gt=0, description="side n of the table, which has n*n rows")

@@ -57,7 +57,7 @@ class StepTracer:
     ) -> None:
         self.model, self.seq_len, self.precision, self.busiest = model, seq_len, precision, busiest
         self.cache: PartCache = {} if cache is None else cache
-        self.tables = model.memory_tables()
+        self.tables = [table for table in model.memory_tables() if table.weight.requires_grad]
         self.blocks = cast(list[Block], list(model.layers))
         self._config = model.config.model_dump_json()
         self._block_keys = [_block_key(block, model, self._config) for block in self.blocks]
@@ -74,7 +74,8 @@ class StepTracer:
             for block, key, tables_read in zip(self.blocks, self._block_keys, self._tables_read, strict=True)
         ]
         sizes = tuple((table.weight.shape[0], table.weight.shape[1]) for table in self.tables)
-        return Parts((embedding, *self._input(inputs), *blocks, self._head(inputs)), sizes, inputs.bytes)
+        frozen = _elements(table.weight for table in model.memory_tables() if not table.weight.requires_grad)
+        return Parts((embedding, *self._input(inputs), *blocks, self._head(inputs)), sizes, inputs.bytes, frozen)
 
     def _input(self, inputs: _Inputs) -> list[Part]:
         """Return the part of the module at the input embedding, if there is one."""
@@ -132,7 +133,7 @@ class StepTracer:
         x_BTD = torch.empty(*inputs.tokens_BT.shape, self.model.size.dim, device="meta", requires_grad=True)
         is_bf16 = self.precision == "bf16"
         copies = {id(weight): weight.bfloat16() for weight in weights} if is_bf16 else {}
-        table_weights = [table.weight for table in self.tables]
+        table_weights = [table.weight for table in self.model.memory_tables()]
         with (
             LiveBytes(x_BTD, *inputs.tensors, *weights, *table_weights, *copies.values()) as live,
             Kernels(self.precision, copies),
@@ -219,7 +220,7 @@ def _tables_read(part: nn.Module, tables: list[MemoryTable]) -> tuple[int, ...]:
     """Return the indices of the tables that a block or module reads, in order."""
     index_of = {id(table): index for index, table in enumerate(tables)}
     memories = (module for module in part.modules() if isinstance(module, MemoryLayer))
-    return tuple(index_of[id(table)] for memory in memories for table in memory.tables)
+    return tuple(index_of[id(table)] for memory in memories for table in memory.tables if id(table) in index_of)
 
 
 def _elements(tensors: Iterable[Tensor]) -> int:

@@ -83,13 +83,15 @@ class Parts:
 
     Attributes:
         parts: Embedding, a module at the input embedding if there is one, blocks and head, in forward order.
-        tables: Rows and width of each table.
+        tables: Rows and width of each table that is trained.
         shared: Bytes that all parts share.
+        frozen: Elements of the tables that are not trained.
     """
 
     parts: tuple[Part, ...]
     tables: tuple[tuple[int, int], ...]
     shared: int
+    frozen: int = 0
 
     def step(
         self,
@@ -115,7 +117,7 @@ class Parts:
         """
         tables = _Tables(self.tables, value_shards, state, use)
         rest, values = sum(part.weights for part in self.parts) / rest_shards, tables.elements
-        weights = STATE_BYTES * rest + state.value * values
+        weights = STATE_BYTES * (rest + self.frozen / value_shards) + state.value * values
         moments = 2 * STATE_BYTES * rest + state.moments * values + tables.row_state
         pieces = [tables.gradient(part) for part in self.parts]
         buffer = tables.buffer(pieces, micro_batches)

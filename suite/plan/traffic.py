@@ -28,8 +28,8 @@ def table_bytes(model: Transformer, cell: Cell) -> float:
     update = 2 * (state.value + state.moments) + 2 * STATE_BYTES
     moved = 0.0
     for table, reads in _reads_per_token(model):
-        rows, width = table.weight.shape
-        moved += width * (lookup * tokens * reads + update * _updated_rows(cell, rows, tokens * reads))
+        width = table.weight.shape[1]
+        moved += width * (lookup * tokens * reads + update * _updated_rows(cell, table, tokens * reads))
     return moved
 
 
@@ -62,8 +62,8 @@ def link_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> 
         rows = _rows_read(layer) * len(layer.tables)
         sent += tokens * (shards - 1) * (rows * INDEX_AND_WEIGHT_BYTES + 2 * columns * 4 / shards)
     for table, reads in _reads_per_token(model):
-        rows, width = table.weight.shape
-        updated = _updated_rows(cell, rows, tokens * shards * reads)
+        width = table.weight.shape[1]
+        updated = _updated_rows(cell, table, tokens * shards * reads)
         sent += (replicas - 1) * 4 * updated * width / shards
     return sent
 
@@ -83,6 +83,9 @@ def _rows_read(layer: MemoryLayer) -> float:
     return cost_of("memory", layer).read.get("memory_values", 0) / widths
 
 
-def _updated_rows(cell: Cell, rows: int, lookups: float) -> float:
+def _updated_rows(cell: Cell, table: MemoryTable, lookups: float) -> float:
     """Return how many rows have a gradient: those that uniform lookups reach, or all with dense gradients."""
+    rows = len(table.weight)
+    if not table.weight.requires_grad:
+        return 0.0
     return rows * -math.expm1(-lookups / rows) if cell.train.table_optimizer != "dense" else rows

@@ -39,6 +39,8 @@ class ColumnTable(MemoryTable):
         self.members = self.group.size()
         rows, dim = table.weight.shape
         super().__init__(rows, dim // self.members, table.std)
+        if table.control is not None:
+            self.set_control(table.control)
 
     @property
     def first_column(self) -> int:

@@ -40,6 +40,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "pkm": {"family": "pkm", "base": "w32", **SMALL, "query_batchnorm": True},
     "memory_plus": {"family": "memory_plus", "base": "w32", **SMALL, "qk_norm": True},
     "peer": {"family": "peer", "base": "w32", **SMALL},
+    "pkm shuffled": {"family": "pkm", "base": "w32", **SMALL, "control": "shuffled"},
+    "memory_plus stand-in": {"family": "memory_plus", "base": "w32", **SMALL, "control": "dense"},
     "ultramem_v2": {"family": "ultramem_v2", "base": "w32", **SMALL},
     "engram": {"family": "engram", "base": "w32", "head_rows": 40, "hash_heads": 2, "zero_kernel": False},
 }

@@ -31,6 +31,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "pkm batchnorm": MEMORY | {"query_batchnorm": True},
     "memory_plus": MEMORY | {"placement": (0, 1), "qk_norm": True},
     "peer": MEMORY,
+    "peer frozen": MEMORY | {"control": "frozen"},
+    "memory_plus shuffled": MEMORY | {"control": "shuffled", "placement": (0, 1)},
     "ultramem_v2": MEMORY | {"value_dim": 8, "k_dim": 8},
     "engram": {"head_rows": 30, "hash_heads": 2, "placement": (0, 1), "zero_kernel": False},
 }

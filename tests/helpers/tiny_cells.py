@@ -11,7 +11,8 @@ def tiny_cell(family: str = "dense", seed: int = 0, **train: Any) -> Cell:
     family, *options = family.split()
     model: dict[str, Any] = {"family": family, "base": "w32"}
     for option in options:
-        model |= {"router": "softmax"} if option == "softmax" else {option: True}
+        name = "router" if option == "softmax" else "control"
+        model |= {name: option} if option in ("softmax", "frozen", "shuffled") else {option: True}
     if family in ("pkm", "memory_plus", "ultramem_v2"):
         model |= {"half_keys": 16, "top_k": 4}
     if family == "engram":

@@ -66,6 +66,8 @@ SGD = {"table_optimizer": "sgd", "value_lr": 0.5}
         ],
         ("moe_topk softmax", {}),
         ("ultramem_v2", {"value_lr_end": 0.25}),
+        ("pkm frozen", {}),
+        ("pkm shuffled", {}),
         ("moe_topk", {"matrix_optimizer": "muon"}),
         ("memory_plus", {"matrix_optimizer": "muon"} | SGD),
         ("peer", SGD),

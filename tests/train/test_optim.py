@@ -38,6 +38,8 @@ MATRICES = {
     "pkm batchnorm": [ATTENTION, SWIGLU, r"layers\.1\.feed_forward\.query\.weight"],
     "memory_plus": [ATTENTION, SWIGLU, r"layers\.\d\.feed_forward\.(query|gate|out)\.weight"],
     "peer": [ATTENTION, SWIGLU, r"layers\.1\.feed_forward\.query\.weight"],
+    "peer frozen": [ATTENTION, SWIGLU, r"layers\.1\.feed_forward\.query\.weight"],
+    "memory_plus shuffled": [ATTENTION, SWIGLU, r"layers\.\d\.feed_forward\.(query|gate|out)\.weight"],
     "ultramem_v2": [ATTENTION, SWIGLU, r"layers\.\d\.feed_forward\.memory\.(query|factor|out)\.weight"],
     "engram": [ATTENTION, SWIGLU, r"layers\.\d\.before_attention\.(key|value)\.weight"],
 }
@@ -83,7 +85,7 @@ def test_modules_that_hold_only_matrices_are_derived_from_the_model(case: str) -
     model = model_of(cell_of(case, 2))
     kinds = {type(module).__name__ for module in model.modules() if holds_matrices_only(module)}
     experts = {"moe": {"Experts"}, "moe_topk": {"Experts", "SwiGLU"}, "moe_topk softmax": {"Experts"}}
-    every_layer_has_a_memory = case in ("memory_plus", "ultramem_v2")
+    every_layer_has_a_memory = case in ("memory_plus", "memory_plus shuffled", "ultramem_v2")
     assert kinds == {"Attention"} | experts.get(case, set() if every_layer_has_a_memory else {"SwiGLU"})
 
 

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from suite.models.cost import Cost
 from suite.models.feedforward import SwiGLU
+from suite.models.lookup.controls import TableConfig
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.precision import at_least_fp32
 from suite.models.ranking import best
-from suite.models.registry import Family, ModelConfig, Problem, register
+from suite.models.registry import Family, Problem, register
 
 RANK = CORES = 2
 VALUE_STD = 0.02
@@ -182,7 +183,7 @@ class SwiGLUPlusTucker(SwiGLU):
         return super().cost() + self.memory.cost()
 
 
-class UltraMemConfig(ModelConfig):
+class UltraMemConfig(TableConfig):
     """`ultramem_v2`: a memory next to every feed-forward; widths default to those of the released 227M model."""
 
     half_keys: int = Field(gt=0, description="side n0: the pool has n0*n0 rows per layer with a memory")
