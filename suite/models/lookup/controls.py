@@ -84,7 +84,7 @@ def _dense(modules: Attachments, dim: int) -> Attachments:
                 setattr(module.get_submodule(parent), name, _stand_in(part, dim, adds_input=False))
         return module
 
-    def of_layers(placed: Mapping[int, nn.Module], one: Callable[[Any], Any]) -> dict[int, Any]:
+    def of_layers(placed: Mapping[int, Any], one: Callable[[Any], Any]) -> dict[int, Any]:
         return {layer: one(module) for layer, module in placed.items()}
 
     if modules.attention_values:
