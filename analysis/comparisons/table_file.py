@@ -17,7 +17,7 @@ from analysis.comparisons.multiplier import multipliers
 from analysis.comparisons.statistics import MIN_PAIRS, holm, paired
 from analysis.errors import InputError
 from analysis.fits.budgets import budgets
-from analysis.fits.columns import chosen, evaluate, expressions, number
+from analysis.fits.columns import chosen, evaluate, expressions, labels, number
 from analysis.records.grid_data import EQUAL
 
 NEEDED = {"family": "names of families", "y": "loss or error, lower is better"}
@@ -60,7 +60,7 @@ def columns_of(table: pd.DataFrame, columns: str, where: str | None) -> pd.DataF
         if series.isna().any():
             raise InputError(f"--columns: {name} is missing in {int(series.isna().sum())} of {len(series)} rows")
         if name in ("family", "cell", "seed"):
-            values[name] = series.astype(str).to_numpy()
+            values[name] = labels(series).to_numpy()
             continue
         values[name] = number(rows, expression, f"--columns: {name}")
         if not (np.isfinite(values[name]) & (values[name] > 0)).all():

@@ -91,7 +91,13 @@ def groups(table: pd.DataFrame, expression: str | None, option: str) -> np.ndarr
     series = evaluate(table, expression, option)
     if series.isna().any():
         raise InputError(f"{option}: {expression} is missing in {int(series.isna().sum())} of {len(series)} rows")
-    return series.astype(str).to_numpy()
+    return labels(series).to_numpy()
+
+
+def labels(series: pd.Series) -> pd.Series:
+    """Return values as text; whole numbers, which `prepared` has made floats, have no decimal point."""
+    is_whole = pd.api.types.is_float_dtype(series) and bool((series.abs() < 2**53).all() and (series % 1 == 0).all())
+    return (series.astype("int64") if is_whole else series).astype(str)
 
 
 def chosen(table: pd.DataFrame, condition: str | None, option: str) -> pd.DataFrame:
@@ -109,13 +115,13 @@ def chosen(table: pd.DataFrame, condition: str | None, option: str) -> pd.DataFr
 def numbers(table: pd.DataFrame, columns: Mapping[str, str], drop_missing: bool) -> tuple[pd.DataFrame, list[int]]:
     """Return the named expressions as float columns, and which rows of the table they are.
 
-    Rows with a missing value are an InputError, unless they are to be dropped.
+    Rows with a missing or infinite value are dropped if requested; otherwise a missing value is an InputError.
     """
     values = {name: number(table, expression, f"--columns: {name}") for name, expression in columns.items()}
     frame = pd.DataFrame(values, index=table.index)
     missing = frame.isna()
     if drop_missing:
-        frame = frame[~missing.any(axis=1)]
+        frame = frame[np.isfinite(frame.to_numpy()).all(axis=1)]
     elif missing.to_numpy().any():
         name = str(missing.columns[missing.any()][0])
         raise InputError(
@@ -192,7 +198,11 @@ def _check(law: Law, name: str, series: pd.Series) -> None:
     """Check that values are finite, of the allowed sign and not all equal (a constant cannot carry an exponent)."""
     values = series.to_numpy(float)
     if not np.isfinite(values).all():
-        raise InputError(f"--columns: {name} is infinite or missing in {int((~np.isfinite(values)).sum())} rows")
+        bad_rows = np.flatnonzero(~np.isfinite(values))
+        raise InputError(
+            f"--columns: {name} is {values[bad_rows[0]]:g} in row {series.index[bad_rows[0]]} ({len(bad_rows)} such "
+            "rows); leave them out with --drop-missing or --where"
+        )
     is_output = name == law.output
     positive = law.residuals == "log" if is_output else True
     if positive and name not in law.any_sign:

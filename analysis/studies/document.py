@@ -21,6 +21,7 @@ from analysis.fits.intervals import (
     leverage,
     standard_errors,
 )
+from analysis.fits.problem import Problem
 from analysis.fits.profile import Ends, identified, profiled
 from analysis.laws.law import Law, Parameter
 from analysis.studies.request import Request, data, held_out
@@ -78,7 +79,7 @@ def fitted(law: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[s
         "bounds": {p.name: [p.low, p.high] for p in posed.free},
         "holdout": _held_json(held, law),
         "fixed": dict(posed.fixed),
-        "warnings": _warnings(found, closed, profiles, draws, held),
+        "warnings": [*_row_warnings(posed, used, rows, request), *_warnings(found, closed, profiles, draws, held)],
     }
     if request.predict is not None:
         result["predictions"] = _predictions(found, law, chosen(table, request.predict, "--predict"), columns)
@@ -147,6 +148,21 @@ def _range(parameter: Parameter, ends: Sequence[float | None]) -> str:
     if lowest:
         return f"one-sided, at most {high:.6g}"
     return f"one-sided, at least {low:.6g}" if highest else f"[{low:.6g}, {high:.6g}]"
+
+
+def _row_warnings(posed: Problem, used: pd.DataFrame, rows: pd.DataFrame, request: Request) -> list[str]:
+    """Return which rows were dropped, and which repeat others."""
+    lines = []
+    dropped = len(rows) - len(used) - request.drop_highest
+    if request.drop_missing and dropped > 0:
+        lines.append(f"{dropped} of {len(rows)} rows have missing or infinite values and are left out")
+    points = pd.DataFrame({**posed.x, "": posed.y}, index=used.index)
+    if (repeated := points.duplicated()).any():
+        lines.append(
+            f"{int(repeated.sum())} of {len(used)} rows repeat another one (first: row {points.index[repeated][0]}):"
+            " intervals are narrower than those of the distinct rows"
+        )
+    return lines
 
 
 def _warnings(

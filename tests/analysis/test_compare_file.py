@@ -36,6 +36,15 @@ def call(table: pd.DataFrame, path: Path, *options: str) -> int:
     return main(["compare", "--data", str(path / "runs.csv"), *options])
 
 
+def test_labels_are_those_of_the_file(table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    renamed = table.assign(kind=table["kind"].map({"dense": "None", "memory": "NA", "moe": "moe"}), size=124_000_000)
+    renamed = renamed[renamed["flops"] == renamed["flops"].min()]
+    columns = COLUMNS.replace("C=flops,", "")
+    assert call(renamed, tmp_path, "--columns", columns, "--reference", "None", "--json") == 0
+    found = json.loads(capsys.readouterr().out)["differences"]
+    assert {(item["family"], item["cell"]) for item in found} == {("NA", "124000000"), ("moe", "124000000")}
+
+
 def test_paired_differences_are_scipys_and_the_multiplier_the_known_one(
     table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,7 +109,7 @@ def test_a_reader_that_leaves_early_is_no_error(table: pd.DataFrame, tmp_path: P
         (["--columns", "family=kind,y=kind,C=flops"], "'dense' is not a number"),
         (["--columns", "family=kind,y=loss,C=flops", "--reference", "pkm"], "got 'pkm', allowed: dense, memory, moe"),
         (["--columns", "family=kind,y=loss,C=flops", "--where", "kind == 'dense'"], "nothing to compare"),
-        (["--columns", "family=kind,cell=1,seed=seed,y=loss"], "two runs of memory at cell 1 and seed 0.0, allowed"),
+        (["--columns", "family=kind,cell=1,seed=seed,y=loss"], "two runs of memory at cell 1 and seed 0, allowed"),
         (["--columns", COLUMNS, "--primary", "memory"], "--primary: got 'memory', allowed: memory:size0"),
         (["--columns", COLUMNS, "--bootstrap", "0"], "--bootstrap: allowed: 1 or more"),
     ],

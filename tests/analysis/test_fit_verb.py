@@ -92,6 +92,25 @@ def test_words_among_numbers_can_be_left_out(data: Path, capsys: pytest.CaptureF
     assert json.loads(call(data, capsys, *options, "--where", "L != 'diverged'")[1])["n"] == 79
 
 
+def test_infinite_outcomes_are_dropped_on_request_and_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frame = pd.read_csv(data)
+    frame.loc[[3, 5], "L"] = [np.inf, np.nan]
+    frame.to_csv(data, index=False)
+    options = ("--law", "chinchilla", "--columns", GOOD, "--json", "--drop-missing")
+    document = json.loads(call(data, capsys, *options)[1])
+    assert document["n"] == len(frame) - 2
+    assert any(line.startswith(f"2 of {len(frame)} rows have missing") for line in document["warnings"])
+
+
+def test_rows_that_repeat_others_are_counted(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--law", "chinchilla", "--columns", GOOD, "--json")
+    assert not any("repeat" in line for line in json.loads(call(data, capsys, *options)[1])["warnings"])
+    frame = pd.read_csv(data)
+    pd.concat([frame, frame]).to_csv(data, index=False)
+    (line,) = (line for line in json.loads(call(data, capsys, *options)[1])["warnings"] if "repeat" in line)
+    assert line.startswith(f"{len(frame)} of {2 * len(frame)} rows repeat another one (first: row {len(frame)})")
+
+
 def test_one_laws_predictions_are_the_next_ones_input(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -187,7 +206,11 @@ def faults(frame: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, list[str], str]
         "negative": (below, law, "N is -1 in row 5 (1 such rows); law chinchilla needs it above 0"),
         "constant output": (frame.assign(L=2.0), law, "L is constant (2)"),
         "constant input": (frame.assign(D=1e9), law, "D is constant (1e+09)"),
-        "infinite": (frame.assign(L=np.where(frame.index == 0, np.inf, frame["L"])), law, "L is infinite"),
+        "infinite": (
+            frame.assign(L=np.where(frame.index == 0, np.inf, frame["L"])),
+            law,
+            "L is inf in row 0 (1 such rows)",
+        ),
         "words": (words, law, "'about 3' is not a number"),
         "unknown column": (frame, ["--law", "chinchilla", "--columns", "N=nope,D=D,L=L"], "unknown column 'nope'"),
         "unknown quoted": (frame, ["--law", "chinchilla", "--columns", "N=`my N`,D=D,L=L"], "unknown column 'my N'"),

@@ -156,9 +156,50 @@ def test_every_format_gives_the_same_table(tmp_path: Path, suffix: str) -> None:
     pd.testing.assert_frame_equal(read_table(path), table, check_dtype=False)
 
 
+CLEAN = pd.DataFrame({"N": [1, 2], "loss": [3.5, 3.25], "family": ["None", "NA"]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "N, loss, family\n1, 3.5, None\n2, 3.25, NA\n",
+        "N,loss,family\n1,3.5,None,\n2,3.25,NA,\n",
+        "N,loss,family,\n1,3.5,None,\n2,3.25,NA,\n",
+        "# runs of May\n#\nN,loss,family\n1,3.5,None\n\n2,3.25,NA\n",
+        'sep=;\nN;loss;family\n1;3.5;"None"\n2;3.25;NA\n',
+        "\ufeffN\tloss\tfamily\r\n1\t3.5\tNone\r\n2\t3.25\tNA\r\n",
+    ],
+)
+def test_the_usual_forms_of_csv_give_the_same_table(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.csv").write_text(text, encoding="utf-8", newline="")
+    pd.testing.assert_frame_equal(read_table(tmp_path / "t.csv"), CLEAN)
+
+
+def test_missing_numbers_are_missing_and_labels_stay_labels(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("loss,family,flag,note\nNA,null,true,\n1e3,7b,False,x\nnan,,TRUE,y\n")
+    table = read_table(tmp_path / "t.csv")
+    np.testing.assert_array_equal(table["loss"], [np.nan, 1000.0, np.nan])
+    assert table["family"].tolist()[:2] == ["null", "7b"]
+    assert table["family"].isna().tolist() == [False, False, True]
+    assert table["flag"].tolist() == [True, False, True]
+    assert table["note"].isna().tolist() == [True, False, False]
+
+
+def test_numbers_in_json_are_never_dates_and_may_be_of_any_size(tmp_path: Path) -> None:
+    flops = [10**18, 3 * 10**23]
+    (tmp_path / "t.jsonl").write_text("".join(f'{{"train_time": 1600000000, "flops": {value}}}\n' for value in flops))
+    (tmp_path / "t.json").write_text(json.dumps([{"train_time": 1600000000, "flops": value} for value in flops]))
+    for name in ("t.jsonl", "t.json"):
+        table = read_table(tmp_path / name)
+        assert table["train_time"].tolist() == [1600000000] * 2
+        assert table["flops"].tolist() == [1e18, 3e23]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
+        ("x.csv", "a,b\n1,2\n3,4,5\n", "line 3: 3 values, but the header has 2 columns"),
+        ("x.csv", "a,a\n1,2\n", "'a' is in the header twice"),
         ("x.xlsx", "", "suffix is '.xlsx'"),
         ("x.csv", "a,b\n", "no rows"),
         ("x.csv", "", "not readable"),
