@@ -142,7 +142,8 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(indices_NS, weight_RD, x_ND)
         step = max(1, ROWS_AT_ONCE // (indices_NS.shape[1] * weight_RD.shape[1]))
         parts = zip(indices_NS.split(step), x_ND.unsqueeze(-1).split(step), strict=True)
-        return torch.cat([(F.embedding(rows_NS, weight_RD) @ x_ND1).squeeze(-1) for rows_NS, x_ND1 in parts])
+        with torch.autocast(x_ND.device.type, enabled=False):  # the products have the dtype of the arguments
+            return torch.cat([(F.embedding(rows_NS, weight_RD) @ x_ND1).squeeze(-1) for rows_NS, x_ND1 in parts])
 
     @staticmethod
     def backward(ctx: Any, grad_NS: Tensor) -> tuple[None, Tensor | None, Tensor]:

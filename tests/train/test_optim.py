@@ -1,5 +1,6 @@
 """Optimizer rules: which parameter is trained by which optimizer, and what Muon and row-wise SGD compute."""
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -240,6 +241,22 @@ def test_frozen_parameters_are_in_no_group() -> None:
 def test_an_invalid_optimizer_option_is_named(train: dict[str, Any], words: str) -> None:
     with pytest.raises(ValidationError, match=words):
         tiny_cell("pkm", **train)
+
+
+@pytest.mark.parametrize("case", FAMILIES)
+def test_every_family_takes_steps_in_either_precision_with_every_optimizer(
+    case: str, cache: Path, tmp_path: Path
+) -> None:
+    tables = ("row_wise", "dense", "sgd") if cell_of(case, 4).model.table_side else ("row_wise",)
+    losses: dict[str, set[float]] = {}
+    for precision, matrices, values in itertools.product(("fp32", "bf16"), ("adamw", "muon"), tables):
+        options = {"precision": precision, "matrix_optimizer": matrices, "table_optimizer": values, "value_lr": 1e-2}
+        cell = cell_of(case, 4, **options)
+        trainer = Trainer(cell, corpus_of(cell, cache), RunDir(tmp_path / f"{precision}-{matrices}-{values}"))
+        first = trainer.train_step()["loss"]
+        assert math.isfinite(trainer.train_step()["loss"])
+        losses.setdefault(precision, set()).add(round(first, 2))
+    assert all(max(found) - min(found) < 0.05 for found in losses.values()), losses
 
 
 def test_the_default_optimizer_leaves_every_hash_unchanged() -> None:
