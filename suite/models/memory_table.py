@@ -6,6 +6,7 @@ Shapes: N tokens, S rows read per token (heads x top_k), R rows, D row width.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -134,6 +135,11 @@ class MemoryLayer(nn.Module):
         self.tables = tables
 
 
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a context in which products have the dtype of their arguments; the meta device has no autocast."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class _Products(torch.autograd.Function):
     """Inner products of rows and tokens that do not save the rows; the backward pass uses weighted sums of rows."""
 
@@ -142,7 +148,7 @@ class _Products(torch.autograd.Function):
         ctx.save_for_backward(indices_NS, weight_RD, x_ND)
         step = max(1, ROWS_AT_ONCE // (indices_NS.shape[1] * weight_RD.shape[1]))
         parts = zip(indices_NS.split(step), x_ND.unsqueeze(-1).split(step), strict=True)
-        with torch.autocast(x_ND.device.type, enabled=False):  # the products have the dtype of the arguments
+        with _without_autocast(x_ND.device):
             return torch.cat([(F.embedding(rows_NS, weight_RD) @ x_ND1).squeeze(-1) for rows_NS, x_ND1 in parts])
 
     @staticmethod
