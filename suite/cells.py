@@ -21,6 +21,7 @@ from suite.data.sources.registry import AnyData
 from suite.identity import NOT_IDENTITY, Frozen, identity
 from suite.models import registry
 from suite.models.registry import ModelConfig
+from suite.trainable import EVERYTHING, AnyTrainable
 
 ROW_WISE_OPTIONS = ("value_precision", "value_second_moment", "value_replay_limit", "value_lazy")
 """Fields of TrainConfig that configure `table_optimizer: row_wise` (docs/training.md)."""
@@ -110,6 +111,7 @@ class TrainConfig(Frozen):
     parent: str | None = Field(
         default=None, pattern=r"^[0-9a-f]{8}$", description="hash of the run that init_from names; filled in"
     )
+    trainable: AnyTrainable = Field(default=EVERYTHING, description="which parameters move")
     log_every: int = Field(default=10, gt=0, json_schema_extra=NOT_IDENTITY, description="steps between log lines")
     loggers: tuple[LoggerName, ...] = Field(
         default=(),
@@ -153,10 +155,26 @@ class TrainConfig(Frozen):
             problems.append(("stop_past", self.stop_past, "None with branches, which end at their budgets"))
         if self.parent is not None and self.init_from is None:
             problems.append(("parent", self.parent, "None without init_from, which names the run"))
+        problems += self._trainable_problems()
         if self.evaluate_every is not None and self.evaluate_every % self.checkpoint_every:
             allowed = f"a multiple of checkpoint_every ({self.checkpoint_every})"
             problems.append(("evaluate_every", self.evaluate_every, allowed))
         return problems
+
+    def _trainable_problems(self) -> list[tuple[str, object, str]]:
+        kind = self.trainable.kind
+        problems: list[tuple[str, object, str]] = []
+        if kind != "all" and self.init_from is None:
+            problems.append(("trainable.kind", kind, "all without init_from"))
+        if kind == "lora" and self.matrix_optimizer != "adamw":
+            problems.append(("matrix_optimizer", self.matrix_optimizer, "adamw with trainable lora"))
+        if kind == "rows" and self.table_optimizer == "dense":
+            problems.append(("table_optimizer", "dense", "row_wise, sgd with trainable rows"))
+        if kind == "rows" and self.table_optimizer == "row_wise" and not self.value_lazy:
+            problems.append(("value_lazy", False, "true with trainable rows, so that no other row moves"))
+        return problems + [
+            (f"trainable.{field}", value, allowed) for field, value, allowed in self.trainable.problems()
+        ]
 
     def _table_problems(self) -> list[tuple[str, object, str]]:
         problems: list[tuple[str, object, str]] = []

@@ -15,7 +15,7 @@ LAYERS = {
     "suite": (
         "errors atomic identity shipped",
         "models data",
-        "yaml_input",
+        "yaml_input trainable",
         "cells",
         "baselines contrast",
         "blocks",

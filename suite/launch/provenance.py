@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 WEIGHT_SOURCES = (
     "suite/cells.py",
+    "suite/trainable.py",
     "suite/models/**/*.py",
     "suite/data/**/*.py",
     "suite/train/**/*.py",

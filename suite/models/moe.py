@@ -7,6 +7,7 @@ experts per token, C tokens per expert and row, L tokens per expert (padded), S 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import ClassVar, Literal
 
 import torch
@@ -33,6 +34,7 @@ def tally(expert: Tensor, experts: int) -> Tensor:
 class Experts(nn.Module):
     """E SwiGLUs, each applied to its own tokens.
 
+    `before_read` holds functions that are called with the experts of each token before they are applied by `routed`.
     `busiest` is the load of the busiest expert relative to the mean load. It is used on the meta device only, where
     routing has no values to count.
     """
@@ -43,6 +45,7 @@ class Experts(nn.Module):
     def __init__(self, experts: int, dim: int, hidden: int) -> None:
         super().__init__()
         self.count = experts
+        self.before_read: list[Callable[[Tensor], None]] = []
         self.w1 = nn.Parameter(torch.empty(experts, hidden, dim))
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden))
         self.w3 = nn.Parameter(torch.empty(experts, hidden, dim))
@@ -59,6 +62,8 @@ class Experts(nn.Module):
         """
         if self._on_gpu_in_bf16(x_ND):
             return self.grouped(x_ND, expert_NK, torch.bfloat16)
+        for listener in self.before_read:
+            listener(expert_NK)
         expert = expert_NK.flatten()
         order = expert.argsort(stable=True)
         counts_E = tally(expert, self.count)

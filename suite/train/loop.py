@@ -26,6 +26,7 @@ from suite.models.usage import Reads
 from suite.records import RunDir
 from suite.train import checkpoint
 from suite.train.finetuning import parent
+from suite.train.finetuning.scope import Scope
 from suite.train.loggers import open_loggers
 from suite.train.optim import Optimizer
 from suite.train.parallel import World, recompute_blocks
@@ -81,8 +82,8 @@ class Trainer:
         self.world.check(cell)
         self.device = self.world.device
         self.model, self.forward = self._build()
-        self._start_from_parent()
-        self.optimizer = Optimizer(self.model, self.config)
+        self.scope = self._scope()
+        self.optimizer = Optimizer(self.model, self.config, self.scope.choice)
         self.reads = Reads(self.model)
         self.loader = corpus.loader(cell.seed, self.config.batch_rows)
         self.steps = total_steps(self.config, self.loader, cell.data.seq_len)
@@ -119,14 +120,26 @@ class Trainer:
             block.forward = torch.compile(block.forward)
         return model, model
 
-    def _start_from_parent(self) -> None:
-        """Copy the parent's weights, before any optimizer copies or converts a table; a resumed run has its own."""
-        if self.cell.train.parent is not None and not checkpoint.steps_saved(self.run):
-            parent.load(parent.match(self.run, self.cell, self.corpus), self._tensors({})["model"])
+    def _scope(self) -> Scope:
+        """Copy the weights of the parent, if there is one, and return what is trained.
+
+        A resumed run has weights of its own. It precedes the optimizers, which copy or convert tables.
+        """
+        if self.cell.train.parent is None or checkpoint.steps_saved(self.run):
+            return Scope(self.model, self.cell, self.world.distributed)
+        start = parent.match(self.run, self.cell, self.corpus)
+        state = {"model": self.model.state_dict(), "optimizer": {}}
+        parent.load(start, self._placed(state)["model"])
+        scope = Scope(self.model, self.cell, self.world.distributed)
+        scope.count_background(self.cell, start.run)
+        return scope
 
     def _tensors(self, moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
         """Return all tensors of a checkpoint: those in use, as DTensors if they are sharded."""
-        state = {"model": self.model.state_dict(), "optimizer": moments}
+        return self._placed({**self.scope.tensors(), "optimizer": moments})
+
+    def _placed(self, state: dict[str, dict[str, Any]]) -> dict[str, Any]:
+        """Return tensors as they are, or as DTensors if they are sharded."""
         if not self.world.distributed:
             return state
         from suite.train.sharding import as_dtensors
@@ -154,7 +167,7 @@ class Trainer:
 
     def train_step(self) -> dict[str, float | None]:
         """Take one optimizer step over `batch_rows` rows and return the values to log. Raises Diverged."""
-        self.model.train()
+        self.scope.begin_step(self.step)
         lrs = self.optimizer.set_lr(lr_factor(self.config, self.step, self.steps), self.step / self.steps)
         loss, auxiliary = self._backward()
         for name, value in {"loss": loss, **auxiliary}.items():
@@ -192,6 +205,7 @@ class Trainer:
         for batch in batches:
             columns = (batch.tokens_BT, batch.targets_BT, batch.segments_BT)
             tokens_BT, targets_BT, segments_BT = (column.to(self.device) for column in columns)
+            self.scope.reads_of(batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                 logits_BTV = self.forward(tokens_BT, segments_BT)
             wide_NV = logits_BTV.flatten(0, 1)
@@ -203,6 +217,7 @@ class Trainer:
                 auxiliary[name] = auxiliary.get(name, 0.0) + value.item() / parts
             objective.backward()
             loss += part.item()
+        self.scope.reads_of(None)
         loss, *values = world.total(loss, *auxiliary.values())
         return loss, dict(zip(auxiliary, values, strict=True))
 
@@ -211,7 +226,8 @@ class Trainer:
             from suite.train.sharding import sum_statistics
 
             sum_statistics(self.model, self.world)
-        self.model.after_step()
+        if self.scope.is_whole:  # balancing biases and the like are frozen, too
+            self.model.after_step()
 
     def position(self) -> dict[str, float]:
         """Return the position of the run: step, tokens (padding included), epochs, training FLOPs and seconds."""

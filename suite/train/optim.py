@@ -20,8 +20,9 @@ from kernels.row_adamw import RowAdamW
 from suite.cells import TrainConfig
 from suite.models.memory_table import MemoryTable
 from suite.models.transformer import Transformer
+from suite.train.finetuning.rows import RowChoice, expert_stacks
 from suite.train.muon import NamedMuon
-from suite.train.table_optimizers import RowSGD, row_adamw, row_sgd
+from suite.train.table_optimizers import ExpertStack, RowSGD, Table, row_adamw, row_sgd
 
 OptimizerName = Literal["adamw", "muon", "row_adamw", "row_sgd"]
 
@@ -47,8 +48,7 @@ class Rule:
 
 def parameter_rules(model: Transformer, config: TrainConfig) -> list[Rule]:
     """Return the rules of a cell, in order of precedence."""
-    tables = {id(table.weight) for table in model.memory_tables()}
-    table_names = [name for name, parameter in model.named_parameters() if id(parameter) in tables]
+    table_names = [*tables_of(model, config)]
     value_lr = config.value_lr or model.config.value_lr_ratio * config.lr
     decays = (config.value_weight_decay, model.config.default_value_weight_decay, config.weight_decay)
     value_decay = next(decay for decay in decays if decay is not None)
@@ -59,6 +59,19 @@ def parameter_rules(model: Transformer, config: TrainConfig) -> list[Rule]:
     if config.matrix_optimizer == "muon":
         rules.append(Rule(any_of(model.hidden_matrices()), "muon", config.lr, config.weight_decay, "rest"))
     return [*rules, Rule(".*", "adamw", config.lr, config.weight_decay, "rest")]
+
+
+def tables_of(model: Transformer, config: TrainConfig) -> dict[str, Table]:
+    """Return what is trained row by row, by the name of its parameter.
+
+    These are the value tables and, where a cell trains only tables or rows, the experts that tokens choose.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tables: dict[str, Table] = {names[id(table.weight)]: table for table in model.memory_tables()}
+    if config.trainable.kind in ("tables", "rows"):
+        for path, experts in expert_stacks(model).items():
+            tables |= {f"{path}.{name}": ExpertStack(stack, experts) for name, stack in experts.named_parameters()}
+    return tables
 
 
 def any_of(names: Iterable[str]) -> str:
@@ -82,17 +95,19 @@ def match_rules(names: Iterable[str], rules: Sequence[Rule]) -> dict[str, Rule]:
 
 
 class Optimizer:
-    """All optimizers of a model; one `step` clips, updates and clears gradients."""
+    """All optimizers of a model; one `step` clips, updates and clears gradients.
 
-    def __init__(self, model: Transformer, config: TrainConfig) -> None:
+    Args:
+        model: The model, whose frozen parameters are left out.
+        config: The training configuration.
+        choice: Which rows of each table a step trains; None: all that it reads.
+    """
+
+    def __init__(self, model: Transformer, config: TrainConfig, choice: RowChoice | None = None) -> None:
+        self.choice = choice
         self.clip = float("inf") if config.clip is None else config.clip
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.tables = {
-            name: table
-            for table in model.memory_tables()
-            for name, parameter in self.parameters.items()
-            if table.weight is parameter
-        }
+        self.tables = {name: table for name, table in tables_of(model, config).items() if name in self.parameters}
         rules = parameter_rules(model, config)
         self.rules = match_rules(self.parameters, rules)
         self.groups: dict[str, list[str]] = {"rest": []}
@@ -141,6 +156,9 @@ class Optimizer:
         """Clip each group to the cell's norm, update, clear gradients, and return the norms before clipping."""
         for table in self.tables.values():
             table.share_gradient()
+        if self.choice is not None:
+            for name, rows in self.rows.items():
+                self.choice.keep(name, rows.gradients)
         norms = {group: self._clip(names) for group, names in self.groups.items()}
         self.adamw.step()
         for rule, muon in self.muons.items():
@@ -177,6 +195,13 @@ class Optimizer:
             if self.tables[name] is table:
                 return rows.never_read
         return None
+
+    def rows_touched(self) -> dict[str, dict[str, int]]:
+        """Return the rows that each row-wise optimizer has ever updated, and all its rows, by parameter name."""
+        return {
+            name: {"touched": len(self.tables[name].weight) - rows.never_read, "rows": len(self.tables[name].weight)}
+            for name, rows in self.rows.items()
+        }
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return the state by parameter name: the tensors in use, created if no step has been taken yet.

@@ -1,19 +1,22 @@
 """Optimizers of value tables that update only the rows a step has read.
 
-Shapes: R table rows, D width, U rows with gradients.
+Shapes: R table rows, D width, U rows with gradients; E experts.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernels.embedding_bag import RowGradients
 from kernels.row_adamw import RowAdamW
 from suite.cells import TrainConfig
+from suite.errors import UserError
 from suite.models.memory_table import MemoryTable
+from suite.models.moe import Experts
 
 REPLAY_LIMIT_GPU = 256
 """Skipped steps replayed per row on a GPU. A CPU replays all, so that flushing a table changes no bit."""
@@ -60,13 +63,49 @@ class RowSGD:
         self.touched_R.copy_(saved["touched"])
 
 
-def row_sgd(table: MemoryTable, weight_decay: float) -> RowSGD:
+class ExpertStack:
+    """One stacked weight of experts as a table with a row per expert, for the optimizers of tables.
+
+    Its gradient comes from autograd, dense; `share_gradient` moves it to `gradients`.
+
+    Args:
+        stack: A parameter [E, ...] of `experts`.
+        experts: The experts, which call `before_read`.
+    """
+
+    def __init__(self, stack: nn.Parameter, experts: Experts) -> None:
+        self.stack, self.before_read = stack, experts.before_read
+        self.before_sharing: list[Callable[[Tensor], None]] = []
+        self.first_column = 0
+        self.weight = stack.detach().flatten(1)
+        self.gradients: RowGradients | None = None
+
+    def share_gradient(self) -> None:
+        """Move the gradient to `gradients`, if a row optimizer has set it."""
+        if self.gradients is not None and self.stack.grad is not None:
+            rows_E = torch.arange(len(self.stack), device=self.stack.device)
+            self.gradients.add(rows_E, self.stack.grad.flatten(1))
+            self.stack.grad = None
+
+    def norm_of_columns(self, norm: Tensor) -> Tensor:
+        """Return the norm: whole rows are stored here."""
+        return norm
+
+    def bfloat16(self) -> None:
+        """Refuse another precision than that of the model."""
+        raise UserError("train.value_precision: applies to value tables, allowed for experts: fp32")
+
+
+Table = MemoryTable | ExpertStack
+
+
+def row_sgd(table: Table, weight_decay: float) -> RowSGD:
     """Attach SGD to the table, which from now on collects compact row gradients."""
     table.gradients = RowGradients(table.weight)
     return RowSGD(table.weight, table.gradients, weight_decay)
 
 
-def row_adamw(table: MemoryTable, config: TrainConfig, weight_decay: float) -> RowAdamW:
+def row_adamw(table: Table, config: TrainConfig, weight_decay: float) -> RowAdamW:
     """Attach AdamW to the table, which from now on collects compact row gradients and reports every read.
 
     Args:
