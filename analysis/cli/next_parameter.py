@@ -17,7 +17,7 @@ def next_parameter(
     results: Results = Path("results"),
     grid: Grid = None,
     reference: Reference = None,
-    by: Annotated[str, typer.Option(metavar="params|held|bytes|macs|time", help="what is spent")] = "params",
+    by: Annotated[str, typer.Option(metavar="params|held|bytes|macs|time|sparsity", help="what is spent")] = "params",
     metric: Annotated[
         str | None, typer.Option(help="e50, or TASK/METRIC of a final score; default: that of the grid's contrast")
     ] = None,

@@ -28,6 +28,7 @@ AXES = {
     "bytes": ("bytes_per_token", "bytes read per token"),
     "macs": ("macs", "multiply-adds per token"),
     "time": ("s_per_token", "training time per token"),
+    "sparsity": ("total_over_active", "total over active parameters"),
 }
 """Axis -> column and what it is called."""
 BYTES_HELD = 2
@@ -36,6 +37,7 @@ SIZES = (*SHAPE, "half_keys", "experts", "rows")
 """Model fields that make a destination larger; runs that differ in others belong to different destinations."""
 SPENDS = float(np.log2(1.02))
 """A step whose cost is below the base's plus 2 % spends nothing of an axis."""
+WIDER = "wider"
 LOWER_IS_BETTER = ("nll", "bits_per_byte", "byte_perplexity", "word_perplexity")
 ALPHA = 0.05
 
@@ -109,6 +111,7 @@ def steps(data: GridData, metric: str) -> list[Step]:
         destination=_destinations(runs, data.reference),
         bytes_held=BYTES_HELD * runs["params_total"],
         s_per_token=runs["wall_s"] / runs["tokens"],
+        total_over_active=runs["params_total"] / runs["params_active"],
         outcome=_outcomes(data, metric).reindex(runs.index),
         base_label=data.runs["label"].to_numpy()[runs["partner"]],
     )
@@ -133,8 +136,9 @@ def _destinations(runs: pd.DataFrame, reference: str) -> list[str]:
     for (_, run), own in zip(runs.iterrows(), settings, strict=True):
         same = [other for other, family in zip(settings, runs["family"], strict=True) if family == run["family"]]
         varying = [key for key in own if len({json.dumps(other.get(key)) for other in same}) > 1]
-        wider = ["wider"] if run["family"] == reference and run["reshaped"] else []
-        names.append(" ".join([str(run["family"]), *wider, *(f"{key}={own[key]}" for key in varying)]))
+        reshaped = [WIDER if run["params_ratio"] > 1 else "narrower"] if run["reshaped"] else []
+        shape = reshaped if run["family"] == reference else []
+        names.append(" ".join([str(run["family"]), *shape, *(f"{key}={own[key]}" for key in varying)]))
     return names
 
 
@@ -194,7 +198,7 @@ def leads(members: Sequence[Step], by: str) -> list[Lead]:
     """Return who gains most at each cost that some step of a base has.
 
     Between its steps, a destination's gain is linear in the logarithm of the cost, and 0 at the base; beyond its last
-    step it is not compared.
+    step (plus 2 %) it is not compared.
 
     Args:
         members: All steps of one base.
@@ -207,7 +211,7 @@ def leads(members: Sequence[Step], by: str) -> list[Lead]:
         gains = {
             name: {seed: float(np.interp(cost, xs, ys)) for seed, ys in by_seed.items()}
             for name, (xs, by_seed) in curves.items()
-            if xs[-1] >= cost - 1e-9
+            if xs[-1] > cost - SPENDS
         }
         if len(gains) > 1:
             compared.append((cost, *_against_others(gains)))
@@ -243,27 +247,26 @@ def _against_others(gains: Mapping[str, Mapping[int, float]]) -> tuple[str, dict
     return leader, others
 
 
-def equivalent_size(data: GridData, members: Sequence[Step], of_reference: Sequence[Step]) -> dict[str, Difference]:
+def equivalent_size(members: Sequence[Step], reference: str) -> dict[str, Difference]:
     """Return the size of a reference model of equal outcome (N_eq), by label, as the log2 of its ratio to the base.
 
     Each seed's curve of the wider reference is solved for the seed's gain; see `leads` for what lies between its steps.
 
     Args:
-        data: The grid.
         members: All steps of one base.
-        of_reference: Those of them that widen the reference.
+        reference: The family whose wider models they are compared with.
 
     Returns:
         By label; a variant is absent where the gain of any seed is outside the curve.
     """
-    curves = _curves(of_reference, "params")
+    curves = _curves([step for step in members if step.destination == f"{reference} {WIDER}"], "params")
     if len(curves) != 1:
         return {}
     ((xs, by_seed),) = curves.values()
     sizes = {}
     for step in members:
         seeds = [seed for seed in step.gains if seed in by_seed]
-        if step.destination.split(" ")[0] == data.reference or not seeds:
+        if step.destination.split(" ")[0] == reference or not seeds:
             continue
         found = [_crossing(xs, by_seed[seed], step.gains[seed]) for seed in seeds]
         if all(value is not None for value in found):

@@ -8,7 +8,7 @@ from pathlib import Path
 from analysis.figures import learning
 from analysis.figures.context import Context, Missing
 from analysis.figures.isoflop import isoflops_of_grid
-from analysis.figures.next_parameter import next_parameter
+from analysis.figures.next_parameter import against_size, at_equal_time, next_parameter
 from analysis.figures.scores import SCORE_FIGURES
 from analysis.figures.style import FORMATS
 from analysis.figures.variants import CELL_FIGURES
@@ -31,6 +31,8 @@ CAPTIONS = {
     "scores-rows": "Final scores against memory rows, with published points",
     "scores-base": "Final scores against base size",
     "next-parameter": "Gain over the base against what each destination adds",
+    "equivalent-size": "Size of a wider reference of equal gain against parameters",
+    "equal-time": "Loss at equal wall-clock time",
     "scores-cost": "Final scores against training FLOPs and bytes read per token",
     "plan": "Predicted against measured wall-clock",
 }
@@ -44,6 +46,8 @@ FIGURES: list[tuple[str, Draw, bool]] = [
     *((name, function, False) for name, function in [*CELL_FIGURES, *SCORE_FIGURES]),
     ("isoflop", isoflops_of_grid, False),
     ("next-parameter", next_parameter, False),
+    ("equivalent-size", against_size, False),
+    ("equal-time", at_equal_time, False),
 ]
 """Name, function, and whether it needs storage probes."""
 

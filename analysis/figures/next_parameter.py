@@ -1,22 +1,26 @@
-"""Where the next parameter goes: gain over the base against what each destination adds, one panel for each cost."""
+"""Where the next parameter goes: gains against each cost, the wider reference of equal gain, and equal time."""
 
 from __future__ import annotations
 
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from textwrap import wrap
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pandas as pd
 
-from analysis.comparisons.next_parameter import AXES, Step, metric_of, steps
+from analysis.comparisons.next_parameter import AXES, Step, equivalent_size, metric_of, steps
+from analysis.comparisons.statistics import Difference
 from analysis.errors import InputError
 from analysis.figures import style
-from analysis.figures.context import Context, Missing
+from analysis.figures.context import SIDE_BY_SIDE, Context, Missing
+from analysis.figures.marks import dot
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PANELS = ("params", "held", "bytes", "macs", "time")
+PANELS = tuple(AXES)
 
 
 def next_parameter(context: Context, folder: Path) -> list[Path]:
@@ -50,7 +54,7 @@ def draw(found: list[Step], metric: str, source: str, folder: Path) -> list[Path
     names = list(dict.fromkeys(step.destination for step in found))
     looks = style.looks([(name.split(" ")[0], name) for name in names])
     bases = [(base, list(members)) for base, members in groupby(found, key=lambda step: step.base)]
-    with style.figure(len(bases), len(PANELS), width=10.0, height=0.6 + 2.3 * len(bases), sharey="row") as (
+    with style.figure(len(bases), len(PANELS), width=11.5, height=0.6 + 2.3 * len(bases), sharey="row") as (
         drawn,
         axes,
     ):
@@ -63,7 +67,7 @@ def draw(found: list[Step], metric: str, source: str, folder: Path) -> list[Path
                 style.log_axis(axis)
                 axis.xaxis.set_major_formatter("{x:g}")
                 if row == len(bases) - 1:
-                    axis.set_xlabel(f"{AXES[by][1]},\ntimes the base")
+                    axis.set_xlabel("\n".join(wrap(f"{AXES[by][1]}, times the base", 20)))
             unit = "doublings of\nlearning speed" if metric == "e50" else f"improvement of\n{metric}"
             axes[row * len(PANELS)].set_ylabel(f"{base}: gain,\n{unit}")
         style.legend_above(drawn, axes)
@@ -95,3 +99,72 @@ def _curve(axis: Axes, members: list[Step], by: str, name: str, look: style.Look
         label=name,
         markevery=slice(1, None),
     )
+
+
+def against_size(context: Context, folder: Path) -> list[Path]:
+    """Draw N_eq, the parameters of a wider reference model of equal gain, against the parameters of each variant.
+
+    Raises:
+        Missing: No base has a wider reference model, or no gain lies on the curve of those that it has.
+    """
+    reference = context.data.reference
+    try:
+        found = steps(context.data, metric_of(context.data, None))
+    except InputError as error:
+        raise Missing(str(error)) from None
+    points: list[tuple[str, str, float, Difference]] = []
+    for base, group in groupby(found, key=lambda step: step.base):
+        members = list(group)
+        sizes = equivalent_size(members, reference)
+        own = {step.label: step.doublings["params"] for step in members}
+        points += [(base, label, own[label], size) for label, size in sizes.items()]
+    if not points:
+        raise Missing(
+            f"no variant of grid {context.grid} gains as much as some wider {reference} model of its base; "
+            f"a wider model is {reference} with a larger model.ffn_hidden"
+        )
+    looks = style.looks([(label.split(" ")[0], label) for _, label, _, _ in points])
+    with style.figure(1, 1, width=4.6, height=3.4) as (drawn, (axis,)):
+        for base, label, doublings, size in points:
+            look, middle = looks[label], 2**size.mean
+            reach = None if np.isnan(size.low) else [[middle - 2**size.low], [2**size.high - middle]]
+            marks: dict[str, Any] = {"color": look.color, "marker": look.marker, "linestyle": "none", "capsize": 2}
+            axis.errorbar([2**doublings], [middle], yerr=reach, label=f"{label}, {base} (n={size.n})", **marks)
+        ends = np.array(axis.get_xlim())
+        axis.plot(ends, ends, color="#888888", linewidth=0.8, label=f"as good as {reference} of its size")
+        axis.set_yscale("log")
+        style.log_axis(axis)
+        for side in (axis.xaxis, axis.yaxis):
+            side.set_major_formatter("{x:g}")
+        axis.set_xlabel("parameters, times the base")
+        axis.set_ylabel(f"N_eq: parameters of {reference}\nof equal gain, times the base")
+        style.legend_above(drawn, [axis])
+        note = "N_eq per seed, mean of its logarithm, 95 % t-intervals from 5 pairs on."
+        return style.save(drawn, folder, "equivalent-size", context.note(note))
+
+
+def at_equal_time(context: Context, folder: Path) -> list[Path]:
+    """Draw the loss of every variant at the last wall-clock time that all runs of its base reached, a panel per base.
+
+    Raises:
+        Missing: No run has evaluation-mode losses during training.
+    """
+    curves = context.data.curves("eval_loss", "wall_s")
+    table = context.table[curves.count[context.table.index.to_numpy(int)] > 1]
+    if table.empty:
+        raise Missing(f"no run of grid {context.grid} has losses during training: train.probes > 0")
+    ends = pd.Series(curves.last_x()[table.index.to_numpy(int)], index=table.index)
+    time = ends.groupby(table["base"]).transform("min")
+    table = table.assign(at_time=curves.at(time.to_numpy(float), table.index.to_numpy(int), log=False), time=time)
+    bases = [base for base in context.bases if base in set(table["base"])]
+    rows = max(table.loc[table["base"] == base, "label"].nunique() for base in bases)
+    with style.figure(1, len(bases), width=3.6 * len(bases) + 0.6, height=1.2 + 0.26 * rows) as (drawn, axes):
+        for axis, base in zip(axes, bases, strict=True):
+            part = table[table["base"] == base]
+            groups = list(part.groupby("label", sort=False))[::-1]
+            for row, (label, group) in enumerate(groups):
+                dot(axis, row, group["at_time"].to_numpy(float), context.looks[str(label)], sideways=True)
+            axis.set_yticks(range(len(groups)), [f"{label} (n={len(group)})" for label, group in groups])
+            axis.set_xlabel(f"{base}: loss after {part['time'].iloc[0]:,.3g} s of training, nats")
+        note = f"{SIDE_BY_SIDE} Seconds of the machine that ran the grid, where runs shared it."
+        return style.save(drawn, folder, "equal-time", context.note(note))

@@ -34,7 +34,7 @@ def next_blocks(data: GridData, steps: Sequence[Step], metric: str, by: str) -> 
     rows: list[list[object]] = []
     sentences = []
     for base, members in _by_base(steps):
-        sizes = equivalent_size(data, members, [step for step in members if _widens(step, data)])
+        sizes = equivalent_size(members, data.reference)
         for _, own in groupby(members, key=lambda step: step.destination):
             ordered = sorted(own, key=lambda step: step.doublings[by])
             rates = per_doubling(ordered, by)
@@ -74,7 +74,7 @@ def document(data: GridData, steps: Sequence[Step], metric: str, by: str) -> dic
     """Return what `next --json` prints: steps and leads of every base."""
     bases = []
     for base, members in _by_base(steps):
-        sizes = equivalent_size(data, members, [step for step in members if _widens(step, data)])
+        sizes = equivalent_size(members, data.reference)
         rates: dict[str, Difference | None] = {}
         for _, own in groupby(members, key=lambda step: step.destination):
             ordered = sorted(own, key=lambda step: step.doublings[by])
@@ -102,10 +102,6 @@ def document(data: GridData, steps: Sequence[Step], metric: str, by: str) -> dic
 
 def _by_base(steps: Sequence[Step]) -> list[tuple[str, list[Step]]]:
     return [(base, list(members)) for base, members in groupby(steps, key=lambda step: step.base)]
-
-
-def _widens(step: Step, data: GridData) -> bool:
-    return step.destination.split(" ")[0] == data.reference
 
 
 def _row(step: Step, by: str, rate: Difference | None, size: Difference | None) -> list[object]:

@@ -6,14 +6,16 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from run_folders import write_run
 
 from analysis.__main__ import main
+from analysis.comparisons.grid import Comparisons
 from analysis.comparisons.next_parameter import AXES, Step, equivalent_size, leads, metric_of, per_doubling, steps
 from analysis.errors import InputError
-from analysis.records.grid_data import GridData, load
+from analysis.figures.context import Missing, context
+from analysis.figures.next_parameter import against_size, at_equal_time
+from analysis.records.grid_data import load
 from analysis.report.next_parameter import lead_sentences
 
 
@@ -63,12 +65,10 @@ def test_no_leader_is_declared_within_noise_or_with_few_pairs() -> None:
 
 
 def test_equivalent_size_inverts_the_curve_of_the_wider_reference() -> None:
-    empty = pd.DataFrame()
-    data = GridData(empty, empty, empty, empty, "dense")
     wider = [step("dense wider", 1.0, seeds(0.4)), step("dense wider", 2.0, seeds(0.8))]
     ours = step("pkm", 5.0, {seed: gain + 0.1 for seed, gain in seeds(0.4).items()})
     beyond = step("peer", 5.0, seeds(3.0))
-    sizes = equivalent_size(data, [*wider, ours, beyond], wider)
+    sizes = equivalent_size([*wider, ours, beyond], "dense")
     assert set(sizes) == {ours.label}
     # both curves shift alike with the seed, so every seed gives 1 + 0.1 / 0.4 doublings
     assert sizes[ours.label].mean == pytest.approx(1.25)
@@ -100,3 +100,21 @@ def test_steps_of_a_grid_are_paired_by_seed_with_their_base(tmp_path: Path, caps
     assert "| w32 | memory_plus | memory_plus k64 |" in capsys.readouterr().out
     assert main(["next", "--results", str(tmp_path), "--by", "euros"]) == 2
     assert "--by: got 'euros', allowed: params" in capsys.readouterr().err
+
+
+def test_figures_at_equal_gain_and_at_equal_time(tmp_path: Path) -> None:
+    for seed in range(5):
+        write_run(tmp_path, "dense", "w32", seed, 20.0 + seed)
+        write_run(tmp_path, "memory_plus", "w32", seed, (20.0 + seed) / 1.5, half_keys=16)
+    plots = context(Comparisons(load(tmp_path, fallback="dense")))
+    assert {path.suffix for path in at_equal_time(plots, tmp_path)} == {".png", ".pdf", ".svg"}
+    with pytest.raises(Missing, match=r"wider dense model of its base; a wider model is dense with a larger"):
+        against_size(plots, tmp_path)
+    for seed in range(5):
+        name = write_run(tmp_path, "dense", "w32", seed, (20.0 + seed) / 2, ffn_hidden=200)
+        path = tmp_path / "runs" / name / "cell.json"
+        record = json.loads(path.read_text())
+        record["account"]["params_total"] *= 2
+        path.write_text(json.dumps(record))
+    drawn = against_size(context(Comparisons(load(tmp_path, fallback="dense"))), tmp_path)
+    assert "memory_plus k16, w32 (n=5)" in next(path for path in drawn if path.suffix == ".svg").read_text()
