@@ -197,6 +197,14 @@ class EvalConfig(Frozen):
     tasks: tuple[str, ...] = Field(strict=False, min_length=1, description="names of tasks")
     num_fewshot: int | None = Field(default=None, ge=0, description="examples per prompt; None: the task's default")
     limit: int | None = Field(default=None, gt=0, description="score only the first N documents of each task")
+    table_off: bool = Field(
+        default=False, description="read every table row as zeros, to see what each task loses; recorded separately"
+    )
+
+    @property
+    def settings(self) -> tuple[int | None, int | None, bool]:
+        """Everything but the tasks."""
+        return self.num_fewshot, self.limit, self.table_off
 
     @property
     def hash8(self) -> str:
@@ -234,15 +242,15 @@ class Cell(Frozen):
         ):
             for field, value, allowed in part.problems():
                 raise ValueError(f"{name}.{field}: got {value!r}, allowed: {allowed}")
+        if any(config.table_off for config in self.evaluate) and not self.model.has_tables:
+            raise ValueError("evaluate.table_off: got True, allowed: False for a model without value tables")
         return self
 
     def with_evaluations(self, configs: tuple[EvalConfig, ...]) -> Cell:
         """Return the cell with more evaluations, skipping tasks that it already has with the same settings."""
         evaluations = self.evaluate
         for config in configs:
-            settings = config.num_fewshot, config.limit
-            same_settings = [other for other in evaluations if (other.num_fewshot, other.limit) == settings]
-            present = {task for other in same_settings for task in other.tasks}
+            present = {task for other in evaluations if other.settings == config.settings for task in other.tasks}
             if new := tuple(task for task in dict.fromkeys(config.tasks) if task not in present):
                 evaluations += (config.model_copy(update={"tasks": new}),)
         return self.model_copy(update={"evaluate": evaluations})

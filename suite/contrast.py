@@ -114,7 +114,8 @@ def _side(
 
 def _check_metric(where: str, metric: object, cells: Sequence[Cell]) -> None:
     """Refuse a metric that the cells of the contrast cannot have."""
-    tasks = set.intersection(*({task for config in cell.evaluate for task in config.tasks} for cell in cells))
+    ordinary = [[config for config in cell.evaluate if not config.table_off] for cell in cells]
+    tasks = set.intersection(*({task for config in configs for task in config.tasks} for configs in ordinary))
     probed = all(cell.data.kind == "bios" and cell.train.probes for cell in cells)
     task, _, name = str(metric).partition("/")
     if (metric == "e50" and probed) or metric == "eval/nll" or (name and task in tasks):

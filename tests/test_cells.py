@@ -181,3 +181,12 @@ def test_a_copy_with_another_value_has_another_hash_and_compares_by_its_fields()
     assert other.model_copy(update={"seed": first.seed}).hash8 == before
     assert other.model_copy(update={"seed": first.seed}) == cell()
     assert "hash8" not in first.model_dump()
+
+
+def test_tables_are_switched_off_only_where_there_are_tables() -> None:
+    off = [{"tasks": ["bios_storage"], "table_off": True}]
+    memory = {"family": "pkm", "base": "w32", "half_keys": 16, "top_k": 4}
+    assert cell(model=memory, evaluate=off).hash8 == cell(model=memory).hash8
+    for model in ({"family": "dense", "base": "w32"}, memory | {"control": "dense"}):
+        with pytest.raises(ValidationError, match=r"evaluate.table_off: got True"):
+            cell(model=model, evaluate=off)

@@ -5,6 +5,7 @@ Rows come from run directories (source `run`) and from published tables (source:
     probe lines      split probe   task eval             metrics nll (evaluation mode, nats per token), epoch
                                    task bios_<kind>      metrics bits, bits_max, nll, recall
     eval files       split final   task as evaluated     every metric, with stderr
+                     split table_off   the same, with value tables switched off (evaluate.table_off)
     eval/steps       split steps   the same, of intermediate checkpoints
 Columns of text are categorical.
 """
@@ -231,7 +232,7 @@ def _probed(lines: pd.DataFrame, probes: pd.DataFrame) -> list[Columns]:
 
 def _final(runs: pd.DataFrame, scores: pd.DataFrame, line: int) -> Columns:
     """Return one row per final score, at the run's last values."""
-    table = scores[scores["split"] == "final"].drop(columns="tokens")
+    table = scores[scores["split"].isin(("final", "table_off"))].drop(columns="tokens")
     at = table["run"].to_numpy(int)
     ends = {name: runs[name].to_numpy(float)[at] for name in ("tokens", "train_flops", "wall_s", "tokens_per_s")}
     return _scored(table.assign(**ends), line)

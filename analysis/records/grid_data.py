@@ -24,7 +24,7 @@ from analysis.records.curves import Curves
 from analysis.records.grids import Contrast, read_grid, read_grids, read_plans, read_source
 from analysis.records.labels import is_reshaped, labels, pairing, training
 from analysis.records.run_files import DAMAGED
-from analysis.records.scores import final_scores
+from analysis.records.scores import final_scores, without_tables
 
 EQUAL = 0.05
 """Largest deviation of a ratio from 1 that is still called equal."""
@@ -77,6 +77,7 @@ class GridData:
     probes: one row per probe: run, step, tokens, epoch, train_flops, wall_s, eval_loss and `<kind>_<metric>`.
     table_use: one row per logged step of a run with tables: run, tokens, used, never_read, kl_bits.
     scores: one row per final score, see analysis.records.scores.
+    tables_off: one row per final score that a run also has with its tables switched off, as `off`.
     damaged: run and cause of the runs with a record file that cannot be read.
     absent: runs that the grid names and that have no directory.
     """
@@ -92,6 +93,7 @@ class GridData:
     contrast: Contrast | None = None
     absent: Sequence[str] = ()
     published: pd.DataFrame | None = None
+    tables_off: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @cached_property
     def done(self) -> pd.DataFrame:
@@ -185,8 +187,9 @@ def from_store(
     probes, table_use = _probes(table, position), unnest(table, "table_use", position)
     data = GridData(runs, probes, table_use, pd.DataFrame(), reference, damaged)
     runs = _with_e50(data)
-    scores = final_scores(runs, unnest(table, "scores", position), unnest(table, "answers", position))
-    return replace(data, runs=runs, scores=scores, contrast=contrast)
+    recorded = unnest(table, "scores", position)
+    scores = final_scores(runs, recorded, unnest(table, "answers", position))
+    return replace(data, runs=runs, scores=scores, contrast=contrast, tables_off=without_tables(scores, recorded))
 
 
 def run_table(table: pa.Table, predicted: Mapping[str, float]) -> tuple[pd.DataFrame, pd.DataFrame]:

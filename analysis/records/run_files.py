@@ -136,6 +136,8 @@ def _read_training(row: Row, lines: list[dict[str, Any]]) -> None:
 
 def _read_scores(row: Row, path: Path, split: str) -> None:
     evaluation = read_json(path)
+    if (evaluation.get("eval") or {}).get("table_off"):
+        split = "table_off"
     common = (split, _number(evaluation.get("step")), _number(evaluation.get("tokens")))
     limit = _number((evaluation.get("eval") or {}).get("limit"))
     for task, scored in evaluation.get("tasks", {}).items():

@@ -15,6 +15,21 @@ LOSS = "eval/nll"
 NOT_A_SCORE = ("bits_max",)
 
 
+def without_tables(scores: pd.DataFrame, recorded: pd.DataFrame) -> pd.DataFrame:
+    """Return what switching off the tables costs.
+
+    Args:
+        scores: The final scores, see `final_scores`.
+        recorded: All recorded scores: run, split, IDENTITY, value.
+
+    Returns:
+        One row for each of `scores` that was also recorded with tables switched off: its columns, and `off`.
+    """
+    off = recorded.loc[recorded["split"] == "table_off", ["run", *IDENTITY, "value"]].rename(columns={"value": "off"})
+    off = off.drop_duplicates(["run", *IDENTITY], keep="last")
+    return scores.merge(off, on=["run", *IDENTITY]) if len(off) else scores.iloc[:0].assign(off=np.array([]))
+
+
 def final_scores(runs: pd.DataFrame, scores: pd.DataFrame, answers: pd.DataFrame) -> pd.DataFrame:
     """Return the final scores of all runs.
 

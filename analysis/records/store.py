@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 
 from analysis.records.run_files import LISTS, SCALARS, Row, read_run
 
-VERSION = "1"
+VERSION = "2"
 """Raise it when the meaning of a column changes; a change of columns is noticed without."""
 CACHE = Path("cache", "analysis", "records.parquet")
 BATCH = 500

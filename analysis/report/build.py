@@ -89,6 +89,8 @@ def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) ->
     if bios:
         blocks += [Heading("Storage, paraphrase and extraction"), *_kinds(data)]
     blocks += [Heading("Final evaluations"), *_finals(plots)]
+    if len(data.tables_off):
+        blocks += [Heading("Value tables switched off"), *_tables_off(plots)]
     blocks += [Heading("Fits"), *trend_blocks(comparisons.trends)]
     blocks += [
         Heading(f"Compute multiplier along {data.reference} runs"),
@@ -242,6 +244,25 @@ def _finals(plots: Context) -> list[Block]:
     )
     table = Table(["base", "variant", "n", "tokens", *columns], rows, left=2, name="final-evaluations")
     return [table, Text(note)]
+
+
+def _tables_off(plots: Context) -> list[Block]:
+    """Return the mean of every score with and without value tables, by variant, and their paired difference."""
+    data = plots.data
+    table = data.tables_off[data.tables_off["run"].isin(data.done.index)]
+    rows = []
+    for (base, label), runs in data.done.groupby(["base", "label"], sort=False):
+        of_variant = table[table["run"].isin(runs.index)]
+        for score, part in of_variant.groupby("score", sort=True):
+            on, off = part["value"].to_numpy(float), part["off"].to_numpy(float)
+            means = [with_interval(paired(values)) for values in (on, off, off - on)]
+            rows.append([base, label, plots.titles.loc[score, "title"], len(part), *means])
+    note = (
+        "Off: every row of the tables reads as zeros while the finished model is scored, on the same documents and "
+        "prompts. The difference shows how much a model relies on its table, not what training without one would give."
+    )
+    headers = ["base", "variant", "score", "n", "on", "off", "off - on"]
+    return [Table(headers, rows, left=3, name="tables-off"), Text(note)]
 
 
 def _setting(few_shot: float, n: float) -> str:

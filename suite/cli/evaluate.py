@@ -50,6 +50,10 @@ def evaluate(
         int | None, typer.Option(min=0, help="examples in the prompt; default: as each task defines")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="score only the first N documents of each task")] = None,
+    table_off: Annotated[
+        bool,
+        typer.Option("--table-off", help="read every row of value tables as zeros; scores are recorded separately"),
+    ] = False,
     oracle: Annotated[
         bool,
         typer.Option(
@@ -69,17 +73,20 @@ def evaluate(
     check_folders(options.results, data_root)
     scoring = make_scoring(data_root, run_code)
     if oracle:
-        if target is not None or preset is not None or num_fewshot is not None:
-            raise UserError("--oracle: scores no run; leave out RUN, --preset and --num-fewshot")
+        if target is not None or preset is not None or num_fewshot is not None or table_off:
+            raise UserError("--oracle: scores no run; leave out RUN, --preset, --num-fewshot and --table-off")
         _score_oracle(tasks, data_root, run_code, limit, options.as_json)
         return
     if target is None:
         raise UserError("RUN|GRID: missing; give a run, a grid, or --oracle")
-    extra = _extra_evaluations(tasks, preset, num_fewshot, limit)
+    extra = _extra_evaluations(tasks, preset, num_fewshot, limit, table_off)
     grid, runs, results = _find_runs(target, options)
+    without_tables = [cell.run_name for cell in grid.cells if not cell.model.has_tables] if table_off else []
+    if table_off and len(without_tables) == len(grid.cells):
+        raise UserError(f"--table-off: {without_tables[0]} has no value tables")
     damaged = {run.name: damage for run in runs if (damage := run.damage()) is not None}
     wanted = [
-        (run, cell.with_evaluations(extra).evaluate)
+        (run, cell.with_evaluations(() if cell.run_name in without_tables else extra).evaluate)
         for run, cell in zip(runs, grid.cells, strict=True)
         if run.name not in damaged
     ]
@@ -87,6 +94,8 @@ def evaluate(
         raise UserError(next(iter(damaged.values())))
     for damage in damaged.values():
         print(f"suite: not scored: {damage}", file=sys.stderr)
+    if without_tables:
+        print(f"suite: no tables to switch off: {', '.join(without_tables)}", file=sys.stderr)
     untrained = _score(wanted, scoring)
     _print_scores(grid, results, wanted, options.as_json)
     if untrained:
@@ -96,7 +105,7 @@ def evaluate(
 
 
 def _extra_evaluations(
-    tasks: str | None, preset: str | None, num_fewshot: int | None, limit: int | None
+    tasks: str | None, preset: str | None, num_fewshot: int | None, limit: int | None, table_off: bool
 ) -> tuple[EvalConfig, ...]:
     """The evaluations that the options name, in addition to those of the cells."""
     from suite.cells import EvalConfig
@@ -105,15 +114,15 @@ def _extra_evaluations(
     if preset is not None:
         if tasks is not None or num_fewshot is not None or limit is not None:
             raise UserError("--preset: sets the tasks itself; leave out --tasks, --num-fewshot and --limit")
-        return presets.preset(preset)
+        return tuple(config.model_copy(update={"table_off": table_off}) for config in presets.preset(preset))
     if tasks is None:
-        if num_fewshot is not None or limit is not None:
-            raise UserError("--tasks: missing; --num-fewshot and --limit apply to the tasks that it names")
+        if num_fewshot is not None or limit is not None or table_off:
+            raise UserError("--tasks: missing; --num-fewshot, --limit and --table-off apply to the tasks that it names")
         return ()
     names = parse_tasks(tasks)
     if names is None:
         raise UserError("--tasks: got 'all', allowed: names (all is for --oracle), or use --preset")
-    return (EvalConfig(tasks=names, num_fewshot=num_fewshot, limit=limit),)
+    return (EvalConfig(tasks=names, num_fewshot=num_fewshot, limit=limit, table_off=table_off),)
 
 
 def _find_runs(target: str, options: GridOptions) -> tuple[Grid, list[RunDir], Path]:
@@ -199,7 +208,8 @@ def _scores_table(scores: dict[str, list[dict[str, Any]]]) -> Table:
         for row in rows:
             counts = [str(row[key]) for key in ("few_shot", "n", "cut")]
             numbers = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("value", "stderr")]
-            table.add_row(run, row["task"], *counts, row["metric"], *numbers)
+            task = f"{row['task']} (table off)" if row["table_off"] else row["task"]
+            table.add_row(run, task, *counts, row["metric"], *numbers)
     return table
 
 

@@ -21,6 +21,7 @@ from suite.evaluate.adapter import Codec, SuiteLM
 from suite.evaluate.datasets import DataRoot
 from suite.evaluate.lm_eval_patches import compiled_templates, freeze_requests, quiet
 from suite.evaluate.sandbox import Sandbox
+from suite.models.lookup.controls import tables_off
 from suite.models.transformer import Transformer
 
 TOKEN_BUDGET = 16384
@@ -41,7 +42,7 @@ def evaluate(
     Args:
         model: The model, whose mode is not changed.
         corpus: Its training data, with the tokenizer, the row length, and the documents of bios and held-out tasks.
-        config: Tasks, number of examples, limit of documents.
+        config: Tasks, number of examples, limit of documents, and whether tables are switched off.
         data_root: Folder of evaluation data; None: the hub.
         sandbox: Runs the programs that the model writes; None: tasks that need it are refused.
 
@@ -91,7 +92,8 @@ class Harness:
         """Score one model; see the function `evaluate`."""
         lm = SuiteLM(model, self._codec, self._corpus.config.seq_len, TOKEN_BUDGET)
         lm.refuse_diverged()
-        records = scores_of(lm, self._prepared)
+        with tables_off(model.memory_tables() if self._config.table_off else []):
+            records = scores_of(lm, self._prepared)
         return {
             "eval": self._config.model_dump(mode="json"),
             "hash": self._config.hash8,

@@ -24,7 +24,7 @@ from suite.train.checkpoint import load_model, steps_saved
 from suite.train.parallel import World
 
 if TYPE_CHECKING:
-    from suite.cells import Cell
+    from suite.cells import Cell, EvalConfig
     from suite.data.corpus import Corpus
 
 POLL_S = 0.2
@@ -65,7 +65,7 @@ def scored_in_background(run: RunDir, cell: Cell, scorer: Scorer) -> Iterator[Ca
 def retain_due(run: RunDir, cell: Cell) -> bool:
     """Retain the saved checkpoints that are due and lack scores; returns whether any are waiting to be scored."""
     every = cell.train.evaluate_every
-    if every is None or not cell.evaluate:
+    if every is None or not of_checkpoints(cell):
         return False
     for step in steps_saved(run):
         folder = retained_folder(run) / f"step-{step}"
@@ -113,7 +113,7 @@ def score_retained(
         if not step:
             return
         folder = retained_folder(run) / f"step-{step}"
-        wanted = [config for config in cell.evaluate if not run.has_eval(step_name(config.hash8, step))]
+        wanted = [config for config in of_checkpoints(cell) if not run.has_eval(step_name(config.hash8, step))]
         world.wait()  # every process has looked before one of them writes
         model = load_model(RunDir(folder), cell, corpus, world)
         tokens = step * cell.train.batch_rows * cell.data.seq_len
@@ -127,13 +127,18 @@ def score_retained(
             shutil.rmtree(folder)
 
 
+def of_checkpoints(cell: Cell) -> list[EvalConfig]:
+    """Return the evaluations of checkpoints; tables are switched off in finished runs only."""
+    return [config for config in cell.evaluate if not config.table_off]
+
+
 def step_name(hash8: str, step: int) -> str:
     """Return the name of an evaluation's scores at a step, for `RunDir.write_eval`."""
     return f"steps/{hash8}-{step}"
 
 
 def _lacks_scores(run: RunDir, cell: Cell, step: int) -> bool:
-    return any(not run.has_eval(step_name(config.hash8, step)) for config in cell.evaluate)
+    return any(not run.has_eval(step_name(config.hash8, step)) for config in of_checkpoints(cell))
 
 
 def main(run_path: str, data_root: str, run_code: str) -> None:

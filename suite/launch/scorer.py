@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from suite.cells import Cell, EvalConfig
-from suite.models import registry
 from suite.records import RunDir
 
 if TYPE_CHECKING:
@@ -57,15 +56,13 @@ def missing_evals(run: RunDir, cell: Cell) -> list[str]:
 
 def _is_covered(config: EvalConfig, scored: Iterable[EvalConfig]) -> bool:
     """Return whether every task of an evaluation has scores with the same settings."""
-    settings = config.num_fewshot, config.limit
-    tasks = {task for other in scored if (other.num_fewshot, other.limit) == settings for task in other.tasks}
+    tasks = {task for other in scored if other.settings == config.settings for task in other.tasks}
     return tasks.issuperset(config.tasks)
 
 
 def needs_usage(run: RunDir, cell: Cell) -> bool:
     """Return whether the model has a memory whose usage is not recorded yet."""
-    has_memory = registry.family(cell.model.family).has_memory and getattr(cell.model, "control", None) != "dense"
-    return has_memory and not run.usage_path.exists()
+    return cell.model.has_tables and not run.usage_path.exists()
 
 
 def is_finished(run: RunDir, cell: Cell) -> bool:

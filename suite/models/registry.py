@@ -62,6 +62,11 @@ class ModelConfig(BaseModel):
         return None
 
     @property
+    def has_tables(self) -> bool:
+        """Whether the model has value tables."""
+        return family(self.family).has_memory
+
+    @property
     def batch_statistics(self) -> bool:
         """Whether a layer uses statistics of the micro-batch, so that the size of a micro-batch changes the result."""
         return False

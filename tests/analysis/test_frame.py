@@ -13,11 +13,15 @@ import pandas as pd
 import pytest
 from run_folders import BITS_MAX, EXPOSURES, curve, write_run
 
+from analysis.comparisons.grid import Comparisons
 from analysis.errors import InputError
+from analysis.figures.context import context
 from analysis.records import frame
 from analysis.records.curves import Curves
 from analysis.records.grid_data import load
 from analysis.records.tables import read_lines, read_table
+from analysis.report.blocks import to_markdown
+from analysis.report.build import build
 
 
 def test_columns_are_the_designs(results: Path) -> None:
@@ -56,6 +60,28 @@ def test_scores_of_intermediate_checkpoints_are_not_final_scores(results: Path) 
     assert len(of_run[of_run["split"] == "final"]) == 1
     row = of_run[of_run["split"] == "steps"].iloc[0]
     assert (row["step"], row["tokens"], row["train_flops"]) == (7, 700, 700 * row["flops_per_token"])
+
+
+def test_scores_with_tables_off_are_rows_of_their_own_and_no_final_scores(results: Path) -> None:
+    before = load(results, "demo", "dense")
+    names = [run for run in before.runs["run"] if run.startswith("memory_plus")]
+    for name in names:
+        (path,) = (results / "runs" / name / "eval").glob("*.json")
+        scores = json.loads(path.read_text())
+        scores["eval"]["table_off"] = True
+        scores["tasks"]["bios_storage"]["metrics"]["bits"]["value"] -= 100.0
+        path.with_name("1badcafe.json").write_text(json.dumps(scores))
+    data = load(results, "demo", "dense")
+    pd.testing.assert_frame_equal(data.scores, before.scores)
+    off = data.tables_off
+    assert sorted(data.runs["run"].iloc[off["run"]]) == sorted(names)
+    assert (off["value"] - off["off"]).tolist() == pytest.approx([100.0] * len(names))
+    of_run = frame.load(results, "demo", "dense").table.query("run == @names[0] and task == 'bios_storage'")
+    bits = of_run[of_run["metric"] == "bits"].set_index("split")["value"]
+    page = to_markdown(build(context(Comparisons(data)), [], []), results)
+    assert "Value tables switched off" in page
+    assert "off - on" in page
+    assert bits["final"] - bits["table_off"] == pytest.approx(100.0)
 
 
 def test_ratios_are_to_the_dense_model_of_the_same_base(results: Path) -> None:

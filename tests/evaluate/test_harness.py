@@ -10,6 +10,7 @@ import pytest
 import torch
 from naive_scoring import naive_score, small_model
 
+from suite import models
 from suite.cells import EvalConfig
 from suite.data.corpus import Corpus
 from suite.data.sources.bios import BiosData
@@ -17,6 +18,7 @@ from suite.errors import UserError
 from suite.evaluate import catalog
 from suite.evaluate.datasets import DataRoot
 from suite.evaluate.harness import Evaluator, Harness, evaluate, prepare
+from suite.models.product_key import MemoryConfig
 from suite.models.transformer import Transformer
 from suite.train.probe import Prober
 
@@ -35,7 +37,8 @@ def test_every_score_records_its_versions_prompts_and_data(bios: Corpus, bios_mo
     config = EvalConfig(tasks=("bios_storage", "bios_qa", "bios_choice"), limit=7)
     scores = evaluate(bios_model, bios, config)
     assert scores["hash"] == config.hash8
-    assert scores["eval"] == {"tasks": ["bios_storage", "bios_qa", "bios_choice"], "num_fewshot": None, "limit": 7}
+    tasks = ["bios_storage", "bios_qa", "bios_choice"]
+    assert scores["eval"] == {"tasks": tasks, "num_fewshot": None, "limit": 7, "table_off": False}
     assert scores["versions"]["lm-eval"].startswith("0.4.")
     for task in scores["tasks"].values():
         assert task["n"] == 7
@@ -69,6 +72,20 @@ def test_one_evaluator_gives_many_models_the_scores_of_new_evaluators(bios: Corp
     scores = [evaluator.evaluate(model, bios, config) for model in (other, bios_model, other)]
     assert scores == [evaluate(model, bios, config) for model in (other, bios_model, other)]
     assert scores[0] != scores[1]
+
+
+def test_scores_with_tables_off_are_those_of_zero_rows_under_a_hash_of_their_own(bios: Corpus) -> None:
+    config = MemoryConfig(family="pkm", base="w32", half_keys=16, top_k=4)
+    model = models.build(config, bios.vocab_size, seed=0).eval()
+    on, off = (EvalConfig(tasks=("bios_storage",), limit=5, table_off=value) for value in (False, True))
+    assert on.hash8 == EvalConfig(tasks=("bios_storage",), limit=5).hash8 != off.hash8
+    with_table, without = (evaluate(model, bios, kind)["tasks"]["bios_storage"] for kind in (on, off))
+    assert with_table["metrics"] == evaluate(model, bios, on)["tasks"]["bios_storage"]["metrics"]
+    model.memory_tables()[0].weight.data.zero_()
+    zero = evaluate(model, bios, on)["tasks"]["bios_storage"]
+    assert zero["metrics"]["nll"]["value"] == pytest.approx(without["metrics"]["nll"]["value"], rel=1e-6)
+    assert with_table["metrics"]["nll"]["value"] != pytest.approx(without["metrics"]["nll"]["value"], rel=1e-6)
+    assert with_table["prompt_hash"] == without["prompt_hash"]
 
 
 def test_bits_per_byte_of_held_out_text_equal_a_loop(text: Corpus, text_model: Transformer) -> None:

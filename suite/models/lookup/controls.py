@@ -31,6 +31,11 @@ class TableConfig(ModelConfig):
         "once, or a dense feed-forward of equal multiply-adds in its place; None: the family",
     )
 
+    @property
+    def has_tables(self) -> bool:
+        """Whether the model has value tables."""
+        return super().has_tables and self.control != "dense"
+
 
 class DenseStandIn(SwiGLU):
     """A feed-forward in the place of a table; it ignores what else the table's module was given."""
