@@ -250,13 +250,13 @@ def _tables_off(plots: Context) -> list[Block]:
     """Return the mean of every score with and without value tables, by variant, and their paired difference."""
     data = plots.data
     table = data.tables_off[data.tables_off["run"].isin(data.done.index)]
-    rows = []
+    rows, titles = [], dict(plots.titles["title"])
     for (base, label), runs in data.done.groupby(["base", "label"], sort=False):
         of_variant = table[table["run"].isin(runs.index)]
         for score, part in of_variant.groupby("score", sort=True):
             on, off = part["value"].to_numpy(float), part["off"].to_numpy(float)
             means = [with_interval(paired(values)) for values in (on, off, off - on)]
-            rows.append([base, label, plots.titles.loc[score, "title"], len(part), *means])
+            rows.append([base, label, titles[score], len(part), *means])
     note = (
         "Off: every row of the tables reads as zeros while the finished model is scored, on the same documents and "
         "prompts. The difference shows how much a model relies on its table, not what training without one would give."
