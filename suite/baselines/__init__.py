@@ -3,6 +3,7 @@
 from suite.models.attachments import Attachments, Skip
 from suite.models.cache import Earlier
 from suite.models.cost import Cost, dense_cost
+from suite.models.distributions import Constant, Normal, Uniform
 from suite.models.feedforward import SwiGLU
 from suite.models.lookup.controls import TableConfig
 from suite.models.memory_table import MemoryLayer, MemoryTable
@@ -10,16 +11,19 @@ from suite.models.registry import Family, ModelConfig, Problem, register
 
 __all__ = [
     "Attachments",
+    "Constant",
     "Cost",
     "Earlier",
     "Family",
     "MemoryLayer",
     "MemoryTable",
     "ModelConfig",
+    "Normal",
     "Problem",
     "Skip",
     "SwiGLU",
     "TableConfig",
+    "Uniform",
     "dense_cost",
     "register",
 ]

@@ -21,7 +21,7 @@ from suite.data.tokenizers import Tokenizer
 from suite.errors import UserError
 from suite.inference.generation import Sampling, generate
 from suite.inference.loglikelihood import Request, encode_pair, score, windows
-from suite.models.finite import is_finite
+from suite.models.precision import is_finite
 from suite.models.transformer import Transformer
 
 DEFAULT_NEW_TOKENS = 256

@@ -19,7 +19,7 @@ from suite.export.flatten import bundle
 from suite.export.llama import CONFIG, WEIGHTS, llama_config, llama_name
 from suite.export.tokenizer import write_tokenizer
 from suite.models import registry
-from suite.models.finite import is_finite
+from suite.models.precision import is_finite
 from suite.models.transformer import Transformer
 
 MODELING = "modeling_next_parameter"

@@ -60,9 +60,9 @@ class MemoryFeedForward(nn.Module):
     def _initialise(self, seed: int, own_table: bool) -> None:
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.memory.named_parameters():
-            self.memory.init_parameter(name, parameter, generator)
+            self.memory.initial_values(name, parameter.shape).fill_(parameter, generator)
         if own_table:
-            self.table.init_parameter("weight", self.table.weight, generator)
+            self.table.initial_values("weight", self.table.weight.shape).fill_(self.table.weight, generator)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         return self.memory(x_BTD)

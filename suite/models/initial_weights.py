@@ -1,22 +1,58 @@
-"""Initial weights: every parameter is drawn from a generator of its own, seeded by (seed, name)."""
+"""Initial weights: a function of (seed, name, place), the same on any number of processes.
+
+A parameter of at most BLOCK elements is drawn at once, from a generator seeded by (seed, name). A larger one is drawn
+in blocks, each from a generator of its own, so a process that holds a part of it draws only the blocks that overlap its
+part, and never holds more than one block. Blocks are rows of the tensor as a matrix [all but the last dimension, last
+dimension]; those of a table of many rows are narrow, since processes divide its columns. Values are drawn on the CPU,
+and are the same whatever device they are for.
+
+Shapes: M rows of the matrix, D columns.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from suite.models.distributions import Constant, Distribution, Normal
 from suite.models.registry import ModelConfig
 from suite.models.sizes import Size
 from suite.models.transformer import Transformer
 
 CanonicalIds = Callable[[], list[int]]
 """Returns the canonical id of every token; called for models that hash them."""
+BLOCK = 1 << 24
+"""Most elements that are drawn together."""
+TALL = 1 << 19
+"""From this number of rows on, a block has TALL rows and BLOCK / TALL columns instead of whole rows."""
 
 
-def build(config: ModelConfig, vocab_size: int, seed: int, canonical_ids: CanonicalIds | None = None) -> Transformer:
+@dataclass(frozen=True)
+class Part:
+    """The elements of a tensor from `start` to `stop` in dimension `dim`."""
+
+    dim: int
+    start: int
+    stop: int
+
+    def of(self, x: Tensor) -> Tensor:
+        """Return a view of this part of a whole tensor."""
+        return x.narrow(self.dim, self.start, self.stop - self.start)
+
+
+def build(
+    config: ModelConfig,
+    vocab_size: int,
+    seed: int,
+    canonical_ids: CanonicalIds | None = None,
+    fresh: Collection[str] | None = None,
+) -> Transformer:
     """Build the model of a configuration and draw its initial weights, unless it is on the meta device.
 
     Args:
@@ -24,6 +60,7 @@ def build(config: ModelConfig, vocab_size: int, seed: int, canonical_ids: Canoni
         vocab_size: Entries of the vocabulary.
         seed: The seed of the initial weights.
         canonical_ids: The canonical ids of the vocabulary's tokens; None: every token has its own.
+        fresh: The parameters to draw; None: all. Others are for the caller to load.
 
     Returns:
         The model.
@@ -33,24 +70,28 @@ def build(config: ModelConfig, vocab_size: int, seed: int, canonical_ids: Canoni
     """
     model = Transformer(config, vocab_size)
     if not model.norm.weight.is_meta:
-        initialise(model, seed, canonical_ids)
+        initialise(model, seed, canonical_ids, fresh)
     return model
 
 
 @torch.no_grad()
-def initialise(model: Transformer, seed: int, canonical_ids: CanonicalIds | None = None) -> None:
-    """Fill every parameter from its own generator, seeded by (seed, name).
+def initialise(
+    model: Transformer, seed: int, canonical_ids: CanonicalIds | None = None, fresh: Collection[str] | None = None
+) -> None:
+    """Fill parameters with their initial values: all, or those named in `fresh`; and reset buffers.
 
-    Two models therefore start with equal values in the parameters that they share. Matrices
-    are normal with standard deviation fan_in^-1/2, divided by sqrt(2 x layers) where they write to the residual stream
-    (wo, w2; GPT-2). Gains are one and biases zero. A module with `init_parameter` sets its own values and those of its
-    submodules. Buffers start at zero, those of a batch norm at torch's initial values, and those of a module with
+    Two models start with equal values in the parameters that they share. Matrices are normal with standard deviation
+    fan_in^-1/2, divided by sqrt(2 x layers) where they write to the residual stream (wo, w2; GPT-2). Gains are one and
+    biases zero. A module with `initial_values(name, shape)` returns the distributions of its own parameters and of
+    those of its submodules; one with `init_parameter(name, parameter, generator)` sets them, on whole tensors of any
+    size. Buffers start at zero, those of a batch norm at torch's initial values, and those of a module with
     `reset_buffers` at what it sets.
     """
     reset_statistics(model)
     set_canonical_ids(model, canonical_ids)
     for name, parameter in model.named_parameters():
-        fill(model, name, parameter, generator_of(seed, name, parameter.device))
+        if fresh is None or name in fresh:
+            fill(model, name, seed, parameter, parameter.shape)
 
 
 @torch.no_grad()
@@ -77,47 +118,142 @@ def set_canonical_ids(model: Transformer, canonical_ids: CanonicalIds | None) ->
             setter(ids)
 
 
-def generator_of(seed: int, name: str, device: torch.device) -> torch.Generator:
-    """Return the generator of a parameter's initial values.
+def generator_of(seed: int, name: str, block: int = 0) -> torch.Generator:
+    """Return the generator of a block of a parameter's initial values.
 
     Args:
         seed: The seed of the run.
         name: The parameter's name in the model.
-        device: The device of the generator.
+        block: The number of the block; 0 where there is only one.
 
     Returns:
-        A generator whose state depends only on seed and name.
+        A generator on the CPU whose state depends on the arguments alone.
     """
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    key = f"{seed}/{name}" if block == 0 else f"{seed}/{name}/{block}"
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 @torch.no_grad()
-def fill(model: Transformer, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-    """Fill `parameter` with the initial values of the model's parameter of that name.
+def fill(
+    model: Transformer, name: str, seed: int, own: Tensor, shape: Collection[int], part: Part | None = None
+) -> None:
+    """Fill a tensor with initial values of the model's parameter of that name, or with a part of them.
 
     Args:
         model: The model that the parameter belongs to.
         name: The parameter's name in the model.
-        parameter: The tensor to fill, of the parameter's shape.
-        generator: See `generator_of`.
+        seed: The seed of the run.
+        own: The tensor to fill, of the shape of the part.
+        shape: The shape of the whole parameter.
+        part: The part; None: the whole parameter.
     """
+    shape = torch.Size(shape)
+    law = _law(model, name, shape)
+    if isinstance(law, _Hook):
+        whole = torch.empty(shape, dtype=own.dtype)
+        law.init_parameter(law.name, whole, generator_of(seed, name))
+        own.copy_(whole if part is None else part.of(whole))
+    else:
+        draw(law, own, shape, part, seed, name)
+
+
+def draw(law: Distribution, own: Tensor, shape: torch.Size, part: Part | None, seed: int, name: str) -> None:
+    """Draw a part of a parameter; see `fill` for the other arguments.
+
+    Args:
+        law: The distribution of its elements.
+        own: The tensor to fill, contiguous.
+        shape: The shape of the whole parameter.
+        part: The part; None: the whole parameter.
+        seed: The seed of the run.
+        name: The parameter's name.
+    """
+    if isinstance(law, Constant):
+        own.fill_(law.value)
+    elif math.prod(shape) <= BLOCK:
+        whole = torch.empty(shape, dtype=own.dtype)
+        law.fill_(whole, generator_of(seed, name))
+        own.copy_(whole if part is None else part.of(whole))
+    else:
+        _draw_blocks(law, own, _Layout(shape, part or Part(0, 0, shape[0])), seed, name)
+
+
+def _draw_blocks(law: Distribution, own: Tensor, layout: _Layout, seed: int, name: str) -> None:
+    first_column, last_column = layout.columns
+    matrix = own.view(-1, last_column - first_column)
+    for number, (top, bottom), (left, right) in layout.blocks():
+        low, high = max(left, first_column), min(right, last_column)
+        shared = [(max(top, start), min(bottom, stop), place - start) for start, stop, place in layout.rows]
+        rows = [(start, stop, start + shift) for start, stop, shift in shared if start < stop]
+        if low >= high or not rows:
+            continue
+        block = torch.empty(bottom - top, right - left, dtype=own.dtype)
+        law.fill_(block, generator_of(seed, name, number))
+        for start, stop, place in rows:
+            target = matrix[place : place + stop - start, low - first_column : high - first_column]
+            target.copy_(block[start - top : stop - top, low - left : high - left])
+        del block  # before the next one is allocated
+
+
+class _Layout:
+    """A large tensor as a matrix [M, D]: its blocks, and where the elements of a part lie.
+
+    Attributes:
+        columns: The first column of the part, and the one after its last.
+        rows: Ranges of rows of the part, each with the row of the part at which it starts.
+    """
+
+    def __init__(self, shape: torch.Size, part: Part) -> None:
+        *leading, self.width = shape
+        self.height = math.prod(leading)
+        if part.dim == len(leading):
+            self.columns, self.rows = (part.start, part.stop), [(0, self.height, 0)]
+            return
+        self.columns = 0, self.width
+        size, inner = shape[part.dim], math.prod(leading[part.dim + 1 :])
+        count = (part.stop - part.start) * inner
+        starts = range(part.start * inner, self.height, size * inner)
+        self.rows = [(start, start + count, number * count) for number, start in enumerate(starts)]
+
+    def blocks(self) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
+        """Yield the number, the rows and the columns of every block."""
+        width = BLOCK // TALL if self.height >= TALL else self.width
+        height = TALL if self.height >= TALL else max(1, BLOCK // width)
+        number = 0
+        for top in range(0, self.height, height):
+            for left in range(0, self.width, width):
+                yield number, (top, min(top + height, self.height)), (left, min(left + width, self.width))
+                number += 1
+
+
+@dataclass(frozen=True)
+class _Hook:
+    """A module's `init_parameter`, and the parameter's name in the module."""
+
+    init_parameter: Any
+    name: str
+
+
+def _law(model: Transformer, name: str, shape: torch.Size) -> Distribution | _Hook:
+    """Return the distribution of a parameter's elements, or the hook that sets them: the outermost module's."""
     path = name.split(".")
     for depth in range(1, len(path)):
-        init_parameter = getattr(model.get_submodule(".".join(path[:depth])), "init_parameter", None)
-        if init_parameter is not None:
-            init_parameter(".".join(path[depth:]), parameter, generator)
-            return
-    _default_init(path[-2:], parameter, model.size, generator)
+        module, inner = model.get_submodule(".".join(path[:depth])), ".".join(path[depth:])
+        if (init_parameter := getattr(module, "init_parameter", None)) is not None:
+            return _Hook(init_parameter, inner)
+        if (initial_values := getattr(module, "initial_values", None)) is not None:
+            law: Distribution = initial_values(inner, shape)
+            return law
+    return _default(path[-2:], shape, model.size)
 
 
-def _default_init(path: list[str], parameter: Tensor, size: Size, generator: torch.Generator) -> None:
+def _default(path: list[str], shape: torch.Size, size: Size) -> Distribution:
     if path[-1] == "bias":
-        parameter.zero_()
-    elif parameter.dim() == 1:
-        parameter.fill_(1.0)
-    else:
-        std = parameter.shape[-1] ** -0.5
-        if {"wo", "w2"} & set(path):
-            std /= (2 * size.layers) ** 0.5
-        parameter.normal_(0.0, std, generator=generator)
+        return Constant(0.0)
+    if len(shape) == 1:
+        return Constant(1.0)
+    std = shape[-1] ** -0.5
+    if {"wo", "w2"} & set(path):
+        std /= (2 * size.layers) ** 0.5
+    return Normal(std)

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from kernels.embedding_bag import RowGradients, embedding_bag, embedding_dot
 from suite.models.cost import Cost
+from suite.models.distributions import Distribution, Normal
 from suite.models.precision import at_least_fp32
 
 ROWS_AT_ONCE = 1 << 26
@@ -101,10 +102,9 @@ class MemoryTable(nn.Module):
         products_NS: Tensor = _Products.apply(indices_NS, self.weight.to(self.wide), x_ND.to(self.wide))
         return products_NS
 
-    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Draw initial values; arguments as for `initial_weights.fill`."""
-        std = parameter.shape[1] ** -0.5 if self.std is None else self.std
-        parameter.normal_(0.0, std, generator=generator)
+    def initial_values(self, name: str, shape: torch.Size) -> Distribution:
+        """Return the distribution of the rows' initial values; see `initial_weights.initialise`."""
+        return Normal(shape[1] ** -0.5 if self.std is None else self.std)
 
     def share_gradient(self) -> None:
         """Sum the gradients of replicas once they are complete; nothing to do in a single process."""

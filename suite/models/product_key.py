@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from kernels.product_key import product_key
 from suite.models.cost import Cost
+from suite.models.distributions import Constant, Distribution, Normal, Uniform, xavier_uniform
 from suite.models.feedforward import SwiGLU
 from suite.models.lookup.controls import TableConfig
 from suite.models.memory_table import MemoryLayer, MemoryTable
@@ -101,20 +102,20 @@ class ProductKeyLayer(MemoryLayer):
             q_NM2W = self.query_norm(q_NM2W.to(at_least_fp32(q_NM2W.dtype))) * (self.k_dim // 2) ** -0.5
         return q_NM2W
 
-    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Draw keys uniformly within k_dim^-1/2, the query Xavier-uniform, other matrices normal with fan_in^-1/2.
+    def initial_values(self, name: str, shape: torch.Size) -> Distribution:
+        """Return the distributions of initial values; see `initial_weights.initialise`.
 
-        Biases are zero and gains one. Arguments as for `initial_weights.fill`.
+        Keys are uniform within k_dim^-1/2, the query is Xavier-uniform, other matrices are normal with fan_in^-1/2.
+        Biases are zero and gains one.
         """
         if name in ("keys", "sink_keys"):
             bound = self.k_dim**-0.5
-            parameter.uniform_(-bound, bound, generator=generator)
-        elif name == "query.weight":
-            nn.init.xavier_uniform_(parameter, generator=generator)
-        elif parameter.dim() == 2:
-            parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-        else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            return Uniform(-bound, bound)
+        if name == "query.weight":
+            return xavier_uniform(shape[1], shape[0])
+        if len(shape) == 2:
+            return Normal(shape[1] ** -0.5)
+        return Constant(0.0 if name.endswith("bias") else 1.0)
 
     def search_cost(self) -> Cost:
         """Count the products of the query projection and of scoring all half keys."""

@@ -104,11 +104,11 @@ class Family:
         config: The configuration class.
         feed_forwards: Called with a configuration; returns one feed-forward per layer or, for modules at other points,
             `Attachments`. Each module has `forward(x_BTD) -> y_BTD` and `cost() -> Cost`. It may have `after_step()`,
-            called after each optimizer step, and `init_parameter(name, parameter, generator)`, which replaces the
-            default initial values (see `initial_weights.initialise`). Its `forward` receives as further arguments, in
-            this order, what it requests: with `window`, the ids of each token and its window - 1 predecessors,
-            `ids_BTW`, int64, -1 where the document has none; with `reads_embedding`, the token embedding,
-            `embedding_BTD`; with `reads_earlier`, a function that returns its own rows of earlier tokens
+            called after each optimizer step, and `initial_values(name, shape)` or `init_parameter(name, parameter,
+            generator)`, which replace the default initial values (see `initial_weights.initialise`). Its `forward`
+            receives as further arguments, in this order, what it requests: with `window`, the ids of each token and its
+            window - 1 predecessors, `ids_BTW`, int64, -1 where the document has none; with `reads_embedding`, the token
+            embedding, `embedding_BTD`; with `reads_earlier`, a function that returns its own rows of earlier tokens
             (`cache.Earlier`). A factory with a second required parameter also receives the size of the vocabulary.
         has_memory: Whether the family has value tables.
         source: Sha256 of the file that an external family comes from.

@@ -232,10 +232,11 @@ def load_model(
     if world is not None and world.distributed:
         from suite.train.sharding import as_dtensors, build_sharded
 
-        model = build_sharded(cell.model, corpus.vocab_size, cell.seed, world, "fp32")
+        model = build_sharded(cell.model, corpus.vocab_size, cell.seed, world, "fp32", fresh=())
         state = {"model": as_dtensors(model, {"model": model.state_dict(), "optimizer": {}})["model"]}
     else:
-        model = models.build(cell.model, corpus.vocab_size, cell.seed).to("cpu" if world is None else world.device)
+        model = models.build(cell.model, corpus.vocab_size, cell.seed, fresh=())
+        model.to("cpu" if world is None else world.device)
         state = {"model": model.state_dict()}
     read(run, step, state)
     return model.eval()

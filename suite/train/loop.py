@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import numpy as np
@@ -81,6 +81,9 @@ class Trainer:
         self.world = world or World()
         self.world.check(cell)
         self.device = self.world.device
+        self.start = None
+        if cell.train.parent is not None and not checkpoint.steps_saved(run):  # a resumed run has its own weights
+            self.start = parent.match(run, cell, corpus)
         self.model, self.forward = self._build()
         self.scope = self._scope()
         self.optimizer = Optimizer(self.model, self.config, self.scope.choice)
@@ -98,15 +101,15 @@ class Trainer:
     def _build(self) -> tuple[Transformer, Any]:
         """Return the model, and the callable that runs its forward pass in training."""
         cell, world = self.cell, self.world
+        sizes = cell.model, self.corpus.vocab_size, cell.seed
         if world.distributed:
             # Imported here because it takes almost two seconds and one process does not need it.
             from suite.train.sharding import build_sharded
 
             precision, ids = self.config.precision, self.corpus.canonical_ids
-            model = build_sharded(cell.model, self.corpus.vocab_size, cell.seed, world, precision, ids)
+            model = build_sharded(*sizes, world, precision, ids, self._fresh())
         else:
-            model = models.build(cell.model, self.corpus.vocab_size, cell.seed, self.corpus.canonical_ids)
-            model = model.to(self.device)
+            model = models.build(*sizes, self.corpus.canonical_ids, self._fresh()).to(self.device)
         if world.parallel.checkpoint_activations:
             recompute_blocks(model)
         if not self.config.compile:
@@ -120,18 +123,23 @@ class Trainer:
             block.forward = torch.compile(block.forward)
         return model, model
 
+    def _fresh(self) -> Collection[str] | None:
+        """Return the names of the parameters that no checkpoint of the run or of its parent holds; None: all."""
+        if checkpoint.steps_saved(self.run):
+            return ()
+        return None if self.start is None else self.start.fresh
+
     def _scope(self) -> Scope:
         """Copy the weights of the parent, if there is one, and return what is trained.
 
-        A resumed run has weights of its own. It precedes the optimizers, which copy or convert tables.
+        It precedes the optimizers, which copy or convert tables.
         """
-        if self.cell.train.parent is None or checkpoint.steps_saved(self.run):
+        if self.start is None:
             return Scope(self.model, self.cell, self.world.distributed)
-        start = parent.match(self.run, self.cell, self.corpus)
         state = {"model": self.model.state_dict(), "optimizer": {}}
-        parent.load(start, self._placed(state)["model"])
+        parent.load(self.start, self._placed(state)["model"])
         scope = Scope(self.model, self.cell, self.world.distributed)
-        scope.count_background(self.cell, start.run)
+        scope.count_background(self.cell, self.start.run)
         return scope
 
     def _tensors(self, moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:

@@ -38,7 +38,10 @@ class ColumnTable(MemoryTable):
         self.mesh, self.group, self.replicas = mesh, mesh.get_group("memory"), mesh.get_group("replica")
         self.members = self.group.size()
         rows, dim = table.weight.shape
-        super().__init__(rows, dim // self.members, table.std)
+        super().__init__(rows, dim // self.members)
+        self.initial_values = table.initial_values  # type: ignore[method-assign]  # of the whole table
+        if hasattr(table, "init_parameter"):
+            self.init_parameter = table.init_parameter
         if table.control is not None:
             self.set_control(table.control)
 
@@ -46,10 +49,6 @@ class ColumnTable(MemoryTable):
     def first_column(self) -> int:
         """The place in the whole table of this process's first column."""
         return self.mesh.get_local_rank("memory") * self.weight.shape[1]
-
-    def columns(self) -> slice:
-        """Return the columns of the whole table that this process holds."""
-        return slice(self.first_column, self.first_column + self.weight.shape[1])
 
     def as_dtensor(self, own_RC: Tensor) -> DTensor:
         """Wrap this process's columns of a tensor of rows (weights, a moment) as a DTensor of the whole tensor."""

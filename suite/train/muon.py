@@ -2,7 +2,7 @@
 
 Newton-Schulz needs whole matrices. Under FSDP the gradient and the momentum of a 2-D parameter are therefore gathered,
 one parameter at a time, and every process computes the same update and applies its shard of it. A stack [E, A, B] is
-sharded by matrices, so each process updates those that it holds.
+sharded by matrices for the update, and each process updates those that it holds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,11 @@ class NamedMuon:
             self._update([parameter], [_gathered(gradient)], [buffer], lr)
             _scatter(buffer, momentum)
         else:
-            self._update(_local_matrices(parameter), _local_matrices(gradient), _local_matrices(momentum), lr)
+            moved, buffer = _by_matrices(parameter), _by_matrices(momentum)
+            gradients = _local_matrices(_by_matrices(gradient))
+            self._update(_local_matrices(moved), gradients, _local_matrices(buffer), lr)
+            _scatter(moved, parameter)
+            _scatter(buffer, momentum)
 
     def _update(self, matrices: list[Tensor], gradients: list[Tensor], buffers: list[Tensor], lr: float) -> None:
         if not matrices:  # fewer experts than processes
@@ -46,6 +50,16 @@ class NamedMuon:
             matrix.grad = gradient
             muon.state[matrix]["momentum_buffer"] = buffer
         muon.step()
+
+
+def _by_matrices(stack: Tensor) -> Tensor:
+    """Return a DTensor sharded over the first dimension; other tensors are returned unchanged."""
+    if not hasattr(stack, "to_local"):
+        return stack
+    from torch.distributed.tensor import DTensor, Shard  # takes a second to import
+
+    assert isinstance(stack, DTensor)
+    return stack if stack.placements == (Shard(0),) else stack.redistribute(placements=[Shard(0)])
 
 
 def _local_matrices(stack: Tensor) -> list[Tensor]:
@@ -64,7 +78,7 @@ def _gathered(tensor: Tensor) -> Tensor:
     return tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim)
 
 
-def _scatter(gathered: Tensor, target: Tensor) -> None:
-    """Copy this process's shard of a gathered tensor back to `target`."""
-    if gathered is not target:
-        target.copy_(gathered)
+def _scatter(moved: Tensor, target: Tensor) -> None:
+    """Copy this process's shard of a tensor that was gathered, or sharded otherwise, back to `target`."""
+    if moved is not target:
+        target.copy_(moved)

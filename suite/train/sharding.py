@@ -13,6 +13,8 @@ Shapes: N tokens of a process, C channels or own columns, R rows of a table, D r
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -20,10 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from suite.errors import UserError
-from suite.models.initial_weights import CanonicalIds, fill, generator_of, reset_statistics, set_canonical_ids
+from suite.models.initial_weights import CanonicalIds, Part, fill, reset_statistics, set_canonical_ids
 from suite.models.moe import LossBalanced, TokenChoice
 from suite.models.precision import at_least_fp32
 from suite.models.registry import ModelConfig
@@ -31,9 +33,8 @@ from suite.models.transformer import Transformer
 from suite.train.memory_parallel import ColumnTable
 from suite.train.parallel import World
 
-ROWS_AT_ONCE = 1 << 16
-"""Rows of a table that are initialised together. A multiple of 16, so that the CPU generator draws the same numbers in
-pieces as at once."""
+PADDING = 0.01
+"""Largest share of padding with which a parameter is sharded by its first dimension where another one needs none."""
 
 
 def build_sharded(
@@ -43,10 +44,9 @@ def build_sharded(
     world: World,
     precision: str,
     canonical_ids: CanonicalIds | None = None,
+    fresh: Collection[str] | None = None,
 ) -> Transformer:
     """Build this process's shard of a model, with the initial weights that a single process would draw.
-
-    It materialises at most one full parameter outside the tables at a time.
 
     Args:
         config: The model.
@@ -55,6 +55,10 @@ def build_sharded(
         world: The processes that share the model.
         precision: Train.precision; with "bf16", weight matrices are gathered in bf16.
         canonical_ids: As for `initial_weights.build`.
+        fresh: The parameters to draw; None: all. Others are for the caller to load.
+
+    Returns:
+        The model; parameters outside tables are DTensors.
 
     Raises:
         UserError: Memory_parallel does not divide the row width.
@@ -64,7 +68,6 @@ def build_sharded(
     memory = init_device_mesh(kind, (world.size // members, members), mesh_dim_names=("replica", "memory"))
     with torch.device("meta"):
         model = Transformer(config, vocab_size)
-        widths = [table.weight.shape[1] for table in model.memory_tables()]
         _shard_tables(model, memory)
         _make_batchnorms_global(model)
     _share_counts(model, world)
@@ -72,12 +75,10 @@ def build_sharded(
     model.to_empty(device=world.device)
     reset_statistics(model)
     set_canonical_ids(model, canonical_ids)
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, DTensor):
-            _fill_shard(model, name, parameter, seed)
-    for number, (table, width) in enumerate(zip(model.memory_tables(), widths, strict=True)):
-        assert isinstance(table, ColumnTable)
-        _fill_columns(model, f"tables.{number}.weight", table, width, seed)
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, parameter in as_dtensors(model, {"model": own, "optimizer": {}})["model"].items():
+        if fresh is None or name in fresh:
+            fill(model, name, seed, parameter.to_local(), parameter.shape, own_part(parameter))
     return model
 
 
@@ -132,16 +133,17 @@ def _shard_tables(model: Transformer, memory: DeviceMesh) -> None:
 
 def _fully_shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
     tables = {parameter for table in model.memory_tables() for parameter in table.parameters()}
+    place = functools.partial(placement, mesh.size())
     narrow = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     units = [*model.layers] if model.input_embedding is None else [model.input_embedding, *model.layers]
     for unit in units:
         if precision == "bf16":
             for module in unit.modules():
                 if holds_matrices_only(module):
-                    fully_shard(module, mesh=mesh, mp_policy=narrow)
+                    fully_shard(module, mesh=mesh, mp_policy=narrow, shard_placement_fn=place)
         if not isinstance(unit, FSDPModule):  # a unit of weight matrices only is sharded already
-            fully_shard(unit, mesh=mesh)
-    fully_shard(model, mesh=mesh, ignored_params=tables)
+            fully_shard(unit, mesh=mesh, shard_placement_fn=place)
+    fully_shard(model, mesh=mesh, ignored_params=tables, shard_placement_fn=place)
     # Evaluation calls `hidden` and `head` instead of `forward`; the weights of `head` stay gathered after `hidden`.
     register_fsdp_forward_method(model, "hidden")
     for module in model.modules():
@@ -156,27 +158,33 @@ def holds_matrices_only(module: nn.Module) -> bool:
     return bool(names) and names == set(getattr(module, "matrices", ()))
 
 
-def _fill_shard(model: Transformer, name: str, parameter: DTensor, seed: int) -> None:
-    whole = torch.empty(parameter.shape, dtype=parameter.dtype)
-    fill(model, name, whole, generator_of(seed, name, whole.device))
-    copy_shard(parameter, whole)
+def placement(processes: int, parameter: Tensor) -> Shard:
+    """Return the dimension by which a parameter is sharded.
+
+    It is the first one, which FSDP pads to a multiple of the processes, unless the padding is noticeable and another
+    dimension is divisible. Stacks of few experts or heads would be padded to many times their size.
+    """
+    first = parameter.shape[0]
+    if -first % processes <= PADDING * first:
+        return Shard(0)
+    return Shard(next((dim for dim, size in enumerate(parameter.shape) if size % processes == 0), 0))
 
 
-def _fill_columns(model: Transformer, name: str, table: ColumnTable, width: int, seed: int) -> None:
-    generator = generator_of(seed, name, torch.device("cpu"))
-    columns = table.columns()
-    for own_RC in table.weight.detach().split(ROWS_AT_ONCE):
-        whole_RD = torch.empty(len(own_RC), width, dtype=own_RC.dtype)
-        fill(model, name, whole_RD, generator)
-        own_RC.copy_(whole_RD[:, columns])
+def own_part(tensor: DTensor) -> Part:
+    """Return the part of a tensor, sharded by one dimension or none, that this process holds."""
+    part = Part(0, 0, tensor.shape[0])
+    for mesh_dim, placed in enumerate(tensor.placements):
+        if isinstance(placed, Shard):
+            size, processes = tensor.shape[placed.dim], tensor.device_mesh.size(mesh_dim)
+            chunk, rank = -(-size // processes), tensor.device_mesh.get_local_rank(mesh_dim)
+            part = Part(placed.dim, min(rank * chunk, size), min((rank + 1) * chunk, size))
+    return part
 
 
 @torch.no_grad()
 def copy_shard(target: DTensor, whole: Tensor) -> None:
-    """Copy this process's shard of a tensor that every process holds whole into `target`."""
-    whole = whole.to(target.device, target.dtype)
-    placed = distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-    target.to_local().copy_(placed.to_local())
+    """Copy this process's shard of a tensor that every process can read whole into `target`."""
+    target.to_local().copy_(own_part(target).of(whole))
 
 
 class GlobalBatchNorm(nn.BatchNorm1d):

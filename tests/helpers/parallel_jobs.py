@@ -36,10 +36,12 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "ultramem_v2": MEMORY | {"value_dim": 8, "k_dim": 8},
     "engram": {"head_rows": 30, "hash_heads": 2, "placement": (0, 1), "zero_kernel": False},
 }
-SPARSE = {"half_keys": 160, "top_k": 2, "memory_heads": 2}
-"""A table of which a step reads a few rows, so that steps are replayed."""
-LARGE = MEMORY | {"half_keys": 260, "placement": (0, 1)}
-"""A table with more rows than are initialised together when it is sharded (sharding.ROWS_AT_ONCE)."""
+OTHERS: dict[str, dict[str, Any]] = {
+    "memory_plus large": MEMORY | {"half_keys": 260, "placement": (0, 1)},
+    "pkm sparse": {"half_keys": 160, "top_k": 2, "memory_heads": 2},
+    "moe_topk odd": {"experts": 3, "top_k": 2},
+}
+"""Tables of which a step reads few rows, so that steps are replayed; experts that two processes do not divide."""
 WITH_MEMORY = [case for case in FAMILIES if case.split()[0] not in ("dense", "moe", "moe_topk")]
 
 
@@ -62,7 +64,7 @@ class Job:
 
 def cell_of(case: str, steps: int, **train: Any) -> Cell:
     """Return a cell of a few narrow layers that takes `steps` steps of 8 rows of 64 tokens."""
-    options = {"memory_plus large": LARGE, "pkm sparse": SPARSE}.get(case) or FAMILIES[case]
+    options = {**FAMILIES, **OTHERS}[case]
     fields = {
         "batch_rows": 8,
         "tokens": steps * 8 * 64,

@@ -18,10 +18,10 @@ from suite.errors import UserError
 from suite.launch.background_scoring import retain_due
 from suite.launch.scorer import Scorer
 from suite.launch.worker import score_missing
-from suite.models import moe
+from suite.models import initial_weights, moe
 from suite.models.ranking import best
 from suite.records import RunDir
-from suite.train import checkpoint
+from suite.train import checkpoint, sharding
 from suite.train.loop import Trainer, train
 from suite.train.parallel import Parallel, World
 
@@ -80,6 +80,7 @@ def test_two_processes_train_like_one_and_one_process_reads_their_checkpoint(
 ) -> None:
     cases = ("memory_plus large", "moe_topk", "moe_topk softmax")
     cells = {case: cell_of(case, 3, probes=1, accumulate=2) for case in cases}
+    cells["moe_topk odd"] = cell_of("moe_topk odd", 3, probes=1, matrix_optimizer="muon")
     prepare(cells["moe_topk"].data, cache)
     run_jobs([job(cell, tmp_path / f"{case}-2", memory_parallel=2) for case, cell in cells.items()], cache, 2, tmp_path)
     for case, cell in cells.items():
@@ -205,6 +206,8 @@ def test_expert_choice_differs_in_fp32_only_after_an_expert_chooses_another_toke
         ("moe_topk", {}),
         ("pkm batchnorm", {}),
         ("moe_topk", {"matrix_optimizer": "muon"}),
+        ("moe_topk odd", {"matrix_optimizer": "muon"}),
+        ("moe_topk odd", {}),
         ("memory_plus", {"matrix_optimizer": "muon", "table_optimizer": "sgd", "value_lr": 0.5}),
     ],
 )
@@ -241,6 +244,7 @@ OPTIMIZERS: list[tuple[str, dict[str, Any]]] = [
     ("memory_plus", {"matrix_optimizer": "muon"}),
     ("moe", {"matrix_optimizer": "muon"}),
     ("moe_topk", {"matrix_optimizer": "muon"}),
+    ("moe_topk odd", {"matrix_optimizer": "muon"}),
 ]
 
 
@@ -304,6 +308,36 @@ def test_a_run_interrupted_between_steps_resumes_bit_for_bit(cache: Path, tmp_pa
     assert checkpoint.steps_saved(run) == [4]
     alone(cell, run.path, cache)
     assert distance(cell, whole, run.path, cache) == (0.0, 0.0)
+
+
+def test_a_model_whose_weights_are_loaded_is_not_drawn_first(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell, run = cell_of("memory_plus", 2), RunDir(tmp_path / "run")
+    run.path.mkdir()
+    corpus = prepare(cell.data, cache)
+    trainer = Trainer(cell, corpus, run)
+    trainer.train_step()
+    trainer.save()
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr(initial_weights, "fill", refuse)
+    resumed = Trainer(cell, corpus, run)
+    scored = checkpoint.load_model(run, cell, corpus)
+    for name, expected in trainer.model.state_dict().items():
+        assert resumed.model.state_dict()[name].equal(expected)
+        assert scored.state_dict()[name].equal(expected)
+    with pytest.raises(AssertionError, match="drawn"):
+        Trainer(cell, corpus, RunDir(tmp_path / "new"))
+
+
+def test_parameters_are_sharded_by_a_dimension_that_needs_no_padding() -> None:
+    shapes = {(4, 2048, 8192): 1, (4, 2, 8192, 512): 2, (64, 7): 0, (128256, 4096): 0, (50257, 4096): 0, (65, 64): 1}
+    for shape, dim in shapes.items():
+        assert sharding.placement(64, torch.empty(shape, device="meta")).dim == dim
+    assert sharding.placement(64, torch.empty(3, 5, device="meta")).dim == 0  # padded: FSDP divides no other evenly
 
 
 def test_a_world_that_does_not_divide_the_cell_is_refused() -> None:

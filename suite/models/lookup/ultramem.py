@@ -20,6 +20,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from suite.models.cost import Cost
+from suite.models.distributions import Constant, Distribution, Normal, Uniform
 from suite.models.feedforward import SwiGLU
 from suite.models.lookup.controls import TableConfig
 from suite.models.memory_table import MemoryLayer, MemoryTable
@@ -123,15 +124,13 @@ class TuckerMemory(MemoryLayer):
             generator = torch.Generator().manual_seed(self.seed)
             self.order_R.copy_(torch.randperm(len(self.order_R), generator=generator))
 
-    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Draw initial values like the released code; arguments as for `initial_weights.fill`."""
+    def initial_values(self, name: str, shape: torch.Size) -> Distribution:
+        """Return the distributions of the released code; see `initial_weights.initialise`."""
         if name in ("query_norm.weight", "key_norm.weight"):
-            parameter.fill_(self.width**-GAIN_EXPONENT)
-        elif name == "cores":
-            parameter.uniform_(0.0, 1.0, generator=generator)
-        else:
-            fan_in = self.width if name in ("query.weight", "keys") else parameter.shape[1]
-            parameter.normal_(0.0, fan_in**-0.5, generator=generator)
+            return Constant(self.width**-GAIN_EXPONENT)
+        if name == "cores":
+            return Uniform(0.0, 1.0)
+        return Normal((self.width if name in ("query.weight", "keys") else shape[1]) ** -0.5)
 
     def cost(self) -> Cost:
         """Count the search, the exact scores of K * K pairs, the projections, and the products with factor rows."""

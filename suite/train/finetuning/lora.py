@@ -33,8 +33,8 @@ class LowRank(nn.Module):
         *stack, rows, columns = matrix.shape
         self.scale = scale
         bound = 1 / math.sqrt(columns)  # kaiming_uniform_ with a = sqrt(5)
-        drawn = matrix.new_empty(*stack, rank, columns).uniform_(-bound, bound, generator=generator)
-        self.A = nn.Parameter(drawn)
+        drawn = torch.empty(*stack, rank, columns, dtype=matrix.dtype).uniform_(-bound, bound, generator=generator)
+        self.A = nn.Parameter(drawn.to(matrix.device))
         self.B = nn.Parameter(matrix.new_zeros(*stack, rows, rank))
 
     def forward(self, matrix: Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def add(model: Transformer, config: TrainLoRA, seed: int) -> list[str]:
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
         matrix = cast(Tensor, getattr(module, attribute))
-        generator = generator_of(seed, f"lora/{name}", matrix.device)
+        generator = generator_of(seed, f"lora/{name}")
         scale = (config.alpha or config.rank) / config.rank
         parametrize.register_parametrization(module, attribute, LowRank(matrix.detach(), config.rank, scale, generator))
     return chosen
