@@ -1,8 +1,16 @@
 """`hashed_ngram`: a feed-forward plus a table that is read by hashes of the last two and three token ids.
 
-Engram (arXiv 2601.07372) without the parts that need the tokenizer or a state between tokens: ids are not mapped to
-canonical ones, and the depthwise convolution after the value (which starts at zero) is left out. Tables have a prime
-number of rows for each n-gram order and hash head.
+A short example in the manner of Engram (arXiv 2601.07372), which the built-in family `engram` implements in full. It
+differs from Engram's published code in six ways:
+
+- Every head has multipliers of its own; there, the heads of an order share one mix and differ in the modulus only.
+- The gate is a plain sigmoid; there, of the signed square root of the score.
+- The memory is added to the feed-forward; there, to the residual stream before attention.
+- Token ids are hashed as they are; there, canonical ids, which ignore case, accents and spaces.
+- There is no convolution; there, a causal depthwise one, which starts at zero.
+- Projections have no biases; there, they have.
+
+Tables have a prime number of rows for each n-gram order and hash head, as there.
 
 Shapes: B rows, T tokens, D model width, W = 3 ids, H = orders * heads, E width of a row, N = B*T.
 """

@@ -90,6 +90,10 @@ class ModelConfig(BaseModel):
             return [("kv_heads", size.kv_heads, f"a divisor of heads ({size.heads})")]
         return self.family_problems()
 
+    def vocabulary_problems(self, vocab_size: int) -> list[Problem]:
+        """Return what is wrong with the options for a vocabulary of that size; called only if all else is valid."""
+        return []
+
     def family_problems(self) -> list[Problem]:
         """Return what is wrong with a family's own options; called only if base and shape are valid."""
         return []

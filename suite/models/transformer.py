@@ -149,7 +149,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
         super().__init__()
-        if problems := config.problems():
+        if problems := config.problems() or config.vocabulary_problems(vocab_size):
             field, value, allowed = problems[0]
             raise ValueError(f"{field}: got {value!r}, allowed: {allowed}")
         self.config, self.size, self.vocab_size = config, config.size, vocab_size

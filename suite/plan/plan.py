@@ -279,9 +279,14 @@ def _plan(
 
 
 def _meta_model(cell: Cell, config: ModelConfig, vocabulary: int) -> Transformer:
-    """Build the cell's model, or its dense one, on the meta device. Raises UserError for a tensor that cannot exist."""
+    """Build the cell's model, or its dense one, on the meta device.
+
+    Raises UserError for options that do not fit the vocabulary and for a tensor that cannot exist.
+    """
     try:
         return meta_model(config, vocabulary)
+    except ValueError as error:
+        raise UserError(f"cell {cell.run_name}: model.{error}") from None
     except (RuntimeError, TypeError) as error:
         if "overflow" not in str(error).lower():
             raise

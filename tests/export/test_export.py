@@ -43,6 +43,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "pkm shuffled": {"family": "pkm", "base": "w32", **SMALL, "control": "shuffled"},
     "memory_plus stand-in": {"family": "memory_plus", "base": "w32", **SMALL, "control": "dense"},
     "ultramem_v2": {"family": "ultramem_v2", "base": "w32", **SMALL},
+    "ngram_embedding": {"family": "ngram_embedding", "base": "w32", "table_rows": 41, "order_tables": 2},
     "engram": {"family": "engram", "base": "w32", "head_rows": 40, "hash_heads": 2, "zero_kernel": False},
 }
 

@@ -30,6 +30,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "memory_plus keep_ffn": {"half_keys": 16, "top_k": 8, "keep_ffn": True, "placement": (1, 2)},
     "engram": {"head_rows": 40, "hash_heads": 2, "zero_kernel": False},
     "engram v4.1": {"form": "v4.1", "head_rows": 40, "hash_heads": 2, "placement": (0, 2), "gate": "sigmoid"},
+    "ngram_embedding": {"table_rows": 41, "order_tables": 2},
+    "ngram_embedding longcat": {"form": "longcat", "table_rows": 41, "order_tables": 1, "amplify": "norm"},
     "engram beside": {
         "form": "qwen",
         "head_rows": 40,

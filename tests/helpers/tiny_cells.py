@@ -15,6 +15,8 @@ def tiny_cell(family: str = "dense", seed: int = 0, **train: Any) -> Cell:
         model |= {name: option} if option in ("softmax", "frozen", "shuffled") else {option: True}
     if family in ("pkm", "memory_plus", "ultramem_v2"):
         model |= {"half_keys": 16, "top_k": 4}
+    if family == "ngram_embedding":
+        model |= {"table_rows": 101, "order_tables": 2}
     if family == "engram":
         model |= {"head_rows": 100, "hash_heads": 2}
     fields = {

@@ -43,6 +43,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "pkm shuffled": {"family": "pkm", "base": "w32", **SMALL, "control": "shuffled"},
     "memory_plus dense": {"family": "memory_plus", "base": "w32", **SMALL, "control": "dense"},
     "hashed_ngram": {"family": "hashed_ngram", "base": "w32"},
+    "ngram_embedding": {"family": "ngram_embedding", "base": "w32", "table_rows": 1001},
     "engram": {"family": "engram", "base": "w32", "head_rows": 300},
     "engram v4.1": {"family": "engram", "base": "w48", "form": "v4.1", "head_rows": 300},
 }

@@ -62,7 +62,16 @@ SGD = {"table_optimizer": "sgd", "value_lr": 0.5}
     [
         *[
             (family, {})
-            for family in ("dense", "moe", "moe_topk", "pkm", "pkm query_batchnorm", "memory_plus", "engram")
+            for family in (
+                "dense",
+                "moe",
+                "moe_topk",
+                "pkm",
+                "pkm query_batchnorm",
+                "memory_plus",
+                "engram",
+                "ngram_embedding",
+            )
         ],
         ("moe_topk softmax", {}),
         ("ultramem_v2", {"value_lr_end": 0.25}),

@@ -42,6 +42,7 @@ MATRICES = {
     "peer frozen": [ATTENTION, SWIGLU, r"layers\.1\.feed_forward\.query\.weight"],
     "memory_plus shuffled": [ATTENTION, SWIGLU, r"layers\.\d\.feed_forward\.(query|gate|out)\.weight"],
     "ultramem_v2": [ATTENTION, SWIGLU, r"layers\.\d\.feed_forward\.memory\.(query|factor|out)\.weight"],
+    "ngram_embedding": [ATTENTION, SWIGLU, r"input_embedding\.projection\.weight"],
     "engram": [ATTENTION, SWIGLU, r"layers\.\d\.before_attention\.(key|value)\.weight"],
 }
 """Names of the weight matrices inside blocks, by family."""
@@ -85,7 +86,12 @@ def test_modules_that_hold_only_matrices_are_derived_from_the_model(case: str) -
     """FSDP gathers them in bf16: attention, plain feed-forwards and stacks of experts."""
     model = model_of(cell_of(case, 2))
     kinds = {type(module).__name__ for module in model.modules() if holds_matrices_only(module)}
-    experts = {"moe": {"Experts"}, "moe_topk": {"Experts", "SwiGLU"}, "moe_topk softmax": {"Experts"}}
+    experts = {
+        "moe": {"Experts"},
+        "moe_topk": {"Experts", "SwiGLU"},
+        "moe_topk softmax": {"Experts"},
+        "ngram_embedding": {"NgramEmbedding", "SwiGLU"},
+    }
     every_layer_has_a_memory = case in ("memory_plus", "memory_plus shuffled", "ultramem_v2")
     assert kinds == {"Attention"} | experts.get(case, set() if every_layer_has_a_memory else {"SwiGLU"})
 

@@ -22,10 +22,11 @@ from suite.models.attachments import Attachments, Skip
 from suite.models.cache import Earlier
 from suite.models.cost import Cost
 from suite.models.feedforward import SwiGLU
+from suite.models.lookup.controls import TableConfig
 from suite.models.lookup.hashing import LAYER_SEED, NgramHash, primes_from
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.precision import at_least_fp32
-from suite.models.registry import Family, ModelConfig, Problem, register
+from suite.models.registry import Family, Problem, register
 
 NORM_EPS = 1e-5
 MIN_SCORE = 1e-6
@@ -145,7 +146,7 @@ class Engram(MemoryLayer):
         return Cost(params, params | {"memory_values": self.value.in_features}, {"memory_projection": macs})
 
 
-class EngramConfig(ModelConfig):
+class EngramConfig(TableConfig):
     """`engram`: memories of n-grams at a few layers, each with its own table."""
 
     form: Literal["engram", "v4.1", "qwen"] = Field(

@@ -1,6 +1,7 @@
-"""Rows of n-grams: multiplicative-XOR hashes of token ids (Engram, arXiv 2601.07372, section 2, and its code).
+"""Rows of n-grams, by one of two hashes of the last ids, the current one (x_0) first.
 
-The hash of order n is (x_0 m_0) ^ (x_1 m_1) ^ ... over the last n ids, the current one first, modulo a head's rows.
+`NgramHash`: (x_0 m_0) ^ (x_1 m_1) ^ ..., modulo a head's rows (Engram, arXiv 2601.07372, section 2, and its code).
+`PolynomialHash`: x_0 + x_1 V + ..., modulo a table's rows (Over-Encoding, arXiv 2501.16975; LongCat, arXiv 2601.21204).
 
 Shapes: B rows, T tokens, V vocabulary, N highest order, H = (N - 1) * heads per order.
 """
@@ -87,6 +88,52 @@ class NgramHash(nn.Module):
         for back in range(1, self.orders):
             mix_BTH = mix_BTH ^ (x_BTN[..., -1 - back, None] * self.multipliers_HN[:, back])
         return mix_BTH % self.moduli_H + self.first_H
+
+
+class PolynomialHash(nn.Module):
+    """The rows of the n-grams that end at each token: base-V numbers of their ids, modulo the rows of each table.
+
+    The current id is the last digit. A missing id counts as zero (Over-Encoding).
+
+    Args:
+        vocab_size: Entries of the vocabulary (V).
+        moduli: Rows of each table (H), orders ascending.
+        orders: The highest order (N); the lowest is 2.
+    """
+
+    powers_HN: Tensor
+    moduli_H: Tensor
+    first_H: Tensor
+
+    def __init__(self, vocab_size: int, moduli: list[int], orders: int) -> None:
+        super().__init__()
+        self.vocab_size, self.moduli, self.orders = vocab_size, moduli, orders
+        self.register_buffer("powers_HN", torch.empty(len(moduli), orders, dtype=torch.int64))
+        self.register_buffer("moduli_H", torch.empty(len(moduli), dtype=torch.int64))
+        self.register_buffer("first_H", torch.empty(len(moduli), dtype=torch.int64))
+
+    def reset_buffers(self) -> None:
+        """Set all buffers. Powers are reduced by the modulus, so that no product leaves 63 bits."""
+        tables = len(self.moduli) // (self.orders - 1)
+        powers = [
+            [pow(self.vocab_size, back, rows) if back < 2 + table // tables else 0 for back in range(self.orders)]
+            for table, rows in enumerate(self.moduli)
+        ]
+        self.powers_HN.copy_(torch.tensor(powers))
+        self.moduli_H.copy_(torch.tensor(self.moduli))
+        self.first_H.copy_(torch.tensor([0, *itertools.accumulate(self.moduli[:-1])]))
+
+    def resize_vocabulary(self, vocab_size: int) -> None:
+        """Refuse, since the row counts of a trained model depend on its vocabulary."""
+        raise ValueError(f"vocabulary: got {vocab_size} entries, allowed: {self.vocab_size}, which rows depend on")
+
+    def forward(self, ids_BTN: Tensor) -> Tensor:
+        """Return the row of each table, [B, T, H]; a missing id is -1."""
+        x_BTN = ids_BTN.clamp_min(0)
+        sums_BTH = x_BTN[..., -1:] * self.powers_HN[:, 0]
+        for back in range(1, self.orders):
+            sums_BTH = sums_BTH + x_BTN[..., -1 - back, None] * self.powers_HN[:, back]
+        return sums_BTH % self.moduli_H + self.first_H
 
 
 def odd_multipliers(seed: int, ids: int, heads: int, orders: int, shared: bool) -> np.ndarray:
