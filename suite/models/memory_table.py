@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,18 @@ ROWS_AT_ONCE = 1 << 26
 """Largest number of row elements that `products` gathers at a time."""
 
 
+class StoredRows(Protocol):
+    """Rows that a table reads from elsewhere than its weight, in inference (suite/inference/tables)."""
+
+    def sums(self, indices_NS: Tensor, weights_NS: Tensor) -> Tensor:
+        """Return the weighted sums of rows, [N, D]; weights have the dtype `wide` of the table."""
+        ...
+
+    def products(self, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
+        """Return the inner products of each token with its rows, [N, S]; x has the dtype `wide` of the table."""
+        ...
+
+
 class MemoryTable(nn.Module):
     """`rows` trainable rows of width `dim`, read as weighted sums.
 
@@ -30,7 +42,8 @@ class MemoryTable(nn.Module):
     gradients are about to be summed over replicas; this process need not have read them. If `gradients` is set,
     backward passes write compact row gradients to it and leave `weight.grad` None; otherwise the gradient is dense.
     Initial values are normal with standard deviation `std`; None: dim^-1/2 (released code). `set_control` makes it a
-    control (lookup/controls.py). While `is_off`, every row reads as zeros.
+    control (lookup/controls.py). While `is_off`, every row reads as zeros. If `stored` is set, rows come from there and
+    `weight` has a shape and a dtype but no values.
     """
 
     order_R: Tensor
@@ -44,6 +57,7 @@ class MemoryTable(nn.Module):
         self.gradients: RowGradients | None = None
         self.control: str | None = None
         self.is_off = False
+        self.stored: StoredRows | None = None
 
     def set_control(self, control: str) -> None:
         """Become a control: "one_row", "frozen", or "shuffled" (addresses lead to rows in a fixed random order)."""
@@ -86,6 +100,8 @@ class MemoryTable(nn.Module):
         for listener in self.before_read:
             listener(indices_NS)
         weights_NS = weights_NS.to(self.wide)
+        if self.stored is not None:
+            return self.stored.sums(indices_NS, weights_NS)
         if self.gradients is not None:
             return embedding_bag(self.weight, indices_NS, weights_NS, self.gradients).to(self.wide)
         return F.embedding_bag(indices_NS, self.weight.to(self.wide), per_sample_weights=weights_NS, mode="sum")
@@ -97,10 +113,12 @@ class MemoryTable(nn.Module):
         indices_NS = self.rows_of(indices_NS)
         for listener in self.before_read:
             listener(indices_NS)
+        x_ND = x_ND.to(self.wide)
+        if self.stored is not None:
+            return self.stored.products(indices_NS, x_ND)
         if self.gradients is not None:
-            return embedding_dot(self.weight, indices_NS, x_ND.to(self.wide), self.gradients)
-        products_NS: Tensor = _Products.apply(indices_NS, self.weight.to(self.wide), x_ND.to(self.wide))
-        return products_NS
+            return embedding_dot(self.weight, indices_NS, x_ND, self.gradients)
+        return row_products(indices_NS, self.weight.to(self.wide), x_ND)
 
     def initial_values(self, name: str, shape: torch.Size) -> Distribution:
         """Return the distribution of the rows' initial values; see `initial_weights.initialise`."""
@@ -133,6 +151,12 @@ class MemoryLayer(nn.Module):
     def __init__(self, tables: list[MemoryTable]) -> None:
         super().__init__()
         self.tables = tables
+
+
+def row_products(indices_NS: Tensor, rows_RD: Tensor, x_ND: Tensor) -> Tensor:
+    """Return the inner products of each token with its rows, [N, S]; rows and tokens have the same dtype."""
+    products_NS: Tensor = _Products.apply(indices_NS, rows_RD, x_ND)
+    return products_NS
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -26,7 +26,7 @@ class Reads:
     """
 
     def __init__(self, model: Transformer) -> None:
-        self._layers = model.memory_layers()
+        self._model, self._layers = model, model.memory_layers()
         self.tables = list({id(_table(layer)): _table(layer) for layer in self._layers.values()}.values())
         self._counts: dict[int | str, Tensor] = {}
         self._reading: int | str = -1
@@ -40,10 +40,9 @@ class Reads:
 
     def start(self) -> None:
         """Start counting from zero."""
+        device = next(self._model.parameters()).device
         self._counts = {
-            index: _table(layer).weight.new_zeros(
-                layer.heads_per_read, len(_table(layer).weight), dtype=torch.int32, requires_grad=False
-            )
+            index: torch.zeros(layer.heads_per_read, len(_table(layer).weight), dtype=torch.int32, device=device)
             for index, layer in self._layers.items()
         }
 

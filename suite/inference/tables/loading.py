@@ -1,0 +1,136 @@
+"""Loading a model whose tables stay where they are: in the checkpoint's file, or in host memory.
+
+Shapes: R rows of a table, H rows in a cache.
+"""
+
+from __future__ import annotations
+
+import mmap
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import Tensor
+
+from suite.errors import UserError
+from suite.inference.tables.forms import FormName
+from suite.inference.tables.popularity import size_of
+from suite.inference.tables.reading import quantise_tables, store_rows, stored_rows
+from suite.inference.tables.stores import CachedRows, RowStore, advise
+from suite.models.initial_weights import reset_statistics
+from suite.models.registry import ModelConfig
+from suite.models.transformer import Transformer
+
+Policy = Literal["static", "lru"]
+PLACES = ("host", "file")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where tables are while a model is used, and the cache in front of them.
+
+    Attributes:
+        source: Host memory, or the file of the checkpoint.
+        policy: The cache; None: no cache.
+        share: Rows of each table in the cache, as a share of all.
+    """
+
+    source: Literal["host", "file"]
+    policy: Policy | None = None
+    share: float = 0.0
+
+    @property
+    def label(self) -> str:
+        """The place in a few characters: `file`, or `file lru:5%`."""
+        return self.source if self.policy is None else f"{self.source} {self.policy}:{100 * self.share:g}%"
+
+
+def parse_place(table: str | None, cache: str | None) -> Place | None:
+    """Read the options --table and --cache.
+
+    Args:
+        table: `host` or `file`; None: tables are loaded with the model.
+        cache: `lru:5%` or `static:5%`; None: no cache.
+
+    Raises:
+        UserError: An option has another value, or a cache has nothing behind it.
+    """
+    if table is None:
+        if cache is not None:
+            raise UserError(f"--cache: got {cache!r} without --table, allowed: with --table {' or '.join(PLACES)}")
+        return None
+    if table not in PLACES:
+        raise UserError(f"--table: got {table!r}, allowed: {', '.join(PLACES)}")
+    source = cast(Literal["host", "file"], table)
+    if cache is None:
+        return Place(source)
+    match = re.fullmatch(r"(lru|static):([0-9.]+)%", cache)
+    share = float(match[2]) / 100 if match and match[2].count(".") < 2 and match[2] != "." else 0.0
+    if match is None or not 0 < share <= 1:
+        raise UserError(f"--cache: got {cache!r}, allowed: lru:N% or static:N%, with N above 0 and at most 100")
+    return Place(source, cast(Policy, match[1]), share)
+
+
+def load_stored(
+    config: ModelConfig,
+    vocab_size: int,
+    saved: Mapping[str, Tensor],
+    path: Path,
+    form: FormName | None = None,
+    place: Place | None = None,
+) -> Transformer:
+    """Return a model with saved weights whose tables are quantised, elsewhere, or both; on the CPU.
+
+    Args:
+        config: The model's configuration.
+        vocab_size: Entries of the vocabulary.
+        saved: The saved tensors by name, mapped from `path`.
+        path: The file.
+        form: The form of the saved tables; None: rows as they are.
+        place: Where the tables stay; None: in the memory of the model.
+    """
+    with torch.device("meta"):
+        model = Transformer(config, vocab_size)
+    if form is not None:
+        quantise_tables(model, form)
+    if place is not None:
+        for number, table in enumerate(model.memory_tables()):
+            prefix = f"tables.{number}." + ("weight" if form is None else "stored.store.")
+            parts = {
+                name.removeprefix(prefix) or "values": part for name, part in saved.items() if name.startswith(prefix)
+            }
+            if place.source == "host":
+                store = RowStore({name: part.clone() for name, part in parts.items()}, "host")
+            else:
+                for part in parts.values():
+                    advise(part, mmap.MADV_RANDOM)  # a read loads the pages of its rows, and none after them
+                store = RowStore(parts, "file", path)
+            store_rows(table, store, form)
+    model.to_empty(device="cpu")
+    with torch.no_grad():
+        reset_statistics(model)
+        for name, tensor in model.state_dict().items():
+            tensor.copy_(saved[name])
+    return model.eval()
+
+
+def add_caches(model: Transformer, place: Place, counts: Iterable[Tensor] | None) -> None:
+    """Put the cache of a place in front of every stored table.
+
+    Args:
+        model: A model from `load_stored`.
+        place: Its place.
+        counts: Counts of reads [R] of each table, which choose the rows of a static cache; None for LRU.
+    """
+    if place.policy is None:
+        return
+    tables = stored_rows(model)
+    by_table: Iterable[Tensor | None] = [None] * len(tables) if counts is None else counts
+    for rows, counts_R in zip(tables, by_table, strict=True):
+        assert isinstance(rows.store, RowStore)
+        size = size_of(place.share, rows.store.rows)
+        hot_H = None if counts_R is None else counts_R.argsort(descending=True, stable=True)[:size]
+        rows.store = CachedRows(rows.store, size, hot_H)

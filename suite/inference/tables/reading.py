@@ -1,0 +1,102 @@
+"""Reading a table whose rows are in a store: sums as those of an ordinary table, and the table is never unpacked.
+
+Each read gathers its distinct rows from the store into a small matrix in fp32, and renumbers the indices. On a CPU the
+sums therefore equal those of the ordinary table bit for bit. Rows have no gradients.
+
+Shapes: N tokens, C tokens of a chunk, S rows read per token, U distinct rows of a chunk, R rows, D row width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from suite.inference.tables.forms import Form, FormName, encode_table, form_of
+from suite.inference.tables.stores import CachedRows, RowStore, Traffic
+from suite.models.memory_table import MemoryTable, row_products
+from suite.models.transformer import Transformer
+
+ELEMENTS_AT_ONCE = 1 << 26
+"""Largest number of row elements that a read gathers at a time."""
+
+
+class StoredRows(nn.Module):
+    """The rows of a table of width `dim`, in a store and in a form; sums have the dtype `wide`."""
+
+    def __init__(self, store: RowStore | CachedRows, form: Form, dim: int, wide: torch.dtype) -> None:
+        super().__init__()
+        self.store, self.form, self.dim, self.wide = store, form, dim, wide
+
+    def sums(self, indices_NS: Tensor, weights_NS: Tensor) -> Tensor:
+        """Return the weighted sums of rows, [N, D]; weights have the dtype `wide`."""
+        return torch.cat(
+            [
+                F.embedding_bag(numbers_CS, rows_UD, per_sample_weights=weights_NS[chunk], mode="sum")
+                for chunk, numbers_CS, rows_UD in self._chunks(indices_NS)
+            ]
+        )
+
+    def products(self, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
+        """Return the inner products of each token with its rows, [N, S]; x has the dtype `wide`."""
+        return torch.cat(
+            [row_products(numbers_CS, rows_UD, x_ND[chunk]) for chunk, numbers_CS, rows_UD in self._chunks(indices_NS)]
+        )
+
+    def _chunks(self, indices_NS: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Yield tokens of a read, the numbers of their rows in a small matrix, and the matrix."""
+        tokens, reads = indices_NS.shape
+        step = max(1, ELEMENTS_AT_ONCE // max(1, reads * self.dim))
+        for start in range(0, max(1, tokens), step):
+            chunk = slice(start, start + step)
+            rows_U, numbers_CS = indices_NS[chunk].unique(return_inverse=True)
+            yield chunk, numbers_CS, self.form.decode(self.store.gather(rows_U), self.dim).to(self.wide)
+
+
+def store_rows(table: MemoryTable, store: RowStore | CachedRows, form: FormName | None = None) -> None:
+    """Let a table read its rows from a store, and release its weight.
+
+    Its `weight` becomes a tensor on the meta device, from which other code reads shape and dtype; it is no parameter.
+
+    Args:
+        table: A table that is not being trained.
+        store: The store of its rows.
+        form: The form of the rows in the store; None: rows as they are.
+    """
+    assert table.gradients is None, "the table is being trained"
+    shape = table.weight.detach().to("meta")
+    wide = table.wide
+    if "weight" in table._parameters:
+        del table.weight
+    table.__dict__["weight"] = shape
+    table.stored = StoredRows(store, form_of(form), shape.shape[1], wide)
+
+
+def quantise_tables(model: Transformer, form: FormName) -> None:
+    """Replace the rows of every table of a model by codes on the same device; on the meta device, by their shapes."""
+    for table in model.memory_tables():
+        weight_RD = table.weight.detach()
+        if weight_RD.is_meta:
+            rows, width = weight_RD.shape
+            parts = {name: part.to("meta") for name, part in form_of(form).empty(1, width, weight_RD.dtype).items()}
+            parts = {name: part.new_empty(rows, *part.shape[1:]) for name, part in parts.items()}
+        else:
+            parts = encode_table(form_of(form), weight_RD)
+        store_rows(table, RowStore(parts), form)
+
+
+def stored_rows(model: Transformer) -> list[StoredRows]:
+    """Return the stored rows of the tables of a model that have them."""
+    stored = [table.stored for table in model.memory_tables()]
+    return [rows for rows in stored if isinstance(rows, StoredRows)]
+
+
+def traffic(model: Transformer) -> Traffic:
+    """Return what was read of all stored tables of a model since it was loaded."""
+    total = Traffic()
+    for rows in stored_rows(model):
+        for name, count in vars(rows.store.traffic).items():
+            setattr(total, name, getattr(total, name) + count)
+    return total
