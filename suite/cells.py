@@ -111,6 +111,9 @@ class TrainConfig(Frozen):
     parent: str | None = Field(
         default=None, pattern=r"^[0-9a-f]{8}$", description="hash of the run that init_from names; filled in"
     )
+    probe_every: int | None = Field(
+        default=None, gt=0, description="new facts: steps between measurements of learning and forgetting"
+    )
     trainable: AnyTrainable = Field(default=EVERYTHING, description="which parameters move")
     log_every: int = Field(default=10, gt=0, json_schema_extra=NOT_IDENTITY, description="steps between log lines")
     loggers: tuple[LoggerName, ...] = Field(
@@ -244,6 +247,12 @@ class Cell(Frozen):
                 raise ValueError(f"{name}.{field}: got {value!r}, allowed: {allowed}")
         if any(config.table_off for config in self.evaluate) and not self.model.has_tables:
             raise ValueError("evaluate.table_off: got True, allowed: False for a model without value tables")
+        rows_per_fact = self.data.rows_per_fact
+        if rows_per_fact is not None and self.train.batch_rows % rows_per_fact:
+            allowed = f"a multiple of data.paraphrases ({rows_per_fact}), whole facts"
+            raise ValueError(f"train.batch_rows: got {self.train.batch_rows}, allowed: {allowed}")
+        if rows_per_fact is None and self.train.probe_every is not None:
+            raise ValueError(f"train.probe_every: got {self.train.probe_every}, allowed: None without new facts")
         return self
 
     def with_evaluations(self, configs: tuple[EvalConfig, ...]) -> Cell:

@@ -113,6 +113,25 @@ class _DocumentOrder:
         return cls(rows, starts - first_start, documents.starts[:-1][permuted], lengths)
 
 
+class OrderedPacking:
+    """One document per row, in the order of the stream, the rest of the row padded; for streams of new facts."""
+
+    def __init__(self, rounds: Sequence[Round], seq_len: int, eot_id: int) -> None:
+        self._rounds, self._seq_len, self._eot_id = rounds, seq_len, eot_id
+        self.rows_per_epoch = len(rounds[0].lengths)
+
+    def rows(self, epoch: int, first: int, last: int) -> Rows:
+        """See Packing."""
+        documents = self._rounds[epoch % len(self._rounds)]
+        lengths_B = documents.lengths[first:last]
+        column_T = np.arange(self._seq_len)
+        is_text_BT = column_T < lengths_B[:, None]
+        index_BT = np.minimum(documents.starts[first:last, None] + column_T, len(documents.tokens) - 1)
+        tokens_BT = np.where(is_text_BT, documents.tokens[index_BT].astype(np.int64), self._eot_id)
+        following_BT = np.append(tokens_BT[:, 1:], np.full((last - first, 1), self._eot_id), axis=1)
+        return tokens_BT, np.where(is_text_BT, following_BT, IGNORED), (~is_text_BT).astype(np.int64)
+
+
 class WindowPacking:
     """Splits the stream of all documents into windows of T tokens, which are permuted; for text.
 

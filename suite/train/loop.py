@@ -26,6 +26,7 @@ from suite.models.usage import Reads
 from suite.records import RunDir
 from suite.train import checkpoint
 from suite.train.finetuning import parent
+from suite.train.finetuning.knowledge import KnowledgeProber
 from suite.train.finetuning.scope import Scope
 from suite.train.loggers import open_loggers
 from suite.train.optim import Optimizer
@@ -93,6 +94,7 @@ class Trainer:
         self.probes = probe_steps(self.config, self.steps)
         self.branches = branch_steps(self.config, cell.data.seq_len)
         self.prober = Prober(corpus)
+        self.knowledge = self._knowledge()
         self.flops_per_token = account(cell.model, corpus.vocab_size, cell.data.seq_len).flops_per_token
         self.step, self.train_s, self.finished, self.past = 0, 0.0, False, False
         self._restore()
@@ -141,6 +143,14 @@ class Trainer:
         scope = Scope(self.model, self.cell, self.world.distributed)
         scope.count_background(self.cell, self.start.run)
         return scope
+
+    def _knowledge(self) -> KnowledgeProber | None:
+        """Return the measurements of learning and forgetting, if the cell has them."""
+        rows_per_fact = self.cell.data.rows_per_fact
+        if self.config.probe_every is None or rows_per_fact is None:
+            return None
+        known = None if self.config.parent is None else parent.corpus_of(parent.find_parent(self.run, self.cell))
+        return KnowledgeProber(self.corpus, known, self.config.batch_rows // rows_per_fact)
 
     def _tensors(self, moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
         """Return all tensors of a checkpoint: those in use, as DTensors if they are sharded."""
@@ -265,6 +275,13 @@ class Trainer:
             self.finished = self.finished or (is_past and self.past)
             self.past = is_past
 
+    def measure_knowledge(self) -> None:
+        """Record learning and forgetting, and the rows touched, if a measurement is due after the last step."""
+        every = self.config.probe_every
+        if self.knowledge is not None and every is not None and (self.step % every == 0 or self.step == self.steps):
+            scores = self.knowledge.run(self.model, self.step)
+            self.record(scores | {"rows_touched": self.optimizer.rows_touched()})
+
     def run_to_end(self, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
         """Train to the last step or the stopping rule, logging and saving.
 
@@ -275,6 +292,8 @@ class Trainer:
             "done", or "interrupted" if `should_stop` ended the training.
         """
         telemetry = Telemetry(self.run, self.step, self.steps, self.train_s, quiet=not self.world.is_first)
+        if self.step == 0 and not self.run.last_train_line():
+            self.measure_knowledge()
         try:
             while not self.finished:
                 if self.world.any(should_stop()):
@@ -284,6 +303,7 @@ class Trainer:
                 self._timed_step(telemetry)
                 if self.step in self.probes:
                     self.probe()
+                self.measure_knowledge()
                 self.finished = self.finished or self.step == self.steps
                 if self.finished or self.step % self.config.checkpoint_every == 0 or self.step in self.branches:
                     self.save()

@@ -112,6 +112,15 @@ def held_out_rows(corpus: Corpus, rows: int) -> Batch:
     return Batch(tokens_BT, targets_T.view(count, length), (tokens_BT == eot).cumsum(1))
 
 
+def held_out_bytes(corpus: Corpus) -> tuple[int, int] | None:
+    """Return the targets of the evaluation-mode loss and the bytes of their text; None for bios, which has no text."""
+    if corpus.world is not None:
+        return None
+    rows = _loss_rows(corpus)
+    scored = rows.targets_BT[(rows.targets_BT != IGNORED) & (rows.targets_BT != corpus.tokenizer.eot_id)]
+    return int((rows.targets_BT != IGNORED).sum()), len(corpus.tokenizer.decode(scored.tolist()).encode())
+
+
 def loss(model: Transformer, rows: Batch) -> float:
     """Return the mean cross-entropy in nats per target, in evaluation mode and fp32."""
     total = 0.0

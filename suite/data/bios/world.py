@@ -34,7 +34,8 @@ from suite.data.bios.text import (
 ProbeKind = Literal["storage", "paraphrase", "extraction"]
 NAMES_PER_PERSON = 8
 MAX_PEOPLE = TWO_SYLLABLES**2 // NAMES_PER_PERSON
-_NAMES, _VALUES, _QUESTIONED, _SENTENCES, _QUESTIONS, _COPIES = range(6)
+NAMES, _VALUES, _QUESTIONED, _SENTENCES, _QUESTIONS, _COPIES = range(6)
+"""Streams of random numbers."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class World:
         self._side = math.isqrt(NAMES_PER_PERSON * self.people - 1) + 1
         self._first = invented_words(self._side, FIRST_NAME_ENDING)
         self._last = invented_words(self._side, LAST_NAME_ENDING)
-        self._pairs = seeded_random.permutation(self.name_space, seed, _NAMES)[: self.people]
+        self._pairs = seeded_random.permutation(self.name_space, seed, NAMES)[: self.people]
         self.values: NDArray[np.int64] = np.stack(
             [seeded_random.integers(self.people, k, seed, _VALUES, attribute) for attribute, k in enumerate(self.K)],
             axis=1,

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from pydantic_core import PydanticCustomError
 
 from suite.data.bios.world import World
+from suite.data.facts import Fact
 from suite.data.packing import Packing, WindowPacking
 from suite.data.resumable_writer import Progress
 from suite.data.shards import Round
@@ -31,6 +32,11 @@ class DataConfig(Frozen):
 
     determines_content: ClassVar[bool]
     """Whether the identified configuration determines every token. If not, the tokens are fingerprinted."""
+
+    @property
+    def rows_per_fact(self) -> int | None:
+        """Rows that state one fact, for a stream of new facts; None for all other data."""
+        return None
 
     @classmethod
     def variants(cls) -> Mapping[str, type[Frozen]]:
@@ -90,6 +96,10 @@ class DataConfig(Frozen):
             seed: Seed of the order of rows.
         """
         return WindowPacking(parts[0], self.seq_len, eot_id, seed)
+
+    def new_facts(self) -> list[Fact]:
+        """Return the facts of a stream of new facts, in order; empty for all other data. Raises UserError."""
+        return []
 
     def synthetic_world(self) -> World | None:
         """Return the synthetic world that the text describes, if there is one."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from suite.cells import Cell
-from suite.data.corpus import Corpus
+from suite.data.corpus import Corpus, prepare
 from suite.errors import UserError
 from suite.models.transformer import Transformer
 from suite.records import RunDir
@@ -89,6 +89,11 @@ def find_parent(run: RunDir, cell: Cell) -> RunDir:
     if folders:
         raise UserError(f"{where}: {folders[0]} is damaged or not the run {wanted}; restore that run")
     raise UserError(f"{where}: the run {wanted} is not in {run.path.parent}; train it there, or give its path")
+
+
+def corpus_of(parent: RunDir) -> Corpus:
+    """Return the training data of a parent."""
+    return prepare(parent.read_cell().data, parent.path.parent.parent / "cache")
 
 
 def match(run: RunDir, cell: Cell, corpus: Corpus) -> Start:

@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from suite.cells import Cell
-from suite.data.corpus import prepare
 from suite.data.loader import Batch
 from suite.errors import UserError
 from suite.models.transformer import Transformer
 from suite.records import RunDir
 from suite.train.finetuning import lora
+from suite.train.finetuning.parent import corpus_of
 from suite.train.finetuning.rows import RowChoice, expert_stacks
 from suite.trainable import TrainLoRA, TrainParameters, TrainRows
 
@@ -93,8 +93,7 @@ class Scope:
         if self.choice is None or not isinstance(self.config, TrainRows) or self.config.score != "tfidf":
             return
         assert parent is not None, "TrainConfig requires a parent"
-        corpus = prepare(parent.read_cell().data, parent.path.parent.parent / "cache")
-        loader = corpus.loader(cell.seed, cell.train.batch_rows)
+        loader = corpus_of(parent).loader(cell.seed, cell.train.batch_rows)
         self.choice.count_background(self.model, map(loader.batch, range(self.config.background)))
 
     def begin_step(self, step: int) -> None:
