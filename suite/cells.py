@@ -34,7 +34,7 @@ class TrainConfig(Frozen):
     """Budget, optimizers, precision, and what is logged and saved. Set exactly one of `tokens` and `epochs`."""
 
     batch_rows: int = Field(gt=0, description="rows of seq_len tokens per optimizer step")
-    tokens: int | None = Field(default=None, gt=0, description="training tokens, padding included")
+    tokens: int | None = Field(default=None, ge=0, description="training tokens, padding included")
     epochs: float | None = Field(default=None, gt=0, description="passes over the data; for bios: exposures per fact")
     lr: float = Field(gt=0, description="peak learning rate")
     value_lr: float | None = Field(
@@ -232,6 +232,9 @@ class Cell(Frozen):
     train: TrainConfig
     seed: int = Field(default=0, ge=0, description="seed of initial weights and data order")
     threads: int = Field(default=1, gt=0, description="CPU threads; part of the identity, since sums depend on it")
+    imported: str | None = Field(
+        default=None, description="sha256 of the weights of an imported checkpoint, not trained here; filled in"
+    )
     baseline: str | None = Field(default=None, description="sha256 of an external baseline's source; filled in")
     evaluate: tuple[EvalConfig, ...] = Field(default=(), strict=False, json_schema_extra=NOT_IDENTITY)
 
@@ -247,6 +250,9 @@ class Cell(Frozen):
                 raise ValueError(f"{name}.{field}: got {value!r}, allowed: {allowed}")
         if any(config.table_off for config in self.evaluate) and not self.model.has_tables:
             raise ValueError("evaluate.table_off: got True, allowed: False for a model without value tables")
+        if (self.train.tokens == 0 or not self.data.has_text) and self.imported is None:
+            field, value = ("train.tokens", 0) if self.train.tokens == 0 else ("data.kind", self.data.kind)
+            raise ValueError(f"{field}: got {value!r}, allowed: for imported checkpoints only")
         rows_per_fact = self.data.rows_per_fact
         if rows_per_fact is not None and self.train.batch_rows % rows_per_fact:
             allowed = f"a multiple of data.paraphrases ({rows_per_fact}), whole facts"
@@ -282,7 +288,9 @@ class Cell(Frozen):
 
     @property
     def slug(self) -> str:
-        """A readable name: family, base size, half keys (if any) and seed."""
+        """A readable name: family, base size, half keys (if any) and seed; layers and width of an imported model."""
+        if self.imported is not None:
+            return f"imported-{self.model.size.layers}x{self.model.size.dim}"
         half_keys = self.model.table_side
         parts = [self.model.family, self.model.base, f"k{half_keys}" if half_keys else "", f"s{self.seed}"]
         return "-".join(part for part in parts if part)

@@ -200,6 +200,31 @@ def export_run(
         print(f"{to}: {len(files)} files")
 
 
+@app.command("import")
+def import_run(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="config.json, safetensors and a tokenizer")],
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="longest text scored at once; default: the checkpoint's maximum")
+    ] = None,
+    results: Results = Path("results"),
+    as_json: AsJson = False,
+) -> None:
+    """Make a run of a Llama-style checkpoint in the format of transformers.
+
+    The run is marked as not trained here. It can be evaluated, exported, and named by train.init_from.
+
+    Example: suite import checkpoints/llama-2-7b
+    """
+    from suite.export.importing import import_checkpoint
+
+    check_folders(results, None)
+    run = import_checkpoint(folder, results, seq_len)
+    if as_json:
+        print_json({"run": run.name, "path": str(run.path), "imported": run.read_cell().imported})
+    else:
+        print(run.name)
+
+
 @app.command()
 def baselines(baseline: Baselines = None, as_json: AsJson = False) -> None:
     """List the model families and the options of each.

@@ -18,6 +18,7 @@ from suite.data.shards import META, Round
 from suite.data.sources.registry import DataConfig
 from suite.data.sources.streams import TOKENIZER
 from suite.data.tokenizers import Tokenizer
+from suite.errors import UserError
 from suite.identity import identity
 
 FORMAT = 1  # increment when the shards of an unchanged configuration change
@@ -52,16 +53,27 @@ class Corpus:
     def __init__(self, config: DataConfig, folders: Sequence[Path]) -> None:
         self.config = config
         self.tokenizer: Tokenizer = tokenizers.load(folders[0] / TOKENIZER)
-        self.vocab_size: int = self.tokenizer.vocab_size
+        self.vocab_size: int = self._entries()
         self.parts = [self._part(folder) for folder in folders]
         self.fingerprint: str = self._fingerprint()
         self.world = config.synthetic_world()
-        for part in self.parts:
+        for part in self.parts if config.has_text else ():
             config.check_rounds(part.rounds)
+
+    def _entries(self) -> int:
+        """Return the entries of the model's vocabulary, which may be more than those of the tokenizer."""
+        entries, present = self.config.tokenizer.entries, self.tokenizer.vocab_size
+        if entries is not None and entries < present:
+            raise UserError(
+                f"data.tokenizer.entries: got {entries}, allowed: at least {present}, those of the tokenizer"
+            )
+        return entries or present
 
     def _part(self, folder: Path) -> Part:
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
-        return Part(folder, [shards.read_round(folder, i, self.vocab_size) for i in range(meta["rounds"])], meta)
+        return Part(
+            folder, [shards.read_round(folder, i, self.tokenizer.vocab_size) for i in range(meta["rounds"])], meta
+        )
 
     def _fingerprint(self) -> str:
         """Return the folder's name where it determines the content, else a hash of the content."""

@@ -28,6 +28,9 @@ class TokenizerConfig(Frozen):
     )
     fingerprint: str | None = Field(default=None, description="for file: sha256 of the content; filled in")
     eot: str | None = Field(default=None, description="for file: its end-of-text token; None: a usual name")
+    entries: int | None = Field(
+        default=None, gt=0, description="for file: entries of the model's vocabulary; None: those of the tokenizer"
+    )
 
     def problems(self) -> list[Problem]:
         """Return errors that involve several fields."""
@@ -38,6 +41,8 @@ class TokenizerConfig(Frozen):
             problems.append(("path", self.path, "a tokenizer file for kind file, nothing for other kinds"))
         if self.kind != "file" and self.eot is not None:
             problems.append(("eot", self.eot, "nothing unless kind is file: the other kinds have their own"))
+        if self.kind != "file" and self.entries is not None:
+            problems.append(("entries", self.entries, "nothing unless kind is file"))
         return problems
 
     def identified(self) -> Self:

@@ -68,6 +68,21 @@ def read(path: Path, eot: str | None = None) -> Tokenizer:
         raise UserError(f"{file}: not a readable tokenizer ({cause}), allowed: {_ALLOWED}") from None
 
 
+def name_of_token(path: Path, token: int) -> str | None:
+    """Return the name of a token in the tokenizer of a path; None if it has no such token. Raises UserError."""
+    file, *merges = files(path)
+    if file.suffix == ".model":
+        from sentencepiece import SentencePieceProcessor  # an extra, which `read` asks for
+
+        pieces = SentencePieceProcessor(model_proto=_bytes(file))
+        return str(pieces.id_to_piece(token)) if token < pieces.get_piece_size() else None
+    if merges:
+        names = {number: name for name, number in json.loads(_bytes(file)).items()}
+        return names.get(token)
+    name: str | None = RustTokenizer.from_file(str(file)).id_to_token(token)
+    return name
+
+
 def _bytes(file: Path) -> bytes:
     try:
         return file.read_bytes()

@@ -28,7 +28,7 @@ def refuse_unfit(data: DataConfig, task: str, name: str) -> None:
     Raises:
         UserError: The task does not suit the data.
     """
-    if isinstance(data, BiosData) is (name == "held_out"):
+    if isinstance(data, BiosData) is (name == "held_out") or not data.has_text:
         allowed = "a kind of text" if name == "held_out" else "'bios'"
         raise UserError(f"task {task}: data.kind: got {data.kind!r}, allowed: {allowed}")
     if isinstance(data, BiosData) and name in ("extraction", "qa", "choice"):

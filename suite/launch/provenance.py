@@ -107,7 +107,8 @@ def versions() -> dict[str, str]:
 def stale_because(run: RunDir, cell: Cell) -> str | None:
     """Return why the run on disk cannot be used for `cell` (other code, or other defaults); None if it can.
 
-    A run without a checkpoint is never stale: it is trained from its first step when it starts. A damaged run is not
+    A run without a checkpoint is never stale: it is trained from its first step when it starts. Nor is an imported one,
+    whose weights no code of this project made. A damaged run is not
     stale either: nothing is known of the code that made it.
     """
     return None if run.damage() is not None else stale_because_whole(run, cell)
@@ -115,7 +116,7 @@ def stale_because(run: RunDir, cell: Cell) -> str | None:
 
 def stale_because_whole(run: RunDir, cell: Cell) -> str | None:
     """Return what `stale_because` does, for a run whose `damage` has been checked, which reads most of its files."""
-    if not run.cell_path.exists() or not _has_weights(run):
+    if cell.imported is not None or not run.cell_path.exists() or not _has_weights(run):
         return None
     record = run.read_record()
     made_by = record.get("versions", {}).get("code")

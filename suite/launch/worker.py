@@ -164,6 +164,8 @@ def _train_and_score(run: RunDir, cell: Cell, scorer: Scorer, interruption: Inte
     from suite.data.corpus import prepare
 
     refuse_stale_run(run, cell)
+    if cell.imported is not None and not run.state().get("trained"):
+        raise UserError(f"{run.path}: its checkpoint is not complete; suite import completes it")
     corpus = prepare(cell.data, cache=cache_of(run))
     if not run.state().get("trained"):
         begin(run, cell, corpus)

@@ -17,6 +17,7 @@ VERBS = (
     "status",
     "train",
     "export",
+    "import",
     "baselines",
     "fields",
     "data prepare",

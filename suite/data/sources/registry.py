@@ -33,6 +33,9 @@ class DataConfig(Frozen):
     determines_content: ClassVar[bool]
     """Whether the identified configuration determines every token. If not, the tokens are fingerprinted."""
 
+    has_text: ClassVar[bool] = True
+    """Whether there is anything to train on."""
+
     @property
     def rows_per_fact(self) -> int | None:
         """Rows that state one fact, for a stream of new facts; None for all other data."""

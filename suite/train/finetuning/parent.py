@@ -91,9 +91,10 @@ def find_parent(run: RunDir, cell: Cell) -> RunDir:
     raise UserError(f"{where}: the run {wanted} is not in {run.path.parent}; train it there, or give its path")
 
 
-def corpus_of(parent: RunDir) -> Corpus:
-    """Return the training data of a parent."""
-    return prepare(parent.read_cell().data, parent.path.parent.parent / "cache")
+def corpus_of(parent: RunDir) -> Corpus | None:
+    """Return the training data of a parent; None for an imported one."""
+    data = parent.read_cell().data
+    return prepare(data, parent.path.parent.parent / "cache") if data.has_text else None
 
 
 def match(run: RunDir, cell: Cell, corpus: Corpus) -> Start:

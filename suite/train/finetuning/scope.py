@@ -93,7 +93,13 @@ class Scope:
         if self.choice is None or not isinstance(self.config, TrainRows) or self.config.score != "tfidf":
             return
         assert parent is not None, "TrainConfig requires a parent"
-        loader = corpus_of(parent).loader(cell.seed, cell.train.batch_rows)
+        corpus = corpus_of(parent)
+        if corpus is None:
+            raise UserError(
+                f"train.trainable.score: got 'tfidf', allowed: tf, reads, random for {parent.path}, an imported"
+                " checkpoint without data for background counts"
+            )
+        loader = corpus.loader(cell.seed, cell.train.batch_rows)
         self.choice.count_background(self.model, map(loader.batch, range(self.config.background)))
 
     def begin_step(self, step: int) -> None:
