@@ -11,7 +11,7 @@ import math
 import numpy as np
 
 from suite.data import seeded_random
-from suite.data.bios.world import NAMES, World
+from suite.data.bios.world import NAMES, ProbeKind, World
 from suite.data.facts import Fact
 
 _NEW_VALUES, _ORDER = 100, 101  # streams of random numbers, other than those of World
@@ -42,8 +42,6 @@ class NewPeople(World):
 
     def _fact(self, person: int, attribute: int) -> Fact:
         name = self.name(person)
-        prompts = {
-            kind: tuple(prompt.format(name=name) for prompt in self.prompts(kind)[attribute])
-            for kind in ("storage", "paraphrase", "extraction")
-        }
+        kinds: tuple[ProbeKind, ...] = ("storage", "paraphrase", "extraction")
+        prompts = {kind: tuple(prompt.format(name=name) for prompt in self.prompts(kind)[attribute]) for kind in kinds}
         return Fact(self.answer(person, attribute), prompts, math.log2(self.K[attribute]))
