@@ -67,7 +67,9 @@ class FactStream(DataConfig):
 class NewPeopleData(FactStream, BiosData):
     """Facts about people that a `bios` world lacks; the other fields are those of the world that the parent knows."""
 
-    kind: Literal["new_people"] = Field(description="new facts: people that a bios world lacks")
+    kind: Literal["new_people"] = Field(  # type: ignore[assignment]  # a kind of its own, with the fields of bios
+        description="new facts: people that a bios world lacks"
+    )
     facts: int = Field(gt=0, description="number of new facts")
     paraphrases: int = Field(default=ROUNDS, gt=0, le=ROUNDS, description="statements of each fact, one per row")
     seq_len: int = Field(default=16, gt=1, description="tokens per row; a row holds one statement")
