@@ -19,6 +19,11 @@ from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.transformer import Transformer
 
 
+def count_bytes(model: Transformer) -> int:
+    """Return the bytes of the counts of one step's reads: int32 per row, head and layer."""
+    return sum(4 * layer.heads_per_read * len(_table(layer).weight) for layer in model.memory_layers().values())
+
+
 class Reads:
     """Counts the reads of every memory layer of a model from `start` to `finish`; `detach` removes its hooks.
 

@@ -26,6 +26,7 @@ from suite.models.feedforward import SwiGLU
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.moe import Experts
 from suite.models.transformer import Block, Transformer
+from suite.models.usage import count_bytes
 from suite.plan.fused_attention import Kernels, Precision
 from suite.plan.live_bytes import LiveBytes
 from suite.plan.step_memory import STATE_BYTES, Part, Parts
@@ -75,7 +76,8 @@ class StepTracer:
         ]
         sizes = tuple((table.weight.shape[0], table.weight.shape[1]) for table in self.tables)
         frozen = _elements(table.weight for table in model.memory_tables() if not table.weight.requires_grad)
-        return Parts((embedding, *self._input(inputs), *blocks, self._head(inputs)), sizes, inputs.bytes, frozen)
+        parts = (embedding, *self._input(inputs), *blocks, self._head(inputs))
+        return Parts(parts, sizes, inputs.bytes, count_bytes(model), frozen)
 
     def _input(self, inputs: _Inputs) -> list[Part]:
         """Return the part of the module at the input embedding, if there is one."""

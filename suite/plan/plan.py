@@ -21,7 +21,7 @@ from suite.models.transformer import Transformer
 from suite.plan.activation_memory import PartCache
 from suite.plan.gpus import GPUS, USABLE, UTILISATION, Gpu
 from suite.plan.mesh import MICRO_ROWS, DoesNotFit, Mesh, smallest_mesh
-from suite.plan.traffic import link_bytes, table_bytes
+from suite.plan.traffic import Sent, sent_bytes, table_bytes
 from suite.train.loop import total_steps
 
 EQUAL = 0.05
@@ -51,12 +51,13 @@ class CellPlan:
         tokens: Training tokens, padding included.
         steps: Optimizer steps.
         total_flops: FLOPs of the whole training.
-        gpu_hours: Hours of one GPU at the assumed utilisation.
+        gpu_hours: Hours of one GPU, at the assumed utilisation and link speeds.
+        compute_hours: The part of them that a GPU computes.
         mesh: The smallest mesh that the cell fits on; None if it fits on none.
         why: Why it fits on none.
         would_fit: What would make it fit.
         table_bytes_per_step: Bytes of tables that a step moves in the memory of all GPUs together.
-        link_bytes_per_step: Bytes that one GPU sends in a step.
+        sent: Bytes that one GPU sends in a step.
         table_hours: Hours of one GPU for the table traffic at full memory bandwidth; not part of `gpu_hours`.
         variant: The settings that distinguish the cell from others of its family and base.
         partners: The nearest cell of another family in each measure.
@@ -69,11 +70,12 @@ class CellPlan:
     steps: int
     total_flops: float
     gpu_hours: float
+    compute_hours: float
     mesh: Mesh | None
     why: str | None
     would_fit: str | None
     table_bytes_per_step: float
-    link_bytes_per_step: float
+    sent: Sent
     table_hours: float
     variant: dict[str, Any] = field(default_factory=dict)
     partners: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -109,6 +111,7 @@ class CellPlan:
             "memory_per_gpu": None if mesh is None else round(mesh.memory.peak),
             "gpus": None if mesh is None else mesh.gpus,
             "gpu_hours": self.gpu_hours,
+            "compute_hours": self.compute_hours,
             "days": self.days,
             "steps": self.steps,
             "total_flops": self.total_flops,
@@ -119,7 +122,8 @@ class CellPlan:
             "why": self.why,
             "would_fit": self.would_fit,
             "table_bytes_per_step": self.table_bytes_per_step,
-            "link_bytes_per_step": self.link_bytes_per_step,
+            "link_bytes_per_step": self.sent.total,
+            "sent_bytes_per_step": asdict(self.sent),
             "table_hours": self.table_hours,
             "ratio_to_dense": {name: self.ratio(measure, self.dense) for name, measure in MEASURES.items()},
             "partners": self.partners,
@@ -261,6 +265,12 @@ def _plan(
         fit = DoesNotFit(f"its memory cannot be predicted without values ({error})"[:200], "unknown")
     mesh, unfit = (None, fit) if isinstance(fit, DoesNotFit) else (fit, None)
     traffic = table_bytes(model, cell)
+    compute_hours = total_flops / (gpu.flops * assumptions.utilisation) / 3600
+    sent = Sent() if mesh is None else sent_bytes(model, counted, cell, mesh)
+    gpu_hours = compute_hours
+    if mesh is not None:
+        step_s = sent.seconds(3600 * compute_hours / steps / mesh.gpus, mesh, gpu)
+        gpu_hours = step_s * steps * mesh.gpus / 3600
     return CellPlan(
         cell=cell,
         account=counted,
@@ -268,12 +278,13 @@ def _plan(
         tokens=tokens,
         steps=steps,
         total_flops=total_flops,
-        gpu_hours=total_flops / (gpu.flops * assumptions.utilisation) / 3600,
+        gpu_hours=gpu_hours,
+        compute_hours=compute_hours,
         mesh=mesh,
         why=None if unfit is None else unfit.why,
         would_fit=None if unfit is None else unfit.would_fit,
         table_bytes_per_step=traffic,
-        link_bytes_per_step=0.0 if mesh is None else link_bytes(model, counted, cell, mesh),
+        sent=sent,
         table_hours=steps * traffic / gpu.bandwidth / 3600,
     )
 

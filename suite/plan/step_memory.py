@@ -8,12 +8,19 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from kernels.embedding_bag.gradients import MOSTLY
+
 STATE_BYTES = 4
 """Bytes of a weight, a gradient or a moment: fp32, also where products are computed in bf16."""
 INDEX_BYTES = 8
 """Bytes of an int64 row index."""
 SORT_BYTES = INDEX_BYTES + 2 * 4
 """Bytes per lookup while lookups are sorted by row: the order, and int32 rows before and after."""
+
+
+def exchanged_rows(rows: int, read: float) -> float:
+    """Return the rows over which replicas of a table sum gradients, if any of them has read `read` of its rows."""
+    return rows if read >= MOSTLY * rows else read
 
 
 @dataclass(frozen=True)
@@ -85,12 +92,14 @@ class Parts:
         parts: Embedding, a module at the input embedding if there is one, blocks and head, in forward order.
         tables: Rows and width of each table that is trained.
         shared: Bytes that all parts share.
+        counts: Bytes of the counts of reads in a step that is logged.
         frozen: Elements of the tables that are not trained.
     """
 
     parts: tuple[Part, ...]
     tables: tuple[tuple[int, int], ...]
     shared: int
+    counts: int = 0
     frozen: int = 0
 
     def step(
@@ -115,16 +124,17 @@ class Parts:
         Returns:
             The memory of the step.
         """
-        tables = _Tables(self.tables, value_shards, state, use)
+        tables = _Tables(self.tables, value_shards, rest_shards // value_shards, state, use)
         rest, values = sum(part.weights for part in self.parts) / rest_shards, tables.elements
         weights = STATE_BYTES * (rest + self.frozen / value_shards) + state.value * values
         moments = 2 * STATE_BYTES * rest + state.moments * values + tables.row_state
         pieces = [tables.gradient(part) for part in self.parts]
         buffer = tables.buffer(pieces, micro_batches)
         gradients = STATE_BYTES * rest + buffer
-        persistent, is_whole = weights + moments + self.shared, rest_shards == 1
+        persistent, is_whole = weights + moments + self.shared + self.counts, rest_shards == 1
         earlier = 0.0 if micro_batches == 1 else STATE_BYTES * rest + tables.buffer(pieces, micro_batches - 1)
-        saved, peak = 0.0, persistent + gradients + tables.merging(buffer)
+        exchange = tables.exchange(self.parts, micro_batches)
+        saved, peak = 0.0, persistent + gradients + max(exchange, tables.merging(buffer))
         for part in self.parts:
             running = part.forward + tables.sorting(part) + self._gathered(part, is_whole)
             peak = max(peak, persistent + earlier + saved + running)
@@ -148,11 +158,13 @@ class Parts:
 class _Tables:
     """The bytes that a step allocates for tables in addition to their rows: gradients, sorted lookups, row state.
 
-    The buffer of row-wise gradients holds one compact piece per read, until they exceed twice the table's rows.
+    Every process reads the lookups of all processes among which columns are divided. The buffer of row-wise gradients
+    holds one compact piece per read, until they exceed twice the table's rows.
     """
 
     sizes: tuple[tuple[int, int], ...]
     shards: int
+    replicas: int
     state: TableState
     use: float
 
@@ -172,7 +184,7 @@ class _Tables:
     def gradient(self, part: Part) -> float:
         """Return the bytes of the table gradients that the part's backward pass makes."""
         return sum(
-            self._gradient_rows(table, lookups) * self._row_bytes(table)
+            self._gradient_rows(table, self.shards * lookups) * self._row_bytes(table)
             for table, lookups in zip(part.tables, part.lookups, strict=True)
         )
 
@@ -194,13 +206,25 @@ class _Tables:
         once = sum(rows * self._row_bytes(table) for table, (rows, _) in enumerate(self.sizes))
         return buffer + min(buffer, once) if self.state.row_wise else 0.0
 
+    def exchange(self, parts: tuple[Part, ...], micro_batches: int) -> float:
+        """Return the bytes of the sums over replicas and of the flags of their rows; dense ones are summed in place."""
+        if self.replicas == 1 or not self.state.row_wise:
+            return 0.0
+        reads = [0] * len(self.sizes)
+        for part in parts:
+            for table, lookups in zip(part.tables, part.lookups, strict=True):
+                reads[table] += micro_batches * self.shards * self.replicas * lookups
+        summed = (exchanged_rows(rows, self._gradient_rows(n, reads[n])) for n, (rows, _) in enumerate(self.sizes))
+        flags = sum(2 * rows for rows, _ in self.sizes)
+        return flags + sum(rows * self._row_bytes(table) for table, rows in enumerate(summed))
+
     def order(self, part: Part) -> float:
         """Return the bytes of the order of lookups by row, which is saved for the backward pass."""
-        return sum(INDEX_BYTES * lookups for lookups in part.lookups) if self.state.row_wise else 0.0
+        return sum(INDEX_BYTES * self.shards * lookups for lookups in part.lookups) if self.state.row_wise else 0.0
 
     def sorting(self, part: Part) -> float:
         """Return the bytes allocated while that order is computed."""
-        return sum(SORT_BYTES * lookups for lookups in part.lookups) if self.state.row_wise else 0.0
+        return sum(SORT_BYTES * self.shards * lookups for lookups in part.lookups) if self.state.row_wise else 0.0
 
     def _gradient_rows(self, table: int, lookups: int) -> float:
         """Return the number of rows that have a gradient after that many lookups."""

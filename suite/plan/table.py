@@ -100,7 +100,7 @@ def plan_notes(plans: list[CellPlan], document: dict[str, Any]) -> list[str]:
         f"{totals['total_flops']:.2e} FLOPs",
         f"assumed: {assumed['utilisation']:.0%} of {assumed['gpu']['flops'] / 1e12:.0f} TFLOPS, "
         f"${assumed['price']:g} per hour, "
-        f"{assumed['usable_memory']:.0%} of {assumed['gpu']['memory'] / 1e9:.0f} GB usable;"
+        f"{assumed['usable_memory']:.0%} of {assumed['gpu']['memory'] / 1e9:.0f} GB usable; {_links(assumed['gpu'])};"
         " GPU-hours do not include reading and updating tables (table hours, at full memory bandwidth)",
         "days: on the fewest GPUs that hold the cell; more (`gpus` in a profile or a grid's `launch`) take less time",
     ]
@@ -114,6 +114,14 @@ def plan_notes(plans: list[CellPlan], document: dict[str, Any]) -> list[str]:
         for cell_plan in unfit
     ]
     return lines
+
+
+def _links(gpu: dict[str, Any]) -> str:
+    """Return the assumed speeds of links."""
+    return (
+        f"a GPU sends {gpu['link'] / 1e9:.0f} GB/s within a node of {gpu['per_node']} and"
+        f" {gpu['network'] / 1e9:.0f} GB/s between nodes; it gathers weights while it computes"
+    )
 
 
 def _predicted_and_measured(cell: dict[str, Any]) -> str:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 from suite.cells import Cell
 from suite.models.accounting import Account, cost_of
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.transformer import Transformer
+from suite.plan.gpus import Gpu
 from suite.plan.mesh import Mesh, sharded_elements
-from suite.plan.step_memory import STATE_BYTES
+from suite.plan.step_memory import STATE_BYTES, exchanged_rows
 from suite.plan.table_state import table_state
 
-INDEX_AND_WEIGHT_BYTES = 8
-"""Bytes per row that a token reads: an int32 index and an fp32 weight."""
+INDEX_AND_WEIGHT_BYTES = 12
+"""Bytes per row that a token reads: an int32 index, an fp32 weight and its fp32 gradient."""
 
 
 def table_bytes(model: Transformer, cell: Cell) -> float:
@@ -33,13 +35,42 @@ def table_bytes(model: Transformer, cell: Cell) -> float:
     return moved
 
 
-def link_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> float:
+@dataclass(frozen=True)
+class Sent:
+    """Bytes that one GPU sends in a step.
+
+    Attributes:
+        weights: Sharded weights, gathered for every pass, and their gradients.
+        columns: Reads of tables within a group that divides their columns.
+        replicas: Gradients of tables, summed over groups.
+    """
+
+    weights: float = 0.0
+    columns: float = 0.0
+    replicas: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All bytes."""
+        return self.weights + self.columns + self.replicas
+
+    def seconds(self, compute_s: float, mesh: Mesh, gpu: Gpu) -> float:
+        """Return the time of a step that computes for `compute_s` seconds.
+
+        Weights are gathered while other blocks compute, so that the longer of both counts; computation waits for what
+        tables send. Within a node GPUs use NVLink, otherwise the network.
+        """
+        every, group = (gpu.link if gpus <= gpu.per_node else gpu.network for gpus in (mesh.gpus, mesh.table_shards))
+        return max(compute_s, self.weights / every) + self.columns / group + self.replicas / every
+
+
+def sent_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> Sent:
     """Return the bytes that one GPU sends in a step.
 
     Sharded weights are gathered in every forward and backward pass, and their gradients are reduced once per
     micro-batch (bf16 weights where products are bf16, fp32 gradients). For tables, each read gathers the indices and
-    weights of its group and sends back columns, forward and backward; replicas of a shard exchange the rows that have
-    gradients.
+    weights of its group and sends back columns, forward and backward. Replicas of a shard sum their gradients by an
+    all-reduce over the rows that any of them has read, or over the whole table if those are most of it.
 
     Args:
         model: The cell's model, on any device.
@@ -52,20 +83,21 @@ def link_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> 
     """
     gpus, shards = mesh.gpus, mesh.table_shards
     if gpus == 1:
-        return 0.0
+        return Sent()
     weight_bytes = 2 if cell.train.precision == "bf16" else 4
     rest, _ = sharded_elements(model, counted)
-    sent = mesh.accumulate * (gpus - 1) / gpus * rest * (2 * weight_bytes + 4)
-    tokens, replicas = mesh.micro_rows * mesh.accumulate * cell.data.seq_len, gpus // shards
+    weights = mesh.accumulate * (gpus - 1) / gpus * rest * (2 * weight_bytes + 4)
+    tokens, columns, replicas = mesh.micro_rows * mesh.accumulate * cell.data.seq_len, 0.0, 0.0
     for layer in model.memory_layers().values():
-        columns = sum(table.weight.shape[1] for table in layer.tables)
+        width = sum(table.weight.shape[1] for table in layer.tables)
         rows = _rows_read(layer) * len(layer.tables)
-        sent += tokens * (shards - 1) * (rows * INDEX_AND_WEIGHT_BYTES + 2 * columns * 4 / shards)
+        columns += tokens * (shards - 1) * (rows * INDEX_AND_WEIGHT_BYTES + 2 * width * 4 / shards)
     for table, reads in _reads_per_token(model):
-        width = table.weight.shape[1]
-        updated = _updated_rows(cell, table, tokens * shards * reads)
-        sent += (replicas - 1) * 4 * updated * width / shards
-    return sent
+        row_bytes = STATE_BYTES * table.weight.shape[1] / shards
+        summed = exchanged_rows(len(table.weight), _updated_rows(cell, table, tokens * gpus * reads))
+        flags = len(table.weight) if table_state(cell.train).row_wise else 0
+        replicas += 2 * (1 - shards / gpus) * (summed * row_bytes + flags)
+    return Sent(weights, columns, replicas)
 
 
 def _reads_per_token(model: Transformer) -> list[tuple[MemoryTable, float]]:

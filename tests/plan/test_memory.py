@@ -97,6 +97,7 @@ def test_prediction_is_within_ten_percent_of_the_peak_of_a_real_step(
     for tensor in (*trainer.model.parameters(), *trainer.model.buffers(), *moments):
         live.add(tensor)
     with live:
+        trainer.reads.start()
         trainer.train_step()
     uniform = [rows * -math.expm1(-lookups / rows) for lookups, _, rows in reads]
     use = sum(distinct for _, distinct, _ in reads) / sum(uniform) if reads else 1.0

@@ -14,11 +14,13 @@ from typer.testing import CliRunner
 from suite.cli.main import app
 from suite.errors import UserError
 from suite.grids import load_grid
-from suite.models.accounting import meta_model
+from suite.models.accounting import account_of, meta_model
 from suite.plan import plan as planning
 from suite.plan.activation_memory import StepTracer
 from suite.plan.gpus import GPUS, USABLE
-from suite.plan.mesh import MICRO_ROWS
+from suite.plan.mesh import MICRO_ROWS, Mesh
+from suite.plan.table_state import table_state
+from suite.plan.traffic import sent_bytes
 
 GRIDS = Path(__file__).resolve().parents[2] / "grids"
 COUNTED = {  # models of table 1, in millions, to 0.1m, by hand; test_accounting.py checks published totals
@@ -96,7 +98,8 @@ def test_the_document_has_its_documented_fields(scaling: list[planning.CellPlan]
 def test_hours_are_flops_divided_by_the_assumed_speed(scaling: list[planning.CellPlan]) -> None:
     for one in scaling:
         assert one.total_flops == 1e12 * one.account.flops_per_token
-        assert one.gpu_hours == pytest.approx(one.total_flops / (989e12 * 0.4) / 3600)
+        assert one.compute_hours == pytest.approx(one.total_flops / (989e12 * 0.4) / 3600)
+        assert one.gpu_hours >= one.compute_hours
         assert one.steps == int(1e12) // (2048 * 4096)
 
 
@@ -261,6 +264,37 @@ def test_table_traffic_equals_the_hand_computed_one(scaling: list[planning.CellP
     touched = 2**20 * -math.expm1(-rows * 3 * 128 / 2**20)
     assert plus.table_bytes_per_step == pytest.approx(4 * rows * read + 8 * 4 * touched * 2048)
     assert scaling[0].table_bytes_per_step == 0
+
+
+def test_hours_include_what_gpus_send_as_computed_by_hand() -> None:
+    """Weights are gathered in bf16 for both passes and reduced in fp32; reads of tables wait for their group."""
+    plus = next(one for one in planned("paper-8b") if one.cell.model.family == "memory_plus")
+    mesh = plus.mesh
+    assert mesh is not None
+    assert (mesh.gpus, mesh.table_shards, mesh.accumulate) == (64, 64, 32)
+    rest = plus.account.params_total - 2**24 * 4096
+    tokens, layers = 32 * 4096, 3
+    assert plus.sent.weights == pytest.approx(32 * 63 / 64 * rest * (2 + 2 + 4))
+    assert plus.sent.columns == pytest.approx(layers * tokens * 63 * (128 * 12 + 2 * 4096 * 4 / 64))
+    assert plus.sent.replicas == 0
+    step_s = (plus.sent.weights + plus.sent.columns) / 50e9
+    assert plus.gpu_hours == pytest.approx(step_s * plus.steps * 64 / 3600)
+    assert plus.compute_hours < 0.4 * plus.gpu_hours
+
+
+@pytest.mark.parametrize("replicas", [2, 32])
+def test_what_replicas_send_and_allocate_does_not_grow_with_their_number(replicas: int) -> None:
+    """Nearly all of 2^20 rows are read: an all-reduce of the whole table."""
+    cell = next(one for one in planned("paper-memory-scaling") if one.cell.model.table_side == 1024).cell
+    model = meta_model(cell.model, 1000)
+    parts = StepTracer(model, 4096).parts(1)
+    memory = parts.step(8 * replicas, 8, 1, table_state(cell.train))
+    one = parts.step(8, 8, 1, table_state(cell.train))
+    mesh = Mesh(8 * replicas, 8, 1, 1, memory)
+    sent = sent_bytes(model, account_of(model, 4096), cell, mesh)
+    table = 2**20 * 2048 // 8 * 4
+    assert sent.replicas == pytest.approx(2 * (1 - 1 / replicas) * (table + 2**20))
+    assert memory.peak < one.peak + table
 
 
 def test_the_partners_grid_matches_flops_and_parameters() -> None:

@@ -246,8 +246,13 @@ def jobs_folder(results: Path, grid: Grid) -> Path:
 
 
 def _variables(shape: Shape) -> list[str]:
-    """Return the threads per process; since Slurm 22.05 srun does not inherit its number of cores from the job."""
-    return [f"export OMP_NUM_THREADS={shape.cpus}", "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"]
+    """Return the environment of the processes.
+
+    Since Slurm 22.05 srun does not inherit its number of cores from the job. Row gradients change their size at every
+    step: without expandable segments they fragment the memory that PyTorch's allocator holds on a GPU.
+    """
+    lines = [f"export OMP_NUM_THREADS={shape.cpus}", "export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK"]
+    return [*lines, "export PYTORCH_ALLOC_CONF=expandable_segments:True"] if shape.gpus else lines
 
 
 def _teardown(folder: Path) -> list[str]:
