@@ -16,7 +16,6 @@ import torch
 
 from kernels.embedding_bag import RowGradients
 from kernels.embedding_bag import triton as bags
-from kernels.embedding_bag.reference import group_by_row
 from kernels.product_key import triton as search
 from kernels.row_adamw import RowAdamW
 
@@ -85,7 +84,7 @@ def _bag(width: int, read: int, dtype: torch.dtype) -> None:
     weights_NS = torch.zeros(TOKENS, read, dtype=wide)
     bags.bag(table_RD, indices_NS, weights_NS, dtype)
     bags.dots(table_RD, indices_NS, x_ND)
-    bags.row_sums(x_ND, weights_NS, group_by_row(indices_NS, ROWS), wide)
+    bags.row_sums(x_ND, weights_NS, bags.group_by_row(indices_NS, ROWS), ROWS, wide)
 
 
 def _updates(every: bool) -> Iterator[Call]:

@@ -38,8 +38,8 @@ def embedding_bag(
     indices int64 in [0, R); weights any float dtype. Autograd gives the weights' gradient in their dtype; the
     rows' gradients go to `sink` (and table_RD.grad stays None). A bag may hold a row more than once.
     """
-    groups = _groups(table_RD, indices_NS, sink)
     ops = dispatch.implementation("embedding_bag", table_RD, backend, table_RD.is_contiguous())
+    groups = _groups(table_RD, indices_NS, sink, ops)
     return _Bag.apply(table_RD, indices_NS, weights_NS, sink, groups, ops)
 
 
@@ -50,14 +50,14 @@ def embedding_dot(
 
     Autograd gives the gradient of x in its dtype; the rows' gradients go to `sink`.
     """
-    groups = _groups(table_RD, indices_NS, sink)
     ops = dispatch.implementation("embedding_bag", table_RD, backend, table_RD.is_contiguous())
+    groups = _groups(table_RD, indices_NS, sink, ops)
     return _Dot.apply(table_RD, indices_NS, x_ND, sink, groups, ops)
 
 
-def _groups(table_RD: Tensor, indices_NS: Tensor, sink: RowGradients) -> Groups | None:
+def _groups(table_RD: Tensor, indices_NS: Tensor, sink: RowGradients, ops: ModuleType) -> Any:
     """Return what the backward pass needs; None if there will be no backward pass."""
-    return sink.groups(indices_NS) if torch.is_grad_enabled() and table_RD.requires_grad else None
+    return sink.groups(indices_NS, ops) if torch.is_grad_enabled() and table_RD.requires_grad else None
 
 
 # The table is an attribute of ctx instead of a saved tensor: a later layer's replay may update other rows in place
@@ -72,7 +72,7 @@ class _Bag(torch.autograd.Function):
         indices_NS: Tensor,
         weights_NS: Tensor,
         sink: RowGradients,
-        groups: Groups | None,
+        groups: Any,
         ops: ModuleType,
     ) -> Tensor:
         ctx.table, ctx.sink, ctx.groups, ctx.ops = table_RD.detach(), sink, groups, ops
@@ -99,7 +99,7 @@ class _Dot(torch.autograd.Function):
         indices_NS: Tensor,
         x_ND: Tensor,
         sink: RowGradients,
-        groups: Groups | None,
+        groups: Any,
         ops: ModuleType,
     ) -> Tensor:
         ctx.table, ctx.sink, ctx.groups, ctx.ops = table_RD.detach(), sink, groups, ops

@@ -1,30 +1,33 @@
 """The gradients of the rows that were read, between a table's backward passes and its optimizer.
 
-Shapes: R table rows, D width, N bags, S rows read per bag, U unique rows.
+Shapes: R table rows, D width, N bags, S rows read per bag, U unique rows, P places for unique rows.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels import dispatch
 from kernels.embedding_bag import reference
-from kernels.embedding_bag.reference import Groups
 
 MOSTLY = 0.5
-"""From this share of the rows on, a device sums the gradients in a buffer of the whole table, in place."""
+"""From this many lookups per row on, a device sums the gradients in a buffer of the whole table, in place."""
 
 
 class Placed(NamedTuple):
-    """Gradients where they are: that of rows_U[u] is scale * sums[slots_U[u]] (None: scale 1, slot u)."""
+    """Gradients where they are, on a device: `scale` (None: 1) times the sums.
 
-    rows_U: Tensor
+    Either sums of the whole table, with a flag for every row that was read, or those of rows_P, which holds R in unused
+    places.
+    """
+
+    rows_P: Tensor | None
     sums: Tensor
-    slots_U: Tensor | None
+    is_read_R: Tensor | None
     scale: Tensor | None
 
 
@@ -32,8 +35,11 @@ class RowGradients:
     """Compact gradients of one table, summed over the layers that share it and over micro-batches.
 
     Holds int64 row ids and float32 sums (float64 for a float64 table). Sums are taken in the order of the backward
-    passes, as autograd sums into a dense gradient: bit for bit the same. On a GPU, once a backward pass reads most of
-    the rows, it and all later ones add to one buffer of the whole table instead of being merged at the end.
+    passes, as autograd sums into a dense gradient: bit for bit the same. On a GPU, once a step has made half as many
+    lookups as the table has rows, they are summed in one buffer of the whole table instead of being merged at the end.
+
+    The Triton kernels leave the number of rows that were read on the device: rows and sums then have unused places
+    (`kernels.embedding_bag.triton.row_sums`), and only `merged` waits for that number.
 
     A factor of `scale_` is kept until the gradients are next needed: an optimizer that takes them `placed` applies it
     as it reads them, and saves a pass over them.
@@ -43,38 +49,52 @@ class RowGradients:
         self.table_rows, self.width = table_RD.shape
         self.dtype = reference.accumulator(table_RD.dtype)
         self.device = table_RD.device
-        native = dispatch.choose(table_RD, native_takes=table_RD.is_contiguous()) == "native"
-        self._group_by_row = dispatch.module("embedding_bag", "native" if native else "torch").group_by_row
+        backend = dispatch.choose(table_RD, native_takes=table_RD.is_contiguous())
+        self._ops = dispatch.module("embedding_bag", backend)
+        self._host_ops = self._ops if backend == "native" else reference
         self._rows: list[Tensor] = []
         self._sums: list[Tensor] = []
-        self._last: tuple[Tensor, Groups] | None = None
+        self._lookups = 0
+        self._has_places = False
+        self._last: tuple[Tensor, ModuleType, Any] | None = None
         self._scale: Tensor | None = None
         self._whole_RD: Tensor | None = None
         self._is_read_R: Tensor | None = None
 
-    def groups(self, indices_NS: Tensor) -> Groups:
-        """Return the lookups grouped by row; a second call with the same tensor object returns the cached groups."""
-        if self._last is None or self._last[0] is not indices_NS:
-            self._last = (indices_NS, self._group_by_row(indices_NS, self.table_rows))
-        return self._last[1]
+    def groups(self, indices_NS: Tensor, ops: ModuleType | None = None) -> Any:
+        """Return the lookups grouped by row, as `ops` groups them (by default, those for the table's device).
 
-    def add_row_sums(self, source_ND: Tensor, weights_NS: Tensor, groups: Groups, ops: ModuleType) -> None:
+        A second call with the same tensor object returns the cached groups.
+        """
+        ops = self._ops if ops is None else ops
+        if not _leaves_counts(ops):
+            ops = self._host_ops  # equal groups, found faster
+        if self._last is None or self._last[0] is not indices_NS or self._last[1] is not ops:
+            self._last = (indices_NS, ops, ops.group_by_row(indices_NS, self.table_rows))
+        return self._last[2]
+
+    def add_row_sums(self, source_ND: Tensor, weights_NS: Tensor, groups: Any, ops: ModuleType) -> None:
         """Add one backward pass's gradients: per row, the sum of weight x source over its lookups.
 
         Args:
             source_ND: The output's gradient, or whatever the weights multiply.
             weights_NS: The factor of every lookup.
-            groups: The lookups grouped by row.
+            groups: The lookups grouped by row by `ops`.
             ops: The implementation of `row_sums`.
         """
         self._apply_scale()
-        reads_most = len(groups.rows_U) >= MOSTLY * self.table_rows
-        if hasattr(ops, "add_row_sums") and (self._whole_RD is not None or reads_most):
-            whole_RD, is_read_R = self._whole()
-            ops.add_row_sums(source_ND, weights_NS, groups, whole_RD)
-            is_read_R.index_fill_(0, groups.rows_U, True)
-        else:
+        if not _leaves_counts(ops):
             self.add(groups.rows_U, ops.row_sums(source_ND, weights_NS, groups, self.dtype))
+            return
+        self._lookups += len(groups.order_L)
+        if self._whole_RD is not None or self._lookups >= MOSTLY * self.table_rows:
+            whole_RD, is_read_R = self._whole()
+            ops.add_row_sums(source_ND, weights_NS, groups, whole_RD, is_read_R)
+        elif len(groups.order_L):
+            rows_P, sums_PD = ops.row_sums(source_ND, weights_NS, groups, self.table_rows, self.dtype)
+            self._rows.append(rows_P)
+            self._sums.append(sums_PD)
+            self._has_places = True
 
     def add(self, rows_U: Tensor, sums_UD: Tensor) -> None:
         """Add one backward pass's gradients, without a copy: rows ascending and unique, sums in `self.dtype`."""
@@ -88,30 +108,30 @@ class RowGradients:
 
     def merged(self) -> tuple[Tensor, Tensor]:
         """Return (rows_U int64, ascending and unique; sums_UD). The sums are the buffer itself: writes to them
-        persist."""
+        persist. Waits for a device."""
         self._apply_scale()
-        if self._whole_RD is not None:
-            rows_U, sums_RD, *_ = self.placed()
-            self.clear()
-            self._rows, self._sums = [rows_U], [sums_RD[rows_U]]
-        if len(self._rows) > 1:
-            groups = self._group_by_row(torch.cat(self._rows), self.table_rows)
-            self._rows, self._sums = [groups.rows_U], [reference.sum_pieces(self._sums, groups)]
-        if self._rows:
-            return self._rows[0], self._sums[0]
-        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
-        return empty, torch.zeros(0, self.width, dtype=self.dtype, device=self.device)
-
-    def placed(self) -> Placed:
-        """Return the gradients without a copy of them, for an optimizer that can read them so."""
         if self._whole_RD is not None:
             whole_RD, is_read_R = self._whole()
             rows_U = is_read_R.nonzero().squeeze(1)
-            return Placed(rows_U, whole_RD, rows_U, self._scale)
-        scale, self._scale = self._scale, None
-        rows_U, sums_UD = self.merged()
-        self._scale = scale
-        return Placed(rows_U, sums_UD, None, scale)
+            self.clear()
+            self._rows, self._sums = [rows_U], [whole_RD[rows_U]]
+        elif self._has_places:
+            rows_P, sums_PD = self._in_places()
+            used = int((rows_P < self.table_rows).sum())
+            self._rows, self._sums, self._has_places = [rows_P[:used]], [sums_PD[:used]], False
+        if len(self._rows) > 1:
+            groups = self._host_ops.group_by_row(torch.cat(self._rows), self.table_rows)
+            self._rows, self._sums = [groups.rows_U], [reference.sum_pieces(self._sums, groups)]
+        if self._rows:
+            return self._rows[0], self._sums[0]
+        return self._nothing()
+
+    def placed(self) -> Placed:
+        """Return the gradients without a copy of them and without waiting, for an optimizer that can read them so."""
+        if self._whole_RD is not None:
+            whole_RD, is_read_R = self._whole()
+            return Placed(None, whole_RD, is_read_R, self._scale)
+        return Placed(*self._in_places(), None, self._scale)
 
     def is_read(self) -> Tensor:
         """Return which rows of the table have a gradient, bool [R]."""
@@ -140,13 +160,13 @@ class RowGradients:
         rows_U, sums_UD = self.merged()
         spread_VD = sums_UD.new_zeros(len(rows_V), self.width)
         spread_VD[torch.searchsorted(rows_V, rows_U)] = sums_UD
-        self._rows, self._sums = [rows_V], [spread_VD]
+        self._rows, self._sums, self._has_places = [rows_V], [spread_VD], False
         return spread_VD
 
     def norm(self) -> Tensor:
         """Return the exact global 2-norm (rows not read have no gradient), a 0-dim tensor."""
         self._apply_scale()
-        return torch.linalg.vector_norm(self.merged()[1] if self._whole_RD is None else self._whole()[0])
+        return torch.linalg.vector_norm(self._all_sums())
 
     def scale_(self, factor: Tensor | float) -> None:
         """Multiply the gradients by a factor, applied lazily: when they are next read."""
@@ -156,7 +176,7 @@ class RowGradients:
     def _apply_scale(self) -> None:
         if self._scale is not None:
             scale, self._scale = self._scale, None
-            (self.merged()[1] if self._whole_RD is None else self._whole()[0]).mul_(scale)
+            self._all_sums().mul_(scale)
 
     def clip_(self, max_norm: float) -> Tensor:
         """Scale to a global norm of at most `max_norm`, as torch's clip_grad_norm_ does; returns the norm before."""
@@ -168,18 +188,41 @@ class RowGradients:
 
     def clear(self) -> None:
         """Drop all gradients and the cached grouping."""
-        self._rows, self._sums, self._last = [], [], None
+        self._rows, self._sums, self._last, self._lookups, self._has_places = [], [], None, 0, False
         self._scale = self._whole_RD = self._is_read_R = None
+
+    def _all_sums(self) -> Tensor:
+        if self._whole_RD is not None:
+            return self._whole()[0]
+        return self._in_places()[1] if self._has_places else self.merged()[1]
+
+    def _in_places(self) -> tuple[Tensor, Tensor]:
+        """Return rows and sums, merged without waiting: unused places hold the row R and zeros."""
+        if len(self._rows) > 1:
+            triton = dispatch.module("embedding_bag", "triton")
+            rows_P, sums_PD = triton.merge(torch.cat(self._rows), torch.cat(self._sums), self.table_rows)
+            self._rows, self._sums, self._has_places = [rows_P], [sums_PD], True
+        return (self._rows[0], self._sums[0]) if self._rows else self._nothing()
+
+    def _nothing(self) -> tuple[Tensor, Tensor]:
+        empty = torch.zeros(0, dtype=torch.int64, device=self.device)
+        return empty, torch.zeros(0, self.width, dtype=self.dtype, device=self.device)
 
     def _whole(self) -> tuple[Tensor, Tensor]:
         """Return the buffer of the whole table and which rows were read; what was compact so far is moved there."""
         if self._whole_RD is None or self._is_read_R is None or self._rows:
             pieces = list(zip(self._rows, self._sums, strict=True))
-            self._rows, self._sums = [], []
+            self._rows, self._sums, self._has_places = [], [], False
             if self._whole_RD is None or self._is_read_R is None:
-                self._whole_RD = torch.zeros(self.table_rows, self.width, dtype=self.dtype, device=self.device)
-                self._is_read_R = torch.zeros(self.table_rows, dtype=torch.bool, device=self.device)
-            for rows_U, sums_UD in pieces:
-                self._whole_RD.index_add_(0, rows_U, sums_UD)  # every row once: the order is fixed
-                self._is_read_R.index_fill_(0, rows_U, True)
-        return self._whole_RD, self._is_read_R
+                # One more row, which takes what is in unused places.
+                self._whole_RD = torch.zeros(self.table_rows + 1, self.width, dtype=self.dtype, device=self.device)
+                self._is_read_R = torch.zeros(self.table_rows + 1, dtype=torch.bool, device=self.device)
+            for rows_P, sums_PD in pieces:
+                self._whole_RD.index_add_(0, rows_P, sums_PD)  # every row once, unused places zero: the order is fixed
+                self._is_read_R.index_fill_(0, rows_P, True)
+        return self._whole_RD[:-1], self._is_read_R[:-1]
+
+
+def _leaves_counts(ops: ModuleType) -> bool:
+    """Return whether an implementation leaves the number of rows that were read on the device."""
+    return hasattr(ops, "Lookups")

@@ -3,7 +3,9 @@
 Row sums. The lookups are sorted by row, and each program sums CHUNK consecutive ones, so that all programs have the
 same work however often a row is read. A row whose lookups reach into a chunk from an earlier one is finished there: its
 part goes to a buffer, one row per chunk, and the buffer's rows are added in the same way, CHUNK at a time. Grids depend
-on the number of lookups alone, so the host never waits for a count.
+on the number of lookups alone, so the host never waits for a count. How many rows were read is known to the device
+alone: rows and sums have places for as many rows as there are lookups (or table rows), and unused places hold the row R
+and zeros.
 
 Addresses are int64, sums float32 (float64 for float64 tables) in a fixed order, without atomics: results repeat bit
 for bit.
@@ -11,19 +13,22 @@ for bit.
 Loop bounds are constants or `while` conditions: triton 3.6's interpreter cannot take the others with numpy 2.4.
 Checked in Triton's interpreter and by compiling; not run on a device yet.
 
-Shapes: R table rows, D width, N bags, S rows read per bag, L = N*S lookups, U unique rows, C chunks; B blocks.
+Shapes: R table rows, D width, N bags, S rows read per bag, L = N*S lookups, P = min(L, R + 1) places for unique rows,
+C chunks; B blocks.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="assignment"
 # ruff: noqa: RUF005 (Triton compiles + on tuples, but no unpacking)
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.embedding_bag.reference import Groups, accumulator
+from kernels.embedding_bag.reference import accumulator
 
 LOOKUPS = 8
 """Rows loaded together by a program."""
@@ -31,6 +36,13 @@ WIDTH = 512
 """Most columns of a program."""
 CHUNK = 128
 """Sorted lookups that one program sums."""
+
+
+class Lookups(NamedTuple):
+    """Lookups sorted by the row they read: rows_L ascending, order_L their int64 places in the flattened indices."""
+
+    rows_L: Tensor
+    order_L: Tensor
 
 
 @triton.jit
@@ -88,6 +100,7 @@ def _sums_kernel(
     out,
     parts,
     part_targets,
+    flags,
     lookups,
     width,
     size: tl.constexpr,
@@ -100,13 +113,14 @@ def _sums_kernel(
 ):
     # A scalar condition is a bound on the columns here: Triton's interpreter broadcasts no booleans.
     # targets [L]: rows of `out`, ascending but for -1, which is to be skipped. A target that the chunk before has too
-    # is continued: its sum goes to parts [C, D], and the target to part_targets [C], which is -1 otherwise.
+    # is continued: its sum goes to parts [C, D], and the target to part_targets [C], which is -1 otherwise. The flags
+    # of targets that begin in this chunk are set.
     chunk = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     first = chunk * CHUNK
     count = tl.minimum(lookups - first, CHUNK)
-    continued = tl.load(targets + first - 1, mask=first > 0, other=-1)
-    target = tl.load(targets + first)
+    continued = tl.load(targets + first - 1, mask=first > 0, other=-1).to(tl.int64)
+    target = tl.load(targets + first).to(tl.int64)
     if tl.program_id(1) == 0:
         tl.store(part_targets + chunk, tl.where(target == continued, target, -1))
     total = tl.zeros((BLOCK_D,), WIDE)
@@ -127,11 +141,13 @@ def _sums_kernel(
                 row = source + place * width
                 given = given & (tl.load(targets + place, mask=given, other=-1) >= 0)
             rows = rows + (tl.load(row + columns, mask=columns < tl.where(given, width, 0), other=0.0).to(WIDE),)
-            nexts = nexts + (tl.load(targets + place + 1, mask=start + slot + 1 < count, other=-2),)
+            nexts = nexts + (tl.load(targets + place + 1, mask=start + slot + 1 < count, other=-2).to(tl.int64),)
         for slot in tl.static_range(BLOCK_S):
             total += rows[slot] * factors[slot] if WEIGHTED else rows[slot]
             ends = nexts[slot] != target
             stored = columns < tl.where(ends & (target >= 0), width, 0)
+            if flags is not None:
+                tl.store(flags + target, 1, mask=ends & (target >= 0) & (target != continued))
             place = tl.where(target == continued, chunk, target) * width
             destination = tl.where(target == continued, parts + place, out + place) + columns
             if ADDS:
@@ -147,8 +163,10 @@ def _sums_kernel(
 def bag(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, dtype: torch.dtype) -> Tensor:
     """See reference.bag."""
     (bags, size), width = indices_NS.shape, table_RD.shape[1]
-    out_ND = table_RD.new_zeros(bags, width, dtype=dtype)
-    if indices_NS.numel():
+    if not size:
+        return table_RD.new_zeros(bags, width, dtype=dtype)
+    out_ND = table_RD.new_empty(bags, width, dtype=dtype)
+    if bags:
         block = _columns(width)
         wide = _wide(accumulator(table_RD.dtype))
         _bag_kernel[(bags, triton.cdiv(width, block))](
@@ -185,24 +203,62 @@ def dots(table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
     return out_NS
 
 
-def row_sums(source_ND: Tensor, weights_NS: Tensor, groups: Groups, wide: torch.dtype) -> Tensor:
-    """See reference.row_sums."""
-    sums_UD = torch.empty(len(groups.rows_U), source_ND.shape[1], dtype=wide, device=source_ND.device)
-    starts_L = torch.zeros(len(groups.order_L), dtype=torch.int64, device=source_ND.device)
-    targets_L = starts_L.index_fill_(0, groups.offsets_U, 1).cumsum(0) - 1
-    sum_sorted(source_ND, weights_NS, groups.order_L, targets_L, sums_UD, adds=False)
-    return sums_UD
+def group_by_row(indices_NS: Tensor, table_rows: int) -> Lookups:
+    """Sort the lookups by row, stably, on the narrowest integers that hold the rows."""
+    narrow = torch.int32 if table_rows < 1 << 31 else torch.int64
+    rows_L, order_L = indices_NS.reshape(-1).to(narrow).sort(stable=True)
+    return Lookups(rows_L, order_L)
 
 
-def add_row_sums(source_ND: Tensor, weights_NS: Tensor, groups: Groups, whole_RD: Tensor) -> None:
-    """Add the row sums to those rows of a buffer of the whole table, in place."""
-    counts_U = torch.diff(groups.offsets_U, append=groups.offsets_U.new_full((1,), len(groups.order_L)))
-    targets_L = torch.repeat_interleave(groups.rows_U, counts_U, output_size=len(groups.order_L))
-    sum_sorted(source_ND, weights_NS, groups.order_L, targets_L, whole_RD, adds=True)
+def row_sums(
+    source_ND: Tensor, weights_NS: Tensor, lookups: Lookups, table_rows: int, wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the rows that were read and their sums (see reference.row_sums), with room for all lookups.
+
+    Args:
+        source_ND: One row per bag.
+        weights_NS: The factor of every lookup.
+        lookups: The lookups, sorted.
+        table_rows: Rows of the table (R). Lookups of row R are of no row, and have zero sources.
+        wide: Dtype of the sums.
+
+    Returns:
+        rows_P int64, ascending, R in unused places; sums_PD, zero there.
+    """
+    rows_L, order_L = lookups
+    room = min(len(rows_L), table_rows + 1)
+    rows_P = torch.full((room,), table_rows, dtype=torch.int64, device=rows_L.device)
+    sums_PD = torch.zeros(room, source_ND.shape[1], dtype=wide, device=source_ND.device)
+    if room:
+        begins_L = torch.ones_like(rows_L, dtype=torch.bool)
+        torch.ne(rows_L[1:], rows_L[:-1], out=begins_L[1:])
+        places_L = begins_L.cumsum(0).sub_(1)
+        rows_P.index_copy_(0, places_L, rows_L.long())  # lookups of one place have the same row
+        sum_sorted(source_ND, weights_NS, order_L, places_L, sums_PD, adds=False)
+    return rows_P, sums_PD
+
+
+def merge(rows_P: Tensor, sums_PD: Tensor, table_rows: int) -> tuple[Tensor, Tensor]:
+    """Add up the sums of equal rows, as `row_sums` returns them, in their order; any rows may have the number R."""
+    factors_P1 = sums_PD.new_ones(len(rows_P), 1)
+    return row_sums(sums_PD, factors_P1, group_by_row(rows_P, table_rows), table_rows, sums_PD.dtype)
+
+
+def add_row_sums(
+    source_ND: Tensor, weights_NS: Tensor, lookups: Lookups, whole_RD: Tensor, is_read_R: Tensor | None = None
+) -> None:
+    """Add the row sums to those rows of a buffer of the whole table, in place, and set the flags of those rows."""
+    sum_sorted(source_ND, weights_NS, lookups.order_L, lookups.rows_L, whole_RD, adds=True, flags=is_read_R)
 
 
 def sum_sorted(
-    source_ND: Tensor, weights_NS: Tensor, order_L: Tensor, targets_L: Tensor, out: Tensor, adds: bool
+    source_ND: Tensor,
+    weights_NS: Tensor,
+    order_L: Tensor,
+    targets_L: Tensor,
+    out: Tensor,
+    adds: bool,
+    flags: Tensor | None = None,
 ) -> None:
     """Sum weighted rows of `source_ND` into rows of `out`.
 
@@ -210,9 +266,10 @@ def sum_sorted(
         source_ND: One row per bag, any float dtype.
         weights_NS: The factor of every lookup.
         order_L: int64 positions of the lookups in the flattened weights, sorted by target.
-        targets_L: int64 rows of `out`, ascending.
+        targets_L: Rows of `out`, integers, ascending.
         out: float32 (float64) [*, D]; rows that are no target stay as they are.
         adds: Add to what `out` holds instead of replacing it.
+        flags: bool, set for every target.
     """
     width, block, lookups = out.shape[1], _columns(out.shape[1]), len(order_L)
     source, weights, order, targets = source_ND.contiguous(), weights_NS.contiguous(), order_L, targets_L
@@ -229,6 +286,7 @@ def sum_sorted(
             out,
             parts_CD,
             part_targets_C,
+            flags,
             lookups,
             width,
             weights_NS.shape[1],
@@ -240,7 +298,7 @@ def sum_sorted(
             BLOCK_D=block,
             num_warps=max(1, min(4, block * source.element_size() // 512)),
         )
-        source, targets, is_weighted, adds = parts_CD, part_targets_C, False, True
+        source, targets, is_weighted, adds, flags = parts_CD, part_targets_C, False, True, None
         lookups = chunks if chunks > 1 else 0
 
 

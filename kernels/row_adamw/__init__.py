@@ -123,22 +123,30 @@ class RowAdamW:
         """Replay the steps that these rows have missed; int64 indices of any shape, duplicates allowed."""
         if self._current:
             return
-        self._catch_up(self.gradients.groups(indices).rows_U, moments=False)
+        if self._on_device:
+            lookups = self.gradients.groups(indices, dispatch.module("embedding_bag", "triton"))
+            self._replay_on_device(lookups.rows_L)
+        else:
+            self._catch_up(self.gradients.groups(indices, dispatch.module("embedding_bag", "torch")).rows_U, False)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Take one AdamW step at rate `lr` with the sink's gradients, zero for the other rows; clears the sink."""
-        rows_U, sums, where = self._take_gradients()
-        done = self._current or bool((self.state.last(rows_U) == self.steps).all())
-        assert done, "a row has a gradient but was not read since the last step"
-        is_sweep = self._sweep_pays(len(rows_U))
+        gradients = self.gradients.placed() if self._on_device else self.gradients.merged()
+        rows_U = gradients[0]
+        # The device alone knows how many rows were read; there are at most as many as places.
+        rows = len(self.state.last_R) if rows_U is None else min(len(rows_U), len(self.state.last_R))
+        if rows_U is not None and not self._on_device:
+            done = self._current or bool((self.state.last(rows_U) == self.steps).all())
+            assert done, "a row has a gradient but was not read since the last step"
+        is_sweep = self._sweep_pays(rows)
         if is_sweep:
             self.flush()
         elif self.lazy:
             self.state.floor = self.steps
         self.history.append(lr)
         run = self._ops.sweep if is_sweep else self._ops.update
-        run(self.state, self._blocks, rows_U, sums, self.history, **where)
+        run(self.state, self._blocks, *((gradients,) if self._on_device else gradients), self.history)
         self._publish(None if is_sweep else rows_U)
         if is_sweep:
             self._all_done()
@@ -150,6 +158,10 @@ class RowAdamW:
         if self._current:
             return
         state = self.state
+        if self._on_device:
+            self._replay_on_device(None)
+            self._all_done()
+            return
         for start in range(0, len(state.last_R), FLUSH_ROWS):
             part = slice(start, start + FLUSH_ROWS)
             behind = (state.moment_R[part] < self.steps).logical_and_(state.touched_R[part])
@@ -182,14 +194,6 @@ class RowAdamW:
         self.history.restart(int(saved["step"]))
         self._all_done()
 
-    def _take_gradients(self) -> tuple[Tensor, Tensor, dict[str, Tensor | None]]:
-        """Return the rows, gradients and further arguments of `update` and `sweep`: Triton's read gradients where they
-        are."""
-        if hasattr(self._ops, "READS_IN_PLACE"):
-            rows_U, sums, slots_U, scale = self.gradients.placed()
-            return rows_U, sums, {"slots_U": slots_U, "scale": scale}
-        return *self.gradients.merged(), {}
-
     def _sweep_pays(self, rows: int) -> bool:
         if self.lazy or self.path != "auto":
             return self.path == "sweep" and not self.lazy
@@ -199,6 +203,16 @@ class RowAdamW:
     def _current(self) -> bool:
         """No row has missed a step, or missed steps are not replayed (lazy)."""
         return self.state.floor == self.steps or self.lazy
+
+    @property
+    def _on_device(self) -> bool:
+        """Whether the implementation leaves the number of rows that were read on the device."""
+        return hasattr(self._ops, "READS_IN_PLACE")
+
+    def _replay_on_device(self, rows_L: Tensor | None) -> None:
+        """Replay what these rows have missed (None: all rows); they ascend and may repeat."""
+        self._ops.replay(self.state, self._blocks, rows_L, self.history, self.replay_limit)
+        self._publish(rows_L)
 
     def _catch_up(self, rows_U: Tensor, moments: bool) -> None:
         if rows_U.numel():
@@ -214,6 +228,9 @@ class RowAdamW:
         if self.has_master and rows_U is None:
             self.table_RD.copy_(self.state.values_RD)
         elif self.has_master:
+            assert rows_U is not None
+            if self._on_device:  # unused places hold the row R, and a row that repeats gets one value
+                rows_U = rows_U.long().clamp(max=len(self.table_RD) - 1)
             self.table_RD[rows_U] = self.state.values_RD[rows_U].to(self.table_RD.dtype)
 
 

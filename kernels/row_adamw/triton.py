@@ -9,7 +9,7 @@ nothing is compiled in the middle of a run. No value is read back from the devic
 
 Checked in Triton's interpreter and by compiling; not run on a device yet.
 
-Shapes: R table rows, D width, X = D or 1, U rows given, T steps remembered; B blocks.
+Shapes: R table rows, D width, X = D or 1, L rows, P places for rows, T steps remembered; B blocks.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.embedding_bag.gradients import Placed
 from kernels.row_adamw.history import History
 from kernels.row_adamw.noise import MULTIPLIERS
 from kernels.row_adamw.rows import State
@@ -27,7 +28,8 @@ from kernels.row_adamw.rows import State
 __all__ = ["READS_IN_PLACE", "Blocks", "replay", "sweep", "update"]
 
 READS_IN_PLACE = True
-"""`update` and `sweep` take gradients as RowGradients.placed gives them."""
+"""`update` and `sweep` take gradients as RowGradients.placed gives them, and `replay` takes rows that repeat."""
+OUTDATED = "a row has a gradient but was not read since the last step"
 EVERY = (1 << 31) - 1
 """A limit on replayed steps that no row reaches."""
 ELEMENTS = 512
@@ -35,10 +37,31 @@ ELEMENTS = 512
 
 
 class Blocks:
-    """Nothing: rows are updated where they are."""
+    """The scalars of the latest steps on the device, copied there once per step.
+
+    Rows are updated where they are.
+    """
 
     def __init__(self, state: State) -> None:
         self.state = state
+        self._of: tuple[int, int] | None = None
+        self._parts: tuple[Tensor, ...] = ()
+
+    def scalars(self, history: History) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the constants of `_step_kernel`, those of `_replay_kernel`, and its steps [4 * T]."""
+        if self._of != (history.start, history.step):
+            self._of = (history.start, history.step)
+            hyper, at, kept = history.hyper, history.at(history.step), history.log2_kept
+            step = (history.decay[at], history.size[at], history.root[at], hyper.eps, 1 - hyper.beta1, hyper.beta2)
+            constants = ((*step, 1 - hyper.beta2, *kept), (1 - hyper.beta1, hyper.beta2, hyper.eps, *kept))
+            size_root_log_decay = history.table[:, : len(history.size)]
+            log_decays = history.log_decay[-1] - size_root_log_decay[2]
+            steps = torch.cat((*size_root_log_decay[:2], size_root_log_decay[3], log_decays))
+            parts = (*(torch.tensor(part, dtype=torch.float64) for part in constants), steps)
+            copied = _on_device(torch.cat(parts), self.state.mean_RD)
+            self._parts = copied.split([len(part) for part in parts])
+        of_step, of_replay, steps = self._parts
+        return of_step, of_replay, steps
 
 
 @triton.jit
@@ -61,20 +84,27 @@ def _store(
     tl.store(values + places, p, mask=inside)
 
 
-@triton.jit(do_not_specialize=["count", "key"])
+@triton.jit(do_not_specialize=["count", "table_rows", "now", "floor", "key"])
 def _step_kernel(
     values,
     mean,
     square,
+    touched,
+    last,
+    moment,
     grads,
     rows,
     slots,
-    behind,
+    is_read,
     constants,
     scale,
     key,
     first_column,
+    outdated,
     count,
+    table_rows,
+    now,
+    floor,
     width,
     SWEEP: tl.constexpr,
     ROW_WISE: tl.constexpr,
@@ -86,16 +116,28 @@ def _step_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    # The rows [count], or every row, take the gradients at slots [count] (None: in order; -1: zero), times `scale`.
+    # The rows [count] (R: none), or without them every row (only those flagged by is_read, unless SWEEP). A row's
+    # gradient is at its slot [R] (-1: zero), or with `rows` at its place among them, times `scale`.
     # constants: decay, size, root, eps, w1, b2, w2, log2 of both kept. In a tensor: arguments would be float32.
     nth = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     given = nth < count
-    row = nth if SWEEP else tl.load(rows + nth, mask=given, other=0)
-    slot = nth if slots is None else tl.load(slots + nth, mask=given, other=-1).to(tl.int64)
+    row = nth
+    slot = nth
+    if rows is not None:
+        row = tl.load(rows + nth, mask=given, other=0)
+        given = given & (row < table_rows)
+    has_gradient = given
+    if slots is not None:
+        slot = tl.load(slots + nth, mask=given, other=-1).to(tl.int64)
+        has_gradient = given & (slot >= 0)
+    if is_read is not None:
+        has_gradient = given & (tl.load(is_read + nth, mask=given, other=0) != 0)
+    if not SWEEP:
+        given = has_gradient
     columns = tl.arange(0, BLOCK_D)[None, :]
     inside = given[:, None] & (columns < width)
     places = row[:, None] * width + columns
-    g = tl.load(grads + slot[:, None] * width + columns, mask=inside & (slot >= 0)[:, None], other=0.0)
+    g = tl.load(grads + slot[:, None] * width + columns, mask=inside & has_gradient[:, None], other=0.0)
     if scale is not None:
         g = g * tl.load(scale)
     p = tl.load(values + places, mask=inside, other=0.0).to(WIDE)
@@ -107,7 +149,7 @@ def _step_kernel(
         v = tl.load(square + places, mask=inside, other=0.0)
         g2 = g * g
     if not SWEEP:
-        missed = tl.load(behind + nth, mask=given, other=0).to(WIDE)[:, None]
+        missed = (now - 1 - tl.maximum(tl.load(moment + row, mask=given, other=now - 1), floor)).to(WIDE)[:, None]
         m = m * tl.exp2(missed * tl.load(constants + 7))
         v = v * tl.exp2(missed * tl.load(constants + 8))
     m = m + tl.load(constants + 4) * (g - m)
@@ -121,9 +163,15 @@ def _step_kernel(
         tl.store(square + row[:, None], v, mask=given[:, None])
     else:
         tl.store(square + places, v, mask=inside)
+    tl.store(touched + row, 1, mask=has_gradient)
+    if not SWEEP:
+        before = tl.maximum(tl.load(last + row, mask=given, other=now - 1), floor)
+        tl.store(outdated + row * 0, 1, mask=given & (before < now - 1))
+        tl.store(last + row, now, mask=given)
+        tl.store(moment + row, now, mask=given)
 
 
-@triton.jit(do_not_specialize=["now", "start", "limit", "length", "key"])
+@triton.jit(do_not_specialize=["table_rows", "now", "floor", "start", "limit", "length", "key"])
 def _replay_kernel(
     values,
     mean,
@@ -136,11 +184,13 @@ def _replay_kernel(
     constants,
     key,
     first_column,
-    width,
+    table_rows,
     now,
+    floor,
     start,
     limit,
     length,
+    width,
     ROW_WISE: tl.constexpr,
     DECAYS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
@@ -149,167 +199,156 @@ def _replay_kernel(
     WIDE: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
+    # One of the rows, ascending with repeats (R and more: none), or without them one of all rows, moments included.
     # steps [4, length]: size, root, decay, log of the decays after a step; constants: w1, b2, eps, log2 of both kept.
     program = tl.program_id(0).to(tl.int64)
-    row = tl.load(rows + program)
-    done = tl.load(last + program)
-    columns = tl.arange(0, BLOCK_D)
-    inside = columns < width
-    places = row * width + columns
-    p = tl.load(values + places, mask=inside, other=0.0).to(WIDE)
-    if tl.load(touched + row) == 0:
-        if DECAYS:
-            p = p * tl.exp(tl.load(steps + 3 * length + done - start))
-    else:
-        kept1 = tl.load(constants + 3)
-        kept2 = tl.load(constants + 4)
-        late = (done - tl.load(moment + program)).to(WIDE)
-        m = tl.load(mean + places, mask=inside, other=0.0) * tl.exp2(late * kept1)
-        v = tl.load(square + row) if ROW_WISE else tl.load(square + places, mask=inside, other=0.0)
-        v = v * tl.exp2(late * kept2)
-        count = tl.minimum(now - done, limit)
-        nth = 0
-        while nth < count:
-            at = done - start + 1 + nth
+    row = program
+    repeats = 0
+    if rows is not None:
+        row = tl.load(rows + program).to(tl.int64)
+        before = tl.load(rows + program - 1, mask=program > 0, other=-1).to(tl.int64)
+        repeats = tl.where((before == row) | (row >= table_rows), 1, 0)
+        row = tl.where(repeats != 0, 0, row)
+    done = tl.maximum(tl.load(last + row), floor)
+    settled = tl.maximum(tl.load(moment + row), floor)
+    is_touched = tl.load(touched + row) != 0
+    behind = done < now
+    if rows is None:
+        behind = behind | (is_touched & (settled < now))
+    if behind & (repeats == 0):
+        columns = tl.arange(0, BLOCK_D)
+        inside = columns < width
+        places = row * width + columns
+        p = tl.load(values + places, mask=inside, other=0.0).to(WIDE)
+        if is_touched:
+            kept1 = tl.load(constants + 3)
+            kept2 = tl.load(constants + 4)
+            late = (done - settled).to(WIDE)
+            m = tl.load(mean + places, mask=inside, other=0.0) * tl.exp2(late * kept1)
+            v = tl.load(square + row) if ROW_WISE else tl.load(square + places, mask=inside, other=0.0)
+            v = v * tl.exp2(late * kept2)
+            count = tl.minimum(now - done, limit)
+            nth = 0
+            while nth < count:
+                at = done - start + 1 + nth
+                if DECAYS:
+                    p = p * tl.load(steps + 2 * length + at)
+                m = m - tl.load(constants) * m
+                v = v * tl.load(constants + 1)
+                root = tl.sqrt(v) / tl.load(steps + length + at) + tl.load(constants + 2)
+                p = p - tl.load(steps + at) * m / root
+                nth += 1
+            left = (now - done - count).to(WIDE)
+            m = m * tl.exp2(left * kept1)
+            v = v * tl.exp2(left * kept2)
             if DECAYS:
-                p = p * tl.load(steps + 2 * length + at)
-            m = m - tl.load(constants) * m
-            v = v * tl.load(constants + 1)
-            root = tl.sqrt(v) / tl.load(steps + length + at) + tl.load(constants + 2)
-            p = p - tl.load(steps + at) * m / root
-            nth += 1
-        left = (now - done - count).to(WIDE)
-        m = m * tl.exp2(left * kept1)
-        v = v * tl.exp2(left * kept2)
-        if DECAYS:
-            p = p * tl.exp(tl.load(steps + 3 * length + done - start + count))
-        tl.store(mean + places, m, mask=inside)
-        if ROW_WISE:
-            tl.store(square + row, v)
+                p = p * tl.exp(tl.load(steps + 3 * length + done - start + count))
+            tl.store(mean + places, m, mask=inside)
+            if ROW_WISE:
+                tl.store(square + row, v)
+            else:
+                tl.store(square + places, v, mask=inside)
         else:
-            tl.store(square + places, v, mask=inside)
-    _store(values, places, p, inside, row, first_column + columns, key, STOCHASTIC, FIRST, SECOND)
+            if DECAYS:
+                p = p * tl.exp(tl.load(steps + 3 * length + done - start))
+        _store(values, places, p, inside, row, first_column + columns, key, STOCHASTIC, FIRST, SECOND)
+        tl.store(last + row, now)
+        tl.store(moment + row, now)
 
 
-def update(
-    state: State,
-    blocks: Blocks,
-    rows_U: Tensor,
-    sums: Tensor,
-    history: History,
-    slots_U: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> None:
-    """See reference.update; gradients are read where they are.
-
-    Args:
-        state: The table and its moments.
-        blocks: Unused.
-        rows_U: int64 rows that have gradients.
-        sums: Their gradients, [*, D].
-        history: The steps so far, the one to take included.
-        slots_U: Where in `sums` a row's gradient is; None: in order.
-        scale: What the gradients are multiplied by, a 0-dim tensor; None: nothing.
-    """
-    behind_U = history.step - 1 - state.moment(rows_U)
-    state.last_R[rows_U] = history.step
-    state.moment_R[rows_U] = history.step
-    state.touched_R[rows_U] = True
-    if rows_U.numel():
-        _step(state, sums, scale, history, len(rows_U), slots_U, rows_U, behind_U)
+def update(state: State, blocks: Blocks, placed: Placed, history: History) -> None:
+    """See reference.update; gradients are read where they are, as RowGradients.placed gives them."""
+    count = len(state.last_R) if placed.rows_P is None else len(placed.rows_P)
+    outdated = torch.zeros((), dtype=torch.int32, device=state.last_R.device)
+    _step(state, blocks, placed, history, count, outdated)
+    if outdated.is_cuda:
+        torch._assert_async(outdated == 0, OUTDATED)  # an error of a later call: the host does not wait
+    else:
+        assert not outdated, OUTDATED
 
 
-def sweep(
-    state: State,
-    blocks: Blocks,
-    rows_U: Tensor,
-    sums: Tensor,
-    history: History,
-    slots_U: Tensor | None = None,
-    scale: Tensor | None = None,
-) -> None:
-    """See reference.sweep; arguments as of `update`; finds gradients through a map of 4 bytes per row."""
-    if slots_U is None:
-        slots_U = torch.arange(len(rows_U), device=rows_U.device)
-    state.touched_R[rows_U] = True
-    slots_R = torch.full_like(state.last_R, -1).index_copy_(0, rows_U, slots_U.int())
-    _step(state, sums, scale, history, len(state.last_R), slots_R)
+def sweep(state: State, blocks: Blocks, placed: Placed, history: History) -> None:
+    """See reference.sweep; finds the gradients of few rows through a map of 4 bytes per row."""
+    slots_R = None
+    if placed.rows_P is not None:
+        places_P = torch.arange(len(placed.rows_P), dtype=torch.int32, device=placed.rows_P.device)
+        room_R = state.last_R.new_full((len(state.last_R) + 1,), -1)  # unused places have the row R
+        slots_R = room_R.index_copy_(0, placed.rows_P, places_P)[:-1]
+    _step(state, blocks, placed._replace(rows_P=None), history, len(state.last_R), slots_R=slots_R)
 
 
 def _step(
     state: State,
-    sums: Tensor,
-    scale: Tensor | None,
+    blocks: Blocks,
+    placed: Placed,
     history: History,
     count: int,
-    slots: Tensor | None,
-    rows: Tensor | None = None,
-    behind: Tensor | None = None,
+    outdated: Tensor | None = None,
+    slots_R: Tensor | None = None,
 ) -> None:
-    """Take one step on `count` rows: those in `rows`, or without `rows` all of the table."""
-    hyper, at, width = history.hyper, history.at(history.step), state.mean_RD.shape[1]
-    constants = (
-        history.decay[at],
-        history.size[at],
-        history.root[at],
-        hyper.eps,
-        1 - hyper.beta1,
-        hyper.beta2,
-        1 - hyper.beta2,
-        *history.log2_kept,
-    )
-    block = triton.next_power_of_2(width)
+    """Take one step on `count` rows: those that have gradients, setting `outdated` if one is behind, or all."""
+    width, block = state.mean_RD.shape[1], triton.next_power_of_2(state.mean_RD.shape[1])
     block_rows = max(1, ELEMENTS // 2 // block)
-    _step_kernel[(triton.cdiv(count, block_rows),)](
-        *state.tensors,
-        sums.contiguous(),
-        rows,
-        slots,
-        behind,
-        _on_device(torch.tensor(constants, dtype=torch.float64), state.mean_RD),
-        scale,
-        *_noise(state, history),
-        count,
-        width,
-        SWEEP=rows is None,
-        DECAYS=hyper.weight_decay != 0,
-        BLOCK_R=block_rows,
-        num_warps=max(1, min(16, block_rows * block // ELEMENTS)),
-        **_constants(state),
-    )
+    if count:
+        _step_kernel[(triton.cdiv(count, block_rows),)](
+            *state.tensors,
+            state.touched_R,
+            state.last_R,
+            state.moment_R,
+            placed.sums.contiguous(),
+            placed.rows_P,
+            slots_R,
+            placed.is_read_R,
+            blocks.scalars(history)[0],
+            placed.scale,
+            *_noise(state, history),
+            outdated,
+            count,
+            len(state.last_R),
+            history.step,
+            state.floor,
+            width,
+            SWEEP=outdated is None,
+            DECAYS=history.hyper.weight_decay != 0,
+            BLOCK_R=block_rows,
+            num_warps=max(1, min(16, block_rows * block // ELEMENTS)),
+            **_constants(state),
+        )
 
 
-def replay(state: State, blocks: Blocks, rows_U: Tensor, history: History, limit: int | None, moments: bool) -> None:
-    """See reference.replay; moments are brought up to date in any case."""
-    if not moments:
-        rows_U = rows_U[state.last(rows_U) < history.step]
-    last_U = state.last(rows_U)
-    if not rows_U.numel():
-        return
-    hyper, width = history.hyper, state.mean_RD.shape[1]
-    steps = history.table[:, : len(history.size)].clone()
-    steps[3], steps[2] = history.log_decay[-1] - steps[2], steps[3].clone()
-    constants = (1 - hyper.beta1, hyper.beta2, hyper.eps, *history.log2_kept)
-    _replay_kernel[(len(rows_U),)](
-        *state.tensors,
-        state.touched_R,
-        rows_U,
-        last_U,
-        state.moment(rows_U),
-        _on_device(steps, state.mean_RD),
-        _on_device(torch.tensor(constants, dtype=torch.float64), state.mean_RD),
-        *_noise(state, history),
-        width,
-        history.step,
-        history.start,
-        EVERY if limit is None else limit,
-        steps.shape[1],
-        DECAYS=hyper.weight_decay != 0,
-        num_warps=max(1, min(16, triton.next_power_of_2(width) // ELEMENTS)),
-        **_constants(state),
-    )
-    state.last_R[rows_U] = history.step
-    state.moment_R[rows_U] = history.step
+def replay(state: State, blocks: Blocks, rows_L: Tensor | None, history: History, limit: int | None) -> None:
+    """See reference.replay; moments are brought up to date in any case.
+
+    Args:
+        state: The table and its moments.
+        blocks: The scalars of the steps.
+        rows_L: Rows, ascending; they may repeat. None: all rows, those that are behind in their moments alone too.
+        history: The steps so far.
+        limit: Most steps replayed per row; None: every step.
+    """
+    width, count = state.mean_RD.shape[1], len(state.last_R) if rows_L is None else len(rows_L)
+    _, of_replay, steps = blocks.scalars(history)
+    if count:
+        _replay_kernel[(count,)](
+            *state.tensors,
+            state.touched_R,
+            rows_L,
+            state.last_R,
+            state.moment_R,
+            steps,
+            of_replay,
+            *_noise(state, history),
+            len(state.last_R),
+            history.step,
+            state.floor,
+            history.start,
+            EVERY if limit is None else limit,
+            len(steps) // 4,
+            width,
+            DECAYS=history.hyper.weight_decay != 0,
+            num_warps=max(1, min(16, triton.next_power_of_2(width) // ELEMENTS)),
+            **_constants(state),
+        )
 
 
 def _constants(state: State) -> dict[str, object]:

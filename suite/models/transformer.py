@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suite.models import attachments, registry
+from suite.models import attachments, document_attention, registry
 from suite.models.attachments import Attachments, reads_embedding, window_of
 from suite.models.cache import Cache, EarlierTokens
 from suite.models.cost import Cost, dense_cost
+from suite.models.document_attention import Documents
 from suite.models.lookup.controls import with_control
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.registry import ModelConfig
@@ -45,7 +46,7 @@ class Attention(nn.Module):
         self,
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask_BHTL: Tensor | None,
+        mask: Tensor | Documents | None,
         cache: Cache | None,
         layer: int,
         values_BTC: Tensor | None = None,
@@ -59,13 +60,19 @@ class Attention(nn.Module):
         v_BGTK = self._split(v_BTC)
         if cache is not None:
             k_BGTK, v_BGTK = cache.extend(layer, k_BGTK, v_BGTK)
+        if isinstance(mask, Documents):
+            q_NHK, k_NGK, v_NGK = (part.transpose(1, 2).flatten(0, 1) for part in (q_BHTK, k_BGTK, v_BGTK))
+            return self.wo(document_attention.attend(q_NHK, k_NGK, v_NGK, mask).view(batch, tokens, -1))
+        if mask is not None and q_BHTK.is_cuda and self.kv_heads != self.heads:
+            # Of grouped heads with a mask, some devices have only the kernel that stores all scores.
+            k_BGTK, v_BGTK = (part.repeat_interleave(self.heads // self.kv_heads, 1) for part in (k_BGTK, v_BGTK))
         y_BHTK = F.scaled_dot_product_attention(
             q_BHTK,
             k_BGTK,
             v_BGTK,
-            attn_mask=mask_BHTL,
-            is_causal=mask_BHTL is None and tokens > 1,
-            enable_gqa=self.kv_heads != self.heads,
+            attn_mask=mask,
+            is_causal=mask is None and tokens > 1,
+            enable_gqa=k_BGTK.shape[1] != self.heads,
         )
         return self.wo(y_BHTK.transpose(1, 2).reshape(batch, tokens, -1))
 
@@ -112,7 +119,7 @@ class Block(nn.Module):
         self,
         x_BTD: Tensor,
         rotation: tuple[Tensor, Tensor],
-        mask_BHTL: Tensor | None,
+        mask: Tensor | Documents | None,
         cache: Cache | None,
         layer: int,
         ids_BTW: Tensor | None = None,
@@ -129,7 +136,7 @@ class Block(nn.Module):
         h_BTD = self.attention_norm(x_BTD)
         values = self.attention_values
         values_BTC = None if values is None else attached("attention_values", values, h_BTD)
-        x_BTD = x_BTD + self.attention(h_BTD, rotation, mask_BHTL, cache, layer, values_BTC)
+        x_BTD = x_BTD + self.attention(h_BTD, rotation, mask, cache, layer, values_BTC)
         h_BTD = self.feed_forward_norm(x_BTD)
         x_BTD = x_BTD + attached("feed_forward", self.feed_forward, h_BTD)
         return x_BTD if self.skip is None else (x_BTD, attached("skip", self.skip, h_BTD))
@@ -169,9 +176,10 @@ class Transformer(nn.Module):
         segments_BT: Tensor | None = None,
         cache: Cache | None = None,
         pad_B: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Return the logits [B, T, V] of the next token; arguments as for `hidden`."""
-        return self.head(self.hidden(tokens_BT, segments_BT, cache, pad_B))
+        return self.head(self.hidden(tokens_BT, segments_BT, cache, pad_B, documents))
 
     def hidden(
         self,
@@ -179,6 +187,7 @@ class Transformer(nn.Module):
         segments_BT: Tensor | None = None,
         cache: Cache | None = None,
         pad_B: Tensor | None = None,
+        documents: Documents | None = None,
     ) -> Tensor:
         """Compute the normed residual stream, which `head` turns into logits.
 
@@ -188,6 +197,7 @@ class Transformer(nn.Module):
                 restart at documents, since they are relative.
             cache: Keys and values of the earlier tokens; those of `tokens_BT` are appended.
             pad_B: Padding tokens at the left of each row, cached ones included. No other token attends to them.
+            documents: The boundaries of `segments_BT`, with which attention on a GPU needs no mask in bf16.
 
         Returns:
             Hidden states [B, T, D].
@@ -201,9 +211,10 @@ class Transformer(nn.Module):
             )
         past = cache.length if cache is not None else 0
         rotation = self._rotation(past, tokens_BT.shape[1], tokens_BT.device)
-        mask_BHTL = attention_mask(tokens_BT, past, segments_BT, pad_B)
-        if mask_BHTL is not None:
-            mask_BHTL = as_bias(mask_BHTL, self.embedding.weight.dtype)
+        mask: Tensor | Documents | None = documents
+        if documents is None or not document_attention.takes(tokens_BT.device, self.embedding.weight.dtype):
+            mask = attention_mask(tokens_BT, past, segments_BT, pad_B)
+            mask = None if mask is None else as_bias(mask, self.embedding.weight.dtype)
         earlier = EarlierTokens(past, segments_BT, cache, pad_B)
         ids_BTW = earlier.windows(tokens_BT, self.window) if self.window else None
         x_BTD = embedding_BTD = self.embedding(tokens_BT)
@@ -212,7 +223,7 @@ class Transformer(nn.Module):
         skipped: dict[int, list[Tensor]] = {}
         for index, layer in enumerate(cast(list[Block], list(self.layers))):
             read_BTD = embedding_BTD if layer.reads_embedding else None
-            x_BTD = layer(x_BTD, rotation, mask_BHTL, cache, index, ids_BTW, read_BTD, earlier)
+            x_BTD = layer(x_BTD, rotation, mask, cache, index, ids_BTW, read_BTD, earlier)
             if layer.skip is not None:
                 x_BTD, y_BTD = x_BTD
                 skipped.setdefault(layer.skip_to, []).append(y_BTD)

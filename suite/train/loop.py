@@ -8,23 +8,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from suite import models
 from suite.cells import Cell, TrainConfig
 from suite.data.corpus import Corpus
 from suite.data.loader import Loader
-from suite.data.packing import IGNORED
 from suite.models.accounting import account
 from suite.models.precision import at_least_fp32
 from suite.models.transformer import Transformer
 from suite.models.usage import Reads
 from suite.records import RunDir
 from suite.train import checkpoint
+from suite.train.batches import Batches
 from suite.train.finetuning import parent
 from suite.train.finetuning.knowledge import KnowledgeProber
 from suite.train.finetuning.scope import Scope
@@ -70,6 +72,17 @@ def probe_steps(config: TrainConfig, steps: int) -> set[int]:
     return {int(step) for step in np.round(spaced)}
 
 
+@dataclass
+class _Taken:
+    """A step: this process's losses and the norms, on the device until read; then `losses` of all processes."""
+
+    step: int
+    parts: dict[str, Tensor]
+    norms: dict[str, float | Tensor]
+    lrs: dict[str, float]
+    losses: dict[str, float] = field(default_factory=dict)
+
+
 class Trainer:
     """A cell in training: model, optimizer and position. Every method ends between two optimizer steps.
 
@@ -90,6 +103,8 @@ class Trainer:
         self.optimizer = Optimizer(self.model, self.config, self.scope.choice)
         self.reads = Reads(self.model)
         self.loader = corpus.loader(cell.seed, self.config.batch_rows)
+        self.batches = Batches(self.loader, self.world, self.world.micro_batches(cell))
+        self._taken: _Taken | None = None
         self.steps = total_steps(self.config, self.loader, cell.data.seq_len)
         self.probes = probe_steps(self.config, self.steps)
         self.branches = branch_steps(self.config, cell.data.seq_len)
@@ -177,67 +192,100 @@ class Trainer:
             self.run.cut_train(self.step)
 
     def save(self) -> None:
-        """Write a checkpoint of this step."""
+        """Write a checkpoint of this step. Raises Diverged instead if its loss is not finite."""
+        self._check()
         position = {"step": self.step, "train_s": self.train_s, "finished": self.finished, "past": self.past}
         tensors = self._tensors(self.optimizer.state())
         checkpoint.save(self.run, self.step, tensors, position, self.config.keep_checkpoints, self.world, self.branches)
         self.saved = self.step
 
     def train_step(self) -> dict[str, float | None]:
-        """Take one optimizer step over `batch_rows` rows and return the values to log. Raises Diverged."""
+        """Take one optimizer step over `batch_rows` rows and return the values to log. Raises Diverged.
+
+        On a GPU, a step that is not logged returns the values of the step before and raises if that diverged. So the
+        host can launch the next step while the device is busy with this one.
+        """
         self.scope.begin_step(self.step)
         lrs = self.optimizer.set_lr(lr_factor(self.config, self.step, self.steps), self.step / self.steps)
-        loss, auxiliary = self._backward()
-        for name, value in {"loss": loss, **auxiliary}.items():
-            if not math.isfinite(value):
-                raise Diverged(f"step {self.step + 1}: the {name} is {value}")
-        norms = self.optimizer.step()
+        taken = _Taken(self.step + 1, self._backward(), {}, lrs)
+        if self.device.type == "cpu":
+            self._read(taken)
+        taken.norms.update(self.optimizer.step())
         self._after_step()
         self.step += 1
+        self._check()
+        earlier, self._taken = self._taken, taken
+        reads_now = self.device.type == "cpu" or earlier is None or self._is_logged(self.step)
+        return self._values(taken if reads_now or earlier is None else earlier)
+
+    def _is_logged(self, step: int) -> bool:
+        return step % self.config.log_every == 0 or step == self.steps
+
+    def _check(self) -> None:
+        """Raise Diverged if the loss of the last step is not finite."""
+        if self._taken is not None:
+            self._read(self._taken)
+
+    def _read(self, taken: _Taken) -> None:
+        """Read a step's values from the device, once; sum losses over processes. Raises Diverged."""
+        if taken.losses:
+            return
+        # All values at once, since each reading waits for the device.
+        norms_on_device = [torch.as_tensor(norm).double() for norm in taken.norms.values()]
+        numbers = torch.stack([*taken.parts.values(), *norms_on_device]).tolist()
+        parts, norms = numbers[: len(taken.parts)], numbers[len(taken.parts) :]
+        taken.norms = dict(zip(taken.norms, norms, strict=True))
+        taken.losses = dict(zip(taken.parts, self.world.total(*parts), strict=True))
+        for name, value in taken.losses.items():
+            if not math.isfinite(value):
+                raise Diverged(f"step {taken.step}: the {name} is {value}")
+
+    def _values(self, taken: _Taken) -> dict[str, float | None]:
+        """Return the values of a step to log."""
+        self._read(taken)
+        norms = {group: float(norm) for group, norm in taken.norms.items()}
+        loss = taken.losses["loss"]
+        auxiliary = {name: value for name, value in taken.losses.items() if name != "loss"}
         return {
             "loss": loss,
-            "lr": lrs["rest"],
-            "value_lr": lrs.get("values"),
+            "lr": taken.lrs["rest"],
+            "value_lr": taken.lrs.get("values"),
             "grad_norm": norms["rest"],
             "value_grad_norm": norms.get("values"),
             **auxiliary,
         }
 
-    def _backward(self) -> tuple[float, dict[str, float]]:
+    def _backward(self) -> dict[str, Tensor]:
         """Compute gradients of the mean loss over the step's targets plus the weighted auxiliary losses of the model.
 
         Each micro-batch is split over processes, so it has the same rows in any world. The random generator is seeded
         by (seed, step, rank), so that resuming needs no generator state.
 
         Returns:
-            The mean loss alone, and the auxiliary losses without their weights, means over micro-batches.
+            This process's part of the mean loss alone and of the auxiliary losses without their weights (means over
+            micro-batches): float64 [] on the device.
         """
         world, parts = self.world, self.world.micro_batches(self.cell)
         key = np.random.SeedSequence((self.cell.seed, self.step, world.rank))
         torch.manual_seed(int(key.generate_state(1)[0]))
-        batches = [
-            self.loader.batch(self.step, micro * world.size + world.rank, parts * world.size) for micro in range(parts)
-        ]
-        (targets,) = world.total(sum(int((batch.targets_BT != IGNORED).sum()) for batch in batches))
-        loss, auxiliary = 0.0, dict[str, float]()
+        batches, own_targets = self.batches.read(self.step)
+        (targets,) = world.total(own_targets)
+        losses = {"loss": torch.zeros((), dtype=torch.float64, device=self.device)}
         for batch in batches:
-            columns = (batch.tokens_BT, batch.targets_BT, batch.segments_BT)
-            tokens_BT, targets_BT, segments_BT = (column.to(self.device) for column in columns)
             self.scope.reads_of(batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                logits_BTV = self.forward(tokens_BT, segments_BT)
+                logits_BTV = self.forward(batch.tokens_BT, batch.segments_BT, documents=batch.documents)
             wide_NV = logits_BTV.flatten(0, 1)
             wide_NV = wide_NV.to(at_least_fp32(wide_NV.dtype))
-            part = F.cross_entropy(wide_NV, targets_BT.flatten(), reduction="sum") / targets
+            part = F.cross_entropy(wide_NV, batch.targets_BT.flatten(), reduction="sum") / targets
             objective = part
             for name, (weight, value) in self.model.auxiliary_losses().items():
                 objective = objective + weight / parts * value
-                auxiliary[name] = auxiliary.get(name, 0.0) + value.item() / parts
+                losses[name] = losses.get(name, 0.0) + value.detach().double() / parts
             objective.backward()
-            loss += part.item()
+            losses["loss"] = losses["loss"] + part.detach().double()
         self.scope.reads_of(None)
-        loss, *values = world.total(loss, *auxiliary.values())
-        return loss, dict(zip(auxiliary, values, strict=True))
+        return losses
 
     def _after_step(self) -> None:
         if self.world.distributed:
@@ -314,7 +362,7 @@ class Trainer:
                 logger.close()
 
     def _timed_step(self, telemetry: Telemetry) -> None:
-        is_logged = (self.step + 1) % self.config.log_every == 0 or self.step + 1 == self.steps
+        is_logged = self._is_logged(self.step + 1)
         if is_logged:
             self.reads.start()
         started = time.perf_counter()

@@ -152,8 +152,10 @@ class Optimizer:
             group["lr"] = self.lr[group["rule"]]
         return {rule.group: lr for rule, lr in self.lr.items()}
 
-    def step(self) -> dict[str, float]:
-        """Clip each group to the cell's norm, update, clear gradients, and return the norms before clipping."""
+    def step(self) -> dict[str, float | Tensor]:
+        """Clip each group to the cell's norm, update, clear gradients, and return the norms before clipping.
+
+        Norms on a GPU are tensors there, since reading one would stop the host."""
         for table in self.tables.values():
             table.share_gradient()
         if self.choice is not None:
@@ -169,7 +171,7 @@ class Optimizer:
             rows.step(self.lr[self.rules[name]])
         return norms
 
-    def _clip(self, names: list[str]) -> float:
+    def _clip(self, names: list[str]) -> float | Tensor:
         """Clip a group and return its norm, which is that of all processes' shards."""
         tables = [self.tables[name] for name in names if name in self.tables]
         rows = [self.rows[name].gradients for name in names if name in self.rows]
@@ -179,7 +181,7 @@ class Optimizer:
             factor = torch.clamp(self.clip / (norm + 1e-6), max=1.0)
             for gradients in rows:
                 gradients.scale_(factor)
-            return norm.item()
+            return norm if norm.is_cuda else norm.item()
         parameters = [self.parameters[name] for name in names]
         norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if tables:
@@ -187,7 +189,7 @@ class Optimizer:
         elif hasattr(norm, "full_tensor"):  # a DTensor, not yet summed over processes
             norm = norm.full_tensor()
         nn.utils.clip_grads_with_norm_(parameters, self.clip, norm)
-        return norm.item()
+        return norm if norm.is_cuda else norm.item()
 
     def never_read(self, table: MemoryTable) -> int | None:
         """Return rows of the table that no step has read yet; None with dense gradients, which do not record reads."""

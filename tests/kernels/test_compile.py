@@ -72,7 +72,6 @@ BATCHES = """
 import json, torch
 from kernels.bench.ahead_of_time import capture
 from kernels.embedding_bag import triton as bags
-from kernels.embedding_bag.reference import group_by_row
 from kernels.product_key import triton as search
 with capture(90) as launches:
     for tokens in (1, 2, 15, 16, 17, 63, 64, 100, 128, 1000):
@@ -81,7 +80,7 @@ with capture(90) as launches:
         indices_NS, weights_NS = torch.arange(tokens * 16).view(tokens, 16) % 30, torch.zeros(tokens, 16)
         bags.bag(torch.zeros(30, 16), indices_NS, weights_NS, torch.float32)
         bags.dots(torch.zeros(30, 16), indices_NS, torch.zeros(tokens, 16))
-        bags.row_sums(torch.zeros(tokens, 16), weights_NS, group_by_row(indices_NS, 30), torch.float32)
+        bags.row_sums(torch.zeros(tokens, 16), weights_NS, bags.group_by_row(indices_NS, 30), 30, torch.float32)
 print(json.dumps(sorted({(launch.kernel, launch.variant) for launch in launches})))
 """
 

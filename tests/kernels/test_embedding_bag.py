@@ -119,10 +119,14 @@ def test_triton_row_sums_do_not_depend_on_where_chunks_end(
     source, weights = torch.randn(lookups, 5, generator=generator), torch.randn(lookups, 1, generator=generator)
     groups = reference.group_by_row(indices, 300)
     expected = reference.row_sums(source.double(), weights.double(), groups, torch.float64)
-    sums = triton.row_sums(source, weights, groups, torch.float32)
-    torch.testing.assert_close(sums.double(), expected, rtol=1e-5, atol=1e-5)
-    buffer = torch.ones(300, 5)
-    triton.add_row_sums(source, weights, groups, buffer)
+    sorted_lookups, unique = triton.group_by_row(indices, 300), len(groups.rows_U)
+    rows, sums = triton.row_sums(source, weights, sorted_lookups, 300, torch.float32)
+    assert rows.tolist() == [*groups.rows_U.tolist(), *[300] * (lookups - unique)]
+    torch.testing.assert_close(sums[:unique].double(), expected, rtol=1e-5, atol=1e-5)
+    assert (sums[unique:] == 0).all()
+    buffer, is_read = torch.ones(300, 5), torch.zeros(300, dtype=torch.bool)
+    triton.add_row_sums(source, weights, sorted_lookups, buffer, is_read)
+    assert torch.equal(is_read.nonzero().squeeze(1), groups.rows_U)
     torch.testing.assert_close(buffer[groups.rows_U].double(), expected + 1, rtol=1e-5, atol=1e-5)
     unread = torch.ones(300, dtype=torch.bool).index_fill_(0, groups.rows_U, False)
     assert (buffer[unread] == 1).all()
@@ -142,12 +146,35 @@ def test_triton_adds_to_one_buffer_once_most_rows_are_read() -> None:
     torch.testing.assert_close(ours.norm(), theirs.norm())
     ours.scale_(0.5)
     theirs.scale_(0.5)
-    rows_U, sums, slots_U, scale = ours.placed()
-    assert slots_U is not None
+    rows, sums, is_read, scale = ours.placed()
+    assert rows is None
+    assert is_read is not None
     assert scale is not None
     assert len(sums) == len(table)
-    assert torch.equal(rows_U, theirs.merged()[0])
-    torch.testing.assert_close(sums[slots_U] * scale, theirs.merged()[1])
+    assert torch.equal(is_read.nonzero().squeeze(1), theirs.merged()[0])
+    torch.testing.assert_close(sums[is_read] * scale, theirs.merged()[1])
+    torch.testing.assert_close(ours.merged()[1], theirs.merged()[1])
+
+
+def test_triton_merges_reads_of_few_rows_without_knowing_how_many() -> None:
+    table = torch.randn(200, 6)
+    sinks = {backend: RowGradients(table) for backend in ("torch", "triton")}
+    for backend, sink in sinks.items():
+        torch.manual_seed(0)
+        leaf = table.clone().requires_grad_()
+        for rows in (3, 5, 20):
+            indices, weights = torch.randint(rows, (8, 4)), torch.randn(8, 4)
+            embedding_bag(leaf, indices, weights, sink, backend).square().sum().backward()
+    ours, theirs = sinks["triton"], sinks["torch"]
+    torch.testing.assert_close(ours.norm(), theirs.norm())
+    rows, sums, is_read, _ = ours.placed()
+    assert is_read is None
+    assert rows is not None
+    used = rows < 200
+    assert torch.equal(rows[used], theirs.merged()[0])
+    assert (sums[~used] == 0).all()
+    torch.testing.assert_close(sums[used], theirs.merged()[1])
+    assert torch.equal(ours.merged()[0], theirs.merged()[0])
     torch.testing.assert_close(ours.merged()[1], theirs.merged()[1])
 
 

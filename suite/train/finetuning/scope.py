@@ -12,6 +12,7 @@ from suite.data.loader import Batch
 from suite.errors import UserError
 from suite.models.transformer import Transformer
 from suite.records import RunDir
+from suite.train.batches import MicroBatch
 from suite.train.finetuning import lora
 from suite.train.finetuning.parent import corpus_of
 from suite.train.finetuning.rows import RowChoice, expert_stacks
@@ -113,7 +114,7 @@ class Scope:
         if self.choice is not None:
             self.choice.begin(step)
 
-    def reads_of(self, batch: Batch | None) -> None:
+    def reads_of(self, batch: Batch | MicroBatch | None) -> None:
         """Count the reads of a micro-batch from now on; None: stop counting."""
         if self.choice is None:
             return

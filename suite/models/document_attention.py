@@ -1,0 +1,56 @@
+"""Attention within the documents of packed rows, without a mask: one variable-length kernel for all documents.
+
+Shapes: B rows, T positions, N = B*T, H heads, G key-value heads, K head width, M boundaries of documents.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ROOM = 64
+"""Boundaries are padded to a multiple of this many, so that few shapes occur."""
+
+
+class Documents(NamedTuple):
+    """Boundaries of documents in rows laid end to end, int32, ascending from 0 to N; and T, which none exceeds."""
+
+    offsets_M: Tensor
+    longest: int
+
+
+def offsets_of(segments_BT: Tensor) -> Tensor:
+    """Return the boundaries of documents, int32 on the host: a row or another segment number begins a document.
+
+    The last boundary repeats: the documents between are empty.
+    """
+    begins_BT = torch.ones_like(segments_BT, dtype=torch.bool)
+    begins_BT[:, 1:] = segments_BT[:, 1:] != segments_BT[:, :-1]
+    first_M = begins_BT.flatten().nonzero().squeeze(1)
+    room = -(-(len(first_M) + 1) // ROOM) * ROOM
+    offsets_M = torch.full((room,), segments_BT.numel(), dtype=torch.int32)
+    offsets_M[: len(first_M)] = first_M
+    return offsets_M
+
+
+def attend(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, documents: Documents) -> Tensor:
+    """Return causal attention within documents, [N, H, K], by the flash kernel; fp16 or bf16 on CUDA."""
+    # Imported here because it registers operators, which only a GPU needs.
+    from torch.nn.attention.varlen import varlen_attn
+
+    offsets_M, longest = documents
+    grouped = q_NHK.shape[1] != k_NGK.shape[1]
+    y_NHK = varlen_attn(
+        q_NHK, k_NGK, v_NGK, offsets_M, offsets_M, longest, longest, window_size=(-1, 0), enable_gqa=grouped
+    )
+    assert isinstance(y_NHK, Tensor)
+    return y_NHK
+
+
+def takes(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether `attend` can be used: in fp16 or bf16 on CUDA, where autocast may choose the dtype."""
+    if torch.is_autocast_enabled(device.type) if device.type == "cuda" else False:
+        dtype = torch.get_autocast_dtype("cuda")
+    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
