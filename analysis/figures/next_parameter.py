@@ -33,9 +33,12 @@ def next_parameter(context: Context, folder: Path) -> list[Path]:
         metric = metric_of(context.data, None)
         found = steps(context.data, metric)
     except InputError as error:
-        raise Missing(str(error)) from None
+        raise Missing(f"{error}: suite sweep {context.source}") from None
     if not found:
-        raise Missing(f"no variant of grid {context.grid} has a plain {context.data.reference} run of the same seed")
+        raise Missing(
+            f"grid {context.grid} has no variant next to a plain {context.data.reference} model of the same base, "
+            f"data and seed; add one, then: suite sweep {context.source}"
+        )
     return draw(found, metric, context.note(""), folder)
 
 
@@ -111,7 +114,7 @@ def against_size(context: Context, folder: Path) -> list[Path]:
     try:
         found = steps(context.data, metric_of(context.data, None))
     except InputError as error:
-        raise Missing(str(error)) from None
+        raise Missing(f"{error}: suite sweep {context.source}") from None
     points: list[tuple[str, str, float, Difference]] = []
     for base, group in groupby(found, key=lambda step: step.base):
         members = list(group)
@@ -121,7 +124,7 @@ def against_size(context: Context, folder: Path) -> list[Path]:
     if not points:
         raise Missing(
             f"no variant of grid {context.grid} gains as much as some wider {reference} model of its base; "
-            f"a wider model is {reference} with a larger model.ffn_hidden"
+            f"add {reference} with a larger model.ffn_hidden, then: suite sweep {context.source}"
         )
     looks = style.looks([(label.split(" ")[0], label) for _, label, _, _ in points])
     with style.figure(1, 1, width=4.6, height=3.4) as (drawn, (axis,)):
@@ -152,7 +155,10 @@ def at_equal_time(context: Context, folder: Path) -> list[Path]:
     curves = context.data.curves("eval_loss", "wall_s")
     table = context.table[curves.count[context.table.index.to_numpy(int)] > 1]
     if table.empty:
-        raise Missing(f"no run of grid {context.grid} has losses during training: train.probes > 0")
+        raise Missing(
+            f"no run of grid {context.grid} has losses during training; they come with train.probes > 0: "
+            f"suite sweep {context.source}"
+        )
     ends = pd.Series(curves.last_x()[table.index.to_numpy(int)], index=table.index)
     time = ends.groupby(table["base"]).transform("min")
     table = table.assign(at_time=curves.at(time.to_numpy(float), table.index.to_numpy(int), log=False), time=time)

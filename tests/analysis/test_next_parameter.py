@@ -108,7 +108,7 @@ def test_figures_at_equal_gain_and_at_equal_time(tmp_path: Path) -> None:
         write_run(tmp_path, "memory_plus", "w32", seed, (20.0 + seed) / 1.5, half_keys=16)
     plots = context(Comparisons(load(tmp_path, fallback="dense")))
     assert {path.suffix for path in at_equal_time(plots, tmp_path)} == {".png", ".pdf", ".svg"}
-    with pytest.raises(Missing, match=r"wider dense model of its base; a wider model is dense with a larger"):
+    with pytest.raises(Missing, match=r"wider dense model of its base; add dense with a larger model.ffn_hidden"):
         against_size(plots, tmp_path)
     for seed in range(5):
         name = write_run(tmp_path, "dense", "w32", seed, (20.0 + seed) / 2, ffn_hidden=200)

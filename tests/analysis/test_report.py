@@ -75,6 +75,8 @@ def test_report_states_the_primary_contrast_failures_and_ratios(results: Path, t
         "base-size",
         "cost",
         "compute-multiplier",
+        "next-parameter",
+        "equal-time",
         "trend-fit",
         "key-usage",
         "key-usage-training",
