@@ -42,10 +42,11 @@ class TrainConfig(Frozen):
         gt=0,
         description="peak learning rate of value tables; None: ten times lr (released template), five times for engram",
     )
-    value_lr_end: float = Field(
-        default=1.0,
+    value_lr_end: float | None = Field(
+        default=None,
         ge=0,
-        description="factor on value_lr at the end, reached linearly and multiplied by the schedule (UltraMemV2: 0.25)",
+        description="factor on value_lr at the end, reached linearly and multiplied by the schedule; None: 1, and 1/4 "
+        "for ultramem_v2",
     )
     matrix_optimizer: Literal["adamw", "muon"] = Field(
         default="adamw",
@@ -152,8 +153,6 @@ class TrainConfig(Frozen):
         problems += self._table_problems()
         if self.branches and (self.schedule != "wsd" or self.tokens not in self.branches):
             problems.append(("branches", self.branches, "token budgets that include train.tokens, with schedule wsd"))
-        if self.branches and self.value_lr_end != 1.0:
-            problems.append(("value_lr_end", self.value_lr_end, "1.0 with branches, which share their first steps"))
         if self.branches and self.stop_past is not None:
             problems.append(("stop_past", self.stop_past, "None with branches, which end at their budgets"))
         if self.parent is not None and self.init_from is None:
@@ -248,6 +247,9 @@ class Cell(Frozen):
         ):
             for field, value, allowed in part.problems():
                 raise ValueError(f"{name}.{field}: got {value!r}, allowed: {allowed}")
+        end = self.model.value_lr_end if self.train.value_lr_end is None else self.train.value_lr_end
+        if self.train.branches and self.model.has_tables and end != 1.0:
+            raise ValueError(f"train.value_lr_end: got {end}, allowed: 1.0 with branches, which share first steps")
         if any(config.table_off for config in self.evaluate) and not self.model.has_tables:
             raise ValueError("evaluate.table_off: got True, allowed: False for a model without value tables")
         if (self.train.tokens == 0 or not self.data.has_text) and self.imported is None:

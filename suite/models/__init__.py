@@ -2,7 +2,18 @@
 
 from suite.models import feedforward, moe, peer, product_key
 from suite.models.initial_weights import build
-from suite.models.lookup import engram, ngram_embedding, ultramem
+from suite.models.lookup import engram, ngram_embedding, token_table, ultramem
 from suite.models.transformer import Transformer
 
-__all__ = ["Transformer", "build", "engram", "feedforward", "moe", "ngram_embedding", "peer", "product_key", "ultramem"]
+__all__ = [
+    "Transformer",
+    "build",
+    "engram",
+    "feedforward",
+    "moe",
+    "ngram_embedding",
+    "peer",
+    "product_key",
+    "token_table",
+    "ultramem",
+]

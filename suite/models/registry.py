@@ -57,6 +57,11 @@ class ModelConfig(BaseModel):
         return 10.0
 
     @property
+    def value_lr_end(self) -> float:
+        """Factor on the rate of value tables at the end of a run, where train.value_lr_end is None."""
+        return 1.0
+
+    @property
     def default_value_weight_decay(self) -> float | None:
         """Weight decay of value tables where train.value_weight_decay is None; None: train.weight_decay."""
         return None

@@ -52,10 +52,11 @@ def parameter_rules(model: Transformer, config: TrainConfig) -> list[Rule]:
     value_lr = config.value_lr or model.config.value_lr_ratio * config.lr
     decays = (config.value_weight_decay, model.config.default_value_weight_decay, config.weight_decay)
     value_decay = next(decay for decay in decays if decay is not None)
+    value_lr_end = model.config.value_lr_end if config.value_lr_end is None else config.value_lr_end
     rules = []
     if table_names:
         optimizer = TABLE_OPTIMIZERS[config.table_optimizer]
-        rules.append(Rule(any_of(table_names), optimizer, value_lr, value_decay, "values", config.value_lr_end))
+        rules.append(Rule(any_of(table_names), optimizer, value_lr, value_decay, "values", value_lr_end))
     if config.matrix_optimizer == "muon":
         rules.append(Rule(any_of(model.hidden_matrices()), "muon", config.lr, config.weight_decay, "rest"))
     return [*rules, Rule(".*", "adamw", config.lr, config.weight_decay, "rest")]

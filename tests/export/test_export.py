@@ -44,6 +44,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "memory_plus stand-in": {"family": "memory_plus", "base": "w32", **SMALL, "control": "dense"},
     "ultramem_v2": {"family": "ultramem_v2", "base": "w32", **SMALL},
     "ngram_embedding": {"family": "ngram_embedding", "base": "w32", "table_rows": 41, "order_tables": 2},
+    "token_table stem": {"family": "token_table", "base": "w32"},
+    "token_table tails": {"family": "token_table", "base": "w32", "form": "per_layer_embedding"},
+    "token_table values": {"family": "token_table", "base": "w32", "form": "value_embedding"},
     "engram": {"family": "engram", "base": "w32", "head_rows": 40, "hash_heads": 2, "zero_kernel": False},
 }
 

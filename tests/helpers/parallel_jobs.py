@@ -35,6 +35,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "memory_plus shuffled": MEMORY | {"control": "shuffled", "placement": (0, 1)},
     "ultramem_v2": MEMORY | {"value_dim": 8, "k_dim": 8},
     "ngram_embedding": {"table_rows": 41, "order_tables": 2},
+    "token_table stem": {"form": "stem"},
+    "token_table tails": {"form": "per_layer_embedding", "row_width": 8},
+    "token_table values": {"form": "value_embedding"},
     "engram": {"head_rows": 30, "hash_heads": 2, "placement": (0, 1), "zero_kernel": False},
 }
 OTHERS: dict[str, dict[str, Any]] = {

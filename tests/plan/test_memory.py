@@ -44,6 +44,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "memory_plus dense": {"family": "memory_plus", "base": "w32", **SMALL, "control": "dense"},
     "hashed_ngram": {"family": "hashed_ngram", "base": "w32"},
     "ngram_embedding": {"family": "ngram_embedding", "base": "w32", "table_rows": 1001},
+    "token_table stem": {"family": "token_table", "base": "w32"},
+    "token_table tails": {"family": "token_table", "base": "w48", "form": "per_layer_embedding", "row_width": 16},
+    "token_table values": {"family": "token_table", "base": "w48", "form": "value_embedding"},
     "engram": {"family": "engram", "base": "w32", "head_rows": 300},
     "engram v4.1": {"family": "engram", "base": "w48", "form": "v4.1", "head_rows": 300},
 }

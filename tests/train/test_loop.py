@@ -75,6 +75,7 @@ SGD = {"table_optimizer": "sgd", "value_lr": 0.5}
         ],
         ("moe_topk softmax", {}),
         ("ultramem_v2", {"value_lr_end": 0.25}),
+        ("token_table", {}),
         ("pkm frozen", {}),
         ("pkm shuffled", {}),
         ("moe_topk", {"matrix_optimizer": "muon"}),

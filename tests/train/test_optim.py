@@ -43,6 +43,9 @@ MATRICES = {
     "memory_plus shuffled": [ATTENTION, SWIGLU, r"layers\.\d\.feed_forward\.(query|gate|out)\.weight"],
     "ultramem_v2": [ATTENTION, SWIGLU, r"layers\.\d\.feed_forward\.memory\.(query|factor|out)\.weight"],
     "ngram_embedding": [ATTENTION, SWIGLU, r"input_embedding\.projection\.weight"],
+    "token_table stem": [ATTENTION, SWIGLU],
+    "token_table tails": [ATTENTION, SWIGLU, r"layers\.\d\.(before_attention|skip)\.(gate|context|up)\.weight"],
+    "token_table values": [ATTENTION, SWIGLU],
     "engram": [ATTENTION, SWIGLU, r"layers\.\d\.before_attention\.(key|value)\.weight"],
 }
 """Names of the weight matrices inside blocks, by family."""
@@ -91,6 +94,7 @@ def test_modules_that_hold_only_matrices_are_derived_from_the_model(case: str) -
         "moe_topk": {"Experts", "SwiGLU"},
         "moe_topk softmax": {"Experts"},
         "ngram_embedding": {"NgramEmbedding", "SwiGLU"},
+        "token_table stem": {"SwiGLU", "Stem"},
     }
     every_layer_has_a_memory = case in ("memory_plus", "memory_plus shuffled", "ultramem_v2")
     assert kinds == {"Attention"} | experts.get(case, set() if every_layer_has_a_memory else {"SwiGLU"})
@@ -280,5 +284,5 @@ def test_the_rate_of_tables_falls_linearly_and_is_multiplied_by_the_schedule(cac
         assert logged["lr"] == pytest.approx(1e-3 * cosine, rel=1e-12)
         assert logged["value_lr"] == pytest.approx(1e-3 * (1 + 3 * (1 - step / steps)) * cosine, rel=1e-12)
     wsd = {"schedule": "wsd", "tokens": 4096, "epochs": None, "branches": [4096]}
-    with pytest.raises(ValidationError, match=r"value_lr_end: got 0.25"):
+    with pytest.raises(ValidationError, match=r"train.value_lr_end: got 0.25"):
         tiny_cell("memory_plus", value_lr_end=0.25, **wsd)

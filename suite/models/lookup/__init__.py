@@ -1,1 +1,1 @@
-"""Families that read tables in ways of their own: by hashes of token ids, or from a pool that layers share."""
+"""Families that read tables in ways of their own: by token ids or their hashes, or from a pool that layers share."""

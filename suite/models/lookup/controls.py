@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from suite.models.attachments import Attachments
+from suite.models.cost import Cost, dense_cost
 from suite.models.feedforward import SwiGLU
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.registry import ModelConfig
@@ -38,15 +39,24 @@ class TableConfig(ModelConfig):
 
 
 class DenseStandIn(SwiGLU):
-    """A feed-forward in the place of a table; it ignores what else the table's module was given."""
+    """A feed-forward in the place of a table.
 
-    def __init__(self, dim: int, hidden: int, adds_input: bool) -> None:
+    It has a norm where a module gets the residual stream itself, and adds its input where the module replaces it. It
+    ignores what else the module is given.
+    """
+
+    def __init__(self, dim: int, hidden: int, point: str) -> None:
         super().__init__(dim, hidden)
-        self.adds_input = adds_input
+        self.adds_input = point == "input_embedding"
+        self.norm = nn.RMSNorm(dim, eps=1e-5) if point in ("input_embedding", "before_attention") else None
 
     def forward(self, x_BTD: Tensor, *_: object) -> Tensor:
-        y_BTD = super().forward(x_BTD)
+        y_BTD = super().forward(x_BTD if self.norm is None else self.norm(x_BTD))
         return x_BTD + y_BTD if self.adds_input else y_BTD
+
+    def cost(self) -> Cost:
+        """Count the feed-forward and the norm."""
+        return super().cost() + (Cost() if self.norm is None else dense_cost("norm", self.dim, 0))
 
 
 def with_control(modules: Attachments, config: ModelConfig) -> Attachments:
@@ -80,13 +90,13 @@ def _tables(module: nn.Module) -> Iterator[MemoryTable]:
 def _dense(modules: Attachments, dim: int) -> Attachments:
     """Replace every memory layer by a feed-forward of as many multiply-adds as it has."""
 
-    def replaced(module: nn.Module, adds_input: bool = False) -> nn.Module:
+    def replaced(module: nn.Module, point: str = "feed_forwards") -> nn.Module:
         if isinstance(module, MemoryLayer):
-            return _stand_in(module, dim, adds_input)
+            return _stand_in(module, dim, point)
         for path, part in list(module.named_modules()):
             if isinstance(part, MemoryLayer):
                 parent, _, name = path.rpartition(".")
-                setattr(module.get_submodule(parent), name, _stand_in(part, dim, adds_input=False))
+                setattr(module.get_submodule(parent), name, _stand_in(part, dim, "feed_forwards"))
         return module
 
     def of_layers(placed: Mapping[int, Any], one: Callable[[Any], Any]) -> dict[int, Any]:
@@ -96,13 +106,13 @@ def _dense(modules: Attachments, dim: int) -> Attachments:
         raise ValueError("control: got 'dense', allowed: another control for a table that is added to attention values")
     return Attachments(
         feed_forwards=[replaced(module) for module in modules.feed_forwards],
-        input_embedding=modules.input_embedding and replaced(modules.input_embedding, adds_input=True),
-        before_attention=of_layers(modules.before_attention, replaced),
+        input_embedding=modules.input_embedding and replaced(modules.input_embedding, "input_embedding"),
+        before_attention=of_layers(modules.before_attention, lambda module: replaced(module, "before_attention")),
         skips=of_layers(modules.skips, lambda skip: replace(skip, module=replaced(skip.module))),
     )
 
 
-def _stand_in(layer: MemoryLayer, dim: int, adds_input: bool) -> DenseStandIn:
+def _stand_in(layer: MemoryLayer, dim: int, point: str) -> DenseStandIn:
     macs = sum(layer.cost().macs.values())  # type: ignore[operator]
     hidden = round(macs / (3 * dim))
     if hidden == 0:
@@ -110,7 +120,7 @@ def _stand_in(layer: MemoryLayer, dim: int, adds_input: bool) -> DenseStandIn:
             f"control: got 'dense', allowed: another control, since the table costs {macs:.0f} multiply-adds per token "
             f"and a feed-forward of width 1 costs {3 * dim}"
         )
-    return DenseStandIn(dim, hidden, adds_input)
+    return DenseStandIn(dim, hidden, point)
 
 
 @contextmanager

@@ -219,6 +219,16 @@ class UltraMemConfig(TableConfig):
         """Half keys of a layer per side: the largest whose square is at most `share_ratio` of the pool."""
         return math.isqrt(int(self.pool_rows * self.share_ratio))
 
+    @property
+    def value_lr_ratio(self) -> float:
+        """Learning rate of the pool over the base rate at the start (released code)."""
+        return 4.0
+
+    @property
+    def value_lr_end(self) -> float:
+        """The pool ends at the base rate (released code)."""
+        return 1 / self.value_lr_ratio
+
     def family_problems(self) -> list[Problem]:
         problems: list[Problem] = []
         placement, layers = self.memory_placement, self.size.layers
