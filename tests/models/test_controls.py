@@ -13,7 +13,7 @@ from suite.models.lookup.controls import DenseStandIn, tables_off
 from suite.models.transformer import Transformer
 
 TABLES = ["pkm", "memory_plus", "memory_plus varied", "memory_plus keep_ffn", "peer", "ultramem_v2"]
-TABLES += ["token_table stem", "token_table tails", "engram"]
+TABLES += ["token_table stem", "token_table tails", "engram", "ngram_embedding"]
 every_family = pytest.mark.parametrize("case", TABLES)
 
 
