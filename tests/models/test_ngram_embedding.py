@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,11 @@ def test_the_plan_refuses_such_counts_in_one_line(tmp_path: Path) -> None:
     grid = tmp_path / "grid.yaml"
     grid.write_text(
         "defaults:\n  model: {family: ngram_embedding, base: w32, table_rows: 514}\n"
-        f"  data: {{kind: text, path: {tmp_path / 'text.txt'}, tokenizer: {{kind: bytes}}}}\n"
+        f"  data: {{kind: text, path: {tmp_path / 'text.jsonl'}, held_out: 0.3, tokenizer: {{kind: bytes}}}}\n"
         "  train: {batch_rows: 1, tokens: 256, lr: 1e-3}\nblocks: [{}]\n"
     )
-    (tmp_path / "text.txt").write_text("\n\n".join(f"text {number}" for number in range(400)))
+    lines = [json.dumps({"text": f"Document {number} of the corpus."}) for number in range(40)]
+    (tmp_path / "text.jsonl").write_text("\n".join(lines))
     with pytest.raises(UserError, match=r"model\.table_rows: got 514, allowed: a number without the factor 257 of"):
         plan(load_grid(str(grid)), Assumptions(gpu=GPUS["h100"]), tmp_path)
 
