@@ -143,12 +143,12 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
 
     def set_input_embeddings(self, value: torch.nn.Embedding) -> None:
         """Replace the token embedding, whose size becomes that of the vocabulary."""
-        self.model.embedding = value
-        self.model.vocab_size = value.num_embeddings
         for module in self.model.modules():
             resize_vocabulary = getattr(module, "resize_vocabulary", None)
             if resize_vocabulary is not None:
                 resize_vocabulary(value.num_embeddings)
+        self.model.embedding = value
+        self.model.vocab_size = value.num_embeddings
 
     def get_output_embeddings(self) -> torch.nn.Module | None:
         """Return the output head; None if it is the token embedding."""

@@ -1,6 +1,6 @@
 """The value rows of a memory, and the base class of layers that read them.
 
-Shapes: N tokens, S rows read per token (heads x top_k), R rows, D row width.
+Shapes: B rows of T tokens, N tokens in all, S rows read per token (heads x top_k), R rows, D row width.
 """
 
 from __future__ import annotations
@@ -105,6 +105,12 @@ class MemoryTable(nn.Module):
         if self.gradients is not None:
             return embedding_bag(self.weight, indices_NS, weights_NS, self.gradients).to(self.wide)
         return F.embedding_bag(indices_NS, self.weight.to(self.wide), per_sample_weights=weights_NS, mode="sum")
+
+    def concatenated(self, indices_BTS: Tensor) -> Tensor:
+        """Return the rows of each token side by side, [B, T, S * D], in dtype `wide`: a bag of one row is a row."""
+        indices_N1 = indices_BTS.reshape(-1, 1)
+        rows_ND = self(indices_N1, torch.ones_like(indices_N1, dtype=self.wide))
+        return rows_ND.view(*indices_BTS.shape[:2], -1)
 
     def products(self, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
         """Return the inner products of each token with its rows, [N, S], in dtype `wide`."""

@@ -113,6 +113,11 @@ def test_the_total_of_longcat_flash_lite() -> None:
     assert account(longcat, 131_072, 4096).params_memory == pytest.approx(31.4e9, rel=1e-3)
 
 
+def test_a_trained_model_refuses_another_vocabulary() -> None:
+    with pytest.raises(ValueError, match=f"vocabulary: got {VOCAB + 1} entries, allowed: {VOCAB}"):
+        model("ngram_embedding").input_embedding.hashes.resize_vocabulary(VOCAB + 1)
+
+
 def test_hashes_of_the_largest_tables_stay_within_63_bits() -> None:
     module = model("ngram_embedding", order_tables=1, max_order=5, row_width=1, table_rows=1_000_003).input_embedding
     ids_BTN = torch.full((1, 1, 5), VOCAB - 1)

@@ -83,9 +83,7 @@ class Engram(MemoryLayer):
         self.taps = nn.Parameter(torch.empty(kernel, dim)) if convolved else None
 
     def forward(self, x_BTD: Tensor, ids_BTN: Tensor, earlier: Earlier | None = None) -> Tensor:
-        rows_N1 = self.hashes(ids_BTN).flatten().unsqueeze(1)
-        read_NE = self.tables[0](rows_N1, torch.ones_like(rows_N1, dtype=self.tables[0].wide))
-        e_BTE = read_NE.to(x_BTD.dtype).view(*x_BTD.shape[:2], -1)
+        e_BTE = self.tables[0].concatenated(self.hashes(ids_BTN)).to(x_BTD.dtype)
         v_BTD = self.value(e_BTE)
         if self.key is not None:
             v_BTD = self._gate(x_BTD, e_BTE).to(v_BTD.dtype) * v_BTD

@@ -3,7 +3,7 @@
 `NgramHash`: (x_0 m_0) ^ (x_1 m_1) ^ ..., modulo a head's rows (Engram, arXiv 2601.07372, section 2, and its code).
 `PolynomialHash`: x_0 + x_1 V + ..., modulo a table's rows (Over-Encoding, arXiv 2501.16975; LongCat, arXiv 2601.21204).
 
-Shapes: B rows, T tokens, V vocabulary, N highest order, H = (N - 1) * heads per order.
+Shapes: B rows, T tokens, V vocabulary, N highest order, H = (N - 1) * heads per order (or tables per order).
 """
 
 from __future__ import annotations
@@ -20,10 +20,48 @@ LAYER_SEED = 10007
 """Distance of the seeds of consecutive layers in the published code."""
 
 
-class NgramHash(nn.Module):
-    """The rows of the n-grams that end at each token, one per order and head, in one table of all heads.
+class RowHash(nn.Module):
+    """The rows of the n-grams that end at each token: one per order and head, in one table that holds all heads.
 
-    The buffers are part of a checkpoint, so a trained model needs neither its tokenizer nor numpy's generator.
+    The buffers are part of a checkpoint, so a trained model needs neither its tokenizer nor a random generator.
+
+    Args:
+        vocab_size: Entries of the vocabulary (V).
+        moduli: Rows of each order and head, orders ascending.
+        orders: The highest order (N); the lowest is 2.
+    """
+
+    multipliers_HN: Tensor
+    moduli_H: Tensor
+    first_H: Tensor
+
+    def __init__(self, vocab_size: int, moduli: list[int], orders: int) -> None:
+        super().__init__()
+        self.vocab_size, self.moduli, self.orders = vocab_size, moduli, orders
+        self.register_buffer("multipliers_HN", torch.empty(len(moduli), orders, dtype=torch.int64))
+        self.register_buffer("moduli_H", torch.empty(len(moduli), dtype=torch.int64))
+        self.register_buffer("first_H", torch.empty(len(moduli), dtype=torch.int64))
+
+    def set_multipliers(self, multipliers_HN: Tensor) -> None:
+        """Set all buffers; a multiplier of an id before the n-gram becomes zero, which leaves the id out."""
+        heads = len(self.moduli) // (self.orders - 1)
+        order_H1 = torch.arange(2, self.orders + 1).repeat_interleave(heads).unsqueeze(1)
+        self.multipliers_HN.copy_(torch.where(torch.arange(self.orders) < order_H1, multipliers_HN, 0))
+        self.moduli_H.copy_(torch.tensor(self.moduli))
+        self.first_H.copy_(torch.tensor([0, *itertools.accumulate(self.moduli[:-1])]))
+
+    def products(self, x_BTN: Tensor) -> Iterator[Tensor]:
+        """Yield the products [B, T, H] of each id and its multiplier, the current id first."""
+        for back in range(self.orders):
+            yield x_BTN[..., -1 - back, None] * self.multipliers_HN[:, back]
+
+    def rows(self, hash_BTH: Tensor) -> Tensor:
+        """Return the rows [B, T, H] of the hashes."""
+        return hash_BTH % self.moduli_H + self.first_H
+
+
+class NgramHash(RowHash):
+    """Multiplicative-XOR hashes of canonical ids.
 
     Args:
         vocab_size: Entries of the vocabulary (V).
@@ -36,24 +74,17 @@ class NgramHash(nn.Module):
     """
 
     canonical_ids: Tensor
-    multipliers_HN: Tensor
-    moduli_H: Tensor
-    first_H: Tensor
 
     def __init__(
         self, vocab_size: int, moduli: list[int], orders: int, seed: int, shared_mix: bool, canonical: bool
     ) -> None:
-        super().__init__()
-        self.moduli, self.orders, self.seed, self.shared_mix = moduli, orders, seed, shared_mix
-        self.canonical = canonical
+        super().__init__(vocab_size, moduli, orders)
+        self.seed, self.shared_mix, self.canonical = seed, shared_mix, canonical
         self.register_buffer("canonical_ids", torch.empty(vocab_size + 1, dtype=torch.int64))
-        self.register_buffer("multipliers_HN", torch.empty(len(moduli), orders, dtype=torch.int64))
-        self.register_buffer("moduli_H", torch.empty(len(moduli), dtype=torch.int64))
-        self.register_buffer("first_H", torch.empty(len(moduli), dtype=torch.int64))
 
     def reset_buffers(self) -> None:
         """Set all buffers; every token has a canonical id of its own."""
-        self.set_canonical_ids(list(range(len(self.canonical_ids) - 1)))
+        self.set_canonical_ids(list(range(self.vocab_size)))
 
     def set_canonical_ids(self, canonical_ids: list[int]) -> None:
         """Set all buffers, given the canonical id of every token.
@@ -64,15 +95,8 @@ class NgramHash(nn.Module):
         ids = canonical_ids if self.canonical else list(range(len(canonical_ids)))
         count = max(ids) + 1
         self.canonical_ids.copy_(torch.tensor([*ids, count]))
-        multipliers = torch.from_numpy(
-            odd_multipliers(self.seed, count, len(self.moduli), self.orders, self.shared_mix)
-        )
-        heads = len(self.moduli) // (self.orders - 1)
-        order_H1 = torch.arange(2, self.orders + 1).repeat_interleave(heads).unsqueeze(1)
-        # A zero multiplier leaves an id out of the mix.
-        self.multipliers_HN.copy_(torch.where(torch.arange(self.orders) < order_H1, multipliers, 0))
-        self.moduli_H.copy_(torch.tensor(self.moduli))
-        self.first_H.copy_(torch.tensor([0, *itertools.accumulate(self.moduli[:-1])]))
+        multipliers = odd_multipliers(self.seed, count, len(self.moduli), self.orders, self.shared_mix)
+        self.set_multipliers(torch.from_numpy(multipliers))
 
     def resize_vocabulary(self, vocab_size: int) -> None:
         """Change the number of tokens; each new token gets a canonical id of its own."""
@@ -83,45 +107,19 @@ class NgramHash(nn.Module):
 
     def forward(self, ids_BTN: Tensor) -> Tensor:
         """Return the row of each order and head, [B, T, H]; a missing id is -1."""
-        x_BTN = self.canonical_ids[ids_BTN]
-        mix_BTH = x_BTN[..., -1:] * self.multipliers_HN[:, 0]
-        for back in range(1, self.orders):
-            mix_BTH = mix_BTH ^ (x_BTN[..., -1 - back, None] * self.multipliers_HN[:, back])
-        return mix_BTH % self.moduli_H + self.first_H
+        first_BTH, *others = self.products(self.canonical_ids[ids_BTN])
+        for product_BTH in others:
+            first_BTH = first_BTH ^ product_BTH
+        return self.rows(first_BTH)
 
 
-class PolynomialHash(nn.Module):
-    """The rows of the n-grams that end at each token: base-V numbers of their ids, modulo the rows of each table.
-
-    The current id is the last digit. A missing id counts as zero (Over-Encoding).
-
-    Args:
-        vocab_size: Entries of the vocabulary (V).
-        moduli: Rows of each table (H), orders ascending.
-        orders: The highest order (N); the lowest is 2.
-    """
-
-    powers_HN: Tensor
-    moduli_H: Tensor
-    first_H: Tensor
-
-    def __init__(self, vocab_size: int, moduli: list[int], orders: int) -> None:
-        super().__init__()
-        self.vocab_size, self.moduli, self.orders = vocab_size, moduli, orders
-        self.register_buffer("powers_HN", torch.empty(len(moduli), orders, dtype=torch.int64))
-        self.register_buffer("moduli_H", torch.empty(len(moduli), dtype=torch.int64))
-        self.register_buffer("first_H", torch.empty(len(moduli), dtype=torch.int64))
+class PolynomialHash(RowHash):
+    """Base-V numbers of the last ids; the current id is the last digit. A missing id counts as zero (Over-Encoding)."""
 
     def reset_buffers(self) -> None:
         """Set all buffers. Powers are reduced by the modulus, so that no product leaves 63 bits."""
-        tables = len(self.moduli) // (self.orders - 1)
-        powers = [
-            [pow(self.vocab_size, back, rows) if back < 2 + table // tables else 0 for back in range(self.orders)]
-            for table, rows in enumerate(self.moduli)
-        ]
-        self.powers_HN.copy_(torch.tensor(powers))
-        self.moduli_H.copy_(torch.tensor(self.moduli))
-        self.first_H.copy_(torch.tensor([0, *itertools.accumulate(self.moduli[:-1])]))
+        powers = [[pow(self.vocab_size, back, rows) for back in range(self.orders)] for rows in self.moduli]
+        self.set_multipliers(torch.tensor(powers))
 
     def resize_vocabulary(self, vocab_size: int) -> None:
         """Refuse, since the row counts of a trained model depend on its vocabulary."""
@@ -129,11 +127,10 @@ class PolynomialHash(nn.Module):
 
     def forward(self, ids_BTN: Tensor) -> Tensor:
         """Return the row of each table, [B, T, H]; a missing id is -1."""
-        x_BTN = ids_BTN.clamp_min(0)
-        sums_BTH = x_BTN[..., -1:] * self.powers_HN[:, 0]
-        for back in range(1, self.orders):
-            sums_BTH = sums_BTH + x_BTN[..., -1 - back, None] * self.powers_HN[:, back]
-        return sums_BTH % self.moduli_H + self.first_H
+        first_BTH, *others = self.products(ids_BTN.clamp_min(0))
+        for product_BTH in others:
+            first_BTH = first_BTH + product_BTH
+        return self.rows(first_BTH)
 
 
 def odd_multipliers(seed: int, ids: int, heads: int, orders: int, shared: bool) -> np.ndarray:

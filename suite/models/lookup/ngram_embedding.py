@@ -62,9 +62,7 @@ class NgramEmbedding(MemoryLayer):
         self.norm = nn.LayerNorm(dim, eps=NORM_EPS) if amplify == "norm" else None
 
     def forward(self, x_BTD: Tensor, ids_BTN: Tensor) -> Tensor:
-        rows_N1 = self.hashes(ids_BTN).flatten().unsqueeze(1)
-        read_NE = self.tables[0](rows_N1, torch.ones_like(rows_N1, dtype=self.tables[0].wide))
-        e_BTE = read_NE.to(x_BTD.dtype).view(*x_BTD.shape[:2], -1)
+        e_BTE = self.tables[0].concatenated(self.hashes(ids_BTN)).to(x_BTD.dtype)
         y_BTD = (x_BTD + self.projection(e_BTE)) * self.factor
         if self.norm is not None:
             y_BTD = self.norm(y_BTD.to(at_least_fp32(y_BTD.dtype)))
