@@ -147,6 +147,8 @@ def train(
     """
     from suite.grids import Grid, load_cell
     from suite.launch import preparation
+    from suite.launch.checks import cells
+    from suite.launch.checks.memory import MemoryCheck
     from suite.launch.interruption import Interruption
     from suite.launch.worker import run_cell
     from suite.records import Locked
@@ -156,8 +158,11 @@ def train(
     scoring = make_scoring(data_root, run_code)
     preparation.refuse_stale(results, [loaded])
     preparation.retry_failed(results, [loaded])
-    preparation.refuse_unfit_tasks(Grid(loaded.run_name, cell, (loaded,)), results, scoring)
-    preparation.refuse_missing_parents(Grid(loaded.run_name, cell, (loaded,)), results)
+    grid = Grid(loaded.run_name, cell, (loaded,))
+    cells.refuse_unfit_cells(grid, results, scoring)
+    cells.refuse_missing_parents(grid, results)
+    if (reason := MemoryCheck.of_this_machine().problem(loaded)) is not None:
+        raise UserError(f"{cell}: {reason}")
     try:
         run = preparation.prepare(results, loaded)
     except Locked as error:

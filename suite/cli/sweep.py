@@ -65,9 +65,9 @@ def sweep(
     Example: suite sweep laptop --jobs 2
     """
     from suite.launch import progress
+    from suite.launch.checks.cells import refuse_unfit_cells, refuse_unknown_tasks
     from suite.launch.executor import Options, executor_class
     from suite.launch.interruption import Interruption
-    from suite.launch.preparation import refuse_unknown_tasks
     from suite.launch.sweep import Sweep
 
     kind, results = executor_class(executor), options.results
@@ -79,6 +79,7 @@ def sweep(
         chosen = kind.create(Options(loaded, results, scorer, jobs, profile, wait, report, event))
         if watcher is None:
             refuse_unknown_tasks(loaded)
+            refuse_unfit_cells(loaded, results, scorer)
             _print_dry_run(loaded, results, chosen, options.as_json)
             return
         _make_ready(loaded, results, scorer, retry_failed, rerun_stale, watcher)
@@ -120,6 +121,7 @@ def _make_ready(
 ) -> None:
     """Archive or refuse stale runs, release failed cells, and refuse tasks that cannot be scored."""
     from suite.launch import preparation
+    from suite.launch.checks import cells
 
     if rerun_stale:
         for path in preparation.archive_stale(results, grid.cells):
@@ -128,8 +130,8 @@ def _make_ready(
     preparation.refuse_stale(results, grid.cells)
     if retry_failed:
         preparation.retry_failed(results, grid.cells)
-    preparation.refuse_unfit_tasks(grid, results, scorer)
-    preparation.refuse_missing_parents(grid, results)
+    cells.refuse_unfit_cells(grid, results, scorer)
+    cells.refuse_missing_parents(grid, results)
 
 
 @expand_options
@@ -150,6 +152,7 @@ def cancel(grid: GridName, options: GridOptions) -> None:
 
 def _print_dry_run(grid: Grid, results: Path, executor: Executor, as_json: bool) -> None:
     """The batch scripts of a queue, or the cells that would be started here."""
+    from suite.launch.checks.data import refuse_unusable_data
     from suite.launch.status import grid_status, status_json, table
     from suite.launch.sweep import missing_cells
 
@@ -162,6 +165,8 @@ def _print_dry_run(grid: Grid, results: Path, executor: Executor, as_json: bool)
             if scripts:
                 print(f"{grid.name}: {len(scripts)} scripts written, nothing submitted", file=sys.stderr)
         return
+    missing = missing_cells(results, grid)
+    refuse_unusable_data(missing)
     statuses = grid_status(results, grid)
     if as_json:
         document = status_json(grid, statuses)
@@ -170,3 +175,8 @@ def _print_dry_run(grid: Grid, results: Path, executor: Executor, as_json: bool)
         print_json(document)
     else:
         print_table(table(grid, statuses))
+    unfit = [f"would fail: {cell.run_name}: {reason}" for cell in missing if (reason := executor.unfit(cell))]
+    for line in unfit:
+        print(line, file=sys.stderr)
+    if unfit:
+        raise typer.Exit(1)

@@ -91,6 +91,9 @@ class Executor(Protocol):
     def adopt(self, cells: Sequence[Cell]) -> set[str]:
         """Return the run names of cells that have jobs from an earlier sweep; they count as submitted from now on."""
 
+    def unfit(self, cell: Cell) -> str | None:
+        """Return why a cell cannot run here, such as a lack of memory; None if it can, or if that is not known."""
+
     def room(self) -> int:
         """Return how many more cells may be submitted now."""
 

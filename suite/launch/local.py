@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shlex
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import Grid
+from suite.launch.checks.memory import MemoryCheck
 from suite.launch.executor import Ended, Options
 from suite.launch.report import report_command, write_report
 from suite.launch.scorer import Scorer
@@ -39,14 +41,19 @@ class LocalExecutor:
         slots: int,
         gpus: int = 0,
         event: Callable[[str], None] = lambda text: None,
+        memory: MemoryCheck | None = None,
     ) -> None:
         self.grid, self.results, self.scorer, self.slots, self.gpus = grid, results, scorer, slots, gpus
+        self.memory = memory or MemoryCheck(math.inf, "this machine")
         self._event = event
         self._jobs: dict[str, _Job] = {}
 
     @classmethod
     def create(cls, options: Options) -> LocalExecutor:
-        """Make one with the slots that --jobs, the GPUs or the cores allow. Raises UserError for an option of Slurm."""
+        """Make one with the slots that --jobs, the GPUs, or cores and memory allow.
+
+        Raises UserError for an option of Slurm.
+        """
         import torch
 
         if options.profile is not None:
@@ -54,12 +61,23 @@ class LocalExecutor:
         if not options.wait:
             raise UserError("--no-wait: applies to --executor slurm")
         gpus = torch.cuda.device_count()
+        memory = MemoryCheck.of_this_machine()
         slots = options.jobs or default_jobs(options.grid.cells, gpus)
-        return cls(options.grid, options.results, options.scorer, slots, gpus, options.event)
+        if not gpus and (largest := memory.largest(options.grid.cells)) and slots * largest > memory.limit:
+            text = f"cells need up to {largest / 1e9:.1f} GB each, and {memory.device} has {memory.limit / 1e9:.1f} GB"
+            if options.jobs is None:
+                slots = max(1, int(memory.limit // largest))
+                text += f": {slots} at once"
+            options.event(text)
+        return cls(options.grid, options.results, options.scorer, slots, gpus, options.event, memory)
 
     def adopt(self, cells: Sequence[Cell]) -> set[str]:
         """Return None: a process that an earlier sweep left behind holds its run's lock, which the sweep sees."""
         return set()
+
+    def unfit(self, cell: Cell) -> str | None:
+        """Return why the cell does not fit in the memory of this machine; None if it does."""
+        return self.memory.problem(cell)
 
     def room(self) -> int:
         """Return the free slots."""

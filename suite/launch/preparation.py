@@ -11,13 +11,9 @@ from suite.cells import Cell, flat
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.provenance import stale_because
-from suite.launch.scorer import Scorer, is_finished
-from suite.launch.worker import CELL_FACTS, refuse_unfit
+from suite.launch.worker import CELL_FACTS
 from suite.records import GRIDS, DamagedRecord, Locked, RunDir, read_json, run_dir
 from suite.train.checkpoint import steps_saved
-from suite.train.finetuning.parent import find_parent
-from suite.train.loggers import require_packages
-from suite.yaml_input import did_you_mean
 
 
 def grid_path(results: Path, grid: Grid) -> Path:
@@ -102,45 +98,6 @@ def _changes(old: Cell, new: Cell) -> list[tuple[str, Any, Any]]:
     """Return the settings that differ, as (field, old value, new value), without evaluations."""
     before, after = (flat(cell.model_dump(mode="json", exclude={"evaluate"})) for cell in (old, new))
     return [(field, before.get(field), value) for field, value in after.items() if before.get(field) != value]
-
-
-def refuse_unfit_tasks(grid: Grid, results: Path, scorer: Scorer) -> None:
-    """Raise UserError if a cell that is not finished has a task that does not fit its data, before anything trains."""
-    for cell in grid.cells:
-        run = run_dir(results, cell)
-        if is_finished(run, cell):
-            continue
-        try:
-            require_packages(cell.train.loggers)
-            refuse_unfit(run, cell, scorer)
-        except UserError as error:
-            raise UserError(f"{grid.source}: {error}") from None
-
-
-def refuse_missing_parents(grid: Grid, results: Path) -> None:
-    """Raise UserError if a cell that is not finished starts from a run that neither exists nor is in the grid."""
-    hashes = {cell.hash8 for cell in grid.cells}
-    for cell in grid.cells:
-        run = run_dir(results, cell)
-        if cell.train.parent in {None, *hashes} or steps_saved(run) or is_finished(run, cell):
-            continue
-        try:
-            find_parent(run, cell)
-        except UserError as error:
-            raise UserError(f"{grid.source}: {error}") from None
-
-
-def refuse_unknown_tasks(grid: Grid) -> None:
-    """Raise UserError for a task that does not exist."""
-    from suite.evaluate import task_list
-
-    names = task_list.names()
-    for name in dict.fromkeys(task for cell in grid.cells for config in cell.evaluate for task in config.tasks):
-        if name not in names:
-            allowed = ", ".join(names)
-            raise UserError(
-                f"{grid.source}: evaluate.tasks: got {name!r}{did_you_mean(name, names)}, allowed: {allowed}"
-            )
 
 
 def refuse_stale(results: Path, cells: Iterable[Cell]) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from suite.cells import Cell
 from suite.grids import Grid
@@ -183,9 +183,12 @@ class Sweep:
             self.watcher.event(f"interrupted: {entry.run.name}: {ended.cause}; starting it again")
             self.waiting.insert(0, entry)
             return
+        self._fail(entry, ended.cause, log=None if ended.log is None else str(ended.log))
+
+    def _fail(self, entry: _Entry, cause: str, **facts: Any) -> None:
         with entry.run.lock():
-            set_failed(entry.run, ended.cause, log=None if ended.log is None else str(ended.log))
-        self.watcher.event(f"failed: {entry.run.name}: {ended.cause}")
+            set_failed(entry.run, cause, **facts)
+        self.watcher.event(f"failed: {entry.run.name}: {cause}")
 
     def _submit(self, is_first: bool = False) -> None:
         """Hand waiting cells to the executor, as many as it has room for."""
@@ -196,7 +199,11 @@ class Sweep:
                 break
             try:
                 prepare(self.results, entry.cell, self.watcher.event)
-                chosen.append(entry)
+                if (reason := self.executor.unfit(entry.cell)) is None:
+                    chosen.append(entry)
+                else:
+                    self._fail(entry, reason)
+                    self.waiting.remove(entry)
             except Locked:
                 self.watcher.event(f"watching: {entry.run.name}: another process runs it")
                 self.waiting.remove(entry)

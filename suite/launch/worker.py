@@ -201,12 +201,16 @@ def refuse_stale_run(run: RunDir, cell: Cell) -> None:
 def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     """Write cell.json before training, take over a sibling's checkpoint where there is one, and log the first step.
 
-    Raises UserError if the run's parent cannot be used.
+    Raises UserError if the run's parent cannot be used, or for settings that a run of this length cannot follow.
     """
+    from suite.launch.checks.settings import refuse_unfit_settings
     from suite.models.accounting import account
     from suite.train.checkpoint import steps_saved
     from suite.train.finetuning import parent
+    from suite.train.loop import total_steps
 
+    loader = corpus.loader(cell.seed, cell.train.batch_rows)
+    refuse_unfit_settings(cell, total_steps(cell.train, loader, cell.data.seq_len))
     facts = {
         "account": account(cell.model, corpus.vocab_size, cell.data.seq_len).to_json(),
         "versions": versions(),

@@ -38,6 +38,9 @@ class ThreadExecutor:
     def adopt(self, cells: Sequence[Cell]) -> set[str]:
         return set()
 
+    def unfit(self, cell: Cell) -> str | None:
+        return None
+
     def room(self) -> int:
         return 1 - len(self._threads)
 

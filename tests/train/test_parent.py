@@ -13,7 +13,8 @@ from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch import worker
 from suite.launch.branches import must_wait
-from suite.launch.preparation import prepare, refuse_missing_parents
+from suite.launch.checks.cells import refuse_missing_parents
+from suite.launch.preparation import prepare
 from suite.records import RunDir
 from suite.train.checkpoint import load_model, steps_saved
 from suite.train.loop import Trainer, train

@@ -77,6 +77,12 @@ class BiosData(DataConfig):
         """See DataConfig."""
         return DocumentPacking(parts[0], self.seq_len, eot_id, seed)
 
+    def vocabulary(self) -> int:
+        """See DataConfig."""
+        if self.tokenizer.kind != "word":
+            return super().vocabulary()
+        return self.tokenizer.build(self._vocabulary_texts(self.synthetic_world())).vocab_size
+
     def _vocabulary_texts(self, world: World) -> Iterator[str]:
         """Yield the texts for the tokenizer: all words of worlds of this size, or the training text for a BPE."""
         if self.tokenizer.kind == "word":

@@ -59,6 +59,10 @@ class DataConfig(Frozen):
         """
         return self.model_copy(update={"tokenizer": self.tokenizer.identified()})
 
+    def vocabulary(self) -> int:
+        """Return the entries of the vocabulary, without a corpus. Raises UserError for an unreadable tokenizer."""
+        return self.tokenizer.entries()
+
     def source_files(self) -> list[str]:
         """Return the files that are read, in order; empty for data without files. Raises UserError."""
         return []

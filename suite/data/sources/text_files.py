@@ -94,6 +94,10 @@ class TextData(StreamData):
         path = Path(self.path)
         return [str(file.relative_to(path)) if path.is_dir() else str(file) for file in files(path)]
 
+    def size_bytes(self) -> int:
+        """Return the bytes of the files that are read. Raises UserError."""
+        return sum(file.stat().st_size for file in files(Path(self.path)))
+
     def reader(self, position: Any = None) -> FileReader:
         """See StreamData."""
         return FileReader(Path(self.path), self.field, position)

@@ -77,6 +77,10 @@ class SlurmExecutor:
             self._report_job = next(iter(self._alive([queue.recorded_report(self._folder)])), None)
         return set(self._jobs)
 
+    def unfit(self, cell: Cell) -> str | None:
+        """Return None: Slurm decides whether nodes with the requested resources exist."""
+        return None
+
     def room(self) -> int:
         """Return no limit at first: arrays are limited by max_jobs. Later return what lost jobs leave of max_jobs."""
         return max(0, self.profile.max_jobs - len(self._jobs)) if self._has_polled else sys.maxsize

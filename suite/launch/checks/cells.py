@@ -1,0 +1,57 @@
+"""Whether the cells of a grid can be trained and scored as they are configured, from the configuration alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from suite.errors import UserError
+from suite.grids import Grid
+from suite.launch.checks.settings import refuse_unfit_settings
+from suite.launch.scorer import Scorer, is_finished
+from suite.launch.worker import refuse_unfit
+from suite.records import run_dir
+from suite.train.checkpoint import steps_saved
+from suite.train.finetuning.parent import find_parent
+from suite.train.loggers import require_packages
+from suite.yaml_input import did_you_mean
+
+
+def refuse_unfit_cells(grid: Grid, results: Path, scorer: Scorer) -> None:
+    """Raise UserError if a cell that is not finished has tasks or settings that cannot work, before anything trains."""
+    for cell in grid.cells:
+        run = run_dir(results, cell)
+        if is_finished(run, cell):
+            continue
+        try:
+            require_packages(cell.train.loggers)
+            if not run.state().get("trained"):
+                refuse_unfit_settings(cell)
+            refuse_unfit(run, cell, scorer)
+        except UserError as error:
+            raise UserError(f"{grid.source}: {error}") from None
+
+
+def refuse_missing_parents(grid: Grid, results: Path) -> None:
+    """Raise UserError if a cell that is not finished starts from a run that neither exists nor is in the grid."""
+    hashes = {cell.hash8 for cell in grid.cells}
+    for cell in grid.cells:
+        run = run_dir(results, cell)
+        if cell.train.parent in {None, *hashes} or steps_saved(run) or is_finished(run, cell):
+            continue
+        try:
+            find_parent(run, cell)
+        except UserError as error:
+            raise UserError(f"{grid.source}: {error}") from None
+
+
+def refuse_unknown_tasks(grid: Grid) -> None:
+    """Raise UserError for a task that does not exist."""
+    from suite.evaluate import task_list
+
+    names = task_list.names()
+    for name in dict.fromkeys(task for cell in grid.cells for config in cell.evaluate for task in config.tasks):
+        if name not in names:
+            allowed = ", ".join(names)
+            raise UserError(
+                f"{grid.source}: evaluate.tasks: got {name!r}{did_you_mean(name, names)}, allowed: {allowed}"
+            )

@@ -1,0 +1,33 @@
+"""Settings that are valid one by one, but that a run of this length or of this data cannot follow."""
+
+from __future__ import annotations
+
+from suite.cells import Cell
+from suite.errors import UserError
+from suite.train.schedules import steps_of
+
+
+def refuse_unfit_settings(cell: Cell, steps: int | None = None) -> None:
+    """Raise UserError for a warm-up longer than the run, or a stopping rule without probes of bits.
+
+    Args:
+        cell: The cell.
+        steps: Its optimizer steps; None: known only if `train.tokens` is set.
+    """
+    if steps is None and cell.train.tokens is not None:
+        steps = steps_of(cell.train, cell.train.tokens, cell.data.seq_len)
+    if steps is not None and cell.train.warmup > steps:
+        raise UserError(
+            f"cell {cell.run_name}: train.warmup: got {cell.train.warmup}, allowed: at most {steps}, the steps of the "
+            "run; a longer warm-up never reaches the learning rate"
+        )
+    if cell.train.stop_past is not None and not cell.train.probes:
+        raise UserError(
+            f"cell {cell.run_name}: train.stop_past: got {cell.train.stop_past}, allowed: null without train.probes, "
+            "which measure the bits learned"
+        )
+    if cell.train.stop_past is not None and cell.data.kind != "bios":
+        raise UserError(
+            f"cell {cell.run_name}: train.stop_past: got {cell.train.stop_past}, allowed: null with data.kind "
+            f"{cell.data.kind}, which has no bits to learn"
+        )

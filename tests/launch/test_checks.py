@@ -1,0 +1,128 @@
+"""What a sweep refuses before it starts a cell: memory, settings and data that cannot work."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_cells import tiny_cell
+
+from suite.cells import Cell
+from suite.errors import UserError
+from suite.grids import Grid
+from suite.launch.checks import memory
+from suite.launch.checks.data import refuse_unusable_data
+from suite.launch.checks.memory import MemoryCheck, host_limit
+from suite.launch.checks.settings import refuse_unfit_settings
+from suite.launch.local import LocalExecutor
+from suite.launch.scorer import Scorer
+from suite.launch.sweep import Sweep
+from suite.plan import one_process
+from suite.records import run_dir
+
+
+class Log:
+    """A watcher that collects events."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def event(self, text: str) -> None:
+        self.events.append(text)
+
+    def progress(self, standing: object) -> None:
+        pass
+
+
+def grid_of(*cells: Cell, folder: Path) -> Grid:
+    path = folder / "grid.yaml"
+    path.touch()
+    return Grid("grid", path, cells)
+
+
+@pytest.mark.parametrize("family", ["dense", "memory_plus"])
+def test_a_cell_that_needs_too_much_memory_fails_before_a_process_starts(family: str, tmp_path: Path) -> None:
+    cell = tiny_cell(family, batch_rows=1_000_000)
+    grid, log = grid_of(cell, folder=tmp_path), Log()
+    executor = LocalExecutor(grid, tmp_path, Scorer(), slots=1, memory=MemoryCheck(24e9, "this machine"))
+    (status,) = Sweep(grid, tmp_path, executor, log).run()
+    assert status.state == "failed"
+    for part in ("GB of memory", "this machine has 24.0 GB", "train.batch_rows (1000000)"):
+        assert part in str(status.cause)
+    assert ("model.half_keys (16)" in str(status.cause)) is (family == "memory_plus")
+    assert log.events == [f"failed: {cell.run_name}: {status.cause}"]
+    assert not (run_dir(tmp_path, cell).path / "logs").exists()
+
+
+def test_a_tensor_that_cannot_exist_does_not_fit_either() -> None:
+    cell = tiny_cell("memory_plus")
+    huge = cell.model_copy(update={"model": cell.model.model_copy(update={"half_keys": 10**9})})
+    assert "model.half_keys (1000000000)" in str(MemoryCheck(1e12, "this machine").problem(huge))
+    assert MemoryCheck(24e9, "this machine").problem(cell) is None
+
+
+def test_large_batches_are_extrapolated_from_small_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = tiny_cell("memory_plus", batch_rows=384)
+    extrapolated = one_process.training_bytes(cell, 500, {})
+    monkeypatch.setattr(one_process, "TRACED_ROWS", 384)
+    assert extrapolated == pytest.approx(one_process.training_bytes(cell, 500, {}), rel=0.02)
+
+
+@pytest.mark.parametrize("lines", ["0::/job/step\n", "1:cpu:/\n4:memory,hugetlb:/job/step\n"])
+def test_the_limit_of_a_container_or_job_counts(lines: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root, name = (tmp_path, "memory.max") if lines.startswith("0") else (tmp_path / "memory", "memory.limit_in_bytes")
+    (root / "job" / "step").mkdir(parents=True)
+    (root / "job" / "step" / name).write_text("max\n" if root == tmp_path else str(2**60))
+    (root / "job" / name).write_text("3000000000\n")
+    for constant, file, text in (
+        ("OWN_CGROUPS", "cgroup", lines),
+        ("MEMINFO", "meminfo", "MemTotal:       8000000 kB\nMemFree: 1 kB\n"),
+    ):
+        (tmp_path / file).write_text(text)
+        monkeypatch.setattr(memory, constant, tmp_path / file)
+    monkeypatch.setattr(memory, "CGROUPS", tmp_path)
+    assert host_limit() == 3e9
+    (root / "job" / name).write_text("9000000000\n")
+    assert host_limit() == 8_000_000 * 1024
+
+
+@pytest.mark.parametrize(
+    ("train", "steps", "message"),
+    [
+        ({"warmup": 6}, 5, "train.warmup: got 6, allowed: at most 5"),
+        ({"epochs": None, "tokens": 128 * 4 * 7, "warmup": 8}, None, "train.warmup: got 8, allowed: at most 7"),
+        ({"stop_past": 0.5}, None, "train.stop_past: got 0.5, allowed: null without train.probes"),
+    ],
+)
+def test_settings_that_a_run_cannot_follow_are_named(train: dict[str, Any], steps: int | None, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        refuse_unfit_settings(tiny_cell(**train), steps)
+    refuse_unfit_settings(tiny_cell(warmup=5, probes=2, stop_past=0.5), 5)
+
+
+def text_cell(path: Path, **data: Any) -> Cell:
+    fields = tiny_cell(epochs=1.0).model_dump()
+    content = {"kind": "text", "path": str(path), "seq_len": 32, "tokenizer": {"kind": "bytes"}, **data}
+    return Cell.model_validate(fields | {"data": content})
+
+
+@pytest.mark.parametrize(
+    ("lines", "data", "message"),
+    [
+        ('{"body": "x"}\n', {}, "data.field 'text': got only body"),
+        ('{"text": " "}\n', {}, "which holds no text"),
+        ('{"text": "one two three"}\n' * 9, {"tokenizer": {"kind": "bpe", "vocab_size": 200_000}}, "vocab_size"),
+    ],
+)
+def test_a_dry_run_finds_unusable_data(lines: str, data: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(lines)
+    cell = text_cell(path, **data)
+    with pytest.raises(UserError, match=message) as caught:
+        refuse_unusable_data([cell])
+    assert cell.run_name in str(caught.value)
+
+
+def test_a_dry_run_compares_the_warm_up_with_the_steps_of_its_corpus() -> None:
+    refuse_unusable_data([tiny_cell(warmup=3)])
+    with pytest.raises(UserError, match=r"train\.warmup: got 1000"):
+        refuse_unusable_data([tiny_cell(warmup=3), tiny_cell(warmup=1000)])
