@@ -27,6 +27,7 @@ LAYERS = {
         "launch",
         "bench export",
         "cli",
+        "__main__",
     ),
     "analysis": ("errors", "records laws", "fits", "comparisons studies", "figures", "report paper", "cli", "__main__"),
 }

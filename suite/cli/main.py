@@ -9,21 +9,17 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from suite.cli import bench, data, evaluate, sweep
+from suite.cli import bench, cells, data, evaluate, sweep, train
 from suite.cli.options import (
     AsJson,
     Baselines,
-    DataRoot,
     GridName,
     GridOptions,
     Results,
-    RunCodeOption,
     check_folders,
     expand_options,
     find_run,
-    make_scoring,
     print_json,
-    print_one,
     print_statuses,
     print_table,
     report_failures,
@@ -38,6 +34,8 @@ app = typer.Typer(
     help="Train, evaluate and compare models: where should the next parameter go?",
 )
 app.command()(sweep.sweep)
+app.command()(cells.cells)
+app.command()(train.train)
 
 
 def main() -> NoReturn:
@@ -130,51 +128,6 @@ def status(grid: GridName, options: GridOptions) -> None:
     statuses = queue.with_slurm(grid_status(options.results, loaded), runs)
     print_statuses(loaded, statuses, options.as_json)
     report_failures(statuses)
-
-
-@app.command()
-def train(
-    cell: Annotated[Path, typer.Argument(metavar="CELL", help="a cell.json, or a YAML file with the fields of a cell")],
-    data_root: DataRoot = None,
-    run_code: RunCodeOption = None,
-    results: Results = Path("results"),
-    baseline: Baselines = None,
-    as_json: AsJson = False,
-) -> None:
-    """Train and evaluate one cell in this process, resuming from its last checkpoint.
-
-    Example: suite train results/runs/dense-w32-s0-0a1b2c3d/cell.json
-    """
-    from suite.grids import Grid, load_cell
-    from suite.launch import preparation
-    from suite.launch.checks import cells
-    from suite.launch.checks.memory import MemoryCheck
-    from suite.launch.interruption import Interruption
-    from suite.launch.worker import run_cell
-    from suite.records import Locked
-
-    loaded = load_cell(cell, baseline or ())
-    check_folders(results, data_root)
-    scoring = make_scoring(data_root, run_code)
-    preparation.refuse_stale(results, [loaded])
-    preparation.retry_failed(results, [loaded])
-    grid = Grid(loaded.run_name, cell, (loaded,))
-    cells.refuse_unfit_cells(grid, results, scoring)
-    cells.refuse_missing_parents(grid, results)
-    if (reason := MemoryCheck.of_this_machine().problem(loaded)) is not None:
-        raise UserError(f"{cell}: {reason}")
-    try:
-        run = preparation.prepare(results, loaded)
-    except Locked as error:
-        raise UserError(f"{error}; wait for it or stop it") from None
-    interruption = Interruption()
-    with interruption.on_signals():
-        try:
-            run_cell(run.path, scoring, interruption)
-        except KeyboardInterrupt:
-            print("suite: stopped; the same command resumes", file=sys.stderr)
-            raise typer.Exit(130) from None
-    print_one(Grid(run.name, cell, (loaded,)), results, as_json)
 
 
 @app.command("export")

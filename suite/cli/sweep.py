@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,6 +41,12 @@ def sweep(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="cells to run at once; default: as many as cores or GPUs allow")
     ] = None,
+    cell: Annotated[
+        str | None,
+        typer.Option(
+            "--cell", metavar="N|RUN", help="only this cell, by its number or run name (suite cells GRID); no report"
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list the cells and start nothing")] = False,
     data_root: DataRoot = None,
     run_code: RunCodeOption = None,
@@ -64,6 +71,7 @@ def sweep(
 
     Example: suite sweep laptop --jobs 2
     """
+    from suite.cli.cells import cell_named
     from suite.launch import progress
     from suite.launch.checks.cells import refuse_unfit_cells, refuse_unknown_tasks
     from suite.launch.executor import Options, executor_class
@@ -71,7 +79,9 @@ def sweep(
     from suite.launch.sweep import Sweep
 
     kind, results = executor_class(executor), options.results
-    loaded = options.load(grid, need_data=not (dry_run and kind.is_queue))
+    whole = options.load(grid, need_data=not (dry_run and kind.is_queue))
+    loaded = whole if cell is None else replace(whole, cells=(cell_named(whole, cell),))
+    report = report and cell is None
     check_folders(results, data_root, make=not dry_run)
     scorer = make_scoring(data_root, run_code, here=not kind.is_queue and not dry_run)
     with progress.watcher(stderr_console()) if not dry_run else nullcontext() as watcher:
@@ -84,7 +94,7 @@ def sweep(
             return
         _make_ready(loaded, results, scorer, retry_failed, rerun_stale, watcher)
         interruption = Interruption()
-        launched = Sweep(loaded, results, chosen, watcher, interruption)
+        launched = Sweep(loaded, results, chosen, watcher, interruption, whole)
         with interruption.on_signals():
             try:
                 statuses = launched.run() if wait else _submitted(launched)

@@ -78,9 +78,11 @@ class Sweep:
         executor: Executor,
         watcher: Watcher,
         interruption: Interruption | None = None,
+        whole: Grid | None = None,
     ) -> None:
+        """Make a sweep of `grid`, which may be a part of the grid to record, `whole`."""
         self.grid, self.results, self.executor, self.watcher = grid, results, executor, watcher
-        self.interruption = interruption or Interruption()
+        self.interruption, self.whole = interruption or Interruption(), whole or grid
         self.waiting: list[_Entry] = []
         self.running: list[_Entry] = []
         self.watched: list[_Entry] = []
@@ -93,7 +95,7 @@ class Sweep:
         if len(missing) < len(self.grid.cells):
             self.watcher.event(f"{len(self.grid.cells) - len(missing)} of {len(self.grid.cells)} cells are finished")
         adopted = self.executor.adopt([entry.cell for entry in missing])
-        write_grid(self.results, self.grid)
+        write_grid(self.results, self.whole)
         for entry in missing:
             if entry.run.name in adopted:
                 self._note_start(entry)

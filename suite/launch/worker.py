@@ -10,8 +10,10 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from suite.errors import UserError
 from suite.launch import background_scoring, branches
@@ -32,6 +34,9 @@ INTERRUPTED = "interrupted"
 """The cause of a pending run that was stopped by a signal."""
 
 Outcome = Literal["done", "failed", "locked"]
+OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+FIRST_CAUSE_S = 2.0
+"""How long the first process waits for the cause of another one's failure to be recorded."""
 
 
 def run_cell(
@@ -58,20 +63,111 @@ def run_cell(
     interruption = interruption or Interruption()
     try:
         with run.lock():
-            if (damage := run.damage()) is not None:
-                print(damage, file=sys.stderr)
-                return "failed"
-            state = run.state()["state"]
-            if state == "failed":
-                return "failed"
+            if (outcome := _standing(run)) is not None:
+                return outcome
             cell = run.read_cell()
-            if state == "done" and not missing_evals(run, cell):
-                return "done"
             return attempt(
                 run, lambda: _train_and_score(run, cell, scorer or Scorer(), interruption), interruption, log
             )
     except Locked:
         return "locked"
+
+
+def run_cell_together(
+    run_path: Path, world: World, scorer: Scorer | None = None, interruption: Interruption | None = None
+) -> Outcome:
+    """Do what `run_cell` does, in all processes of a world, for instance those of torchrun.
+
+    All of them call it. The first holds the run's lock and writes the records; they stop after the same step.
+
+    Args:
+        run_path: The run directory, with a cell.json.
+        world: The processes.
+        scorer: Settings for scoring; None: the defaults.
+        interruption: Once it is requested in any process, training saves and stops in all; None: never.
+
+    Raises:
+        KeyboardInterrupt: The run was interrupted; it is pending and can be resumed.
+        Exception: What failed in this process; the run has failed, with the cause that was recorded first.
+    """
+    run, interruption = RunDir(run_path), interruption or Interruption()
+    with ExitStack() as stack:
+        outcome: Outcome | None = None
+        if world.is_first:
+            try:
+                stack.enter_context(run.lock())
+                outcome = _standing(run)
+            except Locked:
+                outcome = "locked"
+        number = world.total(0 if outcome is None else 1 + OUTCOMES.index(outcome))[0]
+        if number:
+            return OUTCOMES[int(number) - 1]
+        cell = run.read_cell()
+        if world.is_first:
+            run.set_state("running", started=run.state().get("started") or time.time(), finished=None)
+        try:
+            _train_and_score_together(run, cell, world, scorer or Scorer(), interruption)
+        except BaseException as error:
+            is_stopped = isinstance(error, KeyboardInterrupt) or interruption.requested
+            if is_stopped and world.is_first and run.state()["state"] == "running":
+                run.set_state("pending", cause=INTERRUPTED, eta_s=None)
+            if is_stopped:
+                raise KeyboardInterrupt from None
+            if world.is_first:
+                time.sleep(FIRST_CAUSE_S)  # the others fail as a consequence of the first failure, which has the cause
+            if isinstance(error, Exception) and run.state()["state"] != "failed":
+                set_failed(run, describe(error))
+            raise
+    return "done"
+
+
+def _standing(run: RunDir) -> Outcome | None:
+    """Return how a run ended whose lock is held; None if something is left to do."""
+    if (damage := run.damage()) is not None:
+        print(damage, file=sys.stderr)
+        return "failed"
+    state = run.state()["state"]
+    if state == "failed":
+        return "failed"
+    return "done" if state == "done" and not missing_evals(run, run.read_cell()) else None
+
+
+def _train_and_score_together(
+    run: RunDir, cell: Cell, world: World, scorer: Scorer, interruption: Interruption
+) -> None:
+    from suite.train.loop import train
+
+    is_trained = world.any(world.is_first and bool(run.state().get("trained")))
+    corpus = prepare_together(run, cell, world, (lambda corpus: None) if is_trained else partial(begin, run, cell))
+    if not is_trained:
+        with interruption.deferred():
+
+            def should_stop() -> bool:
+                if world.is_first:
+                    background_scoring.retain_due(run, cell)  # scored at the end of training
+                return interruption.requested
+
+            if train(cell, corpus, run, world, should_stop) != "done":
+                raise KeyboardInterrupt
+        if world.is_first:
+            run.set_state("running", trained=True)
+    score_missing(run, cell, corpus, scorer, world)
+    if world.is_first:
+        set_done(run)
+
+
+def prepare_together(
+    run: RunDir, cell: Cell, world: World, then: Callable[[Corpus], None] = lambda corpus: None
+) -> Corpus:
+    """Return the run's corpus: the first process prepares it and calls `then`, before the others read it."""
+    from suite.data.corpus import prepare
+
+    if world.is_first:
+        refuse_stale_run(run, cell)
+        corpus = prepare(cell.data, cache=cache_of(run))
+        then(corpus)
+    world.wait()
+    return corpus if world.is_first else prepare(cell.data, cache=cache_of(run))
 
 
 def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) -> Cell:

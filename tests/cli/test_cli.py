@@ -16,6 +16,7 @@ VERBS = (
     "plan",
     "status",
     "train",
+    "cells",
     "export",
     "import",
     "baselines",

@@ -21,13 +21,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import submitit
 
 from suite.launch import background_scoring, worker
-from suite.launch.scorer import Scorer, cache_of
+from suite.launch.scorer import Scorer
 from suite.records import Locked, RunDir
 from suite.train.parallel import Parallel, World, process_group
 
 if TYPE_CHECKING:
     from suite.cells import Cell
-    from suite.data.corpus import Corpus
 
 Stage = Literal["train", "evaluate", "score"]
 """Train; evaluate the final weights and the retained checkpoints that are left; score those during training."""
@@ -128,7 +127,7 @@ class CellJob:
             except Exception as error:
                 # The other processes fail as a consequence; the first failure records the cause.
                 if world.is_first:
-                    time.sleep(2.0)
+                    time.sleep(worker.FIRST_CAUSE_S)
                 if run.state()["state"] != "failed":
                     worker.set_failed(run, worker.describe(error))
                 raise
@@ -138,7 +137,7 @@ class CellJob:
         from suite.train.loop import train
 
         assert self._stopping is not None
-        corpus = _corpus(run, cell, world, lambda corpus: worker.begin(run, cell, corpus))
+        corpus = worker.prepare_together(run, cell, world, lambda corpus: worker.begin(run, cell, corpus))
         stopping = self._stopping.is_set
 
         def should_stop() -> bool:
@@ -162,7 +161,7 @@ class CellJob:
         retained = background_scoring.retained_folder(run)
         # Wait for a job that is still scoring retained checkpoints.
         with _held(RunDir(retained)) if world.is_first and retained.exists() else nullcontext():
-            worker.score_missing(run, cell, _corpus(run, cell, world), self.scorer, world)
+            worker.score_missing(run, cell, worker.prepare_together(run, cell, world), self.scorer, world)
         if world.is_first:
             worker.set_done(run)
 
@@ -173,20 +172,8 @@ class CellJob:
             _held(RunDir(background_scoring.retained_folder(run))) if world.is_first else nullcontext(),
         ):
             cell = run.read_cell()
-            background_scoring.score_retained(run, cell, _corpus(run, cell, world), self.scorer, world)
+            background_scoring.score_retained(run, cell, worker.prepare_together(run, cell, world), self.scorer, world)
         return str(run.state()["state"])
-
-
-def _corpus(run: RunDir, cell: Cell, world: World, then: Callable[[Corpus], None] = lambda corpus: None) -> Corpus:
-    """Return the run's corpus: the first process prepares it and calls `then`, before the others read it."""
-    from suite.data.corpus import prepare
-
-    if world.is_first:
-        worker.refuse_stale_run(run, cell)
-        corpus = prepare(cell.data, cache=cache_of(run))
-        then(corpus)
-    world.wait()
-    return corpus if world.is_first else prepare(cell.data, cache=cache_of(run))
 
 
 def _log() -> Path:
