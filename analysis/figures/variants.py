@@ -220,7 +220,9 @@ def plan_figure(context: Context, folder: Path) -> list[Path]:
     """Draw the measured wall-clock of each run against the plan's prediction."""
     runs = context.table[context.table["predicted_wall_s"].gt(0) & context.table["wall_s"].gt(0)]
     if runs.empty:
-        raise Missing(f"no predicted wall-clock in grid {context.grid}; before a sweep: suite plan {context.source}")
+        raise Missing(
+            f"no plan of grid {context.grid} for the device of its runs; suite plan {context.source} --gpu GPU or cpu"
+        )
     with style.figure(1, 1, width=4.2, height=3.8) as (drawn, (axis,)):
         for label, group in runs.groupby("label", sort=False):
             look = context.looks[str(label)]
@@ -234,7 +236,7 @@ def plan_figure(context: Context, folder: Path) -> list[Path]:
         axis.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
         axis.set_xlabel("predicted, seconds")
         axis.set_ylabel("measured, seconds")
-        note = "One mark per run; dotted: measured as predicted. A prediction is for the GPU that was planned for."
+        note = "One mark per run that was trained on the planned device; dotted: measured as predicted."
         return style.save(drawn, folder, "plan", context.note(note))
 
 

@@ -83,10 +83,24 @@ def read_source(results: Path, grid: str) -> str:
 
 
 def read_plans(results: Path) -> dict[str, float]:
-    """Run name -> seconds of training predicted by results/plans/*.json; not for runs planned for several GPUs."""
+    """Run name -> seconds of training predicted by results/plans/*.json.
+
+    A prediction counts for runs that were trained on the planned device, and if the cell was planned for one of them.
+    """
     seconds: dict[str, list[float]] = {}
     for path in sorted(results.glob("plans/*.json")):
-        for cell in read_json(path).get("cells", []):
-            if cell.get("gpus"):
+        plan = read_json(path)
+        gpu = str(plan.get("assumed", {}).get("gpu", {}).get("name", ""))
+        for cell in plan.get("cells", []):
+            if cell.get("gpus") and _is_trained_on(results / "runs" / str(cell["run"]) / "cell.json", gpu):
                 seconds.setdefault(str(cell["run"]), []).append(3600 * float(cell["gpu_hours"]) / float(cell["gpus"]))
     return {name: predictions[0] for name, predictions in seconds.items() if len(predictions) == 1}
+
+
+def _is_trained_on(path: Path, gpu: str) -> bool:
+    """Return whether a run's record names the planned device: `NVIDIA H100 80GB HBM3` is an `H100 SXM 80 GB`."""
+    try:
+        device = read_json(path).get("device")
+    except InputError:  # without a run, or damaged, which is reported where runs are read
+        return False
+    return bool(gpu) and isinstance(device, str) and gpu.split()[0].lower() in device.lower()

@@ -75,31 +75,46 @@ def root(
 def plan(
     grid: GridName,
     options: GridOptions,
-    gpu: Annotated[str, typer.Option(help="a100, h100 or h200")] = "h100",
+    gpu: Annotated[
+        str,
+        typer.Option(
+            metavar="GPU",
+            help="a100, h100, h200, a .yaml file (docs/planning.md), or cpu: this machine, at the speed of its own runs",
+        ),
+    ] = "h100",
     nodes: Annotated[int | None, typer.Option(min=1, help="limit of nodes of 8 GPUs; default: none")] = None,
     utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="assumed share of the GPU's peak FLOP/s")] = 0.4,
     price: Annotated[float | None, typer.Option(min=0, help="dollars per GPU-hour; default: an assumed price")] = None,
 ) -> None:
     """Estimate a grid before it runs: parameters, FLOPs, memory, GPU-hours, cost, and which cells match in size.
 
-    Nothing is trained and no data is read. The plan is saved in DIR/plans/.
+    Nothing is trained; data is read only where the number of tokens depends on it. The plan is saved in DIR/plans/.
 
     Example: suite plan paper-fixed-memory --gpu h100
     """
     from suite.atomic import write_json
+    from suite.launch.checks.memory import host_limit
     from suite.launch.preparation import refuse_other_file
     from suite.plan import plan as planning
+    from suite.plan import this_machine
+    from suite.plan.gpus import CPU
     from suite.plan.table import measured, partners_table, plan_notes, plan_table
 
     loaded = options.load(grid, need_data=False)
-    assumptions = planning.assumptions(gpu, nodes, utilisation, price)
     check_folders(options.results, None, make=False)
-    path = options.results / "plans" / f"{loaded.name}-{gpu}.json"
+    measured_speeds = this_machine.speeds(options.results) if gpu.lower() == CPU else None
+    if measured_speeds is None:
+        assumptions = planning.assumptions(gpu, nodes, utilisation, price)
+    else:
+        assumptions = planning.Assumptions(this_machine.cpu(measured_speeds, host_limit()), nodes=1, utilisation=1.0)
+    path = options.results / "plans" / f"{loaded.name}-{Path(gpu).stem.lower()}.json"
     refuse_other_file(path, loaded)
     plans = planning.plan(loaded, assumptions, options.results / "cache")
+    if measured_speeds is not None:
+        plans = this_machine.with_speeds(plans, measured_speeds)
     document = planning.document(loaded, plans, assumptions) | {"file": str(loaded.source.resolve())}
     for entry, cell in zip(document["cells"], loaded.cells, strict=True):
-        entry["measured"] = measured(options.results, cell)
+        entry["measured"] = measured(options.results, cell, assumptions.gpu.name)
     try:
         write_json(path, document)
     except OSError as error:  # for instance a colleague's folder, which may only be read

@@ -53,12 +53,13 @@ class TokenizerConfig(Frozen):
         content = fingerprints.cached(tokenizer_files.fingerprint, path, tokenizer_files.files(path))
         return self.model_copy(update={"fingerprint": content})
 
-    def entries(self) -> int:
-        """Return the entries of the vocabulary, of any kind but word. Raises UserError if its file cannot be read."""
-        if self.kind == "bpe":
-            assert self.vocab_size is not None, "problems() requires it for bpe"
-            return self.vocab_size
-        return self.build(()).vocab_size
+    def vocabulary(self) -> int:
+        """Return the entries of the model's vocabulary, of any kind but word.
+
+        Raises UserError if the tokenizer's file cannot be read.
+        """
+        stated = self.vocab_size if self.kind == "bpe" else self.entries
+        return stated or self.build(()).vocab_size
 
     def build(self, texts: Iterable[str]) -> Tokenizer:
         """Return the tokenizer: read from its file, or made from the texts of a corpus.

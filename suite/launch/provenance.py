@@ -104,6 +104,13 @@ def versions() -> dict[str, str]:
     return installed
 
 
+def device_name() -> str:
+    """Return the device that trains here: the name of the GPU, or cpu."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+
+
 def stale_because(run: RunDir, cell: Cell) -> str | None:
     """Return why the run on disk cannot be used for `cell` (other code, or other defaults); None if it can.
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from suite.errors import UserError
 from suite.launch import background_scoring, branches
 from suite.launch.interruption import Interruption
-from suite.launch.provenance import stale_because, versions
+from suite.launch.provenance import device_name, stale_because, versions
 from suite.launch.scorer import Scorer, cache_of, missing_evals, needs_usage
 from suite.records import Locked, RunDir
 from suite.train.parallel import World
@@ -310,6 +310,7 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     facts = {
         "account": account(cell.model, corpus.vocab_size, cell.data.seq_len).to_json(),
         "versions": versions(),
+        "device": device_name(),
         "data_fingerprint": corpus.fingerprint,
         "tokenizer": corpus.tokenizer.fingerprint,
     }

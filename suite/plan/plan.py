@@ -19,7 +19,7 @@ from suite.models.accounting import Account, account_of, meta_model, needs_value
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
 from suite.plan.activation_memory import PartCache
-from suite.plan.gpus import GPUS, USABLE, UTILISATION, Gpu
+from suite.plan.gpus import USABLE, UTILISATION, Gpu, gpu_named
 from suite.plan.mesh import MICRO_ROWS, DoesNotFit, Mesh, smallest_mesh
 from suite.plan.traffic import Sent, sent_bytes, table_bytes
 from suite.train.loop import total_steps
@@ -61,6 +61,8 @@ class CellPlan:
         table_hours: Hours of one GPU for the table traffic at full memory bandwidth; not part of `gpu_hours`.
         variant: The settings that distinguish the cell from others of its family and base.
         partners: The nearest cell of another family in each measure.
+        vocabulary: Entries of its vocabulary.
+        vocabulary_is_assumed: Whether they are those of the base, because the tokenizer's file does not exist.
     """
 
     cell: Cell
@@ -79,6 +81,8 @@ class CellPlan:
     table_hours: float
     variant: dict[str, Any] = field(default_factory=dict)
     partners: dict[str, dict[str, Any]] = field(default_factory=dict)
+    vocabulary: int = 0
+    vocabulary_is_assumed: bool = False
 
     def ratio(self, measure: str, other: Account) -> float:
         """Return the ratio of this cell's account to another, in one field of the account."""
@@ -127,6 +131,8 @@ class CellPlan:
             "table_hours": self.table_hours,
             "ratio_to_dense": {name: self.ratio(measure, self.dense) for name, measure in MEASURES.items()},
             "partners": self.partners,
+            "vocabulary": self.vocabulary,
+            "vocabulary_is_assumed": self.vocabulary_is_assumed,
         }
 
 
@@ -145,13 +151,13 @@ def plan(grid: Grid, assumptions: Assumptions, cache: Path) -> list[CellPlan]:
         UserError: A corpus is needed and cannot be read, or a tensor is too large to exist.
     """
     sizes: dict[tuple[object, ...], DataSize] = {}
-    groups: dict[tuple[str, int, int], list[tuple[Cell, int]]] = {}
+    groups: dict[tuple[str, int, int], list[tuple[Cell, DataSize]]] = {}
     for cell in grid.cells:
         key = cell.data.model_dump_json(), cell.train.model_dump_json(), cell.seed, cell.model.size.vocab_size
         if key not in sizes:
             sizes[key] = data_size(cell, cache)
         model_key = cell.model.model_dump_json(), sizes[key].vocabulary, cell.data.seq_len
-        groups.setdefault(model_key, []).append((cell, sizes[key].tokens))
+        groups.setdefault(model_key, []).append((cell, sizes[key]))
 
     parts: PartCache = {}
     dense_accounts: dict[tuple[str, int, int], Account] = {}
@@ -163,9 +169,10 @@ def plan(grid: Grid, assumptions: Assumptions, cache: Path) -> list[CellPlan]:
         dense_key = config.dense().model_dump_json(), vocabulary, seq_len
         if dense_key not in dense_accounts:
             dense_accounts[dense_key] = account_of(_meta_model(members[0][0], config.dense(), vocabulary), seq_len)
-        for cell, tokens in members:
+        for cell, size in members:
             accounts = counted, dense_accounts[dense_key]
-            by_run[cell.run_name] = _plan(cell, tokens, model, accounts, assumptions, parts)
+            planned = _plan(cell, size.tokens, model, accounts, assumptions, parts)
+            by_run[cell.run_name] = replace(planned, vocabulary=vocabulary, vocabulary_is_assumed=size.is_assumed)
 
     plans = [by_run[cell.run_name] for cell in grid.cells]
     settings = variants(grid.cells)
@@ -204,7 +211,7 @@ def assumptions(gpu: str, nodes: int | None, utilisation: float, price: float | 
     """Build the assumptions from the options of the command line.
 
     Args:
-        gpu: A name in `GPUS`.
+        gpu: A name in `GPUS`, or the path of a YAML file with the fields of `Gpu`.
         nodes: Largest number of nodes; None: any.
         utilisation: Share of the GPU's peak FLOPs that training reaches.
         price: Dollars per GPU-hour; None: the price assumed for the GPU.
@@ -215,31 +222,31 @@ def assumptions(gpu: str, nodes: int | None, utilisation: float, price: float | 
     Raises:
         UserError: The GPU is unknown, or the price is negative or not finite.
     """
-    if gpu not in GPUS:
-        raise UserError(f"--gpu: got {gpu!r}, allowed: {', '.join(GPUS)}")
+    device = gpu_named(gpu)
     if price is not None and not (price >= 0 and math.isfinite(price)):
         raise UserError(f"--price: got {price}, allowed: dollars per hour, 0 or more")
-    return Assumptions(GPUS[gpu], nodes, utilisation, GPUS[gpu].price if price is None else price)
+    return Assumptions(device, nodes, utilisation, device.price if price is None else price)
 
 
 @dataclass(frozen=True)
 class DataSize:
-    """Entries of the vocabulary, and training tokens with padding included."""
+    """Entries of the vocabulary, training tokens with padding included, and whether the entries are assumed."""
 
     vocabulary: int
     tokens: int
+    is_assumed: bool = False
 
 
 def data_size(cell: Cell, cache: Path) -> DataSize:
     """Return the size of a cell's data, from its configuration if that is enough, else from the prepared corpus.
 
-    A tokenizer's file is not opened: its vocabulary is assumed to be that of the base. Raises UserError if a corpus is
-    needed and cannot be prepared in `cache`.
+    If a tokenizer's file does not exist, its entries are assumed to be those of the base. Raises UserError if a corpus
+    is needed and cannot be prepared in `cache`.
     """
-    tokenizer = cell.data.tokenizer
-    entries = {"bpe": tokenizer.vocab_size, "file": cell.model.size.vocab_size or None}.get(tokenizer.kind)
-    if entries is not None and cell.train.tokens is not None:
-        return DataSize(entries, cell.train.tokens)
+    path, entries = cell.data.tokenizer.path, cell.model.size.vocab_size
+    is_assumed = bool(entries) and path is not None and not Path(path).exists()
+    if cell.train.tokens is not None:
+        return DataSize(entries if is_assumed else cell.data.vocabulary(), cell.train.tokens, is_assumed)
     corpus = prepare(cell.data, cache)
     steps = total_steps(cell.train, corpus.loader(cell.seed, cell.train.batch_rows), cell.data.seq_len)
     return DataSize(corpus.vocab_size, steps * cell.train.batch_rows * cell.data.seq_len)

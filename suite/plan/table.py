@@ -9,17 +9,26 @@ from rich.markup import escape
 from rich.table import Table
 
 from suite.cells import Cell, display_name
+from suite.plan.gpus import CPU, is_device
 from suite.plan.plan import MEASURES, Assumptions, CellPlan
 from suite.records import run_dir
 
 
-def measured(results: Path, cell: Cell) -> dict[str, float] | None:
-    """Return seconds of training, tokens per second and peak bytes of the cell's finished run; None without one.
+def measured(results: Path, cell: Cell, gpu: str) -> dict[str, float] | None:
+    """Return what the cell's finished run took on a device like the planned one; None without such a run.
 
     A run with a damaged record file does not count as finished.
+
+    Args:
+        results: The results folder.
+        cell: The cell.
+        gpu: The name of the planned GPU.
+
+    Returns:
+        Seconds of training, tokens per second and peak bytes.
     """
     run = run_dir(results, cell)
-    if run.damage() is not None:
+    if run.damage() is not None or not run.cell_path.exists() or not is_device(gpu, run.read_record().get("device")):
         return None
     lines = [line for line in run.train_lines() if "memory_bytes" in line] if run.path.exists() else []
     if not lines or run.state()["state"] != "done":
@@ -95,15 +104,19 @@ def _partner(partner: dict[str, Any] | None) -> str:
 def plan_notes(plans: list[CellPlan], document: dict[str, Any]) -> list[str]:
     """Return lines with the totals, the assumptions and, for cells that do not fit, the reason and a remedy."""
     totals, assumed = document["totals"], document["assumed"]
-    lines = [
-        f"total: {_rounded(totals['gpu_hours'])} GPU-hours, ${_rounded(totals['cost'])}, "
-        f"{totals['total_flops']:.2e} FLOPs",
-        f"assumed: {assumed['utilisation']:.0%} of {assumed['gpu']['flops'] / 1e12:.0f} TFLOPS, "
-        f"${assumed['price']:g} per hour, "
-        f"{assumed['usable_memory']:.0%} of {assumed['gpu']['memory'] / 1e9:.0f} GB usable; {_links(assumed['gpu'])};"
-        " GPU-hours do not include reading and updating tables (table hours, at full memory bandwidth)",
-        "days: on the fewest GPUs that hold the cell; more (`gpus` in a profile or a grid's `launch`) take less time",
-    ]
+    if assumed["gpu"]["name"] == CPU:
+        lines = [
+            f"total: {_rounded(totals['gpu_hours'])} hours of one cell at a time on the CPU of this machine, at the"
+            " speed of its finished runs; evaluation is not included"
+        ]
+    else:
+        lines = _gpu_notes(totals, assumed)
+    if assumed_vocabulary := [plan for plan in plans if plan.vocabulary_is_assumed]:
+        first = assumed_vocabulary[0]
+        lines.append(
+            f"vocabulary assumed in {len(assumed_vocabulary)} cells: {first.cell.data.tokenizer.path} does not exist,"
+            f" so its entries are taken to be those of the base ({first.vocabulary:,} for {first.cell.model.base})"
+        )
     lines += [_predicted_and_measured(cell) for cell in document["cells"] if cell.get("measured") and cell["gpus"]]
     unfit = [cell_plan for cell_plan in plans if cell_plan.why]
     if unfit:
@@ -116,6 +129,18 @@ def plan_notes(plans: list[CellPlan], document: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _gpu_notes(totals: dict[str, Any], assumed: dict[str, Any]) -> list[str]:
+    return [
+        f"total: {_rounded(totals['gpu_hours'])} GPU-hours, ${_rounded(totals['cost'])}, "
+        f"{totals['total_flops']:.2e} FLOPs",
+        f"assumed: {assumed['utilisation']:.0%} of {assumed['gpu']['flops'] / 1e12:.0f} TFLOPS, "
+        f"${assumed['price']:g} per hour, "
+        f"{assumed['usable_memory']:.0%} of {assumed['gpu']['memory'] / 1e9:.0f} GB usable; {_links(assumed['gpu'])};"
+        " GPU-hours do not include reading and updating tables (table hours, at full memory bandwidth)",
+        "days: on the fewest GPUs that hold the cell; more (`gpus` in a profile or a grid's `launch`) take less time",
+    ]
+
+
 def _links(gpu: dict[str, Any]) -> str:
     """Return the assumed speeds of links."""
     return (
@@ -125,7 +150,7 @@ def _links(gpu: dict[str, Any]) -> str:
 
 
 def _predicted_and_measured(cell: dict[str, Any]) -> str:
-    """Return a cell's prediction and the measurements of its run, which may be from another machine."""
+    """Return a cell's prediction and the measurements of its run on such a device."""
     measurements, seconds = cell["measured"], 3600 * cell["gpu_hours"] / cell["gpus"]
     return (
         f"{cell['run']}: predicted {seconds:.3g} s and {cell['memory_per_gpu'] / 1e9:.3g} GB on {cell['gpus']} of "

@@ -267,8 +267,18 @@ def test_plans_give_predicted_wall_clock(results: Path) -> None:
     name = load(results, "demo").runs["run"].iloc[0]
     cells = [{"run": name, "gpus": 4, "gpu_hours": 2.0}, {"run": "other", "gpus": None, "gpu_hours": 0}]
     (results / "plans").mkdir()
-    (results / "plans" / "demo-h100.json").write_text(json.dumps({"grid": "demo", "cells": cells}))
+    record = results / "runs" / name / "cell.json"
+
+    def write_plan(file: str, gpu: str) -> None:
+        plan = {"grid": "demo", "assumed": {"gpu": {"name": gpu}}, "cells": cells}
+        (results / "plans" / file).write_text(json.dumps(plan))
+
+    write_plan("demo-h100.json", "H100 SXM 80 GB")
+    for device in (None, "cpu", "NVIDIA A100-SXM4-80GB"):
+        record.write_text(json.dumps(json.loads(record.read_text()) | ({"device": device} if device else {})))
+        assert frame.load(results, "demo", "dense").table["predicted_wall_s"].isna().all()
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"device": "NVIDIA H100 80GB HBM3"}))
     table = frame.load(results, "demo", "dense").table
     assert table.loc[table["run"] == name, "predicted_wall_s"].unique().tolist() == [1800.0]
-    (results / "plans" / "demo-a100.json").write_text(json.dumps({"grid": "demo", "cells": cells}))
+    write_plan("demo-h100-again.json", "H100 SXM 80 GB")
     assert frame.load(results, "demo", "dense").table["predicted_wall_s"].isna().all()

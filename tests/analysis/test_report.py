@@ -97,7 +97,7 @@ def test_figures_say_what_is_missing_and_what_makes_it(tmp_path: Path, capsys: p
     missing = dict(line.split(": ", 1) for line in document["missing"])
     assert missing["base-size"].startswith("grid one has one base size; a figure against base size needs two")
     assert all(re.search(r"suite (sweep|plan) one|python -m analysis", line) for line in document["missing"])
-    assert missing["plan"].endswith("suite plan one.yaml")
+    assert missing["plan"].endswith("suite plan one.yaml --gpu GPU or cpu")
     assert not set(missing) & set(document["figures"])
     assert {*missing, *document["figures"]} == set(CAPTIONS)
 

@@ -6,21 +6,28 @@ import dataclasses
 import json
 import math
 import re
+import socket
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer as RustTokenizer
+from tokenizers import models
 from typer.testing import CliRunner
 
+from suite.atomic import write_json
 from suite.cli.main import app
 from suite.errors import UserError
 from suite.grids import load_grid
 from suite.models.accounting import account_of, meta_model
 from suite.plan import plan as planning
+from suite.plan import this_machine
 from suite.plan.activation_memory import StepTracer
 from suite.plan.gpus import GPUS, USABLE
 from suite.plan.mesh import MICRO_ROWS, Mesh
+from suite.plan.table import plan_notes
 from suite.plan.table_state import table_state
 from suite.plan.traffic import sent_bytes
+from suite.records import RunDir
 
 GRIDS = Path(__file__).resolve().parents[2] / "grids"
 COUNTED = {  # models of table 1, in millions, to 0.1m, by hand; test_accounting.py checks published totals
@@ -334,5 +341,68 @@ def test_the_tokens_of_a_small_world_come_from_its_corpus(tmp_path: Path) -> Non
 
 
 def test_an_unknown_gpu_is_refused_by_name() -> None:
-    with pytest.raises(UserError, match=r"--gpu: got 'b200', allowed: a100, h100, h200"):
+    with pytest.raises(UserError, match=r"--gpu: got 'b200', .*allowed: a100, h100, h200"):
         planning.assumptions("b200", None, 0.4, None)
+    assert planning.assumptions("H100", None, 0.4, None).gpu == GPUS["h100"]
+
+
+def test_a_device_of_ones_own_is_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("{name: Mine, memory: 48e9, flops: 1e14, bandwidth: 8e11, link: 3e10, price: 0.5, per_node: 4}\n")
+    gpu = planning.assumptions(str(path), None, 0.4, None).gpu
+    assert (gpu.name, gpu.memory, gpu.per_node, gpu.network) == ("Mine", 48e9, 4, GPUS["h100"].network)
+    for text, message in (
+        ("{name: Mine}", "memory: missing"),
+        ("{name: Mine, memoryy: 1}", "memoryy: unknown field, did you mean memory?"),
+        ("{name: Mine, memory: 80 GB}", "memory: got '80 GB', allowed: above 0"),
+    ):
+        path.write_text(text)
+        with pytest.raises(UserError, match=re.escape(message)) as caught:
+            planning.assumptions(str(path), None, 0.4, None)
+        assert str(path) in str(caught.value)
+
+
+def test_a_tokenizer_file_is_opened_and_an_absent_one_assumed(tmp_path: Path) -> None:
+    tokenizer = RustTokenizer(models.WordLevel({f"w{number}": number for number in range(777)}, unk_token="w0"))
+    grid = tmp_path / "g.yaml"
+    text = (
+        "defaults:\n  model: {base: 134m, family: dense}\n"
+        f"  data: {{kind: text, path: gone, tokenizer: {{kind: file, path: {tmp_path}/tokenizer.json}}}}\n"
+        "  train: {batch_rows: 8, tokens: 100000, lr: 1e-3}\n"
+        "blocks: [{axes: {seed: [0]}}]\n"
+    )
+    grid.write_text(text)
+    h100 = planning.assumptions("h100", None, 0.4, None)
+
+    def planned() -> planning.CellPlan:
+        return planning.plan(load_grid(str(grid), need_data=False), h100, Path("unused"))[0]
+
+    absent = planned()
+    assert (absent.vocabulary, absent.vocabulary_is_assumed) == (32000, True)
+    document = planning.document(load_grid(str(grid), need_data=False), [absent], h100)
+    assert any("vocabulary assumed in 1 cells" in line for line in plan_notes([absent], document))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    present = planned()
+    assert (present.vocabulary, present.vocabulary_is_assumed) == (778, False)  # one more for the end of text
+    assert present.account.params_embedding == 2 * 778 * present.cell.model.size.dim
+
+
+def test_a_plan_for_this_machine_uses_the_speed_of_its_runs(tmp_path: Path) -> None:
+    grid = load_grid(str(GRIDS / "smoke.yaml"))
+    with pytest.raises(UserError, match="no finished run"):
+        this_machine.speeds(tmp_path)
+    cell = next(cell for cell in grid.cells if cell.model.family == "dense")
+    for host, device, flops in ((socket.gethostname(), "cpu", 5e9), ("other", "cpu", 1e12), (None, "NVIDIA", 1e13)):
+        run = RunDir(tmp_path / "runs" / f"{cell.slug}-{host}")
+        run.path.mkdir(parents=True)
+        run.write_cell(cell, device=device)
+        run.set_state("done", trained=True)
+        write_json(run.state_path, run.state() | {"host": host or socket.gethostname()})
+        run.append_train({"step": 1, "wall_s": 2.0, "train_flops": 2 * flops, "memory_bytes": 1})
+    speeds = this_machine.speeds(tmp_path)
+    assert [speed.flops for speed in speeds] == [5e9]
+    assumed = planning.Assumptions(this_machine.cpu(speeds, 8e9), nodes=1, utilisation=1.0)
+    plans = this_machine.with_speeds(planning.plan(grid, assumed, tmp_path / "cache"), speeds)
+    for one in plans:
+        assert one.gpu_hours == pytest.approx(one.total_flops / 5e9 / 3600)
+    assert "CPU of this machine" in plan_notes(plans, planning.document(grid, plans, assumed))[0]

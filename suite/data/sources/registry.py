@@ -61,7 +61,7 @@ class DataConfig(Frozen):
 
     def vocabulary(self) -> int:
         """Return the entries of the vocabulary, without a corpus. Raises UserError for an unreadable tokenizer."""
-        return self.tokenizer.entries()
+        return self.tokenizer.vocabulary()
 
     def source_files(self) -> list[str]:
         """Return the files that are read, in order; empty for data without files. Raises UserError."""

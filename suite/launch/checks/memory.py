@@ -55,8 +55,8 @@ class MemoryCheck:
     def _predict(self, cell: Cell) -> float | None:
         try:
             return PROCESS_BYTES + training_bytes(cell, cell.data.vocabulary(), self._parts)
-        except UserError:
-            return None  # its data is missing or unusable, which is reported where it is read
+        except (UserError, ValueError):
+            return None  # its data or its options are unusable, which is reported where they are read
         except (RuntimeError, TypeError) as error:
             if "overflow" in str(error).lower():  # a tensor of 2^63 bytes or more
                 return float("inf")

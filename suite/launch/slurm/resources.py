@@ -15,7 +15,7 @@ from suite.identity import Frozen
 from suite.launch.slurm.profile import Profile
 from suite.models.accounting import account_of, meta_model
 from suite.plan import plan as planning
-from suite.plan.gpus import GPUS, USABLE
+from suite.plan.gpus import USABLE, gpu_named
 from suite.train.parallel import Parallel
 
 WEIGHTS = 0.9
@@ -46,13 +46,13 @@ def shapes(grid: Grid, cells: Sequence[Cell], profile: Profile, cache: Path) -> 
         UserError: A cell does not fit on any mesh of the cluster.
     """
     per_node = profile.gpus_per_node
-    if per_node and profile.gpu not in GPUS:
-        raise UserError(f"profile: gpu: got {profile.gpu!r}, allowed: {', '.join(GPUS)}")
+    if per_node:
+        gpu_named(profile.gpu, "profile: gpu")
     if not per_node:
         return [_of_cpus(profile, cell, _parallel(profile, 1)) for cell in cells]
     if profile.gpus is not None:
         return [_of_gpus(profile, cell, profile.gpus, _parallel(profile, 1)) for cell in cells]
-    assumptions = planning.Assumptions(replace(GPUS[profile.gpu], per_node=per_node))
+    assumptions = planning.Assumptions(replace(gpu_named(profile.gpu), per_node=per_node))
     plans = planning.plan(replace(grid, cells=tuple(cells)), assumptions, cache)
     return [_planned(profile, plan) for plan in plans]
 
@@ -83,7 +83,7 @@ def _fits_one(profile: Profile, cell: Cell, cache: Path) -> bool:
     """Return whether the weights, in fp32, leave enough memory of a GPU for scoring."""
     vocabulary = planning.data_size(cell, cache).vocabulary
     weights = 4 * account_of(meta_model(cell.model, vocabulary), cell.data.seq_len).params_total
-    return weights <= WEIGHTS * USABLE * GPUS[profile.gpu].memory
+    return weights <= WEIGHTS * USABLE * gpu_named(profile.gpu).memory
 
 
 def _parallel(profile: Profile, table_shards: int, accumulate: int | None = None) -> Parallel:
