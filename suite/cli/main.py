@@ -79,7 +79,7 @@ def plan(
         str,
         typer.Option(
             metavar="GPU",
-            help="a100, h100, h200, a .yaml file (docs/planning.md), or cpu: this machine, at the speed of its own runs",
+            help="a100, h100, h200, a .yaml file (docs/planning.md), or cpu: this machine, from its finished runs",
         ),
     ] = "h100",
     nodes: Annotated[int | None, typer.Option(min=1, help="limit of nodes of 8 GPUs; default: none")] = None,
