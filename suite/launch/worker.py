@@ -137,6 +137,8 @@ def _train_and_score_together(
 ) -> None:
     from suite.train.loop import train
 
+    if world.is_first:
+        _train_lost_end_again(run, cell)
     is_trained = world.any(world.is_first and bool(run.state().get("trained")))
     corpus = prepare_together(run, cell, world, (lambda corpus: None) if is_trained else partial(begin, run, cell))
     if not is_trained:
@@ -263,6 +265,7 @@ def _train_and_score(run: RunDir, cell: Cell, scorer: Scorer, interruption: Inte
     if cell.imported is not None and not run.state().get("trained"):
         raise UserError(f"{run.path}: its checkpoint is not complete; suite import completes it")
     corpus = prepare(cell.data, cache=cache_of(run))
+    _train_lost_end_again(run, cell)
     if not run.state().get("trained"):
         begin(run, cell, corpus)
         _train(run, cell, corpus, scorer, interruption)
@@ -271,6 +274,21 @@ def _train_and_score(run: RunDir, cell: Cell, scorer: Scorer, interruption: Inte
         raise KeyboardInterrupt
     score_missing(run, cell, corpus, scorer)
     set_done(run)
+
+
+def _train_lost_end_again(run: RunDir, cell: Cell) -> None:
+    """Make a trained run that still lacks scores untrained if its last checkpoint is damaged or missing.
+
+    Training then continues from an older one, rather than that older weights get the scores of the run.
+    """
+    from suite.train.checkpoint import lost_end, newest_whole
+
+    if not run.state().get("trained") or not needs_scoring(run, cell):
+        return
+    step = newest_whole(run)
+    if (last := lost_end(run, step)) is not None:
+        print(f"{run.name}: the checkpoint of step {last} is lost; training again from step {step}", file=sys.stderr)
+        run.set_state("running", trained=False)
 
 
 def _train(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, interruption: Interruption) -> None:
@@ -341,11 +359,16 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
         return
     import torch
 
-    from suite.train.checkpoint import load_model, newest_whole
+    from suite.train.checkpoint import load_model, lost_end, newest_whole
 
     # As in training, so that a run that was interrupted between the two gets the same scores.
     torch.set_num_threads(cell.threads)
     step = newest_whole(run, world)
+    if (last := lost_end(run, step)) is not None:
+        raise UserError(
+            f"{run.checkpoints}: the checkpoint of the last step, {last}, is damaged or missing; suite train "
+            f"{run.cell_path} trains from step {step} to the end again"
+        )
     model = load_model(run, cell, corpus, world, step)
     facts = {"run": run.name, "step": step}
     if lacks_usage:

@@ -74,6 +74,17 @@ def newest_whole(run: RunDir, world: World | None = None) -> int | None:
     return None
 
 
+def lost_end(run: RunDir, step: int | None) -> int | None:
+    """Return the last step of a trained run if its checkpoint is damaged or missing; None if `step` is that step.
+
+    Args:
+        run: A run that was trained to its end.
+        step: Its newest whole checkpoint, as `newest_whole` returns it.
+    """
+    last = run.last_train_line().get("step")
+    return None if step is None or last is None or step >= last else int(last)
+
+
 def save(
     run: RunDir,
     step: int,

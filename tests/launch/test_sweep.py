@@ -1,5 +1,6 @@
 """Local sweeps: a failing cell does not affect others, nothing runs twice, and runs are resumed or refused."""
 
+import io
 import json
 import os
 import signal
@@ -7,15 +8,18 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from sweep_processes import TINY, records, runs_of, start_sweep, state_of, suite
 
+from suite.cells import EvalConfig
+from suite.errors import UserError
 from suite.grids import load_grid
 from suite.launch.local import LocalExecutor
 from suite.launch.preparation import archive_stale, prepare, refuse_stale
 from suite.launch.scorer import Scorer
 from suite.launch.status import cell_status
 from suite.launch.sweep import Sweep
-from suite.launch.worker import describe, run_cell
+from suite.launch.worker import describe, evaluate_run, run_cell
 from suite.records import RunDir
 
 FAST = TINY.replace("  evaluate: [{tasks: [bios_storage], limit: 20}]\n", "").replace("epochs: 8", "epochs: 2")
@@ -116,6 +120,27 @@ def test_a_cell_in_two_grids_is_trained_once_and_a_new_evaluation_retrains_nothi
     new_record = run.read_record()
     assert new_record["cell"].pop("evaluate") != evaluations
     assert new_record == record
+
+
+def test_a_damaged_last_checkpoint_is_trained_again_before_new_scores(tmp_path: Path) -> None:
+    grid = load_grid(str(write(tmp_path, DENSE)))
+    run = prepare(tmp_path, grid.cells[0])
+    assert run_cell(run.path) == "done"
+    lines = [line | {"wall_s": 0, "tokens_per_s": 0, "memory_bytes": 0} for line in run.train_lines()]
+    last = max(run.checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    weights = (last / "state.pt").read_bytes()
+    (last / "state.pt").write_bytes(weights[: len(weights) // 2])
+    evaluation = EvalConfig(tasks=("bios_storage",), limit=5)
+    with pytest.raises(UserError, match=r"the checkpoint of the last step, \d+, is damaged or missing; suite train"):
+        evaluate_run(run.path, (evaluation,), Scorer())
+    assert not run.has_eval(evaluation.hash8)
+    prepare(tmp_path, grid.cells[0].with_evaluations((evaluation,)))
+    assert run_cell(run.path) == "done"
+    assert run.read_eval(run.path / "eval" / f"{evaluation.hash8}.json")["step"] == lines[-1]["step"]
+    assert [line | {"wall_s": 0, "tokens_per_s": 0, "memory_bytes": 0} for line in run.train_lines()] == lines
+    state, whole = (torch.load(path, weights_only=True) for path in (last / "state.pt", io.BytesIO(weights)))
+    for name, tensor in whole["model"].items():
+        torch.testing.assert_close(state["model"][name], tensor, rtol=0, atol=0)
 
 
 def test_a_run_made_by_other_code_is_refused_and_archived_on_request(
