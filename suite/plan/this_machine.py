@@ -76,6 +76,7 @@ def cpu(measured: list[Speed], memory: float) -> Gpu:
 def with_speeds(plans: list[CellPlan], measured: list[Speed]) -> list[CellPlan]:
     """Return the plans with hours from measured speeds, which include the traffic of tables."""
     return [
-        replace(plan, gpu_hours=plan.total_flops / flops_per_s(plan.cell, measured) / 3600, table_hours=0.0)
+        replace(plan, gpu_hours=hours, compute_hours=hours, table_hours=0.0)
         for plan in plans
+        for hours in [plan.total_flops / flops_per_s(plan.cell, measured) / 3600]
     ]
