@@ -23,6 +23,8 @@ from suite.yaml_input import did_you_mean
 
 FIELDS = ("treatment", "reference", "metric", "base")
 SIDES = ("treatment", "reference")
+FORGETTING = "forgetting"
+"""What is forgotten at equal learning of new facts: each side is a method, with all of its settings."""
 OUTSIDE_A_VARIANT = ("seed", "evaluate", "threads", "train.parent")
 """Fields in which the runs of one side of a contrast may differ; each seed may have a parent of its own."""
 
@@ -70,7 +72,8 @@ def select(source: Path, content: object, cells: Sequence[Cell]) -> Contrast:
             raise UserError(f"{where}.{field}: missing, allowed: treatment, reference and metric are needed")
     settings = [flat(cell.model_dump(mode="json")) for cell in cells]
     shared = {"model.base": content["base"]} if "base" in content else {}
-    sides = {side: _side(f"{where}.{side}", content[side], shared, cells, settings) for side in SIDES}
+    may_differ = ("train",) if content["metric"] == FORGETTING else ()
+    sides = {side: _side(f"{where}.{side}", content[side], shared, cells, settings, may_differ) for side in SIDES}
     treatment, reference = sides["treatment"], sides["reference"]
     if {cell.run_name for cell in treatment} & {cell.run_name for cell in reference}:
         raise UserError(f"{where}: treatment and reference select the same cells; name a field in which they differ")
@@ -87,9 +90,14 @@ def matches(settings: Mapping[str, Any], path: str, value: Any) -> bool:
 
 
 def _side(
-    where: str, content: object, shared: Mapping[str, Any], cells: Sequence[Cell], settings: list[dict[str, Any]]
+    where: str,
+    content: object,
+    shared: Mapping[str, Any],
+    cells: Sequence[Cell],
+    settings: list[dict[str, Any]],
+    may_differ: tuple[str, ...] = (),
 ) -> list[Cell]:
-    """Return the cells of one side, all of one variant."""
+    """Return the cells of one side, all of one variant but for the sections in `may_differ`."""
     if not isinstance(content, dict) or not content:
         raise UserError(f"{where}: got {content!r}, allowed: a mapping of cell fields to values")
     wanted = {**shared, **flat(content)}
@@ -107,7 +115,9 @@ def _side(
     first = chosen[0][1]
     for _, fields in chosen[1:]:
         for path in sorted(first.keys() | fields.keys()):
-            if not {path, path.split(".")[0]} & {*OUTSIDE_A_VARIANT} and first.get(path) != fields.get(path):
+            if not {path, path.split(".")[0]} & {*OUTSIDE_A_VARIANT, *may_differ} and first.get(path) != fields.get(
+                path
+            ):
                 raise UserError(f"{where}: selects cells that differ in {path}; name one value of it")
     return [cell for cell, _ in chosen]
 
@@ -118,7 +128,9 @@ def _check_metric(where: str, metric: object, cells: Sequence[Cell]) -> None:
     tasks = set.intersection(*({task for config in configs for task in config.tasks} for configs in ordinary))
     probed = all(cell.data.kind == "bios" and cell.train.probes for cell in cells)
     task, _, name = str(metric).partition("/")
-    if (metric == "e50" and probed) or metric == "eval/nll" or (name and task in tasks):
+    taught = all(cell.train.probe_every is not None for cell in cells)
+    special = [*(["e50"] if probed else []), *([FORGETTING] if taught else [])]
+    if metric in (*special, "eval/nll") or (name and task in tasks):
         return
-    allowed = [*(["e50"] if probed else []), "eval/nll", *(f"{task}/METRIC" for task in sorted(tasks))]
+    allowed = [*special, "eval/nll", *(f"{task}/METRIC" for task in sorted(tasks))]
     raise UserError(f"{where}: got {metric!r}, allowed: {', '.join(allowed)}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from analysis.figures import learning
 from analysis.figures.context import Context, Missing
 from analysis.figures.isoflop import isoflops_of_grid
+from analysis.figures.knowledge.drawing import learning_against_forgetting, retention, rows_touched
 from analysis.figures.next_parameter import against_size, at_equal_time, next_parameter
 from analysis.figures.scores import SCORE_FIGURES
 from analysis.figures.style import FORMATS
@@ -34,6 +35,9 @@ CAPTIONS = {
     "equivalent-size": "Size of a wider reference of equal gain against parameters",
     "equal-time": "Loss at equal wall-clock time",
     "scores-cost": "Final scores against training FLOPs and bytes read per token",
+    "learning-forgetting": "New facts: bits gained against what is forgotten, with the hull of each method",
+    "retention": "New facts: gain retained after further facts",
+    "rows-touched": "New facts: table rows updated",
     "plan": "Predicted against measured wall-clock",
 }
 
@@ -48,6 +52,9 @@ FIGURES: list[tuple[str, Draw, bool]] = [
     ("next-parameter", next_parameter, False),
     ("equivalent-size", against_size, False),
     ("equal-time", at_equal_time, False),
+    ("learning-forgetting", learning_against_forgetting, False),
+    ("retention", retention, False),
+    ("rows-touched", rows_touched, False),
 ]
 """Name, function, and whether it needs storage probes."""
 

@@ -62,6 +62,8 @@ COLUMNS = (
     "table_use",
     "scores",
     "answers",
+    "knowledge",
+    "retention",
 )
 
 
@@ -78,6 +80,7 @@ class GridData:
     table_use: one row per logged step of a run with tables: run, tokens, used, never_read, kl_bits.
     scores: one row per final score, see analysis.records.scores.
     tables_off: one row per final score that a run also has with its tables switched off, as `off`.
+    knowledge, retention: one row per measurement of learning and forgetting, see analysis.records.knowledge.
     damaged: run and cause of the runs with a record file that cannot be read.
     absent: runs that the grid names and that have no directory.
     """
@@ -94,6 +97,8 @@ class GridData:
     absent: Sequence[str] = ()
     published: pd.DataFrame | None = None
     tables_off: pd.DataFrame = field(default_factory=pd.DataFrame)
+    knowledge: pd.DataFrame = field(default_factory=pd.DataFrame)
+    retention: pd.DataFrame = field(default_factory=pd.DataFrame)
 
     @cached_property
     def done(self) -> pd.DataFrame:
@@ -189,7 +194,9 @@ def from_store(
     runs = _with_e50(data)
     recorded = unnest(table, "scores", position)
     scores = final_scores(runs, recorded, unnest(table, "answers", position))
-    return replace(data, runs=runs, scores=scores, contrast=contrast, tables_off=without_tables(scores, recorded))
+    measured = {name: unnest(table, name, position) for name in ("knowledge", "retention")}
+    off = without_tables(scores, recorded)
+    return replace(data, runs=runs, scores=scores, contrast=contrast, tables_off=off, **measured)
 
 
 def run_table(table: pa.Table, predicted: Mapping[str, float]) -> tuple[pd.DataFrame, pd.DataFrame]:

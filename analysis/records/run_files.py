@@ -9,6 +9,7 @@ from statistics import fmean, median
 from typing import Any
 
 from analysis.errors import InputError
+from analysis.records.knowledge import KNOWLEDGE, RETENTION, read_knowledge
 from analysis.records.tables import read_json, read_lines
 
 SCALARS = {
@@ -51,9 +52,12 @@ LISTS = {
         "stderr",
     ),
     "answers": ("answers",),
+    "knowledge": KNOWLEDGE,
+    "retention": RETENTION,
 }
 """List column -> its fields. `lines`: train.jsonl; `probes`: the scores of a probe line, one entry per kind, `line` its
-position in `lines`; `table_use`: means over tables; `answers`: one entry per score."""
+position in `lines`; `table_use`: means over tables; `answers`: one entry per score; `knowledge` and `retention`: see
+analysis.records.knowledge."""
 RECENT = 10
 DAMAGED = "damaged"
 """State of a run with a record file that cannot be read."""
@@ -126,6 +130,7 @@ def _read_training(row: Row, lines: list[dict[str, Any]]) -> None:
             row.lists["table_use"].append(
                 (_number(line["tokens"]), *means, fmean(table["kl_bits"] for table in tables))
             )
+    row.lists["knowledge"], row.lists["retention"] = read_knowledge(lines)
     for key in ("tokens", "epoch", "train_flops", "wall_s", "eval_loss"):
         row.scalars[key] = next((line[key] for line in reversed(lines) if line.get(key) is not None), None)
     training = [line for line in lines if line.get("loss") is not None]

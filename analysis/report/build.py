@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from analysis.comparisons.grid import Comparisons
+from analysis.comparisons.knowledge import learning_of
 from analysis.comparisons.statistics import MIN_PAIRS, paired, paired_by_group
 from analysis.errors import InputError
 from analysis.figures.context import Context, context
@@ -19,9 +20,10 @@ from analysis.records.grid_data import DONE, EQUAL, GridData
 from analysis.records.regime import regime
 from analysis.records.tables import number
 from analysis.report.blocks import Block, Figure, Heading, Items, Table, Text, to_html, to_markdown
-from analysis.report.differences import difference_blocks, headline
+from analysis.report.differences import TITLE, difference_blocks, headline
 from analysis.report.fits import multiplier_blocks, trend_blocks
 from analysis.report.formatting import with_interval
+from analysis.report.knowledge import knowledge_blocks, knowledge_headline
 from analysis.report.long_tables import shortened
 
 UNSTEADY = 1.25
@@ -79,7 +81,9 @@ def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) ->
     if bios:
         sentence = "E50 is the number of exposures at which the bits learned (storage) reach half of N H."
         blocks.append(Text(f"{regime(data.runs)} {sentence}"))
-    blocks += headline(data, contrasts)
+    taught = learning_of(data)
+    forgetting = knowledge_headline(data, taught)
+    blocks += headline(data, contrasts) if forgetting is None else [Text(f"{TITLE}: {forgetting}.", lead=True)]
     blocks += list(pictures[:1])
     blocks += [Heading("What was run"), *_what_ran(data)]
     blocks += [
@@ -88,6 +92,8 @@ def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) ->
     ]
     if bios:
         blocks += [Heading("Storage, paraphrase and extraction"), *_kinds(data)]
+    if taught is not None:
+        blocks += [Heading("New facts: learning and forgetting"), *knowledge_blocks(taught)]
     blocks += [Heading("Final evaluations"), *_finals(plots)]
     if len(data.tables_off):
         blocks += [Heading("Value tables switched off"), *_tables_off(plots)]

@@ -53,12 +53,14 @@ class KnowledgeProber:
         """Score the model after `step` steps.
 
         Returns:
-            {"new": {"taught": facts, kind: {"bits", "recall"}}, "known": {"loss", "bits_per_byte", "probe"}}. `bits`
-            and `recall` (the share of prompts after which greedy decoding gives the answer) have a value for each fact,
-            in the order of the stream, None where a fact has no prompt of the kind. "loss" is in nats per token.
+            {"new": {"taught": facts, "bits_max": entropies, kind: {"bits", "recall"}},
+            "known": {"loss", "bits_per_byte", "probe"}}. `bits_max`, `bits` and `recall` (the share of prompts after
+            which greedy decoding gives the answer) have a value for each fact, in the order of the stream, None where
+            a fact has no prompt of the kind. "loss" is in nats per token.
         """
         taught = min(len(self._facts), step * self._facts_per_step)
-        line: dict[str, Any] = {"new": {"taught": taught, **self._new(model)}}
+        bits_max = [round(fact.entropy_bits, DIGITS) for fact in self._facts]
+        line: dict[str, Any] = {"new": {"taught": taught, "bits_max": bits_max, **self._new(model)}}
         if self._known is not None:
             scores = self._known.run(model)
             line["known"] = {"loss": scores["eval_loss"], "probe": scores.get("probe", {})}

@@ -1,0 +1,137 @@
+"""Learning against forgetting: the settings of each method, its hull, and forgetting at equal learning.
+
+A method is a family and what of it moves; its settings are rates, ranks and numbers of rows. Learning is the gain in
+bits per new fact, forgetting the share of the known bits that is lost (for text: held-out bits per byte added). The
+hull of a method at one seed is the lower convex hull of its settings and of doing nothing, (0, 0). Methods are compared
+at one level of learning, by seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pandas as pd
+
+from analysis.comparisons.statistics import Difference, paired
+from analysis.records.grid_data import GridData
+
+METRIC = "forgetting"
+"""Metric of a contrast between methods."""
+LEVEL = 0.5
+"""Level of learning at which methods are compared, as a fraction of the bits of the facts taught."""
+METHODS = {"all": "full", "lora": "LoRA", "tables": "tables", "rows": "rows", "parameters": "parameters"}
+
+
+@dataclass(frozen=True)
+class Learning:
+    """The runs of a grid that were taught new facts.
+
+    measured: one row per measurement: run (position), family, base, label, method, seed, and the columns of KNOWLEDGE.
+    """
+
+    data: GridData
+    measured: pd.DataFrame
+
+    @cached_property
+    def final(self) -> pd.DataFrame:
+        """The last measurement of each run, with `learned` and `forgotten`."""
+        last = self.measured.groupby("run").tail(1)
+        forgotten = last["known_lost"] if last["known_lost"].notna().any() else last["bytes_lost"]
+        return last.assign(learned=last["gain_storage"], forgotten=forgotten)
+
+    @property
+    def forgotten_unit(self) -> str:
+        """What forgetting is measured in."""
+        shares = self.measured["known_lost"].notna().any()
+        return "share of known bits lost" if shares else "held-out bits per byte added"
+
+    @cached_property
+    def level(self) -> float:
+        """Bits per fact at which methods are compared; for facts of unknown entropy, half of the highest gain."""
+        entropy = float(self.final["bits_max"].max())
+        return LEVEL * (entropy if entropy > 0 else float(self.final["learned"].max()))
+
+    def methods(self) -> list[str]:
+        """Return the methods in the order of the runs."""
+        return list(dict.fromkeys(self.final["method"]))
+
+    def forgetting(self, part: pd.DataFrame, level: float) -> pd.Series:
+        """Return what the settings in `part` forget at a level of learning, by seed; NaN where none learns so much."""
+        seeds = {
+            int(str(seed)): forgetting_at(group["learned"].to_numpy(float), group["forgotten"].to_numpy(float), level)
+            for seed, group in part.groupby("seed")
+        }
+        return pd.Series(seeds, dtype=float)
+
+    def compare(self, treatment: pd.DataFrame, reference: pd.DataFrame) -> Compared:
+        """Compare two sets of runs at the level, paired by seed."""
+        ours, theirs = (self.forgetting(side, self.level) for side in (treatment, reference))
+        both = ours.index.intersection(theirs.index)
+        differences = (ours[both] - theirs[both]).dropna()
+        return Compared(
+            paired(differences.to_numpy(float)), len(both), int(ours[both].isna().sum()), int(theirs[both].isna().sum())
+        )
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Forgetting at equal learning: the difference over the pairs in which both sides reach the level.
+
+    Attributes:
+        difference: Treatment less reference.
+        pairs: Seeds that both sides have.
+        short: Seeds at which the treatment learns less than the level.
+        short_reference: Seeds at which the reference does.
+    """
+
+    difference: Difference
+    pairs: int
+    short: int
+    short_reference: int
+
+
+def learning_of(data: GridData) -> Learning | None:
+    """Return the finished runs of a grid that were taught new facts; None without any."""
+    if data.knowledge.empty:
+        return None
+    measured = data.knowledge[data.knowledge["run"].isin(data.done.index)]
+    if measured.empty:
+        return None
+    runs = data.runs.loc[measured["run"], ["family", "base", "label", "seed", "train"]].reset_index(drop=True)
+    kinds = [METHODS.get((train.get("trainable") or {}).get("kind", "all"), "full") for train in runs["train"]]
+    method = [f"{family} {kind}" for family, kind in zip(runs["family"], kinds, strict=True)]
+    table = pd.concat([measured.reset_index(drop=True), runs.drop(columns="train")], axis=1)
+    return Learning(data, table.assign(method=method))
+
+
+def hull(learned: np.ndarray, forgotten: np.ndarray) -> np.ndarray:
+    """Return the vertices (n, 2) of the lower convex hull of points and of (0, 0), from there to the most learned.
+
+    Args:
+        learned: Gains, (points,); points without a gain are left out.
+        forgotten: Losses, (points,).
+    """
+    points = sorted({(0.0, 0.0), *((float(x), float(y)) for x, y in zip(learned, forgotten, strict=True) if x > 0)})
+    vertices: list[tuple[float, float]] = []
+    for point in points:
+        while len(vertices) > 1 and _turn(vertices[-2], vertices[-1], point) <= 0:
+            vertices.pop()
+        if vertices and vertices[-1][0] == point[0]:  # of equal gains, the smaller loss comes first
+            continue
+        vertices.append(point)
+    return np.array(vertices)
+
+
+def _turn(a: tuple[float, float], b: tuple[float, float], c: tuple[float, float]) -> float:
+    """Return twice the area of the triangle, positive for a turn to the left."""
+    return (b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0])
+
+
+def forgetting_at(learned: np.ndarray, forgotten: np.ndarray, level: float) -> float:
+    """Return the hull's forgetting at a level of learning; NaN if no setting learns as much."""
+    vertices = hull(learned, forgotten)
+    if vertices[-1, 0] < level:
+        return float("nan")
+    return float(np.interp(level, vertices[:, 0], vertices[:, 1]))
