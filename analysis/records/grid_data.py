@@ -194,9 +194,15 @@ def from_store(
     runs = _with_e50(data)
     recorded = unnest(table, "scores", position)
     scores = final_scores(runs, recorded, unnest(table, "answers", position))
-    measured = {name: unnest(table, name, position) for name in ("knowledge", "retention")}
-    off = without_tables(scores, recorded)
-    return replace(data, runs=runs, scores=scores, contrast=contrast, tables_off=off, **measured)
+    return replace(
+        data,
+        runs=runs,
+        scores=scores,
+        contrast=contrast,
+        tables_off=without_tables(scores, recorded),
+        knowledge=unnest(table, "knowledge", position),
+        retention=unnest(table, "retention", position),
+    )
 
 
 def run_table(table: pa.Table, predicted: Mapping[str, float]) -> tuple[pd.DataFrame, pd.DataFrame]:
