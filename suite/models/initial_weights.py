@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from suite.models.distributions import Constant, Distribution, Normal
+from suite.models.lookup.output_scale import OUTPUT_GAIN
 from suite.models.registry import ModelConfig
 from suite.models.sizes import Size
 from suite.models.transformer import Transformer
@@ -238,6 +239,8 @@ class _Hook:
 def _law(model: Transformer, name: str, shape: torch.Size) -> Distribution | _Hook:
     """Return the distribution of a parameter's elements, or the hook that sets them: the outermost module's."""
     path = name.split(".")
+    if path[-1] == OUTPUT_GAIN:  # added to modules of any family, whose own values do not know it
+        return Constant(1.0)
     for depth in range(1, len(path)):
         module, inner = model.get_submodule(".".join(path[:depth])), ".".join(path[depth:])
         if (init_parameter := getattr(module, "init_parameter", None)) is not None:

@@ -22,6 +22,7 @@ from suite.models.cache import Cache, EarlierTokens
 from suite.models.cost import Cost, dense_cost
 from suite.models.document_attention import Documents
 from suite.models.lookup.controls import with_control
+from suite.models.lookup.output_scale import with_output_scale
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.registry import ModelConfig
 from suite.models.sizes import Size
@@ -161,6 +162,7 @@ class Transformer(nn.Module):
             raise ValueError(f"{field}: got {value!r}, allowed: {allowed}")
         self.config, self.size, self.vocab_size = config, config.size, vocab_size
         modules = with_control(registry.family(config.family).modules(config, vocab_size), config)
+        modules = with_output_scale(modules, config)
         self.embedding = nn.Embedding(vocab_size, self.size.dim)
         self.input_embedding = modules.input_embedding
         self.layers = nn.ModuleList(Block(self.size, modules, layer) for layer in range(self.size.layers))

@@ -32,6 +32,12 @@ class TableConfig(ModelConfig):
         "once, or a dense feed-forward of equal multiply-adds in its place; None: the family",
     )
 
+    output_scale: float | None = Field(
+        default=None,
+        gt=0,
+        description="start of a learned factor on what a table adds, e.g. 0.01 in a trained model; None: no factor",
+    )
+
     @property
     def has_tables(self) -> bool:
         """Whether the model has value tables."""
