@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from suite.baselines import loading
 from suite.cells import Cell
 from suite.data.corpus import prepare
 
@@ -55,7 +56,7 @@ WITH_MEMORY = [case for case in FAMILIES if case.split()[0] not in ("dense", "mo
 class Job:
     """A cell to train in a folder until step `stop_at`, at which rank `stopping_rank` requests a stop; 0: to the end.
 
-    With `score`, the trained run is scored instead.
+    With `score`, the trained run is scored instead. `baseline` is the file of an external family.
     """
 
     cell: dict[str, Any]
@@ -66,6 +67,7 @@ class Job:
     stopping_rank: int = 0
     dtype: str = "float64"
     score: bool = False
+    baseline: str = ""
 
 
 def cell_of(case: str, steps: int, **train: Any) -> Cell:
@@ -121,6 +123,8 @@ def main(jobs: list[Job], cache: Path) -> None:
     with process_group() as processes:
         for job in jobs:
             torch.set_default_dtype(getattr(torch, job.dtype))
+            if job.baseline:
+                loading.load(Path(job.baseline))
             parallel = Parallel(memory_parallel=job.memory_parallel, checkpoint_activations=job.checkpoint_activations)
             world = World(processes.rank, processes.size, parallel, processes.distributed, processes.device)
             cell, run = Cell.model_validate(job.cell), RunDir(Path(job.folder))

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from page_examples import POINTS, file_of
 from parallel_jobs import FAMILIES, WITH_MEMORY, Job, cell_of, job, run_jobs
 
+from suite.baselines import loading
 from suite.cells import Cell, EvalConfig
 from suite.data.corpus import prepare
 from suite.errors import UserError
 from suite.launch.background_scoring import retain_due
 from suite.launch.scorer import Scorer
 from suite.launch.worker import score_missing
-from suite.models import initial_weights, moe
+from suite.models import initial_weights, moe, registry
 from suite.models.ranking import best
 from suite.records import RunDir
 from suite.train import checkpoint, sharding
@@ -150,6 +152,29 @@ def test_every_family_trains_on_every_mesh_as_in_one_process(
         one = alone(cell, tmp_path / case, cache)
         for m in members if case in WITH_MEMORY else members[:1]:
             assert_same_run(cell, one, tmp_path / mesh_name(case, processes, m), cache)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in POINTS if name != "squared"])
+def test_modules_at_every_point_train_in_two_processes_as_in_one(
+    name: str, cache: Path, tmp_path: Path, wide: None
+) -> None:
+    path, before = file_of(name, tmp_path), set(registry.families())
+    loading.load(path)
+    try:
+        fields = cell_of("dense", 15).model_dump(mode="json")
+        fields["model"] = {"family": name, "base": "w32", "dim": 16, "ffn_hidden": 32}
+        cell = Cell.model_validate(fields)
+        prepare(cell.data, cache)
+        options = [{"memory_parallel": 2}, {"checkpoint_activations": True}]
+        folders = [tmp_path / str(number) for number in range(len(options))]
+        jobs = [job(cell, folder, baseline=str(path), **more) for folder, more in zip(folders, options, strict=True)]
+        run_jobs(jobs, cache, 2, tmp_path)
+        one = alone(cell, tmp_path / "one", cache)
+        for folder in folders:
+            assert_same_run(cell, one, folder, cache)
+    finally:
+        registry.unregister(set(registry.families()) - before)
 
 
 @pytest.mark.slow
