@@ -74,6 +74,7 @@ class RunDir:
         self.jobs_path = self.path / "logs" / "slurm.json"
         self.checkpoints = self.path / "checkpoints"
         self.baseline_path = self.path / "baseline.py"
+        self.tokenizer_path = self.path / "tokenizer.json"
 
     @property
     def name(self) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from suite.cli import bench, cells, data, evaluate, sweep, train
+from suite.cli import bench, cells, data, evaluate, runs, sweep, train
 from suite.cli.options import (
     AsJson,
     Baselines,
@@ -41,6 +41,8 @@ app.command()(train.train)
 def main() -> NoReturn:
     """Run the command line; a mistake of the user is one line on stderr and exit code 2."""
     try:
+        if sys.argv[1:3] == ["eval", "prefetch"]:
+            raise UserError("eval prefetch: renamed to suite data prefetch")
         code = app(standalone_mode=False)
     except UserError as error:
         print(f"suite: {error}", file=sys.stderr)
@@ -134,13 +136,15 @@ def status(grid: GridName, options: GridOptions) -> None:
 
     Example: suite status laptop --json
     """
-    from suite.launch.slurm import queue
+    from suite.launch.executor import executor_classes
     from suite.launch.status import grid_status
     from suite.records import run_dir
 
     loaded = options.load(grid)
     runs = [run_dir(options.results, cell) for cell in loaded.cells]
-    statuses = queue.with_slurm(grid_status(options.results, loaded), runs)
+    statuses = grid_status(options.results, loaded)
+    for kind in executor_classes():
+        statuses = kind.with_jobs(statuses, runs)
     print_statuses(loaded, statuses, options.as_json)
     report_failures(statuses)
 
@@ -158,14 +162,14 @@ def export_run(
 
     Example: suite export dense-w32-s0-0a1b2c3d --to exported
     """
-    from suite.data.corpus import prepare
     from suite.export.export import export
+    from suite.launch.worker import corpus_of
     from suite.records import RunDir
     from suite.train.checkpoint import load_model
 
     record = RunDir(find_run(run, results))
     cell = record.read_cell()
-    corpus = prepare(cell.data, record.path.parent.parent / "cache")
+    corpus = corpus_of(record, cell)
     files = export(load_model(record, cell, corpus), to, corpus, cell.data.seq_len)
     if as_json:
         print_json({"run": record.name, "files": [str(path) for path in files]})
@@ -242,6 +246,7 @@ def fields(
 app.command()(sweep.cancel)
 app.command("eval")(evaluate.evaluate)
 app.add_typer(data.app, name="data")
+app.add_typer(runs.app, name="runs")
 app.add_typer(bench.app, name="bench")
 
 if __name__ == "__main__":

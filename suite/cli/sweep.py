@@ -112,13 +112,12 @@ def sweep(
 
 def _submitted(launched: Sweep) -> list[CellStatus]:
     """Submit what is missing without waiting for it."""
-    from suite.launch.slurm import queue
     from suite.launch.status import grid_status
     from suite.records import run_dir
 
     launched.start()
     runs = [run_dir(launched.results, cell) for cell in launched.grid.cells]
-    return queue.with_slurm(grid_status(launched.results, launched.grid), runs)
+    return launched.executor.with_jobs(grid_status(launched.results, launched.grid), runs)
 
 
 def _make_ready(
@@ -146,18 +145,18 @@ def _make_ready(
 
 @expand_options
 def cancel(grid: GridName, options: GridOptions) -> None:
-    """Cancel the Slurm jobs of a grid's cells; their checkpoints stay, and a later sweep resumes from them.
+    """Cancel the jobs of a grid's cells in a queue; their checkpoints stay, and a later sweep resumes from them.
 
     Example: suite cancel paper-fixed-memory
     """
-    from suite.launch.slurm.executor import cancel_jobs
+    from suite.launch.executor import executor_classes
 
     loaded = options.load(grid, need_data=False)
-    cancelled = cancel_jobs(options.results, loaded)
+    cancelled = [name for kind in executor_classes() for name in kind.cancel_grid(options.results, loaded)]
     if options.as_json:
         print_json({"grid": loaded.name, "cancelled": cancelled})
     else:
-        print("\n".join(f"cancelled: {name}" for name in cancelled) or f"{loaded.name} has no jobs in Slurm")
+        print("\n".join(f"cancelled: {name}" for name in cancelled) or f"{loaded.name} has no jobs")
 
 
 def _print_dry_run(grid: Grid, results: Path, executor: Executor, as_json: bool) -> None:

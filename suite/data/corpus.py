@@ -106,6 +106,32 @@ class Corpus:
         return Loader(self.config.packing(rounds, self.tokenizer.eot_id, seed), batch_rows)
 
 
+class TokenizerAlone(Corpus):
+    """The corpus of a run whose text is not available: its tokenizer, which is enough to score other texts.
+
+    Args:
+        config: The `data` block of the run.
+        tokenizer: The file of its tokenizer.
+        fingerprint: Of the corpus, as the run recorded it.
+        reason: Why the text is not available, for errors.
+    """
+
+    def __init__(self, config: DataConfig, tokenizer: Path, fingerprint: str, reason: str) -> None:
+        self.config, self.parts, self.fingerprint, self._reason = config, [], fingerprint, reason
+        self.tokenizer = tokenizers.load(tokenizer)
+        self.vocab_size = self._entries()
+        self.world = config.synthetic_world()
+
+    @property
+    def held_out(self) -> list[str]:
+        """Raise UserError: the text is not available."""
+        raise UserError(self._reason)
+
+    def loader(self, seed: int, batch_rows: int) -> Loader:
+        """Raise UserError: the text is not available."""
+        raise UserError(self._reason)
+
+
 def prepare(config: DataConfig, cache: Path, progress: Progress = resumable_writer.no_progress) -> Corpus:
     """Tokenize the corpus into `cache/<fingerprint>/` unless that exists, and open it.
 

@@ -72,7 +72,7 @@ def name_of_token(path: Path, token: int) -> str | None:
     """Return the name of a token in the tokenizer of a path; None if it has no such token. Raises UserError."""
     file, *merges = files(path)
     if file.suffix == ".model":
-        from sentencepiece import SentencePieceProcessor  # an extra, which `read` asks for
+        from sentencepiece import SentencePieceProcessor  # an extra, which `read` requires
 
         pieces = SentencePieceProcessor(model_proto=_bytes(file))
         return str(pieces.id_to_piece(token)) if token < pieces.get_piece_size() else None

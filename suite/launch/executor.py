@@ -17,6 +17,8 @@ from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.scorer import Scorer
+from suite.launch.status import CellStatus
+from suite.records import RunDir
 from suite.yaml_input import did_you_mean
 
 MAX_STARTS = 3
@@ -116,8 +118,21 @@ class Executor(Protocol):
         `to_stderr`: nothing may be printed on standard output.
         """
 
+    @classmethod
+    def cancel_grid(cls, results: Path, grid: Grid) -> list[str]:
+        """Cancel the jobs that any sweep has left in the queue for a grid; returns what was cancelled, by name."""
+
+    @classmethod
+    def with_jobs(cls, statuses: list[CellStatus], runs: list[RunDir]) -> list[CellStatus]:
+        """Return the statuses with what the queue knows of the runs' jobs."""
+
     def dry_run(self, cells: Sequence[Cell]) -> list[Path]:
         """Write what `submit` would send, without sending it; returns the files, if there are any."""
+
+
+def executor_classes() -> list[type[Executor]]:
+    """Return all executors."""
+    return [executor_class(name) for name in EXECUTORS]
 
 
 def executor_class(name: str) -> type[Executor]:

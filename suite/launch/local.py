@@ -19,7 +19,8 @@ from suite.launch.checks.memory import MemoryCheck
 from suite.launch.executor import Ended, Options
 from suite.launch.report import report_command, write_report
 from suite.launch.scorer import Scorer
-from suite.records import run_dir
+from suite.launch.status import CellStatus
+from suite.records import RunDir, run_dir
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -131,6 +132,16 @@ class LocalExecutor:
             command = shlex.join(report_command(self.results, self.grid.name))
             print(f"suite: the report failed; to repeat it: {command}", file=sys.stderr)
         return written
+
+    @classmethod
+    def cancel_grid(cls, results: Path, grid: Grid) -> list[str]:
+        """Return nothing: there is no queue."""
+        return []
+
+    @classmethod
+    def with_jobs(cls, statuses: list[CellStatus], runs: list[RunDir]) -> list[CellStatus]:
+        """Return the statuses unchanged: the locks of runs state which processes live."""
+        return statuses
 
     def dry_run(self, cells: Sequence[Cell]) -> list[Path]:
         """Return nothing: processes have no scripts."""

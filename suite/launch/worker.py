@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from suite.atomic import write_text
 from suite.errors import UserError
 from suite.launch import background_scoring, branches
 from suite.launch.interruption import Interruption
@@ -172,13 +173,26 @@ def prepare_together(
     return corpus if world.is_first else prepare(cell.data, cache=cache_of(run))
 
 
+def corpus_of(run: RunDir, cell: Cell) -> Corpus:
+    """Return the corpus of a trained run; if its text is not available, the tokenizer that the run contains.
+
+    Raises UserError if neither is available.
+    """
+    from suite.data.corpus import TokenizerAlone, prepare
+
+    try:
+        return prepare(cell.data, cache=cache_of(run))
+    except UserError as error:
+        if not run.tokenizer_path.exists():
+            raise
+        return TokenizerAlone(cell.data, run.tokenizer_path, str(run.read_record()["data_fingerprint"]), str(error))
+
+
 def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) -> Cell:
     """Add the missing scores to a trained run, those of the `added` evaluations included; returns the recorded cell.
 
     Raises UserError for a run that is not trained, or is locked by another process.
     """
-    from suite.data.corpus import prepare
-
     run = RunDir(run_path)
     try:
         with run.lock():
@@ -188,7 +202,7 @@ def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) 
                 )
             recorded = run.read_cell()
             cell = recorded.with_evaluations(added)
-            score_missing(run, cell, prepare(cell.data, cache=cache_of(run)), scorer)
+            score_missing(run, cell, corpus_of(run, cell), scorer)
             if cell != recorded:
                 # Recorded after scoring: an evaluation that fails is not left for the next sweep to try again.
                 facts = {name: value for name, value in run.read_record().items() if name not in CELL_FACTS}
@@ -333,6 +347,7 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
         "tokenizer": corpus.tokenizer.fingerprint,
     }
     branches.begin(run, cell, **facts, **parent.facts(run, cell, corpus))
+    write_text(run.tokenizer_path, corpus.tokenizer.to_json())
     print(f"{run.name}: training from step {max(steps_saved(run), default=0)}", file=sys.stderr)
 
 

@@ -23,6 +23,7 @@ from suite.launch.slurm import queue
 from suite.launch.slurm.profile import Profile, load_profile
 from suite.launch.slurm.queue import ENDED, WORDS, Job
 from suite.launch.slurm.submit import Submission, Submitter, jobs_folder
+from suite.launch.status import CellStatus
 from suite.records import GRIDS, RunDir, run_dir
 
 GRACE_S = 10.0
@@ -142,7 +143,31 @@ class SlurmExecutor:
 
     def cancel(self, at_once: bool = False) -> None:
         """Cancel the jobs of all cells of the grid, and the report's."""
-        cancel_jobs(self.results, self.grid)
+        self.cancel_grid(self.results, self.grid)
+
+    @classmethod
+    def cancel_grid(cls, results: Path, grid: Grid) -> list[str]:
+        """Cancel the living jobs of a grid; returns the names of their runs, and "report". Raises UserError."""
+        runs = [run_dir(results, cell) for cell in grid.cells]
+        jobs = {run.name: [facts["job"] for facts in run.jobs().values()] for run in runs}
+        report = queue.recorded_report(jobs_folder(results, grid))
+        if report is None and not any(jobs.values()):
+            return []
+        queued = queue.query()
+        jobs["report"] = [] if report is None else [report]
+        alive = {name: [job for job in ids if job in queued and queued[job].alive] for name, ids in jobs.items()}
+        doomed = [job for ids in alive.values() for job in ids]
+        if doomed:
+            queue.cancel(doomed)
+            for run in runs:
+                if alive[run.name]:
+                    queue.record_cancelled(run)
+        return [name for name, ids in alive.items() if ids]
+
+    @classmethod
+    def with_jobs(cls, statuses: list[CellStatus], runs: list[RunDir]) -> list[CellStatus]:
+        """Return the statuses with the states of jobs, if any run has one."""
+        return queue.with_slurm(statuses, runs)
 
     def report(self, to_stderr: bool) -> bool:
         """Wait for the report job, if there is one."""
@@ -190,25 +215,6 @@ class SlurmExecutor:
         # After one that failed or was cancelled, retained checkpoints are scored at the end of training.
         may_follow = last is None or self._queue.get(last, Job(ENDED)).state in ("COMPLETED", ENDED)
         return may_follow and bool(background_scoring.retained_steps(run)) and not run.state().get("trained")
-
-
-def cancel_jobs(results: Path, grid: Grid) -> list[str]:
-    """Cancel the living jobs of a grid; returns the names of their runs, and "report". Raises UserError."""
-    runs = [run_dir(results, cell) for cell in grid.cells]
-    jobs = {run.name: [facts["job"] for facts in run.jobs().values()] for run in runs}
-    report = queue.recorded_report(jobs_folder(results, grid))
-    if report is None and not any(jobs.values()):
-        return []
-    queued = queue.query()
-    jobs["report"] = [] if report is None else [report]
-    alive = {name: [job for job in ids if job in queued and queued[job].alive] for name, ids in jobs.items()}
-    doomed = [job for ids in alive.values() for job in ids]
-    if doomed:
-        queue.cancel(doomed)
-        for run in runs:
-            if alive[run.name]:
-                queue.record_cancelled(run)
-    return [name for name, ids in alive.items() if ids]
 
 
 def _write(folder: Path, number: int, submission: Submission) -> Path:

@@ -1,8 +1,8 @@
 """What a Slurm job runs: one stage of a cell, given the path of its run directory and how to distribute it.
 
-Training runs in a thread while the main thread waits. submitit's signal handler, which runs in the main thread, asks
-training to stop: all processes end the same step and save together; then the handler requeues the job. The job holds no
-state of the run: each start reads the newest complete checkpoint.
+Training runs in a thread while the main thread waits. submitit's signal handler runs in the main thread and requests a
+stop: all processes end the same step and save together; then the handler requeues the job. The job holds no state of
+the run: each start reads the newest complete checkpoint.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SIGNAL_POLL_S = 0.5
 
 
 class CellJob:
-    """One stage of the cell at `run_path`, to be submitted through submitit, which asks it for `checkpoint`."""
+    """One stage of the cell at `run_path`, to be submitted through submitit, which calls `checkpoint`."""
 
     def __init__(
         self, run_path: Path, stage: Stage, scorer: Scorer | None = None, parallel: Parallel | None = None
