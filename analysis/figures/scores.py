@@ -41,6 +41,7 @@ def scores_against_rows(context: Context, folder: Path) -> list[Path]:
         _published(axis, context, base, score)
         if len(points):
             rows_panel(axis, context, points, "value", _title(context, score))
+        _imported(axis, context, score)
         axis.set_title(f"base {base}", loc="left")
         axis.set_xlabel("memory rows")
 
@@ -67,6 +68,7 @@ def scores_against_base(context: Context, folder: Path) -> list[Path]:
             part = points[points["label"] == label]
             if part["base"].nunique() > 1:
                 line_over_bases(axis, context, label, part, "size", "value")
+        _imported(axis, context, score)
         style.log_axis(axis)
         axis.set_ylabel(_title(context, score))
         axis.set_xlabel("base parameters")
@@ -84,6 +86,7 @@ def scores_against_cost(context: Context, folder: Path) -> list[Path]:
         points = _points(context, table.dropna(subset=[cost]), score)
         for label in points["label"].unique():
             line_over_bases(axis, context, label, points[points["label"] == label], cost, "value")
+        _imported(axis, context, score)
         style.log_axis(axis)
         axis.set_ylabel(_title(context, score))
         axis.set_xlabel(costs[cost])
@@ -191,6 +194,15 @@ def _panels(
             axis.set_axis_off()
         style.legend_above(drawn, axes)
         return style.save(drawn, folder, name, context.note(note))
+
+
+def _imported(axis: Axes, context: Context, score: int) -> None:
+    """Draw the score of each imported checkpoint as a line: it was not trained here."""
+    imported = context.data.imported
+    for row in imported[imported["score"] == score].to_dict("records"):
+        axis.axhline(
+            row["value"], color="#777777", linewidth=0.8, linestyle=":", label=f"not trained here: {row['name']}"
+        )
 
 
 def _published(axis: Axes, context: Context, base: str, score: int) -> None:

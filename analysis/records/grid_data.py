@@ -24,7 +24,7 @@ from analysis.records.curves import Curves
 from analysis.records.grids import Contrast, read_grid, read_grids, read_plans, read_source
 from analysis.records.labels import is_reshaped, labels, pairing, training
 from analysis.records.run_files import DAMAGED
-from analysis.records.scores import final_scores, without_tables
+from analysis.records.scores import IDENTITY, final_scores, without_tables
 
 EQUAL = 0.05
 """Largest deviation of a ratio from 1 that is still called equal."""
@@ -81,6 +81,8 @@ class GridData:
     scores: one row per final score, see analysis.records.scores.
     tables_off: one row per final score that a run also has with its tables switched off, as `off`.
     knowledge, retention: one row per measurement of learning and forgetting, see analysis.records.knowledge.
+    imported: one row per score that an imported checkpoint in the same results has in common with the runs: its name,
+        score and value.
     damaged: run and cause of the runs with a record file that cannot be read.
     absent: runs that the grid names and that have no directory.
     """
@@ -99,6 +101,7 @@ class GridData:
     tables_off: pd.DataFrame = field(default_factory=pd.DataFrame)
     knowledge: pd.DataFrame = field(default_factory=pd.DataFrame)
     retention: pd.DataFrame = field(default_factory=pd.DataFrame)
+    imported: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["name", "score", "value"]))
 
     @cached_property
     def done(self) -> pd.DataFrame:
@@ -159,7 +162,23 @@ def load(
         source=read_source(results, grid) if grid else "",
         absent=tuple(sorted(set(recorded.runs) - set(table["run"].to_pylist()))) if recorded else (),
         published=published,
+        imported=_imported(results, data.scores),
     )
+
+
+IMPORTED = "imported-"
+"""Beginning of the names of imported checkpoints' runs."""
+
+
+def _imported(results: Path, scores: pd.DataFrame) -> pd.DataFrame:
+    """Return the scores of imported checkpoints that are also among `scores`."""
+    names = [name for name in store.scan(results) if name.startswith(IMPORTED)]
+    table = store.load(results, ["scores"], names)
+    recorded = unnest(table, "scores", np.arange(len(table)))
+    recorded = recorded[recorded["split"] == "final"]
+    named = recorded.assign(name=table["run"].to_pandas().to_numpy()[recorded["run"]]).drop(columns="run")
+    same = scores.drop_duplicates("score")[[*IDENTITY, "score"]]
+    return named.merge(same, on=[*IDENTITY])[["name", "score", "value"]]
 
 
 def read_store(results: Path, grid: str | None, columns: Sequence[str]) -> pa.Table:

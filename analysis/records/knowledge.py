@@ -1,6 +1,7 @@
 """Learning and forgetting while new facts are taught, from the measurements in train.jsonl (docs/new-facts.md).
 
-Gains are bits per fact since the measurement before the first fact, over the facts taught so far.
+Values are means over the facts taught so far. Bits of a fact are 0 for a model that knows only the possible answers,
+negative for one that is sure of a wrong one, and at most `bits_max`.
 """
 
 from __future__ import annotations
@@ -14,16 +15,17 @@ KINDS = ("storage", "paraphrase", "extraction")
 KNOWLEDGE = (
     "taught",
     "bits_max",
-    *(f"gain_{kind}" for kind in KINDS),
+    "bits_before",
+    *(f"bits_{kind}" for kind in KINDS),
     *(f"recall_{kind}" for kind in KINDS),
     "known_lost",
     "known_recall",
     "bytes_lost",
     "touched",
 )
-"""Per measurement: facts taught; their bits, mean; gains and recall; the share of the bits of known people that is
-lost; their recall; the held-out bits per byte that are added; the share of table rows updated. None where it does not
-apply."""
+"""Per measurement: facts taught; the most bits of a fact; storage bits before the first fact; bits and recall; the
+share of the bits of known people that is lost; their recall; the held-out bits per byte that are added; the share of
+table rows updated. None where it does not apply."""
 RETENTION = ("later", "gain", "gain_at_first")
 """Per measurement and block of facts that were taught between two measurements: facts taught later, the gain of the
 block, and its gain at the first measurement after it."""
@@ -42,13 +44,15 @@ def read_knowledge(lines: Sequence[Mapping[str, Any]]) -> tuple[list[Entry], lis
 
 def _knowledge(first: Mapping[str, Any], line: Mapping[str, Any]) -> Entry:
     new, before, taught = line["new"], first["new"], int(line["new"]["taught"])
-    gains = [_gain(new, before, kind, 0, taught) for kind in KINDS]
-    recalls = [_mean(new.get(kind, {}).get("recall", [])[:taught]) for kind in KINDS]
+    bits, recalls = (
+        [_mean(new.get(kind, {}).get(value, [])[:taught]) for kind in KINDS] for value in ("bits", "recall")
+    )
     known, known_before = (measurement.get("known", {}) for measurement in (line, first))
     return (
         float(taught),
         _mean(new.get("bits_max", [])[:taught]),
-        *gains,
+        _mean(before["storage"]["bits"][:taught]),
+        *bits,
         *recalls,
         _lost(known, known_before),
         known.get("probe", {}).get("storage", {}).get("recall"),
@@ -62,17 +66,15 @@ def _retention(measured: Sequence[Mapping[str, Any]]) -> Sequence[Entry]:
     before, entries = measured[0]["new"], []
     for at in range(1, len(measured)):
         start, end = ends[at - 1], ends[at]
-        gains = [_gain(line["new"], before, "storage", start, end) for line in measured[at:]]
+        gains = [_gain(line["new"], before, start, end) for line in measured[at:]]
         entries += [(float(later - end), gain, gains[0]) for later, gain in zip(ends[at:], gains, strict=True)]
     return entries
 
 
-def _gain(new: Mapping[str, Any], before: Mapping[str, Any], kind: str, start: int, end: int) -> float | None:
-    """Return the mean gain in bits of facts [start, end); None without such facts."""
-    if kind not in new:
-        return None
-    pairs = zip(new[kind]["bits"][start:end], before[kind]["bits"][start:end], strict=True)
-    return _mean([after - earlier for after, earlier in pairs if after is not None])
+def _gain(new: Mapping[str, Any], before: Mapping[str, Any], start: int, end: int) -> float | None:
+    """Return the mean gain in bits of facts [start, end) since the first measurement; None without such facts."""
+    pairs = zip(new["storage"]["bits"][start:end], before["storage"]["bits"][start:end], strict=True)
+    return _mean([after - earlier for after, earlier in pairs])
 
 
 def _lost(known: Mapping[str, Any], before: Mapping[str, Any]) -> float | None:

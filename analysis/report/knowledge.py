@@ -7,14 +7,14 @@ import math
 from analysis.comparisons.knowledge import LEVEL, METRIC, Compared, Learning
 from analysis.comparisons.statistics import MIN_PAIRS, paired
 from analysis.records.grid_data import GridData
-from analysis.records.tables import number
 from analysis.report.blocks import Block, Table, Text
 from analysis.report.formatting import with_interval
 
 COLUMNS = {
-    "gain_storage": "gain, taught templates",
-    "gain_paraphrase": "gain, unseen templates",
-    "gain_extraction": "gain, questions",
+    "learned": "learned",
+    "bits_storage": "bits, taught templates",
+    "bits_paraphrase": "bits, unseen templates",
+    "bits_extraction": "bits, questions",
     "recall_storage": "recall",
     "recall_paraphrase": "recall, unseen",
     "recall_extraction": "recall, questions",
@@ -31,7 +31,8 @@ def knowledge_blocks(learning: Learning) -> list[Block]:
         cells = [with_interval(paired(group[key].dropna().to_numpy(float))) for key in COLUMNS]
         rows.append([method, label, len(group), *cells])
     note = (
-        f"After the last fact. Gains: bits per fact since before the first one. Forgotten: {learning.forgotten_unit}. "
+        "After the last fact, means over all facts. Bits of a fact: 0 for a model that knows only the possible "
+        f"answers, negative for one that is sure of a wrong one. Forgotten: {learning.forgotten_unit}. "
         f"Intervals from {MIN_PAIRS} seeds on."
     )
     settings = Table(["method", "setting", "n", *COLUMNS.values()], rows, left=2, name="new-facts")
@@ -41,7 +42,7 @@ def knowledge_blocks(learning: Learning) -> list[Block]:
 def _at_equal_learning(learning: Learning) -> Table:
     rows = []
     for method, part in learning.final.groupby("method", sort=False):
-        values = learning.forgetting(part, learning.level)
+        values = learning.forgetting(part)
         reached = values.dropna()
         rows.append([method, len(values), len(values) - len(reached), with_interval(paired(reached.to_numpy(float)))])
     headers = ["method", "seeds", "seeds below the level", "forgotten at the level"]
@@ -50,9 +51,9 @@ def _at_equal_learning(learning: Learning) -> Table:
 
 def _how_compared(learning: Learning) -> str:
     return (
-        f"Forgetting on each method's hull (of its settings at one seed, and of doing nothing) at a gain of "
-        f"{number(learning.level)} bits per fact, {LEVEL:.0%} of a fact's bits where these are known. A method none of "
-        "whose settings gains as much at a seed has no value there."
+        "Learned: the share of the bits that the model lacked about the facts and gained. Compared: the "
+        f"{learning.forgotten_unit} on each method's hull (of its settings at one seed, and of doing nothing) where it "
+        f"has learned {LEVEL:g}. A method none of whose settings learns as much at a seed has no value there."
     )
 
 
@@ -82,12 +83,12 @@ def _sentence(compared: Compared, learning: Learning) -> str:
         else ""
     )
     if difference.n == 0:
-        return f"no seed at which both gain {number(learning.level)} bits per fact{short}"
+        return f"no seed at which both learn {LEVEL:g} of the lacking bits{short}"
     verdict = f"no verdict below {MIN_PAIRS} pairs"
     if not math.isnan(difference.low):
         verdict = "the interval contains no difference" if difference.low <= 0 <= difference.high else "forgets less"
         verdict = "forgets more" if difference.low > 0 else verdict
     return (
-        f"{with_interval(difference, sign=True)} in the {learning.forgotten_unit} at an equal gain of "
-        f"{number(learning.level)} bits per fact ({verdict}), {difference.n} pairs{short}"
+        f"{with_interval(difference, sign=True)} in the {learning.forgotten_unit} where both have learned "
+        f"{LEVEL:g} of the lacking bits ({verdict}), {difference.n} pairs{short}"
     )

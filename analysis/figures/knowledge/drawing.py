@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 
-from analysis.comparisons.knowledge import Learning, hull, learning_of
+from analysis.comparisons.knowledge import LEVEL, Learning, hull_of, learning_of
 from analysis.comparisons.statistics import paired
 from analysis.figures import style
 from analysis.figures.context import Context, Missing
@@ -25,9 +25,9 @@ def learning_against_forgetting(context: Context, folder: Path) -> list[Path]:
         for axis, family in zip(axes, families, strict=True):
             for method, part in learning.final[learning.final["family"] == family].groupby("method", sort=False):
                 _points(axis, part, looks[str(method)], f"{method} (n={part['seed'].nunique()})")
-            axis.axvline(learning.level, color="#999999", linewidth=0.8, linestyle=":")
+            axis.axvline(LEVEL, color="#999999", linewidth=0.8, linestyle=":")
             axis.set_title(family, loc="left")
-            axis.set_xlabel("bits gained per new fact")
+            axis.set_xlabel("share of the lacking bits gained")
         axes[0].set_ylabel(learning.forgotten_unit)
         style.legend_above(drawn, axes)
         note = (
@@ -44,7 +44,7 @@ def _points(axis: Axes, part: pd.DataFrame, look: style.Look, label: str) -> Non
         x, y = (paired(group[key].to_numpy(float)) for key in ("learned", "forgotten"))
         reach = [None if np.isnan(d.low) else [[d.mean - d.low], [d.high - d.mean]] for d in (x, y)]
         axis.errorbar([x.mean], [y.mean], xerr=reach[0], yerr=reach[1], color=look.color, marker=look.marker, ms=4)
-    vertices = hull(means["learned"].to_numpy(float), means["forgotten"].to_numpy(float))
+    vertices = hull_of(means)
     axis.plot(vertices[:, 0], vertices[:, 1], color=look.color, linestyle=look.linestyle, label=label)
 
 
