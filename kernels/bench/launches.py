@@ -24,6 +24,8 @@ ROWS, TOKENS, READ = 64, 16, 128
 WIDTHS = {"134m": 768, "373m": 1024, "720m": 1536, "1.3b": 2048, "8b": 4096}
 SHARDS = {"134m / 8": 96, "720m / 8": 192, "1.3b / 8": 256, "8b / 8": 512, "8b / 64": 64}
 """Row widths where a table's columns are divided over processes."""
+NGRAM_WIDTHS = {"Engram-27B": 80, "Qwen3.8": 160, "DeepSeek-V4.1": 256}
+"""Row widths of n-gram tables, whose bags hold one row."""
 HALF_KEYS = (1024, 2048, 4096, 8192)
 """Tables of 2^20 to 2^26 rows."""
 HALF_WIDTHS = {"pkm": 128, "134m": 192, "373m": 256, "720m": 384, "1.3b": 512, "8b": 1024}
@@ -71,6 +73,8 @@ def _bags(every: bool) -> Iterator[Call]:
         if every or size == "1.3b" or (dtype == torch.float32 and size in ("134m / 8", "8b / 64")):
             yield Call(f"{size}: width {width}, {_name(dtype)} table", partial(_bag, width, READ, dtype))
     if every:
+        for (model, width), dtype in product(NGRAM_WIDTHS.items(), (torch.float32, torch.bfloat16)):
+            yield Call(f"{model}: width {width}, {_name(dtype)} table, bags of one row", partial(_bag, width, 1, dtype))
         yield Call("width 48, float64 table", partial(_bag, 48, 8, torch.float64))
         yield Call("width 33, 20 rows per token", partial(_bag, 33, 20, torch.float32))
 
@@ -102,6 +106,9 @@ def _updates(every: bool) -> Iterator[Call]:
             }
             yield Call(shape, partial(take_steps, 2, torch.zeros(ROWS, width, dtype=dtype), update))
     if every:
+        for (model, width), path in product(NGRAM_WIDTHS.items(), ("replay", "sweep")):
+            table_RD = torch.zeros(ROWS, width)
+            yield Call(f"{model}: width {width}, {path}", partial(take_steps, 2, table_RD, {"path": path}))
         for path in ("replay", "sweep"):
             table_RD = torch.zeros(ROWS, 2048, dtype=torch.float64)
             yield Call(f"width 2048, float64, {path}", partial(take_steps, 2, table_RD, {"path": path}))

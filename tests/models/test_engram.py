@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from model_families import VOCAB, config, model, tokens
-from tiny_cells import tiny_cell
+from tiny_cells import corpus_of, tiny_cell
 from tokenizers import Regex, normalizers
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers.decoders import ByteLevel
@@ -22,6 +22,9 @@ from suite.models import build, registry
 from suite.models.accounting import account
 from suite.models.lookup.engram import EngramConfig
 from suite.models.lookup.hashing import odd_multipliers, primes_from
+from suite.records import RunDir
+from suite.train import checkpoint
+from suite.train.loop import Trainer
 from suite.train.optim import Optimizer
 
 CANONICAL = [token // 2 for token in range(VOCAB)]
@@ -219,6 +222,22 @@ def test_canonical_ids_of_gpt2_are_those_of_the_library(real_data: Path) -> None
         key = text if text == " " else text.strip(" ")
         keys.setdefault(token if "\ufffd" in text or not key else key, len(keys))
     assert len(keys) == max(canonical_ids(gpt2)) + 1
+
+
+def test_a_checkpoint_holds_the_canonical_ids_of_its_tokenizer(cache: Path, tmp_path: Path) -> None:
+    cell = tiny_cell("engram")
+    corpus = corpus_of(cell, cache)
+    trainer = Trainer(cell, corpus, RunDir(tmp_path))
+    trainer.train_step()
+    trainer.save()
+    ids = corpus.canonical_ids()
+    assert max(ids) + 1 < corpus.vocab_size  # some words differ only in case
+    loaded = checkpoint.load_model(RunDir(tmp_path), cell, corpus)
+    for memory in loaded.memory_layers().values():
+        assert memory.hashes.canonical_ids.tolist() == [*ids, max(ids) + 1]
+    batch = corpus.loader(0, 2).batch(0)
+    trained = trainer.model.eval()
+    assert torch.equal(loaded(batch.tokens_BT, batch.segments_BT), trained(batch.tokens_BT, batch.segments_BT))
 
 
 def test_the_table_has_five_times_the_learning_rate_and_no_weight_decay() -> None:
