@@ -251,6 +251,24 @@ def test_a_run_resumes_with_a_different_number_of_processes(
 
 
 @pytest.mark.slow
+def test_two_processes_start_from_a_parent_like_one_and_also_from_a_sharded_parent(
+    cache: Path, tmp_path: Path, wide: None
+) -> None:
+    parent = cell_of("memory_plus", 4)
+    runs = [RunDir(tmp_path / "runs" / name) for name in ("parent-1", "parent-2")]
+    for run in runs:
+        run.write_cell(parent)
+    alone(parent, runs[0].path, cache)
+    run_jobs([job(parent, runs[1].path, memory_parallel=2)], cache, 2, tmp_path)
+    for run in runs:
+        run.set_state("done", trained=True)
+        child = cell_of("memory_plus", 5, init_from=str(run.path), parent=parent.hash8)
+        one, two = (tmp_path / f"child-{number}-{run.name}" for number in (1, 2))
+        run_jobs([job(child, two, memory_parallel=2)], cache, 2, tmp_path)
+        assert_same_run(child, alone(child, one, cache), two, cache)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", [0, 2])
 def test_activation_checkpointing_does_not_change_training(
     processes: int, cache: Path, tmp_path: Path, wide: None
