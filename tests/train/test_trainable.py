@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from model_families import model as small_model
+from model_families import tokens
 from pydantic import ValidationError
 from tiny_cells import corpus_of, tiny_cell
 from torch import Tensor
 
-from suite.cells import Cell
+from suite.cells import Cell, TrainConfig
 from suite.data.packing import IGNORED
 from suite.errors import UserError
 from suite.inference.batching import evaluation_mode
@@ -19,8 +21,10 @@ from suite.launch.preparation import prepare
 from suite.records import RunDir
 from suite.train.checkpoint import load_model
 from suite.train.finetuning import lora
+from suite.train.finetuning.rows import RowChoice
 from suite.train.loop import Trainer, train
-from suite.trainable import TrainLoRA
+from suite.train.optim import Optimizer
+from suite.trainable import TrainLoRA, TrainRows
 
 SGD = {"table_optimizer": "sgd", "value_lr": 1.0}
 ADAMW = {"value_lazy": True, "value_lr": 0.01}
@@ -68,16 +72,18 @@ def row_parameters(trainer: Trainer) -> set[str]:
     return {name for name in trainer.model.state_dict() if name.startswith("tables.") or ".experts.w" in name}
 
 
-@pytest.mark.parametrize("options", [SGD, ADAMW], ids=["sgd", "adamw"])
-@pytest.mark.parametrize("kind", ["tables", "rows"])
+@pytest.mark.parametrize(("kind", "options"), [("tables", SGD), ("tables", {}), ("rows", ADAMW)])
 @pytest.mark.parametrize("family", FAMILIES[1:])
 def test_only_tables_and_experts_move(family: str, kind: str, options: dict[str, Any], results: Path) -> None:
     trainer = trainer_of(results, child_of(family, ROWS if kind == "rows" else {"kind": kind}, **options))
     assert moved(trainer) == row_parameters(trainer)
 
 
-@pytest.mark.parametrize("score", ["tfidf", "tf", "reads", "random"])
-@pytest.mark.parametrize("options", [SGD, ADAMW], ids=["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("score", "options"),
+    [("tfidf", SGD), ("tfidf", ADAMW), ("tf", ADAMW), ("reads", SGD), ("random", SGD)],
+    ids=["tfidf-sgd", "tfidf-adamw", "tf", "reads", "random"],
+)
 @pytest.mark.parametrize("family", FAMILIES[1:])
 def test_only_the_chosen_rows_move(family: str, options: dict[str, Any], score: str, results: Path) -> None:
     trainable = {**ROWS, "score": score} | ({"top": None} if score == "reads" else {})
@@ -261,3 +267,31 @@ def test_lora_has_a_product_for_each_expert(results: Path) -> None:
         addition.B.normal_()
     expected = torch.stack([w + b @ a for w, b, a in zip(before[names[0]], addition.B, addition.A, strict=True)])
     torch.testing.assert_close(module.w1, expected)
+
+
+TABLES = ("memory_plus keep_ffn", "peer", "ultramem_v2", "engram", "ngram_embedding", "token_table stem", "moe_topk")
+
+
+@pytest.mark.parametrize("case", TABLES)
+def test_one_rule_chooses_the_rows_of_every_family(case: str) -> None:
+    """Value rows, pairs of rows, n-grams' rows, tokens' rows and experts: no other row of a table moves."""
+    model = small_model(case)
+    options = {**SGD, "init_from": "a", "parent": "0" * 8, "trainable": {**ROWS, "score": "tf"}}
+    config = TrainConfig.model_validate(
+        {"batch_rows": 2, "epochs": 1, "lr": 1e-3, "value_weight_decay": 0.0, **options}
+    )
+    choice = RowChoice(model, TrainRows(kind="rows", top=2, score="tf"), seed=0)
+    optimizer = Optimizer(model, config, choice)
+    before = {name: optimizer.tables[name].weight.clone() for name in optimizer.tables}
+    assert before
+    choice.begin(0)
+    choice.counts.start(tokens(2, 20))
+    model(tokens(2, 20)).square().mean().backward()
+    choice.counts.stop()
+    optimizer.set_lr(1.0, 0.0)
+    optimizer.step()
+    for name, rows in before.items():
+        moved_rows = (optimizer.tables[name].weight != rows).any(1).nonzero().squeeze(1).tolist()
+        chosen = choice.chosen(name.rpartition(".")[0]).tolist()
+        assert len(chosen) == 2
+        assert moved_rows == chosen
