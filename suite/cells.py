@@ -20,6 +20,7 @@ from pydantic.functional_validators import BeforeValidator
 from suite.data.sources.registry import AnyData
 from suite.identity import NOT_IDENTITY, Frozen, identity
 from suite.models import registry
+from suite.models.memory_table import RowForm
 from suite.models.registry import ModelConfig
 from suite.trainable import EVERYTHING, AnyTrainable
 
@@ -234,6 +235,11 @@ class Cell(Frozen):
     imported: str | None = Field(
         default=None, description="sha256 of the weights of an imported checkpoint, not trained here; filled in"
     )
+    quantised: RowForm | None = Field(
+        default=None,
+        description="form of the tables' rows; the run is made from that of the same cell without this field, and not "
+        "trained; None: fp32",
+    )
     baseline: str | None = Field(default=None, description="sha256 of an external baseline's source; filled in")
     evaluate: tuple[EvalConfig, ...] = Field(default=(), strict=False, json_schema_extra=NOT_IDENTITY)
 
@@ -261,6 +267,8 @@ class Cell(Frozen):
             raise ValueError(f"train.batch_rows: got {self.train.batch_rows}, allowed: {allowed}")
         if rows_per_fact is None and self.train.probe_every is not None:
             raise ValueError(f"train.probe_every: got {self.train.probe_every}, allowed: None without new facts")
+        if self.quantised is not None and not self.model.has_tables:
+            raise ValueError(f"quantised: got {self.quantised!r}, allowed: None for a model without value tables")
         return self
 
     def with_evaluations(self, configs: tuple[EvalConfig, ...]) -> Cell:
@@ -271,6 +279,11 @@ class Cell(Frozen):
             if new := tuple(task for task in dict.fromkeys(config.tasks) if task not in present):
                 evaluations += (config.model_copy(update={"tasks": new}),)
         return self.model_copy(update={"evaluate": evaluations})
+
+    @property
+    def source(self) -> Cell | None:
+        """The cell whose run this one is made from; None if it is trained."""
+        return None if self.quantised is None else self.model_copy(update={"quantised": None})
 
     @functools.cached_property
     def hash8(self) -> str:
@@ -290,11 +303,13 @@ class Cell(Frozen):
 
     @property
     def slug(self) -> str:
-        """A readable name: family, base size, half keys (if any) and seed; layers and width of an imported model."""
+        """A readable name: family, base size, half keys (if any), seed, and form of quantised rows; layers and width of
+        an imported model."""
         if self.imported is not None:
             return f"imported-{self.model.size.layers}x{self.model.size.dim}"
         half_keys = self.model.table_side
         parts = [self.model.family, self.model.base, f"k{half_keys}" if half_keys else "", f"s{self.seed}"]
+        parts.append(self.quantised or "")
         return "-".join(part for part in parts if part)
 
     @property

@@ -14,6 +14,8 @@ from suite.cli.options import (
     DataRoot,
     GridOptions,
     RunCodeOption,
+    TableCache,
+    TablePlace,
     TaskNames,
     allowed_runs,
     check_folders,
@@ -62,6 +64,8 @@ def evaluate(
     ] = False,
     data_root: DataRoot = None,
     run_code: RunCodeOption = None,
+    table: TablePlace = None,
+    cache: TableCache = None,
 ) -> None:
     """Score a trained run, or all runs of a grid, on the evaluations that have no scores yet.
 
@@ -72,9 +76,13 @@ def evaluate(
     """
     check_folders(options.results, data_root)
     scoring = make_scoring(data_root, run_code)
+    if table is not None or cache is not None:
+        from suite.inference.tables.loading import parse_place
+
+        scoring.place = parse_place(table, cache)
     if oracle:
-        if target is not None or preset is not None or num_fewshot is not None or table_off:
-            raise UserError("--oracle: scores no run; leave out RUN, --preset, --num-fewshot and --table-off")
+        if target is not None or preset is not None or num_fewshot is not None or table_off or scoring.place:
+            raise UserError("--oracle: scores no run; leave out RUN, --preset, --num-fewshot, --table-off and --table")
         _score_oracle(tasks, data_root, run_code, limit, options.as_json)
         return
     if target is None:
@@ -84,6 +92,8 @@ def evaluate(
     without_tables = [cell.run_name for cell in grid.cells if not cell.model.has_tables] if table_off else []
     if table_off and len(without_tables) == len(grid.cells):
         raise UserError(f"--table-off: {without_tables[0]} has no value tables")
+    if scoring.place is not None and not any(cell.model.has_tables for cell in grid.cells):
+        raise UserError(f"--table: {grid.cells[0].run_name} has no value tables")
     damaged = {run.name: damage for run in runs if (damage := run.damage()) is not None}
     wanted = [
         (run, cell.with_evaluations(() if cell.run_name in without_tables else extra).evaluate)

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from suite.cli import bench, cells, data, evaluate, runs, sweep, train
+from suite.cli import bench, cells, data, evaluate, quantise, runs, sweep, train
 from suite.cli.options import (
     AsJson,
     Baselines,
@@ -170,7 +170,7 @@ def export_run(
     record = RunDir(find_run(run, results))
     cell = record.read_cell()
     corpus = corpus_of(record, cell)
-    files = export(load_model(record, cell, corpus), to, corpus, cell.data.seq_len)
+    files = export(load_model(record, cell, corpus), to, corpus, cell.data.seq_len, cell.quantised)
     if as_json:
         print_json({"run": record.name, "files": [str(path) for path in files]})
     else:
@@ -245,6 +245,7 @@ def fields(
 
 app.command()(sweep.cancel)
 app.command("eval")(evaluate.evaluate)
+app.command()(quantise.quantise)
 app.add_typer(data.app, name="data")
 app.add_typer(runs.app, name="runs")
 app.add_typer(bench.app, name="bench")

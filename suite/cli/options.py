@@ -70,6 +70,16 @@ RunCodeOption = Annotated[
         "or rlimits; strongest: the first of bubblewrap and unshare that works here",
     ),
 ]
+TablePlace = Annotated[
+    str | None,
+    typer.Option(
+        "--table", metavar="PLACE", help="leave value tables in host memory or in the checkpoint's file: host or file"
+    ),
+]
+TableCache = Annotated[
+    str | None,
+    typer.Option("--cache", metavar="KIND:N%", help="with --table: hold N % of the rows in memory; lru or static"),
+]
 TaskNames = Annotated[
     str | None, typer.Option("--tasks", metavar="A,B", help="tasks by name, separated by commas, or all")
 ]

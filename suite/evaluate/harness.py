@@ -21,6 +21,7 @@ from suite.evaluate.adapter import Codec, SuiteLM
 from suite.evaluate.datasets import DataRoot
 from suite.evaluate.lm_eval_patches import compiled_templates, freeze_requests, quiet
 from suite.evaluate.sandbox import Sandbox
+from suite.inference import paired
 from suite.models.lookup.controls import tables_off
 from suite.models.transformer import Transformer
 
@@ -66,12 +67,17 @@ class Evaluator:
         self._data_root, self._sandbox = data_root, sandbox
         self._harnesses: dict[tuple[str, int, str], Harness] = {}
 
-    def evaluate(self, model: Transformer, corpus: Corpus, config: EvalConfig) -> dict[str, Any]:
-        """Score one model; see the function `evaluate`."""
+    def evaluate(
+        self, model: Transformer, corpus: Corpus, config: EvalConfig, reference: Transformer | None = None
+    ) -> dict[str, Any]:
+        """Score one model; see the function `evaluate`.
+
+        With a `reference`, another model of the same vocabulary, tasks have "differences" from it (`paired`).
+        """
         key = corpus.fingerprint, corpus.config.seq_len, config.hash8
         if key not in self._harnesses:
             self._harnesses[key] = Harness(corpus, config, self._data_root, self._sandbox)
-        return self._harnesses[key].run(model)
+        return self._harnesses[key].run(model, reference)
 
 
 class Harness:
@@ -88,12 +94,16 @@ class Harness:
         self._codec = Codec(corpus.tokenizer)
         self._prepared = prepare(config, catalog.Sources(corpus, DataRoot(data_root), sandbox))
 
-    def run(self, model: Transformer) -> dict[str, Any]:
-        """Score one model; see the function `evaluate`."""
-        lm = SuiteLM(model, self._codec, self._corpus.config.seq_len, TOKEN_BUDGET)
-        lm.refuse_diverged()
-        with tables_off(model.memory_tables() if self._config.table_off else []):
-            records = scores_of(lm, self._prepared)
+    def run(self, model: Transformer, reference: Transformer | None = None) -> dict[str, Any]:
+        """Score one model; see `Evaluator.evaluate`."""
+        lm, outcome = self._outcome(model)
+        records = records_of(outcome, self._prepared)
+        if reference is not None:
+            _, other = self._outcome(reference)
+            for name, task in self._prepared.loaded.tasks.items():
+                ours, theirs = (part["samples"][name][-records[name]["n"] :] for part in (outcome, other))
+                metrics = {m: f for m, f in task.aggregation().items() if not m.endswith(_STDERR)}
+                records[name]["differences"] = paired.differences(ours, theirs, metrics)
         return {
             "eval": self._config.model_dump(mode="json"),
             "hash": self._config.hash8,
@@ -101,6 +111,13 @@ class Harness:
             "tokenizer": self._corpus.tokenizer.fingerprint,
             "tasks": {name: {**record, "cut": self._truncated(name, lm)} for name, record in records.items()},
         }
+
+    def _outcome(self, model: Transformer) -> tuple[SuiteLM, dict[str, Any]]:
+        """Return the model under lm-eval, and what lm-eval returns."""
+        lm = SuiteLM(model, self._codec, self._corpus.config.seq_len, TOKEN_BUDGET)
+        lm.refuse_diverged()
+        with tables_off(model.memory_tables() if self._config.table_off else []):
+            return lm, outcome_of(lm, self._prepared)
 
     def _truncated(self, name: str, lm: SuiteLM) -> int:
         group = self._prepared.loaded.groups.get(name)
@@ -134,21 +151,31 @@ def prepare(config: EvalConfig, sources: catalog.Sources) -> Prepared:
 
 
 def scores_of(lm: LM, prepared: Prepared) -> dict[str, dict[str, Any]]:
-    """Return the record of every task and group: versions and counts, prompt and data hashes, and metrics.
+    """Score a model; see `records_of`."""
+    return records_of(outcome_of(lm, prepared), prepared)
 
-    Those of tasks also have answers.
-    """
-    loaded = prepared.loaded
+
+def outcome_of(lm: LM, prepared: Prepared) -> dict[str, Any]:
+    """Return lm-eval's results and samples of every task and group."""
     with quiet(), compiled_templates():
         outcome = evaluator.evaluate(
             lm,
-            {"tasks": loaded.tasks, "groups": loaded.groups},
+            {"tasks": prepared.loaded.tasks, "groups": prepared.loaded.groups},
             limit=prepared.limit,
             log_samples=True,
             # The sandbox runs the programs; tasks with programs are refused without one.
             confirm_run_unsafe_code=True,
         )
     assert outcome is not None
+    return dict(outcome)
+
+
+def records_of(outcome: dict[str, Any], prepared: Prepared) -> dict[str, dict[str, Any]]:
+    """Return the record of every task and group: versions and counts, prompt and data hashes, and metrics.
+
+    Those of tasks also have answers.
+    """
+    loaded = prepared.loaded
     results = outcome["results"]
     records = {
         name: {

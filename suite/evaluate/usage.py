@@ -1,4 +1,4 @@
-"""Key usage of a finished model: which rows it reads for a fixed sample of text, and how evenly."""
+"""Key usage of a finished model: which rows it reads for a fixed sample of text, how evenly, and how well caches do."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from typing import Any
 import torch
 
 from suite.data.corpus import Corpus
+from suite.inference.tables import popularity
 from suite.models.transformer import Transformer
 from suite.models.usage import Reads
-
-BATCHES, BATCH_ROWS = 8, 16
-"""The sample of training text, which is the same for every model of a corpus."""
 
 
 @torch.no_grad()
@@ -22,26 +20,30 @@ def key_usage(model: Transformer, corpus: Corpus, processes: int = 1) -> dict[st
         processes: Number of processes that share the model; all of them call this.
 
     Returns:
-        {"tokens"} and the result of `Reads.finish`; empty without a memory.
+        {"tokens"} and the result of `Reads.finish`; empty without a memory. A single process adds "hit_rates": the
+        share of the reads of each table, for another text, that a cache of some rows has. A static cache holds the
+        rows that were read most in the training text.
     """
     if not model.memory_layers():
         return {}
     model.eval()
+    text = list(popularity.training_text(corpus))
     reads = Reads(model)
     reads.start()
     try:
-        tokens = _read_text(model, corpus)
+        by_table = popularity.reads_of(model, text)
     finally:
         reads.detach()
-    return {"tokens": tokens, **reads.finish(processes)}
+    usage = {"tokens": sum(tokens_BT.numel() for tokens_BT, _ in text), **reads.finish(processes)}
+    return usage if processes > 1 else usage | {"hit_rates": _hit_rates(model, corpus, by_table)}
 
 
-def _read_text(model: Transformer, corpus: Corpus) -> int:
-    device = next(model.parameters()).device
-    loader = corpus.loader(0, BATCH_ROWS)
-    tokens = 0
-    for step in range(BATCHES):
-        batch = loader.batch(step)
-        model.hidden(batch.tokens_BT.to(device), batch.segments_BT.to(device))
-        tokens += batch.tokens_BT.numel()
-    return tokens
+def _hit_rates(model: Transformer, corpus: Corpus, counted: list[torch.Tensor]) -> dict[str, Any]:
+    """Return {"text", "shares", "tables": [{"static", "lru"}]}, tables in the order of the model's."""
+    kind, text = popularity.other_text(corpus)
+    tables = []
+    for table, before_L, reads_L in zip(model.memory_tables(), counted, popularity.reads_of(model, text), strict=True):
+        rows = len(table.weight)
+        counts_R = popularity.counts_of(before_L, rows)
+        tables.append({"static": popularity.static_hits(counts_R, reads_L), "lru": popularity.lru_hits(reads_L, rows)})
+    return {"text": kind, "shares": list(popularity.SHARES), "tables": tables}

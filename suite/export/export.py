@@ -19,13 +19,20 @@ from suite.export.flatten import bundle
 from suite.export.llama import CONFIG, WEIGHTS, llama_config, llama_name
 from suite.export.tokenizer import write_tokenizer
 from suite.models import registry
+from suite.models.memory_table import RowForm
 from suite.models.precision import is_finite
 from suite.models.transformer import Transformer
 
 MODELING = "modeling_next_parameter"
 
 
-def export(model: Transformer, target: Path, corpus: Corpus | None = None, seq_len: int = 2048) -> list[Path]:
+def export(
+    model: Transformer,
+    target: Path,
+    corpus: Corpus | None = None,
+    seq_len: int = 2048,
+    quantised: RowForm | None = None,
+) -> list[Path]:
     """Write a model and the tokenizer of its corpus into a new folder.
 
     Args:
@@ -33,6 +40,7 @@ def export(model: Transformer, target: Path, corpus: Corpus | None = None, seq_l
         target: A folder that does not exist or is empty.
         corpus: The corpus; None: no tokenizer is written.
         seq_len: Tokens per row, the maximum length that the configuration states.
+        quantised: The form of the model's tables; None: fp32.
 
     Returns:
         The files, sorted.
@@ -59,7 +67,7 @@ def export(model: Transformer, target: Path, corpus: Corpus | None = None, seq_l
         config = llama_config(model, seq_len)
     else:
         weights = {f"model.{name}": value for name, value in model.state_dict().items()}
-        config = _own_config(model, seq_len)
+        config = _own_config(model, seq_len) | ({} if quantised is None else {"quantised": quantised})
         _write_sources(model, target)
     save_file(
         {name: value.detach().cpu().contiguous() for name, value in weights.items()},

@@ -10,31 +10,42 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from suite import models
+from suite.inference.tables.reading import expect_quantised, place_tables
+from suite.inference.tables.stores import Source
 from suite.models import transformer
-from suite.models.memory_table import MemoryLayer
+from suite.models.memory_table import MemoryLayer, RowForm
 from suite.models.registry import family
 
 
 class NextParameterConfig(PreTrainedConfig):
-    """`cell_model` is the model block of the cell; other tools read the other fields."""
+    """`cell_model` is the model block of the cell, and `quantised` the form of its tables' rows; other tools read the
+    other fields."""
 
     model_type = "next_parameter"
 
     def __init__(
-        self, cell_model: dict[str, Any] | None = None, vocab_size: int = 0, use_cache: bool = True, **kwargs: Any
+        self,
+        cell_model: dict[str, Any] | None = None,
+        vocab_size: int = 0,
+        use_cache: bool = True,
+        quantised: RowForm | None = None,
+        **kwargs: Any,
     ) -> None:
-        self.cell_model = cell_model or {}
+        self.cell_model, self.quantised = cell_model or {}, quantised
         self.vocab_size, self.use_cache = vocab_size, use_cache
         super().__init__(**kwargs)
 
@@ -78,6 +89,8 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         options = family(config.cell_model["family"]).config.model_validate(config.cell_model)
         self.model = models.Transformer(options, config.vocab_size)
+        if config.quantised is not None:
+            expect_quantised(self.model, config.quantised)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -136,6 +149,14 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
             loss = loss if num_items_in_batch is None else loss / num_items_in_batch
         output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **{CACHE: past})
         return output.to_tuple() if return_dict is False else output
+
+    def place_tables(self, folder: str | Path, source: Source = "file") -> None:
+        """Leave the value tables in the file of the export in `folder`, or in host memory, and release those loaded."""
+        path = Path(folder) / SAFE_WEIGHTS_NAME
+        with safe_open(path, framework="pt") as file:  # tensors are mapped from the file
+            names = [name for name in file.keys() if name.startswith("model.tables.")]  # noqa: SIM118
+            saved = {name.removeprefix("model."): file.get_tensor(name) for name in names}
+        place_tables(self.model, saved, source, path, self.config.quantised)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """Return the token embedding."""

@@ -91,12 +91,14 @@ def _copy_start(run: RunDir, start: Start) -> None:
 
 
 def must_wait(cell: Cell, run: RunDir, unfinished: Sequence[Cell]) -> bool:
-    """Return whether `cell` has to wait for an unfinished cell: its parent, or a sibling with a smaller budget.
+    """Return whether `cell` has to wait for an unfinished cell: its source, or a sibling with a smaller
+    budget.
 
     The sibling will save a checkpoint from which `cell` could start. Without waiting, cells that start together would
     all train their shared phase.
     """
-    if cell.train.parent is not None and any(other.hash8 == cell.train.parent for other in unfinished):
+    needed = {cell.train.parent, None if cell.source is None else cell.source.hash8}
+    if any(other.hash8 in needed for other in unfinished):
         return True
     if not cell.train.branches:
         return False

@@ -14,17 +14,20 @@ from suite.records import RunDir
 if TYPE_CHECKING:
     from suite.evaluate.harness import Evaluator
     from suite.evaluate.sandbox import RunCode
+    from suite.inference.tables.loading import Place
 
 
 @dataclass
 class Scorer:
-    """Settings for scoring: local data sets (None: the hub), and a sandbox for code that models write (None: refused).
+    """Settings for scoring: local data sets (None: the hub), a sandbox for code that models write (None: refused), and
+    where the tables of models are (None: in the model).
 
     The evaluator is built on first use, so that requests are prepared once for any number of runs.
     """
 
     data_root: Path | None = None
     run_code: RunCode | None = None
+    place: Place | None = None
 
     @cached_property
     def evaluator(self) -> Evaluator:

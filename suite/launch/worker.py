@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from suite.atomic import write_text
 from suite.errors import UserError
 from suite.launch import background_scoring, branches
+from suite.launch.derived import quantise
 from suite.launch.interruption import Interruption
 from suite.launch.provenance import device_name, stale_because, versions
 from suite.launch.scorer import Scorer, cache_of, missing_evals, needs_usage
@@ -27,6 +28,7 @@ from suite.train.parallel import World
 if TYPE_CHECKING:
     from suite.cells import Cell, EvalConfig
     from suite.data.corpus import Corpus
+    from suite.models.transformer import Transformer
 
 CELL_FACTS = ("cell", "hash", "run")
 """Fields of cell.json that `write_cell` writes itself; all others are carried over when it is written again."""
@@ -142,6 +144,8 @@ def _train_and_score_together(
         _train_lost_end_again(run, cell)
     is_trained = world.any(world.is_first and bool(run.state().get("trained")))
     corpus = prepare_together(run, cell, world, (lambda corpus: None) if is_trained else partial(begin, run, cell))
+    if not is_trained and cell.quantised is not None:
+        raise UserError(f"{run.path}: several processes cannot quantise a run; suite quantise does it in one")
     if not is_trained:
         with interruption.deferred():
 
@@ -281,9 +285,12 @@ def _train_and_score(run: RunDir, cell: Cell, scorer: Scorer, interruption: Inte
     corpus = prepare(cell.data, cache=cache_of(run))
     _train_lost_end_again(run, cell)
     if not run.state().get("trained"):
-        begin(run, cell, corpus)
-        _train(run, cell, corpus, scorer, interruption)
-        run.set_state("running", trained=True)
+        if cell.quantised is not None:
+            quantise.make(run, cell, corpus)
+        else:
+            begin(run, cell, corpus)
+            _train(run, cell, corpus, scorer, interruption)
+            run.set_state("running", trained=True)
     if interruption.requested:
         raise KeyboardInterrupt
     score_missing(run, cell, corpus, scorer)
@@ -374,7 +381,7 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
         return
     import torch
 
-    from suite.train.checkpoint import load_model, lost_end, newest_whole
+    from suite.train.checkpoint import lost_end, newest_whole
 
     # As in training, so that a run that was interrupted between the two gets the same scores.
     torch.set_num_threads(cell.threads)
@@ -384,7 +391,8 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
             f"{run.checkpoints}: the checkpoint of the last step, {last}, is damaged or missing; suite train "
             f"{run.cell_path} trains from step {step} to the end again"
         )
-    model = load_model(run, cell, corpus, world, step)
+    model = _load(run, cell, corpus, scorer, world, step)
+    reference = quantise.load_source(run, cell, corpus) if cell.quantised is not None and wanted else None
     facts = {"run": run.name, "step": step}
     if lacks_usage:
         from suite.evaluate.usage import key_usage
@@ -394,9 +402,27 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
             run.write_usage(facts | usage)
     for config in cell.evaluate:
         if config.hash8 in wanted:
-            scores = scorer.evaluator.evaluate(model, corpus, config)
+            scores = scorer.evaluator.evaluate(model, corpus, config, reference)
             if world.is_first:
                 run.write_eval(config.hash8, scores | facts)
+    if scorer.place is not None:
+        from suite.inference.tables.reading import traffic
+
+        print(f"{run.name}: tables in {scorer.place.label}: {traffic(model).line()}", file=sys.stderr)
+
+
+def _load(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world: World, step: int | None) -> Transformer:
+    """Load the model to score, with its tables and their cache where the scorer's settings request them."""
+    from suite.train.checkpoint import load_model
+
+    place = scorer.place if cell.model.has_tables else None
+    model = load_model(run, cell, corpus, world, step, place)
+    if place is not None:
+        from suite.inference.tables import loading, popularity
+
+        counts = popularity.counts(model, popularity.training_text(corpus)) if place.policy == "static" else None
+        loading.add_caches(model, place, counts)
+    return model
 
 
 def describe(error: BaseException) -> str:

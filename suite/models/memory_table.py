@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,10 @@ from suite.models.precision import at_least_fp32
 
 ROWS_AT_ONCE = 1 << 26
 """Largest number of row elements that `products` gathers at a time."""
+
+
+RowForm = Literal["bf16", "int8", "int4", "fp8", "nf4"]
+"""Forms of rows that take fewer bytes than fp32 (docs/serving-tables.md)."""
 
 
 class StoredRows(Protocol):

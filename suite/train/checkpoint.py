@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,6 +30,9 @@ from suite.models.transformer import Transformer
 from suite.records import RunDir
 from suite.train.checksums import find_damage, has_manifest, write_manifest
 from suite.train.parallel import World
+
+if TYPE_CHECKING:
+    from suite.inference.tables.loading import Place
 
 STATE_FILE = "state.pt"
 POSITION_FILE = "position.json"
@@ -221,7 +224,12 @@ def _copy(target: Tensors, source: Tensors) -> None:
 
 
 def load_model(
-    run: RunDir, cell: Cell, corpus: Corpus, world: World | None = None, step: int | None = None
+    run: RunDir,
+    cell: Cell,
+    corpus: Corpus,
+    world: World | None = None,
+    step: int | None = None,
+    place: Place | None = None,
 ) -> Transformer:
     """The run's model with saved weights, in fp32 and evaluation mode.
 
@@ -231,15 +239,18 @@ def load_model(
         corpus: its prepared data, which gives the vocabulary size.
         world: the processes that share the model, sharded as in training; None: a whole model on the CPU.
         step: the checkpoint, as `newest_whole` returns it; None: the newest that is whole.
+        place: where tables stay, in a model that is only evaluated; None: in the model.
 
     Raises:
-        UserError: the run has no whole checkpoint.
+        UserError: the run has no whole checkpoint, or its tables cannot be where they are requested.
     """
     step = newest_whole(run, world) if step is None else step
     if step is None:
         raise UserError(
             f"{run.checkpoints}: holds no checkpoint; restore a copy, or delete {run.path} and train the cell again"
         )
+    if cell.quantised is not None or place is not None:
+        return _load_stored(run, cell, corpus, world or World(), step, place)
     if world is not None and world.distributed:
         from suite.train.sharding import as_dtensors, build_sharded
 
@@ -251,6 +262,20 @@ def load_model(
         state = {"model": model.state_dict()}
     read(run, step, state)
     return model.eval()
+
+
+def _load_stored(run: RunDir, cell: Cell, corpus: Corpus, world: World, step: int, place: Place | None) -> Transformer:
+    """Load a model whose tables are quantised or elsewhere; see `load_model`."""
+    from suite.inference.tables.loading import load_stored  # training does not need it
+
+    path = _folder(run, step) / STATE_FILE
+    if world.distributed or not path.exists():
+        what = "is loaded" if world.distributed else "was saved"
+        raise UserError(
+            f"{_folder(run, step)}: {what} by several processes; allowed for its tables: in the model, fp32"
+        )
+    saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
+    return load_stored(cell.model, corpus.vocab_size, saved, path, cell.quantised, place).to(world.device)
 
 
 def model_shapes(run: RunDir, step: int) -> dict[str, tuple[int, ...]]:

@@ -48,14 +48,14 @@ class Prober:
                 self._requests[kind] = [
                     loglikelihood.encode_pair(corpus.tokenizer, probe.prompt, probe.answer) for probe in probes
                 ]
-        self._rows = _loss_rows(corpus)
+        self.rows = _loss_rows(corpus)
 
     def run(self, model: Transformer) -> dict[str, Any]:
         """Score the model: {"eval_loss": nats per token, "probe": {kind: {bits, bits_max, nll, recall, n}}}.
 
         "probe" is absent for text. `n` is the number of probes. The model's mode is restored.
         """
-        scores: dict[str, Any] = {"eval_loss": loss(model, self._rows)}
+        scores: dict[str, Any] = {"eval_loss": loss(model, self.rows)}
         if self._probes:
             scores["probe"] = {kind: self._bits(model, kind) for kind in self._probes}
         return scores

@@ -22,6 +22,7 @@ VERBS = (
     "runs prune",
     "export",
     "import",
+    "quantise",
     "baselines",
     "fields",
     "data prepare",

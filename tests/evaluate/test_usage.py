@@ -9,7 +9,8 @@ import torch
 from suite import models
 from suite.cells import Cell
 from suite.data.corpus import Corpus, prepare
-from suite.evaluate.usage import BATCH_ROWS, BATCHES, key_usage
+from suite.evaluate.usage import key_usage
+from suite.inference.tables.popularity import BATCH_ROWS, BATCHES
 
 
 def cell(family: str, **options: object) -> Cell:

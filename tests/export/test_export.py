@@ -26,6 +26,7 @@ from suite.errors import UserError
 from suite.export.export import export
 from suite.export.llama import import_llama
 from suite.export.tokenizer import fast_tokenizer
+from suite.inference.tables.reading import quantise_tables
 from suite.models import Transformer, registry
 
 transformers = pytest.importorskip("transformers", reason="transformers, an extra, is not installed")
@@ -104,6 +105,24 @@ def test_transformers_loads_every_family_with_our_logits(name: str, tmp_path: Pa
         ours = model(tokens(), pad_B=torch.tensor([0, 4]))
     torch.testing.assert_close(padded[1, 4:], ours[1, 4:], rtol=0, atol=2e-5)
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "form"), [("pkm shuffled", "int8"), ("ultramem_v2", "fp8"), ("peer", None)])
+def test_exports_carry_quantised_tables_and_may_leave_tables_elsewhere(
+    name: str, form: str | None, tmp_path: Path
+) -> None:
+    model = built(name)
+    if form is not None:
+        quantise_tables(model, form)
+    export(model, tmp_path / "out", quantised=form)
+    theirs = loaded(tmp_path / "out")
+    with torch.no_grad():
+        expected = model(tokens())
+        torch.testing.assert_close(theirs(tokens()).logits, expected, rtol=0, atol=1e-5)
+        for source in ("file", "host"):
+            theirs.place_tables(tmp_path / "out", source)
+            assert not [key for key in theirs.state_dict() if key.endswith((".codes", "tables.0.weight"))]
+            torch.testing.assert_close(theirs(tokens()).logits, expected, rtol=0, atol=1e-5)
 
 
 def exported(name: str, folder: Path) -> tuple[Transformer, Any]:

@@ -58,6 +58,7 @@ MAKES_NO_WEIGHTS = [
 ]
 
 IMPORTED_BY_TRAINING_WITHOUT_MAKING_WEIGHTS = {
+    "suite/inference/tables/loading.py",  # loads trained models
     "suite/__init__.py",
     "suite/errors.py",
     "suite/atomic.py",

@@ -8,16 +8,16 @@ Shapes: R rows of a table, U rows of a read, D row width, B blocks of a row, L l
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from suite.models.memory_table import RowForm
 from suite.models.precision import at_least_fp32
 
-FormName = Literal["bf16", "int8", "int4", "fp8", "nf4"]
-FORMS: tuple[FormName, ...] = get_args(FormName)
+FORMS: tuple[RowForm, ...] = get_args(RowForm)
 
 Parts = dict[str, Tensor]
 """The tensors of a stored table by name, each with one row per row of the table."""
@@ -47,16 +47,17 @@ class Form:
         values_UD = parts["values"]
         return values_UD.to(at_least_fp32(values_UD.dtype))
 
-    def empty(self, rows: int, width: int, dtype: torch.dtype) -> Parts:
+    def empty(self, rows: int, width: int, dtype: torch.dtype, device: torch.device | None = None) -> Parts:
         """Return uninitialised parts of a table.
 
         Args:
             rows: Rows of the table.
             width: Their width.
             dtype: Their dtype before they are encoded.
+            device: The device of the parts; None: the CPU.
         """
         one = self.encode(torch.zeros(1, width, dtype=dtype, device="cpu"))
-        return {name: part.new_empty(rows, *part.shape[1:]) for name, part in one.items()}
+        return {name: part.new_empty(rows, *part.shape[1:], device=device) for name, part in one.items()}
 
 
 class BFloat16(Form):
@@ -131,7 +132,7 @@ class NormalFloat4(Form):
         return levels_L[unpack(parts["codes"], width).long()] * parts["scales"]
 
 
-_FORMS: dict[FormName, Form] = {
+_FORMS: dict[RowForm, Form] = {
     "bf16": BFloat16(),
     "int8": Int8(),
     "int4": Int4(),
@@ -140,7 +141,7 @@ _FORMS: dict[FormName, Form] = {
 }
 
 
-def form_of(name: FormName | None) -> Form:
+def form_of(name: RowForm | None) -> Form:
     """Return the form of that name; None: rows as they are."""
     return Form() if name is None else _FORMS[name]
 

@@ -5,7 +5,6 @@ Shapes: R rows of a table, H rows in a cache.
 
 from __future__ import annotations
 
-import mmap
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 
 from suite.errors import UserError
-from suite.inference.tables.forms import FormName
 from suite.inference.tables.popularity import size_of
-from suite.inference.tables.reading import quantise_tables, store_rows, stored_rows
-from suite.inference.tables.stores import CachedRows, RowStore, advise
+from suite.inference.tables.reading import expect_quantised, place_tables, stored_rows
+from suite.inference.tables.stores import CachedRows, RowStore
 from suite.models.initial_weights import reset_statistics
+from suite.models.memory_table import RowForm
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
 
@@ -79,7 +78,7 @@ def load_stored(
     vocab_size: int,
     saved: Mapping[str, Tensor],
     path: Path,
-    form: FormName | None = None,
+    form: RowForm | None = None,
     place: Place | None = None,
 ) -> Transformer:
     """Return a model with saved weights whose tables are quantised, elsewhere, or both; on the CPU.
@@ -95,20 +94,9 @@ def load_stored(
     with torch.device("meta"):
         model = Transformer(config, vocab_size)
     if form is not None:
-        quantise_tables(model, form)
+        expect_quantised(model, form)
     if place is not None:
-        for number, table in enumerate(model.memory_tables()):
-            prefix = f"tables.{number}." + ("weight" if form is None else "stored.store.")
-            parts = {
-                name.removeprefix(prefix) or "values": part for name, part in saved.items() if name.startswith(prefix)
-            }
-            if place.source == "host":
-                store = RowStore({name: part.clone() for name, part in parts.items()}, "host")
-            else:
-                for part in parts.values():
-                    advise(part, mmap.MADV_RANDOM)  # a read loads the pages of its rows, and none after them
-                store = RowStore(parts, "file", path)
-            store_rows(table, store, form)
+        place_tables(model, saved, place.source, path, form)
     model.to_empty(device="cpu")
     with torch.no_grad():
         reset_statistics(model)

@@ -5,16 +5,20 @@ Shapes: N tokens, S rows read per token, R rows of a table, L reads in order.
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from suite.data.corpus import Corpus
 from suite.inference.batching import evaluation_mode
 from suite.models.memory_table import MemoryTable
 from suite.models.transformer import Transformer
 
+BATCHES, BATCH_ROWS = 8, 16
+"""The sample of text."""
 SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 """Sizes of caches, as shares of a table's rows."""
 LRU_READS = 1 << 18
@@ -45,6 +49,34 @@ def reads_of(model: Transformer, text: Iterable[Rows]) -> list[Tensor]:
         for table in tables:
             table.before_read.pop()
     return [torch.cat(seen) if seen else torch.empty(0, dtype=torch.int32) for seen in reads]
+
+
+def counts(model: Transformer, text: Iterable[Rows]) -> list[Tensor]:
+    """Return how often a model reads each row of each table for a text, int64 [R] by table."""
+    tables = model.memory_tables()
+    return [counts_of(reads_L, len(table.weight)) for reads_L, table in zip(reads_of(model, text), tables, strict=True)]
+
+
+def training_text(corpus: Corpus, first: int = 0) -> Iterator[Rows]:
+    """Yield a fixed sample of training text, the same for every model of a corpus, from batch `first` on."""
+    loader = corpus.loader(0, BATCH_ROWS)
+    for step in range(first, first + BATCHES):
+        batch = loader.batch(step)
+        yield batch.tokens_BT, batch.segments_BT
+
+
+def other_text(corpus: Corpus) -> tuple[str, list[Rows]]:
+    """Return the kind and the rows of a text other than `training_text`: the first held-out documents, packed into
+    rows, or, without any, the training text that follows.
+    """
+    if not corpus.held_out:
+        return "training text that follows", list(training_text(corpus, BATCHES))
+    length, eot = corpus.config.seq_len, corpus.tokenizer.eot_id
+    stream = (token for text in corpus.held_out for token in (eot, *corpus.tokenizer.encode(text)))
+    ids = list(itertools.islice(stream, BATCHES * BATCH_ROWS * length))
+    ids += [eot] * (-len(ids) % length)
+    tokens_XT = torch.tensor(ids).view(-1, length)
+    return "held-out text", [(part_BT, (part_BT == eot).cumsum(1)) for part_BT in tokens_XT.split(BATCH_ROWS)]
 
 
 def counts_of(reads_L: Tensor, rows: int) -> Tensor:

@@ -8,15 +8,17 @@ Shapes: N tokens, C tokens of a chunk, S rows read per token, U distinct rows of
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import mmap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suite.inference.tables.forms import Form, FormName, encode_table, form_of
-from suite.inference.tables.stores import CachedRows, RowStore, Traffic
-from suite.models.memory_table import MemoryTable, row_products
+from suite.inference.tables.forms import Form, encode_table, form_of
+from suite.inference.tables.stores import CachedRows, RowStore, Source, Traffic, advise
+from suite.models.memory_table import MemoryTable, RowForm, row_products
 from suite.models.transformer import Transformer
 
 ELEMENTS_AT_ONCE = 1 << 26
@@ -55,7 +57,7 @@ class StoredRows(nn.Module):
             yield chunk, numbers_CS, self.form.decode(self.store.gather(rows_U), self.dim).to(self.wide)
 
 
-def store_rows(table: MemoryTable, store: RowStore | CachedRows, form: FormName | None = None) -> None:
+def store_rows(table: MemoryTable, store: RowStore | CachedRows, form: RowForm | None = None) -> None:
     """Let a table read its rows from a store, and release its weight.
 
     Its `weight` becomes a tensor on the meta device, from which other code reads shape and dtype; it is no parameter.
@@ -74,17 +76,41 @@ def store_rows(table: MemoryTable, store: RowStore | CachedRows, form: FormName 
     table.stored = StoredRows(store, form_of(form), shape.shape[1], wide)
 
 
-def quantise_tables(model: Transformer, form: FormName) -> None:
-    """Replace the rows of every table of a model by codes on the same device; on the meta device, by their shapes."""
+def quantise_tables(model: Transformer, form: RowForm) -> None:
+    """Replace the rows of every table of a model by codes on the same device."""
     for table in model.memory_tables():
-        weight_RD = table.weight.detach()
-        if weight_RD.is_meta:
-            rows, width = weight_RD.shape
-            parts = {name: part.to("meta") for name, part in form_of(form).empty(1, width, weight_RD.dtype).items()}
-            parts = {name: part.new_empty(rows, *part.shape[1:]) for name, part in parts.items()}
-        else:
-            parts = encode_table(form_of(form), weight_RD)
+        store_rows(table, RowStore(encode_table(form_of(form), table.weight.detach())), form)
+
+
+def expect_quantised(model: Transformer, form: RowForm) -> None:
+    """Give every table of a model uninitialised codes on the same device, into which saved ones are loaded."""
+    for table in model.memory_tables():
+        rows, width = table.weight.shape
+        parts = form_of(form).empty(rows, width, table.weight.dtype, table.weight.device)
         store_rows(table, RowStore(parts), form)
+
+
+def place_tables(
+    model: Transformer, saved: Mapping[str, Tensor], source: Source, path: Path, form: RowForm | None = None
+) -> None:
+    """Let every table of a model read its rows from saved tensors, in host memory or in their file.
+
+    Args:
+        model: The model; its own rows are released.
+        saved: The saved tensors by their names in the model, mapped from `path`.
+        source: The place.
+        path: The file.
+        form: The form of the saved tables; None: rows as they are.
+    """
+    for number, table in enumerate(model.memory_tables()):
+        prefix = f"tables.{number}." + ("weight" if form is None else "stored.store.")
+        parts = {name.removeprefix(prefix) or "values": part for name, part in saved.items() if name.startswith(prefix)}
+        for name, part in parts.items():
+            if source == "file":
+                advise(part, mmap.MADV_RANDOM)  # a read loads the pages of its rows, and none after them
+            else:
+                parts[name] = part.clone()
+        store_rows(table, RowStore(parts, source, path), form)
 
 
 def stored_rows(model: Transformer) -> list[StoredRows]:

@@ -33,6 +33,12 @@ class Traffic:
     host: int = 0
     file: int = 0
 
+    def line(self) -> str:
+        """Return the counts in one line."""
+        cached = f", {self.hits / self.rows:.1%} from the cache" if self.hits else ""
+        read = ", ".join(f"{getattr(self, source):,} bytes from {source}" for source in SOURCES)
+        return f"{self.rows:,} rows read{cached}; {read}"
+
     def add(self, source: Source, count: int) -> None:
         """Add bytes that were read from a source."""
         setattr(self, source, getattr(self, source) + count)

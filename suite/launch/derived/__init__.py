@@ -1,0 +1,1 @@
+"""Runs that are made from trained runs, without training."""

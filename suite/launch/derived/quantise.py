@@ -1,0 +1,135 @@
+"""Runs with quantised tables: made from a trained run, not trained, and scored next to it.
+
+The cell of such a run is that of its source with `quantised` set, so either finds the other by name.
+
+Shapes: R rows of a table, D row width.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from suite.cells import Cell
+from suite.data.corpus import Corpus
+from suite.data.loader import Batch
+from suite.errors import UserError
+from suite.models.transformer import Transformer
+from suite.records import RunDir
+
+
+def source_of(run: RunDir, cell: Cell) -> RunDir:
+    """Return the trained run, in the same folder, from which a quantised run is made. Raises UserError."""
+    assert cell.source is not None, "the cell is quantised"
+    source = RunDir(run.path.with_name(cell.source.run_name))
+    if source.damage() is not None or not source.state().get("trained"):
+        raise UserError(f"{source.path}: is not trained to its end, and {run.name} is made from it; train it first")
+    return source
+
+
+def load_source(run: RunDir, cell: Cell, corpus: Corpus) -> Transformer:
+    """Return the model of the run from which a quantised run is made."""
+    from suite.train.checkpoint import load_model
+
+    assert cell.source is not None, "the cell is quantised"
+    step = run.read_record()["started_from"]["step"]
+    return load_model(source_of(run, cell), cell.source, corpus, step=step)
+
+
+def make(run: RunDir, cell: Cell, corpus: Corpus) -> None:
+    """Write the records and the checkpoint of a quantised run, whose lock is held.
+
+    cell.json has `started_from`, as for other runs with a parent, and `tables`: the bytes of the tables of both, and
+    their losses in evaluation mode with the paired standard error of the difference. train.jsonl has one line, the
+    probe of the quantised model at the step of its source. Versions are those of the code that trained the weights.
+
+    Args:
+        run: The run to make.
+        cell: Its cell.
+        corpus: Its corpus.
+
+    Raises:
+        UserError: The source is not trained, or has no whole checkpoint.
+    """
+    from suite.inference.tables.reading import quantise_tables, stored_rows
+    from suite.train import checkpoint
+    from suite.train.checkpoint import load_model, newest_whole
+    from suite.train.parallel import World
+    from suite.train.probe import Prober
+
+    assert cell.source is not None, "the cell is quantised"
+    assert cell.quantised is not None, "the cell is quantised"
+    source = source_of(run, cell)
+    step = newest_whole(source)
+    if (lost := checkpoint.lost_end(source, step)) is not None:
+        raise UserError(
+            f"{source.checkpoints}: the last checkpoint, step-{lost}, is damaged or missing; restore a copy"
+        )
+    model = load_model(source, cell.source, corpus, step=step)
+    assert step is not None, "load_model refuses a run without a checkpoint"
+    before = sum(table.weight.numel() * table.weight.element_size() for table in model.memory_tables())
+    prober = Prober(corpus)
+    losses = [_losses(model, prober.rows)]
+    quantise_tables(model, cell.quantised)
+    losses.append(_losses(model, prober.rows))
+    record = source.read_record()
+    kept = ("account", "versions", "data_fingerprint", "tokenizer")
+    started = {"run": source.name, "hash": cell.source.hash8, "step": step, "fresh": [], "unused": []}
+    started["code"] = record.get("versions", {}).get("code")
+    after = sum(rows.store.rows * rows.store.row_bytes for rows in stored_rows(model))
+    tables = {"form": cell.quantised, "bytes": after, "source_bytes": before, "loss": _compared(*losses)}
+    run.write_cell(cell, **{name: record[name] for name in kept if name in record}, started_from=started, tables=tables)
+    last = source.last_train_line()
+    line = {name: last[name] for name in ("step", "tokens", "epoch", "train_flops", "wall_s") if name in last}
+    run.train_path.unlink(missing_ok=True)
+    run.append_train(line | prober.run(model))
+    position = json.loads((source.checkpoints / f"step-{step}" / checkpoint.POSITION_FILE).read_text())
+    world = World()
+    checkpoint.save(run, step, {"model": model.state_dict()}, position, keep=1, world=world)
+    run.set_state("running", trained=True)
+
+
+def _losses(model: Transformer, rows: Batch) -> tuple[list[float], list[int]]:
+    """Return the mean loss of each row that has targets, and their number."""
+    from suite.data.packing import IGNORED
+    from suite.train.probe import loss
+
+    parts = zip(rows.tokens_BT.split(1), rows.targets_BT.split(1), rows.segments_BT.split(1), strict=True)
+    batches = [Batch(*part) for part in parts]
+    counts = [int((batch.targets_BT != IGNORED).sum()) for batch in batches]
+    return [loss(model, batch) for batch, count in zip(batches, counts, strict=True) if count], [*filter(None, counts)]
+
+
+def _compared(source: tuple[list[float], list[int]], quantised: tuple[list[float], list[int]]) -> dict[str, Any]:
+    """Return the losses of the source and of the quantised model, and their paired difference over rows."""
+    from suite.inference.paired import differences
+
+    before, after = (
+        [(value * count, count) for value, count in zip(*part, strict=True)] for part in (source, quantised)
+    )
+    ours, others = ([{"doc": None, "loss": item} for item in items] for items in (after, before))
+    return {"value": _mean_loss(after), **differences(ours, others, {"loss": _mean_loss})["loss"]}
+
+
+def _mean_loss(items: Sequence[tuple[float, int]]) -> float:
+    return sum(total for total, _ in items) / sum(count for _, count in items)
+
+
+def summary(run: RunDir, cell: Cell) -> dict[str, Any]:
+    """Return what a quantised run costs and what it changes, from its records.
+
+    Returns:
+        {"run", "source", "form", "bytes", "source_bytes", "loss": {"value", "reference", "difference", "stderr"},
+        "tasks": {task: {metric: {"reference", "difference", "stderr"}}}}.
+    """
+    record = run.read_record()
+    tables = record["tables"]
+    tasks: dict[str, Any] = {}
+    for config in cell.evaluate:
+        path = run.path / "eval" / f"{config.hash8}.json"
+        if path.exists():
+            scored = run.read_eval(path)["tasks"]
+            name = " (table off)" if config.table_off else ""
+            tasks |= {f"{task}{name}": scores.get("differences", {}) for task, scores in scored.items()}
+    return {"run": run.name, "source": record["started_from"]["run"], **tables, "tasks": tasks}

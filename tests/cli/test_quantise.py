@@ -1,0 +1,123 @@
+"""`suite quantise`, and evaluation with tables outside of the model."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from cli_runner import Suite
+
+from suite.cells import Cell
+from suite.data.corpus import prepare
+from suite.inference.tables.forms import encode_table, form_of
+from suite.launch.provenance import stale_because
+from suite.records import RunDir
+from suite.train.checkpoint import load_model
+
+CELL = """
+model: {family: FAMILY, base: w32, half_keys: 8, top_k: 4}
+data: {kind: bios, people: 20, questions: 0.5, seq_len: 64}
+train: {batch_rows: 4, epochs: 2, lr: 5e-3, checkpoint_every: 100, probes: 2}
+evaluate: [{tasks: [bios_storage, bios_choice]}]
+"""
+
+
+def trained(suite: Suite, family: str = "pkm", number: int = 1) -> RunDir:
+    text = CELL.replace("FAMILY", family)
+    if family == "dense":
+        text = text.replace(", half_keys: 8, top_k: 4", "")
+    Path("cell.yaml").write_text(text)
+    done = suite("train", "cell.yaml", "--json")
+    assert done.returncode == 0, done.stderr
+    return RunDir(Path("results/runs") / json.loads(done.stdout)["cells"][0]["run"])
+
+
+def scores(run: RunDir) -> dict:
+    (path,) = run.eval_paths()
+    return {task: scored["metrics"] for task, scored in run.read_eval(path)["tasks"].items()}
+
+
+def test_a_quantised_run_is_scored_next_to_its_source(suite: Suite) -> None:
+    source = trained(suite)
+    made = suite("quantise", source.name, "--to", "int8", "--json")
+    assert made.returncode == 0, made.stderr
+    document = json.loads(made.stdout)
+    run = RunDir(Path("results/runs") / document["run"])
+    assert run.name.startswith("pkm-w32-k8-s0-int8-")
+    assert (document["source"], document["form"]) == (source.name, "int8")
+    assert (document["bytes"], document["source_bytes"]) == (64 * 36, 64 * 128)
+
+    before, after = scores(source), scores(run)
+    for task, metrics in document["tasks"].items():
+        assert set(metrics) == set(after[task])
+        for metric, values in metrics.items():
+            assert values["reference"] == before[task][metric]["value"]
+            difference = after[task][metric]["value"] - before[task][metric]["value"]
+            assert values["difference"] == pytest.approx(difference, abs=1e-12)
+    assert document["loss"]["reference"] == pytest.approx(source.last_train_line()["eval_loss"], rel=1e-6)
+    (line,) = run.train_lines()
+    assert document["loss"]["value"] == pytest.approx(line["eval_loss"], rel=1e-6)
+    assert line["step"] == source.last_train_line()["step"]
+
+    cell = run.read_cell()
+    assert cell.source == source.read_cell()
+    assert run.read_record()["started_from"]["hash"] == source.read_cell().hash8
+    assert stale_because(run, cell) is None
+    assert run.state()["state"] == "done"
+    assert run.usage_path.exists()
+    corpus = prepare(cell.data, Path("results/cache"))
+    (ours,), (theirs,) = (load_model(r, r.read_cell(), corpus).memory_tables() for r in (run, source))
+    expected = form_of("int8").decode(encode_table(form_of("int8"), theirs.weight.detach()), 32)
+    every_row_N1 = torch.arange(64).unsqueeze(1)
+    assert torch.equal(ours(every_row_N1, torch.ones(64, 1)), expected)
+
+    again = suite("quantise", source.name, "--to", "int8", "--json")
+    assert json.loads(again.stdout) == document
+    wrong = suite("quantise", run.name, "--to", "int4")
+    assert wrong.returncode == 2
+    assert source.name in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    "place", [("host",), ("file",), ("file", "--cache", "lru:10%"), ("host", "--cache", "static:20%")]
+)
+def test_scores_do_not_depend_on_where_tables_are(place: tuple[str, ...], suite: Suite) -> None:
+    source = trained(suite)
+    expected, usage = scores(source), json.loads(source.usage_path.read_text())
+    shutil.rmtree(source.path / "eval")
+    source.usage_path.unlink()
+    done = suite("eval", source.name, "--table", *place)
+    assert done.returncode == 0, done.stderr
+    assert scores(source) == expected
+    assert json.loads(source.usage_path.read_text()) == usage
+    assert f"tables in {place[0]}" in done.stderr
+    assert ("from the cache" in done.stderr) == (len(place) > 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["quantise", "RUN", "--to", "int7"], ["--to", "'int7'", "int4"]),
+        (["quantise", "RUN", "--to", "int8"], ["RUN", "no value tables"]),
+        (["eval", "RUN", "--table", "file"], ["--table", "no value tables"]),
+        (["eval", "RUN", "--table", "disk"], ["--table", "'disk'", "host, file"]),
+        (["eval", "RUN", "--cache", "lru:5%"], ["--cache", "--table"]),
+        (["eval", "--oracle", "--table", "file"], ["--oracle", "--table"]),
+    ],
+)
+def test_wrong_combinations_are_one_line(arguments: list[str], words: list[str], suite: Suite) -> None:
+    run = RunDir(Path("results/runs/dense-w32-s0-00000000"))
+    cell = {"model": {"family": "dense", "base": "w32"}, "data": {"kind": "bios", "people": 20}}
+    run.path.mkdir(parents=True)
+    run.write_cell(Cell.model_validate(cell | {"train": {"batch_rows": 4, "epochs": 2.0, "lr": 5e-3}}))
+    result = suite(*(run.name if argument == "RUN" else argument for argument in arguments))
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert all(word in result.stderr for word in words)
+
+
+def test_a_model_without_tables_cannot_be_quantised() -> None:
+    cell = {"model": {"family": "dense", "base": "w32"}, "data": {"kind": "bios", "people": 20}}
+    with pytest.raises(ValueError, match="quantised: got 'int8'"):
+        Cell.model_validate(cell | {"train": {"batch_rows": 4, "epochs": 2.0, "lr": 5e-3}, "quantised": "int8"})
