@@ -56,7 +56,7 @@ def test_a_block_that_several_models_contain_is_traced_once() -> None:
 def test_every_block_uses_the_memory_predicted_for_its_part(case: str, precision: Precision) -> None:
     """Every layer is run, also equal ones, with the rotation and the attention bias of the transformer."""
     model = meta_model(config(case), VOCAB)
-    x_BTD = torch.empty(2, 16, model.size.dim, device="meta", requires_grad=True)
+    x_BTD, embedding_BTD = (torch.empty(2, 16, model.size.dim, device="meta", requires_grad=True) for _ in range(2))
     with torch.device("meta"):
         rotation = model._rotation(0, 16, x_BTD.device)
         bias = torch.zeros(2, 1, 16, 16, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
@@ -66,9 +66,19 @@ def test_every_block_uses_the_memory_predicted_for_its_part(case: str, precision
     for part, block in zip(parts[-1 - len(model.layers) : -1], model.layers, strict=True):
         copies = {id(weight): weight.bfloat16() for weight in block.parameters()} if precision == "bf16" else {}
         with one_row(model.memory_tables()):
-            excluded = (x_BTD, *rotation, bias, ids_BTW, earlier.segments_BT, *model.parameters(), *copies.values())
+            excluded = (
+                x_BTD,
+                embedding_BTD,
+                *rotation,
+                bias,
+                ids_BTW,
+                earlier.segments_BT,
+                *model.parameters(),
+                *copies.values(),
+            )
             with LiveBytes(*excluded) as live, Kernels(precision, copies):
-                y = block(x_BTD, rotation, bias, None, 0, ids_BTW, None, earlier)
+                read_BTD = embedding_BTD if block.reads_embedding else None
+                y = block(x_BTD, rotation, bias, None, 0, ids_BTW, read_BTD, earlier)
                 y_BTD = y if block.skip is None else y[0] + y[1]
                 del y
                 assert (part.forward, part.saved) == (live.peak, live.bytes)
