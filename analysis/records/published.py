@@ -75,12 +75,22 @@ OTHER_READING = "the figure reads 59.0, table 1 says 58.67"
 MISALIGNED = "a public note warns that text extraction from the PDF can misalign the rows of this table"
 
 
+NO_TASK = "none"
+"""Task of a number that measures no task, such as the size of a table."""
+
+
 def normalise(table: pd.DataFrame) -> pd.DataFrame:
     """Return a table as collected (source, table, base_size, model_family, memory_keys, ...) in COLUMNS."""
-    return pd.DataFrame([_row(row) for row in table.to_dict("records")], columns=COLUMNS)
+    table = table.assign(task=table["task"].fillna(NO_TASK))
+    # Some sources print accuracies as shares: then no value of a task is above 1.
+    largest = table.groupby(["source", "table", "task", "metric"], dropna=False)["value"].transform("max")
+    return pd.DataFrame(
+        [_row(row, bool(is_share)) for row, is_share in zip(table.to_dict("records"), largest <= 1, strict=True)],
+        columns=COLUMNS,
+    )
 
 
-def _row(row: dict) -> dict[str, object]:
+def _row(row: dict, is_share: bool) -> dict[str, object]:
     ours = str(row["source"]).startswith(PAPER)
     model, total, tokens = str(row["model_family"]), _text(row["total_params"]), _text(row["tokens"])
     metric, few_shot = _metric(str(row["metric"]))
@@ -99,7 +109,7 @@ def _row(row: dict) -> dict[str, object]:
         "task": TASKS.get(str(row["task"]), row["task"]),
         "few_shot": few_shot,
         "metric": SHARES.get(metric, metric),
-        "value": round(row["value"] / 100, 6) if metric in SHARES else row["value"],
+        "value": round(row["value"] / 100, 6) if metric in SHARES and not is_share else row["value"],
         "confidence": row["confidence"],
         "note": "; ".join(_notes(row, model, total, tokens)) or None,
     }

@@ -22,7 +22,7 @@ def frame(name: str) -> pd.DataFrame:
 
 def test_every_table_loads_into_the_frame_with_its_sources() -> None:
     paths = sorted(FOLDER.glob("*.csv"))
-    assert len(paths) == 9
+    assert len(paths) == 20
     for path in paths:
         table = read_published(path)
         assert list(table.columns) == COLUMNS
@@ -50,6 +50,23 @@ def test_table_1_holds_the_printed_numbers(
     assert found["value"].tolist() == [value]
     assert found["params_total"].iloc[0] == pytest.approx(total)
     assert found["tokens"].iloc[0] == 1e12
+
+
+@pytest.mark.parametrize(
+    ("name", "task", "model", "value"),
+    [
+        ("stem", "ARC-E", "dense", 0.5766),  # printed as 57.66
+        ("overtokenized", "5-task mean", "OLMoE baseline", 0.51),  # printed as a share
+        ("smf", "TriviaQA 1K", "full SGD lr=2e-1", 0.65),
+        ("sparse_memory_lm", "MMLU 0-shot", "Qwen3.5-0.8B frozen", 0.497),
+    ],
+)
+def test_accuracies_are_shares_whether_printed_as_shares_or_out_of_100(
+    name: str, task: str, model: str, value: float
+) -> None:
+    table = pd.read_csv(FOLDER / f"{name}.csv")
+    found = table[(table["task"] == task) & (table["model"] == model) & table["metric"].isin(("acc", "f1"))]
+    assert value in found["value"].tolist()
 
 
 def test_the_traps_are_noted_on_their_rows() -> None:
