@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 CHUNK = 1 << 26
 """Elements that `is_finite` looks at together."""
@@ -18,3 +18,9 @@ def is_finite(tensor: Tensor) -> bool:
     """Return whether no element (of this process' part of a DTensor) is NaN or infinite; memory: one chunk."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return all(bool(chunk.isfinite().all()) for chunk in local.detach().flatten().split(CHUNK))
+
+
+def holds_matrices_only(module: nn.Module) -> bool:
+    """Return whether all parameters of the module are weight matrices, which autocast casts to bf16."""
+    names = {name for name, _ in module.named_parameters()}
+    return bool(names) and names == set(getattr(module, "matrices", ()))

@@ -38,10 +38,13 @@ class Kernels(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _cast(self, x: Any) -> Any:
-        """Return a floating-point tensor in the dtype of products; for a parameter in bf16, its existing copy."""
+        """Return a floating-point tensor in the dtype of products; in bf16, of a parameter or its view, the existing
+        copy."""
         if not self.is_bf16 or not isinstance(x, Tensor) or not x.is_floating_point():
             return x
-        return self.copies[id(x)] if id(x) in self.copies else x.bfloat16()
+        whole = x if x._base is None else x._base
+        copy = self.copies.get(id(whole))
+        return x.bfloat16() if copy is None else copy.as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 class _FusedAttention(torch.autograd.Function):

@@ -18,6 +18,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self, *excluded: Tensor) -> None:
         super().__init__()
         self.bytes, self.peak = 0, 0
+        self._sizes: dict[int, int] = {}
         self._storages: dict[int, object] = {tensor.untyped_storage()._cdata: None for tensor in excluded}
 
     @classmethod
@@ -38,12 +39,23 @@ class LiveBytes(TorchDispatchMode):
         key = storage._cdata
         if key in self._storages:
             return
-        size = storage.nbytes()
-        self.bytes += size
-        self.peak = max(self.peak, self.bytes)
+        self._count(key, storage.nbytes())
 
         def on_free(_: object) -> None:
-            self.bytes -= size
-            del self._storages[key]
+            self._count(key, 0)
+            del self._storages[key], self._sizes[key]
 
         self._storages[key] = weakref.ref(storage, on_free)
+
+    def resized(self, tensor: Tensor) -> None:
+        """Count the new size of a storage that was resized."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._sizes:
+            self._count(storage._cdata, storage.nbytes())
+        else:
+            self.add(tensor)
+
+    def _count(self, key: int, size: int) -> None:
+        self.bytes += size - self._sizes.get(key, 0)
+        self.peak = max(self.peak, self.bytes)
+        self._sizes[key] = size

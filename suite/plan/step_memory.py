@@ -133,17 +133,19 @@ class Parts:
         gradients = STATE_BYTES * rest + buffer
         persistent, is_whole = weights + moments + self.shared + self.counts, rest_shards == 1
         earlier = 0.0 if micro_batches == 1 else STATE_BYTES * rest + tables.buffer(pieces, micro_batches - 1)
+        # The embedding and the output matrix stay gathered in fp32 to the end of the backward pass.
+        root = 0 if is_whole else STATE_BYTES * (self.parts[0].weights + self.parts[-1].weights)
         exchange = tables.exchange(self.parts, micro_batches)
         saved, peak = 0.0, persistent + gradients + max(exchange, tables.merging(buffer))
         for part in self.parts:
             running = part.forward + tables.sorting(part) + self._gathered(part, is_whole)
-            peak = max(peak, persistent + earlier + saved + running)
+            peak = max(peak, persistent + earlier + root + saved + running)
             saved += part.saved + (part.copies if is_whole else 0) + tables.order(part)
         remaining, new_gradients = saved, 0.0
         for part, piece in zip(reversed(self.parts), reversed(pieces), strict=True):
             remaining -= part.saved + (part.copies if is_whole else 0)
             running = part.backward + piece + self._gathered(part, is_whole)
-            peak = max(peak, persistent + earlier + remaining + new_gradients + running)
+            peak = max(peak, persistent + earlier + root + remaining + new_gradients + running)
             remaining -= tables.order(part)
             new_gradients += tables.added(part, piece)
             new_gradients += 0.0 if micro_batches > 1 else STATE_BYTES * part.weights / rest_shards
@@ -151,7 +153,8 @@ class Parts:
 
     def _gathered(self, part: Part, is_whole: bool) -> int:
         """Return the bytes of a part's weights as it computes with them, unless they are stored so on the device."""
-        return part.copies or (0 if is_whole else STATE_BYTES * part.weights)
+        is_stored = is_whole or part in (self.parts[0], self.parts[-1])
+        return part.copies or (0 if is_stored else STATE_BYTES * part.weights)
 
 
 @dataclass

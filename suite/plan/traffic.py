@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from suite.cells import Cell
 from suite.models.accounting import Account, cost_of
 from suite.models.memory_table import MemoryLayer, MemoryTable
+from suite.models.precision import holds_matrices_only
 from suite.models.transformer import Transformer
 from suite.plan.gpus import Gpu
 from suite.plan.mesh import Mesh, sharded_elements
@@ -68,9 +69,10 @@ def sent_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> 
     """Return the bytes that one GPU sends in a step.
 
     Sharded weights are gathered in every forward and backward pass, and their gradients are reduced once per
-    micro-batch (bf16 weights where products are bf16, fp32 gradients). For tables, each read gathers the indices and
-    weights of its group and sends back columns, forward and backward. Replicas of a shard sum their gradients by an
-    all-reduce over the rows that any of them has read, or over the whole table if those are most of it.
+    micro-batch, in fp32; where products are bf16, modules that hold only matrices are gathered in bf16. For tables,
+    each read gathers the indices and weights of its group and sends back columns, forward and backward. Replicas of a
+    shard sum their gradients by an all-reduce over the rows that any of them has read, or over the whole table if those
+    are most of it.
 
     Args:
         model: The cell's model, on any device.
@@ -84,9 +86,9 @@ def sent_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> 
     gpus, shards = mesh.gpus, mesh.table_shards
     if gpus == 1:
         return Sent()
-    weight_bytes = 2 if cell.train.precision == "bf16" else 4
     rest, _ = sharded_elements(model, counted)
-    weights = mesh.accumulate * (gpus - 1) / gpus * rest * (2 * weight_bytes + 4)
+    narrow = _bf16_elements(model) if cell.train.precision == "bf16" else 0
+    weights = mesh.accumulate * (gpus - 1) / gpus * (2 * (4 * rest - 2 * narrow) + 4 * rest)
     tokens, columns, replicas = mesh.micro_rows * mesh.accumulate * cell.data.seq_len, 0.0, 0.0
     for layer in model.memory_layers().values():
         width = sum(table.weight.shape[1] for table in layer.tables)
@@ -98,6 +100,12 @@ def sent_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> 
         flags = len(table.weight) if table_state(cell.train).row_wise else 0
         replicas += 2 * (1 - shards / gpus) * (summed * row_bytes + flags)
     return Sent(weights, columns, replicas)
+
+
+def _bf16_elements(model: Transformer) -> int:
+    """Return the elements of the modules that are gathered in bf16 where products are bf16 (train/sharding.py)."""
+    modules = [module for layer in model.layers for module in layer.modules() if holds_matrices_only(module)]
+    return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
 
 def _reads_per_token(model: Transformer) -> list[tuple[MemoryTable, float]]:

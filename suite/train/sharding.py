@@ -27,7 +27,7 @@ from torch.distributed.tensor import DTensor, Shard
 from suite.errors import UserError
 from suite.models.initial_weights import CanonicalIds, Part, fill, reset_statistics, set_canonical_ids
 from suite.models.moe import LossBalanced, TokenChoice
-from suite.models.precision import at_least_fp32
+from suite.models.precision import at_least_fp32, holds_matrices_only
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
 from suite.train.memory_parallel import ColumnTable
@@ -150,12 +150,6 @@ def _fully_shard(model: Transformer, mesh: DeviceMesh, precision: str) -> None:
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # otherwise the divide factor needs an op that gloo lacks
-
-
-def holds_matrices_only(module: nn.Module) -> bool:
-    """Return whether all parameters of the module are weight matrices, which autocast casts to bf16."""
-    names = {name for name, _ in module.named_parameters()}
-    return bool(names) and names == set(getattr(module, "matrices", ()))
 
 
 def placement(processes: int, parameter: Tensor) -> Shard:

@@ -16,13 +16,13 @@ from torch.nn import functional as F
 
 from suite import models
 from suite.cells import Cell
+from suite.models.precision import holds_matrices_only
 from suite.models.transformer import Transformer
 from suite.records import RunDir
 from suite.train import optim
 from suite.train.loop import Trainer
 from suite.train.muon import NamedMuon
 from suite.train.optim import Optimizer, Rule, match_rules, parameter_rules
-from suite.train.sharding import holds_matrices_only
 
 ATTENTION = r"layers\.\d\.attention\.w[qkvo]\.weight"
 SWIGLU = r"layers\.\d\.feed_forward\.w[123]\.weight"

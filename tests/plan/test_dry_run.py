@@ -1,0 +1,61 @@
+"""Plans compared with a step of rank 0 of their meshes, on fake CUDA tensors and a fake process group."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from typing import Any
+
+import pytest
+
+from suite.cells import Cell
+from suite.models.accounting import meta_model
+from suite.plan.activation_memory import StepTracer
+from suite.plan.dry_run.report import dry_run
+from suite.plan.mesh import Mesh
+from suite.plan.table_state import table_state
+
+VOCABULARY = 128256
+MODELS: dict[str, dict[str, Any]] = {
+    "memory_plus-8b": {"family": "memory_plus", "base": "8b", "half_keys": 4096},
+    "moe-1.3b": {"family": "moe", "base": "1.3b"},
+    "dense-8b": {"family": "dense", "base": "8b"},
+    "memory_plus-1.3b": {"family": "memory_plus", "base": "1.3b", "half_keys": 1024},
+}
+
+
+@pytest.mark.skipif(
+    shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0]) is None, reason="needs a C++ compiler"
+)
+@pytest.mark.parametrize(
+    ("name", "gpus", "shards", "accumulate"),
+    [
+        ("memory_plus-8b", 64, 64, 1),
+        pytest.param("moe-1.3b", 64, 1, 1, marks=pytest.mark.slow),
+        pytest.param("dense-8b", 64, 1, 1, marks=pytest.mark.slow),
+        pytest.param("memory_plus-1.3b", 16, 8, 2, marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_of_rank_0_holds_and_sends_what_is_planned(name: str, gpus: int, shards: int, accumulate: int) -> None:
+    cell = Cell.model_validate(
+        {
+            "model": MODELS[name],
+            "data": {"kind": "bios", "people": 40, "seq_len": 4096},
+            "train": {"batch_rows": gpus * accumulate, "tokens": 10**9, "lr": 1e-4, "precision": "bf16"},
+        }
+    )
+    parts = StepTracer(meta_model(cell.model, VOCABULARY), 4096, "bf16").parts(1)
+    run = dry_run(
+        cell,
+        VOCABULARY,
+        Mesh(gpus, shards, 1, accumulate, parts.step(gpus, shards, accumulate, table_state(cell.train))),
+    )
+    measured = run.measured
+    print(f"{name}: {run.ratios}, {measured.cpu_s:.1f} CPU s")
+    assert measured.peak == pytest.approx(run.mesh.memory.peak, rel=0.1)
+    assert sum(measured.sent.values()) == pytest.approx(run.sent.total, rel=0.1)
+    assert measured.weights <= 1.1 * measured.even_weights
+    lookups = run.sent.columns  # of which a part is gathered as well
+    assert measured.sent["all-gather"] <= 1.1 * 2 * accumulate * measured.pass_weights + lookups
+    elements = sum(part.weights for part in parts.parts)
+    assert measured.sent["reduce-scatter"] <= 1.1 * accumulate * 4 * elements + lookups
