@@ -11,7 +11,7 @@ from suite.errors import UserError
 from suite.grids import load_grid
 from suite.launch.slurm.profile import Profile, load_profile
 from suite.launch.slurm.resources import Shape, scoring_shape, shapes
-from suite.launch.slurm.submit import Entry, batches, shares
+from suite.launch.slurm.submit import Entry, batches, environment, shares
 from suite.records import RunDir
 
 EXAMPLE = Path(__file__).parents[2] / "clusters" / "example.yaml"
@@ -21,6 +21,11 @@ def test_the_example_profile_is_valid_and_explains_every_field() -> None:
     assert load_profile(str(EXAMPLE)).time == 24 * 60
     for field in Profile.model_fields:
         assert f"{field}:" in EXAMPLE.read_text()
+
+
+def test_jobs_with_gpus_run_with_expandable_segments() -> None:
+    assert "export PYTORCH_ALLOC_CONF=expandable_segments:True" in environment(Shape(gpus=8))
+    assert not [line for line in environment(Shape(gpus=0)) if "ALLOC" in line]
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ class Submitter:
             "stderr_to_stdout": True,
             # Without this, the other processes would wait for one that died.
             "srun_args": ["--kill-on-bad-exit=1"],
-            "setup": [*profile.setup, *_variables(shape)],
+            "setup": [*profile.setup, *environment(shape)],
             "additional_parameters": {"requeue": True, "kill-on-invalid-dep": "yes", **profile.sbatch},
         }
         return {field: value for field, value in requested.items() if value is not None}
@@ -245,8 +245,8 @@ def jobs_folder(results: Path, grid: Grid) -> Path:
     return (results / GRIDS / grid.name / "slurm").resolve()
 
 
-def _variables(shape: Shape) -> list[str]:
-    """Return the environment of the processes.
+def environment(shape: Shape) -> list[str]:
+    """Return shell lines that set the environment of a job's processes.
 
     Since Slurm 22.05 srun does not inherit its number of cores from the job. Row gradients change their size at every
     step: without expandable segments they fragment the memory that PyTorch's allocator holds on a GPU.
