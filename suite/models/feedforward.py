@@ -10,6 +10,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from suite.models import fused
 from suite.models.cost import Cost, dense_cost
 from suite.models.registry import Family, ModelConfig, register
 
@@ -27,6 +28,9 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(dim, hidden, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if fused.fuses(x_BTD, (self.w1, self.w3)):
+            gate_BTF, up_BTF = fused.together(x_BTD, (self.w1, self.w3)).chunk(2, -1)
+            return self.w2(F.silu(gate_BTF) * up_BTF)
         return self.w2(F.silu(self.w1(x_BTD)) * self.w3(x_BTD))
 
     def cost(self) -> Cost:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suite.models import attachments, document_attention, registry
+from kernels import rotary
+from suite.models import attachments, document_attention, fused, registry
 from suite.models.attachments import Attachments, reads_embedding, window_of
 from suite.models.cache import Cache, EarlierTokens
 from suite.models.cost import Cost, dense_cost
@@ -53,9 +54,17 @@ class Attention(nn.Module):
         values_BTC: Tensor | None = None,
     ) -> Tensor:
         batch, tokens, _ = x_BTD.shape
-        q_BHTK = self._split(rotate(self.wq(x_BTD), self.heads, rotation))
-        k_BGTK = self._split(rotate(self.wk(x_BTD), self.kv_heads, rotation))
-        v_BTC = self.wv(x_BTD)
+        projections = (self.wq, self.wk, self.wv)
+        if fused.fuses(x_BTD, projections):
+            turned, width = (self.heads + self.kv_heads) * self.head_dim, self.kv_heads * self.head_dim
+            qk_BTC, v_BTC = fused.together(x_BTD, projections).split((turned, width), -1)
+            half = self.head_dim // 2
+            cos_TI, sin_TI = rotation[0][:, :half], rotation[1][:, half : 2 * half]
+            q_BTC, k_BTC = rotary.rotate(qk_BTC, cos_TI, sin_TI).split((turned - width, width), -1)
+        else:
+            q_BTC, k_BTC = rotate(self.wq(x_BTD), self.heads, rotation), rotate(self.wk(x_BTD), self.kv_heads, rotation)
+            v_BTC = self.wv(x_BTD)
+        q_BHTK, k_BGTK = self._split(q_BTC), self._split(k_BTC)
         if values_BTC is not None:
             v_BTC = v_BTC + values_BTC.to(v_BTC.dtype)
         v_BGTK = self._split(v_BTC)
@@ -171,6 +180,7 @@ class Transformer(nn.Module):
         distinct = {id(table): table for layer in self.memory_layers().values() for table in layer.tables}
         self.tables = nn.ModuleList(distinct.values())
         self.window = max(window_of(module) for module in self.attached().values())
+        self._of_rows: tuple[tuple[int, torch.device], tuple[Tensor, Tensor]] | None = None
 
     def forward(
         self,
@@ -212,7 +222,7 @@ class Transformer(nn.Module):
                 "segments are for packed rows and a cache is for one document per row; pass only one of them"
             )
         past = cache.length if cache is not None else 0
-        rotation = self._rotation(past, tokens_BT.shape[1], tokens_BT.device)
+        rotation = self._rotation_of_call(past, tokens_BT)
         mask: Tensor | Documents | None = documents
         if documents is None or not document_attention.takes(tokens_BT.device, self.embedding.weight.dtype):
             mask = attention_mask(tokens_BT, past, segments_BT, pad_B)
@@ -316,6 +326,15 @@ class Transformer(nn.Module):
         head = Cost(own, {"head": matrix}, {"head": matrix})
         embedding = Cost({"embedding": matrix}, {"embedding": self.size.dim})
         return embedding + dense_cost("norm", self.size.dim, 0) + head
+
+    def _rotation_of_call(self, past: int, tokens_BT: Tensor) -> tuple[Tensor, Tensor]:
+        """Return `_rotation` for a call; on a GPU, that of training rows is computed once."""
+        tokens, device = tokens_BT.shape[1], tokens_BT.device
+        if device.type != "cuda" or past or torch.is_inference_mode_enabled() or torch.compiler.is_compiling():
+            return self._rotation(past, tokens, device)
+        if self._of_rows is None or self._of_rows[0] != (tokens, device):
+            self._of_rows = ((tokens, device), self._rotation(0, tokens, device))
+        return self._of_rows[1]
 
     def _rotation(self, start: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return cosines and signed sines [T, H*K] of the rotary angles (Su et al. 2021, equation 34)."""

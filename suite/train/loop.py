@@ -131,9 +131,10 @@ class Trainer:
             recompute_blocks(model)
         if not self.config.compile:
             return model, model
-        if self.device.type == "cpu":  # memory layers run C code, which the compiler cannot trace
-            for layer in model.memory_layers().values():
-                layer.forward = torch.compiler.disable(layer.forward)
+        # Memory layers run kernels of their own, and their optimizer's state changes between reads: traced, they would
+        # break the graph many times and compile anew every step.
+        for layer in model.memory_layers().values():
+            layer.forward = torch.compiler.disable(layer.forward)
         if not world.distributed:
             return model, torch.compile(model)
         for block in model.layers:  # FSDP's work between blocks stays outside the compiler

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import itertools
 import subprocess
 import sys
 import sysconfig
@@ -89,6 +90,7 @@ def _register_guard() -> None:
 _register_guard()
 
 import torch
+import torch.nn.attention.varlen
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
@@ -295,7 +297,45 @@ def _bmm(one: torch.Tensor, other: torch.Tensor, out_dtype: torch.dtype) -> torc
     return torch.bmm(one.to(out_dtype), other.to(out_dtype))
 
 
+def _by_document(q: Any, k: Any, v: Any, offsets: Any) -> torch.Tensor:
+    """Return causal attention within documents, one after the other."""
+    parts = []
+    for begin, end in itertools.pairwise(offsets.tolist()):
+        one = (part[begin:end].transpose(0, 1) for part in (q, k, v))
+        parts.append(_host_attention(*one, is_causal=True, enable_gqa=True).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def _varlen(q: Any, k: Any, v: Any, offsets: Any, *_: Any, **__: Any) -> Any:
+    for part in (q, k, v):
+        if part.dtype not in (torch.float16, torch.bfloat16) or part.stride(-1) != 1:
+            raise Refused(f"variable-length attention of {part.dtype} with strides {part.stride()}")
+    unused = torch.zeros(2, dtype=torch.uint64)
+    return _by_document(q, k, v, offsets), torch.zeros(q.shape[1], q.shape[0]), unused
+
+
+def _varlen_backward(grad: Any, q: Any, k: Any, v: Any, out: Any, lse: Any, offsets: Any, *_: Any, **__: Any) -> Any:
+    """Return the gradients of `_by_document` by the formula, in float32; autograd is off in here."""
+    heads, kv_heads, scale = q.shape[1], k.shape[1], q.shape[2] ** -0.5
+    grads: list[list[torch.Tensor]] = [[], [], []]
+    for begin, end in itertools.pairwise(offsets.tolist()):
+        dy, queries, keys, values = (part[begin:end].float().transpose(0, 1) for part in (grad, q, k, v))
+        keys, values = (part.repeat_interleave(heads // kv_heads, 0) for part in (keys, values))
+        hidden = torch.ones(end - begin, end - begin, dtype=torch.bool).triu(1)
+        weights = (queries @ keys.mT * scale).masked_fill(hidden, -torch.inf).softmax(-1)
+        d_weights = dy @ values.mT
+        d_scores = weights * (d_weights - (d_weights * weights).sum(-1, keepdim=True)) * scale
+        d_keys, d_values = d_scores.mT @ queries, weights.mT @ dy
+        grads[0].append((d_scores @ keys).transpose(0, 1))
+        for kind, part in ((1, d_keys), (2, d_values)):
+            grads[kind].append(part.unflatten(0, (kv_heads, -1)).sum(1).transpose(0, 1))
+    return tuple(torch.cat(parts).to(q.dtype) for parts in grads)
+
+
+_host_attention = F.scaled_dot_product_attention
 STAND_INS: dict[Any, Any] = {
+    torch.ops.torch_attn._varlen_attn.default: _varlen,
+    torch.ops.torch_attn._varlen_attn_backward.default: _varlen_backward,
     aten._fused_rms_norm_backward.default: _rms_norm_backward,
     aten.bmm.dtype: _bmm,
 }
@@ -388,7 +428,6 @@ def _attention(
     return _Attention.apply(q, k, v, attn_mask, is_causal, enable_gqa)
 
 
-_host_attention = F.scaled_dot_product_attention
 
 
 class _Attention(torch.autograd.Function):
