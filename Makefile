@@ -6,7 +6,7 @@ ARGS ?=
 PYTHON ?= $(firstword $(foreach name,python3.12 python3.11 python3,$(if $(shell $(name) -c 'import sys; print(1 if (3, 11) <= sys.version_info < (3, 13) else "")' 2>/dev/null),$(name),)))
 BIN := .venv/bin
 
-.PHONY: setup sweep figures test test-slow test-slurm test-triton check bench
+.PHONY: setup sweep figures test test-slow test-slurm test-triton check bench gpu
 
 setup: .venv/.installed
 
@@ -62,3 +62,7 @@ bench: setup
 	$(BIN)/suite bench step --half-keys 32,128,512 $(ARGS)
 	$(BIN)/suite bench records
 	$(if $(DATA_ROOT),$(BIN)/suite bench evaluate --data-root $(DATA_ROOT))
+
+# Measure everything on one GPU, in eight minutes: correctness first. Options: make gpu ARGS="--only correct search"
+gpu: setup
+	$(BIN)/python -m suite.bench.gpu $(ARGS)

@@ -3,6 +3,7 @@
 `embedding_bag`  weighted sums of table rows; backward gives compact row gradients, never a table-sized tensor
 `product_key`    the exact search of n*n rows by two halves
 `row_adamw`      AdamW on the rows that were read, equal to dense AdamW through replay of missed steps
+`rotary`         rotary positions of queries and keys together
 `bench`          timings next to PyTorch's own operators, and what the Triton kernels compile to:
                  `python -m kernels.bench`
 

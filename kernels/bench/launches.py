@@ -17,6 +17,7 @@ import torch
 from kernels.embedding_bag import RowGradients
 from kernels.embedding_bag import triton as bags
 from kernels.product_key import triton as search
+from kernels.rotary import triton as rotary
 from kernels.row_adamw import RowAdamW
 
 ROWS, TOKENS, READ = 64, 16, 128
@@ -48,7 +49,7 @@ class Call:
 
 def calls(every: bool) -> list[Call]:
     """Return the calls of all shapes and options, or of a few that represent them."""
-    return [*_searches(every), *_bags(every), *_updates(every)]
+    return [*_searches(every), *_bags(every), *_updates(every), *_rotations(every)]
 
 
 def _searches(every: bool) -> Iterator[Call]:
@@ -112,6 +113,21 @@ def _updates(every: bool) -> Iterator[Call]:
         for path in ("replay", "sweep"):
             table_RD = torch.zeros(ROWS, 2048, dtype=torch.float64)
             yield Call(f"width 2048, float64, {path}", partial(take_steps, 2, table_RD, {"path": path}))
+
+
+def _rotations(every: bool) -> Iterator[Call]:
+    for size, width in WIDTHS.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            if every or (size == "8b" and dtype == torch.bfloat16):
+                label = f"{size}: rotary positions of {width} columns, {_name(dtype)}"
+                yield Call(label, partial(_rotation, width, dtype))
+
+
+def _rotation(width: int, dtype: torch.dtype) -> None:
+    """Rotate both ways; columns of the values lie between tokens."""
+    x_BTC, angle_TI = torch.zeros(1, TOKENS, 2 * width, dtype=dtype), torch.zeros(TOKENS, 64)
+    for direction in (1, -1):
+        rotary.rotate(x_BTC[..., :width], angle_TI, angle_TI, direction)
 
 
 def take_steps(steps: int, table_RD: torch.Tensor, options: dict[str, Any], flush_every: int = 0) -> None:

@@ -183,10 +183,11 @@ def split(x: Tensor, wanted: list[int]) -> Tensor:
     all in part 0.
     """
     parts, rest = [], x
-    for _ in range(max(wanted) + 1):
+    for part in range(max(wanted) + 1):
+        if part:
+            rest = rest.float() - parts[-1].float()
+            rest = torch.where(parts[-1].isfinite(), rest, 0.0)
         parts.append(rest.bfloat16())
-        rest = rest.float() - parts[-1].float()
-        rest = torch.where(parts[-1].isfinite(), rest, 0.0)
     return torch.cat([parts[part] for part in wanted], -1)
 
 

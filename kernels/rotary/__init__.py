@@ -2,8 +2,8 @@
 
     rotated_BTC = rotate(x_BTC, cos_TI, sin_TI)
 
-Each head of 2*I columns is rotated: the pair (i, i + I) by the angle of (position, i). Sums are in float32. The gradient
-is the rotation by the opposite angle, and needs no saved input.
+Each head of 2*I columns is rotated: the pair (i, i + I) by the angle of (position, i). Sums are in float32. The
+gradient is the rotation by the opposite angle, and needs no saved input.
 
 Shapes: B rows, T positions, C columns: heads x 2*I, I pairs of a head.
 """

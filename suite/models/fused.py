@@ -3,7 +3,7 @@
 Autocast casts every matrix, and the input anew for every product. Here the matrices are cast by one kernel into one
 matrix, the input is cast once, and one product serves all; so do their gradients. Elsewhere the layers run as they are.
 
-Shapes: D input width, C output columns of all matrices.
+Shapes: D input width, C output columns, E matrices of a stack.
 """
 
 from __future__ import annotations
@@ -14,46 +14,60 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
+
+
+def under_autocast(x: Tensor) -> bool:
+    """Return whether autocast would cast on a GPU; a compiler fuses casts itself."""
+    return x.is_cuda and not torch.compiler.is_compiling() and torch.is_autocast_enabled("cuda")
 
 
 def fuses(x: Tensor, linears: Sequence[nn.Module]) -> bool:
-    """Return whether `together` takes these layers: plain and without biases, on a GPU under autocast.
-
-    A compiler fuses casts itself.
-    """
-    if not x.is_cuda or torch.compiler.is_compiling() or not torch.is_autocast_enabled("cuda"):
-        return False
-    return all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
+    """Return whether `together` takes the weights of these layers: plain ones without biases, under autocast."""
+    return under_autocast(x) and all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
 
 
 def together(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
     """Return the outputs of the layers side by side, [..., C], in autocast's dtype; `fuses` must hold."""
-    outputs: Tensor = _Together.apply(x, *(cast(nn.Linear, linear).weight for linear in linears))
+    return products(x, *(cast(nn.Linear, linear).weight for linear in linears))
+
+
+def products(x: Tensor, *weights: Tensor) -> Tensor:
+    """Return x @ weight.mT for all weights side by side, in autocast's dtype; `under_autocast` must hold.
+
+    Args:
+        x: Input [..., D], or [E, L, D] for stacks of E matrices.
+        weights: Matrices [C, D], or stacks of them [E, C, D].
+
+    Returns:
+        [..., sum of all C].
+    """
+    outputs: Tensor = _Products.apply(x, *weights)
     return outputs
 
 
-class _Together(torch.autograd.Function):
+class _Products(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *weights: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cuda")
-        ctx.dtypes, ctx.columns = (x.dtype, [weight.dtype for weight in weights]), [len(weight) for weight in weights]
-        matrix_CD = weights[0].new_empty(sum(ctx.columns), x.shape[-1], dtype=dtype)
-        torch._foreach_copy_(list(matrix_CD.split(ctx.columns)), [weight.detach() for weight in weights])
+        ctx.dtypes, ctx.columns = (x.dtype, [weight.dtype for weight in weights]), [w.shape[-2] for w in weights]
+        shape = (*weights[0].shape[:-2], sum(ctx.columns), x.shape[-1])
+        matrix = weights[0].new_empty(shape, dtype=dtype)
+        torch._foreach_copy_(list(matrix.split(ctx.columns, -2)), [weight.detach() for weight in weights])
         x = x.to(dtype)
-        ctx.save_for_backward(x, matrix_CD)
-        return F.linear(x, matrix_CD)
+        ctx.save_for_backward(x, matrix)
+        return x @ matrix.mT
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, matrix_CD = ctx.saved_tensors
-        grad_NC, x_ND = grad.flatten(0, -2), x.flatten(0, -2)
+        x, matrix = ctx.saved_tensors
         x_dtype, dtypes = ctx.dtypes
-        grad_x = (grad_NC @ matrix_CD).view_as(x).to(x_dtype) if ctx.needs_input_grad[0] else None
+        grad_x = (grad @ matrix).to(x_dtype) if ctx.needs_input_grad[0] else None
         if not any(ctx.needs_input_grad[1:]):
             return (grad_x, *(None for _ in dtypes))
-        grads = (grad_NC.mT @ x_ND).split(ctx.columns)
+        if matrix.dim() == 2:
+            grad, x = grad.flatten(0, -2), x.flatten(0, -2)
+        grads = (grad.mT @ x).split(ctx.columns, -2)
         wide = [torch.empty_like(part, dtype=dtype) for part, dtype in zip(grads, dtypes, strict=True)]
         torch._foreach_copy_(wide, list(grads))
         return (grad_x, *wide)

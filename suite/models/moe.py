@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from suite.models import fused
 from suite.models.cost import Cost
 from suite.models.feedforward import SwiGLU
 from suite.models.precision import at_least_fp32
@@ -51,6 +52,9 @@ class Experts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(experts, hidden, dim))
 
     def forward(self, x_ELD: Tensor) -> Tensor:
+        if fused.under_autocast(x_ELD):
+            gate_ELF, up_ELF = fused.products(x_ELD, self.w1, self.w3).chunk(2, -1)
+            return (F.silu(gate_ELF) * up_ELF) @ self.w2.mT
         h_ELF = F.silu(x_ELD @ self.w1.mT) * (x_ELD @ self.w3.mT)
         return h_ELF @ self.w2.mT
 
@@ -90,8 +94,9 @@ class Experts(nn.Module):
         Returns:
             The outputs [N, K, D] in `dtype`.
         """
-        order_S = expert_NK.flatten().argsort(stable=True)
-        ends_E = tally(expert_NK.flatten(), self.count).cumsum(0).to(torch.int32)
+        expert_S, order_S = expert_NK.flatten().sort(stable=True)
+        number_E = torch.arange(self.count, device=expert_S.device)
+        ends_E = torch.searchsorted(expert_S, number_E, right=True, out_int32=True)
         x_SD = x_ND.to(dtype).index_select(0, order_S // expert_NK.shape[1])
         w1, w2, w3 = (weight.to(dtype).mT for weight in (self.w1, self.w2, self.w3))
         h_SF = F.silu(F.grouped_mm(x_SD, w1, offs=ends_E)) * F.grouped_mm(x_SD, w3, offs=ends_E)
@@ -154,7 +159,7 @@ class ExpertChoice(nn.Module):
         gate_BET = gate_BTE.transpose(1, 2)
         position_BEC = best(gate_BET.detach(), capacity)
         gate_BEC = gate_BET.gather(-1, position_BEC)
-        first_B = torch.arange(rows, device=x_BTD.device) * tokens
+        first_B = torch.arange(0, rows * tokens, tokens, device=x_BTD.device)
         position = (position_BEC + first_B[:, None, None]).transpose(0, 1).flatten()
         x_ELD = x_BTD.flatten(0, 1).index_select(0, position).view(self.experts.count, rows * capacity, dim)
         y_ELD = self.experts(x_ELD) * gate_BEC.transpose(0, 1).flatten(1).unsqueeze(-1)

@@ -428,8 +428,6 @@ def _attention(
     return _Attention.apply(q, k, v, attn_mask, is_causal, enable_gqa)
 
 
-
-
 class _Attention(torch.autograd.Function):
     """One launch forward and one backward."""
 

@@ -52,7 +52,7 @@ def check(row: dict[str, Any]) -> None:
 def test_triton_kernels_of_representative_shapes_compile_within_the_limits_of_all_devices() -> None:
     rows = compiled()
     assert {row["architecture"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
-    assert {row["kernel"] for row in rows} == {*READS_ROWS, "_pair_kernel", "_replay_kernel"}
+    assert {row["kernel"] for row in rows} == {*READS_ROWS, "_pair_kernel", "_replay_kernel", "_rotate_kernel"}
     for row in rows:
         check(row)
         if row["kernel"] in READS_ROWS and ("width 2048" in row["shape"] or "width 4096" in row["shape"]):
@@ -143,4 +143,4 @@ def test_whatever_the_tests_of_the_operators_launch_compiles(tmp_path: Path) -> 
     rows = compile_launches_of_tests("triton", tmp_path)
     for row in rows:
         check(row)
-    assert {row["kernel"] for row in rows} == {*READS_ROWS, "_pair_kernel", "_replay_kernel"}
+    assert {row["kernel"] for row in rows} == {*READS_ROWS, "_pair_kernel", "_replay_kernel", "_rotate_kernel"}

@@ -1,0 +1,138 @@
+"""Parts of `suite.bench.gpu` that train and run models."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch._dynamo
+
+from suite.bench.decoding import configurations, decode_speeds
+from suite.cells import Cell
+from suite.data.corpus import prepare
+from suite.models.accounting import account
+from suite.records import RunDir
+from suite.train.loop import Trainer
+from suite.train.parallel import World
+
+Row = dict[str, object]
+FAMILIES = ("dense", "moe", "moe_topk", "pkm", "peer", "memory_plus")
+PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+"""Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets."""
+
+
+def cell_of(
+    family: str, base: str, rehearsal: bool, train: dict[str, Any] | None = None, half_keys: int = 1024
+) -> Cell:
+    """Return a cell on synthetic text: 8 rows of 4096 tokens, or a few short ones."""
+    model: dict[str, Any] = {"family": family, "base": "w32" if rehearsal else base}
+    if family in ("pkm", "memory_plus", "peer"):
+        model |= {"half_keys": 16, "top_k": 2, "memory_heads": 1} if rehearsal else {"half_keys": half_keys}
+    data = {"kind": "bios", "people": 20 if rehearsal else 5000, "seq_len": 32 if rehearsal else 4096}
+    fields = {"batch_rows": 2 if rehearsal else 8, "epochs": 50.0, "lr": 1e-4, "log_every": 1000}
+    precision = {} if rehearsal else {"precision": "bf16"}
+    return Cell.model_validate({"model": model, "data": data, "train": {**fields, **precision, **(train or {})}})
+
+
+@contextmanager
+def trainer_of(cell: Cell, device: str, folder: Path | None = None) -> Iterator[Trainer]:
+    """A trainer in a run directory that lasts as long as the context, unless a folder is given."""
+    cache = Path.home() / ".cache" / "gpu-bench"
+    with TemporaryDirectory() as temporary:
+        run = RunDir((folder or Path(temporary)) / "run")
+        run.path.mkdir(exist_ok=True)
+        yield Trainer(cell, prepare(cell.data, cache), run, World(device=torch.device(device)))
+
+
+def measure(cell: Cell, device: str, steps: int) -> Row:
+    """Return the speed of `steps` training steps after two others, and the peak memory of all."""
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    with trainer_of(cell, device) as trainer:
+        for _ in range(2):
+            trainer.train_step()
+        _wait(device)
+        started = time.perf_counter()
+        for _ in range(steps):
+            loss = trainer.train_step()["loss"]
+        _wait(device)
+        seconds = (time.perf_counter() - started) / steps
+        tokens, vocabulary = cell.train.batch_rows * cell.data.seq_len, trainer.corpus.vocab_size
+    row: Row = {
+        "family": cell.model.family,
+        "base": cell.model.base,
+        "compile": cell.train.compile,
+        "step_ms": round(1e3 * seconds, 2),
+        "tokens_per_s": round(tokens / seconds, 1),
+        "loss": loss,
+    }
+    if device == "cuda":
+        name, flops = torch.cuda.get_device_name(), account(cell.model, vocabulary, cell.data.seq_len).flops_per_token
+        peak = next((value for part, value in PEAK_BF16.items() if part in name), None)
+        row |= {
+            "mfu": None if peak is None else round(tokens * flops / seconds / peak, 3),
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+            "reserved_bytes": torch.cuda.max_memory_reserved(),
+            "retries": torch.cuda.memory_stats().get("num_alloc_retries", 0),
+        }
+    return row
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def steps(device: str, rehearsal: bool) -> Iterator[Row]:
+    """Measure every family at 134m."""
+    for family in FAMILIES:
+        yield measure(cell_of(family, "134m", rehearsal), device, 1 if rehearsal else 10)
+
+
+def large(device: str, rehearsal: bool) -> Iterator[Row]:
+    """Measure dense-1.3b and memory_plus-1.3b with 2^20 rows, one row of the batch at a time."""
+    for family in ("dense", "memory_plus"):
+        cell = cell_of(family, "1.3b", rehearsal, {"accumulate": 2 if rehearsal else 4})
+        yield measure(cell, device, 1 if rehearsal else 5)
+
+
+def resume(device: str, rehearsal: bool) -> Iterator[Row]:
+    """Take two steps, save, take two more; then resume and take those two again."""
+    for family in ("dense", "memory_plus"):
+        cell = cell_of(family, "134m", rehearsal, {"log_every": 1}, half_keys=256)
+        with TemporaryDirectory() as folder:
+            with trainer_of(cell, device, Path(folder)) as trainer:
+                for _ in range(2):
+                    trainer.train_step()
+                trainer.save()
+                whole = [trainer.train_step()["loss"] for _ in range(2)]
+            with trainer_of(cell, device, Path(folder)) as trainer:
+                resumed = [trainer.train_step()["loss"] for _ in range(2)]
+        largest = max(abs(float(a or 0.0) - float(b or 0.0)) for a, b in zip(whole, resumed, strict=True))
+        yield {"family": family, "loss": whole[-1], "difference": largest, "correct": largest <= 1e-3}
+
+
+def compiled(device: str, rehearsal: bool) -> Iterator[Row]:
+    """Measure dense and memory_plus with and without train.compile; a rehearsal does not compile."""
+    for family in ("dense", "memory_plus"):
+        for compiles in (False,) if rehearsal else (False, True):
+            torch._dynamo.reset()
+            cell = cell_of(family, "134m", rehearsal, {"compile": compiles})
+            yield measure(cell, device, 1 if rehearsal else 10)
+
+
+def decode(device: str, rehearsal: bool) -> Iterator[Row]:
+    """Time the generation of tokens, next to dense."""
+    configs = configurations("w32" if rehearsal else "134m", [32 if rehearsal else 1024])
+    configs = [config for config in configs if config.family in FAMILIES]
+    if rehearsal:
+        configs = configs[:2]
+    speeds = decode_speeds(configs, [1] if rehearsal else [1, 32], steps=2 if rehearsal else 16, rounds=1)
+    yield from map(asdict, speeds)

@@ -1,0 +1,44 @@
+"""The script for one GPU: its rehearsal runs every part on a CPU and writes a file for each."""
+
+from __future__ import annotations
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from suite.bench import gpu
+
+ROOT = Path(__file__).parents[2]
+
+
+def rehearse(out: Path, *options: str, before: str = "") -> str:
+    """Rehearse in a process of its own, since triton is imported for the interpreter there."""
+    program = f"import sys\n{before}\nfrom suite.bench.gpu import main\nsys.exit(main(sys.argv[1:]))"
+    command = [sys.executable, "-W", "ignore", "-c", program, "--rehearse", "--out", str(out), *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(out)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_a_rehearsal_writes_a_file_of_every_part(tmp_path: Path) -> None:
+    out = rehearse(tmp_path)
+    for part in gpu.PARTS:
+        with (tmp_path / f"gpu-rehearsal-{part}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert rows, part
+        assert not rows[0].get("note"), (part, rows, out)
+        assert all(row.get("correct", "True") == "True" for row in rows), (part, rows)
+
+
+def test_parts_without_their_packages_say_so_and_the_others_run(tmp_path: Path) -> None:
+    """Without pydantic, models are out of reach and kernels are not."""
+    out = rehearse(tmp_path, "--only", "others", "steps", before="sys.modules['pydantic'] = None")
+    assert "others: 3 rows" in out
+    assert "steps: skipped: not installed: pydantic" in out
+
+
+def test_no_part_starts_after_the_time(tmp_path: Path) -> None:
+    assert "others: not started" in rehearse(tmp_path, "--only", "others", "--minutes", "-1")

@@ -1,0 +1,56 @@
+"""A training step on a GPU launches few kernels, waits for none, and passes nothing that CUDA would refuse.
+
+The GPU is simulated (tests/helpers/simulated_cuda.py) in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+MEMORY = {"half_keys": 32, "top_k": 2, "memory_heads": 1, "tie_embeddings": False}
+CASES: dict[str, tuple[dict[str, Any], int]] = {
+    "dense": ({"model": {"family": "dense", "tie_embeddings": False}}, 409),
+    "moe": ({"model": {"family": "moe", "tie_embeddings": False}}, 553),
+    "moe_topk": ({"model": {"family": "moe_topk", "tie_embeddings": False}}, 657),
+    "pkm": ({"model": {"family": "pkm", **MEMORY}}, 532),
+    "peer": ({"model": {"family": "peer", **MEMORY}}, 607),
+    "memory_plus": ({"model": {"family": "memory_plus", **MEMORY}}, 786),
+    "memory_plus, few rows read": ({"model": {"family": "memory_plus", **MEMORY, "half_keys": 100}}, 831),
+    "memory_plus, rows by SGD": (
+        {"model": {"family": "memory_plus", **MEMORY}, "train": {"table_optimizer": "sgd", "value_lr": 1e-2}},
+        786,
+    ),
+}
+"""Cases, and the launches of their steps when each layer cast its own weights and read its own counts."""
+MAX_WAITS = 2
+
+
+@pytest.fixture(scope="module")
+def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("no C++ compiler for the guard of the simulated device")
+    helpers = Path(__file__).parents[1] / "helpers"
+    cases = json.dumps({name: case for name, (case, _) in CASES.items()})
+    command = [sys.executable, "-W", "ignore", "count_launches.py", str(tmp_path_factory.mktemp("waits")), cases]
+    done = subprocess.run(command, cwd=helpers, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    counted: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return counted
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_waits_at_most_twice_whatever_its_layers(name: str, counts: dict[str, Any]) -> None:
+    waits = counts[name]["waits"]
+    assert sum(times for *_, times in waits) <= MAX_WAITS, waits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_launches_at_most_two_thirds_of_what_it_did(name: str, counts: dict[str, Any]) -> None:
+    assert counts[name]["launches"] <= CASES[name][1] * 2 / 3
