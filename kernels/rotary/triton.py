@@ -32,9 +32,8 @@ def _rotate_kernel(
     DIRECTION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    place = tl.program_id(0).to(tl.int64)
-    row = place // tokens
-    token = place - row * tokens
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(2).to(tl.int64)
     pair = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = pair < pairs
     column = pair // half * 2 * half + pair % half
@@ -44,7 +43,7 @@ def _rotate_kernel(
     source = x + row * row_stride + token * token_stride + column
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
-    target = out + place * 2 * pairs + column
+    target = out + (row * tokens + token) * 2 * pairs + column
     tl.store(target, first * c - second * s, mask=inside)
     tl.store(target + half, second * c + first * s, mask=inside)
 
@@ -56,7 +55,7 @@ def rotate(x_BTC: Tensor, cos_TI: Tensor, sin_TI: Tensor, direction: int) -> Ten
     out_BTC = torch.empty(rows, tokens, columns, dtype=x_BTC.dtype, device=x_BTC.device)
     block = min(PAIRS, triton.next_power_of_2(columns // 2))
     if rows * tokens:
-        _rotate_kernel[(rows * tokens, triton.cdiv(columns // 2, block))](
+        _rotate_kernel[(tokens, triton.cdiv(columns // 2, block), rows)](
             x_BTC,
             cos_TI,
             sin_TI,

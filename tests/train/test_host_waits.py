@@ -23,10 +23,6 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "peer": ({"model": {"family": "peer", **MEMORY}}, 607),
     "memory_plus": ({"model": {"family": "memory_plus", **MEMORY}}, 786),
     "memory_plus, few rows read": ({"model": {"family": "memory_plus", **MEMORY, "half_keys": 100}}, 831),
-    "memory_plus, rows by SGD": (
-        {"model": {"family": "memory_plus", **MEMORY}, "train": {"table_optimizer": "sgd", "value_lr": 1e-2}},
-        786,
-    ),
 }
 """Cases, and the launches of their steps when each layer cast its own weights and read its own counts."""
 MAX_WAITS = 2
