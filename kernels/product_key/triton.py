@@ -182,7 +182,8 @@ def split(x: Tensor, wanted: list[int]) -> Tensor:
     Part 0 is x rounded, part 1 the rounded rest, and so on; three hold all bits of a float32 number. Infinities are
     all in part 0.
     """
-    parts, rest = [], x
+    parts: list[Tensor] = []
+    rest = x
     for part in range(max(wanted) + 1):
         if part:
             rest = rest.float() - parts[-1].float()
