@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LAYERS = {
-    "kernels": ("native", "dispatch", "embedding_bag", "product_key row_adamw", "bench"),
+    "kernels": ("native", "dispatch", "embedding_bag", "product_key row_adamw rotary", "bench"),
     "suite": (
         "errors atomic identity shipped",
         "models data",
