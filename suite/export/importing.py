@@ -11,6 +11,7 @@ import hashlib
 import json
 from pathlib import Path
 
+from suite.atomic import write_text
 from suite.cells import Cell, TrainConfig
 from suite.data.corpus import prepare
 from suite.data.sources.tokenizer_only import TokenizerData
@@ -67,6 +68,7 @@ def import_checkpoint(folder: Path, results: Path, seq_len: int | None = None) -
             tokenizer=corpus.tokenizer.fingerprint,
             imported_from=str(folder.resolve()),
         )
+        write_text(run.tokenizer_path, corpus.tokenizer.to_json())
         if not checkpoint.steps_saved(run):
             position = {"step": 0, "train_s": 0.0, "finished": True, "past": False}
             checkpoint.save(run, 0, {"model": model.state_dict(), "optimizer": {}}, position, 1, World())

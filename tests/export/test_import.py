@@ -123,6 +123,21 @@ def test_an_export_of_the_run_equals_the_checkpoint(
         assert torch.equal(after[name], value.float()), name
 
 
+def test_a_run_that_is_moved_alone_needs_neither_the_checkpoint_nor_the_cache(checkpoint: Path, tmp_path: Path) -> None:
+    source = tmp_path / "llama"
+    shutil.copytree(checkpoint, source)
+    first = import_checkpoint(source, tmp_path / "results")
+    expected = load_model(first, first.read_cell(), worker.corpus_of(first, first.read_cell())).state_dict()
+    (tmp_path / "elsewhere" / "runs").mkdir(parents=True)
+    shutil.move(first.path, tmp_path / "elsewhere" / "runs" / first.name)
+    shutil.rmtree(source)
+    moved = RunDir(tmp_path / "elsewhere" / "runs" / first.name)
+    cell = moved.read_cell()
+    assert worker.corpus_of(moved, cell).tokenizer.encode("the sea")
+    state = load_model(moved, cell, worker.corpus_of(moved, cell)).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
+
+
 def test_scores_are_those_of_stock_lm_eval(run: RunDir, results: Path) -> None:
     from suite.evaluate.adapter import Codec, SuiteLM
 
