@@ -16,6 +16,7 @@ import pandas as pd
 
 from analysis.comparisons.statistics import Difference, paired
 from analysis.records.grid_data import GridData
+from analysis.records.labels import flat
 
 METRIC = "forgetting"
 """Metric of a contrast between methods."""
@@ -28,7 +29,8 @@ METHODS = {"all": "full", "lora": "LoRA", "tables": "tables", "rows": "rows", "p
 class Learning:
     """The runs of a grid that were taught new facts.
 
-    measured: one row per measurement: run (position), family, base, label, method, seed, and the columns of KNOWLEDGE.
+    measured: one row per measurement: run (position), family, base, seed, method, label (what distinguishes it among
+        the taught runs of its family), and the columns of KNOWLEDGE.
     """
 
     data: GridData
@@ -91,11 +93,26 @@ def learning_of(data: GridData) -> Learning | None:
     measured = data.knowledge[data.knowledge["run"].isin(data.done.index)]
     if measured.empty:
         return None
-    runs = data.runs.loc[measured["run"], ["family", "base", "label", "seed", "train"]].reset_index(drop=True)
-    kinds = [METHODS.get((train.get("trainable") or {}).get("kind", "all"), "full") for train in runs["train"]]
-    method = [f"{family} {kind}" for family, kind in zip(runs["family"], kinds, strict=True)]
-    table = pd.concat([measured.reset_index(drop=True), runs.drop(columns="train")], axis=1)
-    return Learning(data, table.assign(method=method))
+    taught = data.runs.loc[measured["run"].unique()]
+    kinds = [METHODS.get((train.get("trainable") or {}).get("kind", "all"), "full") for train in taught["train"]]
+    method = taught["family"] + " " + pd.Series(kinds, index=taught.index)
+    named = taught[["family", "base", "seed"]].assign(method=method, label=_settings(taught))
+    return Learning(data, measured.reset_index(drop=True).join(named, on="run"))
+
+
+def _settings(taught: pd.DataFrame) -> pd.Series:
+    """Return what distinguishes each run among those of its family that were taught facts, kind of method apart."""
+    options = [
+        flat({"model": model, "train": train}) for model, train in zip(taught["model"], taught["train"], strict=True)
+    ]
+    families = list(taught["family"])
+    labels = []
+    for family, run in zip(families, options, strict=True):
+        others = [other for of_family, other in zip(families, options, strict=True) if of_family == family]
+        varying = [key for key in sorted(run) if any(repr(other.get(key)) != repr(run[key]) for other in others)]
+        shown = [f"{key.rpartition('.')[2]}={run[key]}" for key in varying if run[key] is not None]
+        labels.append(" ".join(text for text in shown if not text.startswith("kind=")) or "-")
+    return pd.Series(labels, index=taught.index, dtype=object)
 
 
 def hull_of(settings: pd.DataFrame) -> np.ndarray:
