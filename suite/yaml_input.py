@@ -200,7 +200,8 @@ def _wanted(part: type[BaseModel] | None, name: str) -> str:
 
 
 def _allowed(message: str) -> str:
-    return message.removeprefix("Input should be ").removeprefix("Value error, ")
+    wanted = message.removeprefix("Input should be ").removeprefix("Value error, ")
+    return wanted.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping of fields to values")
 
 
 def _short(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,10 +46,11 @@ def read_grid(results: Path, grid: str) -> Recorded:
     path = results / "grids" / grid / "grid.json"
     if path.is_file():
         return _read(path)[1]
-    others = ", ".join(path.parent.name for path in sorted(results.glob("grids/*/grid.json"))) or "none yet"
-    raise InputError(
-        f"{results / 'grids'}: grid {grid!r} has no records (make them: suite sweep {grid}); known: {others}"
-    )
+    names = [path.parent.name for path in sorted(results.glob("grids/*/grid.json"))]
+    close = difflib.get_close_matches(grid, names, n=1)
+    remedy = f"did you mean {close[0]}?" if close else f"suite sweep {grid} makes them"
+    others = ", ".join(names) or "none yet"
+    raise InputError(f"{results / 'grids'}: grid {grid!r} has no records; {remedy}; grids with records: {others}")
 
 
 def _read(path: Path) -> tuple[str, Recorded]:

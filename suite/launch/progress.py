@@ -21,8 +21,14 @@ class Clock:
         self._first: tuple[float, float] | None = None
 
     def remaining_s(self, standing: Standing, now: float) -> float | None:
-        """Return the remaining seconds at time `now` (seconds, any origin); None before half a cell is done."""
+        """Return the remaining seconds at time `now` (seconds, any origin).
+
+        None before half a cell is done, and once all cells that are left are trained and being scored.
+        """
         done = share_done(standing) * standing.cells
+        left = standing.cells - standing.finished
+        if left and left == sum(name in standing.scoring for name, _, _ in standing.running):
+            return None
         if self._first is None:
             self._first = (now, done)
         started, done_then = self._first
@@ -61,7 +67,10 @@ class PlainWatcher:
         if now - self._logged >= PLAIN_LINE_EVERY_S:
             self._logged = now
             left = "" if remaining_s is None else f", about {duration(remaining_s)} to go"
-            running = ", ".join(f"{name} {progress:.0%}" for name, progress, _ in standing.running)
+            running = ", ".join(
+                f"{name} {'scoring' if name in standing.scoring else f'{progress:.0%}'}"
+                for name, progress, _ in standing.running
+            )
             self.event(f"{standing.finished}/{standing.cells} cells finished{left}; running: {running or 'none'}")
 
 
@@ -107,7 +116,8 @@ class BarWatcher:
         for name, progress, eta_s in standing.running:
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task(name, total=1.0, left="")
-            self._bars.update(self._tasks[name], completed=progress, left=f"{duration(eta_s)} left" if eta_s else "")
+            left = "scoring" if name in standing.scoring else f"{duration(eta_s)} left" if eta_s else ""
+            self._bars.update(self._tasks[name], completed=progress, left=left)
 
 
 def watcher(console: Console) -> PlainWatcher | BarWatcher:

@@ -33,11 +33,12 @@ SLICE_S = 0.1
 @dataclass(frozen=True)
 class Standing:
     """A sweep at one moment: its number of cells, of finished ones, and the running ones as (run, progress 0 to 1,
-    seconds to go)."""
+    seconds to go). `scoring` names the running ones that are trained; how long they take is not known."""
 
     cells: int
     finished: int
     running: list[tuple[str, float, float | None]]
+    scoring: frozenset[str] = frozenset()
 
 
 class Watcher(Protocol):
@@ -145,7 +146,8 @@ class Sweep:
             if state["state"] == "running" or not is_queue
         ]
         total = len(self.grid.cells)
-        return Standing(total, total - len(entries) - len(self.waiting) - self.cancelled, running)
+        scoring = frozenset(name for name, state in states if state.get("trained"))
+        return Standing(total, total - len(entries) - len(self.waiting) - self.cancelled, running, scoring)
 
     def _collect(self) -> None:
         """Decide about the cells whose jobs have ended, and about runs that other processes have released."""

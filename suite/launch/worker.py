@@ -290,7 +290,7 @@ def _train_and_score(run: RunDir, cell: Cell, scorer: Scorer, interruption: Inte
         else:
             begin(run, cell, corpus)
             _train(run, cell, corpus, scorer, interruption)
-            run.set_state("running", trained=True)
+            run.set_state("running", trained=True, progress=1.0, eta_s=None)
     if interruption.requested:
         raise KeyboardInterrupt
     score_missing(run, cell, corpus, scorer)

@@ -251,7 +251,7 @@ def test_labels_name_what_varies(tmp_path: Path) -> None:
 
 
 def test_unknown_grid_is_named_with_the_known_ones(results: Path) -> None:
-    with pytest.raises(InputError, match=r"grid 'nope' has no records .*known: demo"):
+    with pytest.raises(InputError, match=r"grid 'nope' has no records; suite sweep nope .*records: demo"):
         frame.load(results, "nope", "dense")
 
 

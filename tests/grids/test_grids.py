@@ -125,6 +125,10 @@ def test_a_whole_float_is_a_number_of_tokens(tmp_path: Path) -> None:
     assert "12:00" in complaint(tmp_path, ONE_BLOCK, train__warmup="12:00")
 
 
+def test_a_value_where_a_list_is_needed_names_the_type(tmp_path: Path) -> None:
+    assert complaint(tmp_path, ONE_BLOCK, evaluate="bios_qa").endswith("evaluate: got 'bios_qa', allowed: a list")
+
+
 def test_exclusions_match_on_the_fields_they_name(tmp_path: Path) -> None:
     text = (
         BASE

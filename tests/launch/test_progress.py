@@ -18,6 +18,16 @@ def test_the_clock_extrapolates_from_the_progress_since_its_first_call() -> None
     assert share_done(halfway) == pytest.approx(0.55)
 
 
+def test_there_is_no_estimate_once_all_cells_are_trained_and_scored() -> None:
+    clock = Clock()
+    running = [("a", 1.0, None), ("b", 1.0, None)]
+    assert clock.remaining_s(Standing(4, 0, []), 0.0) is None
+    assert clock.remaining_s(Standing(4, 2, running, frozenset({"a"})), 10.0) is not None
+    assert clock.remaining_s(Standing(4, 2, running, frozenset({"a", "b"})), 10.0) is None
+    waiting = Standing(5, 2, running, frozenset({"a", "b"}))
+    assert clock.remaining_s(waiting, 10.0) is not None
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(None, "-"), (0.4, "0 s"), (59.4, "59 s"), (187, "3:07 min"), (7500, "2:05 h")]
 )
