@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from suite.launch.provenance import code_version
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -60,6 +62,19 @@ def test_an_installed_wheel_sweeps_a_grid_by_name(installed: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
+def test_an_installed_wheel_has_its_operators_and_their_hash(installed: Path, tmp_path: Path) -> None:
+    program = (
+        "import suite.models, kernels.dispatch; from suite.launch.provenance import code_version; "
+        "print(kernels.dispatch.__file__, code_version())"
+    )
+    done = run(installed, tmp_path, program)
+    assert done.returncode == 0, done.stderr
+    file, version = done.stdout.split()
+    assert file.startswith(str(installed / "next_parameter_data" / "kernels"))
+    assert version == code_version()
+
+
+@pytest.mark.slow
 def test_an_installed_wheel_draws_the_published_numbers(installed: Path, tmp_path: Path) -> None:
     program = "import runpy; sys.argv = ['analysis', 'paper']; runpy.run_module('analysis', run_name='__main__')"
     drawn = run(installed, tmp_path, program)
@@ -72,10 +87,10 @@ def test_a_wheel_holds_what_it_needs_and_no_other_top_level_names(installed: Pat
     (wheel,) = installed.parent.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names if ".dist-info" not in name}
-    assert tops == {"suite", "kernels", "analysis", "next_parameter_data"}
+    assert tops == {"suite", "analysis", "next_parameter_data"}
     shipped = {name for name in names if name.startswith("next_parameter_data/")}
     expected = [*ROOT.glob("grids/*.yaml"), *ROOT.glob("clusters/*.yaml"), *ROOT.glob("results/published/*.csv")]
     assert shipped >= {f"next_parameter_data/{path.relative_to(ROOT)}" for path in expected}
-    sources = {str(path.relative_to(ROOT)) for path in ROOT.glob("kernels/*/native.c")}
+    sources = {f"next_parameter_data/{path.relative_to(ROOT)}" for path in ROOT.glob("kernels/*/native.c")}
     assert sources <= set(names)
     assert any(name.startswith("suite/evaluate/tasks/") and name.endswith(".yaml") for name in names)

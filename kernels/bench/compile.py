@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 from kernels.bench.ahead_of_time import DEVICES, capture
@@ -40,7 +41,7 @@ def compile_all(every: bool, architectures: Sequence[int]) -> Iterator[list[Comp
         every: All shapes and options instead of a few that represent them.
         architectures: Keys of DEVICES.
     """
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-W", "ignore", "-m", "kernels.bench.compile"]
     settings = [

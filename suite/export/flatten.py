@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
+from suite.shipped import shipped
+
 PACKAGES = ("suite", "kernels")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,10 +74,15 @@ def flat_name(module: str) -> str:
 
 
 def _exists(module: str) -> bool:
-    path = ROOT / Path(*module.split("."))
+    path = _root(module) / Path(*module.split("."))
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
+def _root(module: str) -> Path:
+    """Return the folder that a module's top-level package is in."""
+    return shipped("kernels").parent if module.split(".")[0] == "kernels" else ROOT
+
+
 def _path(module: str) -> Path:
-    path = ROOT / Path(*module.split("."))
+    path = _root(module) / Path(*module.split("."))
     return path / "__init__.py" if (path / "__init__.py").is_file() else path.with_suffix(".py")

@@ -16,6 +16,7 @@ from suite.identity import identity
 from suite.records import RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
+INSTALLED = "next_parameter_data"
 
 WEIGHT_SOURCES = (
     "suite/cells.py",
@@ -43,9 +44,15 @@ NOT_WEIGHT_SOURCES = (
 
 def weight_sources(root: Path) -> Iterator[Path]:
     """Yield the files below `root` that make weights, in a fixed order."""
-    excluded = {path for pattern in NOT_WEIGHT_SOURCES for path in root.glob(pattern)}
-    included = {path for pattern in WEIGHT_SOURCES for path in root.glob(pattern)}
+    excluded = {path for pattern in NOT_WEIGHT_SOURCES for path in _base(root, pattern).glob(pattern)}
+    included = {path for pattern in WEIGHT_SOURCES for path in _base(root, pattern).glob(pattern)}
     yield from sorted(included - excluded)
+
+
+def _base(root: Path, pattern: str) -> Path:
+    """Return where a pattern starts: operators are installed in a folder of their own (see setup.py)."""
+    installed = root / INSTALLED
+    return installed if pattern.startswith("kernels/") and (installed / "kernels").is_dir() else root
 
 
 @functools.cache
@@ -57,7 +64,9 @@ def code_version(root: Path = ROOT) -> str:
     digest = hashlib.sha256()
     for path in weight_sources(root):
         bare = bare_python if path.suffix == ".py" else bare_c
-        digest.update(f"{path.relative_to(root).as_posix()}\n{bare(path.read_text())}\n".encode())
+        digest.update(
+            f"{path.relative_to(root).as_posix().removeprefix(f'{INSTALLED}/')}\n{bare(path.read_text())}\n".encode()
+        )
     return digest.hexdigest()[:12]
 
 
