@@ -17,7 +17,12 @@ _KERNELS = "kernels"
 
 def _find_operators(folder: Path) -> None:
     """Make the operators in `folder` importable as `kernels`, next to Hugging Face's package if that is installed."""
-    package = sys.modules.get(_KERNELS) or _load(_other_package(folder) or _own_package(folder))
+    package = sys.modules.get(_KERNELS)
+    if package is None:
+        try:
+            package = _load(_other_package(folder) or _own_package(folder))
+        except ImportError:  # the other package lacks something that it needs
+            package = _load(_own_package(folder))
     if str(folder) not in package.__path__:
         package.__path__.append(str(folder))
 
