@@ -10,9 +10,9 @@ from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from suite.shipped import shipped
-
 _KERNELS = "kernels"
+_ROOT = Path(__file__).resolve().parents[1]
+_INSTALLED = _ROOT / "next_parameter_data" / _KERNELS
 
 
 def _find_operators(folder: Path) -> None:
@@ -52,4 +52,4 @@ def _load(spec: ModuleSpec | None) -> ModuleType:
     return package
 
 
-_find_operators(shipped(_KERNELS))
+_find_operators(_INSTALLED if _INSTALLED.is_dir() else _ROOT / _KERNELS)
