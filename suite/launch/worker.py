@@ -144,10 +144,8 @@ def _train_and_score_together(
         _train_lost_end_again(run, cell)
     is_trained = world.any(world.is_first and bool(run.state().get("trained")))
     if cell.quantised is not None and not is_trained:
-        raise UserError(f"{run.path}: a quantised run is made by one process; start suite train without torchrun")
-    corpus = prepare_together(run, cell, world, (lambda corpus: None) if is_trained else partial(begin, run, cell))
-    if not is_trained and cell.quantised is not None:
         raise UserError(f"{run.path}: several processes cannot quantise a run; suite quantise does it in one")
+    corpus = prepare_together(run, cell, world, (lambda corpus: None) if is_trained else partial(begin, run, cell))
     if not is_trained:
         with interruption.deferred():
 
