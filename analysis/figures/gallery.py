@@ -28,6 +28,7 @@ CAPTIONS = {
     "trend-fit": "Fits against table and base size, with residuals and the held-out variant",
     "key-usage": "How evenly the memory's rows are read",
     "key-usage-training": "Use of the memory's rows over training",
+    "hit-rates": "Hit rate of a cache of rows against its size",
     "final-scores": "Final scores",
     "scores-rows": "Final scores against memory rows, with published points",
     "scores-base": "Final scores against base size",

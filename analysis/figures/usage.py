@@ -82,6 +82,48 @@ def usage_in_training(context: Context, folder: Path) -> list[Path]:
         return style.save(drawn, folder, "key-usage-training", context.note(note))
 
 
+def hit_rates(context: Context, folder: Path) -> list[Path]:
+    """Draw the share of reads that a cache has against its size, a row of panels per base: static and LRU."""
+    rates = context.data.hit_rates
+    groups = {base: [*context.variants(base)] for base in context.bases}
+    parts = {
+        base: [(label, rates[rates["run"].isin(group.index)]) for label, group in variants]
+        for base, variants in groups.items()
+    }
+    by_base = {base: found for base, rows in parts.items() if (found := [row for row in rows if len(row[1])])}
+    if not by_base:
+        raise Missing(
+            f"no hit rates in usage.json of grid {context.grid}; suite sweep {context.source} writes them, "
+            "and suite eval RUN where an older usage.json is deleted"
+        )
+    policies = {"static": "hits of the most read rows, %", "lru": "hits of the last rows (LRU), %"}
+    with style.figure(len(by_base), 2, width=7.0, height=2.5 * len(by_base), sharey=True) as (drawn, axes):
+        for row, (base, variants) in enumerate(by_base.items()):
+            for axis, (policy, ylabel) in zip(axes[2 * row :], policies.items(), strict=False):
+                for label, part in variants:
+                    look, mean = context.looks[label], 100 * part.groupby("share")[policy].mean()
+                    axis.plot(
+                        100 * mean.index,
+                        mean,
+                        color=look.color,
+                        linestyle=look.linestyle,
+                        alpha=look.alpha,
+                        marker=".",
+                        label=context.legend(label),
+                    )
+                style.log_axis(axis)
+                axis.set_ylim(0, 100)
+                axis.set_xlabel("rows in the cache, %")
+                axis.set_ylabel(ylabel)
+                axis.set_title(f"base {base}", loc="left")
+        style.legend_above(drawn, axes)
+        note = (
+            "Reads of the finished model for text outside of the sample that chose the static rows, mean over runs and "
+            "tables. The LRU cache starts empty and also counts repeated reads within a token and a batch."
+        )
+        return style.save(drawn, folder, "hit-rates", context.note(note))
+
+
 def _over_training(axis: Axes, context: Context, label: str, part: pd.DataFrame) -> None:
     """Draw the runs of one variant, and their mean at the tokens that all of them logged."""
     look, runs = context.looks[label], part["run"].nunique()

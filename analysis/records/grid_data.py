@@ -60,6 +60,7 @@ COLUMNS = (
     "lines",
     "probes",
     "table_use",
+    "hit_rates",
     "scores",
     "answers",
     "knowledge",
@@ -78,6 +79,7 @@ class GridData:
         `partner` is the position of the reference run that ratios are relative to, -1 without one.
     probes: one row per probe: run, step, tokens, epoch, train_flops, wall_s, eval_loss and `<kind>_<metric>`.
     table_use: one row per logged step of a run with tables: run, tokens, used, never_read, kl_bits.
+    hit_rates: one row per size of a cache of a run with tables: run, share, static, lru.
     scores: one row per final score, see analysis.records.scores.
     tables_off: one row per final score that a run also has with its tables switched off, as `off`.
     knowledge, retention: one row per measurement of learning and forgetting, see analysis.records.knowledge.
@@ -101,6 +103,7 @@ class GridData:
     tables_off: pd.DataFrame = field(default_factory=pd.DataFrame)
     knowledge: pd.DataFrame = field(default_factory=pd.DataFrame)
     retention: pd.DataFrame = field(default_factory=pd.DataFrame)
+    hit_rates: pd.DataFrame = field(default_factory=pd.DataFrame)
     imported: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["name", "score", "value"]))
 
     @cached_property
@@ -221,6 +224,7 @@ def from_store(
         tables_off=without_tables(scores, recorded),
         knowledge=unnest(table, "knowledge", position),
         retention=unnest(table, "retention", position),
+        hit_rates=unnest(table, "hit_rates", position),
     )
 
 

@@ -36,6 +36,7 @@ LISTS = {
     "lines": (*AT, "loss", "eval_loss"),
     "probes": ("line", "kind", "bits", "bits_max", "nll", "recall", "n"),
     "table_use": ("tokens", "used", "never_read", "kl_bits"),
+    "hit_rates": ("share", "static", "lru"),
     "scores": (
         "split",
         "step",
@@ -56,7 +57,8 @@ LISTS = {
     "retention": RETENTION,
 }
 """List column -> its fields. `lines`: train.jsonl; `probes`: the scores of a probe line, one entry per kind, `line` its
-position in `lines`; `table_use`: means over tables; `answers`: one entry per score; `knowledge` and `retention`: see
+position in `lines`; `table_use`: means over tables; `hit_rates`: of caches of a
+share of the rows, means over tables; `answers`: one entry per score; `knowledge` and `retention`: see
 analysis.records.knowledge."""
 RECENT = 10
 DAMAGED = "damaged"
@@ -112,8 +114,12 @@ def _read_state(row: Row, folder: Path) -> None:
 
 
 def _read_usage(row: Row, path: Path) -> None:
-    tables = read_json(path).get("tables") if path.exists() else None
-    if tables:
+    usage = read_json(path) if path.exists() else {}
+    if rates := usage.get("hit_rates"):
+        for position, share in enumerate(rates["shares"]):
+            means = (fmean(table[policy][position] for table in rates["tables"]) for policy in ("static", "lru"))
+            row.lists["hit_rates"].append((_number(share), *means))
+    if tables := usage.get("tables"):
         row.scalars["usage_used"] = fmean(table["used"] for table in tables)
         row.scalars["usage_kl_bits"] = fmean(table["kl_bits"] for table in tables)
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from suite.cli.options import AsJson, Baselines, Results, print_json, print_table
+from suite.cli.options import AsJson, Baselines, Results, TableCache, TablePlace, print_json, print_table
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
@@ -92,21 +92,30 @@ def decode(
     half_keys: Annotated[str, typer.Option(metavar="N,N..", help="half keys of the tables")] = "32,128,512",
     batches: Annotated[str, typer.Option(metavar="B,B..", help="batch sizes")] = "1,8,64",
     context: Annotated[int, typer.Option(min=1, help="tokens read before the measurement")] = 64,
+    table: TablePlace = None,
+    cache: TableCache = None,
     baseline: Baselines = None,
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
     """Measure milliseconds and tokens per second of decoding, for every family, batch size and table size.
 
+    With --table, models with tables are also measured with their tables there, warm and cold, in the same rounds, with
+    the hits of the cache and the bytes of rows per token by source.
+
     Example: suite bench decode --base w128 --half-keys 32,512 --batches 1,64
     """
     from suite.baselines import loading
     from suite.bench import decoding
+    from suite.inference.tables.loading import parse_place
     from suite.yaml_input import whole_numbers
 
     loading.load_all(baseline or ())
+    place, folder = parse_place(table, cache), results / "bench"
     configs = decoding.configurations(base, whole_numbers(half_keys, "--half-keys"))
-    rows = decoding.rows(decoding.decode_speeds(configs, whole_numbers(batches, "--batches"), context))
+    sizes = whole_numbers(batches, "--batches")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = decoding.rows(decoding.decode_speeds(configs, sizes, context, place=place, folder=folder))
     _show(rows, results / "bench" / "decode.csv", as_json)
 
 

@@ -80,6 +80,7 @@ def test_report_states_the_primary_contrast_failures_and_ratios(results: Path, t
         "trend-fit",
         "key-usage",
         "key-usage-training",
+        "hit-rates",
     )
     assert {f"{name}.{kind}" for name in names for kind in ("png", "pdf", "svg")} == drawn
     page = (results / "grids" / "demo" / "report.html").read_text()

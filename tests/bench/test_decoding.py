@@ -14,6 +14,7 @@ from suite.baselines import loading
 from suite.bench import decoding
 from suite.cli.main import app
 from suite.errors import UserError
+from suite.inference.tables.loading import parse_place
 from suite.models import registry
 from suite.models.accounting import account
 
@@ -42,6 +43,29 @@ def test_every_family_and_table_size_is_compared_with_dense() -> None:
     dense = next(speed for speed in speeds if speed.family == "dense")
     assert dense.time_ratio_p50 == 1.0
     assert dense.bytes_per_token == account(configs[0], decoding.VOCAB, 4).bytes_per_token
+
+
+def test_tables_elsewhere_take_turns_warm_and_cold(tmp_path: Path) -> None:
+    configs = [config for config in decoding.configurations("w32", [32]) if config.family in ("dense", "pkm")]
+    place = parse_place("file", "lru:10%")
+    measured = decoding.decode_speeds(configs, [2], context=4, steps=2, rounds=2, place=place, folder=tmp_path)
+    assert [(speed.family, speed.table) for speed in measured] == [
+        ("dense", "model"),
+        ("pkm", "model"),
+        ("pkm", "file lru:10%"),
+    ]
+    plain, stored = measured[1:]
+    assert plain.hits is None
+    assert plain.cold_ratio_p50 is None
+    assert stored.clock == plain.clock == "wall"
+    assert stored.cold_ratio_p50 is not None
+    assert stored.cold_ratio_p50 > 0
+    assert stored.hits is not None
+    assert 0 < stored.hits < 1
+    read = [stored.device_bytes_per_token, stored.host_bytes_per_token, stored.file_bytes_per_token]
+    assert read[1] == 0
+    assert read[0] / (read[0] + read[2]) == pytest.approx(stored.hits, rel=0.01)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_invalid_bases_and_tables_are_refused() -> None:

@@ -175,9 +175,10 @@ def write_run(
         )
     if half_keys and state == "done":
         measures = {"rows": half_keys**2, "reads": 4096, "used": 0.9 - 0.02 * seed, "kl_bits": 0.4 + 0.05 * seed}
-        write_json(
-            folder / "usage.json", {"tokens": 512, "layers": {"1": measures}, "tables": [{"layers": [1], **measures}]}
-        )
+        rates = {"text": "held-out text", "shares": [0.1, 0.5], "tables": [{"static": [0.3, 0.8], "lru": [0.2, 0.7]}]}
+        tables = [{"layers": [1], **measures}]
+        usage = {"tokens": 512, "layers": {"1": measures}, "tables": tables, "hit_rates": rates}
+        write_json(folder / "usage.json", usage)
     cause = "loss is nan at step 12" if state == "failed" else None
     write_json(folder / "state.json", {"state": state, "progress": 1.0, "eta_s": 0, "cause": cause, "log": "log.txt"})
     return name

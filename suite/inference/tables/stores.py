@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -32,6 +32,10 @@ class Traffic:
     device: int = 0
     host: int = 0
     file: int = 0
+
+    def __sub__(self, earlier: Traffic) -> Traffic:
+        """Return what was read since an earlier count."""
+        return Traffic(*(getattr(self, field.name) - getattr(earlier, field.name) for field in fields(self)))
 
     def line(self) -> str:
         """Return the counts in one line."""
