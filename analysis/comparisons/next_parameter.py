@@ -33,7 +33,7 @@ AXES = {
 """Axis -> column and what it is called."""
 BYTES_HELD = 2
 """Bytes per weight at inference (bf16), as in an account's bytes per token."""
-SIZES = (*SHAPE, "half_keys", "experts", "rows")
+SIZES = (*SHAPE, "half_keys", "experts", "head_rows", "table_rows", "pool_keys")
 """Model fields that make a destination larger; runs that differ in others belong to different destinations."""
 SPENDS = float(np.log2(1.02))
 """A step whose cost is below the base's plus 2 % spends nothing of an axis."""
