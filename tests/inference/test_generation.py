@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from model_families import config
 from naive_scoring import VOCAB, naive_generate, naive_score
 
 from suite import models
@@ -57,8 +58,7 @@ def test_samples_follow_the_model_and_do_not_depend_on_the_batch(model: Transfor
 
 @pytest.mark.parametrize("family", registry.families())
 def test_every_family_scores_and_generates_like_a_loop_over_tokens(family: str) -> None:
-    options = {"half_keys": 16, "top_k": 4} if registry.family(family).has_memory else {}
-    built = models.build(registry.family(family).config(family=family, base="w32", **options), VOCAB, seed=1).double()
+    built = models.build(config(family), VOCAB, seed=1).double()
     prompts = [[1, 2, 3, 4, 5], [6], [7, 8]]
     requests = [(prompt, [9, 10, 11]) for prompt in prompts]
     scores = loglikelihood.score(built, requests)
