@@ -57,7 +57,7 @@ def test_the_example_is_trained_scored_planned_and_reported(folder: Path) -> Non
     assert re.search(r"hashed_ngram.*dense", report)
     # A run holds its baseline: scoring it again needs no option.
     call("eval", run, "--tasks", "bios_paraphrase", "--limit", "5")
-    cells = {cell["run"]: cell for cell in call("plan", "grid.yaml", "--baseline", example)["cells"]}
+    cells = {cell["run"]: cell for cell in call("plan", "grid.yaml", "--gpu", "cpu", "--baseline", example)["cells"]}
     assert cells[run]["params"]["total"] == record["account"]["params_total"]
     assert cells[run]["measured"]["wall_s"] > 0
 
