@@ -1,6 +1,7 @@
 """One look for every figure: colours that survive colour blindness and print, markers that survive grey.
 
-Colours are Okabe and Ito's (Color Universal Design, 2008), one per family; a table size is a line style and a shade.
+Colours are those of Okabe and Ito (Color Universal Design, 2008) and of Tol (2021), one per family; a table size is a
+line style and a shade.
 """
 
 from __future__ import annotations
@@ -24,9 +25,25 @@ COLOURS = {
     "pkm": "#56B4E9",
     "memory_plus": "#0072B2",
     "peer": "#009E73",
+    "ultramem_v2": "#5D3A9B",
+    "engram": "#CC79A7",
+    "ngram_embedding": "#8C6D1F",
+    "token_table": "#882255",
 }
-SPARE = ["#CC79A7", "#8C6D1F", "#7F7F7F", "#5D3A9B"]
-MARKERS = {"dense": "o", "moe": "s", "moe_topk": "D", "pkm": "^", "memory_plus": "v", "peer": "P"}
+SPARE = ["#7F7F7F", "#44AA99", "#AA4499", "#999933"]
+"""Colours of other families, in the order in which they appear."""
+MARKERS = {
+    "dense": "o",
+    "moe": "s",
+    "moe_topk": "D",
+    "pkm": "^",
+    "memory_plus": "v",
+    "peer": "P",
+    "ultramem_v2": "h",
+    "engram": "*",
+    "ngram_embedding": "<",
+    "token_table": ">",
+}
 STYLES = ["-", "--", "-.", ":"]
 FORMATS = ("png", "pdf", "svg")
 RC: Any = {
