@@ -16,14 +16,21 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
-def under_autocast(x: Tensor) -> bool:
-    """Return whether autocast would cast on a GPU; a compiler fuses casts itself."""
-    return x.is_cuda and not torch.compiler.is_compiling() and torch.is_autocast_enabled("cuda")
+def casts(x: Tensor, *weights: Tensor) -> bool:
+    """Return whether autocast would cast these weights on a GPU; a compiler fuses casts itself.
+
+    FSDP gathers weights in autocast's dtype and frees them after the forward pass, and a copy would be retained.
+    """
+    if not x.is_cuda or torch.compiler.is_compiling() or not torch.is_autocast_enabled("cuda"):
+        return False
+    return all(weight.dtype != torch.get_autocast_dtype("cuda") for weight in weights)
 
 
 def fuses(x: Tensor, linears: Sequence[nn.Module]) -> bool:
-    """Return whether `together` takes the weights of these layers: plain ones without biases, under autocast."""
-    return under_autocast(x) and all(type(linear) is nn.Linear and linear.bias is None for linear in linears)
+    """Return whether `together` takes the weights of these layers: plain ones without biases that would be cast."""
+    if not all(type(linear) is nn.Linear and linear.bias is None for linear in linears):
+        return False
+    return casts(x, *(cast(nn.Linear, linear).weight for linear in linears))
 
 
 def together(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
@@ -32,7 +39,7 @@ def together(x: Tensor, linears: Sequence[nn.Module]) -> Tensor:
 
 
 def products(x: Tensor, *weights: Tensor) -> Tensor:
-    """Return x @ weight.mT for all weights side by side, in autocast's dtype; `under_autocast` must hold.
+    """Return x @ weight.mT for all weights side by side, in autocast's dtype; `casts` must hold.
 
     Args:
         x: Input [..., D], or [E, L, D] for stacks of E matrices.

@@ -52,7 +52,7 @@ class Experts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(experts, hidden, dim))
 
     def forward(self, x_ELD: Tensor) -> Tensor:
-        if fused.under_autocast(x_ELD):
+        if fused.casts(x_ELD, self.w1, self.w3):
             gate_ELF, up_ELF = fused.products(x_ELD, self.w1, self.w3).chunk(2, -1)
             return (F.silu(gate_ELF) * up_ELF) @ self.w2.mT
         h_ELF = F.silu(x_ELD @ self.w1.mT) * (x_ELD @ self.w3.mT)
