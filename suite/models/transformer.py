@@ -61,8 +61,6 @@ class Attention(nn.Module):
             half = self.head_dim // 2
             cos_TI, sin_TI = rotation[0][:, :half], rotation[1][:, half : 2 * half]
             q_BTC, k_BTC = rotary.rotate(qk_BTC, cos_TI, sin_TI).split((turned - width, width), -1)
-            # The backward pass retains the values: as a view they would retain queries and keys before rotation, too.
-            v_BTC = v_BTC.contiguous()
         else:
             q_BTC, k_BTC = rotate(self.wq(x_BTD), self.heads, rotation), rotate(self.wk(x_BTD), self.kv_heads, rotation)
             v_BTC = self.wv(x_BTD)
