@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from analysis.comparisons.multiplier_grid import Named, multipliers_along_reference
+from analysis.comparisons.next_parameter import Step, metric_of, steps
 from analysis.comparisons.paired import Contrast, contrasts
 from analysis.comparisons.trends import Trend, trends
 from analysis.records.grid_data import GridData
@@ -31,3 +32,9 @@ class Comparisons:
     def multipliers(self) -> tuple[list[Named], list[str]]:
         """Along the reference's runs, and the reasons for those that are missing."""
         return multipliers_along_reference(self.data)
+
+    @cached_property
+    def steps(self) -> tuple[str, list[Step]]:
+        """The metric of gains over the base, and the steps of all destinations; InputError without a metric."""
+        metric = metric_of(self.data, None)
+        return metric, steps(self.data, metric)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import numpy as np
 import pandas as pd
@@ -68,6 +68,15 @@ class Step:
     def gain(self) -> Difference:
         """The mean gain over seeds."""
         return paired(np.array([*self.gains.values()]))
+
+
+@dataclass(frozen=True)
+class Return:
+    """What one step returns along an axis: see `per_doubling` and `equivalent_size`, which give its two numbers."""
+
+    step: Step
+    per_doubling: Difference | None
+    equivalent_size: Difference | None
 
 
 @dataclass(frozen=True)
@@ -128,17 +137,18 @@ def steps(data: GridData, metric: str) -> list[Step]:
 
 def _destinations(runs: pd.DataFrame, reference: str) -> list[str]:
     """Return the destination of each run: its family, and the settings of its model that tell it from others of it."""
-    settings = []
-    for model in runs["model"]:
-        options = {key: value for key, value in flat(model).items() if key not in (*SIZES, "family", "base")}
-        settings.append({key: value for key, value in options.items() if value is not None})
+    settings = [
+        {key: value for key, value in flat(model).items() if key not in (*SIZES, "family", "base")}
+        for model in runs["model"]
+    ]
+    written = pd.DataFrame([{key: json.dumps(value) for key, value in own.items()} for own in settings]).fillna("null")
+    varies = written.groupby(runs["family"].to_numpy()).nunique() > 1
     names = []
-    for (_, run), own in zip(runs.iterrows(), settings, strict=True):
-        same = [other for other, family in zip(settings, runs["family"], strict=True) if family == run["family"]]
-        varying = [key for key in own if len({json.dumps(other.get(key)) for other in same}) > 1]
-        reshaped = [WIDER if run["params_ratio"] > 1 else "narrower"] if run["reshaped"] else []
-        shape = reshaped if run["family"] == reference else []
-        names.append(" ".join([str(run["family"]), *shape, *(f"{key}={own[key]}" for key in varying)]))
+    columns = (runs["family"], runs["reshaped"], runs["params_ratio"], settings)
+    for family, reshaped, ratio, own in zip(*columns, strict=True):
+        shape = [WIDER if ratio > 1 else "narrower"] if reshaped and family == reference else []
+        varying = [key for key, value in own.items() if value is not None and varies.at[family, key]]
+        names.append(" ".join([family, *shape, *(f"{key}={own[key]}" for key in varying)]))
     return names
 
 
@@ -170,6 +180,29 @@ def _step(plain: pd.DataFrame, step: pd.DataFrame, destination: str, label: str,
     by_seed = dict(zip(pairs.loc[valid, "seed"].astype(int), gains[valid].astype(float), strict=True))
     base = str(step["base"].iloc[0])
     return Step(base, destination, label, amount, doublings, by_seed, int((~valid).sum()))
+
+
+def returns_by_base(found: Sequence[Step], reference: str, by: str) -> list[tuple[str, list[Return], list[Lead]]]:
+    """Return what the steps of every base return along an axis, and who leads at which cost.
+
+    Args:
+        found: As `steps` returns them.
+        reference: The family whose wider models give the equivalent size.
+        by: An axis.
+
+    Returns:
+        For each base: its name; its steps, those of a destination from small to large; and its leads.
+    """
+    result = []
+    for base, group in groupby(found, key=lambda step: step.base):
+        members, returns = list(group), []
+        sizes = equivalent_size(members, reference)
+        for _, own in groupby(members, key=lambda step: step.destination):
+            ordered = sorted(own, key=lambda step: step.doublings[by])
+            rates = per_doubling(ordered, by)
+            returns += [Return(step, rate, sizes.get(step.label)) for step, rate in zip(ordered, rates, strict=True)]
+        result.append((base, returns, leads(members, by)))
+    return result
 
 
 def per_doubling(members: Sequence[Step], by: str) -> list[Difference | None]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis.comparisons.next_parameter import AXES, Step, equivalent_size, metric_of, steps
+from analysis.comparisons.next_parameter import AXES, Step, equivalent_size
 from analysis.comparisons.statistics import Difference
 from analysis.errors import InputError
 from analysis.figures import style
@@ -30,8 +30,7 @@ def next_parameter(context: Context, folder: Path) -> list[Path]:
         Missing: No variant can be paired with its base.
     """
     try:
-        metric = metric_of(context.data, None)
-        found = steps(context.data, metric)
+        metric, found = context.comparisons.steps
     except InputError as error:
         raise Missing(f"{error}: suite sweep {context.source}") from None
     if not found:
@@ -112,7 +111,7 @@ def against_size(context: Context, folder: Path) -> list[Path]:
     """
     reference = context.data.reference
     try:
-        found = steps(context.data, metric_of(context.data, None))
+        _, found = context.comparisons.steps
     except InputError as error:
         raise Missing(f"{error}: suite sweep {context.source}") from None
     points: list[tuple[str, str, float, Difference]] = []

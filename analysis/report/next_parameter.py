@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from analysis.comparisons.next_parameter import AXES, Lead, Step, equivalent_size, leads, per_doubling
+from analysis.comparisons.next_parameter import AXES, Lead, Return, Step, returns_by_base
 from analysis.comparisons.paired import E50
 from analysis.comparisons.statistics import MIN_PAIRS, Difference
 from analysis.records.grid_data import GridData
@@ -33,13 +33,9 @@ def next_blocks(data: GridData, steps: Sequence[Step], metric: str, by: str) -> 
     headers = ["base", "destination", "variant", f"{noun}, x base", "gain", "per doubling", "N_eq, x base", "pairs"]
     rows: list[list[object]] = []
     sentences = []
-    for base, members in _by_base(steps):
-        sizes = equivalent_size(members, data.reference)
-        for _, own in groupby(members, key=lambda step: step.destination):
-            ordered = sorted(own, key=lambda step: step.doublings[by])
-            rates = per_doubling(ordered, by)
-            rows += [_row(step, by, rate, sizes.get(step.label)) for step, rate in zip(ordered, rates, strict=True)]
-        sentences += [f"{base}: {sentence}" for sentence in lead_sentences(leads(members, by), noun)]
+    for base, returns, found in returns_by_base(steps, data.reference, by):
+        rows += [_row(item, by) for item in returns]
+        sentences += [f"{base}: {sentence}" for sentence in lead_sentences(found, noun)]
     note = (
         f"Gain: {unit(metric)} over the plain {data.reference} model of the base, paired over seeds, with 95 % "
         f"t-intervals from {MIN_PAIRS} pairs on. Per doubling: gain over the step before it, per doubling of "
@@ -72,43 +68,24 @@ def lead_sentences(found: Sequence[Lead], noun: str) -> list[str]:
 
 def document(data: GridData, steps: Sequence[Step], metric: str, by: str) -> dict[str, Any]:
     """Return what `next --json` prints: steps and leads of every base."""
-    bases = []
-    for base, members in _by_base(steps):
-        sizes = equivalent_size(members, data.reference)
-        rates: dict[str, Difference | None] = {}
-        for _, own in groupby(members, key=lambda step: step.destination):
-            ordered = sorted(own, key=lambda step: step.doublings[by])
-            rates |= dict(zip((step.label for step in ordered), per_doubling(ordered, by), strict=True))
-        found = leads(members, by)
-        bases.append(
-            {
-                "base": base,
-                "steps": [_step_json(step, rates[step.label], sizes.get(step.label)) for step in members],
-                "leads": [
-                    {
-                        "ratio": 2**lead.doublings,
-                        "leader": lead.leader,
-                        "runner_up": lead.runner_up,
-                        "difference": vars(lead.difference),
-                        "decided": lead.decided,
-                    }
-                    for lead in found
-                ],
-                "sentences": lead_sentences(found, AXES[by][1]),
-            }
-        )
+    bases = [
+        {
+            "base": base,
+            "steps": [_step_json(item) for item in returns],
+            "leads": [_lead_json(lead) for lead in found],
+            "sentences": lead_sentences(found, AXES[by][1]),
+        }
+        for base, returns, found in returns_by_base(steps, data.reference, by)
+    ]
     return {"grid": data.grid, "metric": metric, "unit": unit(metric), "by": by, "bases": bases}
 
 
-def _by_base(steps: Sequence[Step]) -> list[tuple[str, list[Step]]]:
-    return [(base, list(members)) for base, members in groupby(steps, key=lambda step: step.base)]
-
-
-def _row(step: Step, by: str, rate: Difference | None, size: Difference | None) -> list[object]:
+def _row(item: Return, by: str) -> list[object]:
+    step = item.step
     ratio = f"{2 ** step.doublings[by]:.3g}" if math.isfinite(step.doublings[by]) else "–"
     pairs = f"{step.gain.n}" + (f" ({step.left_out} without a gain)" if step.left_out else "")
-    cells = [with_interval(step.gain, sign=True), with_interval(rate, sign=True), _ratio_cell(size)]
-    return [step.base, step.destination, step.label, ratio, *cells, pairs]
+    cells = [with_interval(value, sign=True) for value in (step.gain, item.per_doubling)]
+    return [step.base, step.destination, step.label, ratio, *cells, _ratio_cell(item.equivalent_size), pairs]
 
 
 def _ratio_cell(size: Difference | None) -> str:
@@ -119,7 +96,8 @@ def _ratio_cell(size: Difference | None) -> str:
     return with_interval(Difference(mean, low, high, size.p, size.n))
 
 
-def _step_json(step: Step, rate: Difference | None, size: Difference | None) -> dict[str, Any]:
+def _step_json(item: Return) -> dict[str, Any]:
+    step, rate, size = item.step, item.per_doubling, item.equivalent_size
     return {
         "destination": step.destination,
         "variant": step.label,
@@ -130,3 +108,8 @@ def _step_json(step: Step, rate: Difference | None, size: Difference | None) -> 
         "log2_equivalent_size": size and vars(size),
         "left_out": step.left_out,
     }
+
+
+def _lead_json(lead: Lead) -> dict[str, Any]:
+    fields = vars(lead) | {"ratio": 2**lead.doublings, "difference": vars(lead.difference)}
+    return {name: fields[name] for name in ("ratio", "leader", "runner_up", "difference", "decided")}
