@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, D model width, F hidden width.
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -37,6 +37,21 @@ class SwiGLU(nn.Module):
         """Count three matrices, each applied once per token."""
         weights = 3 * self.dim * self.hidden
         return dense_cost("ffn", weights, weights)
+
+
+class SwiGLUPlusMemory(SwiGLU):
+    """The sum of a feed-forward and a memory. The feed-forward's weights are named as in a dense layer."""
+
+    def __init__(self, dim: int, hidden: int, memory: nn.Module) -> None:
+        super().__init__(dim, hidden)
+        self.memory = memory
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return super().forward(x_BTD) + self.memory(x_BTD)
+
+    def cost(self) -> Cost:
+        """Count both parts."""
+        return super().cost() + cast(Any, self.memory).cost()
 
 
 def dense_feed_forwards(config: ModelConfig) -> list[nn.Module]:

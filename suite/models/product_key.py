@@ -20,11 +20,11 @@ from torch.nn import functional as F
 from kernels.product_key import product_key
 from suite.models.cost import Cost
 from suite.models.distributions import Constant, Distribution, Normal, Uniform, xavier_uniform
-from suite.models.feedforward import SwiGLU
+from suite.models.feedforward import SwiGLU, SwiGLUPlusMemory
 from suite.models.lookup.controls import TableConfig
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.precision import at_least_fp32
-from suite.models.registry import Family, Problem, register
+from suite.models.registry import Family, Problem, placement_problems, register
 
 PAPER_K_DIM = 256
 """Key width of the paper's "Memory" rows, both halves together (table 4)."""
@@ -206,21 +206,6 @@ class ProductKeyMemory(ProductKeyLayer):
         return self.search_cost() + Cost(params, params | rows_read, macs)
 
 
-class SwiGLUPlusMemory(SwiGLU):
-    """The sum of a feed-forward and a memory. The feed-forward's weights are named as in a dense layer."""
-
-    def __init__(self, dim: int, hidden: int, memory: ProductKeyMemory) -> None:
-        super().__init__(dim, hidden)
-        self.memory = memory
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return super().forward(x_BTD) + self.memory(x_BTD)
-
-    def cost(self) -> Cost:
-        """Count both parts."""
-        return super().cost() + self.memory.cost()
-
-
 class AddressedConfig(TableConfig):
     """The options of every family addressed by product keys."""
 
@@ -270,16 +255,13 @@ class AddressedConfig(TableConfig):
 
     def family_problems(self) -> list[Problem]:
         problems: list[Problem] = []
-        layers, placement = self.size.layers, self.memory_placement
         if self.half_keys < self.top_k:
             problems.append(("half_keys", self.half_keys, f"at least top_k ({self.top_k})"))
         if self.key_dim % 2:
             problems.append(("k_dim", self.key_dim, "an even number (two halves)"))
         if self.qk_norm and self.query_batchnorm:
             problems.append(("query_batchnorm", True, "one of qk_norm and query_batchnorm"))
-        if sorted(set(placement)) != list(placement) or placement[0] < 0 or placement[-1] >= layers:
-            problems.append(("placement", placement, f"increasing layer numbers from 0 to {layers - 1}"))
-        return problems
+        return problems + placement_problems(self.memory_placement, self.size.layers)
 
 
 class MemoryConfig(AddressedConfig):

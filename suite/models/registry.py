@@ -7,7 +7,7 @@ family; its configuration class lists the fields that a cell may set.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -102,6 +102,13 @@ class ModelConfig(BaseModel):
     def family_problems(self) -> list[Problem]:
         """Return what is wrong with a family's own options; called only if base and shape are valid."""
         return []
+
+
+def placement_problems(placement: Sequence[int], layers: int) -> list[Problem]:
+    """Return what is wrong with a placement: it holds increasing layer numbers, at least one."""
+    if placement and sorted(set(placement)) == list(placement) and placement[0] >= 0 and placement[-1] < layers:
+        return []
+    return [("placement", tuple(placement), f"increasing layer numbers from 0 to {layers - 1}")]
 
 
 @dataclass(frozen=True)

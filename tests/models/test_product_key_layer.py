@@ -10,8 +10,9 @@ from model_families import VOCAB, config, model, tokens
 
 from kernels.product_key import product_key
 from suite.models.accounting import account
+from suite.models.feedforward import SwiGLUPlusMemory
 from suite.models.memory_table import MemoryTable
-from suite.models.product_key import Addressing, ProductKeyMemory, SwiGLUPlusMemory
+from suite.models.product_key import Addressing, ProductKeyMemory
 
 
 def search(scores_M2Nn: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

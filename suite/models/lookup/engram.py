@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,11 +23,11 @@ from suite.models.attachments import Attachments, Skip
 from suite.models.cache import Earlier
 from suite.models.cost import Cost
 from suite.models.feedforward import SwiGLU
-from suite.models.lookup.controls import TableConfig
+from suite.models.lookup.forms import NgramConfig
 from suite.models.lookup.hashing import LAYER_SEED, NgramHash, primes_from
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.precision import at_least_fp32
-from suite.models.registry import Family, Problem, register
+from suite.models.registry import Family, Problem, placement_problems, register
 
 NORM_EPS = 1e-5
 MIN_SCORE = 1e-6
@@ -144,22 +145,16 @@ class Engram(MemoryLayer):
         return Cost(params, params | {"memory_values": self.value.in_features}, {"memory_projection": macs})
 
 
-class EngramConfig(TableConfig):
+class EngramConfig(NgramConfig):
     """`engram`: memories of n-grams at a few layers, each with its own table."""
+
+    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = FORMS
 
     form: Literal["engram", "v4.1", "qwen"] = Field(
         default="engram", description="published form that the options which are None take their values from"
     )
     head_rows: int = Field(
         default=4096, gt=1, description="approximate rows of each order, head and layer; the next primes are used"
-    )
-    row_width: int | None = Field(
-        default=None,
-        gt=0,
-        description="width of a row; None: all rows of a token together are as wide as the model, or 8",
-    )
-    max_order: int | None = Field(
-        default=None, ge=2, description="highest order N of the n-grams 2..N; None: the form's"
     )
     hash_heads: int = Field(default=8, gt=0, description="hash heads per order")
     canonical_ids: bool | None = Field(
@@ -183,11 +178,6 @@ class EngramConfig(TableConfig):
     )
     hash_seed: int = Field(default=0, ge=0, description="seed of the hash functions")
 
-    def option(self, name: str) -> Any:
-        """Return an option, or the form's value where it is None."""
-        value = getattr(self, name)
-        return FORMS[self.form][name] if value is None else value
-
     @property
     def memory_placement(self) -> tuple[int, ...]:
         """Layers with a memory: `placement`, or 1 and the form's second depth, at least 2."""
@@ -196,13 +186,7 @@ class EngramConfig(TableConfig):
 
     @property
     def rows_read(self) -> int:
-        """Hash heads of all orders (H): rows that a token reads from each table."""
         return (int(self.option("max_order")) - 1) * self.hash_heads
-
-    @property
-    def width(self) -> int:
-        """Width of a row."""
-        return self.row_width or max(8, self.size.dim // self.rows_read)
 
     @property
     def value_lr_ratio(self) -> float:
@@ -226,10 +210,7 @@ class EngramConfig(TableConfig):
         return [list(itertools.islice(primes, self.rows_read)) for _ in range(layers)]
 
     def family_problems(self) -> list[Problem]:
-        problems: list[Problem] = []
-        layers, placement = self.size.layers, self.memory_placement
-        if sorted(set(placement)) != list(placement) or placement[0] < 0 or placement[-1] >= layers:
-            problems.append(("placement", placement, f"increasing layer numbers from 0 to {layers - 1}"))
+        problems = placement_problems(self.memory_placement, self.size.layers)
         if self.shared_mix and not self.prime_rows:
             problems.append(("prime_rows", False, "true with shared_mix, since equal heads would read equal rows"))
         return problems

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from suite.models.attachments import Attachments
 from suite.models.cost import Cost
 from suite.models.feedforward import SwiGLU
-from suite.models.lookup.controls import TableConfig
+from suite.models.lookup.forms import NgramConfig
 from suite.models.lookup.hashing import PolynomialHash
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.precision import at_least_fp32
@@ -92,8 +93,10 @@ class NgramEmbedding(MemoryLayer):
         return Cost(params, params | rows_read, {"memory_projection": weights})
 
 
-class NgramEmbeddingConfig(TableConfig):
+class NgramEmbeddingConfig(NgramConfig):
     """`ngram_embedding`: tables of n-grams at the input embedding."""
+
+    forms: ClassVar[Mapping[str, Mapping[str, Any]]] = FORMS
 
     form: Literal["over_encoding", "longcat"] = Field(
         default="over_encoding", description="published form that the options which are None take their values from"
@@ -104,34 +107,15 @@ class NgramEmbeddingConfig(TableConfig):
         description="rows of the first table, approximately; counts ascend in steps of two, without those that share a "
         "factor with the vocabulary",
     )
-    row_width: int | None = Field(
-        default=None,
-        gt=0,
-        description="width of a row; None: all rows of a token together are as wide as the model, or 8",
-    )
-    max_order: int | None = Field(
-        default=None, ge=2, description="highest order N of the n-grams 2..N; None: the form's"
-    )
     order_tables: int = Field(default=4, gt=0, description="tables per order")
     mean: bool | None = Field(default=None, description="mean of all terms, not their sum; None: the form's")
     amplify: Amplify | None = Field(
         default=None, description="scale: times the root of the width; norm: a LayerNorm; None: the form's"
     )
 
-    def option(self, name: str) -> Any:
-        """Return an option, or the form's value where it is None."""
-        value = getattr(self, name)
-        return FORMS[self.form][name] if value is None else value
-
     @property
     def rows_read(self) -> int:
-        """Tables of all orders (H): rows that a token reads."""
         return (int(self.option("max_order")) - 1) * self.order_tables
-
-    @property
-    def width(self) -> int:
-        """Width of a row."""
-        return self.row_width or max(8, self.size.dim // self.rows_read)
 
     def moduli(self, vocab_size: int) -> list[int]:
         """Return the rows of every table: from `table_rows` in steps of two, coprime with the vocabulary."""

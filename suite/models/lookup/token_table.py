@@ -23,7 +23,7 @@ from suite.models.cost import Cost
 from suite.models.feedforward import SwiGLU
 from suite.models.lookup.controls import TableConfig
 from suite.models.memory_table import MemoryLayer, MemoryTable
-from suite.models.registry import Family, Problem, register
+from suite.models.registry import Family, Problem, placement_problems, register
 
 Form = Literal["stem", "per_layer_embedding", "value_embedding"]
 
@@ -171,10 +171,7 @@ class TokenTableConfig(TableConfig):
         return 1.0 if self.form == "stem" else super().value_lr_ratio
 
     def family_problems(self) -> list[Problem]:
-        problems: list[Problem] = []
-        layers, placement = self.size.layers, self.memory_placement
-        if sorted(set(placement)) != list(placement) or not placement or placement[0] < 0 or placement[-1] >= layers:
-            problems.append(("placement", placement, f"increasing layer numbers from 0 to {layers - 1}"))
+        problems = placement_problems(self.memory_placement, self.size.layers)
         if self.row_width is not None and self.form != "per_layer_embedding":
             problems.append(
                 ("row_width", self.row_width, f"None with form {self.form}, whose rows are {self.width} wide")

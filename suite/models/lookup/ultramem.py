@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from suite.models.cost import Cost
 from suite.models.distributions import Constant, Distribution, Normal, Uniform
-from suite.models.feedforward import SwiGLU
+from suite.models.feedforward import SwiGLU, SwiGLUPlusMemory
 from suite.models.lookup.controls import TableConfig
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.precision import at_least_fp32
 from suite.models.ranking import best
-from suite.models.registry import Family, Problem, register
+from suite.models.registry import Family, Problem, placement_problems, register
 
 RANK = CORES = 2
 VALUE_STD = 0.02
@@ -167,21 +167,6 @@ def leading_directions(core_MRR: Tensor) -> Tensor:
     return torch.stack((left_MR, nn.functional.normalize(right_MR, dim=-1)), 1)
 
 
-class SwiGLUPlusTucker(SwiGLU):
-    """The sum of a feed-forward and a memory. The feed-forward's weights are named as in a dense layer."""
-
-    def __init__(self, dim: int, hidden: int, memory: TuckerMemory) -> None:
-        super().__init__(dim, hidden)
-        self.memory = memory
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return super().forward(x_BTD) + self.memory(x_BTD)
-
-    def cost(self) -> Cost:
-        """Count both parts."""
-        return super().cost() + self.memory.cost()
-
-
 class UltraMemConfig(TableConfig):
     """`ultramem_v2`: a memory next to every feed-forward; widths default to those of the released 227M model."""
 
@@ -230,11 +215,8 @@ class UltraMemConfig(TableConfig):
         return 1 / self.value_lr_ratio
 
     def family_problems(self) -> list[Problem]:
-        problems: list[Problem] = []
-        placement, layers = self.memory_placement, self.size.layers
+        problems = placement_problems(self.memory_placement, self.size.layers)
         key, _, value = self.widths
-        if sorted(set(placement)) != list(placement) or placement[0] < 0 or placement[-1] >= layers:
-            problems.append(("placement", placement, f"increasing layer numbers from 0 to {layers - 1}"))
         if self.layer_keys < self.top_k:
             allowed = f"more, so that a layer has top_k ({self.top_k}) half keys per side; it has {self.layer_keys}"
             problems.append(("half_keys", self.half_keys, allowed))
@@ -265,7 +247,7 @@ def ultramem_feed_forwards(config: UltraMemConfig) -> list[nn.Module]:
             first=number * config.half_keys**2,
             seed=number,
         )
-        return SwiGLUPlusTucker(size.dim, size.ffn_hidden, memory)
+        return SwiGLUPlusMemory(size.dim, size.ffn_hidden, memory)
 
     return [feed_forward(layer) for layer in range(size.layers)]
 
