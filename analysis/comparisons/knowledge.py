@@ -101,7 +101,7 @@ def learning_of(data: GridData) -> Learning | None:
 
 
 def _settings(taught: pd.DataFrame) -> pd.Series:
-    """Return what distinguishes each run among those of its family that were taught facts, kind of method apart."""
+    """Return what distinguishes each run among those of its family that were taught facts, without the method."""
     options = [
         flat({"model": model, "train": train}) for model, train in zip(taught["model"], taught["train"], strict=True)
     ]

@@ -1,7 +1,7 @@
-"""What one GPU tells about the project in eight minutes: `python -m suite.bench.gpu`, or `make gpu`.
+"""Checks and measurements on one GPU in eight minutes: `python -m suite.bench.gpu`, or `make gpu`.
 
 Parts run in the order of their use, and each writes its file as it ends, gpu-<device>-<part>.csv, so an interruption
-loses nothing. Correctness comes first. A part that cannot run writes a line that says why, and the next one starts.
+loses nothing. Correctness comes first. A part that cannot run writes a line with the reason, and the next one starts.
 
 The kernels' parts need torch, triton and numpy. Parts that train models (steps, large, resume, compile, decode) need
 pydantic and rich too. `--rehearse` runs every part on a CPU at tiny sizes, with the Triton kernels in the interpreter:
@@ -36,7 +36,7 @@ class Setting:
 
 
 class Skipped(Exception):
-    """A part cannot run; the message says why."""
+    """A part cannot run; the message is the reason."""
 
 
 def correct(setting: Setting) -> Iterator[Row]:
@@ -153,8 +153,8 @@ def main(arguments: list[str] | None = None) -> int:
         wrong = [row for row in rows if row.get("correct") is False]
         failed = failed or bool(wrong) or (note is not None and not note.startswith("skipped"))
         _write(out / f"gpu-{name}-{part}.csv", rows or [{"note": note or "nothing to measure"}])
-        told = note or f"{len(rows)} rows" + (f", {len(wrong)} wrong" if wrong else "")
-        print(f"{part}: {told}, {time.monotonic() - started:.0f} s in all", flush=True)
+        outcome = note or f"{len(rows)} rows" + (f", {len(wrong)} wrong" if wrong else "")
+        print(f"{part}: {outcome}, {time.monotonic() - started:.0f} s in all", flush=True)
     return int(failed)
 
 

@@ -95,7 +95,7 @@ def plan(
 
     Nothing is trained; data is read only where the number of tokens depends on it. The plan is saved in DIR/plans/.
     With --dry-run-mesh, the first process of every mesh of several GPUs takes a step on fake tensors, and the bytes
-    that it holds and sends are shown beside the plan's. It needs a C++ compiler and about 15 CPU seconds a mesh.
+    that it holds and sends are shown next to the plan's. It needs a C++ compiler and about 15 CPU seconds a mesh.
 
     Example: suite plan paper-fixed-memory --gpu h100
     """

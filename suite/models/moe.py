@@ -82,7 +82,7 @@ class Experts(nn.Module):
         return y_ELD.flatten(0, 1).index_select(0, place).view(*expert_NK.shape, -1)
 
     def grouped(self, x_ND: Tensor, expert_NK: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return what `routed` returns, by products over groups of tokens that end where `ends_E` says.
+        """Return what `routed` returns, by products over groups of tokens that end at `ends_E`.
 
         No count is read by the host, and no token is padded.
 

@@ -70,7 +70,7 @@ def test_equivalent_size_inverts_the_curve_of_the_wider_reference() -> None:
     beyond = step("peer", 5.0, seeds(3.0))
     sizes = equivalent_size([*wider, ours, beyond], "dense")
     assert set(sizes) == {ours.label}
-    # both curves shift alike with the seed, so every seed gives 1 + 0.1 / 0.4 doublings
+    # both curves shift equally with the seed, so every seed gives 1 + 0.1 / 0.4 doublings
     assert sizes[ours.label].mean == pytest.approx(1.25)
 
 

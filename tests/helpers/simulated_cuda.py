@@ -16,78 +16,15 @@ Not simulated: the time of anything, streams, memory limits, and what a CUDA ker
 
 from __future__ import annotations
 
-import ctypes
-import importlib.util
 import itertools
-import subprocess
 import sys
-import sysconfig
-import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-GUARD = """
-#include <ATen/detail/CUDAHooksInterface.h>
-#include <c10/core/impl/DeviceGuardImplInterface.h>
-namespace at {
-struct CUDAHooks : CUDAHooksInterface {
-  CUDAHooks(CUDAHooksArgs) {}
-  void init() const override {}
-  bool hasCUDA() const override { return true; }
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
-  bool hasPrimaryContext(DeviceIndex) const override { return true; }
-  DeviceIndex deviceCount() const override { return 1; }
-  DeviceIndex getCurrentDevice() const override { return 0; }
-};
-C10_REGISTER_CLASS(CUDAHooksRegistry, CUDAHooks, CUDAHooks)
-}
-using c10::Device;
-using c10::DeviceIndex;
-using c10::Stream;
-struct Guard final : c10::impl::DeviceGuardImplInterface {
-  Device only() const { return Device(c10::DeviceType::CUDA, 0); }
-  Stream stream() const { return Stream(Stream::DEFAULT, only()); }
-  c10::DeviceType type() const override { return c10::DeviceType::CUDA; }
-  DeviceIndex deviceCount() const noexcept override { return 1; }
-  Device getDevice() const override { return only(); }
-  Device exchangeDevice(Device) const override { return only(); }
-  void setDevice(Device) const override {}
-  void uncheckedSetDevice(Device) const noexcept override {}
-  Stream getStream(Device) const noexcept override { return stream(); }
-  Stream getDefaultStream(Device) const override { return stream(); }
-  Stream exchangeStream(Stream) const noexcept override { return stream(); }
-  bool queryStream(const Stream&) const override { return true; }
-  void synchronizeStream(const Stream&) const override {}
-  void record(void**, const Stream&, const DeviceIndex, const c10::EventFlag) const override {}
-  void block(void*, const Stream&) const override {}
-  bool queryEvent(void*) const override { return true; }
-  void destroyEvent(void*, const DeviceIndex) const noexcept override {}
-};
-C10_REGISTER_GUARD_IMPL(CUDA, Guard)
-"""
-"""What autograd of a CPU build lacks: a guard and hooks that do nothing."""
+from suite.plan.dry_run import cuda_guard
 
-
-def _register_guard() -> None:
-    """Compile and load GUARD. Torch looks for hooks when it is first used, so this happens before its import."""
-    spec = importlib.util.find_spec("torch")
-    assert spec is not None
-    assert spec.origin is not None
-    root = Path(spec.origin).parent
-    libraries = root / "lib"
-    with tempfile.TemporaryDirectory() as folder:
-        source, library = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
-        source.write_text(GUARD)
-        compiler = (sysconfig.get_config_var("CXX") or "c++").split()[0]
-        options = ["-O0", "-std=c++20", "-shared", "-fPIC", f"-I{root / 'include'}", f"-L{libraries}"]
-        options += [str(source), "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{libraries}", "-o", str(library)]
-        subprocess.run([compiler, *options], check=True)
-        ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
-
-
-_register_guard()
+cuda_guard.load()
 
 import torch
 import torch.nn.attention.varlen

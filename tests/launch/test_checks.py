@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from event_log import EventLog
 from tiny_cells import tiny_cell
 
 from suite.cells import Cell
@@ -20,19 +21,6 @@ from suite.plan import one_process
 from suite.records import run_dir
 
 
-class Log:
-    """A watcher that collects events."""
-
-    def __init__(self) -> None:
-        self.events: list[str] = []
-
-    def event(self, text: str) -> None:
-        self.events.append(text)
-
-    def progress(self, standing: object) -> None:
-        pass
-
-
 def grid_of(*cells: Cell, folder: Path) -> Grid:
     path = folder / "grid.yaml"
     path.touch()
@@ -42,7 +30,7 @@ def grid_of(*cells: Cell, folder: Path) -> Grid:
 @pytest.mark.parametrize("family", ["dense", "memory_plus"])
 def test_a_cell_that_needs_too_much_memory_fails_before_a_process_starts(family: str, tmp_path: Path) -> None:
     cell = tiny_cell(family, batch_rows=1_000_000)
-    grid, log = grid_of(cell, folder=tmp_path), Log()
+    grid, log = grid_of(cell, folder=tmp_path), EventLog()
     executor = LocalExecutor(grid, tmp_path, Scorer(), slots=1, memory=MemoryCheck(24e9, "this machine"))
     (status,) = Sweep(grid, tmp_path, executor, log).run()
     assert status.state == "failed"

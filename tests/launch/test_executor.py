@@ -8,13 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from event_log import EventLog
 from sweep_processes import TINY, runs_of
 
 from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import Grid, load_grid
 from suite.launch.executor import Ended, Executor, Options, executor_class
-from suite.launch.sweep import Standing, Sweep
+from suite.launch.sweep import Sweep
 from suite.launch.worker import run_cell
 from suite.records import run_dir
 
@@ -69,19 +70,6 @@ class ThreadExecutor:
         return []
 
 
-class Log:
-    """A watcher that collects events."""
-
-    def __init__(self) -> None:
-        self.events: list[str] = []
-
-    def event(self, text: str) -> None:
-        self.events.append(text)
-
-    def progress(self, standing: Standing) -> None:
-        assert standing.finished + len(standing.running) <= standing.cells
-
-
 @pytest.fixture
 def grid(tmp_path: Path) -> Grid:
     path = tmp_path / "tiny.yaml"
@@ -91,16 +79,16 @@ def grid(tmp_path: Path) -> Grid:
 
 def test_a_sweep_runs_a_grid_with_an_executor_of_a_few_methods(grid: Grid, tmp_path: Path) -> None:
     executor: Executor = ThreadExecutor(tmp_path / "results")
-    statuses = Sweep(grid, tmp_path / "results", executor, Log()).run()
+    statuses = Sweep(grid, tmp_path / "results", executor, EventLog()).run()
     assert [status.state for status in statuses] == ["done", "done"]
     assert len(runs_of(tmp_path / "results")) == 2
     again = ThreadExecutor(tmp_path / "results")
-    Sweep(grid, tmp_path / "results", again, Log()).run()
+    Sweep(grid, tmp_path / "results", again, EventLog()).run()
     assert again.submitted == []
 
 
 def test_a_lost_job_is_started_again_until_the_number_of_starts_that_its_end_allows(grid: Grid, tmp_path: Path) -> None:
-    executor, log = ThreadExecutor(tmp_path / "results", lost=2), Log()
+    executor, log = ThreadExecutor(tmp_path / "results", lost=2), EventLog()
     statuses = Sweep(grid, tmp_path / "results", executor, log).run()
     assert [status.state for status in statuses] == ["done", "done"]
     first, second = (status.run for status in statuses)
@@ -108,7 +96,7 @@ def test_a_lost_job_is_started_again_until_the_number_of_starts_that_its_end_all
     assert sum("the thread ended" in event for event in log.events) == 2
 
     executor = ThreadExecutor(tmp_path / "fails", lost=2, end=Ended("out of memory", max_starts=2))
-    one, other = Sweep(grid, tmp_path / "fails", executor, Log()).run()
+    one, other = Sweep(grid, tmp_path / "fails", executor, EventLog()).run()
     assert (one.state, one.cause) == ("failed", "out of memory")
     assert other.state == "done"
 
@@ -128,14 +116,14 @@ def test_a_cell_that_is_killed_for_memory_fails_after_three_starts_although_it_s
     one_cell = replace(grid, cells=grid.cells[:1])
     killed = Ended("killed", killed_for_memory=True)
     executor = SavingThenKilled(tmp_path / "results", lost=9, end=killed)
-    (status,) = Sweep(one_cell, tmp_path / "results", executor, Log()).run()
+    (status,) = Sweep(one_cell, tmp_path / "results", executor, EventLog()).run()
     assert (status.state, status.cause) == ("failed", "killed")
     assert len(executor.submitted) == 3
 
 
 def test_a_cancelled_job_leaves_its_cell_pending(grid: Grid, tmp_path: Path) -> None:
     executor = ThreadExecutor(tmp_path / "results", lost=1, end=Ended("cancelled", max_starts=None))
-    one, other = Sweep(grid, tmp_path / "results", executor, Log()).run()
+    one, other = Sweep(grid, tmp_path / "results", executor, EventLog()).run()
     assert (one.state, one.note) == ("pending", "cancelled")
     assert other.state == "done"
     assert len(executor.submitted) == 2

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from event_log import EventLog
 from sweep_processes import TINY, records, runs_of, start_sweep, state_of, suite
 
 from suite.cells import EvalConfig
@@ -24,19 +25,6 @@ from suite.records import RunDir
 
 FAST = TINY.replace("  evaluate: [{tasks: [bios_storage], limit: 20}]\n", "").replace("epochs: 8", "epochs: 2")
 DENSE = FAST.replace("[dense, memory_plus]", "[dense]")
-
-
-class Listener:
-    """A watcher that collects events."""
-
-    def __init__(self) -> None:
-        self.events: list[str] = []
-
-    def event(self, text: str) -> None:
-        self.events.append(text)
-
-    def progress(self, standing: object) -> None:
-        pass
 
 
 def write(folder: Path, text: str) -> Path:
@@ -110,7 +98,7 @@ def test_a_cell_in_two_grids_is_trained_once_and_a_new_evaluation_retrains_nothi
     other = write(tmp_path, DENSE.replace("families:", "  evaluate: [{tasks: [bios_storage], limit: 5}]\nfamilies:"))
     grid = load_grid(str(other))
     assert cell_status(results, grid.cells[0]).state == "pending"
-    listener = Listener()
+    listener = EventLog()
     (status,) = Sweep(grid, results, LocalExecutor(grid, results, Scorer(), slots=1), listener).run()
     assert status.state == "done"
     assert status.run == run.name

@@ -2,7 +2,7 @@
 
 Engram (arXiv 2601.07372; deepseek-ai/Engram, engram_demo_v1.py), and what DeepSeek-V4.1-Flash and Qwen3.8-Flash-Next
 made of it, which their inference code shows (sglang, layers/engram.py). Where these are silent, the choice is ours, and
-the text says so. Canonical ids are those of suite/data/canonical_ids.py.
+the text states it. Canonical ids are those of suite/data/canonical_ids.py.
 
 Shapes: B rows, T tokens, D model width, N highest order, H rows read per token, E = H * row width.
 """

@@ -2,7 +2,7 @@
 
 Two published forms. Over-Encoding (arXiv 2501.16975, section 3) adds the rows of n-grams to the token's; LongCat
 (arXiv 2601.21204, section 2) takes the mean of all terms and amplifies it, since the first attention output would
-otherwise be about ten times as large. Where they are silent, the choice is ours, and the text says so.
+otherwise be about ten times as large. Where they are silent, the choice is ours, and the text states it.
 
 The row of order n in a table of R rows is (x_0 + x_1 V + ... + x_(n-1) V^(n-1)) mod R, over the last n ids, the current
 one first. R must be coprime with V: with a common factor g, n-grams that end in the same token share R / g rows.

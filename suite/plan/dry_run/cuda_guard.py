@@ -32,6 +32,6 @@ def load() -> None:
         try:
             subprocess.run([compiler, *options], check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            said = getattr(error, "stderr", None) or str(error)
-            raise RuntimeError(f"a C++ compiler is needed: {compiler}: {said.splitlines()[-1]}") from error
+            output = getattr(error, "stderr", None) or str(error)
+            raise RuntimeError(f"a C++ compiler is needed: {compiler}: {output.splitlines()[-1]}") from error
         ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)

@@ -122,7 +122,7 @@ def _measure(cell: Cell, vocabulary: int, mesh: Mesh) -> Measurements:
 
 
 def dry_run_table(runs: dict[str, DryRun]) -> Table:
-    """Return a table of what rank 0 holds and sends in a step, beside the plan; by name of the run."""
+    """Return a table of what rank 0 holds and sends in a step, next to the plan; by name of the run."""
     table = Table(title="rank 0 in one step, on fake tensors / planned", title_justify="left")
     for column in ("run", "GPUs", "micro-batches", "GB/GPU", "GB sent", "weights / even share", "collectives", "CPU s"):
         table.add_column(column, justify="left" if column == "run" else "right")
