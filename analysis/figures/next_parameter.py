@@ -38,6 +38,11 @@ def next_parameter(context: Context, folder: Path) -> list[Path]:
             f"grid {context.grid} has no variant next to a plain {context.data.reference} model of the same base, "
             f"data and seed; add one, then: suite sweep {context.source}"
         )
+    if not any(step.gains for step in found):
+        raise Missing(
+            f"no variant of grid {context.grid} has a pair with {context.data.reference} in which both have "
+            f"{metric}; with more train.epochs they do: suite sweep {context.source}"
+        )
     return draw(found, metric, context.note(""), folder)
 
 

@@ -96,7 +96,7 @@ def hit_rates(context: Context, folder: Path) -> list[Path]:
             f"no hit rates in usage.json of grid {context.grid}; suite sweep {context.source} writes them, "
             "and suite eval RUN where an older usage.json is deleted"
         )
-    policies = {"static": "hits of the most read rows, %", "lru": "hits of the last rows (LRU), %"}
+    policies = {"static": "hits, most read rows, %", "lru": "hits, LRU, %"}
     with style.figure(len(by_base), 2, width=7.0, height=2.5 * len(by_base), sharey=True) as (drawn, axes):
         for row, (base, variants) in enumerate(by_base.items()):
             for axis, (policy, ylabel) in zip(axes[2 * row :], policies.items(), strict=False):

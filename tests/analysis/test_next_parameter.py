@@ -14,7 +14,7 @@ from analysis.comparisons.grid import Comparisons
 from analysis.comparisons.next_parameter import AXES, Step, equivalent_size, leads, metric_of, per_doubling, steps
 from analysis.errors import InputError
 from analysis.figures.context import Missing, context
-from analysis.figures.next_parameter import against_size, at_equal_time
+from analysis.figures.next_parameter import against_size, at_equal_time, next_parameter
 from analysis.records.grid_data import load
 from analysis.report.next_parameter import lead_sentences
 
@@ -118,3 +118,10 @@ def test_figures_at_equal_gain_and_at_equal_time(tmp_path: Path) -> None:
         path.write_text(json.dumps(record))
     drawn = against_size(context(Comparisons(load(tmp_path, fallback="dense"))), tmp_path)
     assert "memory_plus k16, w32 (n=5)" in next(path for path in drawn if path.suffix == ".svg").read_text()
+
+
+def test_without_any_gain_there_is_no_figure(tmp_path: Path) -> None:
+    write_run(tmp_path, "dense", "w32", 0, 20.0)
+    write_run(tmp_path, "moe", "w32", 0, 500.0)
+    with pytest.raises(Missing, match=r"has a pair with dense in which both have e50; with more train.epochs"):
+        next_parameter(context(Comparisons(load(tmp_path, fallback="dense"))), tmp_path)
