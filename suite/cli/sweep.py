@@ -26,6 +26,7 @@ from suite.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from suite.cells import Cell
     from suite.grids import Grid
     from suite.launch.executor import Executor
     from suite.launch.progress import BarWatcher, PlainWatcher
@@ -76,7 +77,7 @@ def sweep(
     from suite.launch.checks.cells import refuse_unfit_cells, refuse_unknown_tasks
     from suite.launch.executor import Options, executor_class
     from suite.launch.interruption import Interruption
-    from suite.launch.sweep import Sweep
+    from suite.launch.sweep import Sweep, missing_cells
 
     kind, results = executor_class(executor), options.results
     whole = options.load(grid, need_data=not (dry_run and kind.is_queue))
@@ -89,8 +90,9 @@ def sweep(
         chosen = kind.create(Options(loaded, results, scorer, jobs, profile, wait, report, event))
         if watcher is None:
             refuse_unknown_tasks(loaded)
-            refuse_unfit_cells(loaded, results, scorer)
-            _print_dry_run(loaded, results, chosen, options.as_json)
+            missing = missing_cells(results, loaded)
+            refuse_unfit_cells(replace(loaded, cells=tuple(missing)), results, scorer)
+            _print_dry_run(loaded, missing, results, chosen, options.as_json)
             return
         _make_ready(loaded, results, scorer, retry_failed, rerun_stale, watcher)
         interruption = Interruption()
@@ -159,14 +161,13 @@ def cancel(grid: GridName, options: GridOptions) -> None:
         print("\n".join(f"cancelled: {name}" for name in cancelled) or f"{loaded.name} has no jobs")
 
 
-def _print_dry_run(grid: Grid, results: Path, executor: Executor, as_json: bool) -> None:
-    """The batch scripts of a queue, or the cells that would be started here."""
+def _print_dry_run(grid: Grid, missing: list[Cell], results: Path, executor: Executor, as_json: bool) -> None:
+    """Print the batch scripts of a queue, or the cells that would be started here; `missing` are not finished."""
     from suite.launch.checks.data import refuse_unusable_data
     from suite.launch.status import grid_status, status_json, table
-    from suite.launch.sweep import missing_cells
 
     if executor.is_queue:
-        scripts = [str(path) for path in executor.dry_run(missing_cells(results, grid))]
+        scripts = [str(path) for path in executor.dry_run(missing)]
         if as_json:
             print_json({"grid": grid.name, "scripts": scripts})
         else:
@@ -174,7 +175,6 @@ def _print_dry_run(grid: Grid, results: Path, executor: Executor, as_json: bool)
             if scripts:
                 print(f"{grid.name}: {len(scripts)} scripts written, nothing submitted", file=sys.stderr)
         return
-    missing = missing_cells(results, grid)
     refuse_unusable_data(missing)
     statuses = grid_status(results, grid)
     if as_json:
