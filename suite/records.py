@@ -31,7 +31,7 @@ STATES = get_args(State)
 RUNS = "runs"
 GRIDS = "grids"
 TAIL_BYTES = 16384
-"""How much of train.jsonl is read first to find its last line."""
+"""Bytes of train.jsonl that are read first to find its last line."""
 
 
 class Locked(Exception):
@@ -268,7 +268,7 @@ class RunDir:
             yield
 
     def is_locked(self) -> bool:
-        """Return whether a live process holds the run's lock. Writes nothing, so that others' runs can be looked at."""
+        """Return whether a live process holds the run's lock. Writes nothing: the folder may be read-only."""
         try:
             file = (self.path / ".lock").open()
         except FileNotFoundError:

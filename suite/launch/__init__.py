@@ -1,1 +1,1 @@
-"""Running the cells of a grid: what is missing, where jobs run, how they stand."""
+"""Run the cells of a grid: which are missing, where their jobs run, and the status of each."""

@@ -2,8 +2,8 @@
 
 Between steps the training process retains each checkpoint that is due: hard links in the run's `to_score/step-N`, which
 take no space until the trainer drops its own files. The other process scores retained checkpoints, oldest first, and
-ends when its standard input is closed, as the system does when training dies. What it has not scored by the end of
-training is scored then. The last checkpoint is not retained: it gets the run's own scores.
+ends when its standard input is closed, which the system does when training dies. Checkpoints that are not scored by the
+end of training are scored then. The last checkpoint is not retained: it gets the run's own scores.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ def scored_in_background(run: RunDir, cell: Cell, scorer: Scorer) -> Iterator[Ca
     """Yield a function for training to call between steps: it retains the checkpoints that are due.
 
     The scoring process starts with the first retained checkpoint. It is killed if training is interrupted or fails.
+
+    Args:
+        run: The run in training.
+        cell: Its cell, with the evaluations to score.
+        scorer: Settings for scoring.
     """
     process: subprocess.Popen[bytes] | None = None
 
@@ -43,7 +48,7 @@ def scored_in_background(run: RunDir, cell: Cell, scorer: Scorer) -> Iterator[Ca
         nonlocal process
         if retain_due(run, cell) and process is None:
             settings = (scorer.data_root or "", scorer.run_code or "")
-            # A session of its own, so that Ctrl-C does not reach it: it ends with its standard input.
+            # A separate session, which Ctrl-C does not reach: the process ends when its standard input is closed.
             process = subprocess.Popen(
                 [sys.executable, "-m", "suite.launch.background_scoring", run.path, *settings],
                 stdin=subprocess.PIPE,
@@ -142,7 +147,13 @@ def _lacks_scores(run: RunDir, cell: Cell, step: int) -> bool:
 
 
 def main(run_path: str, data_root: str, run_code: str) -> None:
-    """Score a run's retained checkpoints until standard input ends."""
+    """Score a run's retained checkpoints until standard input ends.
+
+    Args:
+        run_path: The run directory.
+        data_root: The folder of evaluation data; empty: the hub.
+        run_code: The sandbox for programs that models write; empty: none.
+    """
     import torch
 
     from suite.data.corpus import prepare

@@ -1,7 +1,7 @@
 """Decay branches: cells that differ only in their token budget share the stable phase of their wsd schedule.
 
-A cell may start from a checkpoint of such a sibling that was saved before either began to decay: the state is the one
-it would have reached itself. Without one it trains from the beginning; only the time differs.
+A cell may start from a checkpoint that such a sibling saved before either cell began to decay: training the cell itself
+would have reached the same state. Without such a checkpoint the cell trains from the beginning, with the same result.
 """
 
 from __future__ import annotations
@@ -91,11 +91,15 @@ def _copy_start(run: RunDir, start: Start) -> None:
 
 
 def must_wait(cell: Cell, run: RunDir, unfinished: Sequence[Cell]) -> bool:
-    """Return whether `cell` has to wait for an unfinished cell: its source, or a sibling with a smaller
-    budget.
+    """Return whether `cell` has to wait for an unfinished cell: its parent, its source, or a sibling.
 
-    The sibling will save a checkpoint from which `cell` could start. Without waiting, cells that start together would
-    all train their shared phase.
+    A sibling with a smaller budget will save a checkpoint from which `cell` can start. Without waiting, cells that
+    start together would each train their common phase.
+
+    Args:
+        cell: The cell.
+        run: Its run.
+        unfinished: The unfinished cells of the sweep.
     """
     needed = {cell.train.parent, None if cell.source is None else cell.source.hash8}
     if any(other.hash8 in needed for other in unfinished):
@@ -116,13 +120,13 @@ def with_budget(cell: Cell, tokens: int | None) -> Cell:
 
 
 def _comparable(other: Cell, cell: Cell) -> Cell:
-    """Return the other cell, with the fields that do not affect weights as in `cell`."""
+    """Return the other cell, with the branches and evaluations of `cell`, which do not affect weights."""
     train = other.train.model_copy(update={"branches": cell.train.branches})
     return other.model_copy(update={"train": train, "evaluate": cell.evaluate})
 
 
 def _is_past(run: RunDir, cell: Cell) -> bool:
-    """Return whether the end of the run's stable phase is saved, or the phase is too short."""
+    """Return whether the run has saved the end of its stable phase, or has no stable phase."""
     stable = _stable_steps(cell)
     return stable <= 0 or (run.checkpoints / f"step-{stable}").is_dir()
 

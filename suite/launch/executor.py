@@ -1,8 +1,8 @@
-"""Where the cells of a sweep run: the protocol of an executor, and the executors by name.
+"""Where the cells of a sweep run: the protocol of an executor, and the registry of executors.
 
-The sweep (sweep.py) decides which cells are missing, which may start, and what becomes of a cell whose job was lost. An
-executor starts jobs and reports when they end. It is given run directories and never shares memory with its jobs: what
-a job did is in the run's records.
+The sweep (sweep.py) decides which cells are missing, which may start, and what happens to a cell whose job was lost. An
+executor starts jobs and reports when they end. It receives run directories and shares no memory with its jobs: the
+run's records state what a job did.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ EXECUTORS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What an executor is made from; it refuses options that do not apply to it.
+    """The settings of a sweep from which an executor is made; it refuses options that do not apply to it.
 
     Attributes:
         grid: The grid, whose cells may be submitted.
         results: The results folder.
         scorer: Settings for scoring.
-        jobs: Cells at once (local).
+        jobs: Number of cells at once (local).
         profile: A cluster profile, by name or path (slurm).
         wait: Whether the sweep watches the jobs until they end; False only for queues.
         report: Whether a report follows the cells.
@@ -62,8 +62,8 @@ class Ended:
 
     Attributes:
         cause: One line, for the log and for the cell's record if it fails.
-        max_starts: Starts without progress after which a cell whose job was lost fails; None: somebody cancelled the
-            job, and the cell stays pending.
+        max_starts: Starts without progress after which a cell whose job was lost fails; None: the job was cancelled,
+            and the cell stays pending.
         log: The file with the job's output.
         killed_for_memory: Whether memory is the likely reason; MAX_STARTS such ends in a row fail the cell even if it
             made progress in between, since it would meet the same limit again.
@@ -76,7 +76,7 @@ class Ended:
 
 
 class Executor(Protocol):
-    """Runs cells; `name`d in EXECUTORS.
+    """Runs cells. `EXECUTORS` lists the classes by name.
 
     Attributes:
         is_queue: Whether it accepts any number of cells, orders them itself, and its jobs outlive the sweep.
@@ -103,19 +103,15 @@ class Executor(Protocol):
         """Start a job for each cell; its run directory holds cell.json. The first call may have no cells."""
 
     def poll(self, cells: Sequence[Cell]) -> dict[str, Ended]:
-        """Return how the jobs ended, by run name, of those submitted `cells` whose jobs have ended since they were
-        submitted.
-
-        Each end is returned once.
-        """
+        """Return the jobs of these submitted cells that have ended, by run name; each end is returned once."""
 
     def cancel(self, at_once: bool = False) -> None:
         """End all jobs, after they have saved a checkpoint or `at_once`; `poll` returns them as they end."""
 
     def report(self, to_stderr: bool) -> bool:
-        """Make the grid's report, or wait for the job that makes it; whether it succeeded.
+        """Make the grid's report, or wait for the job that makes it; returns whether it succeeded.
 
-        `to_stderr`: nothing may be printed on standard output.
+        With `to_stderr`, nothing is printed on standard output.
         """
 
     @classmethod
@@ -124,7 +120,7 @@ class Executor(Protocol):
 
     @classmethod
     def with_jobs(cls, statuses: list[CellStatus], runs: list[RunDir]) -> list[CellStatus]:
-        """Return the statuses with what the queue knows of the runs' jobs."""
+        """Return the statuses, with the states of the runs' jobs in the queue."""
 
     def dry_run(self, cells: Sequence[Cell]) -> list[Path]:
         """Write what `submit` would send, without sending it; returns the files, if there are any."""

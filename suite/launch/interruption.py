@@ -49,5 +49,5 @@ class Interruption:
 
 
 def _is_heeded(number: signal.Signals) -> bool:
-    """Return whether the signal is not ignored; under nohup SIGHUP is, and must stay so."""
+    """Return whether the signal has a handler: nohup makes a process ignore SIGHUP, which must stay so."""
     return signal.getsignal(number) is not signal.SIG_IGN

@@ -28,7 +28,7 @@ THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"
 class LocalExecutor:
     """At most `slots` processes at once; with GPUs, each process sees one of them.
 
-    A process has a session of its own: Ctrl-C reaches the sweep alone, which then lets each process end its step.
+    Each process is in a separate session: Ctrl-C reaches the sweep alone, which then lets each process end its step.
     """
 
     is_queue = False
@@ -51,7 +51,7 @@ class LocalExecutor:
 
     @classmethod
     def create(cls, options: Options) -> LocalExecutor:
-        """Make one with the slots that --jobs, the GPUs, or cores and memory allow.
+        """Make an executor with as many slots as --jobs, the GPUs, or cores and memory allow.
 
         Raises UserError for an option of Slurm.
         """
@@ -73,7 +73,7 @@ class LocalExecutor:
         return cls(options.grid, options.results, options.scorer, slots, gpus, options.event, memory)
 
     def adopt(self, cells: Sequence[Cell]) -> set[str]:
-        """Return None: a process that an earlier sweep left behind holds its run's lock, which the sweep sees."""
+        """Return no cell: a process of an earlier sweep holds its run's lock, which the sweep checks."""
         return set()
 
     def unfit(self, cell: Cell) -> str | None:
@@ -140,7 +140,7 @@ class LocalExecutor:
 
     @classmethod
     def with_jobs(cls, statuses: list[CellStatus], runs: list[RunDir]) -> list[CellStatus]:
-        """Return the statuses unchanged: the locks of runs state which processes live."""
+        """Return the statuses unchanged: the locks of runs show which processes are alive."""
         return statuses
 
     def dry_run(self, cells: Sequence[Cell]) -> list[Path]:
@@ -164,7 +164,7 @@ def _cause(code: int) -> str:
 
 
 def usable_cores() -> int:
-    """Return the CPU cores this process may use: its affinity, and the quota of its container if there is one."""
+    """Return the number of CPU cores that this process may use, by its affinity and the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -174,5 +174,5 @@ def usable_cores() -> int:
 
 
 def default_jobs(cells: Iterable[Cell], gpus: int) -> int:
-    """Return the number of cells at once: one per GPU, or what the cores allow with each cell's threads."""
+    """Return the number of cells at once: one per GPU, or on CPUs as many as the cores allow."""
     return gpus or max(1, usable_cores() // max(cell.threads for cell in cells))

@@ -1,4 +1,4 @@
-"""Before a sweep starts anything: what it refuses, archives and writes."""
+"""What a sweep refuses, archives and writes before it starts anything."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ class Clock:
     def remaining_s(self, standing: Standing, now: float) -> float | None:
         """Return the remaining seconds at time `now` (seconds, any origin).
 
-        None before half a cell is done, and once all cells that are left are trained and being scored.
+        None until half a cell is done, and once every remaining cell is being scored.
         """
         done = share_done(standing) * standing.cells
         left = standing.cells - standing.finished

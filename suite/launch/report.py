@@ -23,7 +23,7 @@ def report_command(results: Path, grid: str) -> list[str]:
 def write_report(results: Path, grid: str, stdout: TextIO | None = None) -> bool:
     """Fit and draw; returns whether a new report was written.
 
-    The exit code does not tell: it is also 1 if the report lists failed or damaged runs.
+    The exit code does not show this: it is also 1 if the report lists failed or damaged runs.
 
     Args:
         results: The results folder.

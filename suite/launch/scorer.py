@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass
 class Scorer:
-    """Settings for scoring: local data sets (None: the hub), a sandbox for code that models write (None: refused), and
-    where the tables of models are (None: in the model).
+    """Settings for scoring: the folder of data sets (None: the hub), the sandbox for programs that models write (None:
+    they are refused), and where value tables are (None: in the model).
 
     The evaluator is built on first use, so that requests are prepared once for any number of runs.
     """

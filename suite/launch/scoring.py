@@ -65,7 +65,13 @@ def scores_of(run: RunDir, configs: Iterable[EvalConfig]) -> list[dict[str, Any]
 
 
 def of_other_data(run: RunDir, configs: Iterable[EvalConfig], data_root: Path) -> list[str]:
-    """Return one line for each evaluation whose scores were made from other data than `data_root` holds now."""
+    """Return one line for each evaluation whose scores were made from other data than `data_root` holds now.
+
+    Args:
+        run: The run.
+        configs: Evaluations; those without scores are skipped.
+        data_root: The folder of evaluation data.
+    """
     from suite.evaluate import catalog
 
     lines = []

@@ -1,4 +1,4 @@
-"""How the cells of a grid stand, read from their run directories alone."""
+"""The status of the cells of a grid, read from their run directories alone."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from suite.records import RunDir, run_dir
 DAMAGED = "damaged records"
 """The note of a run with a record file that cannot be read."""
 MAX_LISTED = 500
-"""A table of more cells than this leaves out those that are done."""
+"""A table of more cells than this omits those that are done."""
 
 
 @dataclass(frozen=True)
 class CellStatus:
-    """Where one cell of a grid stands. `note` adds what the state alone does not tell: interrupted, stale, waiting."""
+    """The status of one cell of a grid; `note` adds what the state does not show, such as interrupted or stale."""
 
     cell: str
     run: str
@@ -47,8 +47,8 @@ class CellStatus:
 def cell_status(results: Path, cell: Cell) -> CellStatus:
     """Return the status of a cell.
 
-    A run whose state is running while its lock is free was interrupted, and is pending. A run with a damaged record
-    file has failed: nothing continues it before its user has repaired it.
+    A run whose state is running while its lock is free was interrupted: it is pending. A run with a damaged record file
+    is failed: it is not continued until the user has repaired the file.
     """
     run = run_dir(results, cell)
     damage = run.damage()

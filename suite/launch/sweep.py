@@ -1,8 +1,8 @@
 """A sweep: find the cells of a grid that are missing, have an executor run them, and bring each to an end.
 
-Everything a sweep knows is on disk: one that was killed is simply started again. The lock of a run, taken by the
-worker and not by the launcher, decides who trains it: two sweeps of one grid, or a sweep and a worker that a killed one
-left behind, never train a run together. Whoever comes second watches.
+The state of a sweep is on disk: a sweep that was killed is started again. The lock of a run, which the worker takes and
+not the launcher, decides who trains it. Two sweeps of one grid never train the same run, nor do a sweep and a worker
+that an earlier sweep left behind: the second one watches the run.
 """
 
 from __future__ import annotations
@@ -27,13 +27,19 @@ from suite.train.checkpoint import steps_saved
 
 PROGRESS_S = 1.0
 SLICE_S = 0.1
-"""How soon a sweep notices that it was interrupted."""
+"""Seconds after which a sweep notices that it was interrupted."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A sweep at one moment: its number of cells, of finished ones, and the running ones as (run, progress 0 to 1,
-    seconds to go). `scoring` names the running ones that are trained; how long they take is not known."""
+    """The progress of a sweep at one moment.
+
+    Attributes:
+        cells: Number of cells.
+        finished: Number of finished cells.
+        running: The running cells as (run name, progress from 0 to 1, remaining seconds).
+        scoring: Run names of running cells that are trained; the time that scoring takes is not known.
+    """
 
     cells: int
     finished: int
@@ -42,7 +48,7 @@ class Standing:
 
 
 class Watcher(Protocol):
-    """Shows how a sweep progresses."""
+    """Shows the progress of a sweep."""
 
     def event(self, text: str) -> None:
         """Log what happened to a cell."""
@@ -55,7 +61,7 @@ class Watcher(Protocol):
 class _Entry:
     """A cell that is not finished.
 
-    `starts` counts those since its newest checkpoint, at `step`; `kills` the ends in a row by a kill for memory.
+    `starts` counts the starts since its newest checkpoint, at `step`; `kills` counts kills for memory in a row.
     """
 
     cell: Cell
@@ -66,10 +72,10 @@ class _Entry:
 
 
 class Sweep:
-    """The cells of a grid on their way from waiting through running to finished.
+    """The state machine of a sweep: its cells go from waiting through running to finished.
 
     A cell that is not finished is in one of three lists: `waiting` (to be submitted), `running` (the executor has a job
-    for it), `watched` (a process that is not the executor's holds the run's lock).
+    for it), `watched` (the run's lock is held by a process that this executor did not start).
     """
 
     def __init__(
@@ -81,7 +87,16 @@ class Sweep:
         interruption: Interruption | None = None,
         whole: Grid | None = None,
     ) -> None:
-        """Make a sweep of `grid`, which may be a part of the grid to record, `whole`."""
+        """Make a sweep.
+
+        Args:
+            grid: The cells to run.
+            results: The results folder.
+            executor: Where the cells run.
+            watcher: Shows the progress.
+            interruption: Once it is requested, the sweep stops; None: never.
+            whole: The grid to record, of which `grid` may be a part; None: `grid`.
+        """
         self.grid, self.results, self.executor, self.watcher = grid, results, executor, watcher
         self.interruption, self.whole = interruption or Interruption(), whole or grid
         self.waiting: list[_Entry] = []
@@ -110,8 +125,8 @@ class Sweep:
     def run(self) -> list[CellStatus]:
         """Run what is missing to its end; returns the status of every cell. Raises UserError.
 
-        Once it is interrupted it lets the processes of this machine save and end, and raises KeyboardInterrupt; a
-        second interruption kills them. Jobs in a queue are left alone.
+        On the first interruption it lets the processes of this machine save and end, and raises KeyboardInterrupt. A
+        second interruption kills them. Jobs in a queue keep running.
         """
         try:
             with self.interruption.deferred():
@@ -160,13 +175,13 @@ class Sweep:
             self._decide(entry, ended.get(entry.run.name))
 
     def _decide(self, entry: _Entry, ended: Ended | None) -> None:
-        """Give a cell without a job its next state; `ended` is how its job ended, None if another process had it."""
+        """Move a cell without a job to its next state; `ended` is None if a process of another sweep had the cell."""
         if is_finished(entry.run, entry.cell):
             status = cell_status(self.results, entry.cell)
             outcome = status.cause if status.state == "failed" else status.headline
             self.watcher.event(f"{status.state}: {status.run}: {outcome}")
         elif entry.run.is_locked():
-            # A worker that outlived its job, or one of another sweep.
+            # A worker that outlived its job, or a worker of another sweep.
             self.watched.append(entry)
         elif ended is None:
             self.waiting.insert(0, entry)
@@ -223,7 +238,7 @@ class Sweep:
             self.running.append(entry)
 
     def _startable(self) -> Sequence[_Entry]:
-        """Return the waiting cells, without those that would train what another cell is about to have trained."""
+        """Return the waiting cells that may start, without those that wait for another cell's run or checkpoint."""
         if self.executor.is_queue:  # it orders them itself
             return list(self.waiting)
         unfinished = [entry.cell for entry in self.waiting + self.watched + self.running]
@@ -234,7 +249,7 @@ class Sweep:
         entry.step = _step(entry.run)
 
     def _stop(self) -> None:
-        """End the sweep before its cells: those that run here save first."""
+        """Stop the sweep; the processes of this machine save first."""
         if not self.executor.is_queue:
             self.watcher.event("stopping: running cells end their step and save; interrupt again to stop at once")
             self.executor.cancel()

@@ -39,7 +39,7 @@ INTERRUPTED = "interrupted"
 Outcome = Literal["done", "failed", "locked"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
 FIRST_CAUSE_S = 2.0
-"""How long the first process waits for the cause of another one's failure to be recorded."""
+"""Seconds that the first process waits for another process to record the cause of its failure."""
 
 
 def run_cell(
@@ -51,7 +51,7 @@ def run_cell(
     """Bring the run at `run_path` to its end: train from its newest checkpoint, then add the missing scores.
 
     Does nothing to a run that is finished, failed, damaged, or held by another process ("locked"). A failure is
-    recorded with its cause and not raised, so that other cells go on.
+    recorded with its cause and not raised, so that other cells continue.
 
     Args:
         run_path: The run directory, with a cell.json.
@@ -125,7 +125,7 @@ def run_cell_together(
 
 
 def _standing(run: RunDir) -> Outcome | None:
-    """Return how a run ended whose lock is held; None if something is left to do."""
+    """Return how a run ended, whose lock this process holds; None if something is left to do."""
     if (damage := run.damage()) is not None:
         print(damage, file=sys.stderr)
         return "failed"
@@ -166,7 +166,17 @@ def _train_and_score_together(
 def prepare_together(
     run: RunDir, cell: Cell, world: World, then: Callable[[Corpus], None] = lambda corpus: None
 ) -> Corpus:
-    """Return the run's corpus: the first process prepares it and calls `then`, before the others read it."""
+    """Return the run's corpus, which the first process prepares before the others read it.
+
+    Args:
+        run: The run.
+        cell: Its cell.
+        world: The processes, all of which call this.
+        then: Called by the first process with the corpus, before the others read it.
+
+    Raises:
+        UserError: The run is stale, or its data cannot be used.
+    """
     from suite.data.corpus import prepare
 
     if world.is_first:
@@ -193,9 +203,18 @@ def corpus_of(run: RunDir, cell: Cell) -> Corpus:
 
 
 def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) -> Cell:
-    """Add the missing scores to a trained run, those of the `added` evaluations included; returns the recorded cell.
+    """Add the missing scores to a trained run.
 
-    Raises UserError for a run that is not trained, or is locked by another process.
+    Args:
+        run_path: The run directory.
+        added: Evaluations to score and to record in addition to those of the run's cell.
+        scorer: Settings for scoring.
+
+    Returns:
+        The cell as recorded, with the added evaluations.
+
+    Raises:
+        UserError: The run is not trained, or is locked by another process.
     """
     run = RunDir(run_path)
     try:
@@ -218,7 +237,16 @@ def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) 
 
 
 def refuse_unfit(run: RunDir, cell: Cell, scorer: Scorer) -> None:
-    """Raise UserError for a task without scores that does not fit the cell's data, or whose own data is missing."""
+    """Refuse tasks that cannot be scored.
+
+    Args:
+        run: The run; tasks that have scores are not checked.
+        cell: Its cell.
+        scorer: Settings for scoring.
+
+    Raises:
+        UserError: A task does not suit the cell's data, or its own data is missing.
+    """
     wanted = missing_evals(run, cell)
     if not wanted:
         return
@@ -298,9 +326,9 @@ def _train_and_score(run: RunDir, cell: Cell, scorer: Scorer, interruption: Inte
 
 
 def _train_lost_end_again(run: RunDir, cell: Cell) -> None:
-    """Make a trained run that still lacks scores untrained if its last checkpoint is damaged or missing.
+    """Mark a trained run that lacks scores as not trained if its last checkpoint is damaged or missing.
 
-    Training then continues from an older one, rather than that older weights get the scores of the run.
+    Training then continues from an older checkpoint; otherwise older weights would be scored as those of the run.
     """
     from suite.train.checkpoint import lost_end, newest_whole
 
@@ -313,7 +341,7 @@ def _train_lost_end_again(run: RunDir, cell: Cell) -> None:
 
 
 def _train(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, interruption: Interruption) -> None:
-    """Train to the end, or, once interrupted, to the end of a step: KeyboardInterrupt, with a checkpoint saved."""
+    """Train to the end. Raises KeyboardInterrupt after an interruption, once a step has ended and is saved."""
     from suite.train.loop import train
 
     with background_scoring.scored_in_background(run, cell, scorer) as retain_due, interruption.deferred():
@@ -334,9 +362,15 @@ def refuse_stale_run(run: RunDir, cell: Cell) -> None:
 
 
 def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
-    """Write cell.json before training, take over a sibling's checkpoint where there is one, and log the first step.
+    """Write cell.json before training, start from a sibling's checkpoint if there is one, and log the first step.
 
-    Raises UserError if the run's parent cannot be used, or for settings that a run of this length cannot follow.
+    Args:
+        run: The run.
+        cell: Its cell.
+        corpus: Its corpus.
+
+    Raises:
+        UserError: The run's parent cannot be used, or settings do not suit the length of the run.
     """
     from suite.launch.checks.settings import refuse_unfit_settings
     from suite.models.accounting import account
@@ -432,7 +466,14 @@ def describe(error: BaseException) -> str:
 
 
 def main(run_path: str, log: str, data_root: str, run_code: str) -> None:
-    """Run a cell in this process, which a sweep has started; exit code 130 after an interruption."""
+    """Run a cell in this process, which a sweep has started; exit code 130 after an interruption.
+
+    Args:
+        run_path: The run directory.
+        log: The file that this process writes its output to.
+        data_root: The folder of evaluation data; empty: the hub.
+        run_code: The sandbox for programs that models write; empty: none.
+    """
     interruption = Interruption()
     scorer = Scorer(Path(data_root) if data_root else None, run_code or None)  # type: ignore[arg-type]
     with interruption.on_signals():

@@ -17,7 +17,13 @@ from suite.yaml_input import did_you_mean
 
 
 def refuse_unfit_cells(grid: Grid, results: Path, scorer: Scorer) -> None:
-    """Raise UserError if a cell that is not finished has tasks or settings that cannot work, before anything trains."""
+    """Raise UserError if a cell that is not finished has tasks or settings that cannot work, before anything trains.
+
+    Args:
+        grid: The grid.
+        results: The results folder.
+        scorer: Settings for scoring.
+    """
     for cell in grid.cells:
         run = run_dir(results, cell)
         if is_finished(run, cell):

@@ -1,4 +1,4 @@
-"""Whether a cell fits in the memory of this machine, known before it starts."""
+"""Whether a cell fits in the memory of this machine, predicted before it starts."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class MemoryCheck:
         return self._needed[key]
 
     def largest(self, cells: Iterable[Cell]) -> float:
-        """Return the most bytes that one of the cells that fit needs; 0 without one."""
+        """Return the bytes of the largest cell that fits; 0 if none fits."""
         needs = (self.needed(cell) for cell in cells)
         return max((needed for needed in needs if needed is not None and needed <= self.limit), default=0.0)
 
@@ -65,7 +65,7 @@ class MemoryCheck:
             return None  # a baseline whose forward pass reads values
 
     def problem(self, cell: Cell) -> str | None:
-        """Return why a cell does not fit, and which fields make it smaller; None if it fits."""
+        """Return why a cell does not fit in memory, and the fields to change; None if it fits."""
         needed = self.needed(cell)
         if needed is None or needed <= self.limit:
             return None

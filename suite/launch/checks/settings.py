@@ -1,4 +1,4 @@
-"""Settings that are valid one by one, but that a run of this length or of this data cannot follow."""
+"""Settings that are valid on their own, but do not suit the length or the data of a run."""
 
 from __future__ import annotations
 

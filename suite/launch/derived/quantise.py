@@ -1,6 +1,6 @@
 """Runs with quantised tables: made from a trained run, not trained, and scored next to it.
 
-The cell of such a run is that of its source with `quantised` set, so either finds the other by name.
+The cell of such a run is that of its source with `quantised` set, so the name of either run follows from the other.
 
 Shapes: R rows of a table, D row width.
 """
@@ -29,7 +29,13 @@ def source_of(run: RunDir, cell: Cell) -> RunDir:
 
 
 def load_source(run: RunDir, cell: Cell, corpus: Corpus) -> Transformer:
-    """Return the model of the run from which a quantised run is made."""
+    """Return the model of the trained run from which a quantised run is made.
+
+    Args:
+        run: The quantised run.
+        cell: Its cell.
+        corpus: Its corpus.
+    """
     from suite.train.checkpoint import load_model
 
     assert cell.source is not None, "the cell is quantised"

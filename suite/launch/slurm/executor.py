@@ -1,7 +1,6 @@
 """The Slurm executor: cells become jobs of arrays, and each poll queries Slurm once for their states.
 
-Jobs outlive the sweep: one that is stopped and started again submits only the cells that are neither finished nor have
-a job.
+Jobs outlive the sweep: a sweep that is started again submits only cells that are not finished and have no job.
 """
 
 from __future__ import annotations
@@ -56,7 +55,10 @@ class SlurmExecutor:
 
     @classmethod
     def create(cls, options: Options) -> SlurmExecutor:
-        """Make one with the profile of that name under the grid's `launch`. Raises UserError for a local option."""
+        """Make an executor with that profile, overridden by the grid's `launch`.
+
+        Raises UserError for an option of the local executor.
+        """
         if options.jobs is not None:
             raise UserError("--jobs: applies to --executor local; on Slurm, set max_jobs in the profile")
         profile = load_profile(options.profile, options.grid.launch)
@@ -83,11 +85,11 @@ class SlurmExecutor:
         return None
 
     def room(self) -> int:
-        """Return no limit at first: arrays are limited by max_jobs. Later return what lost jobs leave of max_jobs."""
+        """Return no limit for the first call of `submit`, whose arrays observe max_jobs; later, the free part of it."""
         return max(0, self.profile.max_jobs - len(self._jobs)) if self._has_polled else sys.maxsize
 
     def submit(self, cells: Sequence[Cell]) -> None:
-        """Submit arrays, and a report job that replaces the one that waits.
+        """Submit arrays, and a report job that replaces a waiting one.
 
         Without any cell or job, only a missing report is submitted.
         """
@@ -212,7 +214,7 @@ class SlurmExecutor:
 
     def _is_due(self, run: RunDir) -> bool:
         last = self._scoring_jobs.get(run.name)
-        # After one that failed or was cancelled, retained checkpoints are scored at the end of training.
+        # After a scoring job that failed or was cancelled, retained checkpoints are scored at the end of training.
         may_follow = last is None or self._queue.get(last, Job(ENDED)).state in ("COMPLETED", ENDED)
         return may_follow and bool(background_scoring.retained_steps(run)) and not run.state().get("trained")
 

@@ -88,7 +88,7 @@ class CellJob:
         thread = threading.Thread(target=do, name="training")
         thread.start()
         while thread.is_alive():
-            # With a timeout: a signal that is delivered to another thread is handled when this one wakes.
+            # With a timeout, because a signal that another thread receives is handled when this thread wakes.
             thread.join(SIGNAL_POLL_S)
         if isinstance(outcome[0], BaseException):
             raise outcome[0]

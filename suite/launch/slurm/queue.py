@@ -105,7 +105,7 @@ def has_slurm() -> bool:
 
 
 def require_commands() -> None:
-    """Raise UserError if a command that jobs are submitted and watched with is not installed here."""
+    """Raise UserError if a command for submitting or watching jobs is not installed here."""
     for command in ("sbatch", "srun", "squeue"):
         if shutil.which(command) is None:
             raise UserError(
@@ -127,12 +127,25 @@ def _call(*command: str) -> str:
 
 
 def record_job(run: RunDir, stage: str, job: str, log: Path) -> None:
-    """Record the job of a stage of the run, and its log."""
+    """Record the job of a stage of a run.
+
+    Args:
+        run: The run.
+        stage: The stage that the job runs.
+        job: The job's id.
+        log: The file with the job's output.
+    """
     write_json(run.jobs_path, run.jobs() | {stage: {"job": job, "log": str(log)}})
 
 
 def record_report(folder: Path, job: str, log: Path) -> None:
-    """Record the newest report job of the grid whose job files are in `folder`."""
+    """Record the newest report job of a grid.
+
+    Args:
+        folder: The folder of the grid's job files.
+        job: The job's id.
+        log: The file with the job's output.
+    """
     write_json(folder / "report.json", {"job": job, "log": str(log)})
 
 
@@ -150,8 +163,7 @@ def record_cancelled(run: RunDir) -> None:
 
 
 def last_states(runs: Iterable[RunDir], queue: dict[str, Job]) -> dict[str, Job]:
-    """Return how the jobs that left the queue ended: from our own record of cancelled jobs, otherwise from
-    accounting."""
+    """Return how the jobs that left the queue ended, from our record of cancelled jobs, otherwise from accounting."""
     gone = [(facts["job"], facts) for run in runs for facts in run.jobs().values() if facts["job"] not in queue]
     ours = {job: Job("CANCELLED") for job, facts in gone if facts.get("cancelled")}
     return ours | query_ended(job for job, _ in gone if job not in ours)
@@ -163,7 +175,7 @@ def job_ids(run: RunDir) -> list[str]:
 
 
 def seen(jobs: Iterable[str], queue: dict[str, Job]) -> list[tuple[str, Job]]:
-    """Return the jobs that are in the queue."""
+    """Return those of the jobs that are in the queue."""
     return [(job, queue[job]) for job in jobs if job in queue]
 
 
@@ -214,8 +226,7 @@ def log_of(run: RunDir) -> Path | None:
 
 
 def with_memory_kills(state: str, log: Path | None) -> str:
-    """Return the state, with FAILED replaced by OUT_OF_MEMORY if the end of the log shows that Slurm killed the job for
-    it."""
+    """Return the state; OUT_OF_MEMORY instead of FAILED if the log ends with Slurm's message about a memory kill."""
     end = " ".join(_last_lines(log, MEMORY_KILL_LINES)).lower()
     return "OUT_OF_MEMORY" if state == "FAILED" and any(text in end for text in KILLED_FOR_MEMORY) else state
 

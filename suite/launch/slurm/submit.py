@@ -76,7 +76,7 @@ class _Executor(submitit.SlurmExecutor):
 
 
 class Submitter:
-    """Submits jobs for a grid; with `dry`, only collects the scripts in `sent`."""
+    """Submits jobs for a grid; with `dry`, it only collects the scripts in `sent`."""
 
     def __init__(
         self, grid: Grid, results: Path, profile: Profile, scorer: Scorer | None = None, dry: bool = False
@@ -108,7 +108,7 @@ class Submitter:
         Args:
             cells: Cells whose run directories are prepared.
             report: Whether to submit a report job, too.
-            alive: Jobs of other cells for which the report waits.
+            alive: Jobs of other cells that the report waits for.
 
         Returns:
             Run name -> its jobs; the report job under "report".
