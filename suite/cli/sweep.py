@@ -42,6 +42,14 @@ def sweep(
     jobs: Annotated[
         int | None, typer.Option(min=1, help="cells to run at once; default: as many as cores or GPUs allow")
     ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="use N GPUs of this machine, and as many for a cell as it needs; default: all, one for each cell",
+        ),
+    ] = None,
     cell: Annotated[
         str | None,
         typer.Option(
@@ -87,7 +95,7 @@ def sweep(
     scorer = make_scoring(data_root, run_code, here=not kind.is_queue and not dry_run)
     with progress.watcher(stderr_console()) if not dry_run else nullcontext() as watcher:
         event = watcher.event if watcher else (lambda text: None)
-        chosen = kind.create(Options(loaded, results, scorer, jobs, profile, wait, report, event))
+        chosen = kind.create(Options(loaded, results, scorer, jobs, gpus, profile, wait, report, event))
         if watcher is None:
             refuse_unknown_tasks(loaded)
             missing = missing_cells(results, loaded)

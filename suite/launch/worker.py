@@ -23,7 +23,7 @@ from suite.launch.interruption import Interruption
 from suite.launch.provenance import device_name, stale_because, versions
 from suite.launch.scorer import Scorer, cache_of, missing_evals, needs_usage
 from suite.records import Locked, RunDir
-from suite.train.parallel import World
+from suite.train.parallel import Parallel, World, process_group
 
 if TYPE_CHECKING:
     from suite.cells import Cell, EvalConfig
@@ -77,7 +77,11 @@ def run_cell(
 
 
 def run_cell_together(
-    run_path: Path, world: World, scorer: Scorer | None = None, interruption: Interruption | None = None
+    run_path: Path,
+    world: World,
+    scorer: Scorer | None = None,
+    interruption: Interruption | None = None,
+    log: Path | None = None,
 ) -> Outcome:
     """Do what `run_cell` does, in all processes of a world, for instance those of torchrun.
 
@@ -88,6 +92,7 @@ def run_cell_together(
         world: The processes.
         scorer: Settings for scoring; None: the defaults.
         interruption: Once it is requested in any process, training saves and stops in all; None: never.
+        log: The file that the processes write their output to, for the run's state.
 
     Raises:
         KeyboardInterrupt: The run was interrupted; it is pending and can be resumed.
@@ -107,7 +112,8 @@ def run_cell_together(
             return OUTCOMES[int(number) - 1]
         cell = run.read_cell()
         if world.is_first:
-            run.set_state("running", started=run.state().get("started") or time.time(), finished=None)
+            started = run.state().get("started") or time.time()
+            run.set_state("running", started=started, finished=None, log=None if log is None else str(log))
         try:
             _train_and_score_together(run, cell, world, scorer or Scorer(), interruption)
         except BaseException as error:
@@ -465,7 +471,7 @@ def describe(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-def main(run_path: str, log: str, data_root: str, run_code: str) -> None:
+def main(run_path: str, log: str, data_root: str, run_code: str, parallel: str | None = None) -> None:
     """Run a cell in this process, which a sweep has started; exit code 130 after an interruption.
 
     Args:
@@ -473,12 +479,19 @@ def main(run_path: str, log: str, data_root: str, run_code: str) -> None:
         log: The file that this process writes its output to.
         data_root: The folder of evaluation data; empty: the hub.
         run_code: The sandbox for programs that models write; empty: none.
+        parallel: How the processes of the environment divide the cell, as JSON; None: this process trains it alone.
     """
-    interruption = Interruption()
+    interruption, path = Interruption(), Path(run_path)
     scorer = Scorer(Path(data_root) if data_root else None, run_code or None)  # type: ignore[arg-type]
     with interruption.on_signals():
         try:
-            run_cell(Path(run_path), scorer, interruption, Path(log))
+            if parallel is None:
+                run_cell(path, scorer, interruption, Path(log))
+            else:
+                with process_group(Parallel.model_validate_json(parallel)) as world:
+                    run_cell_together(path, world, scorer, interruption, Path(log))
+        except UserError as error:  # recorded in the run's state
+            sys.exit(str(error))
         except KeyboardInterrupt:
             sys.exit(130)
 

@@ -4,45 +4,59 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from suite.cells import Cell
 from suite.errors import UserError
-from suite.models.accounting import needs_values
+from suite.models.accounting import account_of, meta_model, needs_values
 from suite.plan.activation_memory import PartCache
+from suite.plan.gpus import Gpu
+from suite.plan.mesh import DoesNotFit, Mesh, smallest_mesh
 from suite.plan.one_process import PROCESS_BYTES, training_bytes
+from suite.train.parallel import Parallel
 
 CGROUPS = Path("/sys/fs/cgroup")
 MEMINFO = Path("/proc/meminfo")
 OWN_CGROUPS = Path("/proc/self/cgroup")
 
 
+@dataclass(frozen=True)
+class Launch:
+    """The processes that train a cell, each with a device of its own, and how they divide it."""
+
+    processes: int = 1
+    parallel: Parallel = field(default_factory=Parallel)
+
+
 class MemoryCheck:
-    """Compares what cells need with the memory that their process may use.
+    """Compares what cells need with the memory that their processes may use.
 
     Args:
         limit: Bytes that a process may use; infinite if that is not known.
         device: Whose memory it is, for messages.
+        gpus: GPUs with that memory which a cell may be divided over.
     """
 
-    def __init__(self, limit: float, device: str) -> None:
-        self.limit, self.device = limit, device
+    def __init__(self, limit: float, device: str, gpus: int = 1) -> None:
+        self.limit, self.device, self.gpus = limit, device, gpus
         self._parts: PartCache = {}
-        self._needed: dict[tuple[object, ...], float | None] = {}
+        self._needed: dict[tuple[str, ...], float | None] = {}
+        self._meshes: dict[tuple[str, ...], Mesh | DoesNotFit] = {}
 
     @classmethod
-    def of_this_machine(cls) -> MemoryCheck:
-        """Return the check for cells that are trained here: on a GPU if there is one, else on the CPU."""
+    def of_this_machine(cls, gpus: int = 1) -> MemoryCheck:
+        """Return the check for cells that are trained here: on up to `gpus` GPUs if there are any, else on the CPU."""
         import torch
 
         if torch.cuda.is_available():
             sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-            return cls(max(sizes), "a GPU of this machine")
+            return cls(max(sizes), "a GPU of this machine", gpus)
         return cls(host_limit(), "this machine")
 
     def needed(self, cell: Cell) -> float | None:
-        """Return the predicted bytes of a cell; None if they cannot be predicted."""
-        key = (cell.model.model_dump_json(), cell.data.model_dump_json(), cell.train.model_dump_json())
+        """Return the predicted bytes of a cell in one process; None if they cannot be predicted."""
+        key = _key(cell)
         if key not in self._needed:
             self._needed[key] = self._predict(cell)
         return self._needed[key]
@@ -64,10 +78,38 @@ class MemoryCheck:
                 raise
             return None  # a baseline whose forward pass reads values
 
+    def _fits_one(self, cell: Cell) -> bool:
+        needed = self.needed(cell)
+        return needed is None or needed <= self.limit
+
+    def _mesh(self, cell: Cell) -> Mesh | DoesNotFit:
+        """Return the smallest mesh of the GPUs that a cell fits on, as planned for a node of them."""
+        key = _key(cell)
+        if key not in self._meshes:
+            model = meta_model(cell.model, cell.data.vocabulary())
+            counted = account_of(model, cell.data.seq_len)
+            # The speeds and the price decide nothing about the mesh.
+            gpu = Gpu(self.device, self.limit, 1.0, 1.0, 1.0, price=0.0, per_node=self.gpus)
+            self._meshes[key] = smallest_mesh(cell, model, counted, gpu, 1, self._parts)
+        return self._meshes[key]
+
+    def launch(self, cell: Cell) -> Launch:
+        """Return how to train a cell that has no `problem`: in one process if it fits, else on its smallest mesh."""
+        alone = self.gpus == 1 or cell.quantised is not None or self._fits_one(cell)
+        if alone or isinstance(mesh := self._mesh(cell), DoesNotFit):
+            return Launch()
+        return Launch(mesh.gpus, Parallel(memory_parallel=mesh.table_shards, accumulate=mesh.accumulate))
+
     def problem(self, cell: Cell) -> str | None:
         """Return why a cell does not fit in memory, and the fields to change; None if it fits."""
+        if self._fits_one(cell):
+            return None
         needed = self.needed(cell)
-        if needed is None or needed <= self.limit:
+        assert needed is not None
+        if self.gpus > 1 and math.isfinite(needed):
+            mesh = self._mesh(cell)
+            if isinstance(mesh, DoesNotFit):
+                return f"does not fit on {self.gpus} GPUs: {mesh.why}; would fit: {mesh.would_fit}"
             return None
         fields = [f"a smaller train.batch_rows ({cell.train.batch_rows})", "a larger train.accumulate"]
         if cell.model.table_side:
@@ -76,6 +118,11 @@ class MemoryCheck:
             f"needs about {needed / 1e9:,.1f} GB of memory, and {self.device} has {self.limit / 1e9:,.1f} GB; use "
             f"{', '.join(fields)}, or a smaller model.base ({cell.model.base})"
         )
+
+
+def _key(cell: Cell) -> tuple[str, ...]:
+    """Return what decides the memory of a cell."""
+    return cell.model.model_dump_json(), cell.data.model_dump_json(), cell.train.model_dump_json()
 
 
 def host_limit() -> float:

@@ -61,6 +61,8 @@ class SlurmExecutor:
         """
         if options.jobs is not None:
             raise UserError("--jobs: applies to --executor local; on Slurm, set max_jobs in the profile")
+        if options.gpus is not None:
+            raise UserError("--gpus: applies to --executor local; on Slurm, set gpus_per_node in the profile")
         profile = load_profile(options.profile, options.grid.launch)
         return cls(options.grid, options.results, profile, options.scorer, options.report, options.event)
 
