@@ -301,13 +301,13 @@ def equivalent_size(members: Sequence[Step], reference: str) -> dict[str, Differ
         seeds = [seed for seed in step.gains if seed in by_seed]
         if step.destination.split(" ")[0] == reference or not seeds:
             continue
-        found = [_crossing(xs, by_seed[seed], step.gains[seed]) for seed in seeds]
+        found = [crossing(xs, by_seed[seed], step.gains[seed]) for seed in seeds]
         if all(value is not None for value in found):
             sizes[step.label] = paired(np.array(found, float))
     return sizes
 
 
-def _crossing(xs: np.ndarray, ys: np.ndarray, value: float) -> float | None:
+def crossing(xs: np.ndarray, ys: np.ndarray, value: float) -> float | None:
     """Return the first place where a piecewise linear curve reaches a value; None if it does not."""
     for (x0, y0), (x1, y1) in pairwise(zip(xs, ys, strict=True)):
         if min(y0, y1) <= value <= max(y0, y1):

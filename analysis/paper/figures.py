@@ -18,6 +18,7 @@ import pandas as pd
 
 from analysis.errors import InputError
 from analysis.figures import style
+from analysis.paper import equivalent_sizes
 from analysis.paper.tables import LETTERS, TRAPS, draw_tables, tables
 from analysis.records.grid_data import COLUMNS, positions, read_store, run_table, unnest
 from analysis.records.published import printed_as
@@ -147,7 +148,11 @@ def variants(model: dict[str, Any]) -> tuple[str, ...]:
 
 
 def draw(results: Path, folder: Path) -> dict[str, list[Path]]:
-    """Draw figure 1, figure 4 and the four tables: name -> files. InputError if there are no published numbers."""
+    """Draw figure 1, figure 4, the four tables, and equivalent sizes of several papers: name -> files.
+
+    Raises:
+        InputError: There are no published numbers.
+    """
     theirs, mine = published(results), ours(results)
     files = {
         "figure1": _figure1(theirs, mine, folder),
@@ -156,7 +161,11 @@ def draw(results: Path, folder: Path) -> dict[str, list[Path]]:
     files |= draw_tables(theirs, mine, folder)
     page = folder / "tables.md"
     page.write_text(tables(theirs, mine))
-    return files | {"tables": [page]}
+    sizes = equivalent_sizes.equivalent_sizes(results)
+    sizes_page = folder / "equivalent-sizes.md"
+    sizes_page.write_text(equivalent_sizes.page(sizes))
+    drawn = {"published-equivalent-size": [*equivalent_sizes.draw(sizes, folder), sizes_page]}
+    return files | {"tables": [page]} | drawn
 
 
 def _figure1(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pandas as pd
 import pytest
 from run_folders import write_json
 
-from analysis.paper import figures
+from analysis.paper import equivalent_sizes, figures
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "results" / "published"
 
@@ -36,7 +37,8 @@ def scores(root: Path, *runs: tuple[dict[str, Any], dict[str, dict[str, float]],
 
 def test_everything_is_drawn_without_any_run_of_ours(results: Path) -> None:
     files = figures.draw(results, results / "figures")
-    assert set(files) == {"figure1", "accuracy-base-size", "table1", "table2", "table3", "table4", "tables"}
+    tables = {"table1", "table2", "table3", "table4", "tables"}
+    assert set(files) == {"figure1", "accuracy-base-size", "published-equivalent-size"} | tables
     for paths in files.values():
         assert all(path.stat().st_size > 0 for path in paths)
     page = files["tables"][0].read_text()
@@ -59,6 +61,28 @@ def test_everything_is_drawn_without_any_run_of_ours(results: Path) -> None:
         assert f">{cell}<" in drawn[name]
         assert "arXiv:2412.09764" in drawn[name]
     assert "copied" in drawn["table1"]
+
+
+def test_the_published_equivalent_sizes_follow_from_the_dense_models_of_their_source() -> None:
+    """Values by hand from the printed numbers, logarithms of parameters between the two dense models around them."""
+    sizes = equivalent_sizes.equivalent_sizes(PUBLISHED.parent)
+
+    def only(outcome: int, model: str, base: str, total: float) -> dict[str, Any]:
+        chosen = sizes[(sizes["outcome"] == outcome) & (sizes["model"] == model) & (sizes["base"] == base)]
+        (row,) = chosen[chosen["params_total"] == total].to_dict("records")
+        return row
+
+    exact_match = only(0, "Memory+", "134m", 937e6)  # .0316, between 373m (.0258) and 1.3b (.0776)
+    assert exact_match["n_eq"] == pytest.approx(373e6 * (1300 / 373) ** ((0.0316 - 0.0258) / (0.0776 - 0.0258)))
+    assert (exact_match["family"], exact_match["letter"], exact_match["side"]) == ("memory_plus", "A", "")
+    loss = only(3, "UltraMem-151M-x12", "151M", 2.03e9)  # 2.67, between 150M (2.96) and 680M (2.64)
+    assert loss["n_eq"] == pytest.approx(150e6 * (680 / 150) ** ((2.96 - 2.67) / (2.96 - 2.64)))
+    best = only(3, "UltraMem-1.6B-x12", "1.6B", 21.41e9)  # 2.24: better than the largest dense model
+    assert (best["n_eq"], best["side"]) == (pytest.approx(6.44e9), "above")
+    perplexity = only(4, "B-16M Memory+", "33m act (no embeddings)", 6.5e9)  # 19.96, between 99M and 202M
+    share = math.log(20.27 / 19.96) / math.log(20.27 / 18.758)
+    assert perplexity["n_eq"] == pytest.approx(99e6 * (202 / 99) ** share)
+    assert set(sizes["family"]) == {"moe", "peer", "pkm", "memory_plus", "ultramem"}
 
 
 def test_a_matching_run_stands_next_to_the_published_number_with_its_tokens(results: Path) -> None:
