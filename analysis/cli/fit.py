@@ -183,8 +183,8 @@ def _draw(item: Fitted, request: Request) -> None:
     from analysis.figures.law import law_figure
 
     source = f"Source: {request.source}." if request.source else ""
-    drawn = law_figure(item.found, item.held, request.figure, source)
-    drawn += curves_figure(item.found, request.figure, source)
+    drawn = law_figure(item.estimate, item.held, request.figure, source)
+    drawn += curves_figure(item.estimate, request.figure, source)
     item.document["figure"] = [str(path) for path in drawn]
 
 

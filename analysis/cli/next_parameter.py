@@ -34,18 +34,18 @@ def next_parameter(
         raise InputError(f"--by: got {by!r}, allowed: {', '.join(AXES)}")
     data = load(results, grid, reference, fallback=REFERENCE)
     chosen = metric_of(data, metric)
-    found = steps(data, chosen)
-    if not found:
+    measured = steps(data, chosen)
+    if not measured:
         raise InputError(f"no variant has a plain {data.reference} run of the same base, data and seed")
     files: list[Path] = []
     if figure is not None:
         from analysis.figures.next_parameter import draw
 
-        files = draw(found, chosen, f"Source: our runs, {data.grid or results}.", figure)
+        files = draw(measured, chosen, f"Source: our runs, {data.grid or results}.", figure)
     if as_json:
-        print_json(document(data, found, chosen, by) | {"figure": [str(path) for path in files]})
+        print_json(document(data, measured, chosen, by) | {"figure": [str(path) for path in files]})
     else:
-        print(to_markdown(next_blocks(data, found, chosen, by), Path()), end="")
+        print(to_markdown(next_blocks(data, measured, chosen, by), Path()), end="")
         for path in files[:1]:
             print(path)
     return 0

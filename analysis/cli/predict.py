@@ -63,10 +63,10 @@ def predict(
     request = _request(law, formula, parameters, columns, fix, options)
     wanted = [assignments(item.split(","), "--at") for item in at or ()]
     item = _fitted(data, request)
-    wanted += _points(points, list(item.found.problem.law.inputs))
+    wanted += _points(points, list(item.estimate.problem.law.inputs))
     if not wanted:
         raise InputError("--at: missing; name a point, as in --at N=7e9,D=1.4e12, or a table of them by --points")
-    predicted = predictions(item.found, item.profiles, wanted)
+    predicted = predictions(item.estimate, item.profiles, wanted)
     document = {"law": item.document["law"], "fit": item.document, "predictions": predicted}
     if as_json:
         print_json(document)
@@ -108,7 +108,7 @@ def optimum(
             raise InputError("--group: only with --law isoflop")
         item = _fitted(data, request)
         others = assignments(at.split(",") if at else (), "--at")
-        optima = [best(item.found, item.profiles, value, cost, others, ratio) for value in budgets]
+        optima = [best(item.estimate, item.profiles, value, cost, others, ratio) for value in budgets]
     document = {"law": request.label, "flops": flops, "fit": item.document, "optima": optima}
     if as_json:
         print_json(document)
@@ -240,10 +240,10 @@ def _from_isoflops(
     if profiles.frontier is None:
         raise InputError(f"optimum: {profiles.document['frontier']['reason']}")
     item = profiles.frontier
-    return item, [from_frontier(item.found, item.profiles, value, cost) for value in budgets]
+    return item, [from_frontier(item.estimate, item.profiles, value, cost) for value in budgets]
 
 
 def _title(item: Fitted) -> str:
-    fit = item.found
+    fit = item.estimate
     values = ", ".join(f"{name} {value:.5g}" for name, value in fit.parameters.items())
     return f"{fit.problem.law.name}: {fit.problem.law.formula}; n {fit.problem.n}; {values}"

@@ -182,11 +182,11 @@ def _step(plain: pd.DataFrame, step: pd.DataFrame, destination: str, label: str,
     return Step(base, destination, label, amount, doublings, by_seed, int((~valid).sum()))
 
 
-def returns_by_base(found: Sequence[Step], reference: str, by: str) -> list[tuple[str, list[Return], list[Lead]]]:
+def returns_by_base(steps: Sequence[Step], reference: str, by: str) -> list[tuple[str, list[Return], list[Lead]]]:
     """Return what the steps of every base return along an axis, and who leads at which cost.
 
     Args:
-        found: As `steps` returns them.
+        steps: As `steps` returns them.
         reference: The family whose wider models give the equivalent size.
         by: An axis.
 
@@ -194,7 +194,7 @@ def returns_by_base(found: Sequence[Step], reference: str, by: str) -> list[tupl
         For each base: its name; its steps, those of a destination from small to large; and its leads.
     """
     result = []
-    for base, group in groupby(found, key=lambda step: step.base):
+    for base, group in groupby(steps, key=lambda step: step.base):
         members, returns = list(group), []
         sizes = equivalent_size(members, reference)
         for _, own in groupby(members, key=lambda step: step.destination):
@@ -301,9 +301,9 @@ def equivalent_size(members: Sequence[Step], reference: str) -> dict[str, Differ
         seeds = [seed for seed in step.gains if seed in by_seed]
         if step.destination.split(" ")[0] == reference or not seeds:
             continue
-        found = [crossing(xs, by_seed[seed], step.gains[seed]) for seed in seeds]
-        if all(value is not None for value in found):
-            sizes[step.label] = paired(np.array(found, float))
+        equivalents = [crossing(xs, by_seed[seed], step.gains[seed]) for seed in seeds]
+        if all(value is not None for value in equivalents):
+            sizes[step.label] = paired(np.array(equivalents, float))
     return sizes
 
 

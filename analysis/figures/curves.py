@@ -14,13 +14,13 @@ CURVES = 6
 POINTS = 80
 
 
-def curves_figure(found: Fit, folder: Path, source: str) -> list[Path]:
+def curves_figure(estimate: Fit, folder: Path, source: str) -> list[Path]:
     """Draw the outcome against the first input, one curve per value of the input that varies with it.
 
     Laws of one input have one curve. Of three or more inputs, the others are held at their medians, and each run is
     drawn at its own value, on the colour of the nearest curve.
     """
-    problem = found.problem
+    problem = estimate.problem
     law, x = problem.law, problem.x
     name, *others = law.inputs
     second = others[0] if others else None
@@ -36,8 +36,8 @@ def curves_figure(found: Fit, folder: Path, source: str) -> list[Path]:
             point = {name: at} | {key: np.full(len(at), float(np.median(x[key]))) for key in others}
             if second:
                 point[second] = np.full(len(at), level)
-            predicted = found.predict(point)
-            low, high = _band(found, point, predicted)
+            predicted = estimate.predict(point)
+            low, high = _band(estimate, point, predicted)
             label = f"{second} = {level:.3g}" if second else f"law and runs ({problem.n})"
             axis.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
             axis.plot(at, predicted, color=color, linewidth=1.1, label=label)
@@ -52,20 +52,20 @@ def curves_figure(found: Fit, folder: Path, source: str) -> list[Path]:
         axis.set_xlabel(f"{name}: {law.inputs[name]}" if law.inputs[name] != "input" else name)
         axis.set_ylabel(law.output)
         style.legend_above(drawn, [axis])
-        return style.save(drawn, folder, f"curves-{law.name}", _note(found, others, source))
+        return style.save(drawn, folder, f"curves-{law.name}", _note(estimate, others, source))
 
 
-def _note(found: Fit, others: list[str], source: str) -> str:
-    law = found.problem.law
+def _note(estimate: Fit, others: list[str], source: str) -> str:
+    law = estimate.problem.law
     where = ""
     if others:
         where = f" Each curve at one value of {others[0]}; runs have the colour of the nearest."
     if len(others) > 1:
         where += f" Curves at the median of {', '.join(others[1:])}."
     bands = "bands: 95 % of the law, without the scatter of runs"
-    if found.at_bound:
-        bands = f"{bands}, with {', '.join(found.at_bound)} held at the bound where the fit ended"
-    return f"{law.formula}; n = {found.problem.n}; {bands}.{where} {source}"
+    if estimate.at_bound:
+        bands = f"{bands}, with {', '.join(estimate.at_bound)} held at the bound where the fit ended"
+    return f"{law.formula}; n = {estimate.problem.n}; {bands}.{where} {source}"
 
 
 def _levels(values: np.ndarray) -> np.ndarray:
@@ -92,9 +92,9 @@ def _range(values: np.ndarray) -> np.ndarray:
     return np.linspace(values.min(), values.max(), POINTS)
 
 
-def _band(found: Fit, point: dict[str, np.ndarray], predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _band(estimate: Fit, point: dict[str, np.ndarray], predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the 95 % band of the law, symmetric on the fitted scale."""
-    reach = prediction_errors(found, point)
-    if found.problem.law.residuals == "log":
+    reach = prediction_errors(estimate, point)
+    if estimate.problem.law.residuals == "log":
         return predicted * np.exp(-reach), predicted * np.exp(reach)
     return predicted - reach, predicted + reach

@@ -18,12 +18,12 @@ FITTED = style.COLOURS["memory_plus"]
 HELD = "#D55E00"
 
 
-def law_figure(found: Fit, held: HeldOut, folder: Path, source: str) -> list[Path]:
+def law_figure(estimate: Fit, held: HeldOut, folder: Path, source: str) -> list[Path]:
     """Draw fitted against observed (against its one input, for laws of one), with residuals and leverage below.
 
     Held-out points are open, as a fit to the rest predicted them; the law drawn is fitted to all.
     """
-    problem = found.problem
+    problem = estimate.problem
     law, y = problem.law, problem.y
     single = len(law.inputs) == 1
     name = next(iter(law.inputs))
@@ -33,17 +33,17 @@ def law_figure(found: Fit, held: HeldOut, folder: Path, source: str) -> list[Pat
         fitted = np.ones(problem.n, bool)
         fitted[held.rows] = False
         if single:
-            _curve(top, found, name)
+            _curve(top, estimate, name)
         else:
             top.plot([y.min(), y.max()], [y.min(), y.max()], color="#888888", linewidth=0.8, linestyle=":")
-        shown = y if single else found.predict(problem.x)
+        shown = y if single else estimate.predict(problem.x)
         top.plot(x[fitted], shown[fitted], "o", color=FITTED, markersize=3.5, label=f"fitted ({int(fitted.sum())})")
         if len(held.rows):
             guess = y[held.rows] if single else held.predicted
             words = f"held out{'' if single else ', as predicted before the fit'} ({len(held.rows)})"
             top.plot(x[held.rows], guess, "o", color=HELD, markerfacecolor="none", markersize=6, label=words)
-        _residuals(middle, found, held, x)
-        bottom.plot(x, leverage(found), "o", color=FITTED, markersize=3.5)
+        _residuals(middle, estimate, held, x)
+        bottom.plot(x, leverage(estimate), "o", color=FITTED, markersize=3.5)
         bottom.set_ylim(bottom=0)
         top.set_ylabel(law.output if single else f"{law.output}, fitted")
         bottom.set_ylabel("leverage")
@@ -57,39 +57,39 @@ def law_figure(found: Fit, held: HeldOut, folder: Path, source: str) -> list[Pat
                 bottom.set_xlim(-positive.min() / 2, 2 * positive.max())
         top.legend(loc="best")
         drawn.align_ylabels()
-        return style.save(drawn, folder, f"fit-{law.name}", _note(found, held, source))
+        return style.save(drawn, folder, f"fit-{law.name}", _note(estimate, held, source))
 
 
-def _note(found: Fit, held: HeldOut, source: str) -> str:
+def _note(estimate: Fit, held: HeldOut, source: str) -> str:
     """Describe the law, what was held out and how it was predicted, and where the points are from."""
     score = f"nothing held out: {held.reason}"
     if len(held.rows):
         error = 100 * float(np.abs(held.relative_errors).mean())
         score = f"held out: {held.rule}, mean |relative error| {error:.3g} %, from a fit to the rest"
-    shares = f"leverage sums to the {len(found.problem.free)} parameters fitted"
-    law = found.problem.law
-    return f"{law.formula}; n = {found.problem.n}, no intervals on single points; {score}; {shares}. {source}"
+    shares = f"leverage sums to the {len(estimate.problem.free)} parameters fitted"
+    law = estimate.problem.law
+    return f"{law.formula}; n = {estimate.problem.n}, no intervals on single points; {score}; {shares}. {source}"
 
 
-def _residuals(axis: Axes, found: Fit, held: HeldOut, x: np.ndarray) -> None:
+def _residuals(axis: Axes, estimate: Fit, held: HeldOut, x: np.ndarray) -> None:
     """Draw law minus data on the scale that was fitted, of the fit to all, and of the held-out points as predicted."""
-    logs = found.problem.law.residuals == "log"
+    logs = estimate.problem.law.residuals == "log"
     scale = 100.0 if logs else 1.0
     axis.axhline(0, color="#888888", linewidth=0.8, linestyle=":")
-    axis.plot(x, scale * found.residuals, "o", color=FITTED, markersize=3.5)
+    axis.plot(x, scale * estimate.residuals, "o", color=FITTED, markersize=3.5)
     if len(held.rows):
         error = np.log(held.predicted / held.observed) if logs else held.predicted - held.observed
         axis.plot(x[held.rows], scale * error, "o", color=HELD, markerfacecolor="none", markersize=6)
     axis.set_ylabel("law − data, %" if logs else "law − data")
 
 
-def _curve(axis: Axes, found: Fit, name: str) -> None:
+def _curve(axis: Axes, estimate: Fit, name: str) -> None:
     """Draw the law over the range of its one input."""
-    values = found.problem.x[name]
+    values = estimate.problem.x[name]
     positive = values[values > 0]
     at = (
         np.concatenate([values[values == 0][:1], np.geomspace(positive.min(), positive.max(), 200)])
         if len(positive)
         else np.linspace(values.min(), values.max(), 200)
     )
-    axis.plot(at, found.predict({name: at}), color="#000000", linewidth=1.2, label="law")
+    axis.plot(at, estimate.predict({name: at}), color="#000000", linewidth=1.2, label="law")

@@ -30,27 +30,27 @@ def next_parameter(context: Context, folder: Path) -> list[Path]:
         Missing: No variant can be paired with its base.
     """
     try:
-        metric, found = context.comparisons.steps
+        metric, steps = context.comparisons.steps
     except InputError as error:
         raise Missing(f"{error}: suite sweep {context.source}") from None
-    if not found:
+    if not steps:
         raise Missing(
             f"grid {context.grid} has no variant next to a plain {context.data.reference} model of the same base, "
             f"data and seed; add one, then: suite sweep {context.source}"
         )
-    if not any(step.gains for step in found):
+    if not any(step.gains for step in steps):
         raise Missing(
             f"no variant of grid {context.grid} has a pair with {context.data.reference} in which both have "
             f"{metric}; with more train.epochs they do: suite sweep {context.source}"
         )
-    return draw(found, metric, context.note(""), folder)
+    return draw(steps, metric, context.note(""), folder)
 
 
-def draw(found: list[Step], metric: str, source: str, folder: Path) -> list[Path]:
+def draw(steps: list[Step], metric: str, source: str, folder: Path) -> list[Path]:
     """Draw steps.
 
     Args:
-        found: As `steps` returns them.
+        steps: As `steps` returns them.
         metric: What gains are measured in.
         source: Last sentences of the footnote.
         folder: Where the files are written.
@@ -58,9 +58,9 @@ def draw(found: list[Step], metric: str, source: str, folder: Path) -> list[Path
     Returns:
         PNG, PDF and SVG.
     """
-    names = list(dict.fromkeys(step.destination for step in found))
+    names = list(dict.fromkeys(step.destination for step in steps))
     looks = style.looks([(name.split(" ")[0], name) for name in names])
-    bases = [(base, list(members)) for base, members in groupby(found, key=lambda step: step.base)]
+    bases = [(base, list(members)) for base, members in groupby(steps, key=lambda step: step.base)]
     with style.figure(len(bases), len(PANELS), width=11.5, height=0.6 + 2.3 * len(bases), sharey="row") as (
         drawn,
         axes,
@@ -116,11 +116,11 @@ def against_size(context: Context, folder: Path) -> list[Path]:
     """
     reference = context.data.reference
     try:
-        _, found = context.comparisons.steps
+        _, steps = context.comparisons.steps
     except InputError as error:
         raise Missing(f"{error}: suite sweep {context.source}") from None
     points: list[tuple[str, str, float, Difference]] = []
-    for base, group in groupby(found, key=lambda step: step.base):
+    for base, group in groupby(steps, key=lambda step: step.base):
         members = list(group)
         sizes = equivalent_size(members, reference)
         own = {step.label: step.doublings["params"] for step in members}

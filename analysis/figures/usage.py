@@ -90,7 +90,7 @@ def hit_rates(context: Context, folder: Path) -> list[Path]:
         base: [(label, rates[rates["run"].isin(group.index)]) for label, group in variants]
         for base, variants in groups.items()
     }
-    by_base = {base: found for base, rows in parts.items() if (found := [row for row in rows if len(row[1])])}
+    by_base = {base: variants for base, rows in parts.items() if (variants := [row for row in rows if len(row[1])])}
     if not by_base:
         raise Missing(
             f"no hit rates in usage.json of grid {context.grid}; suite sweep {context.source} writes them, "

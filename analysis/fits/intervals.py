@@ -51,31 +51,31 @@ class Bootstrap:
 
 
 def bootstrap(
-    found: Fit, draws: int, seed: int = 0, clusters: np.ndarray | None = None, strata: np.ndarray | None = None
+    estimate: Fit, draws: int, seed: int = 0, clusters: np.ndarray | None = None, strata: np.ndarray | None = None
 ) -> Bootstrap:
     """Refit to data drawn with replacement: points, or whole clusters (runs), within strata (cells) if any.
 
     Every refit starts from the two best of the fit's bank for its own draw, so another optimum can be reached.
     """
-    problem, generator = found.problem, np.random.default_rng(seed)
+    problem, generator = estimate.problem, np.random.default_rng(seed)
     units = problem.n if clusters is None else len(np.unique(clusters))
     parts = []
     for start in range(0, draws, DRAWS_AT_ONCE):
         counts = _counts(problem.n, min(DRAWS_AT_ONCE, draws - start), generator, clusters, strata)
         counts = counts[(counts > 0).sum(1) > len(problem.free)]
         if len(counts):
-            parts.append(_refitted(found, counts * problem.w))
-    theta = np.concatenate([np.empty((0, len(found.theta))), *parts])
+            parts.append(_refitted(estimate, counts * problem.w))
+    theta = np.concatenate([np.empty((0, len(estimate.theta))), *parts])
     return Bootstrap(problem.natural(theta), theta, draws, units)
 
 
-def _refitted(found: Fit, weights: np.ndarray) -> np.ndarray:
+def _refitted(estimate: Fit, weights: np.ndarray) -> np.ndarray:
     """Return the optimum under each row of weights (draws, n), as theta (draws, p)."""
-    problem = found.problem
-    losses = huber(problem.residual(found.bank)[0], problem.delta)
+    problem = estimate.problem
+    losses = huber(problem.residual(estimate.bank)[0], problem.delta)
     order = np.argsort(weights @ np.nan_to_num(losses, nan=np.inf, posinf=1e300).T, 1)[:, :2]
     tries = [
-        minimise(problem.residual, found.bank[order[:, i]], weights, problem.delta, problem.box)
+        minimise(problem.residual, estimate.bank[order[:, i]], weights, problem.delta, problem.box)
         for i in range(order.shape[1])
     ]
     return np.asarray(np.where((tries[0][1] <= tries[-1][1])[:, None], tries[0][0], tries[-1][0]))
@@ -100,100 +100,100 @@ def _counts(
     return times[:, group]
 
 
-def _moments(found: Fit) -> tuple[float, float]:
+def _moments(estimate: Fit) -> tuple[float, float]:
     """Return E psi^2, corrected by n/(n - p), and E psi', of Huber's psi at the optimum.
 
     Under Huber's loss with a small delta few points lie in the quadratic zone; E psi' = P(|r| <= delta) is then
     estimated over a wider band around 0, without the p points that such a fit goes through.
     """
-    problem, r = found.problem, found.residuals
-    free = max(problem.n - found.dimension, 1)
+    problem, r = estimate.problem, estimate.residuals
+    free = max(problem.n - estimate.dimension, 1)
     squared = float((problem.w * np.clip(r, -problem.delta, problem.delta) ** 2).sum()) / free
     squared = max(squared, problem.least_variance)
     if math.isinf(problem.delta):
         return squared, 1.0
     spread = 1.4826 * float(np.median(np.abs(r)))
     band = max(problem.delta, 0.8 * spread * problem.n**-0.2)
-    near = int((np.abs(r) <= band).sum()) - found.dimension
+    near = int((np.abs(r) <= band).sum()) - estimate.dimension
     return squared, max(near, 1) / free * problem.delta / band
 
 
-def noise_scale(found: Fit) -> float:
+def noise_scale(estimate: Fit) -> float:
     """Return E psi^2 / E psi', by which twice a rise of the objective is compared with chi-squared."""
-    squared, slope = _moments(found)
+    squared, slope = _moments(estimate)
     return squared / slope
 
 
-def theta_variance(found: Fit) -> float:
+def theta_variance(estimate: Fit) -> float:
     """Return E psi^2 / (E psi')^2, the variance that multiplies the inverse of J'J."""
-    squared, slope = _moments(found)
+    squared, slope = _moments(estimate)
     return squared / slope**2
 
 
-def scaled_jacobian(found: Fit, bounded: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def scaled_jacobian(estimate: Fit, bounded: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Return the weighted derivatives of the residuals by theta at the optimum, in columns of unit length, and those
     lengths.
 
     Columns of parameters at a bound are 0, unless they are requested as well.
     """
-    _, jacobian = found.problem.residual(found.theta[None])
-    weighted = np.nan_to_num(jacobian[0], posinf=0, neginf=0) * np.sqrt(found.problem.w)[:, None]
+    _, jacobian = estimate.problem.residual(estimate.theta[None])
+    weighted = np.nan_to_num(jacobian[0], posinf=0, neginf=0) * np.sqrt(estimate.problem.w)[:, None]
     if not bounded:
-        weighted = weighted * ~found.bounded
+        weighted = weighted * ~estimate.bounded
     unit = lengths(weighted, 0)
     return weighted / unit, unit
 
 
-def standard_errors(found: Fit) -> dict[str, float]:
+def standard_errors(estimate: Fit) -> dict[str, float]:
     """Return the large-sample standard errors by the delta method; infinite along directions the data do not fix."""
-    problem = found.problem
-    scaled, unit = scaled_jacobian(found)
+    problem = estimate.problem
+    scaled, unit = scaled_jacobian(estimate)
     _, singular, right = np.linalg.svd(scaled, full_matrices=False)
     with np.errstate(divide="ignore"):
         inverse = np.where(singular > 1e-9 * singular[0], 1 / singular, np.inf)
     with np.errstate(invalid="ignore"):
         spread = np.nan_to_num(right.T * inverse, nan=0.0, posinf=np.inf, neginf=np.inf)
-    error = np.sqrt((spread**2).sum(1) * theta_variance(found)) / unit
+    error = np.sqrt((spread**2).sum(1) * theta_variance(estimate)) / unit
     step = 1e-6
-    moved = found.theta[None] + step * np.eye(len(found.theta))
+    moved = estimate.theta[None] + step * np.eye(len(estimate.theta))
     values = problem.natural(moved)
-    slopes = [abs(float(values[p.name][i]) - found.parameters[p.name]) / step for i, p in enumerate(problem.free)]
+    slopes = [abs(float(values[p.name][i]) - estimate.parameters[p.name]) / step for i, p in enumerate(problem.free)]
     with np.errstate(over="ignore", invalid="ignore"):  # a parameter near an end of the floats has an infinite error
         errors = np.nan_to_num(np.array(slopes) * error, nan=np.inf, posinf=np.inf)
     return {p.name: float(value) for p, value in zip(problem.free, errors, strict=True)}
 
 
-def prediction_errors(found: Fit, x: Mapping[str, np.ndarray], level: float = 0.95) -> np.ndarray:
+def prediction_errors(estimate: Fit, x: Mapping[str, np.ndarray], level: float = 0.95) -> np.ndarray:
     """Return the half widths (n,) of the law's interval at inputs x, on the fitted scale, by the delta method.
 
     Parameters at a bound are held there. `quantities.interval` gives the profile interval, which takes refits.
     """
     from scipy.special import stdtrit
 
-    problem = found.problem
+    problem = estimate.problem
     y = np.ones(len(next(iter(x.values()))))
-    _, slope = Problem(problem.law, x, y, fixed=problem.fixed).residual(found.theta[None])
-    scaled, unit = scaled_jacobian(found)
-    direction = np.nan_to_num(slope[0]) * ~found.bounded / unit
+    _, slope = Problem(problem.law, x, y, fixed=problem.fixed).residual(estimate.theta[None])
+    scaled, unit = scaled_jacobian(estimate)
+    direction = np.nan_to_num(slope[0]) * ~estimate.bounded / unit
     covariance = np.linalg.pinv(scaled.T @ scaled, rcond=1e-10)
-    variance = np.einsum("ni,ij,nj->n", direction, covariance, direction) * theta_variance(found)
-    quantile = float(stdtrit(max(problem.n - found.dimension, 1), 0.5 + level / 2))
+    variance = np.einsum("ni,ij,nj->n", direction, covariance, direction) * theta_variance(estimate)
+    quantile = float(stdtrit(max(problem.n - estimate.dimension, 1), 0.5 + level / 2))
     return quantile * np.sqrt(np.maximum(variance, 0.0))
 
 
-def leverage(found: Fit) -> np.ndarray:
+def leverage(estimate: Fit) -> np.ndarray:
     """Return the diagonal of the hat matrix of the linearised fit, (n,)."""
-    scaled, _unit = scaled_jacobian(found)
+    scaled, _unit = scaled_jacobian(estimate)
     q, singular, _ = np.linalg.svd(scaled, full_matrices=False)
     return (q[:, singular > 1e-9 * singular[0]] ** 2).sum(1)
 
 
-def leave_one_out(found: Fit) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def leave_one_out(estimate: Fit) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """Refit without each point in turn: parameter values (n,), and each point's residual under the fit without it."""
-    problem = found.problem
+    problem = estimate.problem
     weights = problem.w * (1 - np.eye(problem.n))
     theta, _ = minimise(
-        problem.residual, np.repeat(found.theta[None], problem.n, 0), weights, problem.delta, problem.box
+        problem.residual, np.repeat(estimate.theta[None], problem.n, 0), weights, problem.delta, problem.box
     )
     return problem.natural(theta), np.diagonal(problem.residual(theta)[0]).copy()
 
@@ -248,16 +248,16 @@ def hold_out(problem: Problem, size: np.ndarray, share: float, rule: str, seed: 
     if remaining.different < len(problem.free):
         reason = f"{remaining.different} different points would remain, too few for {len(problem.free)} parameters"
         return HeldOut(rule, nothing, nothing, nothing, reason)
-    found = fit(remaining, seed)
-    predicted = found.predict({name: values[rows] for name, values in problem.x.items()})
+    estimate = fit(remaining, seed)
+    predicted = estimate.predict({name: values[rows] for name, values in problem.x.items()})
     return HeldOut(rule, np.flatnonzero(rows), predicted, problem.y[rows])
 
 
-def refit(found: Fit, weights: np.ndarray) -> Fit:
+def refit(estimate: Fit, weights: np.ndarray) -> Fit:
     """Return the same problem under other weights, from the fit's bank of starts."""
-    problem = replace(found.problem, weights=weights)
-    repeated = np.broadcast_to(weights, (len(found.bank), problem.n))
-    theta, value = minimise(problem.residual, found.bank, repeated, problem.delta, problem.box)
+    problem = replace(estimate.problem, weights=weights)
+    repeated = np.broadcast_to(weights, (len(estimate.bank), problem.n))
+    theta, value = minimise(problem.residual, estimate.bank, repeated, problem.delta, problem.box)
     best = int(np.argmin(value))
     assert np.isfinite(objective(problem.residual(theta[best : best + 1])[0], weights, problem.delta)[0])
-    return Fit(problem, theta[best], float(value[best]), theta, found.agreeing)
+    return Fit(problem, theta[best], float(value[best]), theta, estimate.agreeing)

@@ -25,45 +25,47 @@ BETTER = 1e-7
 Ends = dict[str, tuple[float, float]]
 
 
-def profile(found: Fit, level: float = 0.95) -> Ends:
+def profile(estimate: Fit, level: float = 0.95) -> Ends:
     """Compute profile intervals: where the objective, minimised over all else, has risen by the level's t-quantile
     squared.
 
     An end that is not reached before the parameter's bound, or within e^12 of the optimum on a logarithmic scale, is
     the bound: the interval is one-sided, or open.
     """
-    return _with_vanishing_terms(found, _intervals(found, level)[0], level)
+    return _with_vanishing_terms(estimate, _intervals(estimate, level)[0], level)
 
 
-def profiled(found: Fit, level: float = 0.95) -> tuple[Fit, Ends]:
+def profiled(estimate: Fit, level: float = 0.95) -> tuple[Fit, Ends]:
     """Return the fit and its profile intervals; where a profile finds a better optimum, that one and its intervals."""
     for _ in range(4):
-        ends, better = _intervals(found, level)
+        ends, better = _intervals(estimate, level)
         if better is None:
             break
-        theta, value = settle(found.problem, *better)
-        found = replace(found, theta=theta, objective=value, bank=np.concatenate([theta[None], found.bank]), agreeing=1)
-    return found, _with_vanishing_terms(found, ends, level)
+        theta, value = settle(estimate.problem, *better)
+        estimate = replace(
+            estimate, theta=theta, objective=value, bank=np.concatenate([theta[None], estimate.bank]), agreeing=1
+        )
+    return estimate, _with_vanishing_terms(estimate, ends, level)
 
 
-def _intervals(found: Fit, level: float) -> tuple[Ends, tuple[np.ndarray, float] | None]:
+def _intervals(estimate: Fit, level: float) -> tuple[Ends, tuple[np.ndarray, float] | None]:
     """Compute profile intervals, and a better optimum where they find one.
 
     Where the profile of another parameter reaches its bound, the ends are those of a rise by a tenth more: a parameter
     next to a bounded one that is nearly collinear with it has twice the rise distributed as a mixture, chi-squared of
     0, 1, 1 and 2 degrees of freedom in equal shares, whose 95 % quantile is 1.10 times that of chi-squared.
     """
-    search = _Profile(found, level, np.ones(len(found.theta)))
+    search = _Profile(estimate, level, np.ones(len(estimate.theta)))
     ends = search.run()
-    open_ = ~np.array(list(identified(found.problem, ends).values()))
+    open_ = ~np.array(list(identified(estimate.problem, ends).values()))
     others = open_.sum() - open_ > 0
     if search.better is None and others.any():
-        search = _Profile(found, level, np.where(others, NEXT_TO_BOUND, 1.0))
+        search = _Profile(estimate, level, np.where(others, NEXT_TO_BOUND, 1.0))
         ends = search.run()
     return ends, search.better
 
 
-def _with_vanishing_terms(found: Fit, ends: Ends, level: float) -> Ends:
+def _with_vanishing_terms(estimate: Fit, ends: Ends, level: float) -> Ends:
     """Widen the intervals where the data cannot tell a term of the law from nothing.
 
     At the value 0 of some parameters (a gain, a share) others lose their meaning, so that a fit without the term has
@@ -73,17 +75,17 @@ def _with_vanishing_terms(found: Fit, ends: Ends, level: float) -> Ends:
     """
     from scipy.special import fdtri
 
-    problem = found.problem
-    for i, lost in _vanishing(found):
+    problem = estimate.problem
+    for i, lost in _vanishing(estimate):
         parameter, degrees = problem.free[i], 1 + len(lost)
-        fixed = {p.name: found.parameters[p.name] for p in lost} | {parameter.name: _nothing(problem, i)}
+        fixed = {p.name: estimate.parameters[p.name] for p in lost} | {parameter.name: _nothing(problem, i)}
         without = replace(problem, fixed={**problem.fixed, **fixed})
         if not without.free or problem.n <= len(problem.free):
             continue
-        start = found.theta[[p.name not in fixed for p in problem.free]][None]
+        start = estimate.theta[[p.name not in fixed for p in problem.free]][None]
         _, value = minimise(without.residual, start, problem.w[None], problem.delta, without.box)
-        limit = degrees * float(fdtri(degrees, problem.n - found.dimension, level)) * noise_scale(found)
-        if not 2 * (value[0] - found.objective) <= limit:
+        limit = degrees * float(fdtri(degrees, problem.n - estimate.dimension, level)) * noise_scale(estimate)
+        if not 2 * (value[0] - estimate.objective) <= limit:
             continue
         try:
             others, _ = _intervals(fit(without), level)
@@ -95,13 +97,13 @@ def _with_vanishing_terms(found: Fit, ends: Ends, level: float) -> Ends:
     return ends
 
 
-def _vanishing(found: Fit) -> list[tuple[int, list[Parameter]]]:
+def _vanishing(estimate: Fit) -> list[tuple[int, list[Parameter]]]:
     """Return the parameters at whose value 0 others have no effect on the law, and those others."""
-    problem, pairs = found.problem, []
+    problem, pairs = estimate.problem, []
     for i, parameter in enumerate(problem.free):
         if not parameter.low <= 0 <= parameter.high:
             continue
-        inside = np.where(found.bounded, problem.centre, found.theta)
+        inside = np.where(estimate.bounded, problem.centre, estimate.theta)
         without = inside.copy()
         without[i] = problem.box.low[i] if parameter.log else 0.0
         size = np.abs(problem.residual(np.stack([inside, without]))[1]).max(1)
@@ -119,31 +121,33 @@ def _nothing(problem: Problem, i: int) -> float:
 class _Profile:
     """The profiles of all parameters at once: a row for each parameter and side, lower sides first."""
 
-    def __init__(self, found: Fit, level: float, factor: np.ndarray) -> None:
+    def __init__(self, estimate: Fit, level: float, factor: np.ndarray) -> None:
         from scipy.special import stdtrit
 
-        problem, p = found.problem, len(found.theta)
-        self.found, self.problem = found, problem
-        rise = 0.5 * float(stdtrit(max(problem.n - found.dimension, 1), 0.5 + level / 2)) ** 2 * noise_scale(found)
-        rises = np.maximum(np.tile(factor, 2) * rise, 1e-15 * max(found.objective, 1e-300))
-        self.target = found.objective + rises
+        problem, p = estimate.problem, len(estimate.theta)
+        self.estimate, self.problem = estimate, problem
+        rise = (
+            0.5 * float(stdtrit(max(problem.n - estimate.dimension, 1), 0.5 + level / 2)) ** 2 * noise_scale(estimate)
+        )
+        rises = np.maximum(np.tile(factor, 2) * rise, 1e-15 * max(estimate.objective, 1e-300))
+        self.target = estimate.objective + rises
         self.better: tuple[np.ndarray, float] | None = None
         self.side = np.concatenate([-np.ones(p), np.ones(p)])
         self.which = np.tile(np.arange(p), 2)
-        errors = _theta_errors(found)[self.which]
+        errors = _theta_errors(estimate)[self.which]
         self.limit = self._limits(errors)
         self.reach = np.minimum(2 * errors, self.limit)
         log = np.array([parameter.log for parameter in problem.free])[self.which]
         self.reach[log] = np.minimum(self.reach[log], OPEN_AFTER / 4)
-        self.inner, self.inner_theta = np.zeros(2 * p), np.repeat(found.theta[None], 2 * p, 0)
+        self.inner, self.inner_theta = np.zeros(2 * p), np.repeat(estimate.theta[None], 2 * p, 0)
         self.outer = np.full(2 * p, np.nan)
 
     def _limits(self, errors: np.ndarray) -> np.ndarray:
         """Return how far each profile is followed: to the bound, or to a distance at which it is open."""
-        box, theta, free = self.problem.box, self.found.theta[self.which], self.problem.free
+        box, theta, free = self.problem.box, self.estimate.theta[self.which], self.problem.free
         room = np.where(self.side < 0, theta - box.low[self.which], box.high[self.which] - theta)
         far = np.where([free[i].log for i in self.which], OPEN_AFTER, 1e4 * errors)
-        inward = self.found.bounded[self.which] & (room > 0)
+        inward = self.estimate.bounded[self.which] & (room > 0)
         closed = [
             math.isfinite(free[i].high if up > 0 else free[i].low) and not (free[i].log and up < 0)
             for i, up in zip(self.which, self.side, strict=True)
@@ -163,16 +167,16 @@ class _Profile:
 
     def _value_at(self, rows: np.ndarray, distance: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return theta and objective with each row's parameter held at a distance from the optimum."""
-        p = len(self.found.theta)
+        p = len(self.estimate.theta)
         start, free = start.copy(), np.ones((len(rows), p), bool)
         index = np.arange(len(rows)), self.which[rows]
-        start[index] = self.found.theta[self.which[rows]] + self.side[rows] * distance
+        start[index] = self.estimate.theta[self.which[rows]] + self.side[rows] * distance
         free[index] = False
         weights = np.broadcast_to(self.problem.w, (len(rows), self.problem.n))
         problem = self.problem
         theta, value = minimise(problem.residual, start, weights, problem.delta, problem.box, free, 100)
         best = int(np.argmin(value))
-        lowest = self.found.objective if self.better is None else self.better[1]
+        lowest = self.estimate.objective if self.better is None else self.better[1]
         if value[best] < lowest * (1 - BETTER) - problem.negligible:
             self.better = theta[best], float(value[best])
         return theta, value
@@ -207,7 +211,7 @@ class _Profile:
         if not len(rows):
             return rows
         again = np.zeros(len(self.outer), bool)
-        for start in _distinct(self.found.bank)[:CHECKED_FROM]:
+        for start in _distinct(self.estimate.bank)[:CHECKED_FROM]:
             theta, value = self._value_at(rows, self.outer[rows], np.repeat(start[None], len(rows), 0))
             below = value < self.target[rows] * (1 - 1e-9)
             moved = rows[below]
@@ -220,7 +224,7 @@ class _Profile:
 
     def _ends(self) -> Ends:
         """Return the natural values of the ends; a bound where a row is open."""
-        p = len(self.found.theta)
+        p = len(self.estimate.theta)
         distance = 0.5 * (self.inner + self.outer)
         ends = []
         for row in range(2 * p):
@@ -228,7 +232,7 @@ class _Profile:
             if math.isnan(distance[row]):
                 ends.append(parameter.low if self.side[row] < 0 else parameter.high)
                 continue
-            theta = self.found.theta[self.which[row]] + self.side[row] * distance[row]
+            theta = self.estimate.theta[self.which[row]] + self.side[row] * distance[row]
             ends.append(float(to_natural(parameter, np.array(theta))))
         return {parameter.name: (ends[i], ends[p + i]) for i, parameter in enumerate(self.problem.free)}
 
@@ -239,12 +243,12 @@ def _distinct(bank: np.ndarray) -> np.ndarray:
     return bank[np.sort(first)]
 
 
-def _theta_errors(found: Fit) -> np.ndarray:
+def _theta_errors(estimate: Fit) -> np.ndarray:
     """Return standard errors in theta, as first steps of the profiles."""
-    scaled, unit = scaled_jacobian(found, bounded=True)
+    scaled, unit = scaled_jacobian(estimate, bounded=True)
     covariance = np.linalg.pinv(scaled.T @ scaled, rcond=1e-10)
-    error = np.sqrt(np.maximum(np.diag(covariance), 1e-30) * max(theta_variance(found), 1e-300)) / unit
-    return np.maximum(error, 1e-9 * (1 + np.abs(found.theta)))
+    error = np.sqrt(np.maximum(np.diag(covariance), 1e-30) * max(theta_variance(estimate), 1e-300)) / unit
+    return np.maximum(error, 1e-9 * (1 + np.abs(estimate.theta)))
 
 
 def identified(problem: Problem, ends: Ends) -> dict[str, bool]:

@@ -21,11 +21,11 @@ FAR = 200.0
 """A quantity that has not become implausible at this many standard errors has an open interval."""
 
 
-def interval(found: Fit, quantity: Quantity, ends: Ends, level: float = 0.95) -> tuple[float, float]:
+def interval(estimate: Fit, quantity: Quantity, ends: Ends, level: float = 0.95) -> tuple[float, float]:
     """Return the profile interval of a quantity: the values at which a refit is not significantly worse.
 
     Args:
-        found: The fit.
+        estimate: The fit.
         quantity: What to find the interval of, on a scale on which it is about linear.
         ends: The profile intervals of the fit's parameters; one that reaches a bound widens this one.
         level: Of confidence.
@@ -35,37 +35,37 @@ def interval(found: Fit, quantity: Quantity, ends: Ends, level: float = 0.95) ->
     """
     from scipy.special import stdtrit
 
-    problem, noise = found.problem, noise_scale(found)
-    value, slope = (part[0] for part in quantity(found.theta[None]))
-    error = _standard_error(found, slope)
+    problem, noise = estimate.problem, noise_scale(estimate)
+    value, slope = (part[0] for part in quantity(estimate.theta[None]))
+    error = _standard_error(estimate, slope)
     if not math.isfinite(value) or not error > 0 or not noise > 0:
         return (float(value), float(value)) if math.isfinite(value) else (math.nan, math.nan)
     factor = 1.0 if all(identified(problem, ends).values()) else NEXT_TO_BOUND
-    rise = 0.5 * float(stdtrit(max(problem.n - found.dimension, 1), 0.5 + level / 2)) ** 2 * noise * factor
-    held = _Held(found, quantity, STIFF * math.sqrt(noise) / error)
-    low, high = (held.end(float(value), side * error, found.objective + rise) for side in (-1.0, 1.0))
+    rise = 0.5 * float(stdtrit(max(problem.n - estimate.dimension, 1), 0.5 + level / 2)) ** 2 * noise * factor
+    held = _Held(estimate, quantity, STIFF * math.sqrt(noise) / error)
+    low, high = (held.end(float(value), side * error, estimate.objective + rise) for side in (-1.0, 1.0))
     return low, high
 
 
-def _standard_error(found: Fit, slope: np.ndarray) -> float:
+def _standard_error(estimate: Fit, slope: np.ndarray) -> float:
     """Return the quantity's standard error by the delta method, a first step of its profile."""
-    scaled, unit = scaled_jacobian(found, bounded=True)
+    scaled, unit = scaled_jacobian(estimate, bounded=True)
     covariance = np.linalg.pinv(scaled.T @ scaled, rcond=1e-10)
     direction = np.nan_to_num(slope) / unit
-    return math.sqrt(max(float(direction @ covariance @ direction), 0.0) * theta_variance(found))
+    return math.sqrt(max(float(direction @ covariance @ direction), 0.0) * theta_variance(estimate))
 
 
 @dataclass(frozen=True)
 class _Held:
     """Refits with a quantity held at a value, by a stiff residual whose target is a last coordinate of theta."""
 
-    found: Fit
+    estimate: Fit
     quantity: Quantity
     stiffness: float
 
     def end(self, value: float, step: float, target: float) -> float:
         """Return where the objective reaches the target in the direction of `step`; infinite where it does not."""
-        inner, outer, reach, theta = 0.0, math.nan, 1.0, self.found.theta
+        inner, outer, reach, theta = 0.0, math.nan, 1.0, self.estimate.theta
         while reach <= FAR:
             moved, objective = self._refit(value + reach * step, theta)
             if not objective < target:
@@ -85,8 +85,8 @@ class _Held:
 
     def _refit(self, at: float, theta: np.ndarray) -> tuple[np.ndarray, float]:
         """Return the best fit with the quantity held, from the last one and from the optimum."""
-        problem, p = self.found.problem, len(theta)
-        starts = np.column_stack([np.stack([theta, self.found.theta]), np.full(2, at)])
+        problem, p = self.estimate.problem, len(theta)
+        starts = np.column_stack([np.stack([theta, self.estimate.theta]), np.full(2, at)])
         free = np.ones((2, p + 1), bool)
         free[:, p] = False
         box = problem.box
@@ -98,7 +98,7 @@ class _Held:
 
     def _residual(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         p = theta.shape[1] - 1
-        residual, jacobian = self.found.problem.residual(theta[:, :p])
+        residual, jacobian = self.estimate.problem.residual(theta[:, :p])
         value, slope = self.quantity(theta[:, :p])
         last = self.stiffness * (value - theta[:, p])
         wide = np.zeros((*residual.shape[:1], residual.shape[1] + 1, p + 1))
@@ -107,9 +107,9 @@ class _Held:
         return np.column_stack([residual, last]), wide
 
 
-def prediction(found: Fit, x: Mapping[str, float]) -> Quantity:
+def prediction(estimate: Fit, x: Mapping[str, float]) -> Quantity:
     """Return the law at one point, on the scale that was fitted."""
-    problem = found.problem
+    problem = estimate.problem
     point = {name: np.array([float(x[name])]) for name in problem.law.inputs}
     y = np.ones(1) if problem.law.residuals == "log" else np.zeros(1)
     single = type(problem)(problem.law, point, y, fixed=problem.fixed)

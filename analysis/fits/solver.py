@@ -99,9 +99,9 @@ def _sharpen(
     while width > 2 * delta:
         theta, _ = _descend(residual, theta, weights, width, box, free, 15)
         width /= 4
-    theta, found = _descend(residual, theta, weights, delta, box, free, iterations)
-    better = found <= best
-    return np.where(better[:, None], theta, best_theta), np.where(better, found, best)
+    theta, values = _descend(residual, theta, weights, delta, box, free, iterations)
+    better = values <= best
+    return np.where(better[:, None], theta, best_theta), np.where(better, values, best)
 
 
 def _descend(

@@ -89,13 +89,13 @@ def _non_negative(columns: np.ndarray, target: np.ndarray, positive: np.ndarray)
         for subset in combinations(range(k), size):
             chosen = list(subset)
             part = gram[:, chosen][:, :, chosen] + 1e-10 * np.eye(size)
-            found = np.linalg.solve(part, right[:, chosen, None])[:, :, 0]
-            feasible = (found[:, positive[chosen]] >= 0).all(1)
-            gain = (found * right[:, chosen]).sum(1)
+            trial = np.linalg.solve(part, right[:, chosen, None])[:, :, 0]
+            feasible = (trial[:, positive[chosen]] >= 0).all(1)
+            gain = (trial * right[:, chosen]).sum(1)
             better = feasible & (gain > best)
             best = np.where(better, gain, best)
             replaced = np.zeros((batch, k))
-            replaced[:, chosen] = found
+            replaced[:, chosen] = trial
             solution = np.where(better[:, None], replaced, solution)
     with np.errstate(over="ignore"):  # a coefficient beyond the floats ranks its start last
         return solution / norm

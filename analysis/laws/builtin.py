@@ -293,8 +293,8 @@ def mixture(columns: set[str]) -> Law:
 MIXTURE = mixture({"s1", "s2", "s3"})
 
 LAWS: dict[str, Law] = {
-    entry.name: entry
-    for entry in (
+    law.name: law
+    for law in (
         POWER,
         FRONTIER,
         CHINCHILLA,

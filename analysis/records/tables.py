@@ -112,10 +112,10 @@ def _read_csv(text: str, separator: str | None) -> pd.DataFrame:
 
 def _typed(texts: pd.Series) -> pd.Series:
     """Return a column of a CSV as numbers or truth values if all of its values are, otherwise as labels."""
-    known = texts[~texts.str.lower().isin(MISSING)]
-    if known.empty and not texts.isin(("", "nan", "NaN")).all():
+    present = texts[~texts.str.lower().isin(MISSING)]
+    if present.empty and not texts.isin(("", "nan", "NaN")).all():
         return texts
-    numbers = pd.to_numeric(known, errors="coerce")
+    numbers = pd.to_numeric(present, errors="coerce")
     if numbers.notna().all():
         return numbers.reindex(texts.index)
     truths = texts.str.lower().map({"true": True, "false": False})

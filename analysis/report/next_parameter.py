@@ -33,9 +33,9 @@ def next_blocks(data: GridData, steps: Sequence[Step], metric: str, by: str) -> 
     headers = ["base", "destination", "variant", f"{noun}, x base", "gain", "per doubling", "N_eq, x base", "pairs"]
     rows: list[list[object]] = []
     sentences = []
-    for base, returns, found in returns_by_base(steps, data.reference, by):
+    for base, returns, leads in returns_by_base(steps, data.reference, by):
         rows += [_row(item, by) for item in returns]
-        sentences += [f"{base}: {sentence}" for sentence in lead_sentences(found, noun)]
+        sentences += [f"{base}: {sentence}" for sentence in lead_sentences(leads, noun)]
     note = (
         f"Gain: {unit(metric)} over the plain {data.reference} model of the base, paired over seeds, with 95 % "
         f"t-intervals from {MIN_PAIRS} pairs on. Per doubling: gain over the step before it, per doubling of "
@@ -44,12 +44,12 @@ def next_blocks(data: GridData, steps: Sequence[Step], metric: str, by: str) -> 
     return [Table(headers, rows, left=3, name="next"), *map(Text, sentences), Text(note)]
 
 
-def lead_sentences(found: Sequence[Lead], noun: str) -> list[str]:
-    """Return who gains most at which costs, in sentences; consecutive costs of one verdict share one."""
-    if not found:
+def lead_sentences(leads: Sequence[Lead], noun: str) -> list[str]:
+    """Return one sentence per range of costs with the same verdict: which destination gains most there."""
+    if not leads:
         return [f"no two destinations were measured at the same {noun}, so none can be preferred"]
     sentences = []
-    for (leader, decided), group in groupby(found, key=lambda lead: (lead.leader, lead.decided)):
+    for (leader, decided), group in groupby(leads, key=lambda lead: (lead.leader, lead.decided)):
         members = list(group)
         ends = [f"{2**lead.doublings:.3g}" for lead in (members[0], members[-1])]
         where = f"at {ends[0]} times the {noun}" if ends[0] == ends[1] else f"from {' to '.join(ends)} times the {noun}"
@@ -62,7 +62,7 @@ def lead_sentences(found: Sequence[Lead], noun: str) -> list[str]:
         elif pairs < MIN_PAIRS:
             sentences.append(f"{where} {pairs} pairs are too few for a verdict ({leader} leads by {margin})")
         else:
-            sentences.append(f"{where} none can be told to gain most ({leader} leads by {margin})")
+            sentences.append(f"{where} no destination leads significantly ({leader} leads by {margin})")
     return sentences
 
 
@@ -72,10 +72,10 @@ def document(data: GridData, steps: Sequence[Step], metric: str, by: str) -> dic
         {
             "base": base,
             "steps": [_step_json(item) for item in returns],
-            "leads": [_lead_json(lead) for lead in found],
-            "sentences": lead_sentences(found, AXES[by][1]),
+            "leads": [_lead_json(lead) for lead in leads],
+            "sentences": lead_sentences(leads, AXES[by][1]),
         }
-        for base, returns, found in returns_by_base(steps, data.reference, by)
+        for base, returns, leads in returns_by_base(steps, data.reference, by)
     ]
     return {"grid": data.grid, "metric": metric, "unit": unit(metric), "by": by, "bases": bases}
 

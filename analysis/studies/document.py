@@ -34,7 +34,7 @@ FEW_DRAWS = 100
 class Fitted:
     """A fit, its held-out score, the rows it used and the JSON document that `fit --json` prints for it."""
 
-    found: Fit
+    estimate: Fit
     held: HeldOut
     used: pd.DataFrame
     profiles: Ends
@@ -53,19 +53,19 @@ def fitted(law: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[s
     """
     posed, used = data(law, rows, columns, request)
     held = held_out(posed, used, request)
-    found, profiles = profiled(fit(posed, request.seed))
-    _check_sign(found)
-    closed = identified(found.problem, profiles)
-    draws = _bootstrap(found, used, request)
+    estimate, profiles = profiled(fit(posed, request.seed))
+    _check_sign(estimate)
+    closed = identified(estimate.problem, profiles)
+    draws = _bootstrap(estimate, used, request)
     divisor = posed.n if request.minimize == "mean" else 1
     result: dict[str, Any] = {
         "law": law.name,
         "formula": law.formula,
         "source": law.source,
         "n": posed.n,
-        "parameters": found.parameters,
+        "parameters": estimate.parameters,
         "meaning": {p.name: p.meaning for p in law.parameters},
-        "objective": found.objective / divisor,
+        "objective": estimate.objective / divisor,
         "minimize": request.minimize,
         "residuals": law.residuals,
         "huber": request.huber,
@@ -73,33 +73,33 @@ def fitted(law: Law, rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[s
         "intervals": {p.name: list(draws.interval(p.name) if draws else profiles[p.name]) for p in posed.free},
         "interval_kind": f"95 %, from {draws.completed} bootstrap refits" if draws else "95 % profile",
         "profile": {name: list(ends) for name, ends in profiles.items()},
-        "standard_errors": {n: draws.standard_error(n) for n in profiles} if draws else standard_errors(found),
+        "standard_errors": {n: draws.standard_error(n) for n in profiles} if draws else standard_errors(estimate),
         "identified": closed,
-        "at_bound": {name: bound if math.isfinite(bound) else "infinity" for name, bound in found.at_bound.items()},
+        "at_bound": {name: bound if math.isfinite(bound) else "infinity" for name, bound in estimate.at_bound.items()},
         "bounds": {p.name: [p.low, p.high] for p in posed.free},
         "holdout": _held_json(held, law),
         "fixed": dict(posed.fixed),
-        "warnings": [*_row_warnings(posed, used, rows, request), *_warnings(found, closed, profiles, draws, held)],
+        "warnings": [*_row_warnings(posed, used, rows, request), *_warnings(estimate, closed, profiles, draws, held)],
     }
     if request.predict is not None:
-        result["predictions"] = _predictions(found, law, chosen(table, request.predict, "--predict"), columns)
+        result["predictions"] = _predictions(estimate, law, chosen(table, request.predict, "--predict"), columns)
     if request.diagnostics:
-        result["diagnostics"] = _diagnostics(found, used)
-    return Fitted(found, held, used, profiles, result)
+        result["diagnostics"] = _diagnostics(estimate, used)
+    return Fitted(estimate, held, used, profiles, result)
 
 
-def _bootstrap(found: Fit, used: pd.DataFrame, request: Request) -> Bootstrap | None:
+def _bootstrap(estimate: Fit, used: pd.DataFrame, request: Request) -> Bootstrap | None:
     if not request.bootstrap:
         return None
     clusters, strata = groups(used, request.cluster, "--cluster"), groups(used, request.strata, "--strata")
-    _check_resampling(found, clusters, strata)
-    return bootstrap(found, request.bootstrap, request.seed, clusters, strata)
+    _check_resampling(estimate, clusters, strata)
+    return bootstrap(estimate, request.bootstrap, request.seed, clusters, strata)
 
 
-def _check_resampling(found: Fit, clusters: np.ndarray | None, strata: np.ndarray | None) -> None:
+def _check_resampling(estimate: Fit, clusters: np.ndarray | None, strata: np.ndarray | None) -> None:
     """Check for more runs than parameters, each in one stratum, and for strata with something to draw."""
-    units = np.arange(found.problem.n) if clusters is None else clusters
-    free, distinct = len(found.problem.free), len(np.unique(units))
+    units = np.arange(estimate.problem.n) if clusters is None else clusters
+    free, distinct = len(estimate.problem.free), len(np.unique(units))
     if distinct <= free:
         raise InputError(f"--cluster: {distinct} groups are too few to resample for {free} parameters")
     if strata is None:
@@ -127,12 +127,12 @@ def _held_json(held: HeldOut, law: Law) -> dict[str, Any]:
     }
 
 
-def _open(parameter: Parameter, found: Fit, ends: tuple[float, float]) -> str:
+def _open(parameter: Parameter, estimate: Fit, ends: tuple[float, float]) -> str:
     """Return why a parameter's interval is one-sided or open."""
     name = parameter.name
     reason = f"{parameter.at_bound}, " if parameter.at_bound and ends[0] <= parameter.low else ""
-    if name in found.at_bound:
-        bound = found.at_bound[name]
+    if name in estimate.at_bound:
+        bound = estimate.at_bound[name]
         limit = bound in (0.0, math.inf) and parameter.log
         where = f"tends to its limit {bound:g}" if limit else f"is at its bound {bound:g}"
         return f"{name}: not identified; it {where} ({reason}95 % profile {_range(parameter, ends)})"
@@ -166,16 +166,16 @@ def _row_warnings(posed: Problem, used: pd.DataFrame, rows: pd.DataFrame, reques
 
 
 def _warnings(
-    found: Fit,
+    estimate: Fit,
     closed: Mapping[str, bool],
     profiles: Mapping[str, tuple[float, float]],
     draws: Bootstrap | None,
     held: HeldOut,
 ) -> list[str]:
     """Return what a reader must know before using the numbers."""
-    lines = [_open(p, found, profiles[p.name]) for p in found.problem.free if not closed[p.name]]
-    n, free = found.problem.n, len(found.problem.free)
-    if found.problem.different == free:
+    lines = [_open(p, estimate, profiles[p.name]) for p in estimate.problem.free if not closed[p.name]]
+    n, free = estimate.problem.n, len(estimate.problem.free)
+    if estimate.problem.different == free:
         lines.append(f"as many different points as parameters ({free}): nothing tests the law's form")
     if n < 2 * free:
         lines.append(f"{n} points for {free} parameters: intervals are wide or open, and a bootstrap is unreliable")
@@ -185,27 +185,29 @@ def _warnings(
         lines.append(
             f"{draws.requested - draws.completed} of {draws.requested} bootstrap draws had too few distinct points"
         )
-    if found.agreeing < min(AGREED, len(found.bank)):
-        lines.append(f"only {found.agreeing} of {len(found.bank)} starts reached the optimum: a better one may exist")
+    if estimate.agreeing < min(AGREED, len(estimate.bank)):
+        lines.append(
+            f"only {estimate.agreeing} of {len(estimate.bank)} starts reached the optimum: a better one may exist"
+        )
     if not len(held.rows):
         lines.append(f"nothing held out: {held.reason}")
     return lines
 
 
-def _check_sign(found: Fit) -> None:
+def _check_sign(estimate: Fit) -> None:
     """Refuse a law of one sign for an outcome of the other."""
-    y, law = found.problem.y, found.problem.law
-    if (y < 0).all() and (found.predict(found.problem.x) >= 0).all():
+    y, law = estimate.problem.y, estimate.problem.law
+    if (y < 0).all() and (estimate.predict(estimate.problem.x) >= 0).all():
         raise InputError(
             f"--columns: {law.output} is negative in every row, and law {law.name} with its bounds gives no negative "
             "value; let its offset be negative by --formula and --parameters 'E free'"
         )
 
 
-def _predictions(found: Fit, law: Law, rows: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, Any]]:
+def _predictions(estimate: Fit, law: Law, rows: pd.DataFrame, columns: Mapping[str, str]) -> list[dict[str, Any]]:
     """Return predictions of rows of the table; observed value and relative error are null where the row has none."""
     frame, index = numbers(rows, {name: columns[name] for name in law.inputs}, drop_missing=False)
-    predicted = found.predict({name: frame[name].to_numpy(float) for name in law.inputs})
+    predicted = estimate.predict({name: frame[name].to_numpy(float) for name in law.inputs})
     observed = number(rows, columns[law.output], f"--columns: {law.output}")
     return [
         {"row": row, "predicted": float(p), "observed": float(o), "relative_error": float(p / o - 1)}
@@ -215,25 +217,25 @@ def _predictions(found: Fit, law: Law, rows: pd.DataFrame, columns: Mapping[str,
 
 def predicted_rows(item: Fitted, table: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, np.ndarray]:
     """Return, for every row of the table, `predicted` (NaN where an input is missing) and whether it was `fitted`."""
-    law = item.found.problem.law
+    law = item.estimate.problem.law
     inputs = {name: number(table, columns[name], f"--columns: {name}") for name in law.inputs}
     closed = np.isfinite(np.stack(list(inputs.values()))).all(0)
-    predicted = np.where(closed, item.found.predict(inputs), np.nan)
+    predicted = np.where(closed, item.estimate.predict(inputs), np.nan)
     return {"predicted": predicted, "fitted": table.index.isin(item.used.index)}
 
 
-def _diagnostics(found: Fit, used: pd.DataFrame) -> dict[str, Any]:
+def _diagnostics(estimate: Fit, used: pd.DataFrame) -> dict[str, Any]:
     """Return by point: row, residual (law minus data), leverage, residual when left out; and how far parameters then
     move."""
-    if found.problem.n > LEFT_OUT:
+    if estimate.problem.n > LEFT_OUT:
         raise InputError(
-            f"--diagnostics: {found.problem.n} points, allowed: up to {LEFT_OUT} (each is left out in turn)"
+            f"--diagnostics: {estimate.problem.n} points, allowed: up to {LEFT_OUT} (each is left out in turn)"
         )
-    values, residuals = leave_one_out(found)
+    values, residuals = leave_one_out(estimate)
     return {
         "row": [int(row) for row in used.index],
-        "residual": found.residuals.tolist(),
-        "leverage": leverage(found).tolist(),
+        "residual": estimate.residuals.tolist(),
+        "leverage": leverage(estimate).tolist(),
         "left_out_residual": residuals.tolist(),
         "parameters_without_a_point": {name: [float(v.min()), float(v.max())] for name, v in values.items()},
     }
@@ -277,12 +279,14 @@ def _interval_text(name: str, result: Mapping[str, Any]) -> str:
     return f"[{low:.6g}, {high:.6g}]{'' if closed else ' not identified'}"
 
 
-def _diagnostics_text(found: Mapping[str, Any]) -> list[str]:
-    """Return the points that say most, and how far each parameter moves when one point is left out."""
-    most, worst = int(np.argmax(found["leverage"])), int(np.argmax(np.abs(found["left_out_residual"])))
-    ranges = (f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in found["parameters_without_a_point"].items())
+def _diagnostics_text(diagnostics: Mapping[str, Any]) -> list[str]:
+    """Return the most influential points, and how far each parameter moves when one point is left out."""
+    rows, leverage, residual = (diagnostics[name] for name in ("row", "leverage", "left_out_residual"))
+    most, worst = int(np.argmax(leverage)), int(np.argmax(np.abs(residual)))
+    parameters = diagnostics["parameters_without_a_point"].items()
+    ranges = (f"{name} {low:.4g} to {high:.4g}" for name, (low, high) in parameters)
     return [
-        f"  largest leverage: {found['leverage'][most]:.3g} (row {found['row'][most]}); "
-        f"largest residual when left out: {found['left_out_residual'][worst]:+.3g} (row {found['row'][worst]})",
+        f"  largest leverage: {leverage[most]:.3g} (row {rows[most]}); "
+        f"largest residual when left out: {residual[worst]:+.3g} (row {rows[worst]})",
         f"  without any one point: {', '.join(ranges)}",
     ]

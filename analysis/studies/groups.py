@@ -60,22 +60,22 @@ def fit_groups(table: pd.DataFrame, request: Request, by: str, shared: Sequence[
         "by": by,
         "n": posed.n,
         "groups": [
-            {"group": name, "n": found.problem.n, **_reported(found, ends)}
-            for name, (found, ends) in zip(names, fits, strict=True)
+            {"group": name, "n": estimate.problem.n, **_reported(estimate, ends)}
+            for name, (estimate, ends) in zip(names, fits, strict=True)
         ],
     }
     if shared:
-        document |= _shared(posed, labels, names, [found for found, _ in fits], shared)
+        document |= _shared(posed, labels, names, [estimate for estimate, _ in fits], shared)
     return document
 
 
-def _reported(found: Fit, ends: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
+def _reported(estimate: Fit, ends: Mapping[str, tuple[float, float]]) -> dict[str, Any]:
     return {
-        "objective": found.objective,
-        "parameters": found.parameters,
+        "objective": estimate.objective,
+        "parameters": estimate.parameters,
         "intervals": {name: list(pair) for name, pair in ends.items()},
-        "identified": identified(found.problem, dict(ends)),
-        "at_bound": found.at_bound,
+        "identified": identified(estimate.problem, dict(ends)),
+        "at_bound": estimate.at_bound,
     }
 
 
@@ -90,17 +90,17 @@ def _shared(
     fixed = {key: value for key, value in posed.fixed.items() if key in shared}
     fixed |= {f"{key}[{name}]": v for key, v in posed.fixed.items() if key not in shared for name in names}
     problem = replace(posed, law=law, x=x, fixed=fixed)
-    found = _joint_fit(problem, separate, names, shared)
-    found, ends = profiled(found)
+    estimate = _joint_fit(problem, separate, names, shared)
+    estimate, ends = profiled(estimate)
     full = sum(item.objective for item in separate)
     free = [name for name in shared if name not in posed.fixed]
     first = len(free) * (len(names) - 1)
     second = posed.n - sum(item.dimension for item in separate)
-    result: dict[str, Any] = {"shared": {"names": list(shared), **_reported(found, ends)}}
+    result: dict[str, Any] = {"shared": {"names": list(shared), **_reported(estimate, ends)}}
     if second < 1 or not first:
         return result | {"test": {"reason": "no degrees of freedom are left"}}
     noise = sum(noise_scale(item) * item.problem.n for item in separate) / posed.n
-    f = 2 * max(found.objective - full, 0.0) / first / noise if noise > 0 else np.inf
+    f = 2 * max(estimate.objective - full, 0.0) / first / noise if noise > 0 else np.inf
     p = float(fdtrc(first, second, f))
     return result | {"test": {"F": float(f), "degrees": [first, second], "p": p}}
 

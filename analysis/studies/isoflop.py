@@ -55,14 +55,14 @@ def isoflops(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -
         part = rows[by_run == budget]
         try:
             parabola = fitted(LAWS["isoflop"], part, rows, columns, alone)
-            fits.append((budget, parabola.found))
+            fits.append((budget, parabola.estimate))
             groups.append({"C": budget, **parabola.document})
         except InputError as error:
             refused[f"{budget:.4g}"] = str(error)
     if not groups:
         raise InputError(f"--group: none of {len(refused)} budgets can be fitted: {next(iter(refused.values()))}")
     unidentified = [group["C"] for group in groups if not group["identified"]["Nopt"]]
-    usable = [(budget, found) for budget, found in fits if inside(found) and budget not in unidentified]
+    usable = [(budget, estimate) for budget, estimate in fits if inside(estimate) and budget not in unidentified]
     weighted, plain = _frontier(usable, True, request), _frontier(usable, False, request)
     reason = {"n": len(usable), "reason": "needs three budgets with an identified optimum among their sizes"}
     result: dict[str, Any] = {
@@ -70,7 +70,7 @@ def isoflops(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -
         "n": sum(group["n"] for group in groups),
         "groups": groups,
         "refused": refused,
-        "outside": [budget for budget, found in fits if not inside(found)],
+        "outside": [budget for budget, estimate in fits if not inside(estimate)],
         "unidentified": unidentified,
         "frontier": reason if weighted is None else weighted.document,
         "frontier_unweighted": reason if plain is None else plain.document,
@@ -78,10 +78,10 @@ def isoflops(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -
     return IsoFlops(fits, [budget for budget, _ in usable], weighted, result)
 
 
-def inside(found: Fit) -> bool:
+def inside(estimate: Fit) -> bool:
     """Return whether the optimum lies among the sizes tried; one that does not is an extrapolation and no evidence."""
-    sizes = found.problem.x["N"]
-    return bool(sizes.min() < found.parameters["Nopt"] < sizes.max())
+    sizes = estimate.problem.x["N"]
+    return bool(sizes.min() < estimate.parameters["Nopt"] < sizes.max())
 
 
 def _frontier(fits: list[tuple[float, Fit]], weighted: bool, request: Request) -> Fitted | None:
@@ -91,8 +91,8 @@ def _frontier(fits: list[tuple[float, Fit]], weighted: bool, request: Request) -
     """
     if len(fits) < 3:
         return None
-    optima = np.array([found.parameters["Nopt"] for _, found in fits])
-    spread = np.array([standard_errors(found)["Nopt"] for _, found in fits]) / optima
+    optima = np.array([estimate.parameters["Nopt"] for _, estimate in fits])
+    spread = np.array([standard_errors(estimate)["Nopt"] for _, estimate in fits]) / optima
     weights, variance = np.ones(len(fits)), float(np.mean(spread**2))
     if weighted and (np.isfinite(spread) & (spread > 0)).all():
         weights, variance = 1 / spread**2 / np.mean(1 / spread**2), float(1 / np.mean(1 / spread**2))

@@ -31,12 +31,12 @@ def flops_formula(text: str) -> ast.expr:
 
 
 def optimum(
-    found: Fit, ends: Ends, budget: float, flops: ast.expr, at: Mapping[str, float], ratio: float | None = None
+    estimate: Fit, ends: Ends, budget: float, flops: ast.expr, at: Mapping[str, float], ratio: float | None = None
 ) -> dict[str, Any]:
     """Return the best N and D at a budget.
 
     Args:
-        found: A fit of a law with inputs N and D.
+        estimate: A fit of a law with inputs N and D.
         ends: Profile intervals of its parameters.
         budget: Training FLOPs.
         flops: The FLOPs as a formula of N and D, rising in D.
@@ -47,18 +47,18 @@ def optimum(
         `N`, `D`, `loss` and their 95 % intervals, `ratio` D/N; `inside` where the optimum is not at an end of the
         sizes searched; with `ratio` the same at that ratio as `at_ratio`.
     """
-    law = found.problem.law
+    law = estimate.problem.law
     for name in ("N", "D"):
         if name not in law.inputs:
             raise InputError(f"optimum: law {law.name} has no input {name}; it needs N and D")
     missing = [name for name in law.inputs if name not in ("N", "D") and name not in at]
     if missing:
         raise InputError(f"--at: {missing[0]} is missing; law {law.name} has it as an input")
-    search = _Search(found, budget, flops, at)
-    log_n, loss = (float(part[0]) for part in search.best(found.theta[None]))
+    search = _Search(estimate, budget, flops, at)
+    log_n, loss = (float(part[0]) for part in search.best(estimate.theta[None]))
     inside = search.inside(log_n)
-    n_ends = interval(found, by_differences(lambda theta: search.best(theta)[0]), ends)
-    loss_ends = interval(found, by_differences(lambda theta: search.best(theta)[1]), ends)
+    n_ends = interval(estimate, by_differences(lambda theta: search.best(theta)[0]), ends)
+    loss_ends = interval(estimate, by_differences(lambda theta: search.best(theta)[1]), ends)
     if not inside:
         n_ends = (-math.inf, math.inf)
     sizes = [search.n_at(end) for end in n_ends]
@@ -80,15 +80,15 @@ def optimum(
     return result
 
 
-def from_frontier(found: Fit, ends: Ends, budget: float, flops: ast.expr) -> dict[str, Any]:
+def from_frontier(estimate: Fit, ends: Ends, budget: float, flops: ast.expr) -> dict[str, Any]:
     """Return N and D at a budget from a fitted frontier Nopt = k C^a of isoFLOP optima."""
     value, (low, high) = (
-        found.predict({"C": np.array([budget])})[0],
-        interval(found, prediction(found, {"C": budget}), ends),
+        estimate.predict({"C": np.array([budget])})[0],
+        interval(estimate, prediction(estimate, {"C": budget}), ends),
     )
     sizes = [math.exp(low) if low < 700 else math.inf, math.exp(high) if high < 700 else math.inf]
     tokens = [_tokens(flops, budget, np.array([size]))[0] for size in (value, *sizes)]
-    budgets = found.problem.x["C"]
+    budgets = estimate.problem.x["C"]
     return {
         "C": budget,
         "N": float(value),
@@ -119,9 +119,9 @@ def _tokens(flops: ast.expr, budget: float, n: np.ndarray) -> np.ndarray:
 class _Search:
     """The loss along a budget, over a grid of sizes."""
 
-    def __init__(self, found: Fit, budget: float, flops: ast.expr, at: Mapping[str, float]) -> None:
-        self.found, self.flops, self.budget, self.at = found, flops, budget, dict(at)
-        sizes = found.problem.x["N"]
+    def __init__(self, estimate: Fit, budget: float, flops: ast.expr, at: Mapping[str, float]) -> None:
+        self.estimate, self.flops, self.budget, self.at = estimate, flops, budget, dict(at)
+        sizes = estimate.problem.x["N"]
         self.grid = np.linspace(math.log(sizes.min() / SPAN), math.log(sizes.max() * SPAN), GRID)
         self.d = self.tokens(np.exp(self.grid))
         usable = np.isfinite(self.d) & (self.d >= 1)
@@ -136,9 +136,9 @@ class _Search:
     def losses(self, theta: np.ndarray, n: np.ndarray, d: np.ndarray) -> np.ndarray:
         """Return the law on the fitted scale, (B, n)."""
         x = {"N": n, "D": d} | {name: np.full(len(n), value) for name, value in self.at.items()}
-        value = self.found.problem.predict(theta, x)
+        value = self.estimate.problem.predict(theta, x)
         with np.errstate(all="ignore"):
-            return np.log(value) if self.found.problem.law.residuals == "log" else value
+            return np.log(value) if self.estimate.problem.law.residuals == "log" else value
 
     def best(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return log N at the least loss, (B,), and that loss: the vertex of a parabola through the three lowest
@@ -167,7 +167,7 @@ class _Search:
 
     def natural(self, loss: float) -> float:
         """Return a loss from the fitted scale."""
-        if self.found.problem.law.residuals != "log":
+        if self.estimate.problem.law.residuals != "log":
             return loss
         return math.exp(loss) if loss < 700 else math.inf
 
@@ -188,8 +188,8 @@ class _Search:
             "ratio": ratio,
             "N": float(n[0]),
             "D": float(ratio * n[0]),
-            "loss": self.natural(float(value(self.found.theta[None])[0][0])),
-            "loss_interval": [self.natural(end) for end in interval(self.found, value, ends)],
+            "loss": self.natural(float(value(self.estimate.theta[None])[0][0])),
+            "loss_interval": [self.natural(end) for end in interval(self.estimate, value, ends)],
         }
 
 

@@ -14,11 +14,11 @@ from analysis.fits.profile import Ends
 from analysis.fits.quantities import interval, prediction
 
 
-def predictions(found: Fit, ends: Ends, points: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
+def predictions(estimate: Fit, ends: Ends, points: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
     """Return what the law predicts at each point.
 
     Args:
-        found: The fit.
+        estimate: The fit.
         ends: Profile intervals of its parameters.
         points: The inputs of each point.
 
@@ -26,22 +26,22 @@ def predictions(found: Fit, ends: Ends, points: Sequence[Mapping[str, float]]) -
         For each point its inputs, `predicted`, `interval` (95 %, of the law), `run_interval` (95 %, of a new run: with
         scatter), and `extrapolated`, the inputs outside the fitted ones.
     """
-    return [_predicted(found, ends, point) for point in points]
+    return [_predicted(estimate, ends, point) for point in points]
 
 
-def _predicted(found: Fit, ends: Ends, point: Mapping[str, float]) -> dict[str, Any]:
-    law = found.problem.law
+def _predicted(estimate: Fit, ends: Ends, point: Mapping[str, float]) -> dict[str, Any]:
+    law = estimate.problem.law
     missing = [name for name in law.inputs if name not in point]
     if missing:
         raise InputError(f"--at: {missing[0]} is missing; law {law.name} needs {', '.join(law.inputs)}")
-    value = float(found.predict({name: np.array([point[name]]) for name in law.inputs})[0])
+    value = float(estimate.predict({name: np.array([point[name]]) for name in law.inputs})[0])
     if not math.isfinite(value):
         raise InputError(f"--at: law {law.name} gives no finite value at {dict(point)}")
-    low, high = interval(found, prediction(found, point), ends)
+    low, high = interval(estimate, prediction(estimate, point), ends)
     centre = math.log(value) if law.residuals == "log" else value
-    spread = scatter(found)
+    spread = scatter(estimate)
     run = (centre - math.hypot(centre - low, spread), centre + math.hypot(high - centre, spread))
-    outside = [name for name in law.inputs if not _within(found.problem.x[name], point[name])]
+    outside = [name for name in law.inputs if not _within(estimate.problem.x[name], point[name])]
     return {
         "inputs": {name: float(point[name]) for name in law.inputs},
         "predicted": value,
@@ -51,18 +51,18 @@ def _predicted(found: Fit, ends: Ends, point: Mapping[str, float]) -> dict[str, 
     }
 
 
-def scatter(found: Fit) -> float:
+def scatter(estimate: Fit) -> float:
     """Return half the 95 % interval of a run about the law, on the fitted scale: a t-quantile of the residuals' spread.
 
     Under Huber's loss the spread is the normalised median absolute residual, which outliers do not widen.
     """
     from scipy.special import stdtrit
 
-    free = max(found.problem.n - found.dimension, 1)
-    if math.isinf(found.problem.delta):
-        spread = math.sqrt(float((found.problem.w * found.residuals**2).sum()) / free)
+    free = max(estimate.problem.n - estimate.dimension, 1)
+    if math.isinf(estimate.problem.delta):
+        spread = math.sqrt(float((estimate.problem.w * estimate.residuals**2).sum()) / free)
     else:
-        spread = 1.4826 * float(np.median(np.abs(found.residuals))) * math.sqrt(found.problem.n / free)
+        spread = 1.4826 * float(np.median(np.abs(estimate.residuals))) * math.sqrt(estimate.problem.n / free)
     return spread * float(stdtrit(free, 0.975))
 
 

@@ -57,7 +57,7 @@ def test_no_leader_is_declared_within_noise_or_with_few_pairs() -> None:
     gains = [seeds(0.1, 0.2), dict(enumerate(reversed(seeds(0.12, 0.2).values())))]
     (close,) = leads([step("a", 1.0, gains[0]), step("b", 1.0, gains[1])], "params")
     assert not close.decided
-    assert "none can be told" in lead_sentences([close], "parameters")[0]
+    assert "no destination" in lead_sentences([close], "parameters")[0]
     few = leads([step("a", 1.0, {0: 0.1, 1: 0.1}), step("b", 1.0, {0: 2.0, 1: 2.1})], "params")
     assert not few[0].decided
     assert "2 pairs are too few" in lead_sentences(few, "parameters")[0]
