@@ -52,8 +52,12 @@ class NgramMemory(MemoryLayer):
             first += prime
         return torch.stack(rows, -1)
 
+    def addresses(self, ids_BTW: Tensor) -> Tensor:
+        """Return the rows, one per bag: they follow from ids, so that a table in a file can be read ahead."""
+        return self.rows(ids_BTW).reshape(-1, 1)
+
     def forward(self, x_BTD: Tensor, ids_BTW: Tensor) -> Tensor:
-        rows_N1 = self.rows(ids_BTW).flatten().unsqueeze(1)
+        rows_N1 = self.addresses(ids_BTW)
         e_BTE = self.tables[0](rows_N1, torch.ones_like(rows_N1, dtype=x_BTD.dtype)).view(*x_BTD.shape[:2], -1)
         match_BT1 = (self.x_norm(x_BTD) * self.key_norm(self.key(e_BTE))).sum(-1, keepdim=True)
         return (match_BT1 / math.sqrt(self.dim)).sigmoid() * self.value(e_BTE)

@@ -7,7 +7,8 @@ models are untrained. With one CPU thread its CPU time is measured, which other 
 wall-clock time, and always if tables are elsewhere, since CPU time leaves out the wait for a file.
 
 A model whose tables are elsewhere takes two turns in a round: warm, and cold, for which the pages of the file leave
-memory and an LRU cache is emptied after the context is read. Shapes: B sequences.
+memory and an LRU cache is emptied after the context is read. If its rows follow from token ids, it is measured with and
+without prefetching them. Shapes: B sequences.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,11 @@ from suite.baselines import checks
 from suite.errors import UserError
 from suite.inference.tables import popularity
 from suite.inference.tables.loading import Place, add_caches, load_stored
+from suite.inference.tables.prefetch import rows_follow_ids
 from suite.inference.tables.reading import stored_rows, traffic
 from suite.inference.tables.stores import SOURCES, Traffic
 from suite.models import Transformer, registry
-from suite.models.accounting import account
+from suite.models.accounting import account, meta_model
 from suite.models.registry import ModelConfig
 from suite.models.sizes import SIZES
 from suite.yaml_input import explain
@@ -51,8 +53,10 @@ class DecodeSpeed:
 
     Quantiles are over rounds. `clock` is `cpu` for the CPU time of one thread and `wall` for wall-clock time. `table`
     is where tables are, `model` for an ordinary model. The last fields are of tables elsewhere: the ratio of a cold
-    turn to the warm one of its round, the share of distinct rows that the cache had, and bytes of rows per token by
-    source.
+    turn to the warm one of its round, the share of distinct rows that the cache had, bytes of rows per token by source,
+    and microseconds per token in which layers waited for rows, in warm and cold turns (medians). The ratios of a model
+    that prefetches are medians of its time, or its wait, over that of the same model without prefetching in the same
+    round.
     """
 
     family: str
@@ -79,6 +83,12 @@ class DecodeSpeed:
     device_bytes_per_token: float | None = None
     host_bytes_per_token: float | None = None
     file_bytes_per_token: float | None = None
+    wait_us_per_token: float | None = None
+    cold_wait_us_per_token: float | None = None
+    prefetch_time_ratio: float | None = None
+    cold_prefetch_time_ratio: float | None = None
+    prefetch_wait_ratio: float | None = None
+    cold_prefetch_wait_ratio: float | None = None
 
 
 def configurations(base: str, half_keys: Iterable[int]) -> list[ModelConfig]:
@@ -127,7 +137,8 @@ def decode_speeds(
         context: Tokens in the cache when the measurement starts.
         steps: Decoding steps per round, of one token each.
         rounds: Rounds in which every model takes one turn.
-        place: Where the tables of further models are, one for each model with tables; None: no such models.
+        place: Where the tables of further models are, one for each model with tables, and one more that prefetches if
+            its rows follow from token ids; None: no such models.
         folder: The folder of temporary files with their tables; None: the system's.
 
     Returns:
@@ -135,7 +146,7 @@ def decode_speeds(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     places = [(config, None) for config in configs]
-    elsewhere = [(config, place) for config in configs if place is not None and config.has_tables]
+    elsewhere = [] if place is None else [(config, at) for config in configs for at in _places(config, place)]
     measured = []
     for batch in batches:
         with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -149,36 +160,37 @@ def decode_speeds(
             for _ in track(range(rounds + 1), f"batch {batch}, {len(contenders)} models", console=Console(stderr=True)):
                 for contender in contenders:
                     contender.take_turn(clock)
-            dense = contenders[0].times()
-            measured += [contender.result(dense, clock) for contender in contenders]
+            without = {id(other.config): other for other in contenders if other.place == place}
+            measured += [each.result(contenders[0], clock, without.get(id(each.config))) for each in contenders]
     return measured
 
 
 class _Contender:
-    """A model that takes turns, with its tables at a place; seconds of its turns, the first of which is a warm-up."""
+    """A model that takes turns, with its tables at a place: seconds of each turn, and what it read of stored tables."""
 
     def __init__(
         self, config: ModelConfig, model: Transformer, place: Place | None, batch: int, context: int, steps: int
     ) -> None:
         self.config, self.model, self.place = config, model, place
         self.batch, self.context, self.steps = batch, context, steps
-        self.warm: list[float] = []
-        self.cold: list[float] = []
-        self.read = Traffic()
+        self.turns: dict[bool, list[tuple[float, Traffic]]] = {False: [], True: []}
 
     def take_turn(self, clock: str) -> None:
         """Decode once, and once more after the tables have left memory, if they can."""
-        self.warm.append(self._seconds(clock, is_cold=False))
-        if self.place is not None:
-            self.cold.append(self._seconds(clock, is_cold=True))
+        for is_cold in (False, True) if self.place is not None else (False,):
+            self.turns[is_cold].append(self._turn(clock, is_cold))
 
-    def times(self) -> np.ndarray:
-        """Return the seconds per step of each warm turn."""
-        return np.array(self.warm[1:]) / self.steps
+    def times(self, is_cold: bool = False) -> np.ndarray:
+        """Return the seconds per step of each turn but the first, which is a warm-up."""
+        return np.array([seconds for seconds, _ in self.turns[is_cold][1:]]) / self.steps
+
+    def waits(self, is_cold: bool) -> np.ndarray:
+        """Return the seconds per step in which layers waited for rows, in each turn but the first."""
+        return np.array([read.wait_s for _, read in self.turns[is_cold][1:]]) / self.steps
 
     @torch.inference_mode()
-    def _seconds(self, clock: str, is_cold: bool) -> float:
-        """Return the seconds of the decoding steps; reading the context is not included."""
+    def _turn(self, clock: str, is_cold: bool) -> tuple[float, Traffic]:
+        """Return the seconds and the reads of the decoding steps; reading the context is not included."""
         device = next(self.model.parameters()).device
         generator = torch.Generator().manual_seed(0)
         tokens_BT = torch.randint(self.model.vocab_size, (self.batch, self.context), generator=generator).to(device)
@@ -194,16 +206,19 @@ class _Contender:
         for _ in range(self.steps):
             token_B1 = self.model(token_B1, cache=cache)[:, -1:].argmax(-1)
         _wait(device)
-        seconds = now() - started
-        if not is_cold:
-            self.read = traffic(self.model) - before
-        return seconds
+        return now() - started, traffic(self.model) - before
 
-    def result(self, dense: np.ndarray, clock: str) -> DecodeSpeed:
-        """Return the speed; `dense` holds the seconds per step of the dense model in the same rounds."""
+    def result(self, dense: _Contender, clock: str, without: _Contender | None) -> DecodeSpeed:
+        """Return the speed.
+
+        Args:
+            dense: The dense model.
+            clock: The clock of the turns.
+            without: The model with its tables at the same place that does not prefetch; None without such a model.
+        """
         times, config, model = self.times(), self.config, self.model
         low, middle, high = (float(value) for value in np.quantile(times, QUANTILES))
-        ratios = [round(float(value), 3) for value in np.quantile(times / dense, QUANTILES)]
+        ratios = [round(float(value), 3) for value in np.quantile(times / dense.times(), QUANTILES)]
         counted, device = account(config, model.vocab_size, self.context), next(model.parameters()).device
         half_keys = config.table_side
         return DecodeSpeed(
@@ -225,24 +240,43 @@ class _Contender:
             time_ratio_p80=ratios[2],
             params_total=counted.params_total,
             bytes_per_token=counted.bytes_per_token,
-            **self._of_tables(),
+            **self._of_tables(without),
         )
 
-    def _of_tables(self) -> dict[str, Any]:
+    def _of_tables(self, without: _Contender | None) -> dict[str, Any]:
         if self.place is None:
             return {}
-        tokens = self.batch * self.steps
-        return {
+        tokens, (_, read) = self.batch * self.steps, self.turns[False][-1]
+        fields = {
             "table": self.place.label,
-            "cold_ratio_p50": round(float(np.median(np.array(self.cold[1:]) / np.array(self.warm[1:]))), 3),
-            "hits": None if self.place.policy is None else round(self.read.hits / self.read.rows, 4),
-            **{f"{source}_bytes_per_token": round(getattr(self.read, source) / tokens, 1) for source in SOURCES},
+            "cold_ratio_p50": _median(self.times(True) / self.times()),
+            "hits": None if self.place.policy is None else round(read.hits / read.rows, 4),
+            **{f"{source}_bytes_per_token": round(getattr(read, source) / tokens, 1) for source in SOURCES},
         }
+        for is_cold, prefix in ((False, ""), (True, "cold_")):
+            fields[f"{prefix}wait_us_per_token"] = _median(1e6 * self.waits(is_cold) / self.batch)
+            if self.place.prefetch:
+                assert without is not None
+                fields[f"{prefix}prefetch_time_ratio"] = _median(self.times(is_cold) / without.times(is_cold))
+                fields[f"{prefix}prefetch_wait_ratio"] = _median(self.waits(is_cold) / without.waits(is_cold))
+        return fields
 
 
 def rows(speeds: Iterable[DecodeSpeed]) -> list[dict[str, object]]:
     """Return the speeds as records, one per model and batch."""
     return [asdict(speed) for speed in speeds]
+
+
+def _median(values: np.ndarray) -> float:
+    return round(float(np.median(values)), 3)
+
+
+def _places(config: ModelConfig, place: Place) -> list[Place]:
+    """Return the places of a model's tables that are measured: none without tables, with and without prefetching."""
+    if not config.has_tables:
+        return []
+    follows = rows_follow_ids(meta_model(config, config.size.vocab_size or VOCAB))
+    return [place, replace(place, prefetch=True)] if follows else [place]
 
 
 def _built(config: ModelConfig, device: torch.device, place: Place | None, path: Path) -> Transformer:

@@ -101,7 +101,8 @@ def decode(
     """Measure milliseconds and tokens per second of decoding, for every family, batch size and table size.
 
     With --table, models with tables are also measured with their tables there, warm and cold, in the same rounds, with
-    the hits of the cache and the bytes of rows per token by source.
+    the hits of the cache, the bytes of rows per token by source, and the time in which layers wait for rows; models
+    whose rows follow from token ids also with prefetching.
 
     Example: suite bench decode --base w128 --half-keys 32,512 --batches 1,64
     """

@@ -16,6 +16,7 @@ from suite.cli.options import (
     RunCodeOption,
     TableCache,
     TablePlace,
+    TablePrefetch,
     TaskNames,
     allowed_runs,
     check_folders,
@@ -66,6 +67,7 @@ def evaluate(
     run_code: RunCodeOption = None,
     table: TablePlace = None,
     cache: TableCache = None,
+    prefetch: TablePrefetch = False,
 ) -> None:
     """Score a trained run, or all runs of a grid, on the evaluations that have no scores yet.
 
@@ -76,10 +78,10 @@ def evaluate(
     """
     check_folders(options.results, data_root)
     scoring = make_scoring(data_root, run_code)
-    if table is not None or cache is not None:
+    if table is not None or cache is not None or prefetch:
         from suite.inference.tables.loading import parse_place
 
-        scoring.place = parse_place(table, cache)
+        scoring.place = parse_place(table, cache, prefetch)
     if oracle:
         if target is not None or preset is not None or num_fewshot is not None or table_off or scoring.place:
             raise UserError("--oracle: scores no run; leave out RUN, --preset, --num-fewshot, --table-off and --table")
@@ -94,6 +96,8 @@ def evaluate(
         raise UserError(f"--table-off: {without_tables[0]} has no value tables")
     if scoring.place is not None and not any(cell.model.has_tables for cell in grid.cells):
         raise UserError(f"--table: {grid.cells[0].run_name} has no value tables")
+    if prefetch:
+        _refuse_unknown_rows(grid)
     damaged = {run.name: damage for run in runs if (damage := run.damage()) is not None}
     wanted = [
         (run, cell.with_evaluations(() if cell.run_name in without_tables else extra).evaluate)
@@ -112,6 +116,16 @@ def evaluate(
         print(f"not scored, because training is not finished: {', '.join(untrained)}", file=sys.stderr)
     if untrained or damaged:
         raise typer.Exit(1)
+
+
+def _refuse_unknown_rows(grid: Grid) -> None:
+    """Raise UserError if the rows that a model of the grid reads are not known before its layers run."""
+    from suite.inference.tables.prefetch import refusal, rows_follow_ids
+    from suite.models.accounting import meta_model
+
+    for cell in grid.cells:
+        if cell.model.has_tables and not rows_follow_ids(meta_model(cell.model, cell.data.vocabulary())):
+            raise UserError(f"--{refusal(cell.model.family)}")
 
 
 def _extra_evaluations(

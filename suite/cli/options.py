@@ -80,6 +80,10 @@ TableCache = Annotated[
     str | None,
     typer.Option("--cache", metavar="KIND:N%", help="with --table: hold N % of the rows in memory; lru or static"),
 ]
+TablePrefetch = Annotated[
+    bool,
+    typer.Option("--prefetch", help="with --table: read rows that follow from token ids before their layer runs"),
+]
 TaskNames = Annotated[
     str | None, typer.Option("--tasks", metavar="A,B", help="tasks by name, separated by commas, or all")
 ]

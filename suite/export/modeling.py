@@ -24,6 +24,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from suite import models
+from suite.inference.tables.prefetch import add_prefetch
 from suite.inference.tables.reading import expect_quantised, place_tables
 from suite.inference.tables.stores import Source
 from suite.models import transformer
@@ -150,13 +151,25 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(loss=loss, logits=logits_BTV, **{CACHE: past})
         return output.to_tuple() if return_dict is False else output
 
-    def place_tables(self, folder: str | Path, source: Source = "file") -> None:
-        """Leave the value tables in the file of the export in `folder`, or in host memory, and release those loaded."""
+    def place_tables(self, folder: str | Path, source: Source = "file", prefetch: bool = False) -> None:
+        """Leave the value tables in the file of an export, or in host memory, and release those loaded.
+
+        Args:
+            folder: The folder of the export.
+            source: The place.
+            prefetch: Whether rows that follow from token ids are read before their layer runs.
+
+        Raises:
+            ValueError: Rows are to be prefetched, and those of no table follow from token ids.
+        """
         path = Path(folder) / SAFE_WEIGHTS_NAME
         with safe_open(path, framework="pt") as file:  # tensors are mapped from the file
             names = [name for name in file.keys() if name.startswith("model.tables.")]  # noqa: SIM118
             saved = {name.removeprefix("model."): file.get_tensor(name) for name in names}
         place_tables(self.model, saved, source, path, self.config.quantised)
+        self.model.before_layers.clear()
+        if prefetch:
+            add_prefetch(self.model)
 
     def get_input_embeddings(self) -> torch.nn.Module:
         """Return the token embedding."""

@@ -162,6 +162,14 @@ class MemoryLayer(nn.Module):
         super().__init__()
         self.tables = tables
 
+    def addresses(self, ids_BTW: Tensor) -> Tensor | None:
+        """Return the indices [N, S] that a pass reads of every table, if they follow from token ids alone.
+
+        A table outside of the device can then be read before the layer runs. The default is None: the indices follow
+        from the hidden state. `ids_BTW` are those that the module requests with its `window`.
+        """
+        return None
+
 
 def row_products(indices_NS: Tensor, rows_RD: Tensor, x_ND: Tensor) -> Tensor:
     """Return the inner products of each token with its rows, [N, S]; rows and tokens have the same dtype."""

@@ -9,7 +9,7 @@ key-value heads, K head width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import ClassVar, cast
 
 import torch
@@ -160,8 +160,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The language model of a configuration, uninitialised (see `initial_weights.build`).
 
-    `tables` holds each memory table once, even if several layers read it. Raises ValueError if the configuration is
-    invalid or the family does not provide one distinct module per layer.
+    `tables` holds each memory table once, even if several layers read it. Functions in `before_layers` are called with
+    the ids of every pass, [B, T, W], before its first layer, if a module has a `window`. Raises ValueError if the
+    configuration is invalid or the family does not provide one distinct module per layer.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int) -> None:
@@ -180,6 +181,7 @@ class Transformer(nn.Module):
         distinct = {id(table): table for layer in self.memory_layers().values() for table in layer.tables}
         self.tables = nn.ModuleList(distinct.values())
         self.window = max(window_of(module) for module in self.attached().values())
+        self.before_layers: list[Callable[[Tensor], None]] = []
         self._of_rows: tuple[tuple[int, torch.device], tuple[Tensor, Tensor]] | None = None
 
     def forward(
@@ -229,6 +231,9 @@ class Transformer(nn.Module):
             mask = None if mask is None else as_bias(mask, self.embedding.weight.dtype)
         earlier = EarlierTokens(past, segments_BT, cache, pad_B)
         ids_BTW = earlier.windows(tokens_BT, self.window) if self.window else None
+        if ids_BTW is not None:
+            for listener in self.before_layers:
+                listener(ids_BTW)
         x_BTD = embedding_BTD = self.embedding(tokens_BT)
         if self.input_embedding is not None:
             x_BTD = attachments.call(self.input_embedding, "input_embedding", x_BTD, ids_BTW, embedding_BTD, earlier)

@@ -68,6 +68,29 @@ def test_tables_elsewhere_take_turns_warm_and_cold(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_rows_that_follow_from_ids_are_measured_with_and_without_prefetching(tmp_path: Path) -> None:
+    families = ("dense", "peer", "engram")
+    configs = [config for config in decoding.configurations("w32", [32]) if config.family in families]
+    place = parse_place("file", None)
+    measured = decoding.decode_speeds(configs, [2], context=4, steps=2, rounds=2, place=place, folder=tmp_path)
+    by_name = {(speed.family, speed.table): speed for speed in measured}
+    assert set(by_name) == {
+        *((family, "model") for family in families),
+        ("peer", "file"),
+        ("engram", "file"),
+        ("engram", "file prefetch"),
+    }
+    peer, waits, ahead = (by_name[name] for name in (("peer", "file"), ("engram", "file"), ("engram", "file prefetch")))
+    for speed in (peer, waits, ahead):
+        assert speed.wait_us_per_token is not None
+        assert speed.cold_wait_us_per_token is not None
+        assert 0 < speed.wait_us_per_token < 1e3 * speed.ms_p80
+    assert (peer.prefetch_time_ratio, waits.prefetch_wait_ratio) == (None, None)
+    assert ahead.file_bytes_per_token == waits.file_bytes_per_token
+    ratios = [ahead.prefetch_time_ratio, ahead.cold_prefetch_time_ratio, ahead.prefetch_wait_ratio]
+    assert all(ratio is not None and ratio > 0 for ratio in [*ratios, ahead.cold_prefetch_wait_ratio])
+
+
 def test_invalid_bases_and_tables_are_refused() -> None:
     with pytest.raises(UserError, match="--base: got 'w7'"):
         decoding.configurations("w7", [32])

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from cli_runner import Suite
 
 from suite.cells import Cell
@@ -18,15 +19,15 @@ from suite.train.checkpoint import load_model
 CELL = """
 model: {family: FAMILY, base: w32, half_keys: 8, top_k: 4}
 data: {kind: bios, people: 20, questions: 0.5, seq_len: 64}
-train: {batch_rows: 4, epochs: 2, lr: 5e-3, checkpoint_every: 100, probes: 2}
+train: {batch_rows: 4, epochs: 2, lr: 0.005, checkpoint_every: 100, probes: 2}
 evaluate: [{tasks: [bios_storage, bios_choice]}]
 """
 
 
 def trained(suite: Suite, family: str = "pkm", number: int = 1) -> RunDir:
     text = CELL.replace("FAMILY", family)
-    if family == "dense":
-        text = text.replace(", half_keys: 8, top_k: 4", "")
+    if family == "engram":
+        text = text.replace("half_keys: 8, top_k: 4", "head_rows: 40, hash_heads: 2")
     Path("cell.yaml").write_text(text)
     done = suite("train", "cell.yaml", "--json")
     assert done.returncode == 0, done.stderr
@@ -80,10 +81,17 @@ def test_a_quantised_run_is_scored_next_to_its_source(suite: Suite) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", [("host",), ("file",), ("file", "--cache", "lru:10%"), ("host", "--cache", "static:20%")]
+    ("family", "place"),
+    [
+        ("pkm", ("host",)),
+        ("pkm", ("file",)),
+        ("pkm", ("file", "--cache", "lru:10%")),
+        ("pkm", ("host", "--cache", "static:20%")),
+        ("engram", ("file", "--prefetch")),
+    ],
 )
-def test_scores_do_not_depend_on_where_tables_are(place: tuple[str, ...], suite: Suite) -> None:
-    source = trained(suite)
+def test_scores_do_not_depend_on_where_tables_are(family: str, place: tuple[str, ...], suite: Suite) -> None:
+    source = trained(suite, family)
     expected, usage = scores(source), json.loads(source.usage_path.read_text())
     shutil.rmtree(source.path / "eval")
     source.usage_path.unlink()
@@ -92,7 +100,18 @@ def test_scores_do_not_depend_on_where_tables_are(place: tuple[str, ...], suite:
     assert scores(source) == expected
     assert json.loads(source.usage_path.read_text()) == usage
     assert f"tables in {place[0]}" in done.stderr
-    assert ("from the cache" in done.stderr) == (len(place) > 1)
+    assert ("from the cache" in done.stderr) == ("--cache" in place)
+    assert ("100.0% prefetched" in done.stderr) == ("--prefetch" in place)
+
+
+def test_rows_that_follow_from_the_hidden_state_are_not_prefetched(suite: Suite) -> None:
+    run = RunDir(Path("results/runs/pkm-w32-k8-s0-00000000"))
+    run.path.mkdir(parents=True)
+    run.write_cell(Cell.model_validate(yaml.safe_load(CELL.replace("FAMILY", "pkm"))))
+    refused = suite("eval", run.name, "--table", "file", "--prefetch")
+    assert refused.returncode == 2
+    assert len(refused.stderr.splitlines()) == 1
+    assert all(word in refused.stderr for word in ("--prefetch", "pkm", "engram"))
 
 
 @pytest.mark.parametrize(
@@ -103,6 +122,7 @@ def test_scores_do_not_depend_on_where_tables_are(place: tuple[str, ...], suite:
         (["eval", "RUN", "--table", "file"], ["--table", "no value tables"]),
         (["eval", "RUN", "--table", "disk"], ["--table", "'disk'", "host, file"]),
         (["eval", "RUN", "--cache", "lru:5%"], ["--cache", "--table"]),
+        (["eval", "RUN", "--prefetch"], ["--prefetch", "--table"]),
         (["eval", "--oracle", "--table", "file"], ["--oracle", "--table"]),
     ],
 )

@@ -125,6 +125,20 @@ def test_exports_carry_quantised_tables_and_may_leave_tables_elsewhere(
             torch.testing.assert_close(theirs(tokens()).logits, expected, rtol=0, atol=1e-5)
 
 
+def test_exports_prefetch_rows_that_follow_from_ids(tmp_path: Path) -> None:
+    model, theirs = exported("hashed_ngram", tmp_path / "out")
+    prompts = tokens()[:, :6]
+    expected = theirs.generate(prompts, max_new_tokens=4, do_sample=False, pad_token_id=0)
+    theirs.place_tables(tmp_path / "out", "file", prefetch=True)
+    (prefetcher,) = theirs.model.before_layers
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens()).logits, model(tokens()), rtol=0, atol=1e-5)
+    assert theirs.generate(prompts, max_new_tokens=4, do_sample=False, pad_token_id=0).equal(expected)
+    counted = [table.stored.store.traffic for table in theirs.model.memory_tables()]
+    assert len(counted) == len(prefetcher.layers) == 2
+    assert all(read.prefetched == read.rows > 0 for read in counted)
+
+
 def exported(name: str, folder: Path) -> tuple[Transformer, Any]:
     """Return a model and its export, loaded by transformers; `hashed_ngram` is the baseline of the documentation."""
     if name == "hashed_ngram":

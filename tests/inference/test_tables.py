@@ -14,6 +14,7 @@ from suite.inference.tables.loading import Place, parse_place
 from suite.inference.tables.reading import quantise_tables, stored_rows, traffic
 from suite.inference.tables.stores import CachedRows, RowStore
 from suite.models import Transformer
+from suite.models.lookup.controls import tables_off
 
 CASES = ["pkm", "memory_plus varied", "peer", "ultramem_v2", "engram", "engram beside"]
 PLACES = [
@@ -29,6 +30,13 @@ def saved(model: Transformer, folder: Path) -> tuple[dict[str, torch.Tensor], Pa
     path = folder / "state.pt"
     torch.save({"model": model.state_dict()}, path)
     return torch.load(path, mmap=True, weights_only=True)["model"], path
+
+
+def folders(parent: Path, count: int) -> list[Path]:
+    made = [parent / str(number) for number in range(count)]
+    for folder in made:
+        folder.mkdir()
+    return made
 
 
 def loaded(model: Transformer, folder: Path, place: Place | None, form: str | None = None) -> Transformer:
@@ -67,6 +75,82 @@ def test_reads_are_the_same_in_chunks(tmp_path: Path, monkeypatch: pytest.Monkey
     model, tokens_BT = model_families.model("peer").eval(), model_families.tokens(2, 9)
     monkeypatch.setattr("suite.inference.tables.reading.ELEMENTS_AT_ONCE", 3000)
     assert torch.equal(loaded(model, tmp_path, Place("file"))(tokens_BT), model(tokens_BT))
+
+
+BY_IDS = ["engram", "engram beside", "ngram_embedding", "token_table stem", "token_table tails", "token_table values"]
+AHEAD = [Place("host", prefetch=True), Place("file", prefetch=True), Place("file", "lru", 0.2, prefetch=True)]
+
+
+@pytest.mark.parametrize("case", BY_IDS)
+@pytest.mark.parametrize("place", AHEAD, ids=lambda place: place.label)
+def test_prefetched_rows_give_the_same_logits_bit_for_bit(case: str, place: Place, tmp_path: Path) -> None:
+    model = model_families.model(case).eval()
+    other = loaded(model, tmp_path, place)
+    tokens_BT = model_families.tokens(2, 9)
+    with torch.no_grad():
+        caches = [each.new_cache(2, 9) for each in (model, other)]
+        pad_B = torch.tensor([0, 2])
+        for step_BT in tokens_BT.split([5, 1, 1, 2], 1):
+            expected, logits = (
+                each(step_BT, cache=cache, pad_B=pad_B) for each, cache in zip((model, other), caches, strict=True)
+            )
+            assert torch.equal(logits, expected)
+    read = traffic(other)
+    assert read.prefetched == read.rows > 0
+    assert not any(rows.ahead for rows in stored_rows(other))
+
+
+def test_prefetching_leaves_the_state_of_a_cache_as_it_is(tmp_path: Path) -> None:
+    model = model_families.model("engram").eval()
+    places = Place("file", "lru", 0.1), Place("file", "lru", 0.1, prefetch=True)
+    others = [loaded(model, folder, place) for place, folder in zip(places, folders(tmp_path, 2), strict=True)]
+    with torch.inference_mode():
+        for seed in range(3):
+            one, two = (other(model_families.tokens(2, 9, seed=seed)) for other in others)
+            assert torch.equal(one, two)
+    one, two = (traffic(other) for other in others)
+    assert (one.rows, one.hits, one.device, one.file) == (two.rows, two.hits, two.device, two.file)
+    assert (one.prefetched, two.prefetched) == (0, two.rows)
+
+
+def test_prefetched_reads_are_the_same_in_chunks_and_with_tables_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokens_BT = model_families.model("engram").eval(), model_families.tokens(2, 9)
+    monkeypatch.setattr("suite.inference.tables.reading.ELEMENTS_AT_ONCE", 100)
+    other = loaded(model, tmp_path, Place("file", prefetch=True))
+    assert torch.equal(other(tokens_BT), model(tokens_BT))
+    before = traffic(other)
+    with tables_off(model.memory_tables()), tables_off(other.memory_tables()):
+        assert torch.equal(other(tokens_BT), model(tokens_BT))
+    assert (traffic(other) - before).rows == 0
+
+
+def test_an_error_in_the_thread_is_raised_where_the_rows_are_needed(tmp_path: Path) -> None:
+    model, tokens_BT = model_families.model("engram").eval(), model_families.tokens(2, 9)
+    other = loaded(model, tmp_path, Place("file", prefetch=True))
+    first, *_ = stored_rows(other)
+    whole = first.store._elsewhere["values"]
+    first.store._elsewhere["values"] = whole[:3]
+    with pytest.raises(IndexError, match="out of range"):
+        other(tokens_BT)
+    first.store._elsewhere["values"] = whole
+    assert torch.equal(other(tokens_BT), model(tokens_BT))
+
+
+def test_a_layer_that_reads_other_rows_than_were_prefetched_is_refused(tmp_path: Path) -> None:
+    other = loaded(model_families.model("engram").eval(), tmp_path, Place("file", prefetch=True))
+    layer = next(iter(other.memory_layers().values()))
+    addresses = layer.addresses
+    layer.addresses = lambda ids_BTW: addresses(ids_BTW).flip(0)
+    with pytest.raises(RuntimeError, match="other rows than those that were prefetched"):
+        other(model_families.tokens(2, 9))
+
+
+@pytest.mark.parametrize("case", ["pkm", "peer", "ultramem_v2", "dense"])
+def test_rows_that_follow_from_the_hidden_state_are_not_prefetched(case: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"prefetch: got family {case}.*allowed: .*engram"):
+        loaded(model_families.model(case).eval(), tmp_path, Place("file", prefetch=True))
 
 
 def test_a_file_is_read_again_after_its_pages_are_dropped(tmp_path: Path) -> None:
@@ -216,6 +300,12 @@ def test_wrong_places_are_refused(table: str | None, cache: str | None, words: l
     with pytest.raises(UserError) as refused:
         parse_place(table, cache)
     assert all(word in str(refused.value) for word in words)
+
+
+def test_prefetching_needs_a_place() -> None:
+    with pytest.raises(UserError, match="--prefetch: without --table"):
+        parse_place(None, None, prefetch=True)
+    assert parse_place("file", "lru:5%", prefetch=True) == Place("file", "lru", 0.05, prefetch=True)
 
 
 def test_places_are_read() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from suite.errors import UserError
 from suite.inference.tables.popularity import size_of
+from suite.inference.tables.prefetch import add_prefetch
 from suite.inference.tables.reading import expect_quantised, place_tables, stored_rows
 from suite.inference.tables.stores import CachedRows, RowStore
 from suite.models.initial_weights import reset_statistics
@@ -35,42 +36,49 @@ class Place:
         source: Host memory, or the file of the checkpoint.
         policy: The cache; None: no cache.
         share: Rows of each table in the cache, as a share of all.
+        prefetch: Whether rows that follow from token ids are read before their layer runs.
     """
 
     source: Literal["host", "file"]
     policy: Policy | None = None
     share: float = 0.0
+    prefetch: bool = False
 
     @property
     def label(self) -> str:
-        """The place in a few characters: `file`, or `file lru:5%`."""
-        return self.source if self.policy is None else f"{self.source} {self.policy}:{100 * self.share:g}%"
+        """The place in a few characters: `file`, or `file lru:5% prefetch`."""
+        cache = "" if self.policy is None else f" {self.policy}:{100 * self.share:g}%"
+        return self.source + cache + (" prefetch" if self.prefetch else "")
 
 
-def parse_place(table: str | None, cache: str | None) -> Place | None:
-    """Read the options --table and --cache.
+def parse_place(table: str | None, cache: str | None, prefetch: bool = False) -> Place | None:
+    """Read the options --table, --cache and --prefetch.
 
     Args:
         table: `host` or `file`; None: tables are loaded with the model.
         cache: `lru:5%` or `static:5%`; None: no cache.
+        prefetch: Whether rows are read before their layer runs.
 
     Raises:
-        UserError: An option has another value, or a cache has nothing behind it.
+        UserError: An option has another value, or there is nothing to cache or to prefetch from.
     """
     if table is None:
+        elsewhere = f"without --table, allowed: with --table {' or '.join(PLACES)}"
         if cache is not None:
-            raise UserError(f"--cache: got {cache!r} without --table, allowed: with --table {' or '.join(PLACES)}")
+            raise UserError(f"--cache: got {cache!r} {elsewhere}")
+        if prefetch:
+            raise UserError(f"--prefetch: {elsewhere}")
         return None
     if table not in PLACES:
         raise UserError(f"--table: got {table!r}, allowed: {', '.join(PLACES)}")
     source = cast(Literal["host", "file"], table)
     if cache is None:
-        return Place(source)
+        return Place(source, prefetch=prefetch)
     match = re.fullmatch(r"(lru|static):([0-9.]+)%", cache)
     share = float(match[2]) / 100 if match and match[2].count(".") < 2 and match[2] != "." else 0.0
     if match is None or not 0 < share <= 1:
         raise UserError(f"--cache: got {cache!r}, allowed: lru:N% or static:N%, with N above 0 and at most 100")
-    return Place(source, cast(Policy, match[1]), share)
+    return Place(source, cast(Policy, match[1]), share, prefetch)
 
 
 def load_stored(
@@ -90,6 +98,9 @@ def load_stored(
         path: The file.
         form: The form of the saved tables; None: rows as they are.
         place: Where the tables stay; None: in the memory of the model.
+
+    Raises:
+        ValueError: Rows are to be prefetched, and those of no table follow from token ids.
     """
     with torch.device("meta"):
         model = Transformer(config, vocab_size)
@@ -102,6 +113,8 @@ def load_stored(
         reset_statistics(model)
         for name, tensor in model.state_dict().items():
             tensor.copy_(saved[name])
+    if place is not None and place.prefetch:
+        add_prefetch(model)
     return model.eval()
 
 

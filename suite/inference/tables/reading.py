@@ -1,22 +1,27 @@
 """Reading a table whose rows are in a store: sums as those of an ordinary table, and the table is never unpacked.
 
 Each read gathers its distinct rows from the store into a small matrix in fp32, and renumbers the indices. On a CPU the
-sums therefore equal those of the ordinary table bit for bit. Rows have no gradients.
+sums therefore equal those of the ordinary table bit for bit. Rows have no gradients. A read may start before its layer
+runs (prefetch.py).
 
 Shapes: N tokens, C tokens of a chunk, S rows read per token, U distinct rows of a chunk, R rows, D row width.
 """
 
 from __future__ import annotations
 
+import functools
 import mmap
-from collections.abc import Iterator, Mapping
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from suite.inference.tables.forms import Form, encode_table, form_of
+from suite.inference.tables.forms import Form, Parts, encode_table, form_of
 from suite.inference.tables.stores import CachedRows, RowStore, Source, Traffic, advise
 from suite.models.memory_table import MemoryTable, RowForm, row_products
 from suite.models.transformer import Transformer
@@ -25,12 +30,38 @@ ELEMENTS_AT_ONCE = 1 << 26
 """Largest number of row elements that a read gathers at a time."""
 
 
+Gathered = tuple[Tensor, Parts]
+"""What a read of a chunk gathers: the numbers of its rows in a small matrix, [C, S], and the parts of these rows."""
+Start = Callable[[Callable[[], Gathered], torch.device], Callable[[], Gathered]]
+"""`start(gather, device)` starts a gather and returns a function that waits for it."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """A read that was started before its layer runs: its indices, and for each chunk a function that waits for it."""
+
+    indices_NS: Tensor
+    chunks: list[Callable[[], Gathered]]
+
+
 class StoredRows(nn.Module):
-    """The rows of a table of width `dim`, in a store and in a form; sums have the dtype `wide`."""
+    """The rows of a table of width `dim`, in a store and in a form; sums have the dtype `wide`.
+
+    `ahead` holds the reads that were started and not used yet, in the order of the layers that will use them.
+    """
 
     def __init__(self, store: RowStore | CachedRows, form: Form, dim: int, wide: torch.dtype) -> None:
         super().__init__()
         self.store, self.form, self.dim, self.wide = store, form, dim, wide
+        self.ahead: deque[Ahead] = deque()
+
+    def prefetch(self, indices_NS: Tensor, start: Start) -> None:
+        """Start the read of the next layer; `start` decides where."""
+        chunks = [
+            start(functools.partial(self._gather, indices_NS[chunk]), indices_NS.device)
+            for chunk in self._slices(indices_NS)
+        ]
+        self.ahead.append(Ahead(indices_NS, chunks))
 
     def sums(self, indices_NS: Tensor, weights_NS: Tensor) -> Tensor:
         """Return the weighted sums of rows, [N, D]; weights have the dtype `wide`."""
@@ -48,13 +79,30 @@ class StoredRows(nn.Module):
         )
 
     def _chunks(self, indices_NS: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield tokens of a read, the numbers of their rows in a small matrix, and the matrix."""
+        """Yield tokens of a read, the numbers of their rows in a small matrix, and the matrix.
+
+        Raises:
+            RuntimeError: A read that was started has other indices.
+        """
+        ahead, traffic = self.ahead.popleft() if self.ahead else None, self.store.traffic
+        if ahead is not None and not torch.equal(ahead.indices_NS, indices_NS):
+            raise RuntimeError("a layer reads other rows than those that were prefetched for its token ids")
+        for number, chunk in enumerate(self._slices(indices_NS)):
+            started = time.perf_counter()
+            numbers_CS, parts = self._gather(indices_NS[chunk]) if ahead is None else ahead.chunks[number]()
+            traffic.wait_s += time.perf_counter() - started
+            if ahead is not None:
+                traffic.prefetched += len(next(iter(parts.values())))
+            yield chunk, numbers_CS, self.form.decode(parts, self.dim).to(self.wide)
+
+    def _slices(self, indices_NS: Tensor) -> Iterator[slice]:
         tokens, reads = indices_NS.shape
         step = max(1, ELEMENTS_AT_ONCE // max(1, reads * self.dim))
-        for start in range(0, max(1, tokens), step):
-            chunk = slice(start, start + step)
-            rows_U, numbers_CS = indices_NS[chunk].unique(return_inverse=True)
-            yield chunk, numbers_CS, self.form.decode(self.store.gather(rows_U), self.dim).to(self.wide)
+        return (slice(start, start + step) for start in range(0, max(1, tokens), step))
+
+    def _gather(self, indices_CS: Tensor) -> Gathered:
+        rows_U, numbers_CS = indices_CS.unique(return_inverse=True)
+        return numbers_CS, self.store.gather(rows_U)
 
 
 def store_rows(table: MemoryTable, store: RowStore | CachedRows, form: RowForm | None = None) -> None:

@@ -25,13 +25,25 @@ SOURCES: tuple[Source, ...] = get_args(Source)
 
 @dataclass
 class Traffic:
-    """What was read of a table: rows, those among them that a cache had, and bytes by source."""
+    """What was read of a table.
+
+    Attributes:
+        rows: Rows.
+        hits: Those among them that a cache had.
+        prefetched: Those among them whose read started before the layer ran.
+        device: Bytes from the device.
+        host: Bytes from host memory.
+        file: Bytes from a file.
+        wait_s: Seconds in which layers waited for rows.
+    """
 
     rows: int = 0
     hits: int = 0
+    prefetched: int = 0
     device: int = 0
     host: int = 0
     file: int = 0
+    wait_s: float = 0.0
 
     def __sub__(self, earlier: Traffic) -> Traffic:
         """Return what was read since an earlier count."""
@@ -40,8 +52,9 @@ class Traffic:
     def line(self) -> str:
         """Return the counts in one line."""
         cached = f", {self.hits / self.rows:.1%} from the cache" if self.hits else ""
+        cached += f", {self.prefetched / self.rows:.1%} prefetched" if self.prefetched else ""
         read = ", ".join(f"{getattr(self, source):,} bytes from {source}" for source in SOURCES)
-        return f"{self.rows:,} rows read{cached}; {read}"
+        return f"{self.rows:,} rows read{cached}; {read}; layers waited {self.wait_s:.3g} s for rows"
 
     def add(self, source: Source, count: int) -> None:
         """Add bytes that were read from a source."""

@@ -93,6 +93,10 @@ class Engram(MemoryLayer):
             v_BTD = v_BTD + F.silu(self._convolve(v_BTD, earlier))
         return v_BTD.to(x_BTD.dtype)
 
+    def addresses(self, ids_BTW: Tensor) -> Tensor:
+        """Return the rows of the n-grams, one per bag, as `concatenated` reads them."""
+        return self.hashes(ids_BTW).reshape(-1, 1)
+
     def _gate(self, x_BTD: Tensor, e_BTE: Tensor) -> Tensor:
         """Return the gate [B, T, 1]."""
         assert self.key is not None

@@ -69,6 +69,10 @@ class NgramEmbedding(MemoryLayer):
             y_BTD = self.norm(y_BTD.to(at_least_fp32(y_BTD.dtype)))
         return y_BTD.to(x_BTD.dtype)
 
+    def addresses(self, ids_BTW: Tensor) -> Tensor:
+        """Return the rows of the n-grams, one per bag, as `concatenated` reads them."""
+        return self.hashes(ids_BTW).reshape(-1, 1)
+
     def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
         """Draw the projection so that every term is as large as the token embedding (our choice).
 

@@ -39,9 +39,13 @@ class TokenRows(MemoryLayer):
 
     window = 1
 
+    def addresses(self, ids_BTW: Tensor) -> Tensor:
+        """Return the row of each token. Padding, whose id is -1 and which no token attends to, reads row 0."""
+        return ids_BTW.reshape(-1, 1).clamp_min(0)
+
     def rows(self, ids_BT1: Tensor) -> Tensor:
-        """Return the rows [B, T, P]. Padding, whose id is -1 and which no token attends to, reads row 0."""
-        rows_N1 = ids_BT1.reshape(-1, 1).clamp_min(0)
+        """Return the rows [B, T, P]."""
+        rows_N1 = self.addresses(ids_BT1)
         (table,) = self.tables
         read_NP = table(rows_N1, torch.ones_like(rows_N1, dtype=table.wide))
         return read_NP.view(*ids_BT1.shape[:2], -1)
