@@ -131,20 +131,27 @@ class _ProgressDisplay:
         )
         self._line(f"{name}: preparing" + (f" {len(files)} files: {shown}" if files else ""))
 
-    def update(self, tokens: int, share: float | None) -> None:
-        """Show the progress (see `resumable_writer.Progress`)."""
+    def update(self, tokens: int, share: float | None, stage: str | None = None) -> None:
+        """Show the progress (see `resumable_writer.Progress`); a stage at once."""
+        if stage is not None:
+            self._bar.update(self._task, description=f"{self._name}: {stage}", total=None)
+            self._line(f"{self._name}: {stage}", only_as_text=True)
+            return
         now = time.monotonic()
         if self._first is None:
             self._first, self._started = tokens, now
         text = f"{self._name}: {tokens / 1e6:,.1f}M tokens"
         if tokens > self._first:
-            text += f", {(tokens - self._first) / (now - self._started) / 1e6:,.2f}M/s"
+            text += f", {_rate((tokens - self._first) / (now - self._started))} tokens/s"
         self._bar.update(self._task, description=text, total=None if share is None else 1.0, completed=share or 0.0)
-        if not self._console.is_terminal and now - self._shown >= LINE_EVERY_S:
+        if now - self._shown >= LINE_EVERY_S:
             self._shown = now
-            self._line(text if share is None else f"{text}, {share:.0%}")
+            self._line(text if share is None else f"{text}, {share:.0%}", only_as_text=True)
 
-    def _line(self, text: str) -> None:
+    def _line(self, text: str, only_as_text: bool = False) -> None:
+        """Print a line; `only_as_text`: unless the console is a terminal, which shows a bar."""
+        if only_as_text and self._console.is_terminal:
+            return
         self._console.print(f"{time.strftime('%H:%M:%S')} {text}", markup=False, highlight=False, soft_wrap=True)
 
     def __enter__(self) -> _ProgressDisplay:
@@ -157,3 +164,7 @@ class _ProgressDisplay:
         self._bar.stop()
         if kind is None:
             self._line(f"{self._name}: ready")
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s / 1e6:,.2f}M" if per_s >= 1e6 else f"{per_s / 1e3:,.1f}k"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from suite.atomic import write_json
 from suite.data.reader import Reader, is_held_out
@@ -48,11 +48,20 @@ class Written:
     skipped: int = 0
 
 
-Progress = Callable[[int, float | None], None]
-"""Called with the number of tokens written so far, and the fraction done, 0 to 1, None if unknown."""
+class Progress(Protocol):
+    """Receives the progress of a preparation."""
+
+    def __call__(self, tokens: int, share: float | None, stage: str | None = None) -> None:
+        """Report progress.
+
+        Args:
+            tokens: Tokens written so far.
+            share: The fraction done, 0 to 1; None: unknown.
+            stage: What is done before the first token is written, in words; None: tokens are written.
+        """
 
 
-def no_progress(tokens: int, share: float | None) -> None:
+def no_progress(tokens: int, share: float | None, stage: str | None = None) -> None:
     """A Progress that reports nothing."""
 
 

@@ -71,6 +71,17 @@ def test_the_command_prepares_a_mixture_part_by_part(tmp_path: Path) -> None:
     assert f"second {text}: ready" in progress
 
 
+def test_training_a_tokenizer_is_announced(tmp_path: Path) -> None:
+    cell = tmp_path / "cell.yaml"
+    cell.write_text(TEXT.format(path=corpus(tmp_path / "text.jsonl")).replace("bytes", "bpe, vocab_size: 300"))
+    _, progress = prepare(cell, "--results", tmp_path / "results")
+    stages = ("preparing 1 files", "reading the text to train", "training its tokenizer on 0.0M characters", "ready")
+    places = [progress.index(stage) for stage in stages]
+    assert places == sorted(places)
+    _, progress = prepare(cell, "--results", tmp_path / "results")
+    assert "training its tokenizer" not in progress, "it is prepared"
+
+
 def test_the_command_prepares_each_corpus_of_a_grid_once(tmp_path: Path) -> None:
     grid = tmp_path / "two.yaml"
     grid.write_text(GRID.format(path=corpus(tmp_path / "text.jsonl")))

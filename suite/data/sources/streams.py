@@ -53,18 +53,20 @@ class StreamData(DataConfig):
         if (folder / TOKENIZER).exists():
             tokenizer = tokenizers.load(folder / TOKENIZER)
         else:
-            tokenizer = self.tokenizer.build(self._training_texts(held_out))
+            tokenizer = self.tokenizer.build(self._training_texts(held_out, progress))
             write_text(folder / TOKENIZER, tokenizer.to_json())
         resumable_writer.write_stream(
             folder, self.reader, tokenizer, held_out, self.max_tokens, progress, validation=validation
         )
 
-    def _training_texts(self, held_out: float) -> Iterator[str]:
-        """Yield the beginning of the training text."""
+    def _training_texts(self, held_out: float, progress: Progress) -> Iterator[str]:
+        """Yield the beginning of the training text, on which a tokenizer is trained once it is read."""
         characters = 0
+        progress(0, None, "reading the text to train its tokenizer on")
         for text in self.reader():
             if not is_held_out(text, held_out):
                 characters += len(text)
                 yield text
             if characters >= BPE_CHARACTERS:
-                return
+                break
+        progress(0, None, f"training its tokenizer on {characters / 1e6:,.1f}M characters")
