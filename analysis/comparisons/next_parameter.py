@@ -107,9 +107,11 @@ def metric_of(data: GridData, metric: str | None) -> str:
     """
     available = [E50] if data.has_bits else []
     available += sorted(set(data.scores["key"])) if len(data.scores) else []
-    chosen = metric or (data.contrast.metric if data.contrast else next(iter(available), None))
+    if not available:
+        raise InputError(f"{data.grid or 'the results'}: no finished run has an E50 or a score to measure gains in")
+    chosen = metric or (data.contrast.metric if data.contrast else available[0])
     if chosen not in available:
-        raise InputError(f"--metric: got {chosen!r}, allowed: {', '.join(available) or 'none: no finished run'}")
+        raise InputError(f"--metric: got {chosen!r}, allowed: {', '.join(available)}")
     return str(chosen)
 
 

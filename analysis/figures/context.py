@@ -11,6 +11,7 @@ import pandas as pd
 
 from analysis.comparisons.grid import Comparisons
 from analysis.comparisons.statistics import MIN_PAIRS
+from analysis.comparisons.steadiness import why_not_compared
 from analysis.figures import style
 from analysis.records.grid_data import GridData
 from analysis.records.regime import regime
@@ -86,6 +87,10 @@ class Context:
         """Return a footnote: what the marks are, the source, and what the worlds can show."""
         source = f"Source: our runs, grid {self.grid}, {len(self.table)} runs."
         return " ".join(filter(None, [text, self.remark, source, regime(self.data.done)]))
+
+    def speed_note(self, text: str) -> str:
+        """Return a footnote of a figure with wall-clock times, which states whether they compare variants."""
+        return self.note(" ".join(filter(None, [text, why_not_compared(self.data)])))
 
     @cached_property
     def titles(self) -> pd.DataFrame:

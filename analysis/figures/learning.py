@@ -168,7 +168,7 @@ def bits_against_compute(context: Context, folder: Path) -> list[Path]:
             axes[row * len(bases)].set_ylabel("bits learned (storage)")
         style.legend_above(drawn, axes)
         note = CURVE_NOTE + CUT_NOTE + " Wall-clock is that of the machine that ran the grid, which runs shared."
-        return style.save(drawn, folder, "bits-compute", context.note(note))
+        return style.save(drawn, folder, "bits-compute", context.speed_note(note))
 
 
 def loss_curves(context: Context, folder: Path) -> list[Path]:

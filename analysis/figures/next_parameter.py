@@ -177,4 +177,4 @@ def at_equal_time(context: Context, folder: Path) -> list[Path]:
             axis.set_yticks(range(len(groups)), [f"{label} (n={len(group)})" for label, group in groups])
             axis.set_xlabel(f"{base}: loss after {part['time'].iloc[0]:,.3g} s of training, nats")
         note = f"{SIDE_BY_SIDE} Seconds of the machine that ran the grid, where runs shared it."
-        return style.save(drawn, folder, "equal-time", context.note(note))
+        return style.save(drawn, folder, "equal-time", context.speed_note(note))

@@ -13,6 +13,7 @@ import pandas as pd
 from analysis.comparisons.grid import Comparisons
 from analysis.comparisons.knowledge import learning_of
 from analysis.comparisons.statistics import MIN_PAIRS, paired, paired_by_group
+from analysis.comparisons.steadiness import why_not_compared
 from analysis.errors import InputError
 from analysis.figures.context import Context, context
 from analysis.figures.gallery import CAPTIONS, draw
@@ -26,8 +27,6 @@ from analysis.report.formatting import with_interval
 from analysis.report.knowledge import knowledge_blocks, knowledge_headline
 from analysis.report.long_tables import shortened
 
-UNSTEADY = 1.25
-"""Runs of one variant that differ in speed by more than this were slowed by something else."""
 FAILURES = 50
 """Most failures that are listed one by one."""
 
@@ -88,7 +87,7 @@ def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) ->
     blocks += [Heading("What was run"), *_what_ran(data)]
     blocks += [
         Heading(f"Paired differences with {data.reference}"),
-        *difference_blocks(contrasts, bios, plots.drawn_as),
+        *difference_blocks(contrasts, bios, plots.drawn_as, why_not_compared(data) is None),
     ]
     if bios:
         blocks += [Heading("Storage, paraphrase and extraction"), *_kinds(data)]
@@ -137,20 +136,20 @@ def _what_ran(data: GridData) -> list[Block]:
                 number(first["params_memory"], 4),
                 number(first["macs"], 4),
                 *(_ratio(first[key]) for key in ("macs_ratio", "params_ratio", "bytes_ratio")),
-                number(done["tokens_per_s"].median()),
-                number(done["wall_s"].median()),
+                _median(done["tokens_per_s"]),
+                _median(done["wall_s"]),
                 _span(done["epoch"]),
                 _e50_cell(done),
             ]
         )
     note = (
         f"Ratios are to the plain {data.reference} model of the same base and data; within {EQUAL:.0%} counts as "
-        "equal. Tokens per second and wall-clock are medians over runs that shared the machine. Exposures: where runs "
+        "equal. Tokens per second and wall-clock: median over runs (smallest to largest). Exposures: where runs "
         "ended; a run may stop once it is past half of N H."
     )
     blocks: list[Block] = [Table(headers, rows, left=2, name="what-was-run"), Text(note)]
-    if warning := _speed_warning(data):
-        blocks.append(Text(warning))
+    if len(data.done) and (reason := why_not_compared(data)) is not None:
+        blocks.append(Text(reason))
     if len(data.absent):
         blocks.append(Text(f"{len(data.absent)} runs of the grid have no records yet."))
     if len(data.damaged):
@@ -160,6 +159,11 @@ def _what_ran(data: GridData) -> list[Block]:
 
 def _ratio(value: float) -> str:
     return "–" if math.isnan(value) else f"{value:.2f}"
+
+
+def _median(values: pd.Series) -> str:
+    present = values.dropna()
+    return number(present.median()) if len(present) < 2 else f"{number(present.median())} ({_span(present)})"
 
 
 def _span(values: pd.Series) -> str:
@@ -181,18 +185,6 @@ def _e50_cell(done: pd.DataFrame) -> str:
         sign = "≥" if not early else "≤" if not censored else "≈"
         return f"{sign} {number(middle.mean)} ({censored + early} of {len(probed)} censored)"
     return with_interval(middle)
-
-
-def _speed_warning(data: GridData) -> str:
-    """Return how much the speeds of equal runs differ, where that is more than noise."""
-    speeds = data.done.groupby(["base", "label"])["tokens_per_s"]
-    spread = float((speeds.max() / speeds.min()).max()) if len(data.done) else float("nan")
-    if not spread > UNSTEADY:
-        return ""
-    return (
-        f"The machine was unsteady: runs of one variant differ in speed by up to {number(spread, 2)} times, so tokens "
-        "per second and wall-clock do not compare variants here; to measure them side by side: suite bench step."
-    )
 
 
 KINDS = ("storage", "paraphrase", "extraction")

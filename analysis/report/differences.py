@@ -90,17 +90,20 @@ def _compute(contrast: Contrast) -> str:
     )
 
 
-def difference_blocks(contrasts: Sequence[Contrast], bios: bool, pooled: Mapping[str, str]) -> list[Block]:
+def difference_blocks(
+    contrasts: Sequence[Contrast], bios: bool, pooled: Mapping[str, str], with_speeds: bool
+) -> list[Block]:
     """Return every contrast's outcomes at its ratios of MACs, parameters, bytes and wall-clock.
 
     Args:
         contrasts: All of a grid.
         bios: Whether E50 is measured.
         pooled: Variant -> the label under which many variants are summarised.
+        with_speeds: Whether speeds that were measured compare variants.
     """
     if not contrasts:
         return [Text("No pairs: no run of the reference shares base size, data and seed with another family's.")]
-    compute = ["x MACs", "equal-FLOP", "x parameters", "x bytes", "x tokens/s"]
+    compute = ["x MACs", "equal-FLOP", "x parameters", "x bytes", *(["x tokens/s"] if with_speeds else [])]
     names = ["base", "variant", "against"]
     blocks: list[Block] = []
     if bios:
@@ -110,10 +113,11 @@ def difference_blocks(contrasts: Sequence[Contrast], bios: bool, pooled: Mapping
         headers += ["x MACs", "p (Holm)"]
         rows = [_bios_row(contrast) for contrast in contrasts]
         blocks += [Table(headers, rows, left=3, name="differences"), Text(HOW_PAIRED)]
-        headers = [*names, *compute, "compute multiplier at E50", "wall-clock to E50, ratio"]
-        table = Table(headers, [_cost_row(contrast) for contrast in contrasts], left=3, name="costs")
+        headers = [*names, *compute, "compute multiplier at E50"]
+        headers += ["wall-clock to E50, ratio"] if with_speeds else []
+        table = Table(headers, [_cost_row(contrast, with_speeds) for contrast in contrasts], left=3, name="costs")
         blocks += [Text("What the same comparisons cost:"), table, Text(HOW_COSTED)]
-    finals = [_final_row(contrast, score) for contrast in contrasts for score in contrast.finals]
+    finals = [_final_row(contrast, score, with_speeds) for contrast in contrasts for score in contrast.finals]
     if finals and not bios:
         headers = [*names, "score", "few-shot", "questions", "pairs", "difference", "over runs x questions"]
         table = Table([*headers, *compute, "p (Holm)"], finals, left=4, name="final-differences")
@@ -170,7 +174,7 @@ def _sides(ours: str, theirs: str) -> str:
     return f"{ours} on both sides, but other prompts, version or data" if same else f"{ours} against {theirs}"
 
 
-def _final_row(contrast: Contrast, score: ScoreDifference) -> list[object]:
+def _final_row(contrast: Contrast, score: ScoreDifference, with_speeds: bool) -> list[object]:
     crossed = "–"
     if score.crossed is not None:
         crossed = f"[{signed(score.crossed[0])}, {signed(score.crossed[1])}]"
@@ -184,7 +188,7 @@ def _final_row(contrast: Contrast, score: ScoreDifference) -> list[object]:
         score.difference.n,
         with_interval(score.difference, 3, sign=True),
         crossed,
-        *_ratio_cells(contrast),
+        *_ratio_cells(contrast, with_speeds),
         _p_cell(contrast) if score is contrast.final else "–",
     ]
 
@@ -211,16 +215,16 @@ def _bios_row(contrast: Contrast) -> list[object]:
     ]
 
 
-def _cost_row(contrast: Contrast) -> list[object]:
+def _cost_row(contrast: Contrast, with_speeds: bool) -> list[object]:
     flops = contrast.log_flops
     multiplier = None if flops is None else Difference(-flops.mean, -flops.high, -flops.low, flops.p, flops.n)
     return [
         contrast.base,
         contrast.variant,
         contrast.reference,
-        *_ratio_cells(contrast),
+        *_ratio_cells(contrast, with_speeds),
         exp_cell(multiplier),
-        exp_cell(contrast.log_wall),
+        *([exp_cell(contrast.log_wall)] if with_speeds else []),
     ]
 
 
@@ -240,8 +244,8 @@ def _ratio_cell(contrast: Contrast) -> str:
     return f"{ratio} [{number(math.exp(difference.low))}, {number(math.exp(difference.high))}]"
 
 
-def _ratio_cells(contrast: Contrast) -> list[str]:
-    ratios = (contrast.params_ratio, contrast.bytes_ratio, contrast.speed_ratio)
+def _ratio_cells(contrast: Contrast, with_speeds: bool) -> list[str]:
+    ratios = (contrast.params_ratio, contrast.bytes_ratio, *([contrast.speed_ratio] if with_speeds else []))
     return [f"{contrast.macs_ratio:.2f}", "yes" if contrast.equal_flop else "no", *(f"{ratio:.2f}" for ratio in ratios)]
 
 
@@ -262,9 +266,9 @@ HOW_PAIRED = (
 )
 HOW_COSTED = (
     f"MACs, parameters and bytes read per token are counted from the structure; within {EQUAL:.0%} of the reference's "
-    "MACs a comparison is called equal-FLOP. Tokens per second and wall-clock are as measured on a machine that runs "
-    "shared. Compute multiplier at E50: training FLOPs that the reference needs for half of N H over those that the "
-    "variant needs; it is at this one base size, not along a law over sizes."
+    "MACs a comparison is called equal-FLOP. Tokens per second and wall-clock appear only where runs of one variant "
+    "show that the machine was steady. Compute multiplier at E50: training FLOPs that the reference needs for half of "
+    "N H over those that the variant needs; it is at this one base size, not along a law over sizes."
 )
 HOW_CROSSED = (
     "Two scores are paired only if task version, prompts, few-shot examples, limit, number of questions and data are "

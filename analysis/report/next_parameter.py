@@ -10,6 +10,7 @@ from typing import Any
 from analysis.comparisons.next_parameter import AXES, Lead, Return, Step, returns_by_base
 from analysis.comparisons.paired import E50
 from analysis.comparisons.statistics import MIN_PAIRS, Difference
+from analysis.comparisons.steadiness import why_not_compared
 from analysis.records.grid_data import GridData
 from analysis.report.blocks import Block, Table, Text
 from analysis.report.formatting import with_interval
@@ -41,7 +42,10 @@ def next_blocks(data: GridData, steps: Sequence[Step], metric: str, by: str) -> 
         f"t-intervals from {MIN_PAIRS} pairs on. Per doubling: gain over the step before it, per doubling of "
         f"{noun}; –: the step adds less than 2 %. N_eq: parameters of a wider {data.reference} model of the same gain."
     )
-    return [Table(headers, rows, left=3, name="next"), *map(Text, sentences), Text(note)]
+    blocks: list[Block] = [Table(headers, rows, left=3, name="next"), *map(Text, sentences), Text(note)]
+    if by == "time" and (reason := why_not_compared(data)) is not None:
+        blocks.append(Text(reason))
+    return blocks
 
 
 def lead_sentences(leads: Sequence[Lead], noun: str) -> list[str]:

@@ -16,7 +16,7 @@ from analysis.errors import InputError
 from analysis.figures.context import Missing, context
 from analysis.figures.next_parameter import against_size, at_equal_time, next_parameter
 from analysis.records.grid_data import load
-from analysis.report.next_parameter import lead_sentences
+from analysis.report.next_parameter import lead_sentences, next_blocks
 
 
 def step(destination: str, doublings: float, gains: dict[int, float]) -> Step:
@@ -123,5 +123,9 @@ def test_figures_at_equal_gain_and_at_equal_time(tmp_path: Path) -> None:
 def test_without_any_gain_there_is_no_figure(tmp_path: Path) -> None:
     write_run(tmp_path, "dense", "w32", 0, 20.0)
     write_run(tmp_path, "moe", "w32", 0, 500.0)
+    data = load(tmp_path, fallback="dense")
     with pytest.raises(Missing, match=r"has a pair with dense in which both have e50; with more train.epochs"):
-        next_parameter(context(Comparisons(load(tmp_path, fallback="dense"))), tmp_path)
+        next_parameter(context(Comparisons(data)), tmp_path)
+    for axis in ("time", "macs"):
+        texts = [str(block) for block in next_blocks(data, [], "e50", axis)]
+        assert any("how steady the machine was" in text for text in texts) is (axis == "time"), "every variant ran once"

@@ -202,14 +202,21 @@ def test_undecided_headline_says_so(tmp_path: Path) -> None:
     assert "≥ 64.0 (1 of 1 censored)" in text
 
 
-def test_an_unsteady_machine_is_named(tmp_path: Path) -> None:
+def test_speeds_are_compared_only_if_the_machine_was_steady(tmp_path: Path) -> None:
+    claims = ("x tokens/s", "wall-clock to E50, ratio")
     for seed in range(2):
+        write_run(tmp_path, "memory_plus", "w32", seed, 9.0, half_keys=16)
         name = write_run(tmp_path, "dense", "w32", seed, 9.0)
-    assert "machine was unsteady" not in report_text(tmp_path)
+        text = report_text(tmp_path)
+        assert all((claim in text) is (seed == 1) for claim in claims)
+        assert ("No variant has two runs that show how steady the machine was" in text) is (seed == 0)
+    assert "machine was unsteady" not in text
     path = tmp_path / "runs" / name / "train.jsonl"
     path.write_text(path.read_text().replace('"tokens_per_s": 30000.0', '"tokens_per_s": 10000.0'))
     text = report_text(tmp_path)
     assert "runs of one variant differ in speed by up to 3.0 times" in text
+    assert not any(claim in text for claim in claims)
+    assert "20,000 (10,000 to 30,000)" in text, "the spread is stated"
 
 
 def test_worlds_beyond_capacity_are_not_called_learning_speed(tmp_path: Path) -> None:

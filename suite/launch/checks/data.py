@@ -34,7 +34,8 @@ def refuse_unusable_data(cells: Iterable[Cell]) -> None:
         try:
             _try(members)
         except UserError as error:
-            raise UserError(f"cell {members[0].run_name}: {error}") from None
+            name = f"cell {members[0].run_name}"
+            raise UserError(str(error) if str(error).startswith("cell ") else f"{name}: {error}") from None
 
 
 def _try(cells: list[Cell]) -> None:
