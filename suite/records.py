@@ -105,7 +105,7 @@ class RunDir:
         """
         origin = registry.family(cell.model.family).path
         if cell.baseline is not None and origin is not None and not self.baseline_path.exists():
-            write_text(self.baseline_path, origin.read_text())
+            write_text(self.baseline_path, origin.read_text(encoding="utf-8"))
         write_json(
             self.cell_path,
             {"cell": cell.model_dump(mode="json"), "hash": cell.hash8, "run": self.name, **facts},
@@ -113,7 +113,7 @@ class RunDir:
 
     def append_train(self, line: dict[str, Any]) -> None:
         """Append one line to train.jsonl, in one write."""
-        with self.train_path.open("a") as file:
+        with self.train_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def train_lines(self) -> list[dict[str, Any]]:
@@ -252,7 +252,7 @@ class RunDir:
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("a")
+            file = (self.path / ".lock").open("a", encoding="utf-8")
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written ({error.strerror}); use another --results") from None
         deadline = time.monotonic() + patience_s
@@ -270,7 +270,7 @@ class RunDir:
     def is_locked(self) -> bool:
         """Return whether a live process holds the run's lock. Writes nothing: the folder may be read-only."""
         try:
-            file = (self.path / ".lock").open()
+            file = (self.path / ".lock").open(encoding="utf-8")
         except FileNotFoundError:
             return False
         with file:

@@ -116,7 +116,7 @@ def tuning(
         print_json([asdict(choice) for choice in choices(scored)])
     elif out is not None:
         try:
-            out.write_text(markdown(scored))
+            out.write_text(markdown(scored), encoding="utf-8")
         except OSError as error:
             raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
     else:

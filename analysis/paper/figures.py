@@ -160,10 +160,10 @@ def draw(results: Path, folder: Path) -> dict[str, list[Path]]:
     }
     files |= draw_tables(theirs, mine, folder)
     page = folder / "tables.md"
-    page.write_text(tables(theirs, mine))
+    page.write_text(tables(theirs, mine), encoding="utf-8")
     sizes = equivalent_sizes.equivalent_sizes(results)
     sizes_page = folder / "equivalent-sizes.md"
-    sizes_page.write_text(equivalent_sizes.page(sizes))
+    sizes_page.write_text(equivalent_sizes.page(sizes), encoding="utf-8")
     drawn = {"published-equivalent-size": [*equivalent_sizes.draw(sizes, folder), sizes_page]}
     return files | {"tables": [page]} | drawn
 

@@ -184,7 +184,7 @@ def _write_csv(table: pd.DataFrame, path: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object from a file; InputError if it is absent or is not one."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except ValueError as error:

@@ -388,7 +388,7 @@ def against_table(table: list[Against]) -> str:
 
 def write_csv(path: Path, rows: Sequence[Result] | Sequence[Against]) -> None:
     """Write records of one kind as CSV."""
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(rows[0])] if rows else [])
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)

@@ -195,7 +195,7 @@ def _slug(device: str) -> str:
 def _write(path: Path, rows: list[Row]) -> None:
     """Write the rows; a column that some rows lack is empty there."""
     columns = list(dict.fromkeys(column for row in rows for column in row))
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)

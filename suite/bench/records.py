@@ -99,7 +99,7 @@ def write_runs(folder: Path, runs: int) -> Grid:
     """
     source = folder / f"{GRID}.yaml"
     folder.mkdir(parents=True, exist_ok=True)
-    source.write_text(yaml.safe_dump(_with_seeds(runs), sort_keys=False))
+    source.write_text(yaml.safe_dump(_with_seeds(runs), sort_keys=False), encoding="utf-8")
     grid, results = load_grid(str(source)), folder / "results"
     write_grid(results, grid)
     templates: dict[str, _Template] = {}
@@ -172,14 +172,14 @@ class _Template:
         (run.path / "eval").mkdir(parents=True, exist_ok=True)
         run.write_cell(cell, **self.facts)
         lines, step = self._lines(cell, exposures, generator)
-        run.train_path.write_text("".join(lines))
+        run.train_path.write_text("".join(lines), encoding="utf-8")
         share = _learned(step * cell.train.batch_rows / self.rows_per_epoch, exposures)
         for hash8, scores in self.scores.items():
             content = _scored(scores, share, generator) | {"run": run.name, "step": step}
-            (run.path / "eval" / f"{hash8}.json").write_text(json.dumps(content, indent=1) + "\n")
+            (run.path / "eval" / f"{hash8}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if registry.family(cell.model.family).has_memory:
             usage = {"run": run.name, "step": step, **self.usage}
-            run.usage_path.write_text(json.dumps(usage, indent=1) + "\n")
+            run.usage_path.write_text(json.dumps(usage, indent=1) + "\n", encoding="utf-8")
         (run.checkpoints / f"step-{step}").mkdir(parents=True, exist_ok=True)
         run.set_state("done", progress=1.0, eta_s=0.0, started=0.0, finished=float(step), trained=True, log=None)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -40,6 +41,9 @@ app.command()(train.train)
 
 def main() -> NoReturn:
     """Run the command line; a mistake of the user is one line on stderr and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(encoding="utf-8")  # as all files, whatever the locale
     try:
         if sys.argv[1:3] == ["eval", "prefetch"]:
             raise UserError("eval prefetch: renamed to suite data prefetch")

@@ -43,7 +43,7 @@ RunCode = Literal["strongest", "bubblewrap", "unshare", "rlimits"]
 
 _SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib64", "/lib32")
 _DEVICES = ("/dev/null", "/dev/urandom")
-_DRIVER = (Path(__file__).parent / "sandbox_driver.py").read_text()
+_DRIVER = (Path(__file__).parent / "sandbox_driver.py").read_text(encoding="utf-8")
 
 
 @dataclass(frozen=True)

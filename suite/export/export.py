@@ -77,7 +77,7 @@ def export(
     if corpus is not None:
         config |= {"bos_token_id": corpus.tokenizer.eot_id, "eos_token_id": corpus.tokenizer.eot_id}
         write_tokenizer(corpus.tokenizer, target, seq_len)
-    (target / CONFIG).write_text(json.dumps(config, indent=1) + "\n")
+    (target / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
     return sorted(target.iterdir())
 
 
@@ -104,7 +104,7 @@ def _own_config(model: Transformer, seq_len: int) -> dict[str, Any]:
 def _write_sources(model: Transformer, target: Path) -> None:
     """Write the modelling file, the modules it imports and, for an external family, the baseline's file."""
     origin = registry.family(model.config.family).path
-    extra = {} if origin is None else {"baseline.py": origin.read_text()}
+    extra = {} if origin is None else {"baseline.py": origin.read_text(encoding="utf-8")}
     replacements = {"kernels.dispatch": "suite.export.torch_only"}
     for name, source in bundle("suite.export.modeling", MODELING, extra, replacements).items():
-        (target / name).write_text(source)
+        (target / name).write_text(source, encoding="utf-8")

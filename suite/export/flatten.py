@@ -30,7 +30,7 @@ def bundle(
         The sources by file name.
     """
     files: dict[str, str] = {}
-    pending = [(name, _path(module).read_text())]
+    pending = [(name, _path(module).read_text(encoding="utf-8"))]
     pending += [(file.removesuffix(".py"), source) for file, source in (extra or {}).items()]
     queued = {module}
     while pending:
@@ -38,7 +38,9 @@ def bundle(
         files[f"{flat}.py"], needed = rewritten(source)
         for other in sorted(needed - queued):
             queued.add(other)
-            pending.append((flat_name(other), _path((replacements or {}).get(other, other)).read_text()))
+            pending.append(
+                (flat_name(other), _path((replacements or {}).get(other, other)).read_text(encoding="utf-8"))
+            )
     flat_names = sorted(file.removesuffix(".py") for file in files if file != f"{name}.py")
     imports = "".join(f"from .{other} import __name__ as _{other}  # noqa: F401\n" for other in flat_names)
     files[f"{name}.py"] += f"\n# Imported by name, so that transformers copies them.\n{imports}"

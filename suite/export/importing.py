@@ -47,7 +47,7 @@ def import_checkpoint(folder: Path, results: Path, seq_len: int | None = None) -
     if not folder.is_dir():
         raise UserError(f"DIR: got {str(folder)!r}, allowed: a folder with {CONFIG}, safetensors and a tokenizer")
     model = import_llama(folder)
-    config = json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     bos = config.get("bos_token_id")
     tokenizer = TokenizerConfig(
         kind="file",

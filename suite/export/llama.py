@@ -77,7 +77,7 @@ def import_llama(folder: Path | str) -> Transformer:
     for name in (CONFIG, *_weight_files(folder)):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name}: missing; give a folder with {CONFIG} and all safetensors")
-    config = json.loads((folder / CONFIG).read_text())
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     model = Transformer(_imported_config(folder / CONFIG, config), config["vocab_size"])
     ours = {llama_name(name): name for name in model.state_dict()}
     weights = _read_weights(folder)
@@ -140,4 +140,4 @@ def _weight_files(folder: Path) -> list[str]:
     """Return the names of a checkpoint's safetensors: those in its index, if it has one."""
     if not (folder / INDEX).exists():
         return [WEIGHTS]
-    return sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))

@@ -36,7 +36,7 @@ def write_tokenizer(tokenizer: Tokenizer, target: Path, seq_len: int) -> None:
         "model_max_length": seq_len,
         "clean_up_tokenization_spaces": False,
     }
-    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+    (target / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def _write_fast(tokenizer: Tokenizer, target: Path) -> tuple[str, dict[str, Any]]:

@@ -79,7 +79,7 @@ def _copy_start(run: RunDir, start: Start) -> None:
 
     Files are hard-linked if the file system allows it, since a checkpoint never changes.
     """
-    write_text(run.train_path, start.run.train_path.read_text())
+    write_text(run.train_path, start.run.train_path.read_text(encoding="utf-8"))
     run.cut_train(start.step)
     run.checkpoints.mkdir(parents=True, exist_ok=True)
     temporary = run.checkpoints / f".step-{start.step}"

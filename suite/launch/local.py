@@ -145,7 +145,7 @@ class LocalExecutor:
         if launch.processes > 1:
             command.append(launch.parallel.model_dump_json())
             worlds = process_environments(launch.processes)
-        with log.open("w") as output:
+        with log.open("w", encoding="utf-8") as output:
             processes = [
                 subprocess.Popen(
                     command,

@@ -65,7 +65,7 @@ def code_version(root: Path = ROOT) -> str:
     for path in weight_sources(root):
         bare = bare_python if path.suffix == ".py" else bare_c
         digest.update(
-            f"{path.relative_to(root).as_posix().removeprefix(f'{INSTALLED}/')}\n{bare(path.read_text())}\n".encode()
+            f"{path.relative_to(root).as_posix().removeprefix(f'{INSTALLED}/')}\n{bare(path.read_text(encoding='utf-8'))}\n".encode()
         )
     return digest.hexdigest()[:12]
 

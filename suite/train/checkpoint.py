@@ -188,7 +188,7 @@ def restore(run: RunDir, tensors: Tensors, world: World | None = None) -> dict[s
     if step is None:
         return None
     read(run, step, tensors)
-    position: dict[str, Any] = json.loads((_folder(run, step) / POSITION_FILE).read_text())
+    position: dict[str, Any] = json.loads((_folder(run, step) / POSITION_FILE).read_text(encoding="utf-8"))
     return position
 
 

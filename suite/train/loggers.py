@@ -69,11 +69,11 @@ class WandB:
         id_file = run.path / "wandb" / "run-id"
         id_file.parent.mkdir(exist_ok=True)
         if not id_file.exists():
-            id_file.write_text(secrets.token_hex(4))
+            id_file.write_text(secrets.token_hex(4), encoding="utf-8")
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", WANDB_PROJECT),
             name=run.name,
-            id=id_file.read_text(),
+            id=id_file.read_text(encoding="utf-8"),
             resume="allow",
             dir=str(run.path),
             config=cell.model_dump(mode="json"),

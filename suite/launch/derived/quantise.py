@@ -90,7 +90,7 @@ def make(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     line = {name: last[name] for name in ("step", "tokens", "epoch", "train_flops", "wall_s") if name in last}
     run.train_path.unlink(missing_ok=True)
     run.append_train(line | prober.run(model))
-    position = json.loads((source.checkpoints / f"step-{step}" / checkpoint.POSITION_FILE).read_text())
+    position = json.loads((source.checkpoints / f"step-{step}" / checkpoint.POSITION_FILE).read_text(encoding="utf-8"))
     world = World()
     checkpoint.save(run, step, {"model": model.state_dict()}, position, keep=1, world=world)
     run.set_state("running", trained=True)
