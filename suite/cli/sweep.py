@@ -174,26 +174,26 @@ def _print_dry_run(grid: Grid, missing: list[Cell], results: Path, executor: Exe
     from suite.launch.checks.data import refuse_unusable_data
     from suite.launch.status import grid_status, status_json, table
 
+    unfit = {cell.run_name: reason for cell in missing if (reason := executor.unfit(cell))}
     if executor.is_queue:
-        scripts = [str(path) for path in executor.dry_run(missing)]
+        scripts = [str(path) for path in executor.dry_run([cell for cell in missing if cell.run_name not in unfit])]
         if as_json:
             print_json({"grid": grid.name, "scripts": scripts})
         else:
-            print("\n".join(scripts) or f"{grid.name}: every cell is done")
+            print("\n".join(scripts) or f"{grid.name}: {'no cell fits' if unfit else 'every cell is done'}")
             if scripts:
                 print(f"{grid.name}: {len(scripts)} scripts written, nothing submitted", file=sys.stderr)
-        return
-    refuse_unusable_data(missing)
-    statuses = grid_status(results, grid)
-    if as_json:
-        document = status_json(grid, statuses)
-        for entry, cell in zip(document["cells"], grid.cells, strict=True):
-            entry["config"] = cell.model_dump(mode="json")
-        print_json(document)
     else:
-        print_table(table(grid, statuses))
-    unfit = [f"would fail: {cell.run_name}: {reason}" for cell in missing if (reason := executor.unfit(cell))]
-    for line in unfit:
-        print(line, file=sys.stderr)
+        refuse_unusable_data(missing)
+        statuses = grid_status(results, grid)
+        if as_json:
+            document = status_json(grid, statuses)
+            for entry, cell in zip(document["cells"], grid.cells, strict=True):
+                entry["config"] = cell.model_dump(mode="json")
+            print_json(document)
+        else:
+            print_table(table(grid, statuses))
+    for name, reason in unfit.items():
+        print(f"would fail: {name}: {reason}", file=sys.stderr)
     if unfit:
         raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""The memory that a single process needs to train a cell, which decides whether it can run on this machine."""
+"""The memory that a process needs to train a cell, which decides whether it can run on this machine."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ TRACED_ROWS = 256
 """Micro-batches of more rows are extrapolated from smaller ones, since parts that work in chunks take long to trace."""
 
 
-def training_bytes(cell: Cell, vocabulary: int, parts: PartCache) -> float:
-    """Predict the peak memory of a cell that one process trains.
+def training_bytes(
+    cell: Cell, vocabulary: int, parts: PartCache, processes: int = 1, memory_parallel: int = 1
+) -> float:
+    """Predict the peak memory of a process that trains a cell, alone or with others.
 
     Args:
         cell: The cell.
         vocabulary: Entries of its vocabulary.
         parts: Parts of models traced earlier; new ones are added.
+        processes: Processes that train the cell together.
+        memory_parallel: How many of them share the columns of each table.
 
     Returns:
         Bytes, without those of the process itself.
@@ -27,9 +31,10 @@ def training_bytes(cell: Cell, vocabulary: int, parts: PartCache) -> float:
     tracer = StepTracer(meta_model(cell.model, vocabulary), cell.data.seq_len, cell.train.precision, cache=parts)
 
     def peak(rows: int) -> float:
-        return tracer.parts(rows).step(1, 1, cell.train.accumulate, table_state(cell.train)).peak
+        step = tracer.parts(rows).step(processes, memory_parallel, cell.train.accumulate, table_state(cell.train))
+        return step.peak
 
-    rows = cell.train.batch_rows // cell.train.accumulate
+    rows = max(1, cell.train.batch_rows // cell.train.accumulate // processes)
     if rows <= TRACED_ROWS:
         return peak(rows)
     largest = peak(TRACED_ROWS)

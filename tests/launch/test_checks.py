@@ -12,13 +12,14 @@ from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.checks import memory
 from suite.launch.checks.data import refuse_unusable_data
-from suite.launch.checks.memory import MemoryCheck, host_limit
+from suite.launch.checks.memory import Launch, MemoryCheck, host_limit
 from suite.launch.checks.settings import refuse_unfit_settings
 from suite.launch.local import LocalExecutor
 from suite.launch.scorer import Scorer
 from suite.launch.sweep import Sweep
 from suite.plan import one_process
 from suite.records import run_dir
+from suite.train.parallel import Parallel
 
 
 def grid_of(*cells: Cell, folder: Path) -> Grid:
@@ -53,6 +54,21 @@ def test_large_batches_are_extrapolated_from_small_ones(monkeypatch: pytest.Monk
     extrapolated = one_process.training_bytes(cell, 500, {})
     monkeypatch.setattr(one_process, "TRACED_ROWS", 384)
     assert extrapolated == pytest.approx(one_process.training_bytes(cell, 500, {}), rel=0.02)
+
+
+def test_processes_that_share_a_memory_divide_the_cell() -> None:
+    cell = tiny_cell("memory_plus", batch_rows=64)
+    tables = cell.model_copy(update={"model": cell.model.model_copy(update={"half_keys": 512})})
+    together = Launch(2, Parallel(memory_parallel=2))
+
+    def needed(cell: Cell, shared_by: Launch) -> float:
+        bytes_ = MemoryCheck(1e12, "this machine", shared_by=shared_by).needed(cell)
+        assert bytes_ is not None
+        return bytes_ - shared_by.processes * one_process.PROCESS_BYTES
+
+    alone = needed(tables, Launch())
+    assert needed(tables, together) == pytest.approx(alone, rel=0.15), "each process has half of the rows and tables"
+    assert needed(tables, Launch(2)) > 1.4 * alone, "each process has whole tables"
 
 
 @pytest.mark.parametrize("lines", ["0::/job/step\n", "1:cpu:/\n4:memory,hugetlb:/job/step\n"])

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import load_grid
+from suite.launch.scorer import Scorer
+from suite.launch.slurm.executor import SlurmExecutor
 from suite.launch.slurm.profile import Profile, load_profile
 from suite.launch.slurm.resources import Shape, scoring_shape, shapes
 from suite.launch.slurm.submit import Entry, batches, environment, shares
@@ -105,6 +107,18 @@ def test_a_job_gets_a_share_of_a_nodes_memory_in_proportion_to_its_gpus(tmp_path
     assert [(one.nodes, one.gpus, one.mem_gb) for one in training] == [(1, 4, 400.0), (8, 8, 800.0)]
     assert scoring_shape(profile, dense, training[0], tmp_path).mem_gb == 100.0
     assert [one.mem_gb for one in shapes(grid, [dense], Profile(mem_gb=8), tmp_path)] == [8]
+
+
+def test_a_cell_that_needs_more_than_the_memory_of_its_job_is_not_submitted(tmp_path: Path) -> None:
+    grid = load_grid("smoke")
+    dense, *_ = grid.cells
+    small, large, default = (
+        SlurmExecutor(grid, tmp_path, Profile(mem_gb=mem_gb), Scorer()) for mem_gb in (0.1, 8, None)
+    )
+    assert "a job of the profile (mem_gb) has 0.1 GB" in str(small.unfit(dense))
+    assert large.unfit(dense) is None
+    assert default.unfit(dense) is None
+    assert SlurmExecutor(grid, tmp_path, Profile(mem_gb=0.1, gpus_per_node=1), Scorer()).unfit(dense) is None
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=8), st.integers(8, 100))

@@ -36,10 +36,12 @@ class MemoryCheck:
         limit: Bytes that a process may use; infinite if that is not known.
         device: Whose memory it is, for messages.
         gpus: GPUs with that memory which a cell may be divided over.
+        shared_by: The processes of a cell that share the memory.
     """
 
-    def __init__(self, limit: float, device: str, gpus: int = 1) -> None:
+    def __init__(self, limit: float, device: str, gpus: int = 1, shared_by: Launch | None = None) -> None:
         self.limit, self.device, self.gpus = limit, device, gpus
+        self.shared_by = shared_by or Launch()
         self._parts: PartCache = {}
         self._needed: dict[tuple[str, ...], float | None] = {}
         self._meshes: dict[tuple[str, ...], Mesh | DoesNotFit] = {}
@@ -55,7 +57,7 @@ class MemoryCheck:
         return cls(host_limit(), "this machine")
 
     def needed(self, cell: Cell) -> float | None:
-        """Return the predicted bytes of a cell in one process; None if they cannot be predicted."""
+        """Return the predicted bytes of the processes that share the memory; None if they cannot be predicted."""
         key = _key(cell)
         if key not in self._needed:
             self._needed[key] = self._predict(cell)
@@ -68,7 +70,9 @@ class MemoryCheck:
 
     def _predict(self, cell: Cell) -> float | None:
         try:
-            return PROCESS_BYTES + training_bytes(cell, cell.data.vocabulary(), self._parts)
+            processes, members = self.shared_by.processes, self.shared_by.parallel.memory_parallel
+            each = training_bytes(cell, cell.data.vocabulary(), self._parts, processes, members)
+            return processes * (PROCESS_BYTES + each)
         except (UserError, ValueError):
             return None  # its data or its options are unusable, which is reported where they are read
         except (RuntimeError, TypeError) as error:

@@ -21,6 +21,7 @@ from suite.launch.scorer import Scorer, is_finished
 from suite.launch.slurm import queue
 from suite.launch.slurm.profile import Profile, load_profile
 from suite.launch.slurm.queue import ENDED, WORDS, Job
+from suite.launch.slurm.resources import memory_check
 from suite.launch.slurm.submit import Submission, Submitter, jobs_folder
 from suite.launch.status import CellStatus
 from suite.records import GRIDS, RunDir, run_dir
@@ -46,6 +47,7 @@ class SlurmExecutor:
         self.grid, self.results, self.profile, self.scorer = grid, results, profile, scorer
         self.with_report, self._event = with_report, event
         self.poll_s = profile.refresh_s
+        self._memory = memory_check(profile)
         self._queue: dict[str, Job] = {}
         self._jobs: dict[str, list[str]] = {}
         self._submitted: dict[str, float] = {}
@@ -83,8 +85,11 @@ class SlurmExecutor:
         return set(self._jobs)
 
     def unfit(self, cell: Cell) -> str | None:
-        """Return None: Slurm decides whether nodes with the requested resources exist."""
-        return None
+        """Return why a cell does not fit in the memory that its job requests; None if it does.
+
+        Where no amount is requested, Slurm decides. Meshes of GPUs are chosen so that cells fit (resources.py).
+        """
+        return None if self._memory is None else self._memory.problem(cell)
 
     def room(self) -> int:
         """Return no limit for the first call of `submit`, whose arrays observe max_jobs; later, the free part of it."""

@@ -12,6 +12,7 @@ from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.identity import Frozen
+from suite.launch.checks.memory import Launch, MemoryCheck
 from suite.launch.slurm.profile import Profile
 from suite.models.accounting import account_of, meta_model
 from suite.plan import plan as planning
@@ -55,6 +56,14 @@ def shapes(grid: Grid, cells: Sequence[Cell], profile: Profile, cache: Path) -> 
     assumptions = planning.Assumptions(replace(gpu_named(profile.gpu), per_node=per_node))
     plans = planning.plan(replace(grid, cells=tuple(cells)), assumptions, cache)
     return [_planned(profile, plan) for plan in plans]
+
+
+def memory_check(profile: Profile) -> MemoryCheck | None:
+    """Return the check of cells that are trained on CPUs in the memory that the profile requests, if it does."""
+    if profile.gpus_per_node or profile.mem_gb is None:
+        return None
+    shared_by = Launch(profile.processes, _parallel(profile, 1))
+    return MemoryCheck(profile.mem_gb * 2**30, "a job of the profile (mem_gb)", shared_by=shared_by)
 
 
 def scoring_shape(profile: Profile, cell: Cell, training: Shape, cache: Path) -> Shape:
