@@ -22,7 +22,7 @@ from suite.models.memory_table import MemoryTable
 from suite.models.transformer import Transformer
 from suite.train.finetuning.rows import RowChoice, expert_stacks
 from suite.train.muon import NamedMuon
-from suite.train.table_optimizers import ExpertStack, RowSGD, Table, row_adamw, row_sgd
+from suite.train.tables.optimizers import ExpertStack, RowSGD, Table, row_adamw, row_sgd
 
 OptimizerName = Literal["adamw", "muon", "row_adamw", "row_sgd"]
 

@@ -1,0 +1,1 @@
+"""Value tables in training: row-wise optimizers, and rows in host memory."""
