@@ -58,6 +58,12 @@ class TrainConfig(Frozen):
         json_schema_extra={"identity_name": "optimizer"},
         description="optimizer of value tables: AdamW or SGD on the rows read; dense: AdamW on all rows",
     )
+    table_device: Literal["model", "host"] = Field(
+        default="model",
+        json_schema_extra=NOT_IDENTITY,
+        description="memory that holds value tables and their moments in training: that of the model's device, or the "
+        "host's, from which the rows of each read are copied",
+    )
     value_precision: Literal["fp32", "bf16", "bf16_master", "bf16_stochastic"] = Field(
         default="fp32",
         description="storage of value tables: fp32, or bf16 rounded to nearest, with an fp32 master copy, or "
@@ -186,6 +192,8 @@ class TrainConfig(Frozen):
                 value, default = getattr(self, name), type(self).model_fields[name].default
                 if value != default:
                     problems.append((name, value, f"{default} with table_optimizer {self.table_optimizer}"))
+        if self.table_device == "host" and self.table_optimizer == "dense":
+            problems.append(("table_device", "host", "model with table_optimizer dense, which reads all rows"))
         if self.table_optimizer == "sgd" and self.value_lr is None:
             problems.append(("value_lr", None, "a learning rate for table_optimizer sgd, which has no default"))
         limit = self.value_replay_limit

@@ -1,13 +1,14 @@
 """The value rows of a memory, and the base class of layers that read them.
 
-Shapes: B rows of T tokens, N tokens in all, S rows read per token (heads x top_k), R rows, D row width.
+Shapes: B rows of T tokens, N tokens in all, S rows read per token (heads x top_k), R rows, D row width, X rows of the
+matrix that is read (R, or the distinct rows of the read).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +39,24 @@ class StoredRows(Protocol):
         ...
 
 
+class Readable(NamedTuple):
+    """A matrix, the numbers in it of the rows of a read, and where their gradients go (None: autograd)."""
+
+    rows_XD: Tensor
+    numbers_NS: Tensor
+    gradients: RowGradients | None
+
+
+class HostRows(Protocol):
+    """Copies the rows of each read to the device, in training with the weight in host memory (suite/train/tables)."""
+
+    before_copy: list[Callable[[Tensor], None]]
+
+    def copied(self, indices_NS: Tensor) -> Readable:
+        """Return a copy of the distinct rows of a read, on the device of `indices_NS`."""
+        ...
+
+
 class MemoryTable(nn.Module):
     """`rows` trainable rows of width `dim`, read as weighted sums.
 
@@ -46,8 +65,8 @@ class MemoryTable(nn.Module):
     gradients are about to be summed over replicas; this process need not have read them. If `gradients` is set,
     backward passes write compact row gradients to it and leave `weight.grad` None; otherwise the gradient is dense.
     Initial values are normal with standard deviation `std`; None: dim^-1/2 (released code). `set_control` makes it a
-    control (lookup/controls.py). While `is_off`, every row reads as zeros. If `stored` is set, rows come from there and
-    `weight` has a shape and a dtype but no values.
+    control (lookup/controls.py). While `is_off`, every row reads as zeros. If `host` is set, `weight` is in host memory, and reads
+    use copies of its rows. If `stored` is set, rows come from there and `weight` has a shape and a dtype but no values.
     """
 
     order_R: Tensor
@@ -61,6 +80,7 @@ class MemoryTable(nn.Module):
         self.gradients: RowGradients | None = None
         self.control: str | None = None
         self.is_off = False
+        self.host: HostRows | None = None
         self.stored: StoredRows | None = None
 
     def set_control(self, control: str) -> None:
@@ -106,9 +126,10 @@ class MemoryTable(nn.Module):
         weights_NS = weights_NS.to(self.wide)
         if self.stored is not None:
             return self.stored.sums(indices_NS, weights_NS)
-        if self.gradients is not None:
-            return embedding_bag(self.weight, indices_NS, weights_NS, self.gradients).to(self.wide)
-        return F.embedding_bag(indices_NS, self.weight.to(self.wide), per_sample_weights=weights_NS, mode="sum")
+        rows_XD, numbers_NS, gradients = self._readable(indices_NS)
+        if gradients is not None:
+            return embedding_bag(rows_XD, numbers_NS, weights_NS, gradients).to(self.wide)
+        return F.embedding_bag(numbers_NS, rows_XD.to(self.wide), per_sample_weights=weights_NS, mode="sum")
 
     def concatenated(self, indices_BTS: Tensor) -> Tensor:
         """Return the rows of each token side by side, [B, T, S * D], in dtype `wide`: a bag of one row is a row."""
@@ -126,9 +147,16 @@ class MemoryTable(nn.Module):
         x_ND = x_ND.to(self.wide)
         if self.stored is not None:
             return self.stored.products(indices_NS, x_ND)
-        if self.gradients is not None:
-            return embedding_dot(self.weight, indices_NS, x_ND, self.gradients)
-        return row_products(indices_NS, self.weight.to(self.wide), x_ND)
+        rows_XD, numbers_NS, gradients = self._readable(indices_NS)
+        if gradients is not None:
+            return embedding_dot(rows_XD, numbers_NS, x_ND, gradients)
+        return row_products(numbers_NS, rows_XD.to(self.wide), x_ND)
+
+    def _readable(self, indices_NS: Tensor) -> Readable:
+        """Return the matrix that a read uses: all rows, or a copy of those that it needs."""
+        if self.host is not None:
+            return self.host.copied(indices_NS)
+        return Readable(self.weight, indices_NS, self.gradients)
 
     def initial_values(self, name: str, shape: torch.Size) -> Distribution:
         """Return the distribution of the rows' initial values; see `initial_weights.initialise`."""
@@ -169,6 +197,18 @@ class MemoryLayer(nn.Module):
         from the hidden state. `ids_BTW` are those that the module requests with its `window`.
         """
         return None
+
+
+def copied_rows(rows_RD: Tensor, rows_U: Tensor, device: torch.device) -> Tensor:
+    """Return a copy of some rows in host memory on a device; to a GPU they travel from pinned memory.
+
+    Args:
+        rows_RD: All rows, in host memory.
+        rows_U: Numbers of rows, int64, in host memory.
+        device: The device.
+    """
+    gathered = rows_RD.index_select(0, rows_U)
+    return gathered.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else gathered
 
 
 def row_products(indices_NS: Tensor, rows_RD: Tensor, x_ND: Tensor) -> Tensor:

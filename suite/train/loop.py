@@ -35,6 +35,7 @@ from suite.train.optim import Optimizer
 from suite.train.parallel import World, recompute_blocks
 from suite.train.probe import Prober
 from suite.train.schedules import branch_steps, lr_factor, steps_of
+from suite.train.tables.host import move_all_but_tables
 from suite.train.telemetry import Telemetry
 
 FIRST_PROBE = 1 / 16
@@ -126,7 +127,11 @@ class Trainer:
             precision, ids = self.config.precision, self.corpus.canonical_ids
             model = build_sharded(*sizes, world, precision, ids, self._fresh())
         else:
-            model = models.build(*sizes, self.corpus.canonical_ids, self._fresh()).to(self.device)
+            model = models.build(*sizes, self.corpus.canonical_ids, self._fresh())
+            if self.config.table_device == "host":
+                move_all_but_tables(model, self.device)
+            else:
+                model.to(self.device)
         if world.parallel.checkpoint_activations:
             recompute_blocks(model)
         if not self.config.compile:
@@ -232,7 +237,7 @@ class Trainer:
         if taken.losses:
             return
         # All values at once, since each reading waits for the device.
-        norms_on_device = [torch.as_tensor(norm).double() for norm in taken.norms.values()]
+        norms_on_device = [torch.as_tensor(norm, device=self.device).double() for norm in taken.norms.values()]
         numbers = torch.stack([*taken.parts.values(), *norms_on_device]).tolist()
         parts, norms = numbers[: len(taken.parts)], numbers[len(taken.parts) :]
         taken.norms = dict(zip(taken.norms, norms, strict=True))

@@ -89,6 +89,11 @@ class World:
         if micro != cell.train.accumulate and cell.model.batch_statistics:
             allowed = f"{cell.train.accumulate} as in the cell, whose batch statistics depend on it"
             raise UserError(f"launch: parallel.accumulate: got {micro}, allowed: {allowed}")
+        if self.distributed and cell.train.table_device == "host":
+            raise UserError(
+                f"cell {cell.run_name}: train.table_device: got 'host', allowed: model where several processes train"
+                " together"
+            )
         if members > 1 and cell.train.value_second_moment == "row":
             allowed = "1 with train.value_second_moment row, which needs whole rows"
             raise UserError(f"launch: parallel.memory_parallel: got {members}, allowed: {allowed}")

@@ -26,6 +26,12 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 }
 """Cases, and the launches of their steps when each layer cast its own weights and read its own counts."""
 MAX_WAITS = 2
+IN_HOST_MEMORY = {
+    "pkm": ({"model": {"family": "pkm", **MEMORY}}, 1),
+    "peer": ({"model": {"family": "peer", **MEMORY}}, 2),
+    "memory_plus": ({"model": {"family": "memory_plus", **MEMORY}}, 3),
+}
+"""Cases that run with tables in host memory, too, and the reads of tables in a step."""
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +39,8 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if shutil.which("c++") is None and shutil.which("g++") is None:
         pytest.skip("no C++ compiler for the guard of the simulated device")
     helpers = Path(__file__).parents[1] / "helpers"
-    cases = json.dumps({name: case for name, (case, _) in CASES.items()})
+    host = {f"{name} host": case | {"train": {"table_device": "host"}} for name, (case, _) in IN_HOST_MEMORY.items()}
+    cases = json.dumps({name: case for name, (case, _) in CASES.items()} | host)
     command = [sys.executable, "-W", "ignore", "count_launches.py", str(tmp_path_factory.mktemp("waits")), cases]
     done = subprocess.run(command, cwd=helpers, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -50,3 +57,13 @@ def test_a_step_waits_at_most_twice_whatever_its_layers(name: str, counts: dict[
 @pytest.mark.parametrize("name", CASES)
 def test_a_step_launches_at_most_two_thirds_of_what_it_did(name: str, counts: dict[str, Any]) -> None:
     assert counts[name]["launches"] <= CASES[name][1] * 2 / 3
+
+
+@pytest.mark.parametrize("name", IN_HOST_MEMORY)
+def test_tables_in_host_memory_give_the_same_loss_and_wait_three_times_a_read(
+    name: str, counts: dict[str, Any]
+) -> None:
+    # The simulated device raises if an operation uses a table in host memory together with a tensor of its own.
+    host = counts[f"{name} host"]
+    assert host["loss"] == counts[name]["loss"]
+    assert sum(times for *_, times in host["waits"]) <= MAX_WAITS + 3 * IN_HOST_MEMORY[name][1], host["waits"]

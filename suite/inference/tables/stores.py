@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from suite.inference.tables.forms import Parts
+from suite.models.memory_table import copied_rows
 
 Source = Literal["device", "host", "file"]
 SOURCES: tuple[Source, ...] = get_args(Source)
@@ -98,11 +99,8 @@ class RowStore(nn.Module):
         self.traffic.add(self.source, len(rows_U) * self.row_bytes)
         if self.source == "device":
             return {name: part.index_select(0, rows_U) for name, part in self.parts.items()}
-        here_U, device = rows_U.cpu(), rows_U.device
-        gathered = {name: part.index_select(0, here_U) for name, part in self.parts.items()}
-        if device.type == "cuda":
-            return {name: part.pin_memory().to(device, non_blocking=True) for name, part in gathered.items()}
-        return gathered
+        here_U = rows_U.cpu()
+        return {name: copied_rows(part, here_U, rows_U.device) for name, part in self.parts.items()}
 
     def evict(self) -> None:
         """Drop the pages of a mapped file from memory, so that the next read is cold; otherwise do nothing."""

@@ -55,8 +55,9 @@ class ReadCounts:
             return
         tokens = len(self._real_N)
         assert indices_NS.numel() % tokens == 0, "reads are ordered by token"
-        read = indices_NS.reshape(tokens, -1)[self._real_N].flatten()
-        self.rows[name].index_add_(0, read, torch.ones_like(read))
+        counts_R = self.rows[name]
+        read = indices_NS.reshape(tokens, -1)[self._real_N].flatten().to(counts_R.device)
+        counts_R.index_add_(0, read, torch.ones_like(read))
 
 
 def _sources(model: Transformer) -> dict[str, tuple[list[Callable[[Tensor], None]], int, torch.device]]:

@@ -132,6 +132,7 @@ def row_adamw(table: Table, config: TrainConfig, weight_decay: float) -> RowAdam
         lazy=config.value_lazy,
         first_column=table.first_column,
     )
-    table.before_read.append(adamw.before_read)
+    host = table.host if isinstance(table, MemoryTable) else None
+    (table.before_read if host is None else host.before_copy).append(adamw.before_read)
     table.before_sharing.append(adamw.before_read)
     return adamw
