@@ -65,8 +65,9 @@ class MemoryTable(nn.Module):
     gradients are about to be summed over replicas; this process need not have read them. If `gradients` is set,
     backward passes write compact row gradients to it and leave `weight.grad` None; otherwise the gradient is dense.
     Initial values are normal with standard deviation `std`; None: dim^-1/2 (released code). `set_control` makes it a
-    control (lookup/controls.py). While `is_off`, every row reads as zeros. If `host` is set, `weight` is in host memory, and reads
-    use copies of its rows. If `stored` is set, rows come from there and `weight` has a shape and a dtype but no values.
+    control (lookup/controls.py). While `is_off`, every row reads as zeros. If `host` is set, `weight` is in host
+    memory, and reads use copies of its rows. If `stored` is set, rows come from there and `weight` has a shape and a
+    dtype but no values.
     """
 
     order_R: Tensor
