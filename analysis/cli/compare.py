@@ -30,7 +30,7 @@ def compare(
     seed: Annotated[int, typer.Option(help="seed of the resampling")] = 0,
     as_json: AsJson = False,
 ) -> int:
-    """Families of a table of runs against a reference: paired differences and compute multipliers."""
+    """Compare the families in a table of runs with a reference: paired differences and compute multipliers."""
     from analysis.comparisons import table_file
     from analysis.fits.columns import prepared
     from analysis.records.tables import read_table

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from analysis.cli.options import (
+    COLUMNS,
     REFERENCE,
     AsJson,
     Data,
@@ -42,38 +43,48 @@ EXAMPLE = (
 @expand_options
 def fit(
     options: FitOptions,
-    law: Annotated[str | None, typer.Option(help=f"a law file (.yaml), joint, {', '.join(LAWS)}")] = None,
+    law: Annotated[
+        str | None,
+        typer.Option(help=f"a law file (.yaml), joint (selects one of joint1 to joint4), or one of {', '.join(LAWS)}"),
+    ] = None,
     formula: Formula = None,
     parameters: Parameters = "",
     data: Data = None,
-    columns: Annotated[str | None, typer.Option(help="NAME=EXPRESSION,... as pandas.eval reads them")] = None,
-    minimize: Annotated[str, typer.Option(metavar="sum|mean", help="objective over points")] = "sum",
+    columns: Annotated[str | None, typer.Option(help=COLUMNS)] = None,
+    minimize: Annotated[str, typer.Option(metavar="sum|mean", help="the objective: sum or mean over points")] = "sum",
     predict: Annotated[
         str | None, typer.Option(metavar="CONDITION", help="predict rows that satisfy this, with relative errors")
     ] = None,
-    cluster: Annotated[str | None, typer.Option(metavar="EXPR", help="resample and hold out whole runs")] = None,
+    cluster: Annotated[
+        str | None, typer.Option(metavar="EXPR", help="what identifies a run: resample and hold out whole runs")
+    ] = None,
     strata: Annotated[str | None, typer.Option(metavar="EXPR", help="resample within these groups (cells)")] = None,
-    bootstrap: Annotated[int, typer.Option(metavar="DRAWS", help="intervals from this many refits")] = 0,
-    holdout: Annotated[float, typer.Option(metavar="SHARE", help="share of largest cells held out first")] = 0.1,
+    bootstrap: Annotated[
+        int, typer.Option(metavar="DRAWS", help="number of refits for intervals; 0: profile intervals")
+    ] = 0,
+    holdout: Annotated[
+        float, typer.Option(metavar="SHARE", help="share of the cells to hold out, largest first")
+    ] = 0.1,
     holdout_by: Annotated[
-        str | None, typer.Option(metavar="EXPR", help="what is large; a condition holds out just those rows")
+        str | None, typer.Option(metavar="EXPR", help="the size of a cell, or a condition on the rows to hold out")
     ] = None,
     fix: Fix = None,
     group: Annotated[
-        str | None, typer.Option(metavar="EXPR", help="isoflop: compute budget; one parabola each, then the frontier")
+        str | None,
+        typer.Option(metavar="EXPR", help="with --law isoflop: the compute budget of each run; adds the frontier"),
     ] = None,
     diagnostics: Annotated[
-        bool, typer.Option("--diagnostics", help="residuals, leverage and leave-one-out of each point")
+        bool, typer.Option("--diagnostics", help="add residual, leverage and leave-one-out fit of each point")
     ] = False,
     by: Annotated[str | None, typer.Option(metavar="EXPR", help="fit each group of rows; see --shared")] = None,
     shared: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="with --by: parameters that all groups share, and a test"),
+        typer.Option(metavar="NAME,...", help="with --by: parameters that all groups share; adds an F test"),
     ] = None,
     figure: Annotated[Path | None, typer.Option(metavar="DIR", help="draw the fit there: PNG, PDF, SVG")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="with --data: the table with columns predicted and fitted"),
+        typer.Option(metavar="FILE", help="with --data: write the table with columns predicted and fitted"),
     ] = None,
     results: Results = Path("results"),
     grid: Grid = None,
@@ -82,11 +93,11 @@ def fit(
     """Fit a law to any table of runs; without --law, fit the trends of a grid's outcomes."""
     if formula is not None:
         if law is not None:
-            raise InputError("--formula: not with --law")
+            raise InputError("--formula: not allowed together with --law")
         law = "formula"
     if law is None and data is None:
         if out is not None:
-            raise InputError("--out: only with --law, --data and --columns")
+            raise InputError("--out: allowed only with --law, --data and --columns")
         return _trends(results, grid, as_json)
     if law is None or data is None or columns is None:
         missing = "law" if law is None else "data" if data is None else "columns"

@@ -20,7 +20,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help=(
         "Scaling laws, comparisons, figures and reports, from run records or from any table of runs. "
-        "Exit codes: 0 done; 1 some runs of the grid failed and the rest is reported; 2 the input is wrong."
+        "Exit codes: 0, done; 1, some runs of the grid failed and the others are reported; 2, invalid input."
     ),
 )
 app.command(epilog=fit.EXAMPLE)(fit.fit)

@@ -17,14 +17,14 @@ def next_parameter(
     results: Results = Path("results"),
     grid: Grid = None,
     reference: Reference = None,
-    by: Annotated[str, typer.Option(metavar="params|held|bytes|macs|time|sparsity", help="what is spent")] = "params",
+    by: Annotated[str, typer.Option(metavar="params|held|bytes|macs|time|sparsity", help="the cost")] = "params",
     metric: Annotated[
         str | None, typer.Option(help="e50, or TASK/METRIC of a final score; default: that of the grid's contrast")
     ] = None,
     figure: Annotated[Path | None, typer.Option(metavar="DIR", help="draw the gains there: PNG, PDF, SVG")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """What each destination of the next parameter gains over the base, per doubling of its cost, and which wins."""
+    """Print the gain of each destination of the next parameter, per doubling of its cost, and which gains most."""
     from analysis.comparisons.next_parameter import AXES, metric_of, steps
     from analysis.records.grid_data import load
     from analysis.report.blocks import to_markdown

@@ -27,7 +27,9 @@ Reference = Annotated[
         help=f"family that the others are compared with; default: that of the grid's contrast, or {REFERENCE}",
     ),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON document on stdout, everything else on stderr")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="print one JSON document on stdout; everything else goes to stderr")
+]
 FigureFolder = Annotated[Path | None, typer.Option("--out", metavar="DIR", help="folder of the figures")]
 Data = Annotated[
     Path | None, typer.Option("--data", metavar="FILE", help="CSV, JSON, JSON lines or parquet table of runs")
@@ -35,13 +37,18 @@ Data = Annotated[
 TableFile = Annotated[
     Path, typer.Option("--data", metavar="FILE", help="CSV, JSON, JSON lines or parquet table of runs")
 ]
-Columns = Annotated[str, typer.Option(help="NAME=EXPRESSION,... as pandas.eval reads them")]
+COLUMNS = "inputs and outcome of the law: NAME=EXPRESSION,... in the syntax of pandas.eval"
+Columns = Annotated[str, typer.Option(help=COLUMNS)]
 LawName = Annotated[str | None, typer.Option("--law", help="a built-in law, or a law file (.yaml)")]
 Formula = Annotated[str | None, typer.Option(help="a law of your own, such as 'L = E + (A*N**-a + B*D**-b)**k'")]
 Parameters = Annotated[
-    str, typer.Option(help="of --formula: 'E >= 0, k free, 0 <= s <= 1, b = a, a ~ 0.1..1'; default: above 0")
+    str,
+    typer.Option(
+        help="with --formula: bounds and ties of its parameters, such as 'E >= 0, k free, 0 <= s <= 1, b = a, "
+        "a ~ 0.1..1'; default: all above 0"
+    ),
 ]
-Fix = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="hold a parameter fixed")]
+Fix = Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE", help="hold a parameter fixed; repeatable")]
 
 
 @dataclass(frozen=True)
@@ -66,10 +73,10 @@ class FitOptions:
 
 
 def expand_options(verb: Callable[..., int]) -> Callable[..., int]:
-    """Let a verb take a dataclass of options: each field becomes an option of the command, after the verb's own.
+    """Make each field of a verb's dataclass of options an option of the command, after the verb's own options.
 
-    Typer reads the options from a function's signature, so the returned function has one in which the dataclass
-    parameter is replaced by the fields of the dataclass.
+    Typer reads options from the signature of a function. In the signature of the returned function, the fields of the
+    dataclass replace the parameter that holds it.
     """
     parameters = inspect.signature(verb, eval_str=True).parameters
     (group,) = (parameter for parameter in parameters.values() if is_dataclass(parameter.annotation))

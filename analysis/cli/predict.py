@@ -50,7 +50,7 @@ def predict(
     law: LawName = None,
     formula: Formula = None,
     parameters: Parameters = "",
-    at: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE,...", help="a point; repeat it")] = None,
+    at: Annotated[list[str] | None, typer.Option(metavar="NAME=VALUE,...", help="a point; repeatable")] = None,
     points: Annotated[
         Path | None, typer.Option(metavar="FILE", help="a table of points with the law's inputs as columns")
     ] = None,
@@ -95,7 +95,7 @@ def optimum(
     fix: Fix = None,
     as_json: AsJson = False,
 ) -> int:
-    """Compute-optimal N and D of a budget with 95 % intervals, from a law or from isoFLOP profiles."""
+    """Find the compute-optimal N and D of a budget with 95 % intervals, from a law or from isoFLOP profiles."""
     from analysis.studies.optimum import flops_formula, text
     from analysis.studies.optimum import optimum as best
 
@@ -122,10 +122,10 @@ def select(
     options: FitOptions,
     data: TableFile,
     columns: Columns,
-    law: Annotated[list[str] | None, typer.Option(help="a built-in law or a law file; repeat it")] = None,
-    formula: Annotated[list[str] | None, typer.Option(help="a law of your own; repeat it")] = None,
+    law: Annotated[list[str] | None, typer.Option(help="a built-in law or a law file; repeatable")] = None,
+    formula: Annotated[list[str] | None, typer.Option(help="a law of your own; repeatable")] = None,
     parameters: Annotated[
-        list[str] | None, typer.Option(help="signs and bounds as of fit, one for each --formula, in their order")
+        list[str] | None, typer.Option(help="as for fit; one for each --formula, in the same order")
     ] = None,
     size: Annotated[str, typer.Option(metavar="EXPR", help="the size by which cells are held out")] = "",
     blocks: Annotated[int, typer.Option(help="number of blocks of sizes to predict in turn")] = 4,

@@ -28,7 +28,7 @@ def frame(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="write a .csv, .jsonl or .parquet file")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """The tidy frame: one row per run, step, task and metric; to a file, or to stdout as CSV or JSON."""
+    """Write the frame, one row per run, step, task and metric, to a file, or to stdout as CSV or JSON."""
     from analysis.records.frame import load
     from analysis.records.tables import csv_chunks, write_table
 
@@ -75,7 +75,7 @@ def report(
     out: FigureFolder = None,
     as_json: AsJson = False,
 ) -> int:
-    """Figures and report.md of a grid; exit code 1 if any of its runs failed or is damaged."""
+    """Draw the figures of a grid and write its report; exit code 1 if any of its runs failed or is damaged."""
     from analysis.report.build import write
 
     documents = []
@@ -107,7 +107,7 @@ def tuning(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="write a Markdown file")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """What a tuning grid chose for each family, whether the choice is interior, and every setting tried."""
+    """Print the best settings of each family in a tuning grid, whether they are interior, and all settings tried."""
     from analysis.comparisons.tuning import choices, markdown, table
     from analysis.records.grid_data import load
 
@@ -125,7 +125,7 @@ def tuning(
 
 
 def paper(results: Results = Path("results"), out: FigureFolder = None, as_json: AsJson = False) -> int:
-    """Figures and tables of "Memory Layers at Scale": the published numbers and matching runs."""
+    """Draw the figures and tables of "Memory Layers at Scale": published numbers and matching runs."""
     from analysis.paper.figures import draw
 
     folder = out or _figures(results) / "paper"
@@ -137,7 +137,7 @@ def paper(results: Results = Path("results"), out: FigureFolder = None, as_json:
 
 
 def kernels(results: Results = Path("results"), out: FigureFolder = None, as_json: AsJson = False) -> int:
-    """Rooflines of the kernels, from the measurements in RESULTS/bench."""
+    """Draw the rooflines of the kernels from the measurements in DIR/bench."""
     from analysis.figures.roofline import draw
 
     drawn, missing = draw(results / "bench", out or _figures(results) / "bench")

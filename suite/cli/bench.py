@@ -143,14 +143,14 @@ def evaluate(
 
 @app.command()
 def records(
-    runs: Annotated[int, typer.Option(min=1, help="finished runs to read, at least")] = 10_000,
+    runs: Annotated[int, typer.Option(min=1, help="minimum number of finished runs")] = 10_000,
     folder: Annotated[
-        Path | None, typer.Option("--folder", metavar="DIR", help="make the runs here, or use them, and keep them")
+        Path | None, typer.Option("--folder", metavar="DIR", help="folder of the runs, which are retained for reuse")
     ] = None,
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """CPU time and peak memory of status, dry run, frame and report on a folder of many synthetic finished runs.
+    """Measure CPU time and peak memory of status, dry run, frame and report on many synthetic finished runs.
 
     Example: suite bench records --runs 10000
     """

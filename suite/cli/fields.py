@@ -1,6 +1,6 @@
 """Every field that a cell may set, read from the schema: type, default, meaning, and whether it identifies a run.
 
-The fields of `model` depend on the family and those of `data` on the kind, so one path may stand in several rows.
+The fields of `model` depend on the family and those of `data` on the kind, so one path may occur in several rows.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class CellField:
     """One field of a cell.
 
     `field` is the dotted path that a grid writes; `[]` marks the elements of a list, `*` a name that the grid chooses.
-    `default` is None, too, where the field is required. `applies_to` names the families or data kinds that have the
-    field; it is empty where all cells have it. `identity`: whether the field is part of the hash that identifies a run.
+    `default` is also None if the field is required. `applies_to` names the families or data kinds that have the field;
+    it is empty if all cells have it. `identity` is whether the field is part of the hash that identifies a run.
     """
 
     field: str
@@ -124,7 +124,7 @@ def _parts(info: FieldInfo) -> list[tuple[str, type[BaseModel]]]:
 
 
 def _merged(fields: Iterator[CellField]) -> list[CellField]:
-    """Join rows that differ only in `applies_to`, and leave it out where every family or kind has the field."""
+    """Join rows that differ only in `applies_to`, which becomes empty if every family or kind has the field."""
     groups: dict[str, list[CellField]] = {}
     for field in fields:
         key = json.dumps(asdict(field) | {"applies_to": None})

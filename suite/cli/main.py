@@ -88,7 +88,7 @@ def plan(
             help="a100, h100, h200, a .yaml file (docs/planning.md), or cpu: this machine, from its finished runs",
         ),
     ] = "h100",
-    nodes: Annotated[int | None, typer.Option(min=1, help="limit of nodes of 8 GPUs; default: none")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="maximum nodes of 8 GPUs; default: no limit")] = None,
     utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="assumed share of the GPU's peak FLOP/s")] = 0.4,
     price: Annotated[float | None, typer.Option(min=0, help="dollars per GPU-hour; default: an assumed price")] = None,
     dry_run_mesh: Annotated[
@@ -174,7 +174,8 @@ def export_run(
 ) -> None:
     """Write a run's newest weights in the format of transformers: safetensors, config and tokenizer.
 
-    A dense model loads as LlamaForCausalLM; the others bring their modelling files (trust_remote_code=True).
+    A dense model loads as LlamaForCausalLM. Exports of other families include their modelling files
+    (trust_remote_code=True).
 
     Example: suite export dense-w32-s0-0a1b2c3d --to exported
     """
@@ -202,7 +203,7 @@ def import_run(
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Make a run of a Llama-style checkpoint in the format of transformers.
+    """Make a run from a Llama-style checkpoint in the format of transformers.
 
     The run is marked as not trained here. It can be evaluated, exported, and named by train.init_from.
 

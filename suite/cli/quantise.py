@@ -39,8 +39,8 @@ def quantise(
 ) -> None:
     """Make a run with quantised tables from a trained run, and score it: bytes, loss, and every task of the run.
 
-    Nothing is trained. The new run is next to the old one. Differences are those from the old run on the same
-    documents, with paired standard errors.
+    Nothing is trained. The new run is in the same folder as the trained one. Scores are compared with those of the
+    trained run on the same documents, with paired standard errors.
 
     Example: suite quantise pkm-w32-k128-s0-0a1b2c3d --to int8
     """
@@ -58,7 +58,7 @@ def quantise(
     if cell.source is not None:
         raise UserError(f"RUN: got {source.name}, which is quantised, allowed: its source {cell.source.run_name}")
     if not source.state().get("trained"):
-        raise UserError(f"{source.path}: is not trained to its end; suite train brings it there")
+        raise UserError(f"{source.path}: is not trained to its end; continue it with suite train")
     quantised = cell.model_copy(update={"quantised": to})
     made = _make(source.path.parent.parent, quantised, make_scoring(data_root, run_code))
     document = quantising.summary(made, made.read_cell())

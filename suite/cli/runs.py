@@ -35,11 +35,11 @@ def runs(context: typer.Context, results: Results = Path("results"), as_json: As
         return
     from suite.housekeeping import list_runs
 
-    found = list_runs(results)
+    listed = list_runs(results)
     if as_json:
-        print_json({"results": str(results), "runs": [asdict(run) for run in found]})
+        print_json({"results": str(results), "runs": [asdict(run) for run in listed]})
     else:
-        print_table(_table(found))
+        print_table(_table(listed))
 
 
 @app.command()
@@ -85,15 +85,15 @@ def _print_freed(freed: dict[str, int], done: str, as_json: bool) -> None:
         print("\n".join(f"{done}: {run}, {size / 1e6:,.1f} MB" for run, size in freed.items()))
 
 
-def _table(found: list[RunSize]) -> Table:
+def _table(listed: list[RunSize]) -> Table:
     from rich.table import Table
 
-    total = sum(run.size for run in found)
-    table = Table(title=f"{len(found)} runs, {total / 1e9:,.2f} GB", title_justify="left")
+    total = sum(run.size for run in listed)
+    table = Table(title=f"{len(listed)} runs, {total / 1e9:,.2f} GB", title_justify="left")
     for name in ("run", "state", "MB", "checkpoints", "MB of these", "changed", "grids"):
         table.add_column(name, justify="right" if "MB" in name or name == "checkpoints" else "left")
-    for run in found:
+    for run in listed:
         changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
-        sizes = f"{run.size / 1e6:,.1f}", str(run.checkpoints), f"{run.checkpoint_bytes / 1e6:,.1f}"
-        table.add_row(run.run, run.state, *sizes, changed, ", ".join(run.grids) or "none")
+        listed = f"{run.size / 1e6:,.1f}", str(run.checkpoints), f"{run.checkpoint_bytes / 1e6:,.1f}"
+        table.add_row(run.run, run.state, *listed, changed, ", ".join(run.grids) or "none")
     return table

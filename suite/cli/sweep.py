@@ -74,7 +74,7 @@ def sweep(
     """Train and evaluate the cells of a grid that are not done, then fit and draw.
 
     Cells that are done are skipped, and interrupted cells resume from their last checkpoint: after Ctrl-C or a crash,
-    give the same command again.
+    repeat the same command.
 
     With --executor slurm the cells become jobs on a cluster (docs/cluster.md); --dry-run then writes their scripts.
 

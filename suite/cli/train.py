@@ -103,7 +103,7 @@ def _make_ready_together(grid: Grid, results: Path, scorer: Scorer, world: World
 
 
 def _report(grid: Grid, results: Path, outcome: Outcome, as_json: bool | None) -> None:
-    """Print the status of the cell, or only exit with its code where another process prints it (`as_json` is None)."""
+    """Print the status of the cell; if `as_json` is None, another process prints it and this one only exits."""
     if as_json is not None:
         print_one(grid, results, as_json)
     elif outcome != "done":

@@ -37,7 +37,7 @@ def score_runs(
     requested = [*runs]
     trained = [(run, added) for run, added in requested if run.state().get("trained")]
     if not trained:
-        raise UserError(f"{requested[0][0].path}: is not trained to its end; suite train brings it there")
+        raise UserError(f"{requested[0][0].path}: is not trained to its end; continue it with suite train")
     for run, added in trained:
         refuse_unfit(run, run.read_cell().with_evaluations(added), scorer)
     for number, (run, added) in enumerate(trained, start=1):

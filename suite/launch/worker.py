@@ -226,9 +226,7 @@ def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) 
     try:
         with run.lock():
             if not run.state().get("trained"):
-                raise UserError(
-                    f"{run.path}: is not trained to its end; bring it there with suite sweep or suite train"
-                )
+                raise UserError(f"{run.path}: is not trained to its end; continue it with suite sweep or suite train")
             recorded = run.read_cell()
             cell = recorded.with_evaluations(added)
             score_missing(run, cell, corpus_of(run, cell), scorer)

@@ -84,7 +84,7 @@ def find_parent(run: RunDir, cell: Cell) -> RunDir:
         parent = RunDir(folder)
         if parent.damage() is None and parent.cell_path.exists() and parent.read_cell().hash8 == wanted:
             if not parent.state().get("trained"):
-                raise UserError(f"{where}: {parent.path} is not trained to its end; suite train brings it there")
+                raise UserError(f"{where}: {parent.path} is not trained to its end; continue it with suite train")
             return parent
     if folders:
         raise UserError(f"{where}: {folders[0]} is damaged or not the run {wanted}; restore that run")
