@@ -106,7 +106,7 @@ def prune_checkpoints(run: RunDir, retain: int = 1) -> int:
     """
     if not run.state().get("trained"):
         raise UserError(
-            f"{run.path}: is not trained to its end and may resume from its checkpoints; finish it with suite train first"
+            f"{run.path}: is not trained to its end and may resume from its checkpoints; finish it with suite train"
         )
     try:
         with run.lock():

@@ -1,4 +1,4 @@
-"""Scores of runs on shared questions: the interval of a mean difference when both were drawn from many."""
+"""Scores of runs on shared questions: the interval of a mean difference with runs and questions as random effects."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from analysis.errors import InputError
 
 
 def crossed_difference(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float, float]:
-    """Return the mean difference of two (runs, questions) arrays of scores with its 95 % interval, runs and questions
-    crossed.
+    """Return the mean difference of two (runs, questions) arrays of scores, and the ends of its 95 % interval.
 
-    Questions are shared; runs are paired by row (one seed each). Two-way random effects: the mean's variance is
-    (MS_runs + MS_questions - MS_rest) / (runs questions), with Satterthwaite's degrees of freedom (Satterthwaite 1946,
-    Biometrics Bulletin 2(6)), so that neither noise is mistaken for the other and few runs cost what they must; never
-    less than either noise alone.
+    Questions are shared, and runs are paired by row (one seed each). Two-way random effects: the variance of the mean
+    is (MS_runs + MS_questions - MS_rest) / (runs questions), and at least that of either effect alone, with
+    Satterthwaite's degrees of freedom (Satterthwaite 1946, Biometrics Bulletin 2(6)).
 
     Raises:
         InputError: Arrays of different shapes, or fewer than two runs or questions.

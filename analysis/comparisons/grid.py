@@ -30,7 +30,7 @@ class Comparisons:
 
     @cached_property
     def multipliers(self) -> tuple[list[Named], list[str]]:
-        """Along the reference's runs, and the reasons for those that are missing."""
+        """The multipliers along the reference's runs, and the reasons for missing ones."""
         return multipliers_along_reference(self.data)
 
     @cached_property

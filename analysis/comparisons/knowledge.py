@@ -1,9 +1,10 @@
 """Learning against forgetting: the settings of each method, its hull, and forgetting at equal learning.
 
-A method is a family and what of it moves; its settings are rates, ranks and numbers of rows. Learning is the share of
-the bits that the model lacked about the new facts and gained: 0 before the first fact, 1 if it is sure of all.
-Forgetting is the share of the known bits that is lost (for text: held-out bits per byte added). The hull of a method at
-one seed is the lower convex hull of its settings and of doing nothing, (0, 0). Methods are compared at LEVEL, by seed.
+A method is a family and a kind of `train.trainable`; its settings are rates, ranks and numbers of rows. Learning is the
+share of the missing bits about the new facts that the model gained: 0 before the first fact, 1 if it is certain of all.
+Forgetting is the share of the known bits that was lost (for text: the increase of held-out bits per byte). The hull of
+a method at one seed is the lower convex hull of its settings and of the untrained parent, (0, 0). Methods are compared
+at the learning LEVEL, by seed.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class Learning:
         return list(dict.fromkeys(self.final["method"]))
 
     def forgetting(self, part: pd.DataFrame) -> pd.Series:
-        """Return what the settings in `part` forget at LEVEL, by seed; NaN where none learns so much."""
+        """Return the forgetting of the settings in `part` at LEVEL, by seed; NaN if no setting learns that much."""
         seeds = {int(str(seed)): forgetting_at(hull_of(group), LEVEL) for seed, group in part.groupby("seed")}
         return pd.Series(seeds, dtype=float)
 
@@ -77,7 +78,7 @@ class Compared:
         difference: Treatment less reference.
         pairs: Seeds that both sides have.
         short: Seeds at which the treatment learns less than the level.
-        short_reference: Seeds at which the reference does.
+        short_reference: Seeds at which the reference learns less than the level.
     """
 
     difference: Difference
@@ -124,7 +125,7 @@ def hull(points: np.ndarray) -> np.ndarray:
     """Return the vertices (n, 2) of the lower convex hull of points and of (0, 0), up to the most learned.
 
     Args:
-        points: What is learned and forgotten, (settings, 2); settings that learn nothing are left out.
+        points: Learning and forgetting of each setting, (settings, 2); settings that learn nothing are omitted.
     """
     vertices: list[tuple[float, float]] = []
     for x, y in sorted({(0.0, 0.0), *((float(x), float(y)) for x, y in points if x > 0)}):

@@ -1,14 +1,14 @@
-"""The compute multiplier: training compute of the reference for what a family reaches, over the family's own.
+"""The compute multiplier: training compute with which the reference reaches a family's outcome, over the family's own.
 
 A power law with offset is fitted to runs of the reference, loss (or error, 1 - accuracy) against training FLOPs, and
-solved at the outcome of each cell of the family. Loss is a function of compute along one curve only: the reference's
-envelope, that is, cells without another one that reaches as low a loss with as little compute. Cells off the envelope
-(too large or too small a model for their budget) do not enter the fit, and the family's cell that shares such a cell's
-size and budget has no multiplier: the difference between the two is the paired one.
+solved for the compute at the outcome of each cell of the family. The curve is the envelope of the reference: the cells
+that no other cell dominates by reaching as low a loss with as little compute. Cells off the envelope, whose model is
+too large or too small for their budget, do not enter the fit. A cell of the family with the size and budget of such a
+cell has no multiplier; the paired difference compares the two.
 
-The run is the unit: whole runs are resampled within cells, on both sides, and everything is fitted again. An outcome
-better or worse than that of every run of the curve is answered by extrapolation and marked so. A curve that misses its
-own cells by more than the family's distance from it cannot separate the two, and the multiplier is refused.
+The unit is the run: whole runs are resampled within cells, on both sides, and everything is fitted again. An outcome
+outside those of the curve's runs is extrapolated and marked as such. If the curve misses its own cells by more than the
+family's distance from it, it cannot separate the two, and the multiplier is refused.
 """
 
 from __future__ import annotations
@@ -38,10 +38,12 @@ EXACT = 1e-4
 class Multiplier:
     """One cell of a family.
 
-    flops, outcome: its mean compute and outcome. value: FLOPs of the reference for the same outcome over its own, with
-    a 95 % interval; infinite where the outcome is beyond the law's offset, NaN where it is refused for `reason`. low
-    and high are NaN where no cell repeats. misfit: root mean square distance of the reference's cells from the curve,
-    in units of the outcome.
+    Attributes:
+        flops, outcome: Mean compute and outcome of the cell.
+        value: FLOPs of the reference for the same outcome over those of the cell; infinite if the outcome is beyond the
+            law's offset, NaN if it is refused for `reason`.
+        low, high: The 95 % interval; NaN if no cell has several runs.
+        misfit: Root mean square distance of the reference's cells from the curve, in units of the outcome.
     """
 
     cell: str
@@ -109,8 +111,7 @@ def multipliers(reference: pd.DataFrame, family: pd.DataFrame, draws: int = 1000
 
 
 def envelope(runs: pd.DataFrame) -> np.ndarray:
-    """Return which runs are of cells that no other cell dominates: none reaches as low a mean outcome with no more
-    compute.
+    """Return which runs belong to cells that no other cell dominates with a mean outcome as low and as little compute.
 
     Runs of one cell at several budgets count as several cells.
     """
@@ -143,8 +144,7 @@ def _check_budgets(runs: pd.DataFrame) -> None:
 
 
 def _misfit(law: Fit, curve: pd.DataFrame) -> float:
-    """Return the root mean square distance of the cells' means from the law, for the degrees of freedom that are
-    left."""
+    """Return the root mean square distance of the cells' means from the law, over the remaining degrees of freedom."""
     means = curve.groupby("cell")[["C", "y"]].mean()
     residuals = means["y"].to_numpy() - law.predict({"x": means["C"].to_numpy()})
     return float(np.sqrt((residuals**2).sum() / max(len(means) - len(law.parameters), 1)))

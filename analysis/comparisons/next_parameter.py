@@ -36,7 +36,7 @@ BYTES_HELD = 2
 SIZES = (*SHAPE, "half_keys", "experts", "head_rows", "table_rows", "pool_keys")
 """Model fields that make a destination larger; runs that differ in others belong to different destinations."""
 SPENDS = float(np.log2(1.02))
-"""A step whose cost is below the base's plus 2 % spends nothing of an axis."""
+"""A step whose cost is less than 2 % above the base's counts as without cost along an axis."""
 WIDER = "wider"
 LOWER_IS_BETTER = ("nll", "bits_per_byte", "byte_perplexity", "word_perplexity")
 ALPHA = 0.05
@@ -53,7 +53,7 @@ class Step:
         amount: Cost by axis, in the axis' units.
         doublings: Log2 of the ratio of that cost to the base's, by axis.
         gains: Gain by seed.
-        left_out: Pairs without a gain: half of the bits never learned, or another number of tokens.
+        left_out: Number of pairs without a gain: half of the bits was never learned, or their tokens differ.
     """
 
     base: str
@@ -81,15 +81,15 @@ class Return:
 
 @dataclass(frozen=True)
 class Lead:
-    """Who gains most at one cost.
+    """The destination with the largest gain at one cost.
 
     Attributes:
         doublings: Log2 of the ratio of the cost to the base's.
         leader: Destination of the largest mean gain.
-        runner_up: Destination that comes closest.
+        runner_up: Destination of the next largest mean gain.
         difference: Gain of the leader less that of the runner-up, over common seeds.
-        decided: Whether the leader is ahead of every other destination that was measured there, by t-tests at 5 % with
-            Holm's adjustment over all comparisons of the base.
+        decided: Whether the leader gains more than every other destination measured at this cost, by t-tests at 5 %
+            with Holm's adjustment over all comparisons of the base.
     """
 
     doublings: float
@@ -185,7 +185,7 @@ def _step(plain: pd.DataFrame, step: pd.DataFrame, destination: str, label: str,
 
 
 def returns_by_base(steps: Sequence[Step], reference: str, by: str) -> list[tuple[str, list[Return], list[Lead]]]:
-    """Return what the steps of every base return along an axis, and who leads at which cost.
+    """Return the returns of the steps of every base along an axis, and the leading destination at each cost.
 
     Args:
         steps: As `steps` returns them.
@@ -230,10 +230,10 @@ def per_doubling(members: Sequence[Step], by: str) -> list[Difference | None]:
 
 
 def leads(members: Sequence[Step], by: str) -> list[Lead]:
-    """Return who gains most at each cost that some step of a base has.
+    """Return the destination with the largest gain at each cost that some step of a base has.
 
-    Between its steps, a destination's gain is linear in the logarithm of the cost, and 0 at the base; beyond its last
-    step (plus 2 %) it is not compared.
+    The gain of a destination is interpolated linearly in the logarithm of the cost between its steps, from 0 at the
+    base. A destination is not compared beyond its last step (plus 2 %).
 
     Args:
         members: All steps of one base.

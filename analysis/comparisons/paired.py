@@ -1,15 +1,15 @@
 """Comparisons of every variant with the reference family, paired over seeds.
 
-The run is the unit: a pair is two runs that share base size, data and seed (hence initial shared weights and data
-order). Outcomes: log E50 (its difference is a ratio of exposures), bits learned at one exposure that every run of the
-contrast reached, and final scores where both runs saw the same number of tokens.
+The unit is the run: a pair is two runs that share base size, data and seed, and therefore data order and the initial
+values of shared weights. Outcomes: log E50 (its difference is a ratio of exposures), bits learned at one exposure that
+every run of the contrast reached, and final scores if both runs were trained on the same number of tokens.
 
-Two final scores are paired only if they are the same thing (analysis.records.scores); those that are not are listed.
+Two final scores are paired only if they measure the same thing (analysis.records.scores); the others are listed.
 
-Censored runs (half of N H never reached) leave no t-interval: their E50 is taken at the last exposure they were probed
-at, which bounds the pair's ratio from one side. Such a contrast is given as a bound, with the number of pairs whose
-direction is certain and an exact sign test over them. A pair of two censored runs, or one whose direction the bound
-leaves open, counts as unknown.
+A contrast with censored runs, which never reached half of N H, has no t-interval. The E50 of a censored run is taken at
+its last probe, which bounds the ratio of the pair from one side. The contrast is stated as a bound, with the number of
+pairs whose direction is certain and an exact sign test over them. A pair of two censored runs, or one whose direction
+is open, counts as unknown.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ NAN = float("nan")
 class ScoreDifference:
     """A difference of one final score over pairs of runs.
 
-    `crossed` is its 95 % interval over runs x questions, where every run has its answers recorded question by question.
+    `crossed` is its 95 % interval over runs x questions, if the answers of every run are recorded by question.
     """
 
     key: str
@@ -49,7 +49,7 @@ class ScoreDifference:
 
 @dataclass(frozen=True)
 class Unpaired:
-    """A score that both runs of some pairs have, but not of the same thing."""
+    """A score that both runs of some pairs have, but that does not measure the same thing."""
 
     key: str
     seeds: tuple[int, ...]
@@ -170,8 +170,7 @@ def _sides(data: GridData) -> pd.DataFrame:
 
 
 def _declared(data: GridData, variants: pd.DataFrame) -> tuple[int, int] | None:
-    """Return the first runs of the two sides of the grid's contrast; None without one, or before runs of both have
-    started."""
+    """Return the first runs of the two sides of the grid's contrast; None without a contrast or without runs."""
     if data.contrast is None:
         return None
     firsts = []
@@ -340,7 +339,7 @@ def _crossed(same: pd.DataFrame) -> Iterator[tuple[int, tuple[float, float]]]:
 
 
 def _unpaired(ours: pd.DataFrame, theirs: pd.DataFrame, same: pd.DataFrame) -> Iterator[tuple[int, list[Unpaired]]]:
-    """Return, for each contrast, the scores that both runs of a pair have, but never of the same thing."""
+    """Return, for each contrast, the scores that both runs of a pair have, but that never measure the same thing."""
     place = ["contrast", "seed", "key"]
     both = ours.drop_duplicates(place).merge(theirs.drop_duplicates(place), on=place, suffixes=("", "_ref"))
     index = pd.MultiIndex.from_frame(both[place])

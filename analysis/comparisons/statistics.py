@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 
 MIN_PAIRS = 5
-"""Below this many pairs a mean is given without an interval."""
+"""Fewest pairs for which a mean has an interval."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean of n values, its 95 % t-interval and the p of a t-test against 0; interval and p are NaN for few."""
+    """A mean of n values, its 95 % t-interval and the p of a t-test against 0; NaN below MIN_PAIRS values."""
 
     mean: float
     low: float

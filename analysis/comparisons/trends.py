@@ -2,8 +2,8 @@
 
     ln y = a + b ln(1 + M / N) + c ln N,   y = E50 or NLL, M table parameters, N non-embedding base parameters
 
-A term that the grid does not vary is not identified and is left out. Intervals come from the spread of runs within
-variants. The variant with the largest table is predicted from the others before the fit that is printed.
+A term that the grid does not vary is not identified and is omitted. Intervals come from the spread of runs within
+variants. The variant with the largest table is also predicted by a fit to the others.
 """
 
 from __future__ import annotations
@@ -52,12 +52,13 @@ def trends(data: GridData) -> list[Trend]:
 
 
 def _outcomes(data: GridData, part: pd.DataFrame) -> list[tuple[str, np.ndarray, str]]:
-    """Return the name, value per run and what was left out: E50 and storage NLL at a common exposure, or final loss at
-    equal tokens."""
+    """Return each outcome as its name, its value per run, and a note on omitted runs.
+
+    Outcomes are E50 and storage NLL at a common exposure, or final loss at equal tokens."""
     reached = part["e50_state"].eq("reached")
     if reached.any():
         without = int((~reached).sum())
-        note = f"{without} runs without a measured E50 left out: the fit is biased to faster runs" if without else ""
+        note = f"without {without} runs that have no E50, so the fit is biased towards faster runs" if without else ""
         exposure = data.common_exposure(part.index)
         nll = data.curves("storage_nll").at(exposure, part.index.to_numpy(int))
         return [
@@ -75,8 +76,7 @@ def _design(table: pd.DataFrame) -> np.ndarray:
 
 
 def _fit(outcome: str, family: str, table: pd.DataFrame, left_out: str) -> Trend:
-    """Fit least squares over runs, with intervals from their spread within cells, and predict the held-out largest
-    table."""
+    """Fit least squares over runs, with intervals from their spread within cells, and predict the largest table."""
     x, y = _design(table), np.log(table["y"].to_numpy(float))
     cells = table.groupby(["base", "label"]).ngroup().to_numpy()
     varied = _identified(x)
@@ -109,10 +109,10 @@ def _identified(x: np.ndarray) -> list[int]:
 
 
 def _interval(x: np.ndarray, y: np.ndarray, cells: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 95 % t-interval of each coefficient from the spread of runs within cells, Satterthwaite's degrees of
-    freedom.
+    """Return the 95 % t-interval of each coefficient from the spread of runs within cells.
 
-    A bootstrap of runs within cells tends to it, but shrinks in cells of a few runs.
+    Degrees of freedom are Satterthwaite's. A bootstrap of runs within cells tends to the same interval, but is too
+    narrow for cells of a few runs.
     """
     from scipy.special import stdtrit
 

@@ -1,6 +1,6 @@
-"""What a tuning grid chose: the best setting of each family, whether it is interior, and how much it matters.
+"""The best setting of each family in a tuning grid, whether it is interior, and how much it matters.
 
-Every family needs the same number of runs, or its best is not comparable with the others'.
+All families need the same number of runs; otherwise their best settings are not comparable.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ AXES = ("lr", "value_lr", "value_weight_decay")
 class Choice:
     """The best setting of one family, by its mean share of N H stored at the last probe.
 
-    `edges` names the axes whose best value is the first or last tried (of three or more); `worst_neighbour` is
-    the lowest share among settings one step away on one axis: how much the choice matters.
+    `edges` names the axes whose best value is the first or last tried (of three or more). `worst_neighbour` is the
+    lowest share among settings one step away on one axis; it shows how much the setting matters.
     """
 
     family: str
@@ -33,8 +33,7 @@ class Choice:
 
 
 def table(data: GridData) -> pd.DataFrame:
-    """Return one row per finished run: family, seed, the tuned fields (NaN where it has none) and the share of bits
-    stored."""
+    """Return one row per finished run: family, seed, tuned fields (NaN if it lacks one) and share of bits stored."""
     runs = data.done.assign(share=data.curves("storage_bits").last_y()[data.done.index] / data.done["bits_max"])
     runs = runs[runs["share"].notna()].sort_values("stored")
     if runs.empty:

@@ -27,19 +27,20 @@ LEGEND = 16
 
 
 class Missing(Exception):
-    """A figure that the runs do not allow; the message gives the reason and what would make it possible."""
+    """A figure that the runs do not allow; the message states the reason and what would make it possible."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What the figures of one grid are drawn from.
+    """The data and looks from which the figures of one grid are drawn.
 
-    comparisons: the grid's records and comparisons.
-    table: the finished runs, their `label` replaced by the one they are drawn under: that of their variant,
-        or, in a grid of more than LEGEND variants, their family and table size.
-    looks: label -> how it is drawn.
-    drawn_as: label of a variant -> label it is drawn under.
-    remark: the footnotes' sentence about labels.
+    Attributes:
+        comparisons: The grid's records and comparisons.
+        table: The finished runs. `label` is the label under which a run is drawn: that of its variant or, in a grid of
+            more than LEGEND variants, its family and table size.
+        looks: Label -> how it is drawn.
+        drawn_as: Label of a variant -> label under which it is drawn.
+        remark: The sentence of footnotes about labels.
     """
 
     comparisons: Comparisons

@@ -1,10 +1,10 @@
 """The record files of all runs as one columnar table, and its Parquet cache.
 
 The table has one row per run directory. Scalars are columns; what a run has many of (logged lines, probe scores, table
-use, final scores) is a list column. The cache lies in results/cache/analysis. A row of it is used only while the
-signature of its run's files is unchanged: name, mtime in nanoseconds, size and inode of each. Everything else is read
-again, and rows of runs that are gone are dropped. The cache file is replaced atomically, so several commands may read
-and write it at once; where it cannot be written (read-only results), it is skipped.
+use, final scores) is a list column. The cache is in results/cache/analysis. A row of it is used only while the
+signature of its run's files is unchanged: name, mtime in nanoseconds, size and inode of each. Other runs are read
+again, and rows of removed runs are dropped. The cache file is replaced atomically, so several commands may read and
+write it at once. If it cannot be written (read-only results), it is not updated.
 """
 
 from __future__ import annotations

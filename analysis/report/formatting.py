@@ -12,7 +12,7 @@ def with_interval(difference: Difference | None, digits: int = 3, sign: bool = F
     """Return `mean [low, high]`, or the mean alone below MIN_PAIRS.
 
     Args:
-        difference: None where there is none.
+        difference: The difference; None if there is none.
         digits: Significant digits.
         sign: Whether to write the sign of positive numbers.
     """

@@ -32,7 +32,7 @@ def knowledge_blocks(learning: Learning) -> list[Block]:
         rows.append([method, label, len(group), *cells])
     note = (
         "After the last fact, means over all facts. Bits of a fact: 0 for a model that knows only the possible "
-        f"answers, negative for one that is sure of a wrong one. Forgotten: {learning.forgotten_unit}. "
+        f"answers, negative for one that is certain of a wrong one. Forgotten: {learning.forgotten_unit}. "
         f"Intervals from {MIN_PAIRS} seeds on."
     )
     settings = Table(["method", "setting", "n", *COLUMNS.values()], rows, left=2, name="new-facts")

@@ -14,8 +14,7 @@ ROWS = 60
 
 
 def shortened(blocks: Sequence[Block], folder: Path) -> list[Block]:
-    """Return the blocks with long tables cut to ROWS rows, each followed by the name of the CSV file with all of its
-    rows.
+    """Return the blocks with tables of at most ROWS rows, each shortened one followed by its CSV file's name.
 
     Files of an earlier report are removed from the folder.
     """

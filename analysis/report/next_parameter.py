@@ -22,7 +22,7 @@ def unit(metric: str) -> str:
 
 
 def next_blocks(data: GridData, steps: Sequence[Step], metric: str, by: str) -> list[Block]:
-    """Return the table of steps along one axis, and a sentence for each base on who gains most where.
+    """Return the table of steps along one axis, and for each base sentences on the destination that gains most.
 
     Args:
         data: The grid.

@@ -151,7 +151,7 @@ def _range(parameter: Parameter, ends: Sequence[float | None]) -> str:
 
 
 def _row_warnings(posed: Problem, used: pd.DataFrame, rows: pd.DataFrame, request: Request) -> list[str]:
-    """Return which rows were dropped, and which repeat others."""
+    """Return warnings about rows that are dropped or repeated."""
     lines = []
     dropped = len(rows) - len(used) - request.drop_highest
     if request.drop_missing and dropped > 0:
@@ -172,11 +172,11 @@ def _warnings(
     draws: Bootstrap | None,
     held: HeldOut,
 ) -> list[str]:
-    """Return what a reader must know before using the numbers."""
+    """Return warnings about the fit and its intervals."""
     lines = [_open(p, estimate, profiles[p.name]) for p in estimate.problem.free if not closed[p.name]]
     n, free = estimate.problem.n, len(estimate.problem.free)
     if estimate.problem.different == free:
-        lines.append(f"as many different points as parameters ({free}): nothing tests the law's form")
+        lines.append(f"as many different points as parameters ({free}): the form of the law is not tested")
     if n < 2 * free:
         lines.append(f"{n} points for {free} parameters: intervals are wide or open, and a bootstrap is unreliable")
     if draws is not None and draws.requested < FEW_DRAWS:

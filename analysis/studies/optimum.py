@@ -17,7 +17,7 @@ from analysis.laws.formula import evaluate, names, parse
 
 GRID = 801
 SPAN = 1e4
-"""How far beyond the fitted sizes, as a factor, an optimum is searched."""
+"""Factor by which the search for an optimum extends beyond the fitted sizes."""
 NOT_INSIDE = "no minimum among the sizes searched"
 DEFAULT_FLOPS = "6*N*D"
 

@@ -1,4 +1,4 @@
-"""What a user requests of a fit, checked, and the problem and held-out cells that follow from it."""
+"""The options of a fit, checked, and the problem and held-out cells that follow from them."""
 
 from __future__ import annotations
 
@@ -78,8 +78,7 @@ def check(request: Request) -> None:
 
 
 def chosen_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
-    """Return the law with the requested scale of residuals; Huber's loss is on logarithms unless requested
-    otherwise."""
+    """Return the law with the requested scale of residuals; by default, Huber's loss applies to logarithms."""
     entry = named_law(name, columns, request)
     unknown = sorted(set(columns) - {*entry.inputs, entry.output})
     if unknown:

@@ -160,8 +160,8 @@ def _rolling(
     parts = []
     for block, (low, high) in enumerate(pairwise(edges)):
         held = (size > low) & (size <= high)
-        found = fit(posed.restricted(size <= low), request.seed)
-        predicted = found.predict({name: values[held] for name, values in posed.x.items()})
+        estimate = fit(posed.restricted(size <= low), request.seed)
+        predicted = estimate.predict({name: values[held] for name, values in posed.x.items()})
         observed = posed.y[held]
         with np.errstate(all="ignore"):
             error = np.abs(np.log(predicted / observed)) if (posed.y > 0).all() else np.abs(predicted - observed)
