@@ -46,8 +46,17 @@ def choose(tensor: Tensor, override: str | None = None, native_takes: bool = Tru
 
 
 def implementation(operator: str, tensor: Tensor, override: str | None = None, native_takes: bool = True) -> ModuleType:
-    """Return the operator's module that `choose` names: kernels.<operator>.reference (for torch), .native or
-    .triton."""
+    """Return the module of an operator for the backend that `choose` returns.
+
+    Args:
+        operator: The name of the operator's folder.
+        tensor: As for `choose`.
+        override: As for `choose`.
+        native_takes: As for `choose`.
+
+    Returns:
+        kernels.<operator>.reference (for torch), .native or .triton.
+    """
     return module(operator, choose(tensor, override, native_takes))
 
 

@@ -2,7 +2,7 @@
 
 A library's name is a hash of the sources and of the compiler's predefined macros, which identify the compiler and the
 CPU it compiles for: machines that share a home folder do not share code. The compiler is `cc` unless CC names another.
-Calls go through ctypes, which releases the GIL. The C code uses one thread, however many torch uses.
+Calls go through ctypes, which releases the GIL. The C code always uses one thread.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ def capture(architecture: int) -> Iterator[list[Launch]]:
 
 
 class _Driver:
-    """What triton.runtime asks of a driver. Each architecture is a device of its own, so caches do not mix."""
+    """The interface that triton.runtime requires of a driver. Each architecture is a separate device for its caches."""
 
     def __init__(self, architecture: int, launches: list[Launch]) -> None:
         self.architecture, self.launches, self.utils = architecture, launches, _Utils()
@@ -110,7 +110,7 @@ class _Driver:
 
 
 class _Utils:
-    """Loading is keeping: the function handle that the launcher receives is the machine code itself."""
+    """Returns the machine code itself as the function handle that the launcher receives."""
 
     def load_binary(self, name: str, cubin: bytes, shared: int, device: int):
         registers, spills, max_threads = 0, 0, 1024  # read from the machine code later (kernels.bench.machine_code)

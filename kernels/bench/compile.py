@@ -22,7 +22,7 @@ from kernels.bench.prediction import Compiled, predict
 __all__ = ["DEVICES", "main"]
 
 PROCESSES = 2
-"""That compile at a time."""
+"""Number of processes that compile at the same time."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,13 @@ def compile_all(every: bool, architectures: Sequence[int]) -> Iterator[list[Comp
 
 
 def work(every: bool, architectures: Sequence[int], share: int) -> None:
-    """Compile one process's share of the calls; one line of JSON for each."""
+    """Compile one process's share of the calls and print one line of JSON for each.
+
+    Args:
+        every: All shapes and options instead of a few that represent them.
+        architectures: Keys of DEVICES, separated by commas.
+        share: The number of the process.
+    """
     jobs = list(product(calls(every), architectures))
     for call, architecture in jobs[share::PROCESSES]:
         result = compile_call(call, architecture)

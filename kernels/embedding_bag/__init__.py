@@ -1,4 +1,4 @@
-"""Weighted sums of table rows; the backward pass costs as much as the rows read, whatever the table's size.
+"""Weighted sums of table rows; the cost of the backward pass depends on the rows read and not on the table's size.
 
     sink = RowGradients(table)                              # one per table, shared by all layers reading it
     out_ND = embedding_bag(table_RD, indices_NS, weights_NS, sink)
@@ -35,8 +35,15 @@ def embedding_bag(
 ) -> Tensor:
     """Return out_ND[n] = sum over s of weights[n, s] * table[indices[n, s]], in the table's dtype.
 
-    indices int64 in [0, R); weights any float dtype. Autograd gives the weights' gradient in their dtype; the
-    rows' gradients go to `sink` (and table_RD.grad stays None). A bag may hold a row more than once.
+    Autograd computes the gradient of the weights, in their dtype. The gradients of the rows go to `sink`, and
+    table_RD.grad stays None. A bag may hold a row more than once.
+
+    Args:
+        table_RD: The table, any float dtype.
+        indices_NS: Rows of the table, int64 in [0, R).
+        weights_NS: Weights, any float dtype.
+        sink: Collects the gradients of the rows.
+        backend: Overrides kernels.dispatch.
     """
     ops = dispatch.implementation("embedding_bag", table_RD, backend, table_RD.is_contiguous())
     groups = _groups(table_RD, indices_NS, sink, ops)
@@ -48,7 +55,14 @@ def embedding_dot(
 ) -> Tensor:
     """Return dots_NS[n, s] = <table[indices[n, s]], x[n]>, in float32 (float64 for a float64 table).
 
-    Autograd gives the gradient of x in its dtype; the rows' gradients go to `sink`.
+    Autograd computes the gradient of x, in its dtype. The gradients of the rows go to `sink`.
+
+    Args:
+        table_RD: The table, any float dtype.
+        indices_NS: Rows of the table, int64 in [0, R).
+        x_ND: One vector per bag, any float dtype.
+        sink: Collects the gradients of the rows.
+        backend: Overrides kernels.dispatch.
     """
     ops = dispatch.implementation("embedding_bag", table_RD, backend, table_RD.is_contiguous())
     groups = _groups(table_RD, indices_NS, sink, ops)

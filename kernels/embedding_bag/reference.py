@@ -45,7 +45,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def bag(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return out_ND[n] = sum over s of weights[n, s] * table[indices[n, s]], in `dtype`."""
+    """Return out_ND[n] = sum over s of weights[n, s] * table[indices[n, s]].
+
+    Args:
+        table_RD: The table, any float dtype.
+        indices_NS: Rows of the table, int64 in [0, R).
+        weights_NS: Weights, any float dtype.
+        dtype: Dtype of the result.
+    """
     (bags, size), width = indices_NS.shape, table_RD.shape[1]
     if indices_NS.numel() == 0:
         return table_RD.new_zeros(bags, width, dtype=dtype)
@@ -63,7 +70,12 @@ def bag(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor, dtype: torch.d
 def dots(table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
     """Return dots_NS[n, s] = <table[indices[n, s]], x[n]>, in float32 (float64 for a float64 table).
 
-    With x the output's gradient these are the gradients of the bag's weights.
+    If x is the gradient of the output, these are the gradients of the bag's weights.
+
+    Args:
+        table_RD: The table, any float dtype.
+        indices_NS: Rows of the table, int64 in [0, R).
+        x_ND: One vector per bag, any float dtype.
     """
     (bags, size), width = indices_NS.shape, table_RD.shape[1]
     wide = accumulator(table_RD.dtype)
@@ -75,9 +87,16 @@ def dots(table_RD: Tensor, indices_NS: Tensor, x_ND: Tensor) -> Tensor:
 
 
 def row_sums(source_ND: Tensor, weights_NS: Tensor, groups: Groups, wide: torch.dtype) -> Tensor:
-    """Return sums_UD[u] = sum over the lookups (n, s) of rows_U[u] of weights[n, s] * source[n], in dtype `wide`.
+    """Return sums_UD[u] = sum over the lookups (n, s) of rows_U[u] of weights[n, s] * source[n].
 
-    With source the output's gradient this is the gradient of the rows read. Order: that of the lookups.
+    If the source is the gradient of the output, this is the gradient of the rows read. Lookups are summed in their
+    order.
+
+    Args:
+        source_ND: One vector per bag, any float dtype.
+        weights_NS: The factor of every lookup, any float dtype.
+        groups: The lookups, grouped by row.
+        wide: Dtype of the sums.
     """
     if groups.rows_U.numel() == 0:
         return source_ND.new_zeros(0, source_ND.shape[1], dtype=wide)

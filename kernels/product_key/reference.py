@@ -37,7 +37,13 @@ def pairs(top_k: int) -> Tensor:
 
 
 def search(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return (rows_MNK int64, scores_MNK), best first; see kernels.product_key."""
+    """Return (rows_MNK int64, scores_MNK), best first.
+
+    Args:
+        q_NM2W: Half queries of any float dtype.
+        keys_M2nW: Half keys of any float dtype.
+        top_k: Rows per head.
+    """
     tokens, heads = q_NM2W.shape[:2]
     wide = torch.float64 if q_NM2W.dtype == torch.float64 else torch.float32
     keys_M2Wn = keys_M2nW.to(wide).mT
@@ -62,7 +68,14 @@ def combine(scores_M2Cn: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
 
 
 def search_backward(grad_MNK: Tensor, rows_MNK: Tensor, q_NM2W: Tensor, keys_M2nW: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of queries and keys in float32 (float64) from those of the scores."""
+    """Return the gradients of queries and keys, in the dtype of the scores' gradients.
+
+    Args:
+        grad_MNK: Gradients of the scores, float32 or float64.
+        rows_MNK: The rows, as `search` returns them.
+        q_NM2W: Half queries of any float dtype.
+        keys_M2nW: Half keys of any float dtype.
+    """
     wide = grad_MNK.dtype
     half_keys = keys_M2nW.shape[2]
     halves_M2NK = torch.stack((rows_MNK // half_keys, rows_MNK % half_keys), 1)

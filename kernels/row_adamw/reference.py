@@ -30,7 +30,14 @@ __all__ = ["Blocks", "replay", "sweep", "update"]
 def update(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, history: History) -> None:
     """Apply the latest step of `history` to rows that have gradients, in place.
 
-    Their values must be at the step before; moments that are further behind decay first.
+    Their values must be at the previous step; moments that are further behind decay first.
+
+    Args:
+        state: The table, its moments and the steps of its rows.
+        blocks: Scratch memory.
+        rows_U: The rows, int64, ascending.
+        grads_UD: Their gradients.
+        history: Learning rates and bias corrections of all steps.
     """
     behind_U = history.step - 1 - state.moment(rows_U)
     kept_U2 = kept(behind_U, history, state.mean_RD) if bool((behind_U > 0).any()) else None
@@ -49,6 +56,13 @@ def sweep(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, histor
     """Apply the latest step of `history` to every row, in place; rows not in rows_U (ascending) have no gradient.
 
     Gradients are expanded one block at a time. `last_R` is not updated.
+
+    Args:
+        state: The table, its moments and the steps of its rows.
+        blocks: Scratch memory.
+        rows_U: The rows with gradients, int64, ascending.
+        grads_UD: Their gradients.
+        history: Learning rates and bias corrections of all steps.
     """
     state.touched_R[rows_U] = True
     table_rows, width = state.mean_RD.shape

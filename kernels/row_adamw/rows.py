@@ -52,8 +52,15 @@ class State:
         return self.values_RD, self.mean_RD, self.square_RX
 
     def rounded(self, values_BD: Tensor, rows_B: Tensor, step: int) -> Tensor:
-        """Return rows' values after a step in the table's dtype: to nearest, or with `noise` up or down with an
-        unbiased mean (bfloat16)."""
+        """Return the values of rows after a step, rounded to the table's dtype.
+
+        They are rounded to nearest or, with `noise`, stochastically and without bias (bfloat16).
+
+        Args:
+            values_BD: The values in the dtype of the moments.
+            rows_B: Their rows.
+            step: The step, which seeds the noise.
+        """
         if self.noise is None:
             return values_BD.to(self.values_RD.dtype)
         below_BD = self.noise.bits(rows_B, values_BD.shape[1], step)
@@ -90,7 +97,15 @@ class Blocks:
         return p_BD, m_BD, v_BX
 
     def scatter(self, rows_B: Tensor, p_BD: Tensor, m_BD: Tensor, v_BX: Tensor, step: int) -> None:
-        """Write back the copies, which are those after a step."""
+        """Write back the copies after a step.
+
+        Args:
+            rows_B: The rows.
+            p_BD: Their values.
+            m_BD: Their mean.
+            v_BX: Their square.
+            step: The step.
+        """
         self.state.write(rows_B, p_BD, step)
         self.scatter_moments(rows_B, m_BD, v_BX)
 
@@ -112,8 +127,13 @@ def decay_moments(m_BD: Tensor, v_BX: Tensor, kept_B2: Tensor) -> None:
 
 
 def kept(missed_U: Tensor, history: History, like: Tensor) -> Tensor:
-    """Return the factors of both moments after `missed` steps without gradient, [U, 2] in dtype and device of
-    `like`."""
+    """Return the factors that steps without a gradient apply to both moments, [U, 2].
+
+    Args:
+        missed_U: Number of such steps of each row.
+        history: The steps taken.
+        like: A tensor whose dtype and device the factors have.
+    """
     steps = torch.arange(int(missed_U.max()) + 1 if len(missed_U) else 1, device=missed_U.device)
     table_2T = torch.stack((powers(history.kept1, steps), powers(history.kept2, steps)), 1)
     return table_2T.to(like.device, like.dtype)[missed_U.to(like.device)]

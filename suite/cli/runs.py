@@ -94,6 +94,6 @@ def _table(listed: list[RunSize]) -> Table:
         table.add_column(name, justify="right" if "MB" in name or name == "checkpoints" else "left")
     for run in listed:
         changed = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.changed))
-        listed = f"{run.size / 1e6:,.1f}", str(run.checkpoints), f"{run.checkpoint_bytes / 1e6:,.1f}"
-        table.add_row(run.run, run.state, *listed, changed, ", ".join(run.grids) or "none")
+        sizes = f"{run.size / 1e6:,.1f}", str(run.checkpoints), f"{run.checkpoint_bytes / 1e6:,.1f}"
+        table.add_row(run.run, run.state, *sizes, changed, ", ".join(run.grids) or "none")
     return table
