@@ -164,7 +164,13 @@ def flatten(source: Path, where: str, content: Any, prefix: str = "") -> Flat:
 
 
 def model_options(source: Path, where: str, name: object) -> set[str]:
-    """Return the model options of a family. Raises UserError for an unknown family."""
+    """Return the model options of a family. Raises UserError for an unknown family.
+
+    Args:
+        source: The grid's file, for error messages.
+        where: The section of the file.
+        name: The family's name.
+    """
     try:
         return set(registry.family(name).config.model_fields)
     except ValueError:
@@ -224,7 +230,13 @@ def included_cells(source: Path, exclude: list[Any], cells: list[Cell]) -> list[
 
 
 def refuse_duplicates(source: Path, cells: list[Cell], labels: list[str]) -> None:
-    """Raise UserError if two cells of a grid are the same; `labels` name their places in the file."""
+    """Raise UserError if two cells of a grid are the same; `labels` name their places in the file.
+
+    Args:
+        source: The grid's file, for error messages.
+        cells: The cells.
+        labels: The place of each cell in the file.
+    """
     first: dict[str, str] = {}
     for cell, label in zip(cells, labels, strict=True):
         if cell.run_name in first:

@@ -85,7 +85,13 @@ def select(source: Path, content: object, cells: Sequence[Cell]) -> Contrast:
 
 
 def matches(settings: Mapping[str, Any], path: str, value: Any) -> bool:
-    """Return whether a cell's dotted settings have this value at this path, or one of a list of values."""
+    """Return whether a cell's dotted settings have this value at this path, or one of a list of values.
+
+    Args:
+        settings: The cell's settings by dotted path.
+        path: The dotted path.
+        value: The value, or a list of values.
+    """
     return path in settings and (settings[path] == value or (isinstance(value, list) and settings[path] in value))
 
 

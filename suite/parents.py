@@ -5,9 +5,10 @@
     blocks:
       - set: {train: {init_from: pretrained}}
 
-A parent is a cell of its own: the `defaults`, the fields of its family, the model options and the seed of the cell that
-starts from it, and its own fields, which win. One name therefore serves every family and seed of a block, and a parent
-has the shape of its cell unless the grid states another. A parent of another family gets the shape options alone.
+A parent is a separate cell. Its fields are, from lowest to highest precedence: the `defaults`, the fields of its
+family, the model options and the seed of the cell that starts from it, and those of its entry. One name therefore
+serves every family and seed of a block, and a parent has the shape of its child unless the grid states another. A
+parent of another family gets only the shape options.
 """
 
 from __future__ import annotations

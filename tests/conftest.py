@@ -29,7 +29,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bios(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    """A world of 30 people, half of them asked about."""
+    """A world of 30 people, with questions about half of them."""
     config = BiosData(kind="bios", people=30, questions=0.5, seq_len=64)
     return prepare(config, tmp_path_factory.mktemp("bios"))
 

@@ -52,5 +52,5 @@ def _named(part: pd.DataFrame, item: Multiplier) -> Named:
 
 
 def _data(pairing: str) -> str:
-    """Return the data of a pairing, whatever the base."""
+    """Return the data of a pairing, without the base."""
     return json.dumps(json.loads(pairing)[1])

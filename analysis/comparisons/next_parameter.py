@@ -138,7 +138,7 @@ def steps(data: GridData, metric: str) -> list[Step]:
 
 
 def _destinations(runs: pd.DataFrame, reference: str) -> list[str]:
-    """Return the destination of each run: its family, and the settings of its model that tell it from others of it."""
+    """Return the destination of each run: its family and the model settings that distinguish it within the family."""
     settings = [
         {key: value for key, value in flat(model).items() if key not in (*SIZES, "family", "base")}
         for model in runs["model"]
@@ -310,7 +310,13 @@ def equivalent_size(members: Sequence[Step], reference: str) -> dict[str, Differ
 
 
 def crossing(xs: np.ndarray, ys: np.ndarray, value: float) -> float | None:
-    """Return the first place where a piecewise linear curve reaches a value; None if it does not."""
+    """Return the first place where a piecewise linear curve reaches a value; None if it does not.
+
+    Args:
+        xs: Ascending places, (n,).
+        ys: Values of the curve there, (n,).
+        value: The value.
+    """
     for (x0, y0), (x1, y1) in pairwise(zip(xs, ys, strict=True)):
         if min(y0, y1) <= value <= max(y0, y1):
             return float(x0 if y0 == y1 else x0 + (x1 - x0) * (value - y0) / (y1 - y0))

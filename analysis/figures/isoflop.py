@@ -33,7 +33,13 @@ def isoflops_of_grid(context: Context, folder: Path) -> list[Path]:
 
 
 def isoflop_figure(profiles: IsoFlops, folder: Path, source: str) -> list[Path]:
-    """Draw the parabolas with their data, the optima, and the frontier with its 95 % interval for the exponent."""
+    """Draw the parabolas with their data, the optima, and the frontier with its 95 % interval for the exponent.
+
+    Args:
+        profiles: The fits.
+        folder: Where the files are written.
+        source: The source in the footnote.
+    """
     from matplotlib import colormaps
 
     fits, frontier = profiles.fits, profiles.document["frontier"]

@@ -22,6 +22,12 @@ def law_figure(estimate: Fit, held: HeldOut, folder: Path, source: str) -> list[
     """Draw fitted against observed (against its one input, for laws of one), with residuals and leverage below.
 
     Held-out points are open, as a fit to the rest predicted them; the law drawn is fitted to all.
+
+    Args:
+        estimate: The fit to all points.
+        held: The held-out points and their predictions.
+        folder: Where the files are written.
+        source: The source in the footnote.
     """
     problem = estimate.problem
     law, y = problem.law, problem.y

@@ -217,7 +217,15 @@ def against_rows(context: Context, folder: Path) -> list[Path]:
 
 def rows_panel(axis: Axes, context: Context, points: pd.DataFrame, key: str, ylabel: str) -> None:
     """Draw one outcome against memory rows: tables as joined points, families without a table as lines with a
-    band."""
+    band.
+
+    Args:
+        axis: The axes.
+        context: Looks and legend entries.
+        points: The runs.
+        key: Column of the outcome.
+        ylabel: Label of the outcome.
+    """
     for family, members in points.groupby("family", sort=False):
         with_table = members[members["memory_rows"] > 0]
         if len(with_table):

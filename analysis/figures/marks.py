@@ -52,7 +52,13 @@ def dot(
 
 
 def face(look: style.Look, group: pd.DataFrame, key: str) -> str:
-    """Return the marker's fill: white where the mean is of E50 and a run is censored, so that it is a bound."""
+    """Return the marker's fill: white where the mean is of E50 and a run is censored, so that it is a bound.
+
+    Args:
+        look: The look of the variant.
+        group: Its runs.
+        key: Column of the outcome.
+    """
     return "white" if key == "e50" and bool(group["e50_state"].ne("reached").any()) else look.color
 
 

@@ -137,7 +137,7 @@ def legend_above(drawn: Figure, axes: list[Axes]) -> None:
 
 
 def log_axis(axis: Axes) -> None:
-    """Make the x axis logarithmic, its labels apart: decades, 1-2-5 where there are few, plain steps within one."""
+    """Make the x axis logarithmic without overlapping labels: decades, 1-2-5 for few, plain steps within one."""
     from matplotlib.ticker import (
         EngFormatter,
         LogFormatterSciNotation,
@@ -164,7 +164,14 @@ def log_axis(axis: Axes) -> None:
 
 
 def save(drawn: Figure, folder: Path, name: str, note: str) -> list[Path]:
-    """Write the figure with its footnote as PNG, PDF and SVG; gives the paths."""
+    """Write the figure with its footnote as PNG, PDF and SVG; gives the paths.
+
+    Args:
+        drawn: The figure.
+        folder: Where the files are written.
+        name: Name of the files, without suffix.
+        note: The footnote.
+    """
     import textwrap
 
     wrapped = "\n".join(textwrap.wrap(note, int(drawn.get_figwidth() * 19)))

@@ -48,7 +48,7 @@ def prepared(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _as_floats(table: pd.DataFrame) -> pd.DataFrame:
-    """Convert columns that hold nothing but numbers, as text or not, to floats."""
+    """Convert columns that hold only numbers, as text or not, to floats."""
     return pd.DataFrame({column: _floats(series) for column, series in table.items()}, index=table.index)
 
 
@@ -60,7 +60,16 @@ def _floats(series: pd.Series) -> pd.Series:
 
 
 def evaluate(table: pd.DataFrame, expression: str, option: str) -> pd.Series:
-    """Return an expression over the table's columns, as pandas.eval reads it; InputError naming the option."""
+    """Return an expression over the table's columns, in the syntax of pandas.eval.
+
+    Args:
+        table: The table.
+        expression: The expression.
+        option: The option that holds it, for errors.
+
+    Raises:
+        InputError: The expression cannot be evaluated.
+    """
     try:
         result = table.eval(expression, engine="python", local_dict={}, global_dict={})
     except pd.errors.UndefinedVariableError as error:
@@ -76,7 +85,16 @@ def evaluate(table: pd.DataFrame, expression: str, option: str) -> pd.Series:
 
 
 def number(table: pd.DataFrame, expression: str, option: str) -> np.ndarray:
-    """Return an expression's values as floats (n,), NaN where missing; InputError where it gives something else."""
+    """Return an expression's values as floats (n,), NaN where missing.
+
+    Args:
+        table: The table.
+        expression: The expression.
+        option: The option that holds it, for errors.
+
+    Raises:
+        InputError: A value is not a number.
+    """
     series = evaluate(table, expression, option)
     if not pd.api.types.is_numeric_dtype(series):
         row, bad = next((item for item in series.items() if not _is_number(item[1])), (0, None))
@@ -85,7 +103,16 @@ def number(table: pd.DataFrame, expression: str, option: str) -> np.ndarray:
 
 
 def groups(table: pd.DataFrame, expression: str | None, option: str) -> np.ndarray | None:
-    """Return an expression's values as labels (n,); None without one, InputError where one is missing."""
+    """Return an expression's values as labels (n,); None without an expression.
+
+    Args:
+        table: The table.
+        expression: The expression; None: no groups.
+        option: The option that holds it, for errors.
+
+    Raises:
+        InputError: A value is missing.
+    """
     if expression is None:
         return None
     series = evaluate(table, expression, option)
@@ -101,7 +128,13 @@ def labels(series: pd.Series) -> pd.Series:
 
 
 def chosen(table: pd.DataFrame, condition: str | None, option: str) -> pd.DataFrame:
-    """Return the rows that satisfy a condition, or all; columns without words among these rows become floats."""
+    """Return the rows that satisfy a condition; columns that hold only numbers in these rows become floats.
+
+    Args:
+        table: The table.
+        condition: The condition; None: all rows.
+        option: The option that holds it, for errors.
+    """
     if condition is None:
         return table
     mask = evaluate(table, condition, option)
@@ -116,6 +149,11 @@ def numbers(table: pd.DataFrame, columns: Mapping[str, str], drop_missing: bool)
     """Return the named expressions as float columns, and which rows of the table they are.
 
     Rows with a missing or infinite value are dropped if requested; otherwise a missing value is an InputError.
+
+    Args:
+        table: The table.
+        columns: Name -> expression.
+        drop_missing: Whether to drop rows with a missing value.
     """
     values = {name: number(table, expression, f"--columns: {name}") for name, expression in columns.items()}
     frame = pd.DataFrame(values, index=table.index)
@@ -146,7 +184,18 @@ def problem(
     weights: np.ndarray | None = None,
     fixed: Mapping[str, float] | None = None,
 ) -> Problem:
-    """Return a law's problem on a frame of its inputs and output, checked; InputError in one line for every fault."""
+    """Return a law's problem on a frame of its inputs and output, checked.
+
+    Args:
+        law: The law.
+        frame: One row per point, with a column for each input and the output.
+        delta: Delta of Huber's loss; infinite: least squares.
+        weights: Weights of the points, (n,); None: equal.
+        fixed: Parameters that are held fixed.
+
+    Raises:
+        InputError: The law cannot be fitted to these points.
+    """
     wanted = [*law.inputs, law.output]
     absent = [name for name in wanted if name not in frame.columns]
     if absent:
@@ -190,7 +239,7 @@ def _check_together(law: Law, frame: pd.DataFrame) -> None:
     for first, second in combinations(logs, 2):
         if 1 - abs(np.corrcoef(logs[first], logs[second])[0, 1]) < 1e-9:
             raise InputError(
-                f"--columns: {second} is a power of {first} in all rows; law {law.name} cannot tell their terms apart"
+                f"--columns: {second} is a power of {first} in all rows; law {law.name} cannot separate their terms"
             )
 
 

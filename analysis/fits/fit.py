@@ -69,7 +69,7 @@ class Fit:
 
 
 def fit(problem: Problem, seed: int = 0) -> Fit:
-    """Return the global optimum as far as many starts can tell; InputError where there are too few points."""
+    """Return the best optimum of many starts; InputError if there are too few points."""
     need, different = len(problem.free) + 1, problem.different
     if problem.n < need:
         raise InputError(

@@ -40,7 +40,7 @@ class Problem:
 
     @property
     def different(self) -> int:
-        """Number of different points: repeated runs of a cell say nothing about the law's form."""
+        """Number of different points: repeated runs of a cell do not test the law's form."""
         return np.unique(np.stack(list(self.x.values())), axis=1).shape[1]
 
     @property

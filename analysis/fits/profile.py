@@ -66,7 +66,7 @@ def _intervals(estimate: Fit, level: float) -> tuple[Ends, tuple[np.ndarray, flo
 
 
 def _with_vanishing_terms(estimate: Fit, ends: Ends, level: float) -> Ends:
-    """Widen the intervals where the data cannot tell a term of the law from nothing.
+    """Widen the intervals if the data cannot distinguish a term of the law from zero.
 
     At the value 0 of some parameters (a gain, a share) others lose their meaning, so that a fit without the term has
     1 + d parameters fewer, and the rise of one parameter's profile is compared with too small a quantile (Davies 1987,
@@ -89,7 +89,7 @@ def _with_vanishing_terms(estimate: Fit, ends: Ends, level: float) -> Ends:
             continue
         try:
             others, _ = _intervals(fit(without), level)
-        except InputError:  # too few different points for what is left: its parameters say nothing
+        except InputError:  # too few different points for the remaining terms
             others = {p.name: (p.low, p.high) for p in without.free}
         for name, (low, high) in {**others, parameter.name: (0.0, 0.0)}.items():
             ends[name] = (min(ends[name][0], low), max(ends[name][1], high))

@@ -31,7 +31,13 @@ def huber(residuals: np.ndarray, delta: float) -> np.ndarray:
 
 
 def objective(residuals: np.ndarray, weights: np.ndarray, delta: float) -> np.ndarray:
-    """Return the weighted sum over points; infinite where a residual is not a number."""
+    """Return the weighted sum over points; infinite where a residual is not a number.
+
+    Args:
+        residuals: Law minus data, (B, n).
+        weights: Weights of the points, (n,) or (B, n).
+        delta: Delta of Huber's loss; infinite: least squares.
+    """
     with np.errstate(invalid="ignore", over="ignore"):
         total = (weights * huber(residuals, delta)).sum(-1)
     return np.where(np.isfinite(total), total, np.inf)

@@ -17,7 +17,13 @@ RANKED = 1000
 
 def spread_starts(problem: Problem, seed: int, count: int) -> np.ndarray:
     """Return the `count` best of STARTS points: nonlinear parameters spread out, linear ones solved for, as theta (B,
-    p)."""
+    p).
+
+    Args:
+        problem: The law and the data.
+        seed: Seed of the spread.
+        count: Number of starts to return.
+    """
     if problem.n > RANKED:
         problem = problem.restricted(np.linspace(0, problem.n - 1, RANKED).astype(int))
     searched = [p for p in problem.free if not p.linear]

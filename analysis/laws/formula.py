@@ -241,7 +241,7 @@ def _parameter(
 ) -> Parameter:
     """Return a parameter with the scale it is fitted on and the range of its starts.
 
-    An offset (nothing but a number or inputs multiplies it) may be 0; other parameters without bounds are above 0 and
+    An offset (multiplied only by numbers and inputs) may be 0; other parameters without bounds are above 0 and
     fitted by their logarithm.
     """
     low, high = spec.low, spec.high

@@ -37,8 +37,8 @@ class Law:
     """A law y = value(parameters, inputs).
 
     `residuals`: on the logarithm of y, or on y itself. `size`: what makes a cell large, for hold-out. Inputs may be 0,
-    of any sign or constant where the sets say so. `starts`: ranges of starts that depend on the data; `units`: what the
-    starts of the parameters in `scales` are multiplied by, at values of the others.
+    of any sign or constant where the sets state it. `starts`: ranges of starts that depend on the data; `units`: what
+    the starts of the parameters in `scales` are multiplied by, at values of the others.
     """
 
     name: str
@@ -77,7 +77,13 @@ def signed(name: str, meaning: str, linear: bool = False, start: tuple[float, fl
 
 
 def around(x: np.ndarray, factor: float = 100.0, power: float = 1.0) -> tuple[float, float]:
-    """Return the range from a factor below to a factor above a power of the median of the positive values."""
+    """Return the range from a factor below to a factor above a power of the median of the positive values.
+
+    Args:
+        x: Values of an input.
+        factor: The factor.
+        power: The power of the median.
+    """
     middle = float(np.exp(power * np.median(np.log(x[x > 0])))) if (x > 0).any() else 1.0
     return middle / factor, middle * factor
 
@@ -89,6 +95,12 @@ def spanned(x: np.ndarray, factor: float = 10.0) -> tuple[float, float]:
 
 
 def across(x: np.ndarray, low: float, high: float) -> tuple[float, float]:
-    """Return the range of a slope: from `low` to `high` over the range of x, per unit of x."""
+    """Return the range of a slope: from `low` to `high` over the range of x, per unit of x.
+
+    Args:
+        x: Values of an input.
+        low: Lowest change over the range of x.
+        high: Highest change over the range of x.
+    """
     span = float(np.ptp(x))
     return low / span, high / span

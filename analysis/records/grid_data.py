@@ -187,6 +187,11 @@ def _imported(results: Path, scores: pd.DataFrame) -> pd.DataFrame:
 def read_store(results: Path, grid: str | None, columns: Sequence[str]) -> pa.Table:
     """Return the run table of a results folder, or of one grid in it.
 
+    Args:
+        results: The results folder.
+        grid: A grid; None: all runs.
+        columns: Columns of the store to read.
+
     Raises:
         InputError: An unknown grid, or no run at all.
     """
@@ -251,7 +256,13 @@ def positions(runs: pd.DataFrame, stored: int) -> np.ndarray:
 
 
 def unnest(table: pa.Table, column: str, position: np.ndarray) -> pd.DataFrame:
-    """Return a list column as a table of its entries, with the position of their run; -1 leaves a run's entries out."""
+    """Return a list column as a table of its entries, with the position of their run; -1 leaves a run's entries out.
+
+    Args:
+        table: The run table.
+        column: A list column.
+        position: The position of each run in the result's `run`; -1 omits a run.
+    """
     lists = table[column].combine_chunks()
     entries = lists.flatten()
     run = position[np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy(zero_copy_only=False))]

@@ -58,8 +58,7 @@ def final_scores(runs: pd.DataFrame, scores: pd.DataFrame, answers: pd.DataFrame
 
 
 def identities(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return one row per score identity, by `score`, with a `title` that tells it from others of the same task and
-    metric."""
+    """Return one row per score identity, by `score`, with a `title` that is unique within its task and metric."""
     unique = scores.drop_duplicates("score").set_index("score").sort_index()[["key", *IDENTITY]]
     several = unique["key"].duplicated(keep=False)
     titles = [

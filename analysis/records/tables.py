@@ -216,7 +216,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def markdown(headers: Sequence[str], rows: Sequence[Sequence[object]], left: int = 1) -> str:
-    """Return a Markdown table; the first `left` columns are aligned left, the rest right."""
+    """Return a Markdown table; the first `left` columns are aligned left, the rest right.
+
+    Args:
+        headers: The column headers.
+        rows: The rows.
+        left: Number of columns aligned left.
+    """
     rule = [":--" if column < left else "--:" for column in range(len(headers))]
     lines = [headers, rule, *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines) + "\n"

@@ -71,7 +71,14 @@ def lead_sentences(leads: Sequence[Lead], noun: str) -> list[str]:
 
 
 def document(data: GridData, steps: Sequence[Step], metric: str, by: str) -> dict[str, Any]:
-    """Return what `next --json` prints: steps and leads of every base."""
+    """Return what `next --json` prints: steps and leads of every base.
+
+    Args:
+        data: The grid.
+        steps: Every step of the grid.
+        metric: The metric of gains.
+        by: An axis of `AXES`.
+    """
     bases = [
         {
             "base": base,

@@ -216,7 +216,13 @@ def _predictions(estimate: Fit, law: Law, rows: pd.DataFrame, columns: Mapping[s
 
 
 def predicted_rows(item: Fitted, table: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, np.ndarray]:
-    """Return, for every row of the table, `predicted` (NaN where an input is missing) and whether it was `fitted`."""
+    """Return, for every row of the table, `predicted` (NaN where an input is missing) and whether it was `fitted`.
+
+    Args:
+        item: The fit.
+        table: The table.
+        columns: Expression of each input.
+    """
     law = item.estimate.problem.law
     inputs = {name: number(table, columns[name], f"--columns: {name}") for name in law.inputs}
     closed = np.isfinite(np.stack(list(inputs.values()))).all(0)

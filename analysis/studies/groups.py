@@ -129,7 +129,13 @@ def _joint_fit(problem: Problem, separate: list[Fit], names: list[str], shared: 
 
 def grouped(law: Law, names: Sequence[str], shared: Sequence[str]) -> Law:
     """Return the law with one value of each parameter that is not shared per group; the input `group` numbers the
-    groups."""
+    groups.
+
+    Args:
+        law: The law.
+        names: Names of the groups.
+        shared: Names of the parameters that all groups share.
+    """
 
     def value(values: Mapping[str, Any], x: Mapping[str, np.ndarray]) -> Any:
         inner = {name: item for name, item in values.items() if "[" not in name}

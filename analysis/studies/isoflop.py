@@ -40,6 +40,11 @@ def isoflops(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -
 
     The document lists budgets with too few sizes as refused, those whose optimum is not among their sizes as outside,
     and those whose optimum is not identified; none of them takes part in the frontier.
+
+    Args:
+        rows: The rows to fit.
+        columns: Expression of each input and of the output.
+        request: The options of the fit.
     """
     assert request.group is not None
     for name in NOT_BY_BUDGET:

@@ -81,7 +81,14 @@ def optimum(
 
 
 def from_frontier(estimate: Fit, ends: Ends, budget: float, flops: ast.expr) -> dict[str, Any]:
-    """Return N and D at a budget from a fitted frontier Nopt = k C^a of isoFLOP optima."""
+    """Return N and D at a budget from a fitted frontier Nopt = k C^a of isoFLOP optima.
+
+    Args:
+        estimate: The fit of the frontier.
+        ends: Profile intervals of its parameters.
+        budget: Training FLOPs.
+        flops: The FLOPs as a formula of N and D.
+    """
     value, (low, high) = (
         estimate.predict({"C": np.array([budget])})[0],
         interval(estimate, prediction(estimate, {"C": budget}), ends),

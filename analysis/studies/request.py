@@ -78,7 +78,13 @@ def check(request: Request) -> None:
 
 
 def chosen_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
-    """Return the law with the requested scale of residuals; by default, Huber's loss applies to logarithms."""
+    """Return the law with the requested scale of residuals; by default, Huber's loss applies to logarithms.
+
+    Args:
+        name: Name of the law.
+        columns: Expression of each input and of the output.
+        request: The options of the fit.
+    """
     entry = named_law(name, columns, request)
     unknown = sorted(set(columns) - {*entry.inputs, entry.output})
     if unknown:
@@ -90,7 +96,13 @@ def chosen_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
 
 
 def named_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
-    """Return the built-in law of that name, the law of a file, or the requested formula."""
+    """Return the built-in law of that name, the law of a file, or the requested formula.
+
+    Args:
+        name: Name of a built-in law, path of a law file, or `FORMULA`.
+        columns: Expressions by name; names outside them are parameters.
+        request: The options of the fit.
+    """
     if name == FORMULA:
         if request.formula is None:
             raise InputError("--law formula: needs --formula")
@@ -129,7 +141,13 @@ def data(entry: Law, rows: pd.DataFrame, columns: Mapping[str, str], request: Re
 
 
 def held_out(posed: Problem, used: pd.DataFrame, request: Request) -> HeldOut:
-    """Return predictions of the largest cells by a fit to the rest; none if the share is 0."""
+    """Return predictions of the largest cells by a fit to the rest; none if the share is 0.
+
+    Args:
+        posed: The problem.
+        used: Its rows of the table.
+        request: The options of the fit.
+    """
     nothing = np.array([])
     if request.holdout == 0:
         return HeldOut("", nothing, nothing, nothing, "--holdout 0")

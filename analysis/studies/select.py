@@ -31,6 +31,12 @@ def select_joint(rows: pd.DataFrame, table: pd.DataFrame, columns: Mapping[str, 
 
     joint4 needs D; without a column D no law has a D term. A candidate with too few points is listed with the reason.
 
+    Args:
+        rows: The rows to fit.
+        table: The whole table.
+        columns: Expression of each input and of the output.
+        request: The options of the fit.
+
     Returns:
         The candidates, the selected one first; its document lists the scores and all candidates' documents.
     """

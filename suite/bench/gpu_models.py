@@ -30,7 +30,15 @@ PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 def cell_of(
     family: str, base: str, rehearsal: bool, train: dict[str, Any] | None = None, half_keys: int = 1024
 ) -> Cell:
-    """Return a cell on synthetic text: 8 rows of 4096 tokens, or a few short ones."""
+    """Return a cell on synthetic text: 8 rows of 4096 tokens per step, or a few short ones.
+
+    Args:
+        family: The family.
+        base: The base size.
+        rehearsal: Whether to make a tiny cell for a rehearsal.
+        train: Further fields of `train`.
+        half_keys: Half keys of families with product keys.
+    """
     model: dict[str, Any] = {"family": family, "base": "w32" if rehearsal else base}
     if family in ("pkm", "memory_plus", "peer"):
         model |= {"half_keys": 16, "top_k": 2, "memory_heads": 1} if rehearsal else {"half_keys": half_keys}
@@ -42,7 +50,13 @@ def cell_of(
 
 @contextmanager
 def trainer_of(cell: Cell, device: str, folder: Path | None = None) -> Iterator[Trainer]:
-    """A trainer in a run directory that lasts as long as the context, unless a folder is given."""
+    """Yield a trainer, in a run directory that is removed after the context unless a folder is given.
+
+    Args:
+        cell: The cell to train.
+        device: The device.
+        folder: Where the run directory is made; None: a temporary folder.
+    """
     cache = Path.home() / ".cache" / "gpu-bench"
     with TemporaryDirectory() as temporary:
         run = RunDir((folder or Path(temporary)) / "run")
@@ -51,7 +65,13 @@ def trainer_of(cell: Cell, device: str, folder: Path | None = None) -> Iterator[
 
 
 def measure(cell: Cell, device: str, steps: int) -> Row:
-    """Return the speed of `steps` training steps after two others, and the peak memory of all."""
+    """Return the speed of `steps` training steps after two others, and the peak memory of all.
+
+    Args:
+        cell: The cell.
+        device: The device.
+        steps: Number of steps.
+    """
     if device == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

@@ -218,7 +218,13 @@ def check_folders(results: Path, data_root: Path | None, make: bool = True) -> N
 
 
 def print_one(grid: Grid, results: Path, as_json: bool) -> None:
-    """Print the status of a grid of one cell; exit with code 1 if the cell is not done."""
+    """Print the status of a grid of one cell; exit with code 1 if the cell is not done.
+
+    Args:
+        grid: A grid of one cell.
+        results: The results folder.
+        as_json: Whether to print the JSON document.
+    """
     from suite.launch.status import grid_status
 
     statuses = grid_status(results, grid)
@@ -229,7 +235,13 @@ def print_one(grid: Grid, results: Path, as_json: bool) -> None:
 
 
 def print_statuses(grid: Grid, statuses: list[CellStatus], as_json: bool) -> None:
-    """Print the status of every cell, as a table or as the JSON document of `suite status`."""
+    """Print the status of every cell, as a table or as the JSON document of `suite status`.
+
+    Args:
+        grid: The grid.
+        statuses: The status of every cell.
+        as_json: Whether to print the JSON document.
+    """
     from suite.launch.status import status_json, table
 
     if as_json:

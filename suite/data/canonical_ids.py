@@ -19,7 +19,7 @@ WHITE_SPACE = re.compile(r"[^\S\x1c-\x1f]+")
 def canonical_ids(tokenizer: Tokenizer) -> list[int]:
     """Return the canonical id of every token, numbered in the order of the first token of each.
 
-    A token keeps an id of its own if its bytes are not a whole character, or if it has no text (the end of text).
+    A token has a separate id if its bytes are not a whole character, or if it has no text (the end of text).
     """
     numbers: dict[str | int, int] = {}
     return [numbers.setdefault(_key(tokenizer, token), len(numbers)) for token in range(tokenizer.vocab_size)]

@@ -1,8 +1,8 @@
 """Batches by step number, from one global, seeded order of rows over memory-mapped shards.
 
 The rows of a run are one endless stream: epoch after epoch, each in an order that is a function of the loader's seed
-and the epoch's number. Step s consists of rows [s B, (s + 1) B), B = batch_rows. The rows of a
-step do not depend on the number of processes, and resuming needs only the step's number.
+and the number of the epoch. Step s consists of rows [s B, (s + 1) B), where B = batch_rows. The rows of a step do not
+depend on the number of processes, and resuming needs only the step's number.
 
 Shapes: B rows, T = seq_len.
 """

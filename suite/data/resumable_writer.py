@@ -62,7 +62,7 @@ class Progress(Protocol):
 
 
 def no_progress(tokens: int, share: float | None, stage: str | None = None) -> None:
-    """A Progress that reports nothing."""
+    """Report nothing; the default Progress."""
 
 
 def write_stream(

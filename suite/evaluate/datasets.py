@@ -1,6 +1,6 @@
 """Evaluation data from a local folder in the hub's layout, or from the hub.
 
-`<root>/<org>/<name>/<config>/<split>.jsonl` (or .parquet, sharded as the hub does). Files are read anew every
+`<root>/<org>/<name>/<config>/<split>.jsonl` (or .parquet, sharded as the hub does). Files are read every
 time, without a cache. (`datasets.load_dataset` keys its cache of a local folder by the folder's name alone, and may
 return the rows of another folder.)
 """

@@ -73,6 +73,12 @@ class Evaluator:
         """Score one model; see the function `evaluate`.
 
         With a `reference`, another model of the same vocabulary, tasks have "differences" from it (`paired`).
+
+        Args:
+            model: The model.
+            corpus: Its training data.
+            config: Tasks, few-shot examples, limit, and whether tables are switched off.
+            reference: Another model to compare with; None: none.
         """
         key = corpus.fingerprint, corpus.config.seq_len, config.hash8
         if key not in self._harnesses:

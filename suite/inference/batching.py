@@ -28,7 +28,7 @@ def batches_of(order: Iterable[int], lengths: Sequence[int], token_budget: int) 
     Args:
         order: Row numbers, longest first.
         lengths: The length of each row.
-        token_budget: Largest padded size of a batch; a longer row is a batch of its own.
+        token_budget: Largest padded size of a batch; a longer row is a separate batch.
 
     Yields:
         The row numbers of each batch, in order.

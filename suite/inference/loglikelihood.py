@@ -100,7 +100,7 @@ def score(model: Transformer, requests: Sequence[Request], token_budget: int = 1
     Args:
         model: A Transformer of any family; it is in evaluation mode during the call.
         requests: (context ids, continuation ids); a context has at least one token, such as the end-of-text token.
-        token_budget: Maximum number of padded tokens in a batch; a longer row is a batch of its own.
+        token_budget: Maximum number of padded tokens in a batch; a longer row is a separate batch.
 
     Returns:
         For each request, in order: the sum of log-probabilities in nats (computed in fp32), and whether greedy decoding

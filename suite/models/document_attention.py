@@ -36,7 +36,14 @@ def offsets_of(segments_BT: Tensor) -> Tensor:
 
 
 def attend(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, documents: Documents) -> Tensor:
-    """Return causal attention within documents, [N, H, K], by the flash kernel; fp16 or bf16 on CUDA."""
+    """Return causal attention within documents, [N, H, K], by the flash kernel; fp16 or bf16 on CUDA.
+
+    Args:
+        q_NHK: Queries.
+        k_NGK: Keys.
+        v_NGK: Values.
+        documents: The boundaries of documents.
+    """
     # Imported here because it registers operators, which only a GPU needs.
     from torch.nn.attention.varlen import varlen_attn
 

@@ -87,6 +87,12 @@ def initialise(
     those of its submodules; one with `init_parameter(name, parameter, generator)` sets them, on whole tensors of any
     size. Buffers start at zero, those of a batch norm at torch's initial values, and those of a module with
     `reset_buffers` at what it sets.
+
+    Args:
+        model: The model, off the meta device.
+        seed: Seed of the initial weights.
+        canonical_ids: The canonical ids of the vocabulary's tokens; None: every token has its own.
+        fresh: The parameters to draw; None: all.
     """
     reset_statistics(model)
     set_canonical_ids(model, canonical_ids)

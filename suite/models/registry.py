@@ -127,7 +127,7 @@ class Family:
             embedding, `embedding_BTD`; with `reads_earlier`, a function that returns its own rows of earlier tokens
             (`cache.Earlier`). A factory with a second required parameter also receives the size of the vocabulary.
         has_memory: Whether the family has value tables.
-        source: Sha256 of the file that an external family comes from.
+        source: sha256 of the file of an external family; None for a built-in one.
         path: That file.
     """
 

@@ -96,7 +96,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm x), then x + feed_forward(norm x), and what a family attaches to the layer."""
+    """x + attention(norm x), then x + feed_forward(norm x), and the modules that a family attaches to the layer."""
 
     before_attention: nn.Module | None
     attention_values: nn.Module | None

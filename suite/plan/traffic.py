@@ -60,6 +60,11 @@ class Sent:
 
         Weights are gathered while other blocks compute, so that the longer of both counts; computation waits for what
         tables send. Within a node GPUs use NVLink, otherwise the network.
+
+        Args:
+            compute_s: Seconds of computing per step.
+            mesh: The mesh.
+            gpu: The GPU.
         """
         every, group = (gpu.link if gpus <= gpu.per_node else gpu.network for gpus in (mesh.gpus, mesh.table_shards))
         return max(compute_s, self.weights / every) + self.columns / group + self.replicas / every

@@ -1,7 +1,7 @@
 """The micro-batches of one process, step after step, on its device.
 
 On a GPU, a thread reads the next step's rows into pinned memory while the current step runs, and the copy does not stop
-the host. Tokens, targets and segments travel together, as int32.
+the host. Tokens, targets and segments are copied together, as int32.
 
 Shapes: B rows, T positions, M documents and places for documents.
 """

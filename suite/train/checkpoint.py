@@ -42,7 +42,7 @@ Tensors = Mapping[str, Any]
 
 
 def steps_saved(run: RunDir) -> list[int]:
-    """Steps of the run's complete checkpoints, ascending."""
+    """Return the steps of the run's complete checkpoints, ascending."""
     paths = [*run.checkpoints.iterdir()] if run.checkpoints.exists() else []
     named = [path for path in paths if re.fullmatch(r"step-\d+", path.name) and path.is_dir()]
     return sorted(int(path.name.removeprefix("step-")) for path in named)

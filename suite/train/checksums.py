@@ -30,7 +30,7 @@ def write_manifest(folder: Path, world: World) -> None:
 
 
 def has_manifest(folder: Path) -> bool:
-    """Whether a checkpoint has checksums; those of earlier versions have none."""
+    """Return whether a checkpoint has checksums; those of earlier versions have none."""
     return (folder / MANIFEST).exists()
 
 
@@ -40,8 +40,8 @@ def find_damage(folder: Path, world: World | None = None) -> str | None:
     Without checksums, only what torch.save itself stores is verified.
 
     Args:
-        folder: the checkpoint.
-        world: the processes that share the work; None: this process alone.
+        folder: The checkpoint.
+        world: The processes that share the work; None: this process alone.
 
     Returns:
         The first damaged file and what is wrong with it, in all processes; None if the checkpoint is whole.
@@ -62,7 +62,7 @@ def find_damage(folder: Path, world: World | None = None) -> str | None:
 
 
 def _writer(name: str) -> int:
-    """The rank that writes a file: torch.distributed.checkpoint names shards `__<rank>_<number>.distcp`."""
+    """Return the rank that writes a file: torch.distributed.checkpoint names shards `__<rank>_<number>.distcp`."""
     shard = re.match(r"__(\d+)_", name)
     return int(shard[1]) if shard else 0
 

@@ -116,7 +116,7 @@ def recompute_blocks(model: Transformer) -> None:
 
 @contextmanager
 def process_group(parallel: Parallel | None = None) -> Iterator[World]:
-    """The world of the environment, with its process group (gloo on CPU, NCCL on GPUs) open inside the context.
+    """Yield the world of the environment, with its process group (gloo on CPUs, NCCL on GPUs) open inside the context.
 
     Raises:
         KeyError: The environment sets WORLD_SIZE but lacks the named variable.

@@ -2,8 +2,8 @@
 
 `wsd` (warm-up, stable, decay; Hu et al. 2024, arXiv 2404.06395) keeps the rate constant until a decay at the end, so
 runs with several budgets are identical until the first of them starts to decay. `train.branches` lists the budgets, and
-each run starts from a checkpoint in the stable phase of another. Its weights equal those of a run trained
-from scratch, which is why branching is not part of a cell's identity.
+each run starts from a checkpoint in the stable phase of another. Its weights equal those of a run trained from scratch;
+branching is therefore not part of a cell's identity.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ def build_sharded(
         vocab_size: Number of token ids.
         seed: Seed of the initial weights.
         world: The processes that share the model.
-        precision: Train.precision; with "bf16", weight matrices are gathered in bf16.
+        precision: `train.precision`; with "bf16", weight matrices are gathered in bf16.
         canonical_ids: As for `initial_weights.build`.
         fresh: The parameters to draw; None: all. Others are for the caller to load.
 
@@ -61,7 +61,7 @@ def build_sharded(
         The model; parameters outside tables are DTensors.
 
     Raises:
-        UserError: Memory_parallel does not divide the row width.
+        UserError: `memory_parallel` does not divide the row width.
     """
     kind, members = world.device.type, world.parallel.memory_parallel
     data = init_device_mesh(kind, (world.size,), mesh_dim_names=("data",))

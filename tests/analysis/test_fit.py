@@ -90,7 +90,7 @@ def test_optimum_is_global_where_the_robust_loss_has_many(seed: int) -> None:
 
 
 def test_parameters_at_infinity_are_a_limit_and_not_rounding() -> None:
-    """Repeats worth as much as new tokens: Rd goes to infinity, where the law is smooth and says nothing of Rd."""
+    """Repeats worth as much as new tokens: Rd goes to infinity, where the law is smooth and does not depend on Rd."""
     clean = simulated("data_constrained", 0.0, 0)
     fixed = {name: TRUTH["data_constrained"][name] for name in ("A", "B", "E", "alpha", "beta", "Rn")}
     limit = np.asarray(clean.law.value(fixed | {"Rd": 1e9}, clean.x))

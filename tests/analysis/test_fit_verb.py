@@ -230,7 +230,7 @@ def faults(frame: pd.DataFrame) -> dict[str, tuple[pd.DataFrame, list[str], str]
             law,
             "80 points at 4 different N, D are too few for law chinchilla: it has 5 parameters",
         ),
-        "D of N": (frame.assign(D=20 * frame["N"]), law, "D is a power of N in all rows; law chinchilla cannot tell"),
+        "D of N": (frame.assign(D=20 * frame["N"]), law, "D is a power of N in all rows; law chinchilla"),
         "column of no law": (
             frame,
             ["--law", "chinchilla", "--columns", "N=N,D=D,L=L,M=N"],

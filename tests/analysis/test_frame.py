@@ -1,4 +1,4 @@
-"""The frame holds what the run directories say, and E50 is where the curve crosses."""
+"""The frame holds the contents of the run directories, and E50 is where the curve crosses half of the bits."""
 
 from __future__ import annotations
 

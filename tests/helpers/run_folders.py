@@ -53,7 +53,7 @@ def account(base: str, half_keys: int | None, ffn_hidden: int | None) -> dict[st
 
 
 def usage_line(rows: int, tokens: int) -> dict[str, Any]:
-    """What training says of a table whose rows come into use with tokens."""
+    """Return the usage that training logs for a table of which more rows are read over time."""
     unread = round(rows * float(np.exp(-tokens / 1e5)))
     return {"tables": [{"layers": [1], "rows": rows, "used": 0.5, "kl_bits": 1.0, "never_read": unread}]}
 

@@ -29,7 +29,7 @@ def answers() -> bool:
 
 
 def slurm(*command: str) -> str:
-    """What a command of Slurm says."""
+    """Return the output of a command of Slurm."""
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
@@ -41,13 +41,13 @@ def write(folder: Path, text: str, name: str = "tiny") -> Path:
 
 
 def on_slurm(grid: Path, results: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    """A sweep of the grid with the profile beside it, to its end."""
+    """Run a sweep of the grid to its end, with the profile next to the grid's file."""
     where = ("--results", results, "--executor", "slurm", "--profile", grid.parent / "cpu.yaml")
     return suite("sweep", grid, *where, *options, cwd=grid.parent, patience_s=7200)
 
 
 def start_on_slurm(grid: Path, results: Path) -> subprocess.Popen[str]:
-    """The same in the background, its words in sweep.log beside the grid."""
+    """Run the same sweep in the background, with its output in sweep.log next to the grid's file."""
     launcher = start_sweep(grid, results, "--executor", "slurm", "--profile", str(grid.parent / "cpu.yaml"))
     LAUNCHERS.append(launcher)
     return launcher

@@ -25,7 +25,7 @@ blocks:
 """
 
 NOT_RECORDS = re.compile(r"^(logs/|\.lock$|checkpoints/|to_score/)|(^|/)\.[^/]+\.\d+$")
-"""The last: what a kill in the middle of a write leaves beside the file."""
+"""The last one is what a kill in the middle of a write leaves next to the file."""
 TIMES_AND_PROCESSES = re.compile(
     r'"(wall_s|tokens_per_s|memory_bytes|heartbeat|pid|host|started|finished|log)": ("[^"]*"|[^,\n}]*)'
 )
@@ -42,7 +42,7 @@ def suite(*arguments: str | Path, cwd: Path, patience_s: float = 300) -> subproc
 
 
 def start_sweep(grid: Path, results: Path, *options: str) -> subprocess.Popen[str]:
-    """A sweep in the background, in a process group of its own as on a terminal; its words in results/../sweep.log."""
+    """Start a sweep in the background, in a separate process group as on a terminal, with its output in sweep.log."""
     command = [
         sys.executable,
         "-m",

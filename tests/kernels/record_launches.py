@@ -1,7 +1,7 @@
 """A pytest plugin: every kernel launch of interpreted tests goes to the file RECORDED_LAUNCHES, ready to be compiled.
 
 A line of JSON per launch: module, kernel and arguments. A tensor is its dtype and whether it is aligned to 16 bytes. Of
-an integer that is no constant, only what Triton specializes on is kept: 1, a multiple of 16, or neither.
+an integer that is not a constant, only what Triton specializes on is recorded: 1, a multiple of 16, or neither.
 """
 
 from __future__ import annotations

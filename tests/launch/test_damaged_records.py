@@ -1,4 +1,4 @@
-"""A record file that cannot be read fails its run by name; the other runs go on, and nothing is overwritten."""
+"""A record file that cannot be read fails its run by name; the other runs continue, and nothing is overwritten."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A machine without Slurm: one line says so, and scripts can still be written."""
+"""A machine without Slurm: one line states this, and scripts can still be written."""
 
 from pathlib import Path
 

@@ -35,7 +35,7 @@ def invented_words(count: int, ending: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Attribute:
-    """An attribute of a person: its K equally likely values, and the texts that state it or ask for it.
+    """An attribute of a person: its K equally likely values, and the texts that state it or pose it as a question.
 
     `training` and `held_out` are sentences up to the value; `questions` are the questions alone.
     """

@@ -119,7 +119,7 @@ _KINDS: dict[str, type[DataConfig]] = {}
 
 
 def register(config: type[Config]) -> type[Config]:
-    """Class decorator: select this class by its `kind`. Raises ValueError if the kind is taken."""
+    """Register a class under its `kind`; a class decorator. Raises ValueError if the kind is taken."""
     (kind,) = typing.get_args(config.model_fields["kind"].annotation)
     if kind in _KINDS:
         raise ValueError(f"data kind {kind!r} is registered twice")

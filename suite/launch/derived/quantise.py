@@ -80,12 +80,14 @@ def make(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     quantise_tables(model, cell.quantised)
     losses.append(_losses(model, prober.rows))
     record = source.read_record()
-    kept = ("account", "versions", "data_fingerprint", "tokenizer")
+    fields = ("account", "versions", "data_fingerprint", "tokenizer")
     started = {"run": source.name, "hash": cell.source.hash8, "step": step, "fresh": [], "unused": []}
     started["code"] = record.get("versions", {}).get("code")
     after = sum(rows.store.rows * rows.store.row_bytes for rows in stored_rows(model))
     tables = {"form": cell.quantised, "bytes": after, "source_bytes": before, "loss": _compared(*losses)}
-    run.write_cell(cell, **{name: record[name] for name in kept if name in record}, started_from=started, tables=tables)
+    run.write_cell(
+        cell, **{name: record[name] for name in fields if name in record}, started_from=started, tables=tables
+    )
     last = source.last_train_line()
     line = {name: last[name] for name in ("step", "tokens", "epoch", "train_flops", "wall_s") if name in last}
     run.train_path.unlink(missing_ok=True)

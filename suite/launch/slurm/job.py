@@ -142,7 +142,7 @@ class CellJob:
 
         def should_stop() -> bool:
             if world.is_first:
-                background_scoring.retain_due(run, cell)  # a job of its own scores it
+                background_scoring.retain_due(run, cell)  # a separate job scores it
             return stopping()
 
         outcome = train(cell, corpus, run, world, should_stop)

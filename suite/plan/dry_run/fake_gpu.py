@@ -1,7 +1,7 @@
 """Rank 0 of a world that does not exist, on a GPU that does not: a fake process group and fake CUDA tensors.
 
 Fake tensors have shapes, dtypes and a device, but no storage. Collectives of the fake process group return at once.
-`install` replaces what torch and triton would do on the device; it is called in a process of its own.
+`install` replaces what torch and triton would do on the device; it is called in a separate process.
 """
 
 # mypy: allow-untyped-defs, allow-untyped-calls, disable-error-code="attr-defined, assignment, method-assign, misc"

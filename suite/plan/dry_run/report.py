@@ -79,7 +79,7 @@ def dry_runs_of(plans: list[CellPlan]) -> dict[str, DryRun]:
 
 
 def dry_run(cell: Cell, vocabulary: int, mesh: Mesh) -> DryRun:
-    """Take a step of rank 0 of a mesh on fake tensors, in a process of its own.
+    """Take a step of rank 0 of a mesh on fake tensors, in a separate process.
 
     Args:
         cell: The cell.

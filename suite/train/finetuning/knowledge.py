@@ -1,4 +1,4 @@
-"""Learning and forgetting while a model is taught new facts.
+"""Measurements of learning and forgetting while a model is trained on new facts.
 
 A measurement scores every new fact of the stream, taught or not, and what the parent knew before: the people of its
 world or its held-out text. Bits of a fact are log2 of its equally likely answers plus the mean over prompts of

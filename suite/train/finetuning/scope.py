@@ -1,4 +1,4 @@
-"""What of a model a cell trains (`train.trainable`): freezes the rest, and chooses the rows of each step."""
+"""The parameters that a cell trains (`train.trainable`): freezes the others, and chooses the rows of each step."""
 
 from __future__ import annotations
 
