@@ -204,3 +204,27 @@ def test_an_integer_of_many_digits_names_its_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"a\.jsonl:2: ") as raised:
         list(text_files.FileReader(tmp_path, "text"))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("copy", ["a.jsonl.gz", "a.jsonl.zst", "a.json.gz", "a.parquet"])
+def test_a_copy_of_a_file_in_another_format_is_refused_by_name(copy: str, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.txt", "b.jsonl", "sub/a.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert len(text_files.files(tmp_path)) == 4
+    (tmp_path / copy).touch()
+    with pytest.raises(UserError, match=r"data\.path: got .*a\.jso?n?.* and a\."):
+        text_files.files(tmp_path)
+
+
+def test_a_validation_file_that_is_trained_on_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    for name in ("all/train.jsonl", "all/valid.jsonl", "other.jsonl"):
+        (tmp_path / name).write_bytes(jsonl("a document", name))
+
+    def data(validation: str) -> text_files.TextData:
+        return text_files.TextData(kind="text", path=str(tmp_path / "all"), validation=str(tmp_path / validation))
+
+    assert data("other.jsonl").identified().validation_fingerprint
+    with pytest.raises(UserError, match=r"data\.validation: got '.*', whose file .*valid\.jsonl is also trained on"):
+        data("all/valid.jsonl").identified()

@@ -87,7 +87,20 @@ class TextData(StreamData):
             if path is not None and fingerprinted is None:
                 read = files(Path(path), where=f"data.{field}")
                 updates[FINGERPRINTS[field]] = fingerprints.cached(fingerprint, Path(path), read)
+        if len(updates) == len(FINGERPRINTS):
+            self._refuse_shared_files()
         return config.model_copy(update=updates)
+
+    def _refuse_shared_files(self) -> None:
+        """Raise UserError if a file of `validation` is also one of `path`."""
+        assert self.validation is not None
+        trained = {file.resolve() for file in files(Path(self.path))}
+        for file in files(Path(self.validation), where="data.validation"):
+            if file.resolve() in trained:
+                raise UserError(
+                    f"data.validation: got {self.validation!r}, whose file {file} is also trained on (data.path "
+                    f"{self.path!r}), allowed: files outside of data.path"
+                )
 
     def source_files(self) -> list[str]:
         """See DataConfig."""
@@ -182,12 +195,26 @@ def files(path: Path, where: str = "data.path") -> list[Path]:
         raise UserError(f"{where}: got {str(path)!r}, which does not exist, allowed: {_ALLOWED}")
     if path.is_dir():
         data = sorted(file for file in path.rglob("*") if file.is_file() and _is_data(file.relative_to(path)))
+        _refuse_copies(data, where)
     else:
         data = [path] if path.name.endswith((*SUFFIXES, ".json")) else []
     if not data:
         problem = "which holds no such file" if path.is_dir() else "which is not such a file"
         raise UserError(f"{where}: got {str(path)!r}, {problem}, allowed: {_ALLOWED}")
     return data
+
+
+def _refuse_copies(data: Iterable[Path], where: str) -> None:
+    """Raise UserError if two files are one set of documents in two formats, such as x.jsonl and x.jsonl.gz."""
+    first: dict[tuple[str, bool], Path] = {}
+    for file in data:
+        kind = _kind(file)
+        stem = str(file).removesuffix(kind), kind.startswith(".txt")
+        if (other := first.setdefault(stem, file)) != file:
+            raise UserError(
+                f"{where}: got {other} and {file.name}, which would be read as different documents; leave one of them, "
+                "or rename one that is no copy"
+            )
 
 
 def _is_data(file: Path) -> bool:
