@@ -28,7 +28,12 @@ def frame(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="write a .csv, .jsonl or .parquet file")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Write the frame, one row per run, step, task and metric, to a file, or to stdout as CSV or JSON."""
+    """Write the frame, one row per run, step, task and metric, to a file, or to stdout as CSV or JSON.
+
+    Published numbers are rows, too: source is `run` in the rows of runs. docs/records.md explains every column.
+
+    Example: python -m analysis frame --grid laptop --out frame.parquet
+    """
     from analysis.records.frame import load
     from analysis.records.tables import csv_chunks, write_table
 

@@ -1,4 +1,4 @@
-"""The tidy frame: one row per run x step x task x metric, with the columns of the design and no others.
+"""The tidy frame: one row per run x step x task x metric, whose columns docs/records.md explains.
 
 Rows come from run directories (source `run`) and from published tables (source: the paper). What a run logs maps to
     training lines   split train   task train            metrics loss (training mode, nats per token), epoch
@@ -60,6 +60,7 @@ COLUMNS = [
     "predicted_wall_s",
     "source",
     "confidence",
+    "params_embedding",
 ]
 TEXT = {
     "cell",
@@ -82,6 +83,7 @@ PUBLISHED = {
 }
 """Column names in tables taken from papers -> ours."""
 WHOLE = ("seed", "half_keys", "memory_rows", "params_total", "params_memory", "params_active", "tokens", "step", "n")
+WHOLE += ("params_embedding",)
 """Columns of whole numbers: integers where none is missing."""
 PROBED = ("bits", "bits_max", "nll", "recall")
 """Metrics of a probe, in the order of their rows."""
@@ -104,6 +106,7 @@ OF_RUN += (
     "macs_ratio",
     "params_ratio",
     "predicted_wall_s",
+    "params_embedding",
 )
 """Columns that are the same in all rows of a run."""
 RUNS = 2000
