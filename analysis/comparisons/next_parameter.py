@@ -16,6 +16,7 @@ from itertools import groupby, pairwise
 import numpy as np
 import pandas as pd
 
+from analysis.comparisons.direction import lower_is_better
 from analysis.comparisons.paired import E50, SAME_TOKENS
 from analysis.comparisons.statistics import Difference, holm, paired
 from analysis.errors import InputError
@@ -38,7 +39,6 @@ SIZES = (*SHAPE, "half_keys", "experts", "head_rows", "table_rows", "pool_keys")
 SPENDS = float(np.log2(1.02))
 """A step whose cost is less than 2 % above the base's counts as without cost along an axis."""
 WIDER = "wider"
-LOWER_IS_BETTER = ("nll", "bits_per_byte", "byte_perplexity", "word_perplexity")
 ALPHA = 0.05
 
 
@@ -164,7 +164,7 @@ def _outcomes(data: GridData, metric: str) -> pd.Series:
     several = scores["score"].unique()
     if len(several) > 1:
         raise InputError(f"--metric {metric}: the runs were scored in {len(several)} ways; compare them in the report")
-    sign = -1.0 if metric.rpartition("/")[2] in LOWER_IS_BETTER else 1.0
+    sign = -1.0 if lower_is_better(metric) else 1.0
     return sign * scores.set_index("run")["value"].astype(float)
 
 

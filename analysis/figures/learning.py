@@ -71,11 +71,13 @@ def curves(axis: Axes, context: Context, base: str, x: str, y: str) -> None:
         x: Probe column of the horizontal axis, a key of AXES.
         y: Probe column of the outcome.
     """
-    for label, group in context.variants(base):
+    variants = list(context.variants(base))
+    for place, (label, group) in enumerate(variants):
         look, runs = context.looks[label], group.index.to_numpy(int)
         at, values = mean_curve(context.data, runs, x, y)
         if not len(values):
             continue
+        covered = 1 - place / len(variants)  # earlier curves are thicker, so that later ones do not hide them
         if len(values) <= LINES:
             _single_runs(axis, context.data, runs, x, y, look)
         axis.plot(
@@ -85,7 +87,8 @@ def curves(axis: Axes, context: Context, base: str, x: str, y: str) -> None:
             linestyle=look.linestyle,
             marker=look.marker,
             alpha=look.alpha,
-            markersize=3,
+            linewidth=1.2 + 1.2 * covered,
+            markersize=3 + 2 * covered,
             label=context.legend(label),
         )
         low, high = _band(values)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import pandas as pd
 
+from analysis.comparisons.direction import arrow
 from analysis.figures import style
 from analysis.figures.context import POINT_NOTE, SIDE_BY_SIDE, Context, Missing
 from analysis.figures.learning import rows_panel
@@ -143,7 +144,8 @@ def _scores(context: Context) -> list[int]:
 
 def _title(context: Context, score: int) -> str:
     row = context.titles.loc[score]
-    return "evaluation loss, nats/token" if row["key"] == LOSS else str(row["title"])
+    title = "evaluation loss, nats/token" if row["key"] == LOSS else row["title"]
+    return f"{title}{arrow(row['key'])}"
 
 
 def _points(context: Context, part: pd.DataFrame, score: int) -> pd.DataFrame:
@@ -193,7 +195,7 @@ def _panels(
         for axis in axes[len(panels) :]:
             axis.set_axis_off()
         style.legend_above(drawn, axes)
-        return style.save(drawn, folder, name, context.note(note))
+        return style.save(drawn, folder, name, context.note(f"{note} ↑: higher is better, ↓: lower is better."))
 
 
 def _imported(axis: Axes, context: Context, score: int) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 
+from analysis.comparisons.direction import arrow, digits
 from analysis.comparisons.grid import Comparisons
 from analysis.comparisons.knowledge import learning_of
 from analysis.comparisons.statistics import MIN_PAIRS, paired, paired_by_group
@@ -227,18 +228,19 @@ def _finals(plots: Context) -> list[Block]:
     for (base, label), runs in data.done.groupby(["base", "label"], sort=False):
         values = [cells.get((base, label, score)) for score in titles.index]
         texts = [
-            with_interval(mean) + (f" (n={mean.n})" if mean is not None and mean.n != len(runs) else "")
-            for mean in values
+            with_interval(mean, digits(key)) + (f" (n={mean.n})" if mean is not None and mean.n != len(runs) else "")
+            for mean, key in zip(values, titles["key"], strict=True)
         ]
         rows.append([base, label, len(runs), _span(runs["tokens"]), *texts])
     columns = [
-        key if math.isnan(n) else f"{key}, {_setting(few_shot, n)}"
+        f"{key}{arrow(key)}" if math.isnan(n) else f"{key}{arrow(key)}, {_setting(few_shot, n)}"
         for key, few_shot, n in zip(titles["key"], titles["few_shot"], titles["n"], strict=True)
     ]
     note = (
         f"At the end of each run, not at equal exposures where runs stopped early. Intervals from {MIN_PAIRS} runs on. "
         "n: runs of the variant, or, in parentheses, those that have the score. A column holds one score: the same "
-        "task version, prompts, few-shot examples, questions and data; the number of questions stands in its header."
+        "task version, prompts, few-shot examples, questions and data; the number of questions stands in its header. "
+        "↑: higher is better, ↓: lower is better."
     )
     table = Table(["base", "variant", "n", "tokens", *columns], rows, left=2, name="final-evaluations")
     return [table, Text(note)]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from analysis.comparisons.direction import arrow
 from analysis.comparisons.paired import E50, Contrast, ScoreDifference
 from analysis.comparisons.statistics import MIN_PAIRS, Difference
 from analysis.records.grid_data import EQUAL, GridData
@@ -182,7 +183,7 @@ def _final_row(contrast: Contrast, score: ScoreDifference, with_speeds: bool) ->
         contrast.base,
         contrast.variant,
         contrast.reference,
-        score.key,
+        f"{score.key}{arrow(score.key)}",
         "–" if math.isnan(score.few_shot) else f"{score.few_shot:.0f}",
         "–" if math.isnan(score.n) else f"{score.n:,.0f}",
         score.difference.n,
@@ -272,8 +273,8 @@ HOW_COSTED = (
 )
 HOW_CROSSED = (
     "Two scores are paired only if task version, prompts, few-shot examples, limit, number of questions and data are "
-    "the same. Differences have 95 % t-intervals over pairs of runs, for these questions. Over runs x questions: an "
-    "interval of the same difference, taken question by question, with runs and questions as random effects, so that "
-    f"it also holds for other questions of the kind; given from {MIN_PAIRS} pairs on, for answers that are right or "
-    "wrong."
+    "the same. ↑: a positive difference is better, ↓: a negative one is. Differences have 95 % t-intervals over pairs "
+    "of runs, for these questions. Over runs x questions: an interval of the same difference, taken question by "
+    "question, with runs and questions as random effects, so that it also holds for other questions of the kind; given "
+    f"from {MIN_PAIRS} pairs on, for answers that are right or wrong."
 )

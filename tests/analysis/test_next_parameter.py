@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from run_folders import write_run
 
 from analysis.__main__ import main
+from analysis.comparisons.direction import arrow, lower_is_better
 from analysis.comparisons.grid import Comparisons
 from analysis.comparisons.next_parameter import AXES, Step, equivalent_size, leads, metric_of, per_doubling, steps
 from analysis.errors import InputError
@@ -129,3 +131,14 @@ def test_without_any_gain_there_is_no_figure(tmp_path: Path) -> None:
     for axis in ("time", "macs"):
         texts = [str(block) for block in next_blocks(data, [], "e50", axis)]
         assert any("how steady the machine was" in text for text in texts) is (axis == "time"), "every variant ran once"
+
+
+def test_scores_improve_in_the_direction_that_their_task_declares() -> None:
+    entry = re.compile(r"metric: (\w+),[^}]*higher_is_better: (true|false)")
+    files = sorted((Path(__file__).parents[2] / "suite" / "evaluate" / "tasks").glob("*.yaml"))
+    declared = {found for file in files for found in entry.findall(file.read_text())}
+    scores = {(metric, higher) for metric, higher in declared if not metric.endswith("_se") and metric != "bits_max"}
+    assert {"nll_min", "bits_per_byte", "recall"} <= {metric for metric, _ in scores}
+    for metric, higher in scores:
+        assert lower_is_better(f"task/{metric}") is (higher == "false"), metric
+    assert (arrow("bios_storage/bits_max"), arrow("piqa/acc"), arrow("eval/nll")) == ("", " ↑", " ↓")

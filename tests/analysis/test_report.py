@@ -174,9 +174,9 @@ def test_text_runs_are_compared_at_equal_tokens(tmp_path: Path, capsys: pytest.C
     assert json.loads(capsys.readouterr().out)[0]["failed"] == []
     text = (root / "grids" / "text" / "report.md").read_text()
     assert (
-        "| w32 | memory_plus k16 | dense | held_out/bits_per_byte | 0 | 9 | 5 | −0.100 [−0.100, −0.100] | – |" in text
+        "| w32 | memory_plus k16 | dense | held_out/bits_per_byte ↓ | 0 | 9 | 5 | −0.100 [−0.100, −0.100] | – |" in text
     )
-    crossed = re.search(r"nq/em \| – \| 400 \| 5 \| \S+ \[\S+, \S+\] \| \[(\S+), (\S+)\]", text)
+    crossed = re.search(r"nq/em ↑ \| – \| 400 \| 5 \| \S+ \[\S+, \S+\] \| \[(\S+), (\S+)\]", text)
     assert crossed is not None
     low, high = (float(end) for end in crossed.groups())
     # the same 400 random numbers a seed: a question changes from wrong to right with chance 0.1, in 2,000 pairs
@@ -366,7 +366,7 @@ def test_scores_of_different_questions_or_few_shot_settings_are_not_paired(tmp_p
     assert "n=10" in unpaired.theirs
     text = report_text(tmp_path)
     assert "piqa/acc, seeds 0, 1: 0-shot, n=30 against 0-shot, n=10" in text
-    assert "piqa/acc, 2-shot, 10 questions" in text
+    assert "piqa/acc ↑, 2-shot, 10 questions" in text
     # the same ten questions, scored later, are paired even though their file's hash does not sort last
     for name in (name for name in data.runs["run"] if name.startswith("memory_plus")):
         _scored(tmp_path, name, 0, "1111000000", limit=10)
