@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, to_jsonable_python
 from rich.table import Table
 
 import suite.models  # noqa: F401  (registers the families)
+from suite.cli.fields import type_name
 from suite.models import registry
 
 
@@ -39,6 +41,11 @@ def families_table() -> Table:
         own = [(name, option, fields) for option, fields in options.items() if option not in shared]
         rows += own or [(name, "", {})]
     for name, option, fields in rows:
-        default = "" if not fields else str(fields.get("default", "(required)"))
-        table.add_row(name, option, fields.get("type", ""), default, fields.get("meaning") or "")
+        if not fields:
+            table.add_row(name, "", "", "", "")
+            continue
+        family = first if name == "(all)" else name
+        kind = type_name(registry.family(family).config.model_fields[option].annotation)
+        default = json.dumps(to_jsonable_python(fields["default"])) if "default" in fields else "(required)"
+        table.add_row(name, option, kind, default, fields["meaning"] or "")
     return table
