@@ -145,7 +145,7 @@ def _scores(context: Context) -> list[int]:
 def _title(context: Context, score: int) -> str:
     row = context.titles.loc[score]
     title = "evaluation loss, nats/token" if row["key"] == LOSS else row["title"]
-    return f"{title}{arrow(row['key'])}"
+    return f"{title}{arrow(str(row['key']))}"
 
 
 def _points(context: Context, part: pd.DataFrame, score: int) -> pd.DataFrame:

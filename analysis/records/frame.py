@@ -82,8 +82,18 @@ PUBLISHED = {
     "total_params": "params_total",
 }
 """Column names in tables taken from papers -> ours."""
-WHOLE = ("seed", "half_keys", "memory_rows", "params_total", "params_memory", "params_active", "tokens", "step", "n")
-WHOLE += ("params_embedding",)
+WHOLE = (
+    "seed",
+    "half_keys",
+    "memory_rows",
+    "params_total",
+    "params_memory",
+    "params_active",
+    "tokens",
+    "step",
+    "n",
+    "params_embedding",
+)
 """Columns of whole numbers: integers where none is missing."""
 PROBED = ("bits", "bits_max", "nll", "recall")
 """Metrics of a probe, in the order of their rows."""
