@@ -71,6 +71,8 @@ def smallest_mesh(
         remedies.insert(0, "a train.batch_rows that more GPUs divide")
     if cell.train.value_second_moment == "row":
         remedies.insert(0, "train.value_second_moment: element, which allows tables to be sharded")
+    if cell.train.table_device == "host":
+        remedies.insert(0, "train.table_device: model, which allows several GPUs")
     return DoesNotFit(meshes.why(allowed), " or ".join(remedies))
 
 
@@ -103,7 +105,10 @@ class _Meshes:
         return 1 if self.cell.train.value_second_moment == "row" else gpus
 
     def gpu_counts(self, allowed: int) -> list[int]:
-        """Return the numbers of GPUs to try, at most `allowed`: powers of two within a node, then of nodes."""
+        """Return the numbers of GPUs to try, at most `allowed`: powers of two within a node, then of nodes; 1 with tables
+        in host memory."""
+        if self.tables.host:
+            return [1]
         node, powers = self.gpu.per_node, [2**exponent for exponent in range(allowed.bit_length())]
         return [size for size in powers if size < node] + [node * count for count in powers if node * count <= allowed]
 
@@ -142,14 +147,17 @@ class _Meshes:
 
     def state_bytes(self, gpus: int, shards: int) -> float:
         """Return the bytes of weights, gradients and moments on one GPU, without row-wise gradients of tables."""
-        return 4 * STATE_BYTES * self.rest / gpus + self.tables.persistent * self.values / shards
+        return 4 * STATE_BYTES * self.rest / gpus + self._table_bytes(shards)
+
+    def _table_bytes(self, shards: int) -> float:
+        return 0.0 if self.tables.host else self.tables.persistent * self.values / shards
 
     def why(self, allowed: int) -> str:
         """State the memory per GPU on the largest allowed number of GPUs that divides the rows."""
         gpus = self.max_gpus(allowed)
         shards = self.over_nodes(gpus)
         mesh = self.mesh(gpus, shards, self.micro_rows(gpus)[-1])
-        peak, table = mesh.memory.peak, self.tables.persistent * self.values / shards
+        peak, table = mesh.memory.peak, self._table_bytes(shards)
         is_limit = gpus == max(self.gpu_counts(allowed))
         rows_limit = "" if is_limit else f" (the most that divide its {self.cell.train.batch_rows} rows)"
         return (

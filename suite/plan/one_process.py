@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from suite.cells import Cell
 from suite.models.accounting import meta_model
 from suite.plan.activation_memory import PartCache, StepTracer
@@ -14,7 +16,12 @@ TRACED_ROWS = 256
 
 
 def training_bytes(
-    cell: Cell, vocabulary: int, parts: PartCache, processes: int = 1, memory_parallel: int = 1
+    cell: Cell,
+    vocabulary: int,
+    parts: PartCache,
+    processes: int = 1,
+    memory_parallel: int = 1,
+    where: Literal["whole", "peak", "host"] = "whole",
 ) -> float:
     """Predict the peak memory of a process that trains a cell, alone or with others.
 
@@ -24,6 +31,7 @@ def training_bytes(
         parts: Parts of models traced earlier; new ones are added.
         processes: Processes that train the cell together.
         memory_parallel: How many of them share the columns of each table.
+        where: The memory of a process on a CPU, that of the device alone, or that of the host for tables.
 
     Returns:
         Bytes, without those of the process itself.
@@ -32,7 +40,8 @@ def training_bytes(
 
     def peak(rows: int) -> float:
         step = tracer.parts(rows).step(processes, memory_parallel, cell.train.accumulate, table_state(cell.train))
-        return step.peak
+        needed: float = getattr(step, where)
+        return needed
 
     rows = max(1, cell.train.batch_rows // cell.train.accumulate // processes)
     if rows <= TRACED_ROWS:

@@ -55,12 +55,14 @@ class TableState:
         value: Bytes of a value.
         moments: Bytes of a value's moments, and of its fp32 copy if there is one.
         row: Bytes of state per row, independent of its width.
+        host: Whether tables, their moments and gradients are in host memory; reads then use copies of rows.
     """
 
     row_wise: bool = True
     value: int = STATE_BYTES
     moments: int = 2 * STATE_BYTES
     row: int = 9
+    host: bool = False
 
     @property
     def persistent(self) -> int:
@@ -70,13 +72,25 @@ class TableState:
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a training step on one device. `saved`: activations saved for the backward pass. `peak`: the maximum."""
+    """Bytes of a training step on one device.
+
+    Attributes:
+        weights: Of the weights.
+        moments: Of the moments.
+        gradients: Of all gradients.
+        saved: Of activations saved for the backward pass.
+        peak: The maximum of all together.
+        host: The maximum in host memory, for tables that are there: rows, moments and gradients.
+        whole: The maximum of the process where device and host are one CPU.
+    """
 
     weights: float
     moments: float
     gradients: float
     saved: float
     peak: float
+    host: float
+    whole: float
 
     @property
     def activations(self) -> float:
@@ -125,31 +139,37 @@ class Parts:
             The memory of the step.
         """
         tables = _Tables(self.tables, value_shards, rest_shards // value_shards, state, use)
-        rest, values = sum(part.weights for part in self.parts) / rest_shards, tables.elements
-        weights = STATE_BYTES * (rest + self.frozen / value_shards) + state.value * values
-        moments = 2 * STATE_BYTES * rest + state.moments * values + tables.row_state
+        rest = sum(part.weights for part in self.parts) / rest_shards
+        rows = STATE_BYTES * self.frozen / value_shards + state.value * tables.elements
+        row_moments = state.moments * tables.elements + tables.row_state
         pieces = [tables.gradient(part) for part in self.parts]
-        buffer = tables.buffer(pieces, micro_batches)
+        buffer, earlier_buffer = tables.buffer(pieces, micro_batches), tables.buffer(pieces, micro_batches - 1)
+        host, merging = 0.0, tables.merging(buffer)
+        if state.host:
+            host = rows + row_moments + buffer
+            rows = row_moments = buffer = earlier_buffer = 0.0
+        weights, moments = STATE_BYTES * rest + rows, 2 * STATE_BYTES * rest + row_moments
         gradients = STATE_BYTES * rest + buffer
         persistent, is_whole = weights + moments + self.shared + self.counts, rest_shards == 1
-        earlier = 0.0 if micro_batches == 1 else STATE_BYTES * rest + tables.buffer(pieces, micro_batches - 1)
+        earlier = 0.0 if micro_batches == 1 else STATE_BYTES * rest + earlier_buffer
         # The embedding and the output matrix stay gathered in fp32 to the end of the backward pass.
         root = 0 if is_whole else STATE_BYTES * (self.parts[0].weights + self.parts[-1].weights)
         exchange = tables.exchange(self.parts, micro_batches)
-        saved, peak = 0.0, persistent + gradients + max(exchange, tables.merging(buffer))
+        saved, peak = 0.0, persistent + gradients + (0.0 if state.host else max(exchange, merging))
         for part in self.parts:
-            running = part.forward + tables.sorting(part) + self._gathered(part, is_whole)
+            running = part.forward + tables.sorting(part) + tables.copied(part) + self._gathered(part, is_whole)
             peak = max(peak, persistent + earlier + root + saved + running)
-            saved += part.saved + (part.copies if is_whole else 0) + tables.order(part)
+            saved += part.saved + (part.copies if is_whole else 0) + tables.order(part) + tables.copied(part)
         remaining, new_gradients = saved, 0.0
         for part, piece in zip(reversed(self.parts), reversed(pieces), strict=True):
             remaining -= part.saved + (part.copies if is_whole else 0)
             running = part.backward + piece + self._gathered(part, is_whole)
             peak = max(peak, persistent + earlier + root + remaining + new_gradients + running)
-            remaining -= tables.order(part)
+            remaining -= tables.order(part) + tables.copied(part)
             new_gradients += tables.added(part, piece)
             new_gradients += 0.0 if micro_batches > 1 else STATE_BYTES * part.weights / rest_shards
-        return StepMemory(weights, moments, gradients, saved, peak)
+        whole = max(peak + host, persistent + gradients + host + merging)
+        return StepMemory(weights, moments, gradients, saved, peak, host + merging if state.host else 0.0, whole)
 
     def _gathered(self, part: Part, is_whole: bool) -> int:
         """Return the bytes of a part's weights as it computes with them, unless they are stored so on the device."""
@@ -192,7 +212,10 @@ class _Tables:
         )
 
     def added(self, part: Part, piece: float) -> float:
-        """Return the bytes of a part's gradients that stay allocated: 0 if a dense one is added to an earlier one."""
+        """Return the bytes of a part's gradients that stay allocated: 0 if a dense one is added to an earlier one, or
+        if they are copied to host memory."""
+        if self.state.host:
+            return 0.0
         stays = self.state.row_wise or not self._with_gradient.issuperset(part.tables)
         self._with_gradient.update(part.tables)
         return piece if stays else 0.0
@@ -208,6 +231,15 @@ class _Tables:
         """Return the bytes needed to merge the pieces: their concatenation, and the sums by row."""
         once = sum(rows * self._row_bytes(table) for table, (rows, _) in enumerate(self.sizes))
         return buffer + min(buffer, once) if self.state.row_wise else 0.0
+
+    def copied(self, part: Part) -> float:
+        """Return the bytes of copies of the rows that a part reads from host memory, with their numbers."""
+        if not self.state.host:
+            return 0.0
+        return sum(
+            self._gradient_rows(table, lookups) * (self.state.value * self.sizes[table][1] + INDEX_BYTES)
+            for table, lookups in zip(part.tables, part.lookups, strict=True)
+        )
 
     def exchange(self, parts: tuple[Part, ...], micro_batches: int) -> float:
         """Return the bytes of the sums over replicas and of the flags of their rows; dense ones are summed in place."""

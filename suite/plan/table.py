@@ -117,6 +117,12 @@ def plan_notes(plans: list[CellPlan], document: dict[str, Any]) -> list[str]:
             f"vocabulary assumed in {len(assumed_vocabulary)} cells: {first.cell.data.tokenizer.path} does not exist,"
             f" so its entries are taken to be those of the base ({first.vocabulary:,} for {first.cell.model.base})"
         )
+    lines += [
+        f"{cell_plan.cell.run_name}: {cell_plan.mesh.memory.host / 1e9:,.3g} GB of host memory hold its tables and their"
+        " moments; GPU-hours do not include copying rows nor updating them on the CPU"
+        for cell_plan in plans
+        if cell_plan.mesh is not None and cell_plan.mesh.memory.host
+    ]
     lines += [_predicted_and_measured(cell) for cell in document["cells"] if cell.get("measured") and cell["gpus"]]
     unfit = [cell_plan for cell_plan in plans if cell_plan.why]
     if unfit:

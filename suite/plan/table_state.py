@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from suite.cells import TrainConfig
 from suite.plan.step_memory import STATE_BYTES, TableState
 
 
 def table_state(config: TrainConfig) -> TableState:
-    """Return the bytes that training stores per value and per row of a table."""
+    """Return the bytes that training stores per value and per row of a table, and where."""
+    return replace(_bytes(config), host=config.table_device == "host")
+
+
+def _bytes(config: TrainConfig) -> TableState:
     if config.table_optimizer == "dense":
         return TableState(row_wise=False, row=0)
     if config.table_optimizer == "sgd":
