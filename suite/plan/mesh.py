@@ -105,8 +105,10 @@ class _Meshes:
         return 1 if self.cell.train.value_second_moment == "row" else gpus
 
     def gpu_counts(self, allowed: int) -> list[int]:
-        """Return the numbers of GPUs to try, at most `allowed`: powers of two within a node, then of nodes; 1 with tables
-        in host memory."""
+        """Return the numbers of GPUs to try, at most `allowed`: powers of two within a node, then of nodes.
+
+        One process alone trains with tables in host memory.
+        """
         if self.tables.host:
             return [1]
         node, powers = self.gpu.per_node, [2**exponent for exponent in range(allowed.bit_length())]

@@ -9,6 +9,9 @@ from suite.models.accounting import meta_model
 from suite.plan.activation_memory import PartCache, StepTracer
 from suite.plan.table_state import table_state
 
+Where = Literal["whole", "peak", "host"]
+"""The memory of a process whose device is the CPU, that of the device, or that of the host for tables: fields of
+StepMemory."""
 PROCESS_BYTES = 600e6
 """Memory of a process before it builds a model: Python, torch and the other libraries."""
 TRACED_ROWS = 256
@@ -21,7 +24,7 @@ def training_bytes(
     parts: PartCache,
     processes: int = 1,
     memory_parallel: int = 1,
-    where: Literal["whole", "peak", "host"] = "whole",
+    where: Where = "whole",
 ) -> float:
     """Predict the peak memory of a process that trains a cell, alone or with others.
 
@@ -31,7 +34,7 @@ def training_bytes(
         parts: Parts of models traced earlier; new ones are added.
         processes: Processes that train the cell together.
         memory_parallel: How many of them share the columns of each table.
-        where: The memory of a process on a CPU, that of the device alone, or that of the host for tables.
+        where: Which memory.
 
     Returns:
         Bytes, without those of the process itself.

@@ -118,8 +118,8 @@ def plan_notes(plans: list[CellPlan], document: dict[str, Any]) -> list[str]:
             f" so its entries are taken to be those of the base ({first.vocabulary:,} for {first.cell.model.base})"
         )
     lines += [
-        f"{cell_plan.cell.run_name}: {cell_plan.mesh.memory.host / 1e9:,.3g} GB of host memory hold its tables and their"
-        " moments; GPU-hours do not include copying rows nor updating them on the CPU"
+        f"{cell_plan.cell.run_name}: {cell_plan.mesh.memory.host / 1e9:,.3g} GB of host memory hold its tables and"
+        " their moments; GPU-hours do not include copying rows nor updating them on the CPU"
         for cell_plan in plans
         if cell_plan.mesh is not None and cell_plan.mesh.memory.host
     ]

@@ -56,6 +56,18 @@ def test_large_batches_are_extrapolated_from_small_ones(monkeypatch: pytest.Monk
     assert extrapolated == pytest.approx(one_process.training_bytes(cell, 500, {}), rel=0.02)
 
 
+def test_tables_in_host_memory_are_compared_with_that_of_the_host() -> None:
+    def problem(device: str, host: float) -> str | None:
+        cell = tiny_cell("memory_plus", table_device=device)
+        large = cell.model_copy(update={"model": cell.model.model_copy(update={"half_keys": 2048})})
+        return MemoryCheck(1e9, "a GPU of this machine", host=host).problem(large)
+
+    assert "a GPU of this machine has 1.0 GB; use" in str(problem("model", 64e9))
+    assert "train.table_device: host" in str(problem("model", 64e9))
+    assert problem("host", 64e9) is None
+    assert "train.table_device: got 'host'" in str(problem("host", 1e9))
+
+
 def test_processes_that_share_a_memory_divide_the_cell() -> None:
     cell = tiny_cell("memory_plus", batch_rows=64)
     tables = cell.model_copy(update={"model": cell.model.model_copy(update={"half_keys": 512})})

@@ -19,6 +19,7 @@ from suite.models.moe import RoutedExperts
 from suite.models.product_key import MemoryPlusConfig
 from suite.plan.activation_memory import StepTracer
 from suite.plan.live_bytes import LiveBytes
+from suite.plan.step_memory import TableState
 from suite.plan.table_state import table_state
 from suite.records import RunDir
 from suite.train.loop import Trainer
@@ -151,3 +152,18 @@ def test_the_memory_of_a_huge_table_is_predicted_without_allocating_it() -> None
     step = StepTracer(meta_model(huge, 32000), 512, "bf16").parts(1).step()
     assert step.weights / 4 == pytest.approx(138747.7e6, rel=1e-6)
     assert step.moments == 2 * step.weights + 9 * 2**26
+
+
+def test_a_table_in_host_memory_needs_none_of_the_device_but_for_copies_of_rows() -> None:
+    config = MemoryPlusConfig(family="memory_plus", base="1.3b", half_keys=4096)
+    parts = StepTracer(meta_model(config, 32000), 512, "bf16").parts(1)
+    (rows, width), lookups = parts.tables[0], [sum(part.lookups) for part in parts.parts]
+    device, host = parts.step(), parts.step(state=TableState(host=True))
+    assert device.host == 0
+    assert host.weights == device.weights - 4 * rows * width
+    assert host.moments == device.moments - (8 * width + 9) * rows
+    copies = [4 * width * rows * -math.expm1(-count / rows) for count in lookups]
+    assert host.saved == pytest.approx(device.saved + sum(copies), rel=1e-3)
+    table = (12 * width + 9) * rows
+    assert table + sum(copies) < host.host < table + 3.1 * sum(copies)  # gradients, their pieces and sums
+    assert host.peak < device.peak - table + sum(copies)

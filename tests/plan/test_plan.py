@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from suite.atomic import write_json
 from suite.cli.main import app
 from suite.errors import UserError
-from suite.grids import load_grid
+from suite.grids import Grid, load_grid
 from suite.models.accounting import account_of, meta_model
 from suite.plan import plan as planning
 from suite.plan import this_machine
@@ -181,6 +181,20 @@ def test_an_unsharded_table_that_does_not_fit_names_the_option() -> None:
         if one.account.params_memory == 2**24 * 2048
     )
     assert str(huge.would_fit).startswith("train.value_second_moment: element")
+
+
+def test_tables_in_host_memory_need_one_gpu_and_host_memory() -> None:
+    plans = planned("paper-memory-scaling", train__table_device="host")
+    (large,) = (one for one in plans if one.account.params_memory == 2**24 * 2048)
+    assert large.mesh is not None
+    assert large.mesh.gpus == 1
+    assert large.mesh.memory.host > 12 * 2**24 * 2048 > large.mesh.memory.peak
+    (note,) = (line for line in plan_notes([large], planning.document(*documented(large))) if "host memory" in line)
+    assert note.startswith(f"{large.cell.run_name}: {large.mesh.memory.host / 1e9:,.3g} GB of host memory")
+
+
+def documented(plan: planning.CellPlan) -> tuple[Grid, list[planning.CellPlan], planning.Assumptions]:
+    return Grid("grid", Path("grid"), (plan.cell,)), [plan], planning.assumptions("h100", None, 0.4, None)
 
 
 def test_each_base_has_its_own_vocabulary_in_any_order(tmp_path: Path) -> None:

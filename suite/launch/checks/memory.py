@@ -13,7 +13,7 @@ from suite.models.accounting import account_of, meta_model, needs_values
 from suite.plan.activation_memory import PartCache
 from suite.plan.gpus import Gpu
 from suite.plan.mesh import DoesNotFit, Mesh, smallest_mesh
-from suite.plan.one_process import PROCESS_BYTES, training_bytes
+from suite.plan.one_process import PROCESS_BYTES, Where, training_bytes
 from suite.train.parallel import Parallel
 
 CGROUPS = Path("/sys/fs/cgroup")
@@ -37,10 +37,18 @@ class MemoryCheck:
         device: Whose memory it is, for messages.
         gpus: GPUs with that memory which a cell may be divided over.
         shared_by: The processes of a cell that share the memory.
+        host: Bytes of host memory where `limit` is the memory of a GPU; None: `limit` is host memory.
     """
 
-    def __init__(self, limit: float, device: str, gpus: int = 1, shared_by: Launch | None = None) -> None:
-        self.limit, self.device, self.gpus = limit, device, gpus
+    def __init__(
+        self,
+        limit: float,
+        device: str,
+        gpus: int = 1,
+        shared_by: Launch | None = None,
+        host: float | None = None,
+    ) -> None:
+        self.limit, self.device, self.gpus, self.host = limit, device, gpus, host
         self.shared_by = shared_by or Launch()
         self._parts: PartCache = {}
         self._needed: dict[tuple[str, ...], float | None] = {}
@@ -53,7 +61,7 @@ class MemoryCheck:
 
         if torch.cuda.is_available():
             sizes = [torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count())]
-            return cls(max(sizes), "a GPU of this machine", gpus)
+            return cls(max(sizes), "a GPU of this machine", gpus, host=host_limit())
         return cls(host_limit(), "this machine")
 
     def needed(self, cell: Cell) -> float | None:
@@ -71,7 +79,8 @@ class MemoryCheck:
     def _predict(self, cell: Cell) -> float | None:
         try:
             processes, members = self.shared_by.processes, self.shared_by.parallel.memory_parallel
-            each = training_bytes(cell, cell.data.vocabulary(), self._parts, processes, members)
+            where: Where = "whole" if self.host is None else "peak"
+            each = training_bytes(cell, cell.data.vocabulary(), self._parts, processes, members, where)
             return processes * (PROCESS_BYTES + each)
         except (UserError, ValueError):
             return None  # its data or its options are unusable, which is reported where they are read
@@ -81,6 +90,18 @@ class MemoryCheck:
             if not isinstance(error, RuntimeError) or not needs_values(error):
                 raise
             return None  # a baseline whose forward pass reads values
+
+    def _host_problem(self, cell: Cell) -> str | None:
+        """Return why the tables of a cell that fits on its GPU do not fit in host memory; None if they do."""
+        if self.host is None or cell.train.table_device != "host" or self.needed(cell) is None:
+            return None
+        needed = training_bytes(cell, cell.data.vocabulary(), self._parts, where="host")
+        if needed <= self.host:
+            return None
+        return (
+            f"train.table_device: got 'host', which needs about {needed / 1e9:,.1f} GB of host memory, and this machine"
+            f" has {self.host / 1e9:,.1f} GB; use model, or a smaller table"
+        )
 
     def _fits_one(self, cell: Cell) -> bool:
         needed = self.needed(cell)
@@ -107,7 +128,7 @@ class MemoryCheck:
     def problem(self, cell: Cell) -> str | None:
         """Return why a cell does not fit in memory, and the fields to change; None if it fits."""
         if self._fits_one(cell):
-            return None
+            return self._host_problem(cell)
         needed = self.needed(cell)
         assert needed is not None
         if self.gpus > 1 and math.isfinite(needed):
@@ -118,6 +139,8 @@ class MemoryCheck:
         fields = [f"a smaller train.batch_rows ({cell.train.batch_rows})", "a larger train.accumulate"]
         if cell.model.table_side:
             fields.append(f"a smaller model.half_keys ({cell.model.table_side})")
+        if self.host is not None and cell.model.has_tables and cell.train.table_device == "model":
+            fields.append("train.table_device: host")
         return (
             f"needs about {needed / 1e9:,.1f} GB of memory, and {self.device} has {self.limit / 1e9:,.1f} GB; use "
             f"{', '.join(fields)}, or a smaller model.base ({cell.model.base})"
