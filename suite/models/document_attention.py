@@ -1,6 +1,7 @@
-"""Attention within the documents of packed rows, without a mask: one variable-length kernel for all documents.
+"""Attention within the documents of packed rows: one variable-length kernel for all of them, elsewhere a mask.
 
-Shapes: B rows, T positions, N = B*T, H heads, G key-value heads, K head width, M boundaries of documents.
+Shapes: B rows, T positions, N = B*T, L keys (T plus the cached tokens), H heads, G key-value heads, K head width, M
+boundaries of documents.
 """
 
 from __future__ import annotations
@@ -61,3 +62,37 @@ def takes(device: torch.device, dtype: torch.dtype) -> bool:
     if torch.is_autocast_enabled(device.type) if device.type == "cuda" else False:
         dtype = torch.get_autocast_dtype("cuda")
     return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+
+
+def mask_of(tokens_BT: Tensor, past: int, segments_BT: Tensor | None, pad_B: Tensor | None) -> Tensor | None:
+    """Compute which keys each token attends to.
+
+    Args:
+        tokens_BT: Token ids.
+        past: Number of cached tokens.
+        segments_BT: Document numbers; None if every row is one document.
+        pad_B: Number of padding tokens at the left of each row; None for none.
+
+    Returns:
+        The mask [B or 1, 1, T, L], True where a token attends; None if plain causal attention is enough.
+    """
+    tokens = tokens_BT.shape[1]
+    if segments_BT is None and pad_B is None and (past == 0 or tokens == 1):
+        return None
+    key_L = torch.arange(past + tokens, device=tokens_BT.device)
+    query_T = key_L[past:]
+    mask_BTL = (key_L <= query_T[:, None])[None]
+    if segments_BT is not None:
+        mask_BTL = mask_BTL & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    if pad_B is not None:
+        # A padding token attends to itself, since a softmax over nothing is NaN.
+        mask_BTL = mask_BTL & ((key_L >= pad_B[:, None, None]) | (key_L == query_T[:, None]))
+    return mask_BTL[:, None]
+
+
+def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the mask as a bias added to scores, in the dtype of attention; all layers share it."""
+    device = mask.device.type
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import rotary
-from suite.models import attachments, document_attention, fused, registry
+from suite.models import attachments, document_attention, fused, head_loss, registry
 from suite.models.attachments import Attachments, reads_embedding, window_of
 from suite.models.cache import Cache, EarlierTokens
 from suite.models.cost import Cost, dense_cost
@@ -227,8 +227,8 @@ class Transformer(nn.Module):
         rotation = self._rotation_of_call(past, tokens_BT)
         mask: Tensor | Documents | None = documents
         if documents is None or not document_attention.takes(tokens_BT.device, self.embedding.weight.dtype):
-            mask = attention_mask(tokens_BT, past, segments_BT, pad_B)
-            mask = None if mask is None else as_bias(mask, self.embedding.weight.dtype)
+            mask = document_attention.mask_of(tokens_BT, past, segments_BT, pad_B)
+            mask = None if mask is None else document_attention.as_bias(mask, self.embedding.weight.dtype)
         earlier = EarlierTokens(past, segments_BT, cache, pad_B)
         ids_BTW = earlier.windows(tokens_BT, self.window) if self.window else None
         if ids_BTW is not None:
@@ -252,7 +252,16 @@ class Transformer(nn.Module):
 
     def head(self, x_BTD: Tensor) -> Tensor:
         """Return the logits [..., V] of hidden states [..., D]."""
-        return F.linear(x_BTD, self.embedding.weight if self.output is None else self.output.weight)
+        return F.linear(x_BTD, self.output_matrix)
+
+    def loss(self, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """Return the summed cross entropy in nats of hidden states [..., D] with target ids [...] (`head_loss`)."""
+        return head_loss.cross_entropy(x_BTD.flatten(0, -2), self.output_matrix, targets_BT.flatten())
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """The matrix [V, D] of the output head."""
+        return self.embedding.weight if self.output is None else self.output.weight
 
     def new_cache(self, batch: int, max_len: int) -> Cache:
         """Return an empty cache for `batch` rows of at most `max_len` tokens."""
@@ -367,37 +376,3 @@ def rotate(x_BTC: Tensor, heads: int, rotation: tuple[Tensor, Tensor]) -> Tensor
     cos_TC, sin_TC = (part[:, :width] for part in rotation)
     swapped_BTC = x_BTC.unflatten(-1, (heads, 2, -1)).flip(-2).flatten(-3)
     return (x_BTC * cos_TC + swapped_BTC * sin_TC).type_as(x_BTC)
-
-
-def attention_mask(tokens_BT: Tensor, past: int, segments_BT: Tensor | None, pad_B: Tensor | None) -> Tensor | None:
-    """Compute which keys each token attends to.
-
-    Args:
-        tokens_BT: Token ids.
-        past: Number of cached tokens.
-        segments_BT: Document numbers; None if every row is one document.
-        pad_B: Number of padding tokens at the left of each row; None for none.
-
-    Returns:
-        The mask [B or 1, 1, T, L], True where a token attends; None if plain causal attention is enough.
-    """
-    tokens = tokens_BT.shape[1]
-    if segments_BT is None and pad_B is None and (past == 0 or tokens == 1):
-        return None
-    key_L = torch.arange(past + tokens, device=tokens_BT.device)
-    query_T = key_L[past:]
-    mask_BTL = (key_L <= query_T[:, None])[None]
-    if segments_BT is not None:
-        mask_BTL = mask_BTL & (segments_BT[:, :, None] == segments_BT[:, None, :])
-    if pad_B is not None:
-        # A padding token attends to itself, since a softmax over nothing is NaN.
-        mask_BTL = mask_BTL & ((key_L >= pad_B[:, None, None]) | (key_L == query_T[:, None]))
-    return mask_BTL[:, None]
-
-
-def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the mask as a bias added to scores, in the dtype of attention; all layers share it."""
-    device = mask.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)

@@ -6,7 +6,7 @@ meta device, where tensors have shapes but no storage, while the bytes alive are
 
 Attention is assumed to be fused: it saves queries, keys, values, the output and one number per query.
 
-Shapes: B rows, T tokens per row, D model width, C width of all heads, W tokens of a window, V vocabulary.
+Shapes: B rows, T tokens per row, D model width, C width of all heads, W tokens of a window.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from suite.models.attachments import call
 from suite.models.cache import EarlierTokens
@@ -103,11 +102,13 @@ class StepTracer:
         """Return the last norm, the output matrix and the loss; a tied matrix is counted with the embedding."""
         model = self.model
         tied = model.output is None
-        matrix = model.embedding.weight if model.output is None else model.output.weight
+        matrix = model.output_matrix
+
+        def run(x_BTD: Tensor) -> Tensor:
+            return model.loss(model.norm(x_BTD), inputs.tokens_BT)
+
         key = "head", model.vocab_size, model.size.dim, tied
-        part = self._traced(
-            key, lambda x_BTD: _loss(model, x_BTD, inputs.tokens_BT), [model.norm.weight, matrix], inputs
-        )
+        part = self._traced(key, run, [model.norm.weight, matrix], inputs)
         return replace(part, weights=part.weights - (matrix.numel() if tied else 0))
 
     def _traced(self, key: object, run: Callable[[Tensor], Tensor], weights: Iterable[Tensor], inputs: _Inputs) -> Part:
@@ -257,11 +258,3 @@ def one_row(tables: list[MemoryTable]) -> Iterator[None]:
     finally:
         for table, weight in zip(tables, weights, strict=True):
             table.weight = weight
-
-
-def _loss(model: Transformer, x_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-    """Return the loss as the trainer computes it: the logits stay alive until the loss has its gradient."""
-    logits_BTV = model.head(model.norm(x_BTD))
-    loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten(), reduction="sum")
-    loss.logits = logits_BTV  # type: ignore[attr-defined]
-    return loss

@@ -1,6 +1,6 @@
 """The training loop of one cell, in one or several processes. Runs resume from any checkpoint, bit for bit on one CPU.
 
-Shapes: B rows, T positions.
+Shapes: B rows, T positions, D model width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from suite import models
@@ -21,7 +20,6 @@ from suite.cells import Cell, TrainConfig
 from suite.data.corpus import Corpus
 from suite.data.loader import Loader
 from suite.models.accounting import account
-from suite.models.precision import at_least_fp32
 from suite.models.transformer import Transformer
 from suite.models.usage import Reads
 from suite.records import RunDir
@@ -99,7 +97,7 @@ class Trainer:
         self.start = None
         if cell.train.parent is not None and not checkpoint.steps_saved(run):  # a resumed run has its own weights
             self.start = parent.match(run, cell, corpus)
-        self.model, self.forward = self._build()
+        self.model, self.hidden = self._build()
         self.scope = self._scope()
         self.optimizer = Optimizer(self.model, self.config, self.scope.choice)
         self.reads = Reads(self.model)
@@ -117,7 +115,7 @@ class Trainer:
         self.loggers = open_loggers(run, cell, self.step) if self.world.is_first else []
 
     def _build(self) -> tuple[Transformer, Any]:
-        """Return the model, and the callable that runs its forward pass in training."""
+        """Return the model, and its `hidden` as training calls it: the loss needs no whole logits."""
         cell, world = self.cell, self.world
         sizes = cell.model, self.corpus.vocab_size, cell.seed
         if world.distributed:
@@ -135,16 +133,16 @@ class Trainer:
         if world.parallel.checkpoint_activations:
             recompute_blocks(model)
         if not self.config.compile:
-            return model, model
+            return model, model.hidden
         # Memory layers run kernels of their own, and their optimizer's state changes between reads: traced, they would
         # break the graph many times and compile anew every step.
         for layer in model.memory_layers().values():
             layer.forward = torch.compiler.disable(layer.forward)
         if not world.distributed:
-            return model, torch.compile(model)
+            return model, torch.compile(model.hidden)
         for block in model.layers:  # FSDP's work between blocks stays outside the compiler
             block.forward = torch.compile(block.forward)
-        return model, model
+        return model, model.hidden
 
     def _fresh(self) -> Collection[str] | None:
         """Return the names of the parameters that no checkpoint of the run or of its parent holds; None: all."""
@@ -280,10 +278,8 @@ class Trainer:
         for batch in batches:
             self.scope.reads_of(batch)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-                logits_BTV = self.forward(batch.tokens_BT, batch.segments_BT, documents=batch.documents)
-            wide_NV = logits_BTV.flatten(0, 1)
-            wide_NV = wide_NV.to(at_least_fp32(wide_NV.dtype))
-            part = F.cross_entropy(wide_NV, batch.targets_BT.flatten(), reduction="sum") / targets
+                x_BTD = self.hidden(batch.tokens_BT, batch.segments_BT, documents=batch.documents)
+                part = self.model.loss(x_BTD, batch.targets_BT) / targets
             objective = part
             for name, (weight, value) in self.model.auxiliary_losses().items():
                 objective = objective + weight / parts * value

@@ -12,7 +12,6 @@ import itertools
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from suite.data import seeded_random
 from suite.data.bios import metrics
@@ -28,8 +27,6 @@ SAMPLE_SEED = 0
 PEOPLE = 100
 LOSS_TOKENS = 8192
 TOKEN_BUDGET = 16384
-LOGITS_AT_ONCE = 1 << 28
-"""Logits of the loss that exist at the same time: 1 GiB in fp32."""
 
 
 class Prober:
@@ -134,8 +131,5 @@ def loss(model: Transformer, rows: Batch) -> float:
             )
             x_BTD = model.hidden(tokens_BT, segments_BT)
             scored_BT = targets_BT != IGNORED
-            at_once = max(1, LOGITS_AT_ONCE // model.vocab_size)
-            parts = zip(x_BTD[scored_BT].split(at_once), targets_BT[scored_BT].split(at_once), strict=True)
-            for x_ND, targets_N in parts:
-                total += float(F.cross_entropy(model.head(x_ND).float(), targets_N, reduction="sum"))
+            total += float(model.loss(x_BTD[scored_BT], targets_BT[scored_BT]))
     return total / int((rows.targets_BT != IGNORED).sum())

@@ -47,8 +47,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "memory_plus large": MEMORY | {"half_keys": 260, "placement": (0, 1)},
     "pkm sparse": {"half_keys": 160, "top_k": 2, "memory_heads": 2},
     "moe_topk odd": {"experts": 3, "top_k": 2},
+    "dense tied": {"tie_embeddings": True},
 }
-"""Tables of which a step reads few rows, so that steps are replayed; experts that two processes do not divide."""
+"""Tables of which a step reads few rows, so that steps are replayed; experts that two processes do not divide; a matrix
+with two gradients."""
 WITH_MEMORY = [case for case in FAMILIES if case.split()[0] not in ("dense", "moe", "moe_topk")]
 
 
@@ -56,7 +58,8 @@ WITH_MEMORY = [case for case in FAMILIES if case.split()[0] not in ("dense", "mo
 class Job:
     """A cell to train in a folder until step `stop_at`, at which rank `stopping_rank` requests a stop; 0: to the end.
 
-    With `score`, the trained run is scored instead. `baseline` is the file of an external family.
+    With `score`, the trained run is scored instead. `baseline` is the file of an external family. `logits_at_once`
+    replaces the number of logits that exist at the same time; 0: the default.
     """
 
     cell: dict[str, Any]
@@ -68,6 +71,7 @@ class Job:
     dtype: str = "float64"
     score: bool = False
     baseline: str = ""
+    logits_at_once: int = 0
 
 
 def cell_of(case: str, steps: int, **train: Any) -> Cell:
@@ -116,12 +120,15 @@ def main(jobs: list[Job], cache: Path) -> None:
 
     from suite.launch.scorer import Scorer
     from suite.launch.worker import score_missing
+    from suite.models import head_loss
     from suite.records import RunDir
     from suite.train.loop import Trainer
     from suite.train.parallel import Parallel, World, process_group
 
+    at_once = head_loss.LOGITS_AT_ONCE
     with process_group() as processes:
         for job in jobs:
+            head_loss.LOGITS_AT_ONCE = job.logits_at_once or at_once
             torch.set_default_dtype(getattr(torch, job.dtype))
             if job.baseline:
                 loading.load(Path(job.baseline))

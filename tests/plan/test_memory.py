@@ -13,11 +13,12 @@ from tiny_cells import corpus_of
 
 from suite.baselines import loading
 from suite.cells import Cell
-from suite.models import registry
+from suite.models import head_loss, registry
 from suite.models.accounting import meta_model
 from suite.models.moe import RoutedExperts
 from suite.models.product_key import MemoryPlusConfig
 from suite.plan.activation_memory import StepTracer
+from suite.plan.fused_attention import Precision
 from suite.plan.live_bytes import LiveBytes
 from suite.plan.step_memory import TableState
 from suite.plan.table_state import table_state
@@ -113,6 +114,35 @@ def test_prediction_is_within_ten_percent_of_the_peak_of_a_real_step(
     assert predicted.whole == pytest.approx(live.peak, rel=0.1)
     if not predicted.host:
         assert predicted.weights == sum(parameter.nbytes for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_prediction_holds_for_a_large_vocabulary_whose_logits_never_exist_whole(
+    tied: bool, precision: Precision, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head_loss, "LOGITS_AT_ONCE", 1 << 18)
+    cell = Cell.model_validate(
+        {
+            "model": {"family": "dense", "base": "w32", "tie_embeddings": tied},
+            "data": {"kind": "bios", "people": 60},
+            "train": {"batch_rows": 2, "epochs": 9.0, "lr": 5e-3, "precision": precision},
+        }
+    )
+    corpus = corpus_of(cell, cache)
+    corpus.vocab_size = 20_000
+    trainer = Trainer(cell, corpus, RunDir(tmp_path))
+    trainer.train_step()
+    live = LiveBytes()
+    moments = [tensor for state in trainer.optimizer.adamw.state.values() for tensor in state.values()]
+    for tensor in (*trainer.model.parameters(), *moments):
+        live.add(tensor)
+    with live:
+        trainer.train_step()
+    traced = StepTracer(meta_model(cell.model, 20_000), cell.data.seq_len, precision).parts(2)
+    assert traced.step().peak == pytest.approx(live.peak, rel=0.1)
+    logits = 4 * 2 * cell.data.seq_len * 20_000
+    assert live.peak - 16 * sum(parameter.numel() for parameter in trainer.model.parameters()) < logits
 
 
 def watch_busiest(model: torch.nn.Module, tokens: int) -> list[float]:

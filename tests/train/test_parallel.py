@@ -80,11 +80,12 @@ def numbers(content: Any) -> list[float]:
 def test_two_processes_train_like_one_and_one_process_reads_their_checkpoint(
     cache: Path, tmp_path: Path, wide: None
 ) -> None:
-    cases = ("memory_plus large", "moe_topk", "moe_topk softmax")
+    cases = ("memory_plus large", "moe_topk", "moe_topk softmax", "dense tied")
     cells = {case: cell_of(case, 3, probes=1, accumulate=2) for case in cases}
     cells["moe_topk odd"] = cell_of("moe_topk odd", 3, probes=1, matrix_optimizer="muon")
     prepare(cells["moe_topk"].data, cache)
-    run_jobs([job(cell, tmp_path / f"{case}-2", memory_parallel=2) for case, cell in cells.items()], cache, 2, tmp_path)
+    options = {"memory_parallel": 2, "logits_at_once": 20_000}  # one process computes all logits at once
+    run_jobs([job(cell, tmp_path / f"{case}-2", **options) for case, cell in cells.items()], cache, 2, tmp_path)
     for case, cell in cells.items():
         one, two = alone(cell, tmp_path / case, cache), tmp_path / f"{case}-2"
         assert_same_run(cell, one, two, cache)

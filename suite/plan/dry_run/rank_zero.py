@@ -4,7 +4,7 @@
 
 The model is built, sharded and trained by the code that trains real ones.
 
-Shapes: B rows, T positions, N = B*T, V vocabulary.
+Shapes: B rows, T positions.
 """
 
 from __future__ import annotations
@@ -49,7 +49,6 @@ class Measurements:
 def measure(request: dict[str, Any]) -> Measurements:
     """Build the model of a request and take a step; see `report.request`."""
     import torch
-    from torch.nn import functional as F
 
     from suite.cells import Cell
     from suite.models.document_attention import Documents
@@ -77,9 +76,7 @@ def measure(request: dict[str, Any]) -> Measurements:
         recorder.traffic.calls.clear()
         for _ in range(request["accumulate"]):
             with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bf16"):
-                logits_BTV = model(tokens_BT, torch.zeros_like(tokens_BT), documents=documents)
-            wide_NV = logits_BTV.flatten(0, 1).float()  # like the logits, alive to the end of the pass, as in training
-            loss = F.cross_entropy(wide_NV, tokens_BT.flatten(), reduction="sum")
+                loss = model.loss(model.hidden(tokens_BT, torch.zeros_like(tokens_BT), documents=documents), tokens_BT)
             for weight, value in model.auxiliary_losses().values():
                 loss = loss + weight * value
             loss.backward()
