@@ -211,11 +211,16 @@ class EvalConfig(Frozen):
     table_off: bool = Field(
         default=False, description="read every table row as zeros, to see what each task loses; recorded separately"
     )
+    precision: Literal["fp32", "tf32", "bf16"] = Field(
+        default="fp32",
+        description="matrix products: fp32; fp32 rounded to tf32 (GPUs only); or autocast to bf16. Scores of different "
+        "precision are never paired",
+    )
 
     @property
-    def settings(self) -> tuple[int | None, int | None, bool]:
+    def settings(self) -> tuple[int | None, int | None, bool, str]:
         """Everything but the tasks."""
-        return self.num_fewshot, self.limit, self.table_off
+        return self.num_fewshot, self.limit, self.table_off, self.precision
 
     @property
     def hash8(self) -> str:

@@ -28,6 +28,8 @@ from analysis.records.grid_data import DONE, EQUAL, GridData
 from analysis.records.scores import setting
 
 E50 = "e50"
+TERMS = ("few_shot", "n", "precision")
+"""What `setting` states of a score."""
 SAME_TOKENS = 0.01
 """Runs whose tokens differ by less than this share ended at the same number of tokens."""
 NAN = float("nan")
@@ -45,6 +47,7 @@ class ScoreDifference:
     n: float
     difference: Difference
     crossed: tuple[float, float] | None = None
+    precision: str = "fp32"
 
 
 @dataclass(frozen=True)
@@ -295,7 +298,7 @@ def _compare_finals(data: GridData, result: list[Contrast], pairs: pd.DataFrame)
     """Compare final scores, where the two runs of every pair ended at the same number of tokens."""
     unequal = (pairs["tokens"] / pairs["tokens_ref"] - 1).abs() > SAME_TOKENS
     pairs = pairs[~unequal.groupby(pairs["contrast"]).transform("any")][["contrast", "seed", "ours", "theirs"]]
-    columns = ["run", "score", "key", "few_shot", "n", "value", "answers"]
+    columns = ["run", "score", "key", "few_shot", "n", "precision", "value", "answers"]
     ours = pairs.merge(data.scores[columns], left_on="ours", right_on="run")
     theirs = pairs[["contrast", "seed", "theirs"]].merge(data.scores[columns], left_on="theirs", right_on="run")
     same = ours.merge(theirs, on=["contrast", "seed", "score"], suffixes=("", "_ref"))
@@ -319,7 +322,9 @@ def _final_differences(same: pd.DataFrame) -> Iterator[tuple[int, list[ScoreDiff
         yield (
             at,
             [
-                ScoreDifference(row["key"], row["few_shot"], row["n"], difference, crossed.get(row["group"]))
+                ScoreDifference(
+                    row["key"], row["few_shot"], row["n"], difference, crossed.get(row["group"]), row["precision"]
+                )
                 for row, difference in group
             ],
         )
@@ -348,8 +353,10 @@ def _unpaired(ours: pd.DataFrame, theirs: pd.DataFrame, same: pd.DataFrame) -> I
         scores = []
         for key, rows in part.groupby("key"):
             sides = [
-                " or ".join(sorted({setting(few_shot, n) for few_shot, n in zip(rows[f], rows[c], strict=True)}))
-                for f, c in (("few_shot", "n"), ("few_shot_ref", "n_ref"))
+                " or ".join(
+                    sorted({setting(*terms) for terms in zip(*(rows[f"{t}{side}"] for t in TERMS), strict=True)})
+                )
+                for side in ("", "_ref")
             ]
             scores.append(Unpaired(str(key), tuple(int(seed) for seed in rows["seed"]), *sides))
         yield int(str(at)), scores

@@ -84,7 +84,8 @@ def ours(results: Path) -> pd.DataFrame:
 
 
 def _one_setting(scores: pd.DataFrame) -> pd.DataFrame:
-    """Return one score of each task of the paper per run: on the most questions, and with the most examples of those.
+    """Return one score of each task of the paper per run: on the most questions, with the most examples of
+    those, and in fp32 if it was scored in several precisions.
 
     Where two tasks are one in the paper, lm-eval's own counts: it is the released template's.
     """
@@ -93,9 +94,10 @@ def _one_setting(scores: pd.DataFrame) -> pd.DataFrame:
         own=[task.endswith("_qa") for task in scores["task"]],
         task=[task for task, _ in names],
         metric=[metric for _, metric in names],
+        full=scores["precision"] == "fp32",
     )
-    order = ["own", "limit", "n", "few_shot"]
-    ordered = named.sort_values(order, ascending=[False, True, True, True], na_position="last", kind="stable")
+    order = ["own", "limit", "n", "few_shot", "full"]
+    ordered = named.sort_values(order, ascending=[False, True, True, True, True], na_position="last", kind="stable")
     return ordered.drop_duplicates(["run", "task", "metric"], keep="last")[["run", "task", "metric", "value"]]
 
 

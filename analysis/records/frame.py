@@ -61,6 +61,7 @@ COLUMNS = [
     "source",
     "confidence",
     "params_embedding",
+    "precision",
 ]
 TEXT = {
     "cell",
@@ -74,6 +75,7 @@ TEXT = {
     "grids",
     "source",
     "confidence",
+    "precision",
 }
 PUBLISHED = {
     "base_size": "base",
@@ -208,7 +210,7 @@ WITHIN_A_RUN: tuple[str, ...] = (
     "metric",
     "value",
 )
-WITHIN_A_RUN += ("task_version", "few_shot", "n", "stderr")
+WITHIN_A_RUN += ("task_version", "few_shot", "n", "stderr", "precision")
 """Columns that differ between the rows of a run."""
 Columns = dict[str, Any]
 """Column -> NumPy array, or Categorical where it is in TEXT."""

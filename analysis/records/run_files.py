@@ -49,6 +49,7 @@ LISTS = {
         "n",
         "prompt_hash",
         "data_fingerprint",
+        "precision",
         "value",
         "stderr",
     ),
@@ -150,7 +151,8 @@ def _read_scores(row: Row, path: Path, split: str) -> None:
     if (evaluation.get("eval") or {}).get("table_off"):
         split = "table_off"
     common = (split, _number(evaluation.get("step")), _number(evaluation.get("tokens")))
-    limit = _number((evaluation.get("eval") or {}).get("limit"))
+    settings = evaluation.get("eval") or {}
+    limit, precision = _number(settings.get("limit")), settings.get("precision", "fp32")
     for task, scored in evaluation.get("tasks", {}).items():
         version = None if scored.get("version") is None else str(scored["version"])
         n, few_shot = _number(scored.get("n")), _number(scored.get("few_shot"))
@@ -158,7 +160,9 @@ def _read_scores(row: Row, path: Path, split: str) -> None:
         answers = scored.get("answers") or {}
         for metric, score in scored.get("metrics", {}).items():
             values = (_number(score.get("value")), _number(score.get("stderr")))
-            row.lists["scores"].append((*common, task, metric, version, few_shot, limit, n, *hashes, *values))
+            row.lists["scores"].append(
+                (*common, task, metric, version, few_shot, limit, n, *hashes, precision, *values)
+            )
             row.lists["answers"].append((answers.get(metric),))
 
 

@@ -1,7 +1,7 @@
 """Final scores, and when two of them are the same thing.
 
 Two scores may be compared only if they agree in all of IDENTITY: task and its version, the prompts (by their hash),
-few-shot examples, limit, number of documents, and the data (by its fingerprint).
+few-shot examples, limit, number of documents, the data (by its fingerprint), and the precision of matrix products.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pandas as pd
 
-IDENTITY = ("task", "metric", "version", "prompt_hash", "few_shot", "limit", "n", "data_fingerprint")
+IDENTITY = ("task", "metric", "version", "prompt_hash", "few_shot", "limit", "n", "data_fingerprint", "precision")
 LOSS = "eval/nll"
 """The last evaluation-mode loss of training, as a score."""
 NOT_A_SCORE = ("bits_max",)
@@ -62,16 +62,22 @@ def identities(scores: pd.DataFrame) -> pd.DataFrame:
     unique = scores.drop_duplicates("score").set_index("score").sort_index()[["key", *IDENTITY]]
     several = unique["key"].duplicated(keep=False)
     titles = [
-        f"{key} ({setting(few_shot, n)})" if repeated else key
-        for key, few_shot, n, repeated in zip(unique["key"], unique["few_shot"], unique["n"], several, strict=True)
+        f"{row.key} ({setting(row.few_shot, row.n, row.precision)})" if repeated else str(row.key)
+        for row, repeated in zip(unique.itertuples(), several, strict=True)
     ]
     return unique.assign(title=_distinct(titles, unique["prompt_hash"]))
 
 
-def setting(few_shot: float, n: float) -> str:
-    """Return the few-shot examples and number of questions, for people."""
+def setting(few_shot: float, n: float, precision: object = "fp32") -> str:
+    """Return the few-shot examples, the number of questions and, unless it is fp32, the precision, for people."""
     parts = [] if np.isnan(few_shot) else [f"{few_shot:.0f}-shot"]
-    return ", ".join(parts + ([] if np.isnan(n) else [f"n={n:,.0f}"])) or "settings not recorded"
+    parts += [] if np.isnan(n) else [f"n={n:,.0f}"]
+    return ", ".join(parts + reduced(precision)) or "settings not recorded"
+
+
+def reduced(precision: object) -> list[str]:
+    """Return the precision in a list if it is recorded and is not fp32."""
+    return [precision] if isinstance(precision, str) and precision != "fp32" else []
 
 
 def _distinct(titles: list[str], hashes: pd.Series) -> list[str]:

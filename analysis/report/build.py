@@ -20,6 +20,7 @@ from analysis.figures.context import Context, context
 from analysis.figures.gallery import CAPTIONS, draw
 from analysis.records.grid_data import DONE, EQUAL, GridData
 from analysis.records.regime import regime
+from analysis.records.scores import reduced
 from analysis.records.tables import number
 from analysis.report.blocks import Block, Figure, Heading, Items, Table, Text, to_html, to_markdown
 from analysis.report.differences import TITLE, difference_blocks, headline
@@ -233,14 +234,16 @@ def _finals(plots: Context) -> list[Block]:
         ]
         rows.append([base, label, len(runs), _span(runs["tokens"]), *texts])
     columns = [
-        f"{key}{arrow(key)}" if math.isnan(n) else f"{key}{arrow(key)}, {_setting(few_shot, n)}"
-        for key, few_shot, n in zip(titles["key"], titles["few_shot"], titles["n"], strict=True)
+        f"{row.key}{arrow(row.key)}"
+        if math.isnan(row.n)
+        else ", ".join([f"{row.key}{arrow(row.key)}", _setting(row.few_shot, row.n), *reduced(row.precision)])
+        for row in titles.itertuples()
     ]
     note = (
         f"At the end of each run, not at equal exposures where runs stopped early. Intervals from {MIN_PAIRS} runs on. "
         "n: runs of the variant, or, in parentheses, those that have the score. A column holds one score: the same "
-        "task version, prompts, few-shot examples, questions and data; the number of questions stands in its header. "
-        "↑: higher is better, ↓: lower is better."
+        "task version, prompts, few-shot examples, questions, data and precision; the number of questions stands in "
+        "its header. ↑: higher is better, ↓: lower is better."
     )
     table = Table(["base", "variant", "n", "tokens", *columns], rows, left=2, name="final-evaluations")
     return [table, Text(note)]

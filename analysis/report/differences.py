@@ -11,7 +11,7 @@ from analysis.comparisons.direction import arrow
 from analysis.comparisons.paired import E50, Contrast, ScoreDifference
 from analysis.comparisons.statistics import MIN_PAIRS, Difference
 from analysis.records.grid_data import EQUAL, GridData
-from analysis.records.scores import LOSS
+from analysis.records.scores import LOSS, reduced
 from analysis.records.tables import number, signed
 from analysis.report.blocks import Block, Items, Table, Text
 from analysis.report.formatting import exp_cell, with_interval
@@ -74,8 +74,9 @@ def _final_sentence(primary: Contrast) -> str:
 
 
 def _named(score: ScoreDifference) -> str:
-    shots = "" if math.isnan(score.few_shot) else f"{score.few_shot:.0f}-shot, "
-    return score.key if math.isnan(score.n) else f"{score.key} ({shots}{score.n:,.0f} questions)"
+    terms = [] if math.isnan(score.few_shot) else [f"{score.few_shot:.0f}-shot"]
+    terms += [f"{score.n:,.0f} questions", *reduced(score.precision)]
+    return score.key if math.isnan(score.n) else f"{score.key} ({', '.join(terms)})"
 
 
 def _pairs(count: int) -> str:
@@ -183,7 +184,7 @@ def _final_row(contrast: Contrast, score: ScoreDifference, with_speeds: bool) ->
         contrast.base,
         contrast.variant,
         contrast.reference,
-        f"{score.key}{arrow(score.key)}",
+        ", ".join([f"{score.key}{arrow(score.key)}", *reduced(score.precision)]),
         "–" if math.isnan(score.few_shot) else f"{score.few_shot:.0f}",
         "–" if math.isnan(score.n) else f"{score.n:,.0f}",
         score.difference.n,

@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -57,6 +57,9 @@ def evaluate(
         bool,
         typer.Option("--table-off", help="read every row of value tables as zeros; scores are recorded separately"),
     ] = False,
+    precision: Annotated[
+        str, typer.Option(help="of matrix products: fp32, tf32 (GPUs only) or bf16; scores are recorded separately")
+    ] = "fp32",
     oracle: Annotated[
         bool,
         typer.Option(
@@ -83,13 +86,16 @@ def evaluate(
 
         scoring.place = parse_place(table, cache, prefetch)
     if oracle:
-        if target is not None or preset is not None or num_fewshot is not None or table_off or scoring.place:
-            raise UserError("--oracle: scores no run; leave out RUN, --preset, --num-fewshot, --table-off and --table")
+        changes = table_off or precision != "fp32" or scoring.place
+        if target is not None or preset is not None or num_fewshot is not None or changes:
+            raise UserError(
+                "--oracle: scores no run; leave out RUN, --preset, --num-fewshot, --table-off, --precision and --table"
+            )
         _score_oracle(tasks, data_root, run_code, limit, options.as_json)
         return
     if target is None:
         raise UserError("RUN|GRID: missing; give a run, a grid, or --oracle")
-    extra = _extra_evaluations(tasks, preset, num_fewshot, limit, table_off)
+    extra = _extra_evaluations(tasks, preset, num_fewshot, limit, table_off, precision)
     grid, runs, results = _find_runs(target, options)
     without_tables = [cell.run_name for cell in grid.cells if not cell.model.has_tables] if table_off else []
     if table_off and len(without_tables) == len(grid.cells):
@@ -129,24 +135,30 @@ def _refuse_unknown_rows(grid: Grid) -> None:
 
 
 def _extra_evaluations(
-    tasks: str | None, preset: str | None, num_fewshot: int | None, limit: int | None, table_off: bool
+    tasks: str | None, preset: str | None, num_fewshot: int | None, limit: int | None, table_off: bool, precision: str
 ) -> tuple[EvalConfig, ...]:
     """The evaluations that the options name, in addition to those of the cells."""
     from suite.cells import EvalConfig
     from suite.evaluate import presets
 
+    allowed = get_args(EvalConfig.model_fields["precision"].annotation)
+    if precision not in allowed:
+        raise UserError(f"--precision: got {precision!r}, allowed: {', '.join(allowed)}")
+    changes = {"table_off": table_off, "precision": precision}
     if preset is not None:
         if tasks is not None or num_fewshot is not None or limit is not None:
             raise UserError("--preset: sets the tasks itself; leave out --tasks, --num-fewshot and --limit")
-        return tuple(config.model_copy(update={"table_off": table_off}) for config in presets.preset(preset))
+        return tuple(config.model_copy(update=changes) for config in presets.preset(preset))
     if tasks is None:
-        if num_fewshot is not None or limit is not None or table_off:
-            raise UserError("--tasks: missing; --num-fewshot, --limit and --table-off apply to the tasks that it names")
+        if num_fewshot is not None or limit is not None or table_off or precision != "fp32":
+            raise UserError(
+                "--tasks: missing; --num-fewshot, --limit, --table-off and --precision apply to the tasks that it names"
+            )
         return ()
     names = parse_tasks(tasks)
     if names is None:
         raise UserError("--tasks: got 'all', allowed: names (all is for --oracle), or use --preset")
-    return (EvalConfig(tasks=names, num_fewshot=num_fewshot, limit=limit, table_off=table_off),)
+    return (EvalConfig(tasks=names, num_fewshot=num_fewshot, limit=limit, **changes),)
 
 
 def _find_runs(target: str, options: GridOptions) -> tuple[Grid, list[RunDir], Path]:
@@ -232,7 +244,9 @@ def _scores_table(scores: dict[str, list[dict[str, Any]]]) -> Table:
         for row in rows:
             counts = [str(row[key]) for key in ("few_shot", "n", "cut")]
             numbers = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("value", "stderr")]
-            task = f"{row['task']} (table off)" if row["table_off"] else row["task"]
+            changed = [*(["table off"] if row["table_off"] else []), row["precision"]]
+            changed = [text for text in changed if text != "fp32"]
+            task = f"{row['task']} ({', '.join(changed)})" if changed else row["task"]
             table.add_row(run, task, *counts, row["metric"], *numbers)
     return table
 

@@ -22,6 +22,7 @@ from suite.evaluate.datasets import DataRoot
 from suite.evaluate.lm_eval_patches import compiled_templates, freeze_requests, quiet
 from suite.evaluate.sandbox import Sandbox
 from suite.inference import paired
+from suite.inference.batching import products_in
 from suite.models.lookup.controls import tables_off
 from suite.models.transformer import Transformer
 
@@ -43,7 +44,7 @@ def evaluate(
     Args:
         model: The model, whose mode is not changed.
         corpus: Its training data, with the tokenizer, the row length, and the documents of bios and held-out tasks.
-        config: Tasks, number of examples, limit of documents, and whether tables are switched off.
+        config: Tasks, number of examples, limit of documents, whether tables are switched off, and the precision.
         data_root: Folder of evaluation data; None: the hub.
         sandbox: Runs the programs that the model writes; None: tasks that need it are refused.
 
@@ -122,7 +123,8 @@ class Harness:
         """Return the model under lm-eval, and what lm-eval returns."""
         lm = SuiteLM(model, self._codec, self._corpus.config.seq_len, TOKEN_BUDGET)
         lm.refuse_diverged()
-        with tables_off(model.memory_tables() if self._config.table_off else []):
+        off = model.memory_tables() if self._config.table_off else []
+        with tables_off(off), products_in(self._config.precision, model.embedding.weight.device):
             return lm, outcome_of(lm, self._prepared)
 
     def _truncated(self, name: str, lm: SuiteLM) -> int:

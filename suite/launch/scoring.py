@@ -50,8 +50,8 @@ def scores_of(run: RunDir, configs: Iterable[EvalConfig]) -> list[dict[str, Any]
     """Return the scores that a run has of evaluations, one row per metric of each task; members of a group separately.
 
     Returns:
-        [{"eval", "task", "table_off", "few_shot", "n", "cut", "metric", "value", "stderr"}]; "eval" is the evaluation's
-        hash.
+        [{"eval", "task", "table_off", "precision", "few_shot", "n", "cut", "metric", "value", "stderr"}]; "eval" is the
+        evaluation's hash.
     """
     rows = []
     for config in dict.fromkeys(configs):
@@ -59,6 +59,7 @@ def scores_of(run: RunDir, configs: Iterable[EvalConfig]) -> list[dict[str, Any]
             tasks = run.read_eval(run.path / "eval" / f"{config.hash8}.json")["tasks"]
             for name in config.tasks:
                 facts = {"eval": config.hash8, "task": name, "table_off": config.table_off}
+                facts["precision"] = config.precision
                 facts |= {key: tasks[name][key] for key in FACTS}
                 rows += [{**facts, "metric": metric, **score} for metric, score in tasks[name]["metrics"].items()]
     return rows

@@ -27,7 +27,7 @@ from analysis.report.build import build
 def test_columns_are_the_designs(results: Path) -> None:
     table = frame.load(results, "demo", "dense").table
     assert list(table.columns) == frame.COLUMNS
-    assert len(frame.COLUMNS) == 32
+    assert len(frame.COLUMNS) == 33
     assert table.loc[table["source"] == "run", "params_embedding"].notna().all()
     assert (table["source"] == "run").all()
 

@@ -7,6 +7,7 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -21,6 +22,7 @@ from analysis.comparisons.trends import trends
 from analysis.figures.context import Context, context
 from analysis.figures.gallery import CAPTIONS, draw
 from analysis.figures.variants import multiplier_figure
+from analysis.records import frame
 from analysis.records.frame import read_published
 from analysis.records.grid_data import GridData, load
 from analysis.records.grids import Contrast, read_source
@@ -329,8 +331,9 @@ def test_what_would_make_a_figure_is_said_as_the_grid_was_given(
         assert read_source(tmp_path, name) == " ".join(["g", *arguments])
 
 
-def _scored(root: Path, name: str, few_shot: int, right: str, *, limit: int | None = None, prompts: str = "p") -> None:
+def _scored(root: Path, name: str, few_shot: int, right: str, **settings: Any) -> None:
     """A run's score on `right`, one question per character."""
+    limit, prompts = settings.get("limit"), settings.get("prompts", "p")
     value = sum(map(int, right)) / len(right)
     task = {
         "version": 1,
@@ -341,8 +344,9 @@ def _scored(root: Path, name: str, few_shot: int, right: str, *, limit: int | No
         "metrics": {"acc": {"value": value, "stderr": 0.1}},
         "answers": {"acc": right},
     }
-    digest = f"{few_shot}{len(right)}{prompts}"
-    content = {"eval": {"limit": limit}, "step": 1, "tasks": {"piqa": task}}
+    evaluation = {"limit": limit} | ({"precision": settings["precision"]} if "precision" in settings else {})
+    digest = f"{few_shot}{len(right)}{prompts}{settings.get('precision', '')}"
+    content = {"eval": evaluation, "step": 1, "tasks": {"piqa": task}}
     write_json(root / "runs" / name / "eval" / f"{digest}.json", content)
 
 
@@ -384,6 +388,27 @@ def test_scores_on_other_data_or_prompts_are_not_paired(tmp_path: Path) -> None:
     (contrast,) = contrasts(load(tmp_path, fallback="dense"))
     assert [score.key for score in contrast.unpaired] == ["piqa/acc"]
     assert "other prompts, version or data" in report_text(tmp_path)
+
+
+def test_scores_of_different_precision_are_not_paired(tmp_path: Path) -> None:
+    """Records of before the option have none: they were made in fp32."""
+    dense = write_run(tmp_path, "dense", "w32", 0, 20.0, stop_past=False)
+    memory = write_run(tmp_path, "memory_plus", "w32", 0, 20.0, half_keys=16, stop_past=False)
+    for name in (dense, memory):
+        _without_probes(tmp_path, name)
+    _scored(tmp_path, dense, 0, "1100")
+    _scored(tmp_path, memory, 0, "1110", precision="bf16")
+    (contrast,) = contrasts(load(tmp_path, fallback="dense"))
+    (unpaired,) = [score for score in contrast.unpaired if score.key == "piqa/acc"]
+    assert (unpaired.ours, unpaired.theirs) == ("0-shot, n=4, bf16", "0-shot, n=4")
+    assert "piqa/acc, 0-shot, 4 questions, bf16" in report_text(tmp_path)
+    _scored(tmp_path, dense, 0, "1000", precision="bf16")
+    _scored(tmp_path, memory, 0, "1111", precision="fp32")
+    (contrast,) = contrasts(load(tmp_path, fallback="dense"))
+    paired = {score.precision: score.difference.mean for score in contrast.finals if score.key == "piqa/acc"}
+    assert paired == pytest.approx({"fp32": 0.5, "bf16": 0.5})
+    table = frame.load(tmp_path, None, "dense").table
+    assert set(table.loc[table["task"] == "piqa", "precision"]) == {"fp32", "bf16"}
 
 
 @pytest.mark.parametrize("file", ["cell.json", "state.json", "train.jsonl", "eval/0badcafe.json", "usage.json"])

@@ -38,7 +38,7 @@ def test_every_score_records_its_versions_prompts_and_data(bios: Corpus, bios_mo
     scores = evaluate(bios_model, bios, config)
     assert scores["hash"] == config.hash8
     tasks = ["bios_storage", "bios_qa", "bios_choice"]
-    assert scores["eval"] == {"tasks": tasks, "num_fewshot": None, "limit": 7, "table_off": False}
+    assert scores["eval"] == {"tasks": tasks, "num_fewshot": None, "limit": 7, "table_off": False, "precision": "fp32"}
     assert scores["versions"]["lm-eval"].startswith("0.4.")
     for task in scores["tasks"].values():
         assert task["n"] == 7
@@ -86,6 +86,23 @@ def test_scores_with_tables_off_are_those_of_zero_rows_under_a_hash_of_their_own
     assert zero["metrics"]["nll"]["value"] == pytest.approx(without["metrics"]["nll"]["value"], rel=1e-6)
     assert with_table["metrics"]["nll"]["value"] != pytest.approx(without["metrics"]["nll"]["value"], rel=1e-6)
     assert with_table["prompt_hash"] == without["prompt_hash"]
+
+
+def test_scores_in_bf16_are_those_of_rounded_products_under_a_hash_of_their_own(
+    bios: Corpus, bios_model: Transformer
+) -> None:
+    fp32, bf16, tf32 = (
+        EvalConfig(tasks=("bios_storage",), limit=5, precision=kind) for kind in ("fp32", "bf16", "tf32")
+    )
+    assert fp32.hash8 == EvalConfig(tasks=("bios_storage",), limit=5).hash8
+    assert len({fp32.hash8, bf16.hash8, tf32.hash8}) == 3
+    before = torch.get_float32_matmul_precision()
+    exact, rounded = (evaluate(bios_model, bios, kind)["tasks"]["bios_storage"]["metrics"] for kind in (fp32, bf16))
+    difference = abs(exact["nll"]["value"] - rounded["nll"]["value"])
+    assert 0 < difference < 0.02 * exact["nll"]["value"]
+    with pytest.raises(UserError, match=r"evaluate.precision: got tf32"):
+        evaluate(bios_model, bios, tf32)
+    assert torch.get_float32_matmul_precision() == before
 
 
 def test_bits_per_byte_of_held_out_text_equal_a_loop(text: Corpus, text_model: Transformer) -> None:

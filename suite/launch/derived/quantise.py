@@ -139,5 +139,6 @@ def summary(run: RunDir, cell: Cell) -> dict[str, Any]:
         if path.exists():
             scored = run.read_eval(path)["tasks"]
             name = " (table off)" if config.table_off else ""
+            name += "" if config.precision == "fp32" else f" ({config.precision})"
             tasks |= {f"{task}{name}": scores.get("differences", {}) for task, scores in scored.items()}
     return {"run": run.name, "source": record["started_from"]["run"], **tables, "tasks": tasks}
