@@ -61,6 +61,11 @@ class RowGradients:
         self._whole_RD: Tensor | None = None
         self._is_read_R: Tensor | None = None
 
+    @property
+    def leaves_counts(self) -> bool:
+        """Whether the number of rows that were read stays on the device, where `merged` waits and `placed` does not."""
+        return _leaves_counts(self._ops)
+
     def groups(self, indices_NS: Tensor, ops: ModuleType | None = None) -> Any:
         """Return the lookups grouped by row, as `ops` groups them (by default, those for the table's device).
 

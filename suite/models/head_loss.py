@@ -39,11 +39,12 @@ def cross_entropy(x_ND: Tensor, matrix_VD: Tensor, targets_N: Tensor) -> Tensor:
         The sum over tokens, [] in fp32, or in float64 if the logits are.
     """
     chunks = _chunks(len(x_ND), len(matrix_VD))
-    if len(chunks) > 1 and torch.is_grad_enabled():
-        chunked: Tensor = _Chunked.apply(x_ND, matrix_VD, targets_N)
-        return chunked
-    losses = [_whole(x_ND[chunk], matrix_VD, targets_N[chunk]) for chunk in chunks]
-    return losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    if len(chunks) == 1:
+        return _whole(x_ND, matrix_VD, targets_N)
+    if not torch.is_grad_enabled():
+        return torch.stack([_whole(x_ND[chunk], matrix_VD, targets_N[chunk]) for chunk in chunks]).sum()
+    chunked: Tensor = _Chunked.apply(x_ND, matrix_VD, targets_N)
+    return chunked
 
 
 def _chunks(tokens: int, vocabulary: int) -> list[slice]:

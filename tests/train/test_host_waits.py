@@ -25,6 +25,13 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "memory_plus, few rows read": ({"model": {"family": "memory_plus", **MEMORY, "half_keys": 100}}, 831),
 }
 """Cases, and the launches of their steps when each layer cast its own weights and read its own counts."""
+SGD = {"table_optimizer": "sgd", "value_lr": 1.0}
+SEPARATE = {**MEMORY, "share": False}
+OTHERS: dict[str, dict[str, Any]] = {
+    "sgd": {"model": {"family": "memory_plus", **SEPARATE}, "train": SGD},
+    "sgd, few rows read": {"model": {"family": "memory_plus", **SEPARATE, "half_keys": 100}, "train": SGD},
+}
+"""Cases of which only waits are asserted."""
 MAX_WAITS = 2
 IN_HOST_MEMORY = {
     "pkm": ({"model": {"family": "pkm", **MEMORY}}, 1),
@@ -40,7 +47,7 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         pytest.skip("no C++ compiler for the guard of the simulated device")
     helpers = Path(__file__).parents[1] / "helpers"
     host = {f"{name} host": case | {"train": {"table_device": "host"}} for name, (case, _) in IN_HOST_MEMORY.items()}
-    cases = json.dumps({name: case for name, (case, _) in CASES.items()} | host)
+    cases = json.dumps({name: case for name, (case, _) in CASES.items()} | OTHERS | host)
     command = [sys.executable, "-W", "ignore", "count_launches.py", str(tmp_path_factory.mktemp("waits")), cases]
     done = subprocess.run(command, cwd=helpers, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -48,7 +55,7 @@ def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return counted
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *OTHERS])
 def test_a_step_waits_at_most_twice_whatever_its_layers(name: str, counts: dict[str, Any]) -> None:
     waits = counts[name]["waits"]
     assert sum(times for *_, times in waits) <= MAX_WAITS, waits

@@ -14,6 +14,7 @@ from tiny_cells import corpus_of, tiny_cell
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.embedding_bag import RowGradients, embedding_bag
 from suite import models
 from suite.cells import Cell
 from suite.models.precision import holds_matrices_only
@@ -23,6 +24,7 @@ from suite.train import optim
 from suite.train.loop import Trainer
 from suite.train.muon import NamedMuon
 from suite.train.optim import Optimizer, Rule, match_rules, parameter_rules
+from suite.train.tables.optimizers import RowSGD
 
 ATTENTION = r"layers\.\d\.attention\.w[qkvo]\.weight"
 SWIGLU = r"layers\.\d\.feed_forward\.w[123]\.weight"
@@ -196,6 +198,37 @@ def test_sgd_updates_only_the_rows_read_by_their_clipped_gradient(
         torch.testing.assert_close(table.weight[read], expected[read], rtol=1e-9, atol=1e-12)
         assert torch.equal(table.weight[~read], before.weight[~read])
         assert trainer.optimizer.never_read(table) == int((~read).sum())
+
+
+@pytest.mark.parametrize("lookups", [6, 40], ids=["few rows", "most rows"])
+def test_sgd_of_rows_whose_number_stays_on_the_device_equals_the_formula(
+    lookups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Triton kernels run in the interpreter; the last row is read in one case and not in the other."""
+    monkeypatch.setenv("KERNELS_BACKEND", "triton")
+    draw = torch.Generator().manual_seed(0)
+    table_RD = torch.randn(32, 8, generator=draw)
+    gradients = RowGradients(table_RD)
+    sgd = RowSGD(table_RD, gradients, weight_decay=0.1)
+    before_RD, expected_RD = table_RD.clone(), torch.zeros(32, 8)
+    for _ in range(2):  # two layers, or two micro-batches
+        indices_NS = torch.randint(0, 31, (lookups // 2, 1), generator=draw)
+        indices_NS[0] = 31 if lookups == 40 else 30
+        source_ND = torch.randn(lookups // 2, 8, generator=draw)
+        read_RD = table_RD.clone().requires_grad_()
+        embedding_bag(read_RD, indices_NS, torch.ones_like(indices_NS, dtype=torch.float32), gradients).backward(
+            source_ND
+        )
+        expected_RD.index_add_(0, indices_NS[:, 0], source_ND)
+    assert gradients.leaves_counts
+    gradients.scale_(0.5)
+    sgd.step(lr=0.3)
+    is_read_R = expected_RD.ne(0).any(1)
+    expected_RD = torch.where(is_read_R[:, None], 0.97 * before_RD - 0.15 * expected_RD, before_RD)
+    torch.testing.assert_close(table_RD, expected_RD, rtol=1e-5, atol=1e-6)
+    assert table_RD[~is_read_R].equal(before_RD[~is_read_R])
+    assert sgd.touched_R.equal(is_read_R)
+    assert not len(gradients.merged()[0])
 
 
 def test_each_clipping_group_is_clipped_to_its_own_norm(monkeypatch: pytest.MonkeyPatch) -> None:

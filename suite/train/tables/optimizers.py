@@ -1,6 +1,6 @@
 """Optimizers of value tables that update only the rows a step has read.
 
-Shapes: R table rows, D width, U rows with gradients; E experts.
+Shapes: R table rows, D width, U rows with gradients, P places of rows with gradients; E experts.
 """
 
 from __future__ import annotations
@@ -49,10 +49,31 @@ class RowSGD:
     @torch.no_grad()
     def step(self, lr: float) -> None:
         """Update the rows with gradients and clear the gradients."""
-        rows_U, gradients_UD = self.gradients.merged()
-        self.table_RD[rows_U] = (1 - lr * self.weight_decay) * self.table_RD[rows_U] - lr * gradients_UD
-        self.touched_R[rows_U] = True
+        if self.gradients.leaves_counts:
+            self._step_on_device(lr)
+        else:
+            rows_U, gradients_UD = self.gradients.merged()
+            self.table_RD[rows_U] = (1 - lr * self.weight_decay) * self.table_RD[rows_U] - lr * gradients_UD
+            self.touched_R[rows_U] = True
         self.gradients.clear()
+
+    def _step_on_device(self, lr: float) -> None:
+        """Update the rows without their number, which only the device knows."""
+        rows_P, sums, is_read_R, scale = self.gradients.placed()
+        if scale is not None:
+            sums.mul_(scale)
+        if rows_P is None:  # sums of the whole table, zero in rows that were not read
+            assert is_read_R is not None
+            self.table_RD.mul_(1 - lr * self.weight_decay * is_read_R[:, None].to(sums.dtype)).add_(sums, alpha=-lr)
+        else:
+            # An unused place holds the row R and zeros: adding zeros to the last row changes nothing.
+            rows = len(self.table_RD)
+            is_read_R = torch.zeros(rows + 1, dtype=torch.bool, device=rows_P.device).index_fill_(0, rows_P, True)[:-1]
+            is_used_P1 = (rows_P < rows)[:, None]
+            rows_P = rows_P.clamp(max=rows - 1)
+            decay_PD = (self.weight_decay * self.table_RD[rows_P]).masked_fill_(~is_used_P1, 0)
+            self.table_RD.index_add_(0, rows_P, decay_PD.add_(sums), alpha=-lr)
+        self.touched_R |= is_read_R
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the flags of the rows that were ever read."""
