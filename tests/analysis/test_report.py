@@ -401,7 +401,7 @@ def test_scores_of_different_precision_are_not_paired(tmp_path: Path) -> None:
     (contrast,) = contrasts(load(tmp_path, fallback="dense"))
     (unpaired,) = [score for score in contrast.unpaired if score.key == "piqa/acc"]
     assert (unpaired.ours, unpaired.theirs) == ("0-shot, n=4, bf16", "0-shot, n=4")
-    assert "piqa/acc, 0-shot, 4 questions, bf16" in report_text(tmp_path)
+    assert "0-shot, 4 questions, bf16" in report_text(tmp_path)
     _scored(tmp_path, dense, 0, "1000", precision="bf16")
     _scored(tmp_path, memory, 0, "1111", precision="fp32")
     (contrast,) = contrasts(load(tmp_path, fallback="dense"))
