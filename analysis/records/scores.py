@@ -62,8 +62,10 @@ def identities(scores: pd.DataFrame) -> pd.DataFrame:
     unique = scores.drop_duplicates("score").set_index("score").sort_index()[["key", *IDENTITY]]
     several = unique["key"].duplicated(keep=False)
     titles = [
-        f"{row.key} ({setting(row.few_shot, row.n, row.precision)})" if repeated else str(row.key)
-        for row, repeated in zip(unique.itertuples(), several, strict=True)
+        f"{key} ({setting(*terms)})" if repeated else key
+        for key, repeated, *terms in zip(
+            unique["key"], several, unique["few_shot"], unique["n"], unique["precision"], strict=True
+        )
     ]
     return unique.assign(title=_distinct(titles, unique["prompt_hash"]))
 

@@ -234,10 +234,10 @@ def _finals(plots: Context) -> list[Block]:
         ]
         rows.append([base, label, len(runs), _span(runs["tokens"]), *texts])
     columns = [
-        f"{row.key}{arrow(row.key)}"
-        if math.isnan(row.n)
-        else ", ".join([f"{row.key}{arrow(row.key)}", _setting(row.few_shot, row.n), *reduced(row.precision)])
-        for row in titles.itertuples()
+        ", ".join([f"{key}{arrow(key)}", *([] if math.isnan(n) else [_setting(few_shot, n)]), *reduced(precision)])
+        for key, few_shot, n, precision in zip(
+            titles["key"], titles["few_shot"], titles["n"], titles["precision"], strict=True
+        )
     ]
     note = (
         f"At the end of each run, not at equal exposures where runs stopped early. Intervals from {MIN_PAIRS} runs on. "

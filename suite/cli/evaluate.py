@@ -144,7 +144,7 @@ def _extra_evaluations(
     allowed = get_args(EvalConfig.model_fields["precision"].annotation)
     if precision not in allowed:
         raise UserError(f"--precision: got {precision!r}, allowed: {', '.join(allowed)}")
-    changes = {"table_off": table_off, "precision": precision}
+    changes: dict[str, Any] = {"table_off": table_off, "precision": precision}
     if preset is not None:
         if tasks is not None or num_fewshot is not None or limit is not None:
             raise UserError("--preset: sets the tasks itself; leave out --tasks, --num-fewshot and --limit")
