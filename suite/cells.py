@@ -253,6 +253,13 @@ class Cell(Frozen):
         description="form of the tables' rows; the run is made from that of the same cell without this field, and not "
         "trained; None: fp32",
     )
+    kept_rows: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="share of each table's rows that is retained, those that training text reads most; others read as "
+        "zeros; the run is made as with quantised; None: all",
+    )
     baseline: str | None = Field(default=None, description="sha256 of an external baseline's source; filled in")
     evaluate: tuple[EvalConfig, ...] = Field(default=(), strict=False, json_schema_extra=NOT_IDENTITY)
 
@@ -280,8 +287,9 @@ class Cell(Frozen):
             raise ValueError(f"train.batch_rows: got {self.train.batch_rows}, allowed: {allowed}")
         if rows_per_fact is None and self.train.probe_every is not None:
             raise ValueError(f"train.probe_every: got {self.train.probe_every}, allowed: None without new facts")
-        if self.quantised is not None and not self.model.has_tables:
-            raise ValueError(f"quantised: got {self.quantised!r}, allowed: None for a model without value tables")
+        for field in ("quantised", "kept_rows"):
+            if (value := getattr(self, field)) is not None and not self.model.has_tables:
+                raise ValueError(f"{field}: got {value!r}, allowed: None for a model without value tables")
         return self
 
     def with_evaluations(self, configs: tuple[EvalConfig, ...]) -> Cell:
@@ -296,7 +304,9 @@ class Cell(Frozen):
     @property
     def source(self) -> Cell | None:
         """The cell whose run this one is made from; None if it is trained."""
-        return None if self.quantised is None else self.model_copy(update={"quantised": None})
+        if self.quantised is None and self.kept_rows is None:
+            return None
+        return self.model_copy(update={"quantised": None, "kept_rows": None})
 
     @functools.cached_property
     def hash8(self) -> str:
@@ -316,13 +326,13 @@ class Cell(Frozen):
 
     @property
     def slug(self) -> str:
-        """A readable name: family, base size, half keys (if any), seed, and form of quantised rows; layers and width of
-        an imported model."""
+        """A readable name: family, base size, half keys (if any), seed, form of quantised rows and percentage of
+        retained ones; layers and width of an imported model."""
         if self.imported is not None:
             return f"imported-{self.model.size.layers}x{self.model.size.dim}"
         half_keys = self.model.table_side
         parts = [self.model.family, self.model.base, f"k{half_keys}" if half_keys else "", f"s{self.seed}"]
-        parts.append(self.quantised or "")
+        parts += [self.quantised or "", f"keep{100 * self.kept_rows:g}" if self.kept_rows else ""]
         return "-".join(part for part in parts if part)
 
     @property

@@ -187,7 +187,7 @@ def export_run(
     record = RunDir(find_run(run, results))
     cell = record.read_cell()
     corpus = corpus_of(record, cell)
-    files = export(load_model(record, cell, corpus), to, corpus, cell.data.seq_len, cell.quantised)
+    files = export(load_model(record, cell, corpus), to, corpus, cell.data.seq_len, cell.quantised, cell.kept_rows)
     if as_json:
         print_json({"run": record.name, "files": [str(path) for path in files]})
     else:

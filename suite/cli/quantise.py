@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,14 +32,18 @@ if TYPE_CHECKING:
 
 def quantise(
     run: Annotated[str, typer.Argument(metavar="RUN", help="the name of a run in DIR/runs, or its path")],
-    to: Annotated[str, typer.Option("--to", metavar="FORM", help="bf16, int8, int4, fp8 or nf4")],
+    to: Annotated[str | None, typer.Option("--to", metavar="FORM", help="bf16, int8, int4, fp8 or nf4")] = None,
+    keep: Annotated[
+        str | None, typer.Option("--keep", metavar="N%", help="retain the N % of rows that training text reads most")
+    ] = None,
     data_root: DataRoot = None,
     run_code: RunCodeOption = None,
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Make a run with quantised tables from a trained run, and score it: bytes, loss, and every task of the run.
+    """Make a run with smaller tables from a trained run, and score it: bytes, loss, and every task of the run.
 
+    --to rounds rows; --keep drops those that training text reads least, which then read as zeros.
     Nothing is trained. The new run is in the same folder as the trained one. Scores are compared with those of the
     trained run on the same documents, with paired standard errors.
 
@@ -48,26 +53,39 @@ def quantise(
     from suite.launch.derived import quantise as quantising
     from suite.records import RunDir
 
-    if to not in FORMS:
+    if to is None and keep is None:
+        raise UserError("--to or --keep: missing; give a form, a share of rows, or both")
+    if to is not None and to not in FORMS:
         raise UserError(f"--to: got {to!r}, allowed: {', '.join(FORMS)}")
+    share = None if keep is None else _share(keep)
     check_folders(results, data_root)
     source = RunDir(find_run(run, results).resolve())
     cell = source.read_cell()
     if not cell.model.has_tables:
         raise UserError(f"RUN: got {source.name}, which has no value tables, allowed: a run of a family with tables")
     if cell.source is not None:
-        raise UserError(f"RUN: got {source.name}, which is quantised, allowed: its source {cell.source.run_name}")
+        raise UserError(
+            f"RUN: got {source.name}, itself made by suite quantise, allowed: its source {cell.source.run_name}"
+        )
     if not source.state().get("trained"):
         raise UserError(f"{source.path}: is not trained to its end; continue it with suite train")
-    quantised = cell.model_copy(update={"quantised": to})
-    made = _make(source.path.parent.parent, quantised, make_scoring(data_root, run_code))
+    smaller = cell.model_copy(update={"quantised": to, "kept_rows": share})
+    made = _make(source.path.parent.parent, smaller, make_scoring(data_root, run_code))
     document = quantising.summary(made, made.read_cell())
     if as_json:
         print_json(document)
     else:
-        share = document["bytes"] / document["source_bytes"]
-        print(f"{document['run']}: {document['bytes']:,} bytes of tables, {share:.1%} of {document['source_bytes']:,}")
+        of_all = document["bytes"] / document["source_bytes"]
+        print(f"{document['run']}: {document['bytes']:,} bytes of tables, {of_all:.1%} of {document['source_bytes']:,}")
         print_table(_table(document))
+
+
+def _share(keep: str) -> float:
+    """Return the share of rows that is retained."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)%", keep)
+    if match is None or not 0 < float(match[1]) < 100:
+        raise UserError(f"--keep: got {keep!r}, allowed: N%, with N above 0 and below 100")
+    return float(match[1]) / 100
 
 
 def _make(results: Path, cell: Cell, scoring: Scorer) -> RunDir:

@@ -32,6 +32,7 @@ def export(
     corpus: Corpus | None = None,
     seq_len: int = 2048,
     quantised: RowForm | None = None,
+    kept_rows: float | None = None,
 ) -> list[Path]:
     """Write a model and the tokenizer of its corpus into a new folder.
 
@@ -41,6 +42,7 @@ def export(
         corpus: The corpus; None: no tokenizer is written.
         seq_len: Tokens per row, the maximum length that the configuration states.
         quantised: The form of the model's tables; None: fp32.
+        kept_rows: The share of their rows that is retained; None: all.
 
     Returns:
         The files, sorted.
@@ -67,7 +69,8 @@ def export(
         config = llama_config(model, seq_len)
     else:
         weights = {f"model.{name}": value for name, value in model.state_dict().items()}
-        config = _own_config(model, seq_len) | ({} if quantised is None else {"quantised": quantised})
+        stored = {"quantised": quantised, "kept_rows": kept_rows}
+        config = _own_config(model, seq_len) | {name: value for name, value in stored.items() if value is not None}
         _write_sources(model, target)
     save_file(
         {name: value.detach().cpu().contiguous() for name, value in weights.items()},

@@ -25,7 +25,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 
 from suite import models
 from suite.inference.tables.prefetch import add_prefetch
-from suite.inference.tables.reading import expect_quantised, place_tables
+from suite.inference.tables.reading import expect_reduced, place_tables
 from suite.inference.tables.stores import Source
 from suite.models import transformer
 from suite.models.memory_table import MemoryLayer, RowForm
@@ -33,8 +33,8 @@ from suite.models.registry import family
 
 
 class NextParameterConfig(PreTrainedConfig):
-    """`cell_model` is the model block of the cell, and `quantised` the form of its tables' rows; other tools read the
-    other fields."""
+    """`cell_model` is the model block of the cell, `quantised` the form of its tables' rows, and `kept_rows` the share
+    of them that is retained; other tools read the other fields."""
 
     model_type = "next_parameter"
 
@@ -44,9 +44,10 @@ class NextParameterConfig(PreTrainedConfig):
         vocab_size: int = 0,
         use_cache: bool = True,
         quantised: RowForm | None = None,
+        kept_rows: float | None = None,
         **kwargs: Any,
     ) -> None:
-        self.cell_model, self.quantised = cell_model or {}, quantised
+        self.cell_model, self.quantised, self.kept_rows = cell_model or {}, quantised, kept_rows
         self.vocab_size, self.use_cache = vocab_size, use_cache
         super().__init__(**kwargs)
 
@@ -90,8 +91,8 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         options = family(config.cell_model["family"]).config.model_validate(config.cell_model)
         self.model = models.Transformer(options, config.vocab_size)
-        if config.quantised is not None:
-            expect_quantised(self.model, config.quantised)
+        if config.quantised is not None or config.kept_rows is not None:
+            expect_reduced(self.model, config.quantised, config.kept_rows)
         self.gradient_checkpointing = False
         self.post_init()
 

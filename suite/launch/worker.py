@@ -149,7 +149,7 @@ def _train_and_score_together(
     if world.is_first:
         _train_lost_end_again(run, cell)
     is_trained = world.any(world.is_first and bool(run.state().get("trained")))
-    if cell.quantised is not None and not is_trained:
+    if cell.source is not None and not is_trained:
         raise UserError(f"{run.path}: several processes cannot quantise a run; suite quantise does it in one")
     corpus = prepare_together(run, cell, world, (lambda corpus: None) if is_trained else partial(begin, run, cell))
     if not is_trained:
@@ -317,7 +317,7 @@ def _train_and_score(run: RunDir, cell: Cell, scorer: Scorer, interruption: Inte
     corpus = prepare(cell.data, cache=cache_of(run))
     _train_lost_end_again(run, cell)
     if not run.state().get("trained"):
-        if cell.quantised is not None:
+        if cell.source is not None:
             quantise.make(run, cell, corpus)
         else:
             begin(run, cell, corpus)
@@ -430,7 +430,7 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
             f"{run.cell_path} trains from step {step} to the end again"
         )
     model = _load(run, cell, corpus, scorer, world, step)
-    reference = quantise.load_source(run, cell, corpus) if cell.quantised is not None and wanted else None
+    reference = quantise.load_source(run, cell, corpus) if cell.source is not None and wanted else None
     facts = {"run": run.name, "step": step}
     if lacks_usage:
         from suite.evaluate.usage import key_usage

@@ -249,7 +249,7 @@ def load_model(
         raise UserError(
             f"{run.checkpoints}: holds no checkpoint; restore a copy, or delete {run.path} and train the cell again"
         )
-    if cell.quantised is not None or place is not None:
+    if cell.source is not None or place is not None:
         return _load_stored(run, cell, corpus, world or World(), step, place)
     if world is not None and world.distributed:
         from suite.train.sharding import as_dtensors, build_sharded
@@ -265,7 +265,7 @@ def load_model(
 
 
 def _load_stored(run: RunDir, cell: Cell, corpus: Corpus, world: World, step: int, place: Place | None) -> Transformer:
-    """Load a model whose tables are quantised or elsewhere; see `load_model`."""
+    """Load a model whose tables are smaller than those of its source, or elsewhere; see `load_model`."""
     from suite.inference.tables.loading import load_stored  # training does not need it
 
     path = _folder(run, step) / STATE_FILE
@@ -275,7 +275,8 @@ def _load_stored(run: RunDir, cell: Cell, corpus: Corpus, world: World, step: in
             f"{_folder(run, step)}: {what} by several processes; allowed for its tables: in the model, fp32"
         )
     saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
-    return load_stored(cell.model, corpus.vocab_size, saved, path, cell.quantised, place).to(world.device)
+    model = load_stored(cell.model, corpus.vocab_size, saved, path, cell.quantised, place, cell.kept_rows)
+    return model.to(world.device)
 
 
 def model_shapes(run: RunDir, step: int) -> dict[str, tuple[int, ...]]:

@@ -15,6 +15,7 @@ from suite.inference.tables.forms import encode_table, form_of
 from suite.launch.provenance import stale_because
 from suite.records import RunDir
 from suite.train.checkpoint import load_model
+from suite.train.probe import Prober
 
 CELL = """
 model: {family: FAMILY, base: w32, half_keys: 8, top_k: 4}
@@ -80,6 +81,37 @@ def test_a_quantised_run_is_scored_next_to_its_source(suite: Suite) -> None:
     assert source.name in wrong.stderr
 
 
+def test_rows_are_dropped_by_counts_of_other_training_text(suite: Suite) -> None:
+    source = trained(suite)
+    made = suite("quantise", source.name, "--to", "int8", "--keep", "25%", "--json")
+    assert made.returncode == 0, made.stderr
+    document = json.loads(made.stdout)
+    run = RunDir(Path("results/runs") / document["run"])
+    assert run.name.startswith("pkm-w32-k8-s0-int8-keep25-")
+    assert (document["form"], document["kept_rows"], document["bytes"]) == ("int8", 0.25, 17 * 36 + 64 * 4)
+    cell = run.read_cell()
+    assert cell.source == source.read_cell()
+    corpus = prepare(cell.data, Path("results/cache"))
+    (ours,), (theirs,) = (load_model(r, r.read_cell(), corpus).memory_tables() for r in (run, source))
+    every_row_N1 = torch.arange(64).unsqueeze(1)
+    rows_RD = ours(every_row_N1, torch.ones(64, 1))
+    is_kept_R = rows_RD.any(1)
+
+    reads_R, scored = torch.zeros(64, dtype=torch.int64), Prober(corpus).rows
+    theirs.before_read.append(lambda indices_NS: reads_R.add_(indices_NS.flatten().bincount(minlength=64)))
+    model = load_model(source, source.read_cell(), corpus)
+    (table,) = model.memory_tables()
+    table.before_read = theirs.before_read
+    loader, batches = corpus.loader(0, 16), document["counted_tokens"] // (16 * 64)
+    for step in range(len(scored.tokens_BT) // 16, len(scored.tokens_BT) // 16 + batches):
+        batch = loader.batch(step)
+        model(batch.tokens_BT, batch.segments_BT)
+    assert int(is_kept_R.sum()) == 16
+    assert reads_R[is_kept_R].min() >= reads_R[~is_kept_R].max()
+    assert document["loss"]["difference"] > 0
+    assert scores(run).keys() == scores(source).keys()
+
+
 @pytest.mark.parametrize(
     ("family", "place"),
     [
@@ -119,6 +151,9 @@ def test_rows_that_follow_from_the_hidden_state_are_not_prefetched(suite: Suite)
     [
         (["quantise", "RUN", "--to", "int7"], ["--to", "'int7'", "int4"]),
         (["quantise", "RUN", "--to", "int8"], ["RUN", "no value tables"]),
+        (["quantise", "RUN"], ["--to", "--keep"]),
+        (["quantise", "RUN", "--keep", "100%"], ["--keep", "'100%'", "N%"]),
+        (["quantise", "RUN", "--keep", "0.25"], ["--keep", "'0.25'", "N%"]),
         (["eval", "RUN", "--table", "file"], ["--table", "no value tables"]),
         (["eval", "RUN", "--table", "disk"], ["--table", "'disk'", "host, file"]),
         (["eval", "RUN", "--cache", "lru:5%"], ["--cache", "--table"]),
@@ -137,7 +172,8 @@ def test_wrong_combinations_are_one_line(arguments: list[str], words: list[str],
     assert all(word in result.stderr for word in words)
 
 
-def test_a_model_without_tables_cannot_be_quantised() -> None:
+@pytest.mark.parametrize(("field", "value"), [("quantised", "int8"), ("kept_rows", 0.5)])
+def test_a_model_without_tables_has_no_smaller_tables(field: str, value: object) -> None:
     cell = {"model": {"family": "dense", "base": "w32"}, "data": {"kind": "bios", "people": 20}}
-    with pytest.raises(ValueError, match="quantised: got 'int8'"):
-        Cell.model_validate(cell | {"train": {"batch_rows": 4, "epochs": 2.0, "lr": 5e-3}, "quantised": "int8"})
+    with pytest.raises(ValueError, match=f"{field}: got {value!r}"):
+        Cell.model_validate(cell | {"train": {"batch_rows": 4, "epochs": 2.0, "lr": 5e-3}, field: value})

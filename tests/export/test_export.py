@@ -26,7 +26,7 @@ from suite.errors import UserError
 from suite.export.export import export
 from suite.export.llama import import_llama
 from suite.export.tokenizer import fast_tokenizer
-from suite.inference.tables.reading import quantise_tables
+from suite.inference.tables.reading import reduce_tables
 from suite.models import Transformer, registry
 
 transformers = pytest.importorskip("transformers", reason="transformers, an extra, is not installed")
@@ -107,14 +107,18 @@ def test_transformers_loads_every_family_with_our_logits(name: str, tmp_path: Pa
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "form"), [("pkm shuffled", "int8"), ("ultramem_v2", "fp8"), ("peer", None)])
-def test_exports_carry_quantised_tables_and_may_leave_tables_elsewhere(
-    name: str, form: str | None, tmp_path: Path
+@pytest.mark.parametrize(
+    ("name", "form", "share"),
+    [("pkm shuffled", "int8", None), ("ultramem_v2", "fp8", None), ("peer", None, None), ("pkm", "int4", 0.5)],
+)
+def test_exports_carry_smaller_tables_and_may_leave_tables_elsewhere(
+    name: str, form: str | None, share: float | None, tmp_path: Path
 ) -> None:
     model = built(name)
     if form is not None:
-        quantise_tables(model, form)
-    export(model, tmp_path / "out", quantised=form)
+        kept = [torch.arange(round(share * len(table.weight))) for table in model.memory_tables()] if share else None
+        reduce_tables(model, form, kept)
+    export(model, tmp_path / "out", quantised=form, kept_rows=share)
     theirs = loaded(tmp_path / "out")
     with torch.no_grad():
         expected = model(tokens())

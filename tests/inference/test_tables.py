@@ -11,7 +11,7 @@ from suite.errors import UserError
 from suite.inference.tables import loading, popularity
 from suite.inference.tables.forms import CLIPS, FORMS, encode_table, form_of, nf4_levels, pack, unpack
 from suite.inference.tables.loading import Place, parse_place
-from suite.inference.tables.reading import quantise_tables, stored_rows, traffic
+from suite.inference.tables.reading import reduce_tables, stored_rows, traffic
 from suite.inference.tables.stores import CachedRows, RowStore
 from suite.models import Transformer
 from suite.models.lookup.controls import tables_off
@@ -39,8 +39,10 @@ def folders(parent: Path, count: int) -> list[Path]:
     return made
 
 
-def loaded(model: Transformer, folder: Path, place: Place | None, form: str | None = None) -> Transformer:
-    other = loading.load_stored(model.config, model.vocab_size, *saved(model, folder), form, place)
+def loaded(
+    model: Transformer, folder: Path, place: Place | None, form: str | None = None, kept: float | None = None
+) -> Transformer:
+    other = loading.load_stored(model.config, model.vocab_size, *saved(model, folder), form, place, kept)
     if place is not None:
         counts = [torch.arange(len(table.weight)) % 7 for table in other.memory_tables()]
         loading.add_caches(other, place, counts if place.policy == "static" else None)
@@ -237,13 +239,43 @@ def test_a_quantised_model_equals_one_with_the_decoded_table(case: str, form: st
         for table in plain.memory_tables():
             rows_RD = table.weight
             rows_RD.copy_(form_of(form).decode(encode_table(form_of(form), rows_RD), rows_RD.shape[1]))
-    quantise_tables(model, form)
+    reduce_tables(model, form)
     tokens_BT = model_families.tokens(2, 9)
     with torch.no_grad():
         expected = plain(tokens_BT)
         assert torch.equal(model(tokens_BT), expected)
         for place in (None, Place("file", "lru", 0.1)):
             assert torch.equal(loaded(model, tmp_path, place, form)(tokens_BT), expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("form", [None, "int8", "int4"])
+def test_dropped_rows_read_as_zeros(case: str, form: str | None, tmp_path: Path) -> None:
+    model, plain = model_families.model(case).eval(), model_families.model(case).eval()
+    share = 0.3
+    kept = [torch.randperm(len(table.weight))[: round(share * len(table.weight))] for table in model.memory_tables()]
+    with torch.no_grad():
+        for table, kept_K in zip(plain.memory_tables(), kept, strict=True):
+            rows_RD = torch.zeros_like(table.weight)
+            rows_RD[kept_K] = table.weight[kept_K]
+            table.weight.copy_(form_of(form).decode(encode_table(form_of(form), rows_RD), rows_RD.shape[1]))
+    reduce_tables(model, form, kept)
+    tokens_BT = model_families.tokens(2, 9)
+    with torch.no_grad():
+        expected = plain(tokens_BT)
+        assert torch.equal(model(tokens_BT), expected)
+        for place in (None, Place("file"), Place("file", "lru", 0.1), Place("host", "static", 0.1)):
+            assert torch.equal(loaded(model, tmp_path, place, form, share)(tokens_BT), expected)
+    for rows, kept_K in zip(stored_rows(model), kept, strict=True):
+        assert rows.bytes == (len(kept_K) + 1) * rows.store.row_bytes + 4 * len(rows.place_R)
+
+
+def test_counts_of_dropped_rows_are_those_of_the_row_of_zeros() -> None:
+    model = model_families.model("pkm").eval()
+    reduce_tables(model, None, [torch.tensor([5, 9])])
+    (rows,) = stored_rows(model)
+    counts_R = torch.arange(256)
+    assert rows.counts_of_store(counts_R).tolist() == [5, 9, 255 * 128 - 14]
 
 
 def test_lru_equals_an_ordered_dict() -> None:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from suite.errors import UserError
-from suite.inference.tables.popularity import size_of
+from suite.inference.tables.popularity import most_read
 from suite.inference.tables.prefetch import add_prefetch
-from suite.inference.tables.reading import expect_quantised, place_tables, stored_rows
-from suite.inference.tables.stores import CachedRows, RowStore
+from suite.inference.tables.reading import expect_reduced, place_tables, stored_rows
+from suite.inference.tables.stores import CachedRows, RowStore, rows_of_share
 from suite.models.initial_weights import reset_statistics
 from suite.models.memory_table import RowForm
 from suite.models.registry import ModelConfig
@@ -88,8 +88,9 @@ def load_stored(
     path: Path,
     form: RowForm | None = None,
     place: Place | None = None,
+    kept: float | None = None,
 ) -> Transformer:
-    """Return a model with saved weights whose tables are quantised, elsewhere, or both; on the CPU.
+    """Return a model with saved weights whose tables are reduced, elsewhere, or both; on the CPU.
 
     Args:
         config: The model's configuration.
@@ -98,14 +99,15 @@ def load_stored(
         path: The file.
         form: The form of the saved tables; None: rows as they are.
         place: Where the tables stay; None: in the memory of the model.
+        kept: The share of the tables' rows that was saved; None: all.
 
     Raises:
         ValueError: Rows are to be prefetched, and those of no table follow from token ids.
     """
     with torch.device("meta"):
         model = Transformer(config, vocab_size)
-    if form is not None:
-        expect_quantised(model, form)
+    if form is not None or kept is not None:
+        expect_reduced(model, form, kept)
     if place is not None:
         place_tables(model, saved, place.source, path, form)
     model.to_empty(device="cpu")
@@ -132,6 +134,6 @@ def add_caches(model: Transformer, place: Place, counts: Iterable[Tensor] | None
     by_table: Iterable[Tensor | None] = [None] * len(tables) if counts is None else counts
     for rows, counts_R in zip(tables, by_table, strict=True):
         assert isinstance(rows.store, RowStore)
-        size = size_of(place.share, rows.store.rows)
-        hot_H = None if counts_R is None else counts_R.argsort(descending=True, stable=True)[:size]
+        size = rows_of_share(place.share, rows.store.rows)
+        hot_H = None if counts_R is None else most_read(rows.counts_of_store(counts_R), size)
         rows.store = CachedRows(rows.store, size, hot_H)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from suite.data.corpus import Corpus
 from suite.inference.batching import evaluation_mode
+from suite.inference.tables.stores import rows_of_share
 from suite.models.memory_table import MemoryTable
 from suite.models.transformer import Transformer
 
@@ -57,10 +58,10 @@ def counts(model: Transformer, text: Iterable[Rows]) -> list[Tensor]:
     return [counts_of(reads_L, len(table.weight)) for reads_L, table in zip(reads_of(model, text), tables, strict=True)]
 
 
-def training_text(corpus: Corpus, first: int = 0) -> Iterator[Rows]:
+def training_text(corpus: Corpus, first: int = 0, batches: int = BATCHES) -> Iterator[Rows]:
     """Yield a fixed sample of training text, the same for every model of a corpus, from batch `first` on."""
     loader = corpus.loader(0, BATCH_ROWS)
-    for step in range(first, first + BATCHES):
+    for step in range(first, first + batches):
         batch = loader.batch(step)
         yield batch.tokens_BT, batch.segments_BT
 
@@ -84,6 +85,11 @@ def counts_of(reads_L: Tensor, rows: int) -> Tensor:
     return reads_L.bincount(minlength=rows)
 
 
+def most_read(counts_R: Tensor, count: int) -> Tensor:
+    """Return the numbers of the rows with the highest counts, int64, ties by number."""
+    return counts_R.argsort(descending=True, stable=True)[:count]
+
+
 def static_hits(counts_R: Tensor, reads_L: Tensor, shares: Sequence[float] = SHARES) -> list[float]:
     """Return the share of reads whose rows are among the most counted ones, for each size of a cache.
 
@@ -94,7 +100,7 @@ def static_hits(counts_R: Tensor, reads_L: Tensor, shares: Sequence[float] = SHA
     """
     order_R = counts_R.argsort(descending=True, stable=True)
     cumulative_R = counts_of(reads_L, len(counts_R))[order_R].cumsum(0)
-    return [float(cumulative_R[size_of(share, len(counts_R)) - 1]) / len(reads_L) for share in shares]
+    return [float(cumulative_R[rows_of_share(share, len(counts_R)) - 1]) / len(reads_L) for share in shares]
 
 
 def lru_hits(reads_L: Tensor, rows: int, shares: Sequence[float] = SHARES) -> list[float]:
@@ -106,12 +112,7 @@ def lru_hits(reads_L: Tensor, rows: int, shares: Sequence[float] = SHARES) -> li
         shares: Sizes of the cache, as shares of all rows.
     """
     reads = reads_L[:LRU_READS].tolist()
-    return [_lru_hits(reads, size_of(share, rows)) / len(reads) for share in shares]
-
-
-def size_of(share: float, rows: int) -> int:
-    """Return the rows of a cache of a share of a table, at least one."""
-    return max(1, round(share * rows))
+    return [_lru_hits(reads, rows_of_share(share, rows)) / len(reads) for share in shares]
 
 
 def _lru_hits(reads: Sequence[int], size: int) -> int:

@@ -13,7 +13,7 @@ import functools
 import mmap
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from suite.inference.tables.forms import Form, Parts, encode_table, form_of
-from suite.inference.tables.stores import CachedRows, RowStore, Source, Traffic, advise
+from suite.inference.tables.stores import CachedRows, RowStore, Source, Traffic, advise, rows_of_share
 from suite.models.memory_table import MemoryTable, RowForm, row_products
 from suite.models.transformer import Transformer
 
@@ -47,13 +47,36 @@ class Ahead:
 class StoredRows(nn.Module):
     """The rows of a table of width `dim`, in a store and in a form; sums have the dtype `wide`.
 
-    `ahead` holds the reads that were started and not used yet, in the order of the layers that will use them.
+    `ahead` holds the reads that were started and not used yet, in the order of the layers that will use them. If the
+    store does not have all rows of the table, `place_R` holds the row of the store for each row of the table; rows that
+    were dropped share one of zeros.
     """
 
-    def __init__(self, store: RowStore | CachedRows, form: Form, dim: int, wide: torch.dtype) -> None:
+    place_R: Tensor | None
+
+    def __init__(
+        self,
+        store: RowStore | CachedRows,
+        form: Form,
+        dim: int,
+        wide: torch.dtype,
+        place_R: Tensor | None = None,
+    ) -> None:
         super().__init__()
         self.store, self.form, self.dim, self.wide = store, form, dim, wide
+        self.register_buffer("place_R", place_R)
         self.ahead: deque[Ahead] = deque()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the rows, and of their places if some were dropped."""
+        return self.store.rows * self.store.row_bytes + (0 if self.place_R is None else self.place_R.nbytes)
+
+    def counts_of_store(self, counts_R: Tensor) -> Tensor:
+        """Return counts of reads of the table as those of the store's rows."""
+        if self.place_R is None:
+            return counts_R
+        return counts_R.new_zeros(self.store.rows).index_add(0, self.place_R.long(), counts_R)
 
     def prefetch(self, indices_NS: Tensor, start: Start) -> None:
         """Start the read of the next layer; `start` decides where."""
@@ -101,11 +124,15 @@ class StoredRows(nn.Module):
         return (slice(start, start + step) for start in range(0, max(1, tokens), step))
 
     def _gather(self, indices_CS: Tensor) -> Gathered:
-        rows_U, numbers_CS = indices_CS.unique(return_inverse=True)
+        if self.place_R is not None:
+            indices_CS = self.place_R[indices_CS]
+        rows_U, numbers_CS = indices_CS.long().unique(return_inverse=True)
         return numbers_CS, self.store.gather(rows_U)
 
 
-def store_rows(table: MemoryTable, store: RowStore | CachedRows, form: RowForm | None = None) -> None:
+def store_rows(
+    table: MemoryTable, store: RowStore | CachedRows, form: RowForm | None = None, place_R: Tensor | None = None
+) -> None:
     """Let a table read its rows from a store, and release its weight.
 
     Its `weight` becomes a tensor on the meta device, from which other code reads shape and dtype; it is no parameter.
@@ -114,6 +141,7 @@ def store_rows(table: MemoryTable, store: RowStore | CachedRows, form: RowForm |
         table: A table that is not being trained.
         store: The store of its rows.
         form: The form of the rows in the store; None: rows as they are.
+        place_R: The row of the store for each row of the table; None: the same.
     """
     assert table.gradients is None, "the table is being trained"
     shape = table.weight.detach().to("meta")
@@ -121,21 +149,42 @@ def store_rows(table: MemoryTable, store: RowStore | CachedRows, form: RowForm |
     if "weight" in table._parameters:
         del table.weight
     table.__dict__["weight"] = shape
-    table.stored = StoredRows(store, form_of(form), shape.shape[1], wide)
+    table.stored = StoredRows(store, form_of(form), shape.shape[1], wide, place_R)
 
 
-def quantise_tables(model: Transformer, form: RowForm) -> None:
-    """Replace the rows of every table of a model by codes on the same device."""
+def reduce_tables(model: Transformer, form: RowForm | None = None, kept: Sequence[Tensor] | None = None) -> None:
+    """Replace the rows of every table of a model by codes on the same device, or drop some, or both.
+
+    Args:
+        model: The model.
+        form: The form of the codes; None: rows as they are.
+        kept: The numbers [K] of the rows of each table that are retained; the others read as zeros. None: all.
+    """
+    for number, table in enumerate(model.memory_tables()):
+        rows_RD, place_R = table.weight.detach(), None
+        if kept is not None:
+            kept_K = kept[number].to(rows_RD.device)
+            place_R = torch.full((len(rows_RD),), len(kept_K), dtype=torch.int32, device=rows_RD.device)
+            place_R[kept_K] = torch.arange(len(kept_K), dtype=torch.int32, device=rows_RD.device)
+            rows_RD = torch.cat((rows_RD[kept_K], rows_RD.new_zeros(1, rows_RD.shape[1])))
+        store_rows(table, RowStore(encode_table(form_of(form), rows_RD)), form, place_R)
+
+
+def expect_reduced(model: Transformer, form: RowForm | None = None, share: float | None = None) -> None:
+    """Give every table of a model uninitialised rows on the same device, into which saved ones are loaded.
+
+    Args:
+        model: The model.
+        form: The form of the saved rows; None: rows as they are.
+        share: The share of rows that is retained; None: all.
+    """
     for table in model.memory_tables():
-        store_rows(table, RowStore(encode_table(form_of(form), table.weight.detach())), form)
-
-
-def expect_quantised(model: Transformer, form: RowForm) -> None:
-    """Give every table of a model uninitialised codes on the same device, into which saved ones are loaded."""
-    for table in model.memory_tables():
-        rows, width = table.weight.shape
-        parts = form_of(form).empty(rows, width, table.weight.dtype, table.weight.device)
-        store_rows(table, RowStore(parts), form)
+        (rows, width), device, place_R = table.weight.shape, table.weight.device, None
+        if share is not None:
+            place_R = torch.empty(rows, dtype=torch.int32, device=device)
+            rows = rows_of_share(share, rows) + 1
+        parts = form_of(form).empty(rows, width, table.weight.dtype, device)
+        store_rows(table, RowStore(parts), form, place_R)
 
 
 def place_tables(
@@ -144,21 +193,23 @@ def place_tables(
     """Let every table of a model read its rows from saved tensors, in host memory or in their file.
 
     Args:
-        model: The model; its own rows are released.
+        model: The model, whose tables expect what was saved; its own rows are released.
         saved: The saved tensors by their names in the model, mapped from `path`.
         source: The place.
         path: The file.
         form: The form of the saved tables; None: rows as they are.
     """
     for number, table in enumerate(model.memory_tables()):
-        prefix = f"tables.{number}." + ("weight" if form is None else "stored.store.")
+        stored, weight = table.stored, f"tables.{number}.weight"
+        prefix = weight if weight in saved else f"tables.{number}.stored.store."
         parts = {name.removeprefix(prefix) or "values": part for name, part in saved.items() if name.startswith(prefix)}
         for name, part in parts.items():
             if source == "file":
                 advise(part, mmap.MADV_RANDOM)  # a read loads the pages of its rows, and none after them
             else:
                 parts[name] = part.clone()
-        store_rows(table, RowStore(parts, source, path), form)
+        place_R = stored.place_R if isinstance(stored, StoredRows) else None
+        store_rows(table, RowStore(parts, source, path), form, place_R)
 
 
 def stored_rows(model: Transformer) -> list[StoredRows]:

@@ -199,6 +199,11 @@ class CachedRows(nn.Module):
             self.stamp_H.fill_(-1)
 
 
+def rows_of_share(share: float, rows: int) -> int:
+    """Return the number of rows of a share of a table, at least one."""
+    return max(1, round(share * rows))
+
+
 def advise(mapped: Tensor, advice: int) -> None:
     """Call madvise on the whole pages of a tensor that is mapped from a file.
 

@@ -120,7 +120,7 @@ class MemoryCheck:
 
     def launch(self, cell: Cell) -> Launch:
         """Return how to train a cell that has no `problem`: in one process if it fits, else on its smallest mesh."""
-        alone = self.gpus == 1 or cell.quantised is not None or self._fits_one(cell)
+        alone = self.gpus == 1 or cell.source is not None or self._fits_one(cell)
         if alone or isinstance(mesh := self._mesh(cell), DoesNotFit):
             return Launch()
         return Launch(mesh.gpus, Parallel(memory_parallel=mesh.table_shards, accumulate=mesh.accumulate))

@@ -1,8 +1,9 @@
-"""Runs with quantised tables: made from a trained run, not trained, and scored next to it.
+"""Runs with smaller tables: made from a trained run, not trained, and scored next to it.
 
-The cell of such a run is that of its source with `quantised` set, so the name of either run follows from the other.
+The cell of such a run is that of its source with `quantised` or `kept_rows` set, so the name of either run follows from
+the other.
 
-Shapes: R rows of a table, D row width.
+Shapes: R rows of a table, K rows that are retained, D row width.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from torch import Tensor
+
 from suite.cells import Cell
 from suite.data.corpus import Corpus
 from suite.data.loader import Batch
@@ -18,10 +21,13 @@ from suite.errors import UserError
 from suite.models.transformer import Transformer
 from suite.records import RunDir
 
+COUNTED_TOKENS = 1 << 17
+"""Tokens of training text whose reads choose the rows that are retained."""
+
 
 def source_of(run: RunDir, cell: Cell) -> RunDir:
-    """Return the trained run, in the same folder, from which a quantised run is made. Raises UserError."""
-    assert cell.source is not None, "the cell is quantised"
+    """Return the trained run, in the same folder, from which a run with smaller tables is made. Raises UserError."""
+    assert cell.source is not None, "the cell is trained"
     source = RunDir(run.path.with_name(cell.source.run_name))
     if source.damage() is not None or not source.state().get("trained"):
         raise UserError(f"{source.path}: is not trained to its end, and {run.name} is made from it; train it first")
@@ -29,26 +35,26 @@ def source_of(run: RunDir, cell: Cell) -> RunDir:
 
 
 def load_source(run: RunDir, cell: Cell, corpus: Corpus) -> Transformer:
-    """Return the model of the trained run from which a quantised run is made.
+    """Return the model of the trained run from which a run with smaller tables is made.
 
     Args:
-        run: The quantised run.
+        run: The run with smaller tables.
         cell: Its cell.
         corpus: Its corpus.
     """
     from suite.train.checkpoint import load_model
 
-    assert cell.source is not None, "the cell is quantised"
+    assert cell.source is not None, "the cell is trained"
     step = run.read_record()["started_from"]["step"]
     return load_model(source_of(run, cell), cell.source, corpus, step=step)
 
 
 def make(run: RunDir, cell: Cell, corpus: Corpus) -> None:
-    """Write the records and the checkpoint of a quantised run, whose lock is held.
+    """Write the records and the checkpoint of a run with smaller tables, whose lock is held.
 
     cell.json has `started_from`, as for other runs with a parent, and `tables`: the bytes of the tables of both, and
     their losses in evaluation mode with the paired standard error of the difference. train.jsonl has one line, the
-    probe of the quantised model at the step of its source. Versions are those of the code that trained the weights.
+    probe of the new model at the step of its source. Versions are those of the code that trained the weights.
 
     Args:
         run: The run to make.
@@ -58,14 +64,13 @@ def make(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     Raises:
         UserError: The source is not trained, or has no whole checkpoint.
     """
-    from suite.inference.tables.reading import quantise_tables, stored_rows
+    from suite.inference.tables.reading import reduce_tables, stored_rows
     from suite.train import checkpoint
     from suite.train.checkpoint import load_model, newest_whole
     from suite.train.parallel import World
     from suite.train.probe import Prober
 
-    assert cell.source is not None, "the cell is quantised"
-    assert cell.quantised is not None, "the cell is quantised"
+    assert cell.source is not None, "the cell is trained"
     source = source_of(run, cell)
     step = newest_whole(source)
     if (lost := checkpoint.lost_end(source, step)) is not None:
@@ -77,14 +82,15 @@ def make(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     before = sum(table.weight.numel() * table.weight.element_size() for table in model.memory_tables())
     prober = Prober(corpus)
     losses = [_losses(model, prober.rows)]
-    quantise_tables(model, cell.quantised)
+    kept, counted = (None, {}) if cell.kept_rows is None else _most_read(model, corpus, cell.kept_rows, prober.rows)
+    reduce_tables(model, cell.quantised, kept)
     losses.append(_losses(model, prober.rows))
     record = source.read_record()
     fields = ("account", "versions", "data_fingerprint", "tokenizer")
     started = {"run": source.name, "hash": cell.source.hash8, "step": step, "fresh": [], "unused": []}
     started["code"] = record.get("versions", {}).get("code")
-    after = sum(rows.store.rows * rows.store.row_bytes for rows in stored_rows(model))
-    tables = {"form": cell.quantised, "bytes": after, "source_bytes": before, "loss": _compared(*losses)}
+    after = sum(rows.bytes for rows in stored_rows(model))
+    tables = {"form": cell.quantised, "bytes": after, "source_bytes": before, "loss": _compared(*losses), **counted}
     run.write_cell(
         cell, **{name: record[name] for name in fields if name in record}, started_from=started, tables=tables
     )
@@ -98,6 +104,33 @@ def make(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     run.set_state("running", trained=True)
 
 
+def _most_read(
+    model: Transformer, corpus: Corpus, share: float, scored: Batch
+) -> tuple[list[Tensor], dict[str, float]]:
+    """Choose the rows of each table that are retained, by counts of the reads of training text.
+
+    The text starts after the rows of the loss, which are training text for `bios`.
+
+    Args:
+        model: The trained model.
+        corpus: Its corpus.
+        share: The share of rows that is retained.
+        scored: The rows of the loss.
+
+    Returns:
+        The numbers of the rows of each table, ascending, [K] each; and {"kept_rows", "counted_tokens"} for the record.
+    """
+    from suite.inference.tables import popularity
+    from suite.inference.tables.stores import rows_of_share
+
+    first = -(-len(scored.tokens_BT) // popularity.BATCH_ROWS)
+    batches = max(1, COUNTED_TOKENS // (popularity.BATCH_ROWS * corpus.config.seq_len))
+    counts = popularity.counts(model, popularity.training_text(corpus, first, batches))
+    kept = [popularity.most_read(counts_R, rows_of_share(share, len(counts_R))).sort().values for counts_R in counts]
+    tokens = batches * popularity.BATCH_ROWS * corpus.config.seq_len
+    return kept, {"kept_rows": share, "counted_tokens": tokens}
+
+
 def _losses(model: Transformer, rows: Batch) -> tuple[list[float], list[int]]:
     """Return the mean loss of each row that has targets, and their number."""
     from suite.data.packing import IGNORED
@@ -109,13 +142,11 @@ def _losses(model: Transformer, rows: Batch) -> tuple[list[float], list[int]]:
     return [loss(model, batch) for batch, count in zip(batches, counts, strict=True) if count], [*filter(None, counts)]
 
 
-def _compared(source: tuple[list[float], list[int]], quantised: tuple[list[float], list[int]]) -> dict[str, Any]:
-    """Return the losses of the source and of the quantised model, and their paired difference over rows."""
+def _compared(source: tuple[list[float], list[int]], smaller: tuple[list[float], list[int]]) -> dict[str, Any]:
+    """Return the losses of the source and of the new model, and their paired difference over rows."""
     from suite.inference.paired import differences
 
-    before, after = (
-        [(value * count, count) for value, count in zip(*part, strict=True)] for part in (source, quantised)
-    )
+    before, after = ([(value * count, count) for value, count in zip(*part, strict=True)] for part in (source, smaller))
     ours, others = ([{"doc": None, "loss": item} for item in items] for items in (after, before))
     return {"value": _mean_loss(after), **differences(ours, others, {"loss": _mean_loss})["loss"]}
 
@@ -125,11 +156,12 @@ def _mean_loss(items: Sequence[tuple[float, int]]) -> float:
 
 
 def summary(run: RunDir, cell: Cell) -> dict[str, Any]:
-    """Return what a quantised run costs and what it changes, from its records.
+    """Return what a run with smaller tables costs and what it changes, from its records.
 
     Returns:
         {"run", "source", "form", "bytes", "source_bytes", "loss": {"value", "reference", "difference", "stderr"},
-        "tasks": {task: {metric: {"reference", "difference", "stderr"}}}}.
+        "tasks": {task: {metric: {"reference", "difference", "stderr"}}}}, and "kept_rows" and "counted_tokens" if rows
+        were dropped.
     """
     record = run.read_record()
     tables = record["tables"]
