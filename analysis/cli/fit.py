@@ -195,7 +195,7 @@ def _draw(item: Fitted, request: Request) -> None:
 
     source = f"Source: {request.source}." if request.source else ""
     drawn = law_figure(item.estimate, item.held, request.figure, source)
-    drawn += curves_figure(item.estimate, request.figure, source)
+    drawn += curves_figure(item.estimate, item.profiles, request.figure, source)
     item.document["figure"] = [str(path) for path in drawn]
 
 

@@ -8,13 +8,16 @@ import numpy as np
 
 from analysis.figures import style
 from analysis.fits.fit import Fit
-from analysis.fits.intervals import prediction_errors
+from analysis.fits.profile import Ends
+from analysis.fits.quantities import intervals, predictions
 
 CURVES = 6
 POINTS = 80
+KNOTS = 10
+"""Number of points per curve at which its band is computed; it is interpolated between them."""
 
 
-def curves_figure(estimate: Fit, folder: Path, source: str) -> list[Path]:
+def curves_figure(estimate: Fit, ends: Ends, folder: Path, source: str) -> list[Path]:
     """Draw the outcome against the first input, one curve per value of the input that varies with it.
 
     Laws of one input have one curve. Of three or more inputs, the others are held at their medians, and each run is
@@ -26,18 +29,21 @@ def curves_figure(estimate: Fit, folder: Path, source: str) -> list[Path]:
     second = others[0] if others else None
     levels = _levels(x[second]) if second else np.array([np.nan])
     nearest = _nearest(x[second], levels) if second else np.zeros(problem.n, int)
+    at = _range(x[name])
+    curves = [
+        {name: at}
+        | {key: np.full(POINTS, float(np.median(x[key]))) for key in others}
+        | ({second: np.full(POINTS, level)} if second else {})
+        for level in levels
+    ]
+    bands = _bands(estimate, ends, curves)
     with style.figure(1, 1, width=5.2, height=3.8) as (drawn, (axis,)):
         from matplotlib import colormaps
 
         for rank, level in enumerate(levels):
             color = colormaps["viridis"](0.88 * rank / max(len(levels) - 1, 1))
             rows = nearest == rank
-            at = _range(x[name])
-            point = {name: at} | {key: np.full(len(at), float(np.median(x[key]))) for key in others}
-            if second:
-                point[second] = np.full(len(at), level)
-            predicted = estimate.predict(point)
-            low, high = _band(estimate, point, predicted)
+            predicted, low, high = bands[rank]
             label = f"{second} = {level:.3g}" if second else f"law and runs ({problem.n})"
             axis.fill_between(at, low, high, color=color, alpha=0.18, linewidth=0)
             axis.plot(at, predicted, color=color, linewidth=1.1, label=label)
@@ -62,9 +68,7 @@ def _note(estimate: Fit, others: list[str], source: str) -> str:
         where = f" Each curve at one value of {others[0]}; runs have the colour of the nearest."
     if len(others) > 1:
         where += f" Curves at the median of {', '.join(others[1:])}."
-    bands = "bands: 95 % of the law, without the scatter of runs"
-    if estimate.at_bound:
-        bands = f"{bands}, with {', '.join(estimate.at_bound)} held at the bound where the fit ended"
+    bands = "bands: 95 % profile intervals of the law, without the scatter of runs"
     return f"{law.formula}; n = {estimate.problem.n}; {bands}.{where} {source}"
 
 
@@ -92,9 +96,24 @@ def _range(values: np.ndarray) -> np.ndarray:
     return np.linspace(values.min(), values.max(), POINTS)
 
 
-def _band(estimate: Fit, point: dict[str, np.ndarray], predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the 95 % band of the law, symmetric on the fitted scale."""
-    reach = prediction_errors(estimate, point)
-    if estimate.problem.law.residuals == "log":
-        return predicted * np.exp(-reach), predicted * np.exp(reach)
-    return predicted - reach, predicted + reach
+def _bands(
+    estimate: Fit, ends: Ends, curves: list[dict[str, np.ndarray]]
+) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Return the law along each curve and the ends of its 95 % band: profile intervals at KNOTS points per curve, whose
+    distances from the law are interpolated."""
+    knots = np.linspace(0, POINTS - 1, KNOTS).round().astype(int)
+    points = {name: np.concatenate([curve[name][knots] for curve in curves]) for name in curves[0]}
+    law = intervals(estimate, predictions(estimate, points), KNOTS * len(curves), ends).reshape(-1, KNOTS, 2)
+    is_log = estimate.problem.law.residuals == "log"
+    bands = []
+    for curve, pairs in zip(curves, law, strict=True):
+        predicted = estimate.predict(curve)
+        with np.errstate(all="ignore"):
+            centre = np.log(predicted) if is_log else predicted
+            reach = np.nan_to_num(np.abs(pairs - centre[knots][:, None]), nan=0.0, posinf=300.0)
+        low, high = (np.interp(np.arange(POINTS), knots, side) for side in reach.T)
+        if is_log:
+            bands.append((predicted, predicted * np.exp(-low), predicted * np.exp(high)))
+        else:
+            bands.append((predicted, predicted - low, predicted + high))
+    return bands

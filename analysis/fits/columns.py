@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Mapping
 from itertools import combinations
 
@@ -33,7 +34,7 @@ def expressions(text: str) -> dict[str, str]:
     parsed: dict[str, str] = {}
     for part in parts:
         name, equals, expression = part.partition("=")
-        name, expression = name.strip(), expression.strip()
+        name, expression = unicodedata.normalize("NFKC", name.strip()), expression.strip()
         if not equals or not name.isidentifier() or not expression or expression.startswith("="):
             raise InputError(f"--columns: {part.strip()!r} is not NAME=EXPRESSION, as in N=`Model Size`")
         if name in parsed:
@@ -77,11 +78,18 @@ def evaluate(table: pd.DataFrame, expression: str, option: str) -> pd.Series:
         name = missing[0].removeprefix("BACKTICK_QUOTED_STRING_").replace("_", " ") if missing else expression
         raise InputError(
             f"{option}: unknown column {name!r}; columns are {', '.join(map(str, table.columns))}"
+            f"{_hint(table, expression)}"
         ) from None
     except Exception as error:  # pandas.eval raises many kinds for what a user typed
         text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"{option}: {expression!r} cannot be evaluated: {text}") from None
+        raise InputError(f"{option}: {expression!r} cannot be evaluated: {text}{_hint(table, expression)}") from None
     return result if isinstance(result, pd.Series) else pd.Series(result, index=table.index)
+
+
+def _hint(table: pd.DataFrame, expression: str) -> str:
+    """Return how to write the name of a column that is not a plain name."""
+    odd = next((name for name in map(str, table.columns) if not name.isidentifier() and name in expression), None)
+    return "" if odd is None else f"; a name such as {odd} stands between backticks"
 
 
 def number(table: pd.DataFrame, expression: str, option: str) -> np.ndarray:
@@ -211,8 +219,12 @@ def problem(
         _check_fixed(law, fixed)
     elif len(frame) > 2:
         _check_together(law, frame)
-    if weights is not None and not (np.isfinite(weights).all() and (weights > 0).all()):
-        raise InputError("--weights: allowed: finite numbers above 0")
+    if weights is not None and (bad := ~(np.isfinite(weights) & (weights > 0))).any():
+        row = int(np.flatnonzero(bad)[0])
+        raise InputError(
+            f"--weights: got {weights[row]:g} in row {frame.index[row]} ({int(bad.sum())} such rows), "
+            "allowed: finite numbers above 0; leave rows out with --where"
+        )
     inputs = {name: frame[name].to_numpy(float) for name in law.inputs}
     return Problem(law, inputs, frame[law.output].to_numpy(float), delta, weights, dict(fixed or {}))
 

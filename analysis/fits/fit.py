@@ -83,11 +83,21 @@ def fit(problem: Problem, seed: int = 0) -> Fit:
         )
     theta, value = _searched(problem, seed)
     if not np.isfinite(value[0]):
-        raise InputError(f"law {problem.law.name}: no start gives finite predictions on these data")
+        raise InputError(
+            f"law {problem.law.name}: no start gives finite predictions on these data{_undefined(problem)}"
+        )
     agreeing = _agreeing(problem, value)
     best, reached = settle(problem, theta[0], float(value[0]))
     bank = np.concatenate([best[None], theta[np.isfinite(value)]])
     return Fit(problem, best, reached, bank, agreeing if reached >= value[0] * (1 - 1e-6) else 1)
+
+
+def _undefined(problem: Problem) -> str:
+    """Return the first point at which the law is not finite in the middle of its ranges."""
+    bad = np.flatnonzero(~np.isfinite(problem.residual(problem.centre[None])[0][0]))
+    if not len(bad):
+        return ""
+    return f"; the first is at {', '.join(f'{name} = {values[bad[0]]:g}' for name, values in problem.x.items())}"
 
 
 def settle(problem: Problem, theta: np.ndarray, value: float) -> tuple[np.ndarray, float]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -161,24 +160,6 @@ def standard_errors(estimate: Fit) -> dict[str, float]:
     with np.errstate(over="ignore", invalid="ignore"):  # a parameter near an end of the floats has an infinite error
         errors = np.nan_to_num(np.array(slopes) * error, nan=np.inf, posinf=np.inf)
     return {p.name: float(value) for p, value in zip(problem.free, errors, strict=True)}
-
-
-def prediction_errors(estimate: Fit, x: Mapping[str, np.ndarray], level: float = 0.95) -> np.ndarray:
-    """Return the half widths (n,) of the law's interval at inputs x, on the fitted scale, by the delta method.
-
-    Parameters at a bound are held there. `quantities.interval` gives the profile interval, which takes refits.
-    """
-    from scipy.special import stdtrit
-
-    problem = estimate.problem
-    y = np.ones(len(next(iter(x.values()))))
-    _, slope = Problem(problem.law, x, y, fixed=problem.fixed).residual(estimate.theta[None])
-    scaled, unit = scaled_jacobian(estimate)
-    direction = np.nan_to_num(slope[0]) * ~estimate.bounded / unit
-    covariance = np.linalg.pinv(scaled.T @ scaled, rcond=1e-10)
-    variance = np.einsum("ni,ij,nj->n", direction, covariance, direction) * theta_variance(estimate)
-    quantile = float(stdtrit(max(problem.n - estimate.dimension, 1), 0.5 + level / 2))
-    return quantile * np.sqrt(np.maximum(variance, 0.0))
 
 
 def leverage(estimate: Fit) -> np.ndarray:

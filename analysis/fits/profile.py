@@ -11,7 +11,7 @@ from analysis.errors import InputError
 from analysis.fits.fit import Fit, fit, settle
 from analysis.fits.intervals import noise_scale, scaled_jacobian, theta_variance
 from analysis.fits.problem import Problem, to_natural
-from analysis.fits.solver import minimise
+from analysis.fits.solver import minimise, objective
 from analysis.laws.law import Parameter
 
 OPEN_AFTER = 12.0
@@ -21,6 +21,8 @@ CHECKED_FROM = 6
 NEXT_TO_BOUND = 1.10
 BETTER = 1e-7
 """Relative gain by which a profile shows that the optimum was missed."""
+EXACT = 1e-3
+"""Relative precision of an end."""
 
 Ends = dict[str, tuple[float, float]]
 
@@ -140,6 +142,7 @@ class _Profile:
         log = np.array([parameter.log for parameter in problem.free])[self.which]
         self.reach[log] = np.minimum(self.reach[log], OPEN_AFTER / 4)
         self.inner, self.inner_theta = np.zeros(2 * p), np.repeat(estimate.theta[None], 2 * p, 0)
+        self.direction = _tangents(estimate)[self.which] * self.side[:, None]
         self.outer = np.full(2 * p, np.nan)
 
     def _limits(self, errors: np.ndarray) -> np.ndarray:
@@ -156,21 +159,46 @@ class _Profile:
 
     def run(self) -> Ends:
         """Expand every row until it is closed or at its limit, bisect, and check the ends from other optima."""
-        self._expand(np.flatnonzero(self.limit > 0))
-        for _ in range(3):
+        again = np.flatnonzero(self.limit > 0)
+        for _ in range(4):
+            self._expand(again)
             self._bisect()
-            again = self._undercut()
+            again = np.union1d(self._undercut(), self._overtaken())
             if not len(again):
                 break
-            self._expand(again)
         return self._ends()
+
+    def _moved(self, rows: np.ndarray, distance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return theta and objective of rows at a distance, from their innermost point moved along the profile.
+
+        Where that point is worse than the innermost one itself, from the latter: the law may not be defined there.
+        """
+        box, problem, theta = self.problem.box, self.problem, self.inner_theta[rows]
+        with np.errstate(all="ignore"):
+            ahead = theta + self.direction[rows] * (distance - self.inner[rows])[:, None]
+        ahead = np.clip(np.nan_to_num(ahead, nan=0.0, posinf=1e300, neginf=-1e300), box.low, box.high)
+        starts = np.stack([theta, ahead])
+        starts[:, np.arange(len(rows)), self.which[rows]] = self._coordinate(rows, distance)
+        residuals = [problem.residual(start)[0] for start in starts]
+        here, there = (objective(residual, problem.w, problem.delta) for residual in residuals)
+        return self._value_at(rows, distance, np.where((there < here)[:, None], starts[1], starts[0]))
+
+    def _advance(self, rows: np.ndarray, distance: np.ndarray, theta: np.ndarray) -> None:
+        """Record points under the target as the innermost ones, and the way that led there."""
+        with np.errstate(all="ignore"):
+            self.direction[rows] = (theta - self.inner_theta[rows]) / (distance - self.inner[rows])[:, None]
+        self.inner[rows], self.inner_theta[rows] = distance, theta
+
+    def _coordinate(self, rows: np.ndarray, distance: np.ndarray) -> np.ndarray:
+        """Return the coordinate of each row's parameter at a distance from the optimum."""
+        return np.asarray(self.estimate.theta[self.which[rows]] + self.side[rows] * distance)
 
     def _value_at(self, rows: np.ndarray, distance: np.ndarray, start: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return theta and objective with each row's parameter held at a distance from the optimum."""
         p = len(self.estimate.theta)
         start, free = start.copy(), np.ones((len(rows), p), bool)
         index = np.arange(len(rows)), self.which[rows]
-        start[index] = self.estimate.theta[self.which[rows]] + self.side[rows] * distance
+        start[index] = self._coordinate(rows, distance)
         free[index] = False
         weights = np.broadcast_to(self.problem.w, (len(rows), self.problem.n))
         problem = self.problem
@@ -185,25 +213,34 @@ class _Profile:
         for _ in range(60):
             if not len(pending):
                 return
-            theta, value = self._value_at(pending, self.reach[pending], self.inner_theta[pending])
-            above = ~(value < self.target[pending])
-            self.outer[pending[above]] = self.reach[pending[above]]
-            under = pending[~above]
-            self.inner[under], self.inner_theta[under] = self.reach[under], theta[~above]
-            pending = under[self.inner[under] < self.limit[under]]
-            self.reach[pending] = np.minimum(1.8 * self.reach[pending], self.limit[pending])
+            theta, value = self._moved(pending, self.reach[pending])
+            under = value < self.target[pending]
+            step = self.reach[pending] - self.inner[pending]
+            undefined = ~np.isfinite(value) & (step > EXACT * self.reach[pending])
+            shorter = pending[undefined]
+            self.reach[shorter] = self.inner[shorter] + 0.25 * step[undefined]
+            closed = pending[~under & ~undefined]
+            self.outer[closed] = self.reach[closed]
+            self._advance(pending[under], self.reach[pending[under]], theta[under])
+            farther = pending[under]
+            farther = farther[self.inner[farther] < self.limit[farther]]
+            self.reach[farther] = np.minimum(1.8 * self.reach[farther], self.limit[farther])
+            pending = np.sort(np.concatenate([shorter, farther]))
 
     def _bisect(self) -> None:
+        log = np.array([parameter.log for parameter in self.problem.free])[self.which]
         for _ in range(40):
-            rows = np.flatnonzero(self.outer - self.inner > 1e-3 * self.outer)
+            # an end next to 0 of an optimum far away is as precise as the end itself
+            near = np.abs(self._coordinate(np.arange(len(self.outer)), self.outer))
+            scale = np.where(log, self.outer, np.clip(near, 1e-6 * self.outer, self.outer))
+            rows = np.flatnonzero(self.outer - self.inner > EXACT * scale)
             if not len(rows):
                 return
             middle = 0.5 * (self.inner[rows] + self.outer[rows])
-            theta, value = self._value_at(rows, middle, self.inner_theta[rows])
+            theta, value = self._moved(rows, middle)
             below = value < self.target[rows]
-            self.inner[rows] = np.where(below, middle, self.inner[rows])
-            self.inner_theta[rows] = np.where(below[:, None], theta, self.inner_theta[rows])
-            self.outer[rows] = np.where(below, self.outer[rows], middle)
+            self._advance(rows[below], middle[below], theta[below])
+            self.outer[rows[~below]] = middle[~below]
 
     def _undercut(self) -> np.ndarray:
         """Move rows outwards whose end another optimum undercuts: a path of optima can miss a valley next to it."""
@@ -217,10 +254,31 @@ class _Profile:
             moved = rows[below]
             self.inner[moved], self.inner_theta[moved] = self.outer[moved], theta[below]
             again[moved] = True
-        moved = np.flatnonzero(again)
-        self.reach[moved] = np.minimum(1.3 * self.outer[moved], self.limit[moved])
-        self.outer[moved] = np.nan
-        return moved[self.inner[moved] < self.limit[moved]]
+        return self._reopened(np.flatnonzero(again))
+
+    def _overtaken(self) -> np.ndarray:
+        """Move rows out to points under the target that lie beyond their ends: other optima, and other profiles.
+
+        Two terms that may exchange their places have two optima, and each one's interval must hold both.
+        """
+        points = np.concatenate([_distinct(self.estimate.bank), self.inner_theta])
+        value = objective(self.problem.residual(points)[0], self.problem.w, self.problem.delta)
+        again = []
+        for row in np.flatnonzero(np.isfinite(self.outer)):
+            distance = self.side[row] * (points[:, self.which[row]] - self.estimate.theta[self.which[row]])
+            distance = np.where(value < self.target[row] * (1 - 1e-9), np.minimum(distance, self.limit[row]), 0.0)
+            best = int(np.argmax(distance))
+            if distance[best] > self.outer[row] * (1 + EXACT):
+                self.inner[row], self.inner_theta[row] = distance[best], points[best]
+                again.append(row)
+        return self._reopened(np.array(again, int))
+
+    def _reopened(self, rows: np.ndarray) -> np.ndarray:
+        """Prepare rows that were moved out to be expanded further; return those that are not at their limit."""
+        self.direction[rows] = 0.0
+        self.outer[rows] = np.nan
+        self.reach[rows] = np.minimum(1.3 * self.inner[rows], self.limit[rows])
+        return rows[self.inner[rows] < self.limit[rows]]
 
     def _ends(self) -> Ends:
         """Return the natural values of the ends; a bound where a row is open."""
@@ -249,6 +307,18 @@ def _theta_errors(estimate: Fit) -> np.ndarray:
     covariance = np.linalg.pinv(scaled.T @ scaled, rcond=1e-10)
     error = np.sqrt(np.maximum(np.diag(covariance), 1e-30) * max(theta_variance(estimate), 1e-300)) / unit
     return np.maximum(error, 1e-9 * (1 + np.abs(estimate.theta)))
+
+
+def _tangents(estimate: Fit) -> np.ndarray:
+    """Return how theta moves along the profile of each parameter, per unit of it, (p, p): rows of the covariance.
+
+    A ridge lets parameters that only act together move against each other.
+    """
+    scaled, unit = scaled_jacobian(estimate, bounded=True)
+    covariance = np.linalg.inv(scaled.T @ scaled + 1e-10 * np.eye(len(unit)))
+    with np.errstate(all="ignore"):
+        ways = covariance / np.diag(covariance)[:, None] * unit[:, None] / unit
+    return np.nan_to_num(ways * ~estimate.bounded)
 
 
 def identified(problem: Problem, ends: Ends) -> dict[str, bool]:

@@ -173,17 +173,58 @@ def _step(
     scale = np.einsum("bpp->bp", majorant)
     floor = np.maximum(scale, 1e-300) * 1e-12 + (scale <= 0)
     matrix = inside + damping[:, None, None] * (majorant + _diagonal(scale * 1e-3)) + _diagonal(floor)
-    step = _bounded_newton(matrix, gradient, *room)
-    return step, -((gradient + 0.5 * (matrix @ step[:, :, None])[:, :, 0]) * step).sum(1)
+    return _best_step(matrix, gradient, *room)
 
 
-def _bounded_newton(matrix: np.ndarray, gradient: np.ndarray, low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Minimise gradient . s + s . matrix s / 2 over low <= s <= high, (B, p).
+def _best_step(
+    matrix: np.ndarray, gradient: np.ndarray, low: np.ndarray, high: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the best of three steps within low and high for the quadratic model, and its expected decrease.
+
+    Fixing what leaves the range can end at a worse point than the start, where two nearly collinear parameters leave it
+    together. A second step first fixes what the gradient alone drives out of the range; a third follows the scaled
+    gradient, and decreases the model wherever any step does (its matrix is at most p times its diagonal).
+    """
+    p = gradient.shape[1]
+    cautious = np.clip(-gradient / (p * np.einsum("bpp->bp", matrix)), low, high)
+    step = _bounded_newton(matrix, gradient, low, high, np.zeros_like(cautious), np.zeros(cautious.shape, bool))
+    best = _decrease(matrix, gradient, step)
+    driven = ((cautious <= low) | (cautious >= high)) & (gradient != 0)
+    rows = np.flatnonzero(driven.any(1))
+    if len(rows):
+        other = cautious.copy()
+        other[rows] = _bounded_newton(matrix[rows], gradient[rows], low[rows], high[rows], cautious[rows], driven[rows])
+        step, best = _better(matrix, gradient, step, best, other)
+    return _better(matrix, gradient, step, best, cautious)
+
+
+def _better(
+    matrix: np.ndarray, gradient: np.ndarray, step: np.ndarray, best: np.ndarray, other: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the better of two steps for each row, and its decrease of the model."""
+    decrease = _decrease(matrix, gradient, other)
+    return np.where((decrease > best)[:, None], other, step), np.maximum(decrease, best)
+
+
+def _decrease(matrix: np.ndarray, gradient: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Return by how much a step decreases the quadratic model, (B,)."""
+    return np.asarray(-((gradient + 0.5 * (matrix @ step[:, :, None])[:, :, 0]) * step).sum(1))
+
+
+def _bounded_newton(
+    matrix: np.ndarray,
+    gradient: np.ndarray,
+    low: np.ndarray,
+    high: np.ndarray,
+    step: np.ndarray,
+    fixed: np.ndarray,
+) -> np.ndarray:
+    """Minimise gradient . s + s . matrix s / 2 over low <= s <= high, (B, p), with the `fixed` coordinates of `step`.
 
     Coordinates that leave their range are fixed at its end and the others are solved for again, until none leaves.
     """
     batch, p = gradient.shape
-    step, fixed = np.zeros((batch, p)), np.zeros((batch, p), bool)
+    step, fixed = step.copy(), fixed.copy()
     rows = np.arange(batch)
     for _ in range(p):
         held = np.where(fixed[rows], step[rows], 0.0)

@@ -11,18 +11,20 @@ from analysis.fits.problem import Problem, lengths, to_theta
 from analysis.fits.solver import objective
 
 STARTS = 512
+SPREAD = 12
 RANKED = 1000
 """Number of points on which starts are ranked, evenly spaced through a longer table."""
 
 
 def spread_starts(problem: Problem, seed: int, count: int) -> np.ndarray:
-    """Return the `count` best of STARTS points: nonlinear parameters spread out, linear ones solved for, as theta (B,
-    p).
+    """Return the `count` best of STARTS points and SPREAD others that cover the ranges, as theta (B, p).
+
+    Nonlinear parameters are spread out and linear ones solved for. The best alone can lie in one basin of several.
 
     Args:
         problem: The law and the data.
         seed: Seed of the spread.
-        count: Number of starts to return.
+        count: Number of best starts to return.
     """
     if problem.n > RANKED:
         problem = problem.restricted(np.linspace(0, problem.n - 1, RANKED).astype(int))
@@ -44,7 +46,9 @@ def spread_starts(problem: Problem, seed: int, count: int) -> np.ndarray:
     theta = np.stack([to_theta(p, natural[p.name]) for p in problem.free], -1)
     theta = np.clip(theta, problem.box.low, problem.box.high)
     value = objective(problem.residual(theta)[0], problem.w, problem.delta)
-    return theta[np.argsort(value, kind="stable")[:count]]
+    order = np.argsort(value, kind="stable")
+    rest = np.sort(order[count:])[:SPREAD]  # the first points of the sequence are spread as evenly as all of them
+    return theta[np.concatenate([order[:count], rest])]
 
 
 def _low_discrepancy(count: int, dimensions: int, seed: int) -> np.ndarray:

@@ -69,10 +69,13 @@ class Dual:
         return self._chain(value, power * self.value ** (power - 1))
 
     def __rpow__(self, base: Any) -> Dual:
-        """Return a constant base >= 0 to this power; 0 to a positive power is 0 with slope 0."""
+        """Return a constant base to this power, as numpy does; 0 to a positive power is 0 with slope 0."""
         base = np.asarray(base, float)
-        logs = np.log(np.where(base > 0, base, 1.0))
-        value = np.where(base > 0, np.exp(self.value * logs), 0.0)
+        positive = base > 0
+        logs = np.log(np.where(positive, base, 1.0))
+        value = np.exp(self.value * logs)
+        if not positive.all():
+            value = np.where(positive, value, np.power(base, self.value))
         return self._chain(value, value * logs)
 
 

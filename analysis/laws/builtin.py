@@ -220,7 +220,14 @@ OUTER = formula_law(
     "alpha ~ 0.1..1.5, beta ~ 0.1..1.5, k ~ 0.3..3",
     name="outer",
     source="Chinchilla's law with an outer exponent",
-    meaning={"N": "parameters", "D": "training tokens", "E": "irreducible loss", "k": "outer exponent"},
+    meaning={
+        "N": "parameters",
+        "D": "training tokens",
+        "E": "irreducible loss, nats per token",
+        "A": "nats^(1/k) params^alpha",
+        "B": "nats^(1/k) tokens^beta",
+        "k": "outer exponent",
+    },
     option="outer",
 )
 
@@ -266,7 +273,15 @@ THREE_TERMS = formula_law(
     name="three_terms",
     source="Chinchilla's law with a third size, as the vocabulary of Tao et al. 2024 (arXiv 2407.13623)",
     residuals="linear",
-    meaning={"N": "parameters", "D": "training tokens", "V": "a third size, as vocabulary parameters"},
+    meaning={
+        "N": "parameters",
+        "D": "training tokens",
+        "V": "a third size, as vocabulary parameters",
+        "E": "loss at infinite sizes, of any sign",
+        "A": "units of L N^alpha",
+        "B": "units of L D^beta",
+        "G": "units of L V^gamma",
+    },
     option="three_terms",
 )
 
@@ -285,7 +300,11 @@ def mixture(columns: set[str]) -> Law:
         ", ".join(f"{weight} free" for weight in weights),
         name="mixture",
         source="data mixing laws: Ye et al. 2024 (arXiv 2403.16952)",
-        meaning=dict.fromkeys(shares, "share of the training data"),
+        meaning={
+            **dict.fromkeys(shares, "share of the training data"),
+            **{w: f"log loss per share of {s[1:]}" for w, s in zip(weights, shares, strict=True)},
+            "E": "offset, units of L",
+        },
         option="mixture",
     )
 

@@ -8,9 +8,13 @@ as Python.
 from __future__ import annotations
 
 import ast
+import keyword
 import math
 import operator
+import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +57,11 @@ def parse(text: str, option: str) -> ast.expr:
         tree = ast.parse(text.replace("^", "**").strip(), mode="eval").body
         _check(tree, text, option)
     except SyntaxError as error:
+        reserved = next((word for word in re.findall(r"[^\W\d]\w*", text) if keyword.iskeyword(word)), None)
+        if reserved is not None:
+            raise InputError(
+                f"{option}: got the reserved name {reserved!r}, allowed: another, as {reserved}_"
+            ) from None
         raise InputError(f"{option}: {text.strip()!r} is not a formula: {error.msg}") from None
     except (RecursionError, MemoryError, ValueError):
         raise InputError(f"{option}: the formula is nested too deeply or is not text") from None
@@ -159,8 +168,10 @@ def formula_law(
     output = left.strip() if equals else _only_other(names(tree), columns, option)
     if not output.isidentifier():
         raise InputError(f"{option}: {left.strip()!r} is not a name, as in 'L = E + A*N**-a'")
+    columns = [unicodedata.normalize("NFKC", key) for key in columns]  # as Python's parser reads names
     stated = specs(parameters)
     ties = {key: parse(spec.tie, f"--parameters: {key}") for key, spec in stated.items() if spec.tie is not None}
+    _check_ties(tree, ties, columns)
     tree = _tied(tree, ties)
     inputs = [key for key in names(tree) if key in columns and key != output]
     free = [key for key in names(tree) if key not in inputs]
@@ -170,9 +181,12 @@ def formula_law(
     for key in free:
         if degree(tree, linear | {key}) <= 1 and (key not in stated or stated[key].start is None):
             linear.add(key)
-    exponents = {key for key in free if _in_exponent(tree, key)}
+    exponents = {key for key in free if _bases(tree, key)}
     entries = tuple(
-        _parameter(key, stated.get(key, Spec()), key in linear, tree, set(free), key in exponents, meaning.get(key, ""))
+        replace(
+            _parameter(key, stated.get(key, Spec()), key in linear, tree, set(free), key in exponents),
+            meaning=meaning.get(key) or _role(tree, key, set(free), output),
+        )
         for key in free
     )
     scales = [p.name for p in entries if not p.linear and p.name not in exponents and p.start == WIDE]
@@ -219,6 +233,15 @@ def _check_names(
         raise InputError(f"--parameters: got {unknown[0]!r}, allowed: {', '.join(free)}")
 
 
+def _check_ties(tree: ast.expr, ties: Mapping[str, ast.expr], columns: Sequence[str]) -> None:
+    """Check that what is tied are parameters of the formula, or of another tie."""
+    used = {key for part in (tree, *ties.values()) for key in names(part)}
+    for key in ties:
+        if key in columns or key not in used:
+            allowed = ", ".join(sorted(used - set(columns)))
+            raise InputError(f"--parameters: got {key!r}, allowed: {allowed}")
+
+
 def _tied(tree: ast.expr, ties: Mapping[str, ast.expr]) -> ast.expr:
     """Return the tree with every tied parameter replaced by its expression."""
 
@@ -236,9 +259,7 @@ def _tied(tree: ast.expr, ties: Mapping[str, ast.expr]) -> ast.expr:
     return ast.parse(ast.unparse(tree), mode="eval").body
 
 
-def _parameter(
-    name: str, spec: Spec, linear: bool, tree: ast.expr, free: set[str], exponent: bool, meaning: str
-) -> Parameter:
+def _parameter(name: str, spec: Spec, linear: bool, tree: ast.expr, free: set[str], exponent: bool) -> Parameter:
     """Return a parameter with the scale it is fitted on and the range of its starts.
 
     An offset (multiplied only by numbers and inputs) may be 0; other parameters without bounds are above 0 and
@@ -247,19 +268,33 @@ def _parameter(
     low, high = spec.low, spec.high
     if low is None:
         low = 0.0
-    closed = spec.closed or (spec.low is None and linear and _is_offset(tree, name, free))
+    is_offset = degree(tree, {name}) <= 1 and _is_offset(tree, name, free)
+    closed = spec.closed or (spec.low is None and is_offset)
     log = (low == 0 and math.isinf(high) and not closed) or low > 0
-    if spec.start is not None:
-        start = spec.start
-    elif math.isfinite(low) and math.isfinite(high):
-        start = (low, high) if log else (low + 0.05 * (high - low), high - 0.05 * (high - low))
-    elif exponent and low >= 0:
-        start = (max(0.05, low), max(2.0, 4 * low))
-    elif not math.isfinite(low) and not math.isfinite(high):
-        start = SIGNED
-    else:
-        start = (low * 1.01, low * 100) if low > 0 else WIDE
-    return Parameter(name, meaning, low, high, log, linear, start)
+    start = spec.start or _starts(low, high, log, exponent)
+    if not low <= start[0] < start[1] <= high or (log and start[0] <= 0):
+        words = "above 0" if log and low == 0 else f"from {low:g} to {high:g}"
+        raise InputError(
+            f"--parameters: {name}: got starts {start[0]:g}..{start[1]:g}, allowed: within its bounds, {words}"
+        )
+    at_bound = "the data show no offset" if is_offset and low == 0 else ""
+    return Parameter(name, "", low, high, log, linear, start, at_bound)
+
+
+def _starts(low: float, high: float, log: bool, exponent: bool) -> tuple[float, float]:
+    """Return the range of starts of a parameter between bounds; one below a bound mirrors one above it."""
+    if math.isinf(low) and math.isinf(high):
+        return SIGNED
+    if math.isinf(low):
+        least, most = _starts(-high, math.inf, log, exponent)
+        return -most, -least
+    if math.isfinite(high):
+        return (low, high) if log else (low + 0.05 * (high - low), high - 0.05 * (high - low))
+    if exponent and low >= 0:
+        return max(0.05, low), max(2.0, 4 * low)
+    if low < 0:
+        return low, low + 4 * max(1.0, -low)
+    return (low * 1.01, low * 100) if low > 0 else WIDE
 
 
 def _is_offset(tree: ast.expr, name: str, free: set[str]) -> bool:
@@ -275,11 +310,19 @@ def _is_offset(tree: ast.expr, name: str, free: set[str]) -> bool:
     return isinstance(tree, ast.Name)
 
 
-def _in_exponent(tree: ast.expr, name: str) -> bool:
-    return any(
-        isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow) and name in names(node.right)
-        for node in ast.walk(tree)
-    )
+def _bases(tree: ast.expr, name: str) -> list[str]:
+    """Return what is raised to a power in which the parameter stands."""
+    powers = (node for node in ast.walk(tree) if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Pow))
+    return list(dict.fromkeys(ast.unparse(node.left) for node in powers if name in names(node.right)))
+
+
+def _role(tree: ast.expr, name: str, free: set[str], output: str) -> str:
+    """Return what a parameter is in the formula, where the user states no meaning."""
+    if bases := _bases(tree, name):
+        return f"exponent of {', '.join(base.replace('**', '^') for base in bases)}"
+    if degree(tree, {name}) > 1:
+        return ""
+    return f"offset, units of {output}" if _is_offset(tree, name, free) else "coefficient"
 
 
 def _size(x: Inputs) -> np.ndarray:
@@ -293,7 +336,8 @@ def _units(tree: ast.expr, scales: list[str], values: Values, x: Inputs) -> dict
 
     In A*N**-a, A is measured in units of N**a at the middle of the data; in N + s, s in units of N; in N/s likewise.
     """
-    filled = {**{name: np.ones((1, 1)) for name in scales}, **values, **x}
+    others = {name: np.ones((1, 1)) for name in names(tree)}  # those that are solved for have no value yet
+    filled = {**others, **values, **x}
     units: dict[str, np.ndarray] = {}
     for name in scales:
         node = next(

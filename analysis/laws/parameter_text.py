@@ -41,7 +41,7 @@ def specs(text: str | Mapping[str, str]) -> dict[str, Spec]:
         ]
     for name, spec in pairs:
         if name in result:
-            raise InputError(f"--parameters: {name} is given twice")
+            raise InputError(f"--parameters: {name} is given twice; two bounds are written as 0 <= {name} <= 1")
         result[name] = spec
     return result
 
@@ -76,7 +76,8 @@ def _spec(item: str) -> tuple[str, Spec]:
         value = float(match[3])
         if match[2].startswith(">"):
             return match[1], Spec(low=value, closed=match[2] == ">=", start=start)
-        return match[1], Spec(low=-math.inf, high=value, start=start)
+        # below a positive number a parameter is still above 0, as without a bound
+        return match[1], Spec(low=None if value > 0 else -math.inf, high=value, start=start)
     if match := re.fullmatch(r"(\w+)\s*=\s*([^=].*)", body):
         return match[1], Spec(tie=match[2])
     raise InputError(f"--parameters: got {item.strip()!r}, allowed: {ALLOWED}")

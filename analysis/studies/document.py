@@ -175,6 +175,8 @@ def _warnings(
     """Return warnings about the fit and its intervals."""
     lines = [_open(p, estimate, profiles[p.name]) for p in estimate.problem.free if not closed[p.name]]
     n, free = estimate.problem.n, len(estimate.problem.free)
+    if not _beats_a_constant(estimate):
+        lines.append("the law fits no better than a constant (an F test at 5 %): these data show nothing of its form")
     if estimate.problem.different == free:
         lines.append(f"as many different points as parameters ({free}): the form of the law is not tested")
     if n < 2 * free:
@@ -185,13 +187,27 @@ def _warnings(
         lines.append(
             f"{draws.requested - draws.completed} of {draws.requested} bootstrap draws had too few distinct points"
         )
-    if estimate.agreeing < min(AGREED, len(estimate.bank)):
+    if estimate.agreeing < min(AGREED, len(estimate.bank) - 1):
         lines.append(
             f"only {estimate.agreeing} of {len(estimate.bank)} starts reached the optimum: a better one may exist"
         )
     if not len(held.rows):
         lines.append(f"nothing held out: {held.reason}")
     return lines
+
+
+def _beats_a_constant(estimate: Fit) -> bool:
+    """Return whether an F test at 5 % prefers the law to one value for all points; True where it cannot be made."""
+    from scipy.special import fdtrc
+
+    problem = estimate.problem
+    first, second = estimate.dimension - 1, problem.n - estimate.dimension
+    if math.isfinite(problem.delta) or first < 1 or second < 1 or not estimate.objective > 0:
+        return True
+    y = np.log(problem.y) if problem.law.residuals == "log" else problem.y
+    alone = 0.5 * float((problem.w * (y - np.average(y, weights=problem.w)) ** 2).sum())
+    f = max(alone - estimate.objective, 0.0) / first / (estimate.objective / second)
+    return bool(fdtrc(first, second, f) < 0.05)
 
 
 def _check_sign(estimate: Fit) -> None:
@@ -254,13 +270,14 @@ def text(result: Mapping[str, Any]) -> str:
         f"n {result['n']}, objective {result['objective']:.7g} ({result['minimize']})",
     ]
     for name, value in result["parameters"].items():
-        lines.append(f"  {name:8} {value:<12.6g} {_interval_text(name, result):42} {result['meaning'][name]}".rstrip())
+        lines.append(f"  {name:8} {value:<12.6g} {interval_text(name, result):42} {result['meaning'][name]}".rstrip())
     lines.append(f"  intervals: {result['interval_kind']}")
     held = result["holdout"]
     if held["n"]:
-        lines.append(
-            f"  held out ({held['n']} {held['rule']}): mean |relative error| {held['mean_abs_relative_error']:.4%}"
-        )
+        error = f"mean |relative error| {held['mean_abs_relative_error']:.4%}"
+        if result["residuals"] == "linear":  # an outcome next to 0 has a relative error that says nothing
+            error = f"root mean square error {held['rms_error']:.4g}, {error}"
+        lines.append(f"  held out ({held['n']} {held['rule']}): {error}")
     if "diagnostics" in result:
         lines += _diagnostics_text(result["diagnostics"])
     lines += [f"  warning: {line}" for line in result["warnings"]]
@@ -272,8 +289,11 @@ def text(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _interval_text(name: str, result: Mapping[str, Any]) -> str:
-    """Return the interval of a parameter: two ends, one where the other is its bound, and whether it is identified."""
+def interval_text(name: str, result: Mapping[str, Any]) -> str:
+    """Return the interval of a parameter: two ends, one where the other is its bound, and whether it is identified.
+
+    `result` has `intervals`, `identified` and `bounds` by name; a parameter without an interval is fixed.
+    """
     if name not in result["intervals"]:
         return "fixed"
     (low, high), closed = result["intervals"][name], result["identified"][name]

@@ -17,6 +17,7 @@ from analysis.fits.problem import Problem
 from analysis.fits.profile import identified, profiled
 from analysis.fits.solver import minimise
 from analysis.laws.law import Law
+from analysis.studies.document import interval_text
 from analysis.studies.request import Request, check, chosen_law, data
 
 GROUP = "group"
@@ -53,7 +54,7 @@ def fit_groups(table: pd.DataFrame, request: Request, by: str, shared: Sequence[
         try:
             fits.append(profiled(fit(posed.restricted(labels == name), request.seed)))
         except InputError as error:
-            raise InputError(f"--by: group {name}: {error}") from None
+            raise InputError(f"--by: group {name}: {error}; leave it out with --where") from None
     document: dict[str, Any] = {
         "law": law.name,
         "formula": law.formula,
@@ -76,6 +77,7 @@ def _reported(estimate: Fit, ends: Mapping[str, tuple[float, float]]) -> dict[st
         "intervals": {name: list(pair) for name, pair in ends.items()},
         "identified": identified(estimate.problem, dict(ends)),
         "at_bound": estimate.at_bound,
+        "bounds": {p.name: [p.low, p.high] for p in estimate.problem.free},
     }
 
 
@@ -183,12 +185,4 @@ def text(document: Mapping[str, Any]) -> str:
 
 
 def _lines(item: Mapping[str, Any]) -> list[str]:
-    lines = []
-    for name, value in item["parameters"].items():
-        if name in item["intervals"]:
-            low, high = item["intervals"][name]
-            note = "" if item["identified"][name] else " not identified"
-            lines.append(f"{name:12} {value:<12.6g} [{low:.6g}, {high:.6g}]{note}")
-        else:
-            lines.append(f"{name:12} {value:<12.6g} fixed")
-    return lines
+    return [f"{name:12} {value:<12.6g} {interval_text(name, item)}" for name, value in item["parameters"].items()]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from analysis.errors import InputError
+from analysis.fits import quantities
 from analysis.fits.fit import Fit
 from analysis.fits.profile import Ends
-from analysis.fits.quantities import interval, prediction
 
 
 def predictions(estimate: Fit, ends: Ends, points: Sequence[Mapping[str, float]]) -> list[dict[str, Any]]:
@@ -26,28 +26,35 @@ def predictions(estimate: Fit, ends: Ends, points: Sequence[Mapping[str, float]]
         For each point its inputs, `predicted`, `interval` (95 %, of the law), `run_interval` (95 %, of a new run: with
         scatter), and `extrapolated`, the inputs outside the fitted ones.
     """
-    return [_predicted(estimate, ends, point) for point in points]
+    for point in points:
+        missing = [name for name in estimate.problem.law.inputs if name not in point]
+        if missing:
+            law = estimate.problem.law
+            raise InputError(f"--at: {missing[0]} is missing; law {law.name} needs {', '.join(law.inputs)}")
+    x = {name: np.array([float(point[name]) for point in points]) for name in estimate.problem.law.inputs}
+    values = estimate.predict(x)
+    for point, value in zip(points, values, strict=True):
+        if not math.isfinite(value):
+            raise InputError(f"--at: law {estimate.problem.law.name} gives no finite value at {dict(point)}")
+    laws = quantities.intervals(estimate, quantities.predictions(estimate, x), len(points), ends)
+    return [
+        _predicted(estimate, {name: float(x[name][i]) for name in x}, float(values[i]), (float(low), float(high)))
+        for i, (low, high) in enumerate(laws)
+    ]
 
 
-def _predicted(estimate: Fit, ends: Ends, point: Mapping[str, float]) -> dict[str, Any]:
-    law = estimate.problem.law
-    missing = [name for name in law.inputs if name not in point]
-    if missing:
-        raise InputError(f"--at: {missing[0]} is missing; law {law.name} needs {', '.join(law.inputs)}")
-    value = float(estimate.predict({name: np.array([point[name]]) for name in law.inputs})[0])
-    if not math.isfinite(value):
-        raise InputError(f"--at: law {law.name} gives no finite value at {dict(point)}")
-    low, high = interval(estimate, prediction(estimate, point), ends)
+def _predicted(estimate: Fit, point: Mapping[str, float], value: float, ends: tuple[float, float]) -> dict[str, Any]:
+    """Return the document of one point from the law's value there, and its interval on the fitted scale."""
+    law, (low, high) = estimate.problem.law, ends
     centre = math.log(value) if law.residuals == "log" else value
     spread = scatter(estimate)
     run = (centre - math.hypot(centre - low, spread), centre + math.hypot(high - centre, spread))
-    outside = [name for name in law.inputs if not _within(estimate.problem.x[name], point[name])]
     return {
-        "inputs": {name: float(point[name]) for name in law.inputs},
+        "inputs": dict(point),
         "predicted": value,
-        "interval": [_back(end, law.residuals) for end in (low, high)],
+        "interval": [_back(end, law.residuals) for end in ends],
         "run_interval": [_back(end, law.residuals) for end in run],
-        "extrapolated": outside,
+        "extrapolated": [name for name in law.inputs if not _within(estimate.problem.x[name], point[name])],
     }
 
 

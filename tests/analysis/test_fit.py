@@ -386,6 +386,28 @@ def test_data_without_a_floor_give_a_one_sided_interval_and_right_exponents() ->
     assert min(held.values()) >= 17
 
 
+def test_noise_leaves_exponents_open_and_the_optimum_is_scipys() -> None:
+    """Offset and coefficient are nearly collinear: a step that takes both out of their range must not end a fit."""
+    x = np.geomspace(1, 1e6, 20)
+    for seed in range(4):
+        y = np.exp(np.random.default_rng(seed).normal(1, 0.3, 20))
+        problem = Problem(LAWS["power"], {"x": x}, y)
+        found = fit(problem)
+        assert found.objective <= best_of_scipy(problem, 20, 0) * (1 + 1e-6)
+        constant = 0.5 * ((np.log(y) - np.log(y).mean()) ** 2).sum()
+        if constant < found.objective * 1.15:  # then no exponent is worse than the limit 0
+            assert profile(found)["alpha"] == (0.0, np.inf)
+
+
+def test_an_end_next_to_zero_of_an_optimum_far_away_is_found() -> None:
+    """Scores near chance: the span tends to infinity, and the true one is as plausible."""
+    loss = np.linspace(3.5, 2.9, 10)
+    score = 0.25 + 0.65 / (1 + np.exp(5 * (loss - 2.6))) + np.random.default_rng(3).normal(0, 0.01, 10)
+    low, high = profile(fit(Problem(LAWS["sigmoid_link"], {"L": loss}, score)))["span"]
+    assert low < 0.65
+    assert high == np.inf
+
+
 def test_softplus_and_the_sharp_limits_of_laws_are_finite() -> None:
     bits = LAWS["capacity"].value({"c": 2.0, "k": 1e6}, {"P": np.array([10.0, 1e9]), "H": np.array([1e6, 1e6])})
     np.testing.assert_allclose(bits, [20.0, 1e6], rtol=1e-5)

@@ -198,6 +198,12 @@ def test_a_law_file_fits_and_names_itself(tmp_path: Path, capsys: pytest.Capture
         (CHINCHILLA, "alpha = beta, beta = alpha", "tied to itself"),
         (CHINCHILLA, "alpha = open(N)", "allowed: numbers, names"),
         (CHINCHILLA, "E free, E > 0", "given twice"),
+        (CHINCHILLA, "0 < alpha < 1 ~ 5..6", "alpha: got starts 5..6, allowed: within its bounds, from 0 to 1"),
+        (CHINCHILLA, "A ~ 0..100", "A: got starts 0..100, allowed: within its bounds, above 0"),
+        (CHINCHILLA, "alpha ~ -1..1", "alpha: got starts -1..1, allowed: within its bounds, above 0"),
+        (CHINCHILLA, "c = 2*beta", "got 'c', allowed: A, B, E, alpha, beta"),
+        (CHINCHILLA, "N = 2", "got 'N', allowed"),
+        ("L = E + A*N**-lambda", "", "got the reserved name 'lambda'"),
     ],
 )
 def test_what_is_no_law_is_refused_in_one_line(formula: str, parameters: str, message: str) -> None:
@@ -225,3 +231,62 @@ def test_an_offset_by_formula_ends_at_zero_as_the_built_in_does() -> None:
     ours, builtin = fit(Problem(law, problem.x, problem.y)), fit(problem)
     assert ours.objective == pytest.approx(builtin.objective, rel=1e-9)
     assert ours.at_bound == builtin.at_bound
+
+
+def test_zero_to_a_negative_power_is_refused_with_its_point() -> None:
+    data = table("power", 0.01, 0)
+    data.loc[0, "x"] = 0.0
+    with pytest.raises(InputError, match="no start gives finite predictions on these data; the first is at x = 0"):
+        fitted(data, "y = E + A*x**-a")
+    assert fitted(data, "y = E + A*(1 + x)**-a")["n"] == 40
+
+
+@pytest.mark.parametrize(
+    ("formula", "parameters", "open_on_both_sides"),
+    [
+        ("y = E + A*B*x**-a", "", {"A", "B"}),
+        ("y = E + A*x**(-a*b)", "", {"a", "b"}),
+        ("y = E + F + A*x**-a", "E free, F free", {"E", "F"}),
+    ],
+)
+def test_parameters_that_only_act_together_are_open_on_both_sides(
+    formula: str, parameters: str, open_on_both_sides: set[str]
+) -> None:
+    found = fitted(table("power", 0.01, 0), formula, parameters, holdout=0.0)
+    for name, ends in found["intervals"].items():
+        assert (ends == found["bounds"][name]) == (name in open_on_both_sides)
+
+
+def test_terms_that_may_exchange_places_share_their_intervals() -> None:
+    n = np.geomspace(1e7, 1e10, 20)
+    y = (1.8 + 480 * n**-0.347 + 2100 * (20 * n) ** -0.367) * np.exp(np.random.default_rng(2).normal(0, 0.005, 20))
+    found = fitted(pd.DataFrame({"N": n, "D": 20 * n, "L": y}), "L = E + A*N**-a + B*D**-b", holdout=0.0)
+    for name, value in {"E": 1.8, "A": 480, "B": 2100, "a": 0.347, "b": 0.367}.items():
+        assert found["intervals"][name][0] <= value <= found["intervals"][name][1]
+
+
+def test_bounds_of_one_side_start_within_them() -> None:
+    data = table("power", 0.01, 0)
+    plain = fitted(data, "y = E + A*x**-a", holdout=0.0)
+    assert fitted(data, "y = E + A*x**a", "a < 0", holdout=0.0)["objective"] == pytest.approx(plain["objective"])
+    limited = fitted(data, "y = E + A*x**-a", "a <= 0.2, E ~ 0.5..3, A ~ 1..100", holdout=0.0)
+    assert (limited["bounds"]["a"], limited["bounds"]["E"]) == ([0.0, 0.2], [0.0, np.inf])
+    assert limited["at_bound"]["a"] == 0.2
+
+
+def test_a_column_may_have_a_micro_sign() -> None:
+    data = table("power", 0.01, 0)
+    document = run(data, Request("formula", "\u00b5=x,y=y", formula="y = E + A*\u00b5**-a", holdout=0.0))
+    assert document["objective"] == pytest.approx(fitted(data, "y = E + A*x**-a", holdout=0.0)["objective"])
+
+
+def test_parameters_of_a_formula_are_named_by_their_place() -> None:
+    law = formula_law("L = E + (A*N**-a + B*D**-a)**k + log(1 + c*N)", ["N", "D", "L"])
+    assert {p.name: p.meaning for p in law.parameters} == {
+        "E": "offset, units of L",
+        "A": "",
+        "a": "exponent of N, D",
+        "B": "",
+        "k": "exponent of A * N ^ (-a) + B * D ^ (-a)",
+        "c": "",
+    }

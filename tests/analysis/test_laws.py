@@ -81,3 +81,9 @@ def test_joint_laws_without_tokens_have_no_token_term(name: str) -> None:
     assert "B" not in entry.names
     assert "D" not in entry.inputs
     assert truth("chinchilla", inputs("chinchilla")).min() > 1.8
+
+
+@pytest.mark.parametrize("name", LAWS)
+def test_every_parameter_of_a_built_in_law_has_a_meaning(name: str) -> None:
+    assert all(p.meaning for p in LAWS[name].parameters)
+    assert all(text not in ("", "input") for text in LAWS[name].inputs.values())
