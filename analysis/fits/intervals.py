@@ -209,6 +209,11 @@ class HeldOut:
         return float(lengths(errors, 0) / math.sqrt(len(errors)))
 
 
+def no_hold_out(rule: str, reason: str) -> HeldOut:
+    """Return no held-out points, and why."""
+    return HeldOut(rule, np.array([], int), np.array([]), np.array([]), reason)
+
+
 def hold_out(problem: Problem, size: np.ndarray, share: float, rule: str, seed: int = 0) -> HeldOut:
     """Hold out the points of the largest sizes, about `share` of all and equal sizes together; fit the rest; predict.
 
@@ -220,15 +225,14 @@ def hold_out(problem: Problem, size: np.ndarray, share: float, rule: str, seed: 
         rows |= size >= value - 1e-9 * abs(value)
         if rows.sum() >= share * problem.n:
             break
-    nothing = np.array([])
     rest = problem.n - int(rows.sum())
     if rest < len(problem.free) + 1:
         reason = f"{rest} points would remain, too few for {len(problem.free)} parameters"
-        return HeldOut(rule, nothing, nothing, nothing, reason)
+        return no_hold_out(rule, reason)
     remaining = problem.restricted(~rows)
     if remaining.different < len(problem.free):
         reason = f"{remaining.different} different points would remain, too few for {len(problem.free)} parameters"
-        return HeldOut(rule, nothing, nothing, nothing, reason)
+        return no_hold_out(rule, reason)
     estimate = fit(remaining, seed)
     predicted = estimate.predict({name: values[rows] for name, values in problem.x.items()})
     return HeldOut(rule, np.flatnonzero(rows), predicted, problem.y[rows])

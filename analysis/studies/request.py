@@ -12,7 +12,7 @@ import pandas as pd
 
 from analysis.errors import InputError
 from analysis.fits.columns import chosen, evaluate, groups, number, numbers, problem
-from analysis.fits.intervals import HeldOut, hold_out
+from analysis.fits.intervals import HeldOut, hold_out, no_hold_out
 from analysis.fits.problem import Problem
 from analysis.laws.builtin import law
 from analysis.laws.formula import formula_law
@@ -148,9 +148,8 @@ def held_out(posed: Problem, used: pd.DataFrame, request: Request) -> HeldOut:
         used: Its rows of the table.
         request: The options of the fit.
     """
-    nothing = np.array([])
     if request.holdout == 0:
-        return HeldOut("", nothing, nothing, nothing, "--holdout 0")
+        return no_hold_out("", "--holdout 0")
     share = request.holdout
     if request.holdout_by is None:
         size, rule = posed.law.size(posed.x), f"largest by the size of law {posed.law.name}"

@@ -372,6 +372,15 @@ def test_the_fit_can_be_drawn(name: str, tmp_path: Path, capsys: pytest.CaptureF
     assert all(Path(path).stat().st_size > 5000 for path in drawn)
 
 
+def test_a_fit_without_held_out_points_can_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    x = np.geomspace(1e3, 1e9, 12)
+    y = 40 * x**-0.1 * np.exp(np.random.default_rng(0).normal(0, 0.02, 12))
+    pd.DataFrame({"x": x, "y": y}).to_csv(tmp_path / "runs.csv", index=False)
+    options = ("--law", "power", "--columns", "x=x,y=y", "--holdout", "0", "--figure", str(tmp_path / "figures"))
+    assert call(tmp_path / "runs.csv", capsys, *options)[0] == 0
+    assert (tmp_path / "figures" / "curves-power.png").exists()
+
+
 def test_what_json_cannot_hold_is_null(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     x = np.geomspace(1e3, 1e9, 12)
     y = 40 * x**-0.1 * np.exp(np.random.default_rng(0).normal(0, 0.02, 12))
