@@ -212,6 +212,8 @@ def included_cells(source: Path, exclude: list[Any], cells: list[Cell]) -> list[
     Raises:
         UserError: An exclusion names an unknown field, or matches no cell.
     """
+    if not exclude:
+        return [True] * len(cells)
     settings = [flat(cell.model_dump(mode="json")) for cell in cells]
     paths = {path for fields in settings for path in fields}
     included = [True] * len(cells)

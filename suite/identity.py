@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,14 +42,22 @@ def identity(part: BaseModel, current_names: bool = False) -> dict[str, Any]:
         Nested settings by name.
     """
     settings: dict[str, Any] = {}
-    for name, info in type(part).model_fields.items():
-        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    for name, hashed_name, default in _identity_fields(type(part)):
         value = getattr(part, name)
-        if extra.get("identity") is False or value == info.default:
-            continue
-        key = name if current_names else str(extra.get("identity_name", name))
-        settings[key] = _identity_of(value, current_names)
+        if value != default:
+            settings[name if current_names else hashed_name] = _identity_of(value, current_names)
     return settings
+
+
+@functools.cache
+def _identity_fields(block: type[BaseModel]) -> list[tuple[str, str, Any]]:
+    """Return the fields of a block that may enter the hash: name, name in the hash, and default."""
+    fields = []
+    for name, info in block.model_fields.items():
+        extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+        if extra.get("identity") is not False:
+            fields.append((name, str(extra.get("identity_name", name)), info.default))
+    return fields
 
 
 def _identity_of(value: Any, current_names: bool) -> Any:

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -57,9 +58,34 @@ def read_json(path: Path, remedy: str) -> dict[str, Any]:
     return content
 
 
+def read_if_present(path: Path, remedy: str) -> dict[str, Any] | None:
+    """Return the JSON object in a record file; None without the file. Raises DamagedRecord with `remedy`."""
+    try:
+        return read_json(path, remedy)
+    except FileNotFoundError:
+        return None
+
+
 def run_dir(results: Path, cell: Cell) -> RunDir:
     """Return the run directory of a cell."""
     return RunDir(results / RUNS / cell.run_name)
+
+
+@dataclass(frozen=True)
+class Records:
+    """The contents of a run's record files, each read once.
+
+    Attributes:
+        state: state.json; a pending state without it.
+        record: cell.json; None without it.
+        last_line: The last complete line of train.jsonl; empty without one.
+        evals: The files of eval/ by evaluation hash, in a fixed order.
+    """
+
+    state: dict[str, Any]
+    record: dict[str, Any] | None
+    last_line: dict[str, Any]
+    evals: dict[str, dict[str, Any]]
 
 
 class RunDir:
@@ -67,22 +93,57 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self.cell_path = self.path / "cell.json"
-        self.train_path = self.path / "train.jsonl"
-        self.state_path = self.path / "state.json"
-        self.usage_path = self.path / "usage.json"
-        self.jobs_path = self.path / "logs" / "slurm.json"
-        self.checkpoints = self.path / "checkpoints"
-        self.baseline_path = self.path / "baseline.py"
-        self.tokenizer_path = self.path / "tokenizer.json"
 
     @property
     def name(self) -> str:
         """The run's name, which is the folder's."""
         return self.path.name
 
+    @property
+    def cell_path(self) -> Path:
+        """Path of cell.json."""
+        return self.path / "cell.json"
+
+    @property
+    def train_path(self) -> Path:
+        """Path of train.jsonl."""
+        return self.path / "train.jsonl"
+
+    @property
+    def state_path(self) -> Path:
+        """Path of state.json."""
+        return self.path / "state.json"
+
+    @property
+    def usage_path(self) -> Path:
+        """Path of usage.json."""
+        return self.path / "usage.json"
+
+    @property
+    def jobs_path(self) -> Path:
+        """Path of the record of Slurm jobs."""
+        return self.path / "logs/slurm.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def baseline_path(self) -> Path:
+        """Path of the copy of an external baseline's source."""
+        return self.path / "baseline.py"
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """Path of the copy of the tokenizer."""
+        return self.path / "tokenizer.json"
+
     def read_record(self) -> dict[str, Any]:
-        """Return all of cell.json: the cell, its hash, account, versions and data fingerprint. Raises DamagedRecord."""
+        """Return all of cell.json: the cell, its hash, account, versions and data fingerprint.
+
+        Raises FileNotFoundError, or DamagedRecord.
+        """
         record = read_json(self.cell_path, self._restore)
         if not isinstance(record.get("cell"), dict):
             raise DamagedRecord(f"{self.cell_path}: is damaged: it has no field cell; {self._restore}")
@@ -160,11 +221,11 @@ class RunDir:
 
     def write_eval(self, hash8: str, content: dict[str, Any]) -> None:
         """Write eval/<hash8>.json, the scores of one evaluation."""
-        write_json(self.path / "eval" / f"{hash8}.json", content)
+        write_json(self.path / f"eval/{hash8}.json", content)
 
     def has_eval(self, hash8: str) -> bool:
         """Return whether the scores of that evaluation exist."""
-        return (self.path / "eval" / f"{hash8}.json").exists()
+        return (self.path / f"eval/{hash8}.json").exists()
 
     def read_eval(self, path: Path) -> dict[str, Any]:
         """Return the content of a file of eval/. Raises DamagedRecord."""
@@ -176,7 +237,12 @@ class RunDir:
 
     def eval_paths(self) -> list[Path]:
         """Return the files of eval/, in a fixed order."""
-        return sorted((self.path / "eval").glob("*.json"))
+        folder = self.path / "eval"
+        try:
+            names = os.listdir(folder)
+        except FileNotFoundError:
+            return []
+        return [folder / name for name in sorted(names) if name.endswith(".json")]
 
     def write_usage(self, content: dict[str, Any]) -> None:
         """Write usage.json, how the rows of the memory are used."""
@@ -185,9 +251,8 @@ class RunDir:
     def state(self) -> dict[str, Any]:
         """Return the content of state.json; a pending state if the file does not exist. Raises DamagedRecord."""
         remedy = "delete the file and the same command resumes the run from its last checkpoint"
-        try:
-            content = read_json(self.state_path, remedy)
-        except FileNotFoundError:
+        content = read_if_present(self.state_path, remedy)
+        if content is None:
             return {"state": "pending", "progress": 0.0, "eta_s": None, "cause": None}
         if content.get("state") not in STATES:
             raise DamagedRecord(f"{self.state_path}: is damaged: its field state is not a state; {remedy}")
@@ -195,32 +260,41 @@ class RunDir:
 
     def jobs(self) -> dict[str, Any]:
         """Return the newest Slurm job of each stage, by stage. Raises DamagedRecord."""
-        try:
-            return read_json(self.jobs_path, "cancel the run's jobs with scancel and delete the file")
-        except FileNotFoundError:
-            return {}
+        return read_if_present(self.jobs_path, "cancel the run's jobs with scancel and delete the file") or {}
 
-    def damage(self) -> str | None:
-        """Return the first record file that cannot be read or is missing, with the remedy; None if there is none.
+    def read_all(self) -> Records:
+        """Return what the record files hold. Of train.jsonl only the last line is read.
 
-        Of train.jsonl only the last line is checked.
+        Raises:
+            DamagedRecord: A record file cannot be read or is missing; the message names the first, with the remedy.
         """
         try:
-            self.state()
-            if self.cell_path.exists():
-                self.read_record()
-            elif self.state_path.exists() or self.train_path.exists():
-                return f"{self.cell_path}: is missing; {self._restore}"
-            self.last_train_line()
-            for path in self.eval_paths():
-                self.read_eval(path)
-            if self.usage_path.exists():
-                read_json(self.usage_path, f"delete the file and suite eval {self.name} writes it again")
+            state = self.state()
+            record = self._record_if_present()
+            last_line = self.last_train_line()
+            evals = {path.stem: self.read_eval(path) for path in self.eval_paths()}
+            read_if_present(self.usage_path, f"delete the file and suite eval {self.name} writes it again")
             self.jobs()
+        except OSError as error:
+            text = f"{error.filename or self.path}: cannot be read ({error.strerror}); check its permissions"
+            raise DamagedRecord(text) from None
+        return Records(state, record, last_line, evals)
+
+    def _record_if_present(self) -> dict[str, Any] | None:
+        """Return cell.json's content; None without the file. Raises DamagedRecord if a file that follows it exists."""
+        try:
+            return self.read_record()
+        except FileNotFoundError:
+            if self.state_path.exists() or self.train_path.exists():
+                raise DamagedRecord(f"{self.cell_path}: is missing; {self._restore}") from None
+            return None
+
+    def damage(self) -> str | None:
+        """Return the first record file that cannot be read or is missing, with the remedy; None if there is none."""
+        try:
+            self.read_all()
         except DamagedRecord as error:
             return str(error)
-        except OSError as error:
-            return f"{error.filename or self.path}: cannot be read ({error.strerror}); check its permissions"
         return None
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from suite.grids import Grid
     from suite.launch.executor import Executor
     from suite.launch.progress import BarWatcher, PlainWatcher
-    from suite.launch.scorer import Scorer
     from suite.launch.status import CellStatus
     from suite.launch.sweep import Sweep
 
@@ -82,10 +81,11 @@ def sweep(
     """
     from suite.cli.cells import cell_named
     from suite.launch import progress
-    from suite.launch.checks.cells import refuse_unfit_cells, refuse_unknown_tasks
+    from suite.launch.checks.cells import refuse_missing_parents, refuse_unfit_cells, refuse_unknown_tasks
     from suite.launch.executor import Options, executor_class
     from suite.launch.interruption import Interruption
-    from suite.launch.sweep import Sweep, missing_cells
+    from suite.launch.status import grid_status
+    from suite.launch.sweep import Sweep
 
     kind, results = executor_class(executor), options.results
     whole = options.load(grid, need_data=not (dry_run and kind.is_queue))
@@ -93,24 +93,30 @@ def sweep(
     report = report and cell is None
     check_folders(results, data_root, make=not dry_run)
     scorer = make_scoring(data_root, run_code, here=not kind.is_queue and not dry_run)
-    with progress.watcher(stderr_console()) if not dry_run else nullcontext() as watcher:
-        event = watcher.event if watcher else (lambda text: None)
-        chosen = kind.create(Options(loaded, results, scorer, jobs, gpus, profile, wait, report, event))
-        if watcher is None:
-            refuse_unknown_tasks(loaded)
-            missing = missing_cells(results, loaded)
-            refuse_unfit_cells(replace(loaded, cells=tuple(missing)), results, scorer)
-            _print_dry_run(loaded, missing, results, chosen, options.as_json)
-            return
-        _make_ready(loaded, results, scorer, retry_failed, rerun_stale, watcher)
+    if dry_run:
+        statuses = grid_status(results, loaded)
+        finished = {status.run for status in statuses if status.is_finished}
+        missing = replace(loaded, cells=tuple(cell for cell in loaded.cells if cell.run_name not in finished))
+        chosen = kind.create(Options(missing, results, scorer, jobs, gpus, profile, wait, report))
+        refuse_unknown_tasks(loaded)
+        refuse_unfit_cells(missing, results, scorer)
+        _print_dry_run(loaded, statuses, missing.cells, chosen, options.as_json)
+        return
+    with progress.watcher(stderr_console()) as watcher:
+        chosen = kind.create(Options(loaded, results, scorer, jobs, gpus, profile, wait, report, watcher.event))
+        _release(loaded, results, retry_failed, rerun_stale, watcher)
         interruption = Interruption()
         launched = Sweep(loaded, results, chosen, watcher, interruption, whole)
+        refuse_unfit_cells(replace(loaded, cells=tuple(launched.missing)), results, scorer)
+        refuse_missing_parents(loaded, results)
         with interruption.on_signals():
             try:
                 statuses = launched.run() if wait else _submitted(launched)
             except KeyboardInterrupt:
                 if chosen.is_queue:
-                    event("the jobs keep running; the same command watches them again, `suite cancel` ends them")
+                    watcher.event(
+                        "the jobs keep running; the same command watches them again, `suite cancel` ends them"
+                    )
                 raise typer.Exit(130) from None
     print_statuses(loaded, statuses, options.as_json)
     reported = chosen.report(to_stderr=options.as_json) if report and wait else True
@@ -130,17 +136,11 @@ def _submitted(launched: Sweep) -> list[CellStatus]:
     return launched.executor.with_jobs(grid_status(launched.results, launched.grid), runs)
 
 
-def _make_ready(
-    grid: Grid,
-    results: Path,
-    scorer: Scorer,
-    retry_failed: bool,
-    rerun_stale: bool,
-    watcher: BarWatcher | PlainWatcher,
+def _release(
+    grid: Grid, results: Path, retry_failed: bool, rerun_stale: bool, watcher: BarWatcher | PlainWatcher
 ) -> None:
-    """Archive or refuse stale runs, release failed cells, and refuse tasks that cannot be scored."""
+    """Archive or refuse stale runs, and release failed cells."""
     from suite.launch import preparation
-    from suite.launch.checks import cells
 
     if rerun_stale:
         for path in preparation.archive_stale(results, grid.cells):
@@ -149,8 +149,6 @@ def _make_ready(
     preparation.refuse_stale(results, grid.cells)
     if retry_failed:
         preparation.retry_failed(results, grid.cells)
-    cells.refuse_unfit_cells(grid, results, scorer)
-    cells.refuse_missing_parents(grid, results)
 
 
 @expand_options
@@ -169,10 +167,12 @@ def cancel(grid: GridName, options: GridOptions) -> None:
         print("\n".join(f"cancelled: {name}" for name in cancelled) or f"{loaded.name} has no jobs")
 
 
-def _print_dry_run(grid: Grid, missing: list[Cell], results: Path, executor: Executor, as_json: bool) -> None:
+def _print_dry_run(
+    grid: Grid, statuses: list[CellStatus], missing: Sequence[Cell], executor: Executor, as_json: bool
+) -> None:
     """Print the batch scripts of a queue, or the cells that would be started here; `missing` are not finished."""
     from suite.launch.checks.data import refuse_unusable_data
-    from suite.launch.status import grid_status, status_json, table
+    from suite.launch.status import status_json, table
 
     unfit = {cell.run_name: reason for cell in missing if (reason := executor.unfit(cell))}
     if executor.is_queue:
@@ -185,7 +185,6 @@ def _print_dry_run(grid: Grid, missing: list[Cell], results: Path, executor: Exe
                 print(f"{grid.name}: {len(scripts)} scripts written, nothing submitted", file=sys.stderr)
     else:
         refuse_unusable_data(missing)
-        statuses = grid_status(results, grid)
         if as_json:
             document = status_json(grid, statuses)
             for entry, cell in zip(document["cells"], grid.cells, strict=True):

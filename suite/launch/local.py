@@ -267,4 +267,4 @@ def usable_cores() -> int:
 
 def default_jobs(cells: Iterable[Cell], gpus: int) -> int:
     """Return the number of cells at once: one per GPU, or on CPUs as many as the cores allow."""
-    return gpus or max(1, usable_cores() // max(cell.threads for cell in cells))
+    return gpus or max(1, usable_cores() // max((cell.threads for cell in cells), default=1))

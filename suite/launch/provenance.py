@@ -13,7 +13,7 @@ from pathlib import Path
 
 from suite.cells import Cell
 from suite.identity import identity
-from suite.records import RunDir
+from suite.records import DamagedRecord, Records, RunDir
 
 ROOT = Path(__file__).resolve().parents[2]
 INSTALLED = "next_parameter_data"
@@ -124,17 +124,20 @@ def stale_because(run: RunDir, cell: Cell) -> str | None:
     """Return why the run on disk cannot be used for `cell` (other code, or other defaults); None if it can.
 
     A run without a checkpoint is never stale: it is trained from its first step when it starts. Nor is an imported one,
-    whose weights no code of this project made. A damaged run is not
-    stale either: nothing is known of the code that made it.
+    whose weights no code of this project made. A damaged run is not stale either: nothing is known of the code that
+    made it.
     """
-    return None if run.damage() is not None else stale_because_whole(run, cell)
-
-
-def stale_because_whole(run: RunDir, cell: Cell) -> str | None:
-    """Return what `stale_because` does, for a run whose `damage` has been checked, which reads most of its files."""
-    if cell.imported is not None or not run.cell_path.exists() or not _has_weights(run):
+    try:
+        return stale_because_of(run, cell, run.read_all())
+    except DamagedRecord:
         return None
-    record = run.read_record()
+
+
+def stale_because_of(run: RunDir, cell: Cell, records: Records) -> str | None:
+    """Return what `stale_because` does, for a run whose records have been read."""
+    record = records.record
+    if cell.imported is not None or record is None or not _has_weights(run, records):
+        return None
     made_by = record.get("versions", {}).get("code")
     if made_by != code_version():
         return f"made by code {made_by}, this is {code_version()}"
@@ -144,5 +147,5 @@ def stale_because_whole(run: RunDir, cell: Cell) -> str | None:
     return None
 
 
-def _has_weights(run: RunDir) -> bool:
-    return run.state()["state"] == "done" or any(run.checkpoints.glob("step-*"))
+def _has_weights(run: RunDir, records: Records) -> bool:
+    return records.state["state"] == "done" or any(run.checkpoints.glob("step-*"))

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from suite.cells import Cell, EvalConfig
-from suite.records import RunDir
+from suite.records import DamagedRecord, RunDir
 
 if TYPE_CHECKING:
     from suite.evaluate.harness import Evaluator
@@ -70,7 +70,8 @@ def needs_usage(run: RunDir, cell: Cell) -> bool:
 
 def is_finished(run: RunDir, cell: Cell) -> bool:
     """Return whether the run has failed, has damaged records, or is done with every configured score."""
-    if run.damage() is not None:
+    try:
+        state = run.read_all().state["state"]
+    except DamagedRecord:
         return True
-    state = run.state()["state"]
     return state == "failed" or (state == "done" and not missing_evals(run, cell))

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from suite.cells import Cell, display_name, variants
 from suite.grids import Grid
-from suite.launch.provenance import stale_because_whole
+from suite.launch.provenance import stale_because_of
 from suite.launch.scorer import missing_evals
-from suite.records import RunDir, run_dir
+from suite.records import DamagedRecord, Records, RunDir, run_dir
 
 DAMAGED = "damaged records"
 """The note of a run with a record file that cannot be read."""
@@ -24,7 +24,11 @@ MAX_LISTED = 500
 
 @dataclass(frozen=True)
 class CellStatus:
-    """The status of one cell of a grid; `note` adds what the state does not show, such as interrupted or stale."""
+    """The status of one cell of a grid.
+
+    `note` adds what the state does not show, such as interrupted or stale. `is_finished` is the result of
+    `suite.launch.scorer.is_finished`, and not part of the JSON object.
+    """
 
     cell: str
     run: str
@@ -38,10 +42,13 @@ class CellStatus:
     tokens: int | None
     wall_s: float | None
     headline: str | None
+    is_finished: bool
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as a JSON object."""
-        return asdict(self)
+        fields = asdict(self)
+        del fields["is_finished"]
+        return fields
 
 
 def cell_status(results: Path, cell: Cell) -> CellStatus:
@@ -51,8 +58,11 @@ def cell_status(results: Path, cell: Cell) -> CellStatus:
     is failed: it is not continued until the user has repaired the file.
     """
     run = run_dir(results, cell)
-    damage = run.damage()
-    return _status(run, cell) if damage is None else _damaged_status(run, damage)
+    try:
+        records = run.read_all()
+    except DamagedRecord as error:
+        return _damaged_status(run, str(error))
+    return _status(run, cell, records)
 
 
 def _damaged_status(run: RunDir, damage: str) -> CellStatus:
@@ -69,25 +79,30 @@ def _damaged_status(run: RunDir, damage: str) -> CellStatus:
         tokens=None,
         wall_s=None,
         headline=None,
+        is_finished=True,
     )
 
 
-def _status(run: RunDir, cell: Cell) -> CellStatus:
-    state, note = run.state(), None
+def _status(run: RunDir, cell: Cell, records: Records) -> CellStatus:
+    state, note = records.state, None
+    if state["state"] == "running":
+        state = run.state()  # the run may have ended while the other files were read
     name = state["state"]
+    lacks_scores = name == "done" and bool(missing_evals(run, cell))
+    is_finished = name == "failed" or (name == "done" and not lacks_scores)
     alive = run.is_locked()
     if name == "running" and not alive:
         name, note = "pending", "interrupted; resumes from its last checkpoint"
     elif name in ("pending", "done") and alive:
         name = "running"
-    elif name == "done" and missing_evals(run, cell):
+    elif lacks_scores:
         name, note = "pending", "trained; some scores are missing"
     elif name == "pending" and state.get("cause"):
         note = state["cause"]
-    stale = stale_because_whole(run, cell)
+    stale = stale_because_of(run, cell, records)
     if stale is not None:
         note = f"stale: {stale}"
-    last = run.last_train_line()
+    last = records.last_line
     return CellStatus(
         cell=run.name.rpartition("-")[2],
         run=run.name,
@@ -100,7 +115,8 @@ def _status(run: RunDir, cell: Cell) -> CellStatus:
         step=last.get("step"),
         tokens=last.get("tokens"),
         wall_s=last.get("wall_s"),
-        headline=headline(run, last),
+        headline=headline(records),
+        is_finished=is_finished,
     )
 
 
@@ -115,18 +131,18 @@ def status_json(grid: Grid, statuses: Iterable[CellStatus]) -> dict[str, Any]:
     return {"grid": grid.name, "cells": [status.to_json() | {"variant": variant[status.run]} for status in statuses]}
 
 
-def headline(run: RunDir, last_line: dict[str, Any]) -> str | None:
+def headline(records: Records) -> str | None:
     """Return the one number of a run for a table: the fraction of bits learned, else bits per byte, else the loss."""
     metrics = {}
-    for path in run.eval_paths():
-        for task, scores in run.read_eval(path)["tasks"].items():
+    for content in records.evals.values():
+        for task, scores in content["tasks"].items():
             metrics.update({(task, name): metric["value"] for name, metric in scores["metrics"].items()})
     if ("bios_storage", "bits") in metrics:
         fraction = metrics["bios_storage", "bits"] / metrics["bios_storage", "bits_max"]
         return f"{fraction:.1%} of bits stored"
     if ("held_out", "bits_per_byte") in metrics:
         return f"{metrics['held_out', 'bits_per_byte']:.4f} bits/byte"
-    loss = last_line.get("eval_loss", last_line.get("loss"))
+    loss = records.last_line.get("eval_loss", records.last_line.get("loss"))
     return None if loss is None else f"loss {loss:.3f}"
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -105,9 +106,14 @@ class Sweep:
         self.cancelled = 0
         self._shown = 0.0
 
+    @cached_property
+    def missing(self) -> list[Cell]:
+        """The cells that are neither done nor failed nor damaged, as this was read first."""
+        return [cell for cell in self.grid.cells if not is_finished(run_dir(self.results, cell), cell)]
+
     def start(self) -> None:
         """Submit what is missing, as far as the executor has room. Raises UserError."""
-        missing = [_Entry(cell, run_dir(self.results, cell)) for cell in missing_cells(self.results, self.grid)]
+        missing = [_Entry(cell, run_dir(self.results, cell)) for cell in self.missing]
         if len(missing) < len(self.grid.cells):
             self.watcher.event(f"{len(self.grid.cells) - len(missing)} of {len(self.grid.cells)} cells are finished")
         adopted = self.executor.adopt([entry.cell for entry in missing])
@@ -259,11 +265,6 @@ class Sweep:
                 self.running = [entry for entry in self.running if entry.run.name not in ended]
             self.watcher.event("stopped; the same command resumes")
         raise KeyboardInterrupt
-
-
-def missing_cells(results: Path, grid: Grid) -> list[Cell]:
-    """Return the cells that are neither done nor failed nor damaged."""
-    return [cell for cell in grid.cells if not is_finished(run_dir(results, cell), cell)]
 
 
 def _step(run: RunDir) -> int:

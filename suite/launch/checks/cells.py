@@ -39,10 +39,10 @@ def refuse_unfit_cells(grid: Grid, results: Path, scorer: Scorer) -> None:
 
 def refuse_missing_parents(grid: Grid, results: Path) -> None:
     """Raise UserError if a cell that is not finished starts from a run that neither exists nor is in the grid."""
-    hashes = {cell.hash8 for cell in grid.cells}
+    present = {None, *(cell.hash8 for cell in grid.cells)}
     for cell in grid.cells:
         run = run_dir(results, cell)
-        if cell.train.parent in {None, *hashes} or steps_saved(run) or is_finished(run, cell):
+        if cell.train.parent in present or steps_saved(run) or is_finished(run, cell):
             continue
         try:
             find_parent(run, cell)
