@@ -34,8 +34,9 @@ def frame(
 
     Example: python -m analysis frame --grid laptop --out frame.parquet
     """
+    from analysis.records.csv_text import csv_chunks
     from analysis.records.frame import load
-    from analysis.records.tables import csv_chunks, write_table
+    from analysis.records.tables import write_table
 
     loaded = load(results, grid, reference or REFERENCE)
     if out is not None:

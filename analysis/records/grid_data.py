@@ -241,11 +241,18 @@ def run_table(table: pa.Table, predicted: Mapping[str, float]) -> tuple[pd.DataF
     flat = table.select([name for name in table.column_names if not pa.types.is_list(table[name].type)]).to_pandas()
     unreadable = (flat["state"] == DAMAGED).to_numpy()
     cells = [json.loads(text) for text in flat.loc[~unreadable, "cell"]]
-    accounts = [json.loads(text) for text in flat.loc[~unreadable, "account"]]
+    accounts = _parsed(flat.loc[~unreadable, "account"])
     runs = flat[~unreadable].drop(columns="account").rename(columns={"cell": "settings", "hash": "cell"})
     runs = runs.reset_index(drop=True).assign(stored=np.flatnonzero(~unreadable))
     runs = _identified(runs, cells, accounts).assign(predicted_wall_s=runs["run"].map(predicted).astype(float))
     return runs, flat.loc[unreadable, ["run", "cause"]].reset_index(drop=True)
+
+
+def _parsed(texts: pd.Series) -> list[dict[str, Any]]:
+    """Return the JSON objects in these texts; equal texts, as of runs that differ in their seeds, share one."""
+    codes, distinct = pd.factorize(texts)
+    objects = [json.loads(text) for text in distinct]
+    return [objects[code] for code in codes]
 
 
 def positions(runs: pd.DataFrame, stored: int) -> np.ndarray:

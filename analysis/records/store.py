@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,6 +24,8 @@ from analysis.records.run_files import LISTS, SCALARS, Row, read_run
 VERSION = "2"
 """Raise it when the meaning of a column changes; a change of columns is noticed without."""
 CACHE = Path("cache", "analysis", "records.parquet")
+SCORES = ("eval", "eval/steps")
+"""Folders of score files in a run directory."""
 BATCH = 500
 """Runs parsed before their Python objects become columns."""
 
@@ -80,24 +82,28 @@ def scan(results: Path, names: Sequence[str] | None = None) -> dict[str, str]:
             names = sorted(entry.name for entry in os.scandir(folder) if not entry.name.startswith("."))
         except (FileNotFoundError, NotADirectoryError):
             return {}
-    signatures = {name: _signature(folder / name) for name in names}
+    signatures = {name: _signature(f"{folder}/{name}") for name in names}
     return {name: signature for name, signature in signatures.items() if signature}
 
 
-def _signature(folder: Path) -> str:
+def _signature(folder: str) -> str:
     """Return the record files of a run directory with what changes when they do; empty without any."""
-    parts: list[str] = []
-    for prefix in ("", "eval/", "eval/steps/"):
-        try:
-            with os.scandir(folder / prefix) as entries:
-                for entry in entries:
-                    if _is_record(prefix + entry.name):
-                        stat = entry.stat()
-                        parts.append(f"{prefix}{entry.name}:{stat.st_mtime_ns}:{stat.st_size}:{stat.st_ino}")
-        except (FileNotFoundError, NotADirectoryError):
-            if not prefix:
-                return ""
-    return ";".join(sorted(parts))
+    return ";".join(sorted(_file_signatures(folder, "")))
+
+
+def _file_signatures(folder: str, prefix: str) -> Iterator[str]:
+    try:
+        entries = os.scandir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    with entries:
+        for entry in entries:
+            name = prefix + entry.name
+            if name in SCORES:
+                yield from _file_signatures(entry.path, f"{name}/")
+            elif _is_record(name):
+                stat = entry.stat()
+                yield f"{name}:{stat.st_mtime_ns}:{stat.st_size}:{stat.st_ino}"
 
 
 def _is_record(name: str) -> bool:

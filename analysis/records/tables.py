@@ -9,7 +9,7 @@ import json
 import lzma
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from io import BytesIO
 from itertools import takewhile
 from lzma import LZMAError
@@ -23,8 +23,6 @@ import pandas as pd
 from analysis.errors import InputError
 
 FORMATS = ".csv, .tsv, .jsonl, .json or .parquet, all but parquet also with .gz, .bz2, .xz or .zip"
-CSV_ROWS = 100_000
-"""Rows that are turned into text at once."""
 MISSING = {"", "na", "n/a", "nan", "-nan", "null", "none", "#n/a", "<na>"}
 """What stands for a missing number in a CSV, in lower case."""
 SEPARATOR_LINE = re.compile(r"sep=(.)\s*$", re.IGNORECASE)
@@ -161,22 +159,9 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
         raise InputError(f"--out {path}: cannot be written: {error.strerror or error}") from None
 
 
-def csv_chunks(table: pd.DataFrame) -> Iterator[bytes]:
-    """Yield the table as CSV, in pieces; about ten times as fast as pandas, with the same values."""
-    import pyarrow as pa
-    from pyarrow import csv as arrow_csv
-
-    yield (",".join(f'"{name}"' if set(name) & set(',"\n') else name for name in table.columns) + "\n").encode()
-    options = arrow_csv.WriteOptions(include_header=False, quoting_style="needed")
-    for start in range(0, len(table), CSV_ROWS):
-        columns = pa.Table.from_pandas(table.iloc[start : start + CSV_ROWS], preserve_index=False)
-        plain = [pa.string() if pa.types.is_dictionary(field.type) else field.type for field in columns.schema]
-        chunk = BytesIO()
-        arrow_csv.write_csv(columns.cast(pa.schema(zip(columns.column_names, plain, strict=True))), chunk, options)
-        yield chunk.getvalue()
-
-
 def _write_csv(table: pd.DataFrame, path: Path) -> None:
+    from analysis.records.csv_text import csv_chunks
+
     with path.open("wb") as file:
         file.writelines(csv_chunks(table))
 
