@@ -33,6 +33,8 @@ RUNS = "runs"
 GRIDS = "grids"
 TAIL_BYTES = 16384
 """Bytes of train.jsonl that are read first to find its last line."""
+CELL_FACTS = ("cell", "hash", "run")
+"""Fields of cell.json that `write_cell` writes itself; all others are carried over when it is written again."""
 
 
 class Locked(Exception):

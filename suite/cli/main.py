@@ -180,7 +180,7 @@ def export_run(
     Example: suite export dense-w32-s0-0a1b2c3d --to exported
     """
     from suite.export.export import export
-    from suite.launch.worker import corpus_of
+    from suite.launch.scoring import corpus_of
     from suite.records import RunDir
     from suite.train.checkpoint import load_model
 

@@ -20,7 +20,7 @@ from suite.data.tokenizer_files import name_of_token
 from suite.errors import UserError
 from suite.export.llama import CONFIG, import_llama
 from suite.launch.provenance import versions
-from suite.launch.worker import set_done
+from suite.launch.scoring import set_done
 from suite.models.accounting import account
 from suite.models.transformer import Transformer
 from suite.records import RunDir, run_dir

@@ -11,8 +11,7 @@ from suite.cells import Cell, flat
 from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.provenance import stale_because
-from suite.launch.worker import CELL_FACTS
-from suite.records import GRIDS, DamagedRecord, Locked, RunDir, read_json, run_dir
+from suite.records import CELL_FACTS, GRIDS, DamagedRecord, Locked, RunDir, read_json, run_dir
 from suite.train.checkpoint import steps_saved
 
 

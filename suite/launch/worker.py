@@ -21,17 +21,14 @@ from suite.launch import background_scoring, branches
 from suite.launch.derived import quantise
 from suite.launch.interruption import Interruption
 from suite.launch.provenance import device_name, stale_because, versions
-from suite.launch.scorer import Scorer, cache_of, missing_evals, needs_usage
+from suite.launch.scorer import Scorer, cache_of, missing_evals
+from suite.launch.scoring import needs_scoring, score_missing, set_done
 from suite.records import Locked, RunDir
 from suite.train.parallel import Parallel, World, process_group
 
 if TYPE_CHECKING:
-    from suite.cells import Cell, EvalConfig
+    from suite.cells import Cell
     from suite.data.corpus import Corpus
-    from suite.models.transformer import Transformer
-
-CELL_FACTS = ("cell", "hash", "run")
-"""Fields of cell.json that `write_cell` writes itself; all others are carried over when it is written again."""
 
 INTERRUPTED = "interrupted"
 """The cause of a pending run that was stopped by a signal."""
@@ -193,76 +190,6 @@ def prepare_together(
     return corpus if world.is_first else prepare(cell.data, cache=cache_of(run))
 
 
-def corpus_of(run: RunDir, cell: Cell) -> Corpus:
-    """Return the corpus of a trained run; if its text is not available, the tokenizer that the run contains.
-
-    Raises UserError if neither is available.
-    """
-    from suite.data.corpus import TokenizerAlone, prepare
-
-    try:
-        return prepare(cell.data, cache=cache_of(run))
-    except UserError as error:
-        if not run.tokenizer_path.exists():
-            raise
-        return TokenizerAlone(cell.data, run.tokenizer_path, str(run.read_record()["data_fingerprint"]), str(error))
-
-
-def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) -> Cell:
-    """Add the missing scores to a trained run.
-
-    Args:
-        run_path: The run directory.
-        added: Evaluations to score and to record in addition to those of the run's cell.
-        scorer: Settings for scoring.
-
-    Returns:
-        The cell as recorded, with the added evaluations.
-
-    Raises:
-        UserError: The run is not trained, or is locked by another process.
-    """
-    run = RunDir(run_path)
-    try:
-        with run.lock():
-            if not run.state().get("trained"):
-                raise UserError(f"{run.path}: is not trained to its end; continue it with suite sweep or suite train")
-            recorded = run.read_cell()
-            cell = recorded.with_evaluations(added)
-            score_missing(run, cell, corpus_of(run, cell), scorer)
-            if cell != recorded:
-                # Recorded after scoring: an evaluation that fails is not left for the next sweep to try again.
-                facts = {name: value for name, value in run.read_record().items() if name not in CELL_FACTS}
-                run.write_cell(cell, **facts)
-            set_done(run)
-            return cell
-    except Locked:
-        raise UserError(f"{run.path}: is locked by another process; wait for it or stop it") from None
-
-
-def refuse_unfit(run: RunDir, cell: Cell, scorer: Scorer) -> None:
-    """Refuse tasks that cannot be scored.
-
-    Args:
-        run: The run; tasks that have scores are not checked.
-        cell: Its cell.
-        scorer: Settings for scoring.
-
-    Raises:
-        UserError: A task does not suit the cell's data, or its own data is missing.
-    """
-    wanted = missing_evals(run, cell)
-    if not wanted:
-        return
-    from suite.evaluate import catalog
-
-    for config in cell.evaluate:
-        if config.hash8 in wanted:
-            catalog.refuse_unfit(config.tasks, cell.data, scorer.run_code is not None)
-            if scorer.data_root is not None:
-                catalog.refuse_missing(config, scorer.data_root)
-
-
 def attempt(
     run: RunDir, work: Callable[[], None], interruption: Interruption | None = None, log: Path | None = None
 ) -> Outcome:
@@ -301,11 +228,6 @@ def attempt(
 def set_failed(run: RunDir, cause: str, **extra: Any) -> None:
     """Record that the run failed."""
     run.set_state("failed", cause=cause, finished=time.time(), eta_s=None, **extra)
-
-
-def set_done(run: RunDir) -> None:
-    """Record that the run is trained and scored."""
-    run.set_state("done", progress=1.0, eta_s=0.0, finished=time.time())
 
 
 def _train_and_score(run: RunDir, cell: Cell, scorer: Scorer, interruption: Interruption) -> None:
@@ -394,73 +316,6 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     branches.begin(run, cell, **facts, **parent.facts(run, cell, corpus))
     write_text(run.tokenizer_path, corpus.tokenizer.to_json())
     print(f"{run.name}: training from step {max(steps_saved(run), default=0)}", file=sys.stderr)
-
-
-def needs_scoring(run: RunDir, cell: Cell) -> bool:
-    """Return whether a trained run still lacks scores, of the end or of retained checkpoints, or its memory usage."""
-    return bool(missing_evals(run, cell) or background_scoring.retained_steps(run)) or needs_usage(run, cell)
-
-
-def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world: World | None = None) -> None:
-    """Score the retained checkpoints, then the final weights, wherever scores are missing; record memory usage.
-
-    Args:
-        run: A trained run.
-        cell: Its cell, with the evaluations to score.
-        corpus: The cell's corpus.
-        scorer: Settings for scoring.
-        world: Processes that hold the model together, all of which call this; None: this process holds it.
-    """
-    world = world or World()
-    background_scoring.score_retained(run, cell, corpus, scorer, world)
-    wanted, lacks_usage = missing_evals(run, cell), needs_usage(run, cell)
-    world.wait()  # every process has looked before one of them writes
-    if not wanted and not lacks_usage:
-        return
-    import torch
-
-    from suite.train.checkpoint import lost_end, newest_whole
-
-    # As in training, so that a run that was interrupted between the two gets the same scores.
-    torch.set_num_threads(cell.threads)
-    step = newest_whole(run, world)
-    if (last := lost_end(run, step)) is not None:
-        raise UserError(
-            f"{run.checkpoints}: the checkpoint of the last step, {last}, is damaged or missing; suite train "
-            f"{run.cell_path} trains from step {step} to the end again"
-        )
-    model = _load(run, cell, corpus, scorer, world, step)
-    reference = quantise.load_source(run, cell, corpus) if cell.source is not None and wanted else None
-    facts = {"run": run.name, "step": step}
-    if lacks_usage:
-        from suite.evaluate.usage import key_usage
-
-        usage = key_usage(model, corpus, world.size)
-        if world.is_first:
-            run.write_usage(facts | usage)
-    for config in cell.evaluate:
-        if config.hash8 in wanted:
-            scores = scorer.evaluator.evaluate(model, corpus, config, reference)
-            if world.is_first:
-                run.write_eval(config.hash8, scores | facts)
-    if scorer.place is not None:
-        from suite.inference.tables.reading import traffic
-
-        print(f"{run.name}: tables in {scorer.place.label}: {traffic(model).line()}", file=sys.stderr)
-
-
-def _load(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world: World, step: int | None) -> Transformer:
-    """Load the model to score, with its tables and their cache where the scorer's settings request them."""
-    from suite.train.checkpoint import load_model
-
-    place = scorer.place if cell.model.has_tables else None
-    model = load_model(run, cell, corpus, world, step, place)
-    if place is not None:
-        from suite.inference.tables import loading, popularity
-
-        counts = popularity.counts(model, popularity.training_text(corpus)) if place.policy == "static" else None
-        loading.add_caches(model, place, counts)
-    return model
 
 
 def describe(error: BaseException) -> str:

@@ -15,7 +15,7 @@ from suite.errors import UserError
 from suite.export.export import export
 from suite.export.importing import import_checkpoint
 from suite.export.tokenizer import write_tokenizer
-from suite.launch import worker
+from suite.launch import scoring, worker
 from suite.launch.preparation import prepare
 from suite.launch.provenance import stale_because
 from suite.launch.scorer import Scorer
@@ -127,14 +127,14 @@ def test_a_run_that_is_moved_alone_needs_neither_the_checkpoint_nor_the_cache(ch
     source = tmp_path / "llama"
     shutil.copytree(checkpoint, source)
     first = import_checkpoint(source, tmp_path / "results")
-    expected = load_model(first, first.read_cell(), worker.corpus_of(first, first.read_cell())).state_dict()
+    expected = load_model(first, first.read_cell(), scoring.corpus_of(first, first.read_cell())).state_dict()
     (tmp_path / "elsewhere" / "runs").mkdir(parents=True)
     shutil.move(first.path, tmp_path / "elsewhere" / "runs" / first.name)
     shutil.rmtree(source)
     moved = RunDir(tmp_path / "elsewhere" / "runs" / first.name)
     cell = moved.read_cell()
-    assert worker.corpus_of(moved, cell).tokenizer.encode("the sea")
-    state = load_model(moved, cell, worker.corpus_of(moved, cell)).state_dict()
+    assert scoring.corpus_of(moved, cell).tokenizer.encode("the sea")
+    state = load_model(moved, cell, scoring.corpus_of(moved, cell)).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state.items())
 
 
@@ -200,7 +200,7 @@ def test_tfidf_without_background_data_is_one_line(run: RunDir, results: Path, t
 
 def test_tasks_about_training_text_do_not_fit(run: RunDir) -> None:
     with pytest.raises(UserError, match=r"task held_out: data.kind: got 'tokenizer'"):
-        worker.evaluate_run(run.path, (EvalConfig(tasks=("held_out",)),), Scorer())
+        scoring.evaluate_run(run.path, (EvalConfig(tasks=("held_out",)),), Scorer())
 
 
 @pytest.mark.parametrize("broken", ["model", "tokenizer", "entries", "folder"])

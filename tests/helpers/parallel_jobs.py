@@ -119,7 +119,7 @@ def main(jobs: list[Job], cache: Path) -> None:
     import torch
 
     from suite.launch.scorer import Scorer
-    from suite.launch.worker import score_missing
+    from suite.launch.scoring import score_missing
     from suite.models import head_loss
     from suite.records import RunDir
     from suite.train.loop import Trainer

@@ -11,7 +11,8 @@ from suite.cells import Cell, EvalConfig
 from suite.errors import UserError
 from suite.launch.preparation import prepare
 from suite.launch.scorer import Scorer
-from suite.launch.worker import corpus_of, evaluate_run, run_cell
+from suite.launch.scoring import corpus_of, evaluate_run
+from suite.launch.worker import run_cell
 from suite.records import RunDir
 
 

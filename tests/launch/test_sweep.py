@@ -18,9 +18,10 @@ from suite.grids import load_grid
 from suite.launch.local import LocalExecutor
 from suite.launch.preparation import archive_stale, prepare, refuse_stale
 from suite.launch.scorer import Scorer
+from suite.launch.scoring import evaluate_run
 from suite.launch.status import cell_status
 from suite.launch.sweep import Sweep
-from suite.launch.worker import describe, evaluate_run, run_cell
+from suite.launch.worker import describe, run_cell
 from suite.records import RunDir
 
 FAST = TINY.replace("  evaluate: [{tasks: [bios_storage], limit: 20}]\n", "").replace("epochs: 8", "epochs: 2")

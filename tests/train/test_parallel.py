@@ -19,7 +19,7 @@ from suite.data.corpus import prepare
 from suite.errors import UserError
 from suite.launch.background_scoring import retain_due
 from suite.launch.scorer import Scorer
-from suite.launch.worker import score_missing
+from suite.launch.scoring import score_missing
 from suite.models import initial_weights, moe, registry
 from suite.models.ranking import best
 from suite.records import RunDir

@@ -8,7 +8,7 @@ from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.checks.settings import refuse_unfit_settings
 from suite.launch.scorer import Scorer, is_finished
-from suite.launch.worker import refuse_unfit
+from suite.launch.scoring import refuse_unfit
 from suite.records import run_dir
 from suite.train.checkpoint import steps_saved
 from suite.train.finetuning.parent import find_parent

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import submitit
 
-from suite.launch import background_scoring, worker
+from suite.launch import background_scoring, scoring, worker
 from suite.launch.scorer import Scorer
 from suite.records import Locked, RunDir
 from suite.train.parallel import Parallel, World, process_group
@@ -103,7 +103,7 @@ class CellJob:
     def _evaluate(self, run: RunDir) -> str:
         def is_open(state: dict[str, Any]) -> bool:
             return bool(
-                state.get("trained") and state["state"] != "failed" and worker.needs_scoring(run, run.read_cell())
+                state.get("trained") and state["state"] != "failed" and scoring.needs_scoring(run, run.read_cell())
             )
 
         return self._together(run, is_open, self._score)
@@ -152,18 +152,18 @@ class CellJob:
             run.set_state("pending", cause=WARNED, eta_s=None)
             return
         run.set_state("running", trained=True)
-        if worker.needs_scoring(run, cell):
+        if scoring.needs_scoring(run, cell):
             run.set_state("pending", cause=TO_BE_SCORED, eta_s=None)
         else:
-            worker.set_done(run)
+            scoring.set_done(run)
 
     def _score(self, run: RunDir, cell: Cell, world: World) -> None:
         retained = background_scoring.retained_folder(run)
         # Wait for a job that is still scoring retained checkpoints.
         with _held(RunDir(retained)) if world.is_first and retained.exists() else nullcontext():
-            worker.score_missing(run, cell, worker.prepare_together(run, cell, world), self.scorer, world)
+            scoring.score_missing(run, cell, worker.prepare_together(run, cell, world), self.scorer, world)
         if world.is_first:
-            worker.set_done(run)
+            scoring.set_done(run)
 
     def _score_retained(self, run: RunDir) -> str:
         """Score while another process trains and holds the run; only scores are written."""

@@ -22,11 +22,11 @@ from suite.grids import Grid
 from suite.launch.branches import must_wait
 from suite.launch.report import report_command, write_report
 from suite.launch.scorer import Scorer
+from suite.launch.scoring import needs_scoring
 from suite.launch.slurm.job import CellJob, Stage
 from suite.launch.slurm.profile import Profile
 from suite.launch.slurm.queue import record_job, record_report
 from suite.launch.slurm.resources import Shape, scoring_shape, shapes
-from suite.launch.worker import needs_scoring
 from suite.records import GRIDS, RunDir, run_dir
 
 MAX_DEATHS = 3
