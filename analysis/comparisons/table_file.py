@@ -93,12 +93,14 @@ def compare(
     if not others:
         raise InputError(f"--columns: family is {reference!r} in every row, so there is nothing to compare")
     of_reference = runs[runs["family"] == reference]
-    differences = []
+    differences, pooled = [], []
     if "seed" in runs:
         for (family, cell), part in runs[runs["family"] != reference].groupby(["family", "cell"], sort=False):
             differences += _difference(part, of_reference[of_reference["cell"] == cell], str(family), str(cell))
+        pooled = [item for name in others for item in _pooled(runs[runs["family"] == name], of_reference, name)]
     _tested(differences, primary)
-    return {"reference": reference, "differences": differences} | _multipliers(runs, of_reference, others, draws, seed)
+    compared = {"reference": reference, "differences": differences, "pooled": pooled}
+    return compared | _multipliers(runs, of_reference, others, draws, seed)
 
 
 def _tested(differences: list[dict[str, Any]], primary: str | None) -> None:
@@ -143,6 +145,28 @@ def _difference(ours: pd.DataFrame, theirs: pd.DataFrame, family: str, cell: str
     ]
 
 
+def _pooled(ours: pd.DataFrame, theirs: pd.DataFrame, family: str) -> list[dict[str, Any]]:
+    """Return the mean difference over cells; empty with fewer than two cells.
+
+    Cells count equally. The t-interval is for these cells: differences vary within a cell by one variance, which is
+    pooled over cells, around a mean of the cell's own. (Our choice.)
+    """
+    from scipy.special import stdtrit
+
+    joined = ours.merge(theirs, on=["cell", "seed"], suffixes=("", "_ref"))
+    differences = (joined["y"] - joined["y_ref"]).groupby(joined["cell"])
+    means, counts = differences.mean(), differences.count()
+    if len(means) < 2:
+        return []
+    free, mean = int((counts - 1).sum()), float(means.mean())
+    reach = float("nan")
+    if len(joined) >= MIN_PAIRS and free > 0:
+        variance = float((differences.var(ddof=0) * counts).sum()) / free
+        reach = float(stdtrit(free, 0.975)) * float(np.sqrt(variance * (1 / counts).sum())) / len(means)
+    ends = {"low": mean - reach, "high": mean + reach, "smallest": float(means.min()), "largest": float(means.max())}
+    return [{"family": family, "cells": len(means), "pairs": len(joined), "difference": mean} | ends]
+
+
 def _multipliers(
     runs: pd.DataFrame, reference: pd.DataFrame, others: list[str], draws: int, seed: int
 ) -> dict[str, Any]:
@@ -176,6 +200,11 @@ def text(result: Mapping[str, Any]) -> str:
         lines.append(
             f"{item['family']} - {result['reference']} at {item['cell']}: {value}; {ratios}{flops}".rstrip("; ")
         )
+    lines += [
+        f"{item['family']} - {result['reference']} over {item['cells']} cells: {item['difference']:+.5g}{_ends(item)}, "
+        f"{item['pairs']} pairs; by cell {item['smallest']:+.4g} to {item['largest']:+.4g}"
+        for item in result["pooled"]
+    ]
     for item in result["multipliers"]:
         note = ", extrapolated" if item["extrapolated"] else ""
         value = f"{item['value']:.4g}{_ends(item)}, {item['runs']} runs{note}"

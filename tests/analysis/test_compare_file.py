@@ -67,6 +67,30 @@ def test_paired_differences_are_scipys_and_the_multiplier_the_known_one(
     assert known["moe", "size1"]["low"] is None
 
 
+def test_the_pooled_difference_is_that_of_least_squares_with_an_effect_per_cell(
+    table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    uneven = table[~((table["size"] == "size0") & (table["seed"] > 2))]
+    columns = COLUMNS.replace("C=flops,", "")
+    assert call(uneven, tmp_path, "--columns", columns, "--json") == 0
+    found = {item["family"]: item for item in json.loads(capsys.readouterr().out)["pooled"]}
+    wide = uneven.pivot(index=["size", "seed"], columns="kind", values="loss")
+    for family, pairs in (("memory", 28), ("moe", 18)):
+        y = (wide[family] - wide["dense"]).dropna()
+        cells = pd.get_dummies(y.index.get_level_values("size")).to_numpy(float)
+        effects, squares, *_ = np.linalg.lstsq(cells, y.to_numpy(), rcond=None)
+        free, weights = len(y) - cells.shape[1], np.full(cells.shape[1], 1 / cells.shape[1])
+        error = np.sqrt(squares[0] / free * weights @ np.linalg.inv(cells.T @ cells) @ weights)
+        low, high = stats.t.interval(0.95, free, effects.mean(), error)
+        assert (found[family]["pairs"], found[family]["cells"]) == (pairs, 6)
+        assert [found[family][name] for name in ("difference", "low", "high")] == pytest.approx(
+            [effects.mean(), low, high], rel=1e-9
+        )
+    one_cell = table[table["size"] == "size0"]
+    assert call(one_cell, tmp_path, "--columns", columns) == 0
+    assert "over" not in capsys.readouterr().out, "one cell is not pooled"
+
+
 def test_runs_of_one_budget_are_a_cell_without_being_told(
     table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
