@@ -28,7 +28,7 @@ METHODS = {"all": "full", "lora": "LoRA", "tables": "tables", "rows": "rows", "p
 
 @dataclass(frozen=True)
 class Learning:
-    """The runs of a grid that were taught new facts.
+    """The runs of a grid that were trained on new facts.
 
     measured: one row per measurement: run (position), family, base, seed, method, label (what distinguishes it among
         the taught runs of its family), and the columns of KNOWLEDGE.

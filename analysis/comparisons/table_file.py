@@ -215,7 +215,7 @@ def text(result: Mapping[str, Any]) -> str:
         lines.append(f"the {result['reference']} curve misses its own cells by {misfit:.2g} (root mean square)")
     if result["reason"]:
         lines.append(f"no compute multiplier: {result['reason']}")
-    lines.append(f"95 % intervals from {MIN_PAIRS} pairs or runs on")
+    lines.append(f"95 % intervals for {MIN_PAIRS}+ pairs or runs")
     return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from analysis.records.regime import regime
 from analysis.records.scores import identities
 
 POINT_NOTE = (
-    f"Points: mean over seeds, 95 % t-interval from {MIN_PAIRS} runs on, n in the legend; faint: single runs, or, of "
+    f"Points: mean over seeds, 95 % t-interval for {MIN_PAIRS}+ runs, n in the legend; faint: single runs, or, of "
     "many, their quantiles."
 )
 SIDE_BY_SIDE = POINT_NOTE.replace("n in the legend", "n at the label")

@@ -118,7 +118,7 @@ def _band(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 CURVE_NOTE = (
     "Thick: mean over seeds as far as all of them ran (runs stop once past half of N H); band: 95 % t-interval, drawn "
-    f"from {MIN_PAIRS} runs on, or, of more than {LINES} runs, the middle 80 % of them; thin: single runs; n: number "
+    f"for {MIN_PAIRS}+ runs, or, of more than {LINES} runs, the middle 80 % of them; thin: single runs; n: number "
     "of runs, a/b by base."
 )
 
@@ -170,7 +170,7 @@ def bits_against_compute(context: Context, folder: Path) -> list[Path]:
                 style.log_axis(axis)
             axes[row * len(bases)].set_ylabel("bits learned (storage)")
         style.legend_above(drawn, axes)
-        note = CURVE_NOTE + CUT_NOTE + " Wall-clock is that of the machine that ran the grid, which runs shared."
+        note = CURVE_NOTE + CUT_NOTE + " Wall-clock time is that of a machine that ran several runs at a time."
         return style.save(drawn, folder, "bits-compute", context.speed_note(note))
 
 
@@ -210,7 +210,7 @@ def against_rows(context: Context, folder: Path) -> list[Path]:
             notes.append(f"{base}: {exposure:.3g}")
         style.legend_above(drawn, axes)
         note = (
-            f"Points and lines: mean over seeds, 95 % t-interval from {MIN_PAIRS} runs on, n in the legend; "
+            f"Points and lines: mean over seeds, 95 % t-interval for {MIN_PAIRS}+ runs, n in the legend; "
             "faint: single runs; open: some runs censored, so the mean is a lower bound. Lines: families "
             "without a table. NLL per attribute at the last exposure all runs of a base reached "
             f"({', '.join(notes)})."

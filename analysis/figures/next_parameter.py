@@ -146,7 +146,7 @@ def against_size(context: Context, folder: Path) -> list[Path]:
         axis.set_xlabel("parameters, times the base")
         axis.set_ylabel(f"N_eq: parameters of {reference}\nof equal gain, times the base")
         style.legend_above(drawn, [axis])
-        note = "N_eq per seed, mean of its logarithm, 95 % t-intervals from 5 pairs on."
+        note = "N_eq per seed, mean of its logarithm, 95 % t-intervals for 5+ pairs."
         return style.save(drawn, folder, "equivalent-size", context.note(note))
 
 

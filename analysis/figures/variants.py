@@ -94,7 +94,7 @@ def multiplier_figure(context: Context, folder: Path) -> list[Path]:
         )
     note = (
         f"Training FLOPs that plain {reference} needs for half of N H over those that the variant needs, a tick per "
-        f"pair of seeds; point: geometric mean, 95 % t-interval from {MIN_PAIRS} pairs on. Variants with censored runs "
+        f"pair of seeds; point: geometric mean, 95 % t-interval for {MIN_PAIRS}+ pairs. Variants with censored runs "
         "are left out."
     )
     rows = [(base, label, np.concatenate(values)) for (base, label), values in ratios.items()]
@@ -119,7 +119,7 @@ def _multipliers_at_loss(context: Context, folder: Path) -> list[Path]:
     note = (
         f"FLOPs that a {reference} run would need for the variant's final loss over the variant's own, along a power "
         f"law with offset fitted to the envelope of the plain {reference} runs; 95 % bootstrap interval over runs, "
-        f"from {MIN_PAIRS} runs of the variant on. The curve misses its own runs by {drawn_rows[0][2].misfit:.2g} "
+        f"for {MIN_PAIRS}+ runs of the variant. The curve misses its own runs by {drawn_rows[0][2].misfit:.2g} "
         "nats (root mean square); variants closer to it than that are left out. Open: no run of the curve reached that "
         "loss, an extrapolation."
     )
@@ -202,7 +202,7 @@ def trend_figure(context: Context, folder: Path) -> list[Path]:
             bottom.set_xlabel(trend.outcome)
         note = (
             "ln y = a + b ln(1 + M/N) + c ln N, least squares over runs; points: geometric means of variants, 95 % "
-            f"t-intervals from {MIN_PAIRS} runs on (not for more than {ROWS} variants). Ring: the variant with "
+            f"t-intervals for {MIN_PAIRS}+ runs (not for more than {ROWS} variants). Ring: the variant with "
             "the largest table as predicted from the others before the fit drawn."
         )
         style.legend_above(drawn, axes)

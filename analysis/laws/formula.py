@@ -223,7 +223,7 @@ def _check_names(
     option: str,
 ) -> None:
     if output in free or output in inputs:
-        raise InputError(f"{option}: the outcome {output} also stands on the right")
+        raise InputError(f"{option}: the outcome {output} also occurs on the right")
     if not inputs:
         raise InputError(f"{option}: no name of --columns is in the formula")
     if not free:
@@ -332,7 +332,7 @@ def _size(x: Inputs) -> np.ndarray:
 
 
 def _units(tree: ast.expr, scales: list[str], values: Values, x: Inputs) -> dict[str, np.ndarray]:
-    """Return the value of each scale parameter at which it is as large as what stands next to it in the formula.
+    """Return the value of each scale parameter at which it is as large as its neighbour in the formula.
 
     In A*N**-a, A is measured in units of N**a at the middle of the data; in N + s, s in units of N; in N/s likewise.
     """
@@ -341,11 +341,11 @@ def _units(tree: ast.expr, scales: list[str], values: Values, x: Inputs) -> dict
     units: dict[str, np.ndarray] = {}
     for name in scales:
         node = next(
-            (item for item in ast.walk(tree) if isinstance(item, ast.BinOp) and _beside(item, name) is not None), None
+            (item for item in ast.walk(tree) if isinstance(item, ast.BinOp) and _sibling(item, name) is not None), None
         )
         if node is None:
             continue
-        other = _beside(node, name)
+        other = _sibling(node, name)
         assert other is not None
         with np.errstate(all="ignore"):
             size = np.log(np.abs(np.asarray(evaluate(other, filled), float)))
@@ -355,7 +355,7 @@ def _units(tree: ast.expr, scales: list[str], values: Values, x: Inputs) -> dict
     return units
 
 
-def _beside(node: ast.BinOp, name: str) -> ast.expr | None:
+def _sibling(node: ast.BinOp, name: str) -> ast.expr | None:
     """Return the other operand where one is the bare parameter; none for powers."""
     if isinstance(node.op, ast.Pow):
         return None

@@ -238,7 +238,7 @@ def _figure4(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> list[Pat
         style.legend_above(drawn, axes)
         note = (
             f"{LETTERS} Numbers of table 1; the values of the paper's figure 4 are not available, nor any of the 720m "
-            "base or of 373m Memory. Families of a base stand side by side; dotted lines guide the eye. Mixtures: "
+            "base or of 373m Memory. Families of a base are side by side; dotted lines guide the eye. Mixtures: "
             "expert choice in training, top-1 in evaluation. Source: arXiv:2412.09764"
         )
         return style.save(drawn, folder, "accuracy-base-size", f"{note}{_also(shown)}.")

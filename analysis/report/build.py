@@ -240,9 +240,9 @@ def _finals(plots: Context) -> list[Block]:
         )
     ]
     note = (
-        f"At the end of each run, not at equal exposures where runs stopped early. Intervals from {MIN_PAIRS} runs on. "
+        f"At the end of each run, not at equal exposures where runs stopped early. Intervals for {MIN_PAIRS}+ runs. "
         "n: runs of the variant, or, in parentheses, those that have the score. A column holds one score: the same "
-        "task version, prompts, few-shot examples, questions, data and precision; the number of questions stands in "
+        "task version, prompts, few-shot examples, questions, data and precision; the number of questions is in "
         "its header. ↑: higher is better, ↓: lower is better."
     )
     table = Table(["base", "variant", "n", "tokens", *columns], rows, left=2, name="final-evaluations")

@@ -277,5 +277,5 @@ HOW_CROSSED = (
     "the same. ↑: a positive difference is better, ↓: a negative one is. Differences have 95 % t-intervals over pairs "
     "of runs, for these questions. Over runs x questions: an interval of the same difference, taken question by "
     "question, with runs and questions as random effects, so that it also holds for other questions of the kind; given "
-    f"from {MIN_PAIRS} pairs on, for answers that are right or wrong."
+    f"for {MIN_PAIRS}+ pairs, for answers that are right or wrong."
 )

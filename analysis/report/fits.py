@@ -59,7 +59,7 @@ def multiplier_blocks(data: GridData, multipliers: Sequence[Named], reasons: Seq
         f"A power law with offset, final evaluation-mode loss against training FLOPs, is fitted to the envelope of the "
         f"plain {reference} runs of the same data (runs without another one that reaches as low a loss with as little "
         f"compute) and solved at each variant's loss: FLOPs of such a {reference} run over the variant's own. Every "
-        f"point is the end of a finished run. Intervals, from {MIN_PAIRS} runs of a variant on, resample runs on both "
+        f"point is the end of a finished run. Intervals, for {MIN_PAIRS}+ runs of a variant, resample runs on both "
         "sides. Extrapolated: the loss is outside those of the curve. Misfit: root mean square distance, in nats, of "
         "the curve from its own runs; a variant that is closer to the curve than that has no multiplier."
     )

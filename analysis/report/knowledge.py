@@ -33,7 +33,7 @@ def knowledge_blocks(learning: Learning) -> list[Block]:
     note = (
         "After the last fact, means over all facts. Bits of a fact: 0 for a model that knows only the possible "
         f"answers, negative for one that is certain of a wrong one. Forgotten: {learning.forgotten_unit}. "
-        f"Intervals from {MIN_PAIRS} seeds on."
+        f"Intervals for {MIN_PAIRS}+ seeds."
     )
     settings = Table(["method", "setting", "n", *COLUMNS.values()], rows, left=2, name="new-facts")
     return [settings, Text(note), _at_equal_learning(learning), Text(_how_compared(learning))]

@@ -39,7 +39,7 @@ def next_blocks(data: GridData, steps: Sequence[Step], metric: str, by: str) -> 
         sentences += [f"{base}: {sentence}" for sentence in lead_sentences(leads, noun)]
     note = (
         f"Gain: {unit(metric)} over the plain {data.reference} model of the base, paired over seeds, with 95 % "
-        f"t-intervals from {MIN_PAIRS} pairs on. Per doubling: gain over the step before it, per doubling of "
+        f"t-intervals for {MIN_PAIRS}+ pairs. Per doubling: gain over the step before it, per doubling of "
         f"{noun}; –: the step adds less than 2 %. N_eq: parameters of a wider {data.reference} model of the same gain."
     )
     blocks: list[Block] = [Table(headers, rows, left=3, name="next"), *map(Text, sentences), Text(note)]

@@ -11,7 +11,7 @@ import unicodedata
 from suite.data.tokenizers import Tokenizer
 
 INVALID = "\ufffd"
-"""What stands in the text of a token whose bytes are not a whole character."""
+"""The character in the text of a token whose bytes are not a whole character."""
 WHITE_SPACE = re.compile(r"[^\S\x1c-\x1f]+")
 """Runs of Unicode white space, to which Python adds four control characters."""
 

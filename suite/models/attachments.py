@@ -61,7 +61,7 @@ def validated(returned: object, layers: int) -> Attachments:
     """Return what a family's factory returned as `Attachments`; a list is that of the feed-forwards.
 
     Raises:
-        ValueError: A layer does not exist, an object is not a module, or one module stands at two points.
+        ValueError: A layer does not exist, an object is not a module, or one module is used at two points.
     """
     modules = Attachments(returned) if isinstance(returned, list) else returned
     feed_forwards = modules.feed_forwards if isinstance(modules, Attachments) else modules

@@ -1,4 +1,4 @@
-"""The registry of model families: a name, a configuration class, and the modules that stand in the transformer.
+"""The registry of model families: a name, a configuration class, and the modules that the transformer contains.
 
 The transformer knows the points at which modules enter and nothing else about a family. One call of `register` adds a
 family; its configuration class lists the fields that a cell may set.

@@ -91,7 +91,7 @@ def test_the_pooled_difference_is_that_of_least_squares_with_an_effect_per_cell(
     assert "over" not in capsys.readouterr().out, "one cell is not pooled"
 
 
-def test_runs_of_one_budget_are_a_cell_without_being_told(
+def test_runs_of_one_budget_are_one_cell_by_default(
     table: pd.DataFrame, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call(table, tmp_path, "--columns", "family=kind,C=flops,y=loss") == 0
@@ -111,7 +111,7 @@ def test_a_cell_of_several_budgets_has_no_multiplier(
     )
 
 
-def test_a_reader_that_leaves_early_is_no_error(table: pd.DataFrame, tmp_path: Path) -> None:
+def test_a_reader_that_closes_the_pipe_early_is_not_an_error(table: pd.DataFrame, tmp_path: Path) -> None:
     table.to_csv(tmp_path / "runs.csv", index=False)
     command = [sys.executable, "-m", "analysis", "compare", "--data", str(tmp_path / "runs.csv"), "--columns", COLUMNS]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

@@ -56,7 +56,7 @@ def test_document_has_the_agreed_keys_and_is_all_of_stdout(data: Path, capsys: p
     assert again == out
 
 
-def test_text_prints_the_held_out_score_beside_the_law(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_text_prints_the_held_out_score_next_to_the_law(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(data, capsys, "--law", "chinchilla", "--columns", GOOD, "--predict", "`run name` == 'r3'")
     assert code == 0
     assert "held out" in out
@@ -432,7 +432,7 @@ def test_isoflops_are_printed_a_line_per_budget(tmp_path: Path, capsys: pytest.C
     assert "frontier: y = k C^a" in out
 
 
-def test_an_isoflop_maximum_is_no_optimum() -> None:
+def test_an_isoflop_maximum_is_not_an_optimum() -> None:
     frame = isoflops().iloc[:54]
     found = run(frame.assign(L=10 - frame["L"]), Request("isoflop", "N=N,L=L", group="C"))
     assert len(found["outside"]) == 6

@@ -206,7 +206,7 @@ def test_a_law_file_fits_and_names_itself(tmp_path: Path, capsys: pytest.Capture
         ("L = E + A*N**-lambda", "", "got the reserved name 'lambda'"),
     ],
 )
-def test_what_is_no_law_is_refused_in_one_line(formula: str, parameters: str, message: str) -> None:
+def test_what_is_not_a_law_is_refused_in_one_line(formula: str, parameters: str, message: str) -> None:
     with pytest.raises(InputError) as error:
         fitted(table("chinchilla"), formula, parameters)
     assert message in str(error.value)

@@ -63,7 +63,7 @@ def test_scores_of_intermediate_checkpoints_are_not_final_scores(results: Path) 
     assert (row["step"], row["tokens"], row["train_flops"]) == (7, 700, 700 * row["flops_per_token"])
 
 
-def test_scores_with_tables_off_are_rows_of_their_own_and_no_final_scores(results: Path) -> None:
+def test_scores_with_tables_off_are_separate_rows_and_not_final_scores(results: Path) -> None:
     before = load(results, "demo", "dense")
     names = [run for run in before.runs["run"] if run.startswith("memory_plus")]
     for name in names:

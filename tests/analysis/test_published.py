@@ -85,7 +85,7 @@ def test_the_traps_are_noted_on_their_rows() -> None:
     assert ablations["note"].str.contains("misalign").all()
 
 
-def test_what_a_source_says_of_a_memory_in_words_is_kept() -> None:
+def test_the_description_of_a_memory_in_a_source_is_retained() -> None:
     notes = set(pd.read_csv(FOLDER / "ultramemv2.csv")["note"].dropna())
     assert "memory: knum 1138, 4 layers shared" in notes
 

@@ -135,7 +135,7 @@ def test_trend_recovers_a_known_power_law(tmp_path: Path) -> None:
     assert float(found.held_out["relative_error"]) == pytest.approx(0, abs=1e-6)
 
 
-def test_trend_leaves_out_what_one_base_cannot_tell(tmp_path: Path) -> None:
+def test_a_trend_omits_the_term_that_one_base_cannot_identify(tmp_path: Path) -> None:
     for keys in (None, 16, 32, 64):
         write_run(tmp_path, "memory_plus" if keys else "dense", "w32", 0, 20.0 / (1 + (keys or 0) / 64), half_keys=keys)
     found = trends(load(tmp_path, fallback="dense"))[0]
@@ -196,7 +196,7 @@ def test_a_headline_of_few_pairs_has_no_verdict(tmp_path: Path) -> None:
     assert "times the exposures of dense to learn half of N H (no verdict below 5 pairs), 2 pairs, at" in text
 
 
-def test_undecided_headline_says_so(tmp_path: Path) -> None:
+def test_an_undecided_headline_states_that(tmp_path: Path) -> None:
     for family, keys in (("dense", None), ("memory_plus", 16)):
         write_run(tmp_path, family, "w32", 0, 900.0, half_keys=keys)
     text = report_text(tmp_path)
@@ -249,7 +249,7 @@ def test_compute_multiplier_along_dense_budgets(tmp_path: Path) -> None:
     assert re.search(r"\| w32 \| memory_plus k16 \| 1 \| [\d,]+ \| [\d.]+ \| 3\.00 \| no \|", found)
 
 
-def test_compute_multiplier_says_what_it_lacks(tmp_path: Path) -> None:
+def test_a_missing_compute_multiplier_states_its_reason(tmp_path: Path) -> None:
     for seed, epochs in enumerate((2.0, 8.0, 32.0)):
         name = _budget_run(tmp_path, "dense", seed, epochs, 1.0)
     found = multiplier_text(tmp_path)
@@ -306,7 +306,7 @@ def test_without_a_memory_nothing_is_drawn_against_rows(tmp_path: Path) -> None:
     assert any(line.startswith("memory-rows: grid g has no model with a memory") for line in missing)
 
 
-def test_what_would_make_a_figure_is_said_as_the_grid_was_given(
+def test_the_command_for_a_missing_figure_names_the_grid_as_it_was_passed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = write_run(tmp_path, "dense", "w32", 0, 20.0)
@@ -455,7 +455,7 @@ def test_figures_that_no_longer_belong_are_removed(results: Path, tmp_path: Path
     assert own.exists()
 
 
-def test_a_grid_without_a_contrast_says_so_and_adjusts_every_comparison(tmp_path: Path) -> None:
+def test_a_grid_without_a_contrast_states_that_and_adjusts_every_comparison(tmp_path: Path) -> None:
     for seed in range(5):
         write_run(tmp_path, "dense", "w32", seed, 20.0 + seed)
         write_run(tmp_path, "memory_plus", "w32", seed, 12.0 + seed / 2, half_keys=16)

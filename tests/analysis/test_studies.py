@@ -130,7 +130,7 @@ def test_budgets_belong_together_by_gaps_or_by_a_column(scatter: float) -> None:
         assert by_gaps[kind]["parameters"]["a"] == pytest.approx(0.5, abs=0.02)
 
 
-def test_close_budgets_of_exact_flops_stay_apart() -> None:
+def test_close_budgets_of_exact_flops_stay_separate() -> None:
     assert len(set(budgets(np.repeat(1e18 * 1.1 ** np.arange(6), 5)))) == 6
     assert len(set(budgets(np.array([1e18, 1.03e18, 1.05e18])))) == 1
 

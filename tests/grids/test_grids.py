@@ -317,7 +317,7 @@ def test_a_grid_of_grids_has_each_cell_once_with_all_evaluations(tmp_path: Path)
     ]
 
 
-def test_a_grid_of_grids_has_no_cells_of_its_own(tmp_path: Path) -> None:
+def test_a_grid_of_grids_has_only_the_cells_of_its_grids(tmp_path: Path) -> None:
     assert "grids: got 'nowhere'" in complaint(tmp_path, "grids: [nowhere]\n")
     assert "defaults: not allowed together with grids" in complaint(tmp_path, BASE + "grids: [smoke]\n")
     (tmp_path / "inner.yaml").write_text("grids: [smoke]\n")

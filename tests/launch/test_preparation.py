@@ -49,7 +49,7 @@ def test_a_changed_setting_takes_effect_when_the_run_resumes_and_is_recorded(tmp
     assert [path.name for path in sorted(run.checkpoints.glob("step-*"))] == ["step-4", "step-6"]
 
 
-def test_equal_settings_are_no_change(tmp_path: Path) -> None:
+def test_equal_settings_are_not_a_change(tmp_path: Path) -> None:
     run, events = begun(tmp_path, tiny_cell(), steps=1), []
     prepare(tmp_path, tiny_cell(), events.append)
     assert not events

@@ -77,7 +77,7 @@ def test_a_run_that_cannot_be_written_can_be_exported_elsewhere(read_only: Path,
         ("eval", "tiny.yaml", "--tasks", "bios_storage", "--limit", "3"),
     ],
 )
-def test_a_verb_that_must_write_says_in_one_line_that_it_cannot(read_only: Path, arguments: tuple[str, ...]) -> None:
+def test_a_verb_that_cannot_write_states_that_in_one_line(read_only: Path, arguments: tuple[str, ...]) -> None:
     done = suite(read_only, *arguments)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1

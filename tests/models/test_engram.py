@@ -115,7 +115,7 @@ def test_the_layer_equals_a_loop_over_tokens_in_float64(gate: str, options: dict
         np.testing.assert_allclose(y_TD[position], y, rtol=1e-9, atol=1e-11)
 
 
-def test_the_memory_is_added_to_the_stream_before_attention_or_beside_the_feed_forward() -> None:
+def test_the_memory_is_added_to_the_stream_before_attention_or_next_to_the_feed_forward() -> None:
     before, beside = engram(), engram(point="beside_ffn")
     assert list(before.attached())[1] == "layers.1.before_attention"
     assert "layers.1.skip" in beside.attached()
@@ -190,7 +190,7 @@ def test_words_that_differ_in_case_share_a_canonical_id() -> None:
     assert canonical_ids(words) == [0, 1, 2, 3, 4, 3, 4]
 
 
-def test_bytes_that_are_no_character_keep_ids_of_their_own() -> None:
+def test_bytes_that_are_not_a_character_have_separate_ids() -> None:
     ids = canonical_ids(tokenizers.BytesTokenizer())
     assert len(ids) == 257
     assert ids[ord("A")] == ids[ord("a")]

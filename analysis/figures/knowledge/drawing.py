@@ -31,7 +31,7 @@ def learning_against_forgetting(context: Context, folder: Path) -> list[Path]:
         axes[0].set_ylabel(learning.forgotten_unit)
         style.legend_above(drawn, axes)
         note = (
-            "Points: mean over seeds of one setting (rate, rank or rows), 95 % t-intervals from 5 seeds on. Lines: "
+            "Points: mean over seeds of one setting (rate, rank or rows), 95 % t-intervals for 5+ seeds. Lines: "
             "lower convex hull of the settings' means and of doing nothing. Dotted: where methods are compared."
         )
         return style.save(drawn, folder, "learning-forgetting", context.note(note))

@@ -199,8 +199,8 @@ def token_table_modules(config: TokenTableConfig, vocab_size: int) -> Attachment
         values = {layer: ValueEmbedding(table, size.dim, size.kv_heads) for layer, table in tables.items()}
         return Attachments(dense, attention_values=values)
     tails = {layer: PerLayerEmbedding(table, size.dim, size.layers) for layer, table in tables.items()}
-    # The tail of a layer stands before the attention of the next one. The last layer has none: its module reads the
-    # input of the feed-forward instead.
+    # The tail of a layer is computed before the attention of the next one. No layer follows the last: its module reads
+    # the input of the feed-forward instead.
     last = size.layers - 1
     skips = {last: Skip(tails[last], last)} if last in tails else {}
     return Attachments(dense, before_attention={at + 1: tail for at, tail in tails.items() if at < last}, skips=skips)
