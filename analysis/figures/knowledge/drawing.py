@@ -19,14 +19,18 @@ if TYPE_CHECKING:
 
 def learning_against_forgetting(context: Context, folder: Path) -> list[Path]:
     """Draw what each setting learns and forgets, and the hull of each method, a panel per family."""
-    learning, looks = _start(context)
+    learning, _ = _start(context)
     families = list(dict.fromkeys(learning.final["family"]))
+    pairs = zip(learning.final["method"], learning.final["family"], strict=True)
+    kinds = {method: method.removeprefix(f"{family} ") for method, family in pairs}
+    looks = style.looks([(kind, kind) for kind in kinds.values()])
     with style.figure(1, len(families), width=3.0 * len(families), height=3.2, sharey=True) as (drawn, axes):
         for axis, family in zip(axes, families, strict=True):
             for method, part in learning.final[learning.final["family"] == family].groupby("method", sort=False):
-                _points(axis, part, looks[str(method)], f"{method} (n={part['seed'].nunique()})")
+                _points(axis, part, looks[kinds[str(method)]], kinds[str(method)])
             axis.axvline(LEVEL, color="#999999", linewidth=0.8, linestyle=":")
-            axis.set_title(family, loc="left")
+            seeds = learning.final[learning.final["family"] == family].groupby("method")["seed"].nunique()
+            axis.set_title(f"{family} (n={'-'.join(map(str, sorted({seeds.min(), seeds.max()})))})", loc="left")
             axis.set_xlabel("share of the lacking bits gained")
         axes[0].set_ylabel(learning.forgotten_unit)
         style.legend_above(drawn, axes)
