@@ -190,7 +190,7 @@ def test_a_law_file_fits_and_names_itself(tmp_path: Path, capsys: pytest.Capture
         ("L = " + "E+" * 2000 + "N", "", "characters, allowed"),
         ("L = E + A", "", "no name of --columns"),
         ("L = N + D", "", "no parameter"),
-        ("L = E + L*N", "", "also stands on the right"),
+        ("L = E + L*N", "", "--formula: the outcome L"),
         ("2*L = E + N", "", "is not a name"),
         (CHINCHILLA, "zeta > 0", "got 'zeta', allowed: E, A, alpha, B, beta"),
         (CHINCHILLA, "alpha >> 0", "--parameters"),
