@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from suite.models.precision import product_dtype
+
 ROOM = 64
 """Boundaries are padded to a multiple of this many, so that few shapes occur."""
 
@@ -59,9 +61,7 @@ def attend(q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor, documents: Documents) ->
 
 def takes(device: torch.device, dtype: torch.dtype) -> bool:
     """Return whether `attend` can be used: in fp16 or bf16 on CUDA, where autocast may choose the dtype."""
-    if torch.is_autocast_enabled(device.type) if device.type == "cuda" else False:
-        dtype = torch.get_autocast_dtype("cuda")
-    return device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
+    return device.type == "cuda" and product_dtype(dtype, device) in (torch.float16, torch.bfloat16)
 
 
 def mask_of(tokens_BT: Tensor, past: int, segments_BT: Tensor | None, pad_B: Tensor | None) -> Tensor | None:
@@ -92,7 +92,5 @@ def mask_of(tokens_BT: Tensor, past: int, segments_BT: Tensor | None, pad_B: Ten
 
 def as_bias(mask: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the mask as a bias added to scores, in the dtype of attention; all layers share it."""
-    device = mask.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+    bias = torch.zeros(mask.shape, dtype=product_dtype(dtype, mask.device), device=mask.device)
+    return bias.masked_fill_(~mask, -torch.inf)

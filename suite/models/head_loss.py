@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from suite.models.precision import at_least_fp32
+from suite.models.precision import at_least_fp32, product_dtype
 
 LOGITS_AT_ONCE = 1 << 28
 """Logits that exist at the same time: 1 GiB in fp32. With a vocabulary of 128k words, a chunk has 2,000 tokens."""
@@ -61,7 +61,7 @@ def _whole(x_ND: Tensor, matrix_VD: Tensor, targets_N: Tensor) -> Tensor:
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, matrix_VD: Tensor, targets_N: Tensor) -> Tensor:
-        dtype = _product_dtype(x_ND)
+        dtype = product_dtype(x_ND.dtype, x_ND.device)
         sums = at_least_fp32(dtype)
         ignored_N1 = (targets_N == IGNORED)[:, None]
         target_N1 = targets_N[:, None].clamp(min=0)
@@ -91,11 +91,3 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         # In place, since the gradient of the matrix is large. A second backward pass would find its version changed.
         return (*(part if part is None else part.mul_(grad) for part in ctx.saved_tensors), None)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype in which a product with `x` is computed."""
-    kind = x.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return x.dtype

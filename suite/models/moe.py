@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from suite.models import fused
 from suite.models.cost import Cost
 from suite.models.feedforward import SwiGLU
-from suite.models.precision import at_least_fp32
+from suite.models.precision import at_least_fp32, product_dtype
 from suite.models.ranking import best
 from suite.models.registry import Family, ModelConfig, Problem, register
 
@@ -106,9 +106,8 @@ class Experts(nn.Module):
 
     def _on_gpu_in_bf16(self, x_ND: Tensor) -> bool:
         """Return whether products are in bf16 on a GPU, with rows of a multiple of 16 bytes, as its kernels need."""
-        dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else x_ND.dtype
         aligned = not any(width % 8 for width in self.w1.shape[1:])
-        return x_ND.is_cuda and dtype == torch.bfloat16 and aligned
+        return x_ND.is_cuda and product_dtype(x_ND.dtype, x_ND.device) == torch.bfloat16 and aligned
 
     def cost(self, active: int) -> Cost:
         """Count all experts; each token reads the weights of `active` ones."""

@@ -14,6 +14,13 @@ def at_least_fp32(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def product_dtype(tensor_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype of matrix products of such tensors on a device: autocast may choose it."""
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return tensor_dtype
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Return whether no element (of this process' part of a DTensor) is NaN or infinite; memory: one chunk."""
     local: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
