@@ -221,13 +221,17 @@ class RunDir:
         lines = [line for line in self.train_lines() if line["step"] <= step]
         write_text(self.train_path, "".join(json.dumps(line) + "\n" for line in lines))
 
+    def eval_path(self, hash8: str) -> Path:
+        """Return the path of the scores of one evaluation."""
+        return self.path / f"eval/{hash8}.json"
+
     def write_eval(self, hash8: str, content: dict[str, Any]) -> None:
         """Write eval/<hash8>.json, the scores of one evaluation."""
-        write_json(self.path / f"eval/{hash8}.json", content)
+        write_json(self.eval_path(hash8), content)
 
     def has_eval(self, hash8: str) -> bool:
         """Return whether the scores of that evaluation exist."""
-        return (self.path / f"eval/{hash8}.json").exists()
+        return self.eval_path(hash8).exists()
 
     def read_eval(self, path: Path) -> dict[str, Any]:
         """Return the content of a file of eval/. Raises DamagedRecord."""

@@ -176,7 +176,7 @@ class _Template:
         share = _learned(step * cell.train.batch_rows / self.rows_per_epoch, exposures)
         for hash8, scores in self.scores.items():
             content = _scored(scores, share, generator) | {"run": run.name, "step": step}
-            (run.path / "eval" / f"{hash8}.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            run.eval_path(hash8).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         if registry.family(cell.model.family).has_memory:
             usage = {"run": run.name, "step": step, **self.usage}
             run.usage_path.write_text(json.dumps(usage, indent=1) + "\n", encoding="utf-8")

@@ -244,9 +244,9 @@ def _scores_table(scores: dict[str, list[dict[str, Any]]]) -> Table:
         for row in rows:
             counts = [str(row[key]) for key in ("few_shot", "n", "cut")]
             numbers = ["-" if row[key] is None else f"{row[key]:.4f}" for key in ("value", "stderr")]
-            changed = [*(["table off"] if row["table_off"] else []), row["precision"]]
-            changed = [text for text in changed if text != "fp32"]
-            task = f"{row['task']} ({', '.join(changed)})" if changed else row["task"]
+            terms = {"table off": row["table_off"], row["precision"]: row["precision"] != "fp32"}
+            changed = ", ".join(term for term, applies in terms.items() if applies)
+            task = f"{row['task']} ({changed})" if changed else row["task"]
             table.add_row(run, task, *counts, row["metric"], *numbers)
     return table
 

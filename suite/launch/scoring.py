@@ -206,7 +206,7 @@ def scores_of(run: RunDir, configs: Iterable[EvalConfig]) -> list[dict[str, Any]
     rows = []
     for config in dict.fromkeys(configs):
         if run.has_eval(config.hash8):
-            tasks = run.read_eval(run.path / "eval" / f"{config.hash8}.json")["tasks"]
+            tasks = run.read_eval(run.eval_path(config.hash8))["tasks"]
             for name in config.tasks:
                 facts = {"eval": config.hash8, "task": name, "table_off": config.table_off}
                 facts["precision"] = config.precision
@@ -227,7 +227,7 @@ def of_other_data(run: RunDir, configs: Iterable[EvalConfig], data_root: Path) -
 
     lines = []
     for config in dict.fromkeys(configs):
-        path = run.path / "eval" / f"{config.hash8}.json"
+        path = run.eval_path(config.hash8)
         if path.exists():
             tasks = run.read_eval(path)["tasks"]
             now = catalog.fingerprints(config, data_root)

@@ -167,7 +167,7 @@ def summary(run: RunDir, cell: Cell) -> dict[str, Any]:
     tables = record["tables"]
     tasks: dict[str, Any] = {}
     for config in cell.evaluate:
-        path = run.path / "eval" / f"{config.hash8}.json"
+        path = run.eval_path(config.hash8)
         if path.exists():
             scored = run.read_eval(path)["tasks"]
             name = " (table off)" if config.table_off else ""
