@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-LOWER_IS_BETTER = ("nll", "nll_min", "bits_per_byte", "perplexity", "byte_perplexity", "word_perplexity")
-"""Metrics of final scores that fall as models improve; all others rise."""
+LOWER_IS_BETTER = ("nll", "nll_min", "bits_per_byte", "perplexity", "byte_perplexity", "word_perplexity", "loss", "ppl")
+"""Metrics that fall as models improve, the last two as papers name them; all others rise."""
 OF_THE_DATA = ("bits_max",)
 """Metrics that state what the data holds; no direction is better."""
 

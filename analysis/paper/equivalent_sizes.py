@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from analysis.comparisons.direction import lower_is_better
 from analysis.comparisons.next_parameter import crossing
 from analysis.figures import style
 from analysis.records.shipped import published_folder
@@ -36,7 +37,7 @@ class Outcome:
 
     Attributes:
         file: Its file in results/published.
-        tables: Tables of the source that are read; models of different tables were trained alike.
+        tables: Tables of the source that are read; their models are comparable.
         task: As in that file.
         metric: As in that file.
         title: Of the panel.
@@ -57,7 +58,6 @@ OUTCOMES = (
     Outcome("ultramem", ("Table 1",), "ValLoss", "loss", "UltraMem:\nvalidation loss"),
     Outcome("sparse_memory_lm", ("steps 1 and cloud",), "Wikipedia validation", "ppl", "re133:\nWikipedia perplexity"),
 )
-LOWER_IS_BETTER = ("loss", "ppl")
 CAUTION = (
     "N_eq: parameters of a dense model of equal outcome, from the dense models of the same source at equal tokens, "
     "linear in the logarithm of the parameters (perplexities as their logarithm). One run each in the sources; no "
@@ -107,7 +107,7 @@ def _numbers(outcome: Outcome, results: Path) -> pd.DataFrame:
     if outcome.metric == "ppl":
         value = np.log(value)
     return chosen.assign(
-        outcome=-value if outcome.metric in LOWER_IS_BETTER else value,
+        outcome=-value if lower_is_better(outcome.metric) else value,
         family=[_family(name) for name in chosen["model"]],
         letter=chosen["confidence"].str[0],
     )

@@ -275,7 +275,7 @@ def text(result: Mapping[str, Any]) -> str:
     held = result["holdout"]
     if held["n"]:
         error = f"mean |relative error| {held['mean_abs_relative_error']:.4%}"
-        if result["residuals"] == "linear":  # an outcome next to 0 has a relative error that says nothing
+        if result["residuals"] == "linear":  # an outcome next to 0 has a meaningless relative error
             error = f"root mean square error {held['rms_error']:.4g}, {error}"
         lines.append(f"  held out ({held['n']} {held['rule']}): {error}")
     if "diagnostics" in result:

@@ -26,10 +26,11 @@ def learning_against_forgetting(context: Context, folder: Path) -> list[Path]:
     looks = style.looks([(kind, kind) for kind in kinds.values()])
     with style.figure(1, len(families), width=3.0 * len(families), height=3.2, sharey=True) as (drawn, axes):
         for axis, family in zip(axes, families, strict=True):
-            for method, part in learning.final[learning.final["family"] == family].groupby("method", sort=False):
+            methods = learning.final[learning.final["family"] == family].groupby("method", sort=False)
+            for method, part in methods:
                 _points(axis, part, looks[kinds[str(method)]], kinds[str(method)])
             axis.axvline(LEVEL, color="#999999", linewidth=0.8, linestyle=":")
-            seeds = learning.final[learning.final["family"] == family].groupby("method")["seed"].nunique()
+            seeds = methods["seed"].nunique()
             axis.set_title(f"{family} (n={'-'.join(map(str, sorted({seeds.min(), seeds.max()})))})", loc="left")
             axis.set_xlabel("share of the lacking bits gained")
         axes[0].set_ylabel(learning.forgotten_unit)
