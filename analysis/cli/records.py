@@ -113,7 +113,7 @@ def tuning(
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="write a Markdown file")] = None,
     as_json: AsJson = False,
 ) -> int:
-    """Print the best settings of each family in a tuning grid, whether they are interior, and all settings tried."""
+    """Print the best settings of each variant in a tuning grid, whether they are interior, and all settings tried."""
     from analysis.comparisons.tuning import choices, markdown, table
     from analysis.records.grid_data import load
 

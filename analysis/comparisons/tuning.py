@@ -1,30 +1,37 @@
-"""The best setting of each family in a tuning grid, whether it is interior, and how much it matters.
+"""The best setting of each variant in a tuning grid, whether it is interior, and how much it matters.
 
-All families need the same number of runs; otherwise their best settings are not comparable.
+A variant is what a report calls so, without the tuned fields: a family, and what varies within it, such as its form or
+table size. All variants need the same number of runs; otherwise their best settings are not comparable.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from analysis.errors import InputError
 from analysis.records.grid_data import GridData
+from analysis.records.labels import labels
 
 AXES = ("lr", "value_lr", "value_weight_decay")
+GROUP = ["variant", "base"]
+"""Columns of the runs that one choice is made among."""
 
 
 @dataclass(frozen=True)
 class Choice:
-    """The best setting of one family, by its mean share of N H stored at the last probe.
+    """The best setting of one variant at one base size, by its mean share of N H stored at the last probe.
 
     `edges` names the axes whose best value is the first or last tried (of three or more). `worst_neighbour` is the
     lowest share among settings one step away on one axis; it shows how much the setting matters.
     """
 
     family: str
+    variant: str
+    base: str
     runs: int
     setting: dict[str, float]
     share: float
@@ -33,7 +40,12 @@ class Choice:
 
 
 def table(data: GridData) -> pd.DataFrame:
-    """Return one row per finished run: family, seed, tuned fields (NaN if it lacks one) and share of bits stored."""
+    """Return one row per finished run: family, variant, base, seed, tuned fields (NaN if it lacks one) and share of bits
+    stored.
+
+    Raises:
+        InputError: No run is done with storage probes.
+    """
     runs = data.done.assign(share=data.curves("storage_bits").last_y()[data.done.index] / data.done["bits_max"])
     runs = runs[runs["share"].notna()].sort_values("stored")
     if runs.empty:
@@ -43,15 +55,20 @@ def table(data: GridData) -> pd.DataFrame:
         values = [train.get(axis) for train in runs["train"]]
         tuned = has_table | (axis == "lr")
         runs[axis] = np.where(tuned, pd.to_numeric(pd.Series(values, index=runs.index, dtype=object)), np.nan)
-    return runs[["family", "seed", *AXES, "share"]].reset_index(drop=True)
+    runs["variant"] = labels([_without_tuned_fields(cell) for cell in runs["settings"]])
+    return runs[["family", *GROUP, "seed", *AXES, "share"]].reset_index(drop=True)
+
+
+def _without_tuned_fields(cell: dict[str, Any]) -> dict[str, Any]:
+    return {**cell, "train": {name: value for name, value in cell["train"].items() if name not in AXES}}
 
 
 def choices(scored: pd.DataFrame) -> list[Choice]:
-    """Return the choice of every family of a tuning table, in the grid's order."""
-    return [_choice(str(family), part) for family, part in scored.groupby("family", sort=False)]
+    """Return the choice of every variant of a tuning table, in the grid's order."""
+    return [_choice(part) for _, part in scored.groupby(GROUP, sort=False)]
 
 
-def _choice(family: str, scored: pd.DataFrame) -> Choice:
+def _choice(scored: pd.DataFrame) -> Choice:
     axes = [axis for axis in AXES if scored[axis].notna().any()]
     means = scored.groupby(axes)["share"].mean().reset_index()
     best = means.sort_values("share").iloc[-1]
@@ -65,7 +82,9 @@ def _choice(family: str, scored: pd.DataFrame) -> Choice:
         same = (means[others] == best[others]).all(axis=1) if others else pd.Series(True, index=means.index)
         neighbours += means.loc[means[axis].isin(near) & same, "share"].tolist()
     return Choice(
-        family=family,
+        family=str(scored["family"].iloc[0]),
+        variant=str(scored["variant"].iloc[0]),
+        base=str(scored["base"].iloc[0]),
         runs=len(scored),
         setting={axis: float(best[axis]) for axis in axes},
         share=float(best["share"]),
@@ -77,16 +96,18 @@ def _choice(family: str, scored: pd.DataFrame) -> Choice:
 def markdown(scored: pd.DataFrame) -> str:
     """Return the choices as a table, followed by every setting tried."""
     lines = [
-        "| family | runs | lr | value lr | value weight decay | stored | worst neighbour | at an edge |",
-        "|---" * 8 + "|",
+        "| variant | base | runs | lr | value lr | value weight decay | stored | worst neighbour | at an edge |",
+        "|---" * 9 + "|",
     ]
     for choice in choices(scored):
         setting = [f"{choice.setting[axis]:g}" if axis in choice.setting else "" for axis in AXES]
-        cells = [choice.family, str(choice.runs), *setting, f"{choice.share:.1%}", f"{choice.worst_neighbour:.1%}"]
-        lines.append("| " + " | ".join([*cells, ", ".join(choice.edges) or "no"]) + " |")
-    lines += ["", "| family | lr | value lr | value weight decay | seeds | stored |", "|---" * 6 + "|"]
-    grouped = scored.groupby(["family", *AXES], dropna=False)["share"].agg(["count", "mean"])
+        cells = [choice.variant, choice.base, str(choice.runs), *setting, f"{choice.share:.1%}"]
+        cells += [f"{choice.worst_neighbour:.1%}", ", ".join(choice.edges) or "no"]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| variant | base | lr | value lr | value weight decay | seeds | stored |", "|---" * 7 + "|"]
+    grouped = scored.groupby([*GROUP, *AXES], dropna=False)["share"].agg(["count", "mean"])
     for _, row in grouped.reset_index().iterrows():
         shown = ["" if pd.isna(row[axis]) else f"{row[axis]:g}" for axis in AXES]
-        lines.append("| " + " | ".join([row["family"], *shown, f"{row['count']:.0f}", f"{row['mean']:.1%}"]) + " |")
+        cells = [row["variant"], row["base"], *shown, f"{row['count']:.0f}", f"{row['mean']:.1%}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

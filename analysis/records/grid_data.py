@@ -213,7 +213,7 @@ def from_store(
     reference = _reference(runs, reference, contrast) or fallback
     if reference is None:
         raise InputError("--reference: missing, and the grid declares no contrast; name the family to compare with")
-    runs = runs.assign(label=labels([json.loads(text) for text in runs.pop("settings")]))
+    runs = runs.assign(label=labels(list(runs["settings"])))
     runs = with_partners(_ordered(runs, reference), reference)
     position = positions(runs, len(table))
     probes, table_use = _probes(table, position), unnest(table, "table_use", position)
@@ -236,14 +236,14 @@ def from_store(
 def run_table(table: pa.Table, predicted: Mapping[str, float]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return the readable runs of a store in its order, and run and cause of the damaged ones.
 
-    `stored` is the row of a run in the store, `settings` its cell as JSON.
+    `stored` is the row of a run in the store, `settings` its cell.
     """
     flat = table.select([name for name in table.column_names if not pa.types.is_list(table[name].type)]).to_pandas()
     unreadable = (flat["state"] == DAMAGED).to_numpy()
     cells = [json.loads(text) for text in flat.loc[~unreadable, "cell"]]
     accounts = _parsed(flat.loc[~unreadable, "account"])
-    runs = flat[~unreadable].drop(columns="account").rename(columns={"cell": "settings", "hash": "cell"})
-    runs = runs.reset_index(drop=True).assign(stored=np.flatnonzero(~unreadable))
+    runs = flat[~unreadable].drop(columns=["account", "cell"]).rename(columns={"hash": "cell"})
+    runs = runs.reset_index(drop=True).assign(stored=np.flatnonzero(~unreadable), settings=cells)
     runs = _identified(runs, cells, accounts).assign(predicted_wall_s=runs["run"].map(predicted).astype(float))
     return runs, flat.loc[unreadable, ["run", "cause"]].reset_index(drop=True)
 

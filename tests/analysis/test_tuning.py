@@ -1,14 +1,19 @@
 """The choice of a tuning grid: the best mean over seeds, its neighbours, and edges named."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from run_folders import write_json, write_run
 
-from analysis.comparisons.tuning import AXES, choices
+from analysis.comparisons.tuning import AXES, choices, table
+from analysis.records.grid_data import load
 
 
 def run(family: str, seed: int, share: float, **train: Any) -> dict[str, Any]:
-    return {"family": family, "seed": seed, **dict.fromkeys(AXES, float("nan")), **train, "share": share}
+    group = {"family": family, "variant": family, "base": "w32"}
+    return group | {"seed": seed, **dict.fromkeys(AXES, float("nan")), **train, "share": share}
 
 
 def test_the_best_mean_over_seeds_is_chosen_not_the_best_run() -> None:
@@ -29,3 +34,20 @@ def test_a_best_value_at_the_end_of_its_axis_is_named_and_two_point_axes_have_no
     assert choice.setting == {"lr": 0.1, "value_lr": 4.0, "value_weight_decay": 0.0}
     assert choice.edges == ("value_lr",)
     assert choice.worst_neighbour == 0.2
+
+
+def test_forms_of_a_family_are_chosen_separately(tmp_path: Path) -> None:
+    best = {("stem", 0.01): 20.0, ("stem", 0.02): 30.0, ("value_embedding", 0.01): 30.0, ("value_embedding", 0.02): 20.0}
+    for seed, ((form, lr), e50) in enumerate(best.items()):
+        name = write_run(tmp_path, "token_table", "w32", seed, e50, stop_past=False)
+        path = tmp_path / "runs" / name / "cell.json"
+        content = json.loads(path.read_text())
+        content["cell"]["model"]["form"] = form
+        content["cell"]["train"]["lr"] = lr
+        write_json(path, content)
+    by_variant = {choice.variant: choice for choice in choices(table(load(tmp_path, fallback="dense")))}
+    assert {name: choice.setting["lr"] for name, choice in by_variant.items()} == {
+        "token_table form=stem": 0.01,
+        "token_table form=value_embedding": 0.02,
+    }
+    assert [choice.runs for choice in by_variant.values()] == [2, 2]
