@@ -40,7 +40,7 @@ class Choice:
 
 
 def table(data: GridData) -> pd.DataFrame:
-    """Return one row per finished run: family, variant, base, seed, tuned fields (NaN if it lacks one) and share of bits
+    """Return one row per finished run: family, variant, base, seed, the tuned fields that it has, and the share of bits
     stored.
 
     Raises:
