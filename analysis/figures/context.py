@@ -143,10 +143,14 @@ def context(comparisons: Comparisons) -> Context:
     """Return the figures' view of a grid's finished runs."""
     data = comparisons.data
     table = data.done
-    labels, remark = table["label"], ""
+    remark = ""
+    if table["label"].nunique() > LEGEND and len(data.smaller_tables):
+        table = table[~table.index.isin(data.smaller_tables["run"])]
+        remark = "Runs with smaller tables are drawn in the figure of table bytes only. "
+    labels = table["label"]
     if labels.nunique() > LEGEND:
         labels = _pooled(table)
-        remark = f"The grid has {table['label'].nunique():,} variants: those of one family and table size are pooled."
+        remark += f"The grid has {table['label'].nunique():,} variants: those of one family and table size are pooled."
     drawn = labels.drop_duplicates()[:LEGEND]
     if labels.nunique() > LEGEND:
         remark += f" {labels.nunique() - LEGEND} of {labels.nunique()} families and sizes are not drawn."
@@ -155,7 +159,7 @@ def context(comparisons: Comparisons) -> Context:
     table = table[table["label"].isin(drawn)]
     pairs = table.drop_duplicates("label")
     looks = style.looks(list(zip(pairs["family"], pairs["label"], strict=True)))
-    return Context(comparisons, table, looks, drawn_as, remark)
+    return Context(comparisons, table, looks, drawn_as, remark.strip())
 
 
 def _pooled(table: pd.DataFrame) -> pd.Series:

@@ -29,6 +29,7 @@ CAPTIONS = {
     "key-usage": "How evenly the memory's rows are read",
     "key-usage-training": "Use of the memory's rows over training",
     "hit-rates": "Hit rate of a cache of rows against its size",
+    "table-bytes": "Loss against the bytes of smaller tables",
     "final-scores": "Final scores",
     "scores-rows": "Final scores against memory rows, with published points",
     "scores-base": "Final scores against base size",

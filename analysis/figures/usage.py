@@ -1,9 +1,9 @@
-"""How memories are used: rows read and evenness of reads, of the finished models and over training."""
+"""How memories are used: rows read and evenness of reads, hit rates of caches, and the loss of smaller tables."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -122,6 +122,102 @@ def hit_rates(context: Context, folder: Path) -> list[Path]:
             "tables. The LRU cache starts empty and also counts repeated reads within a token and a batch."
         )
         return style.save(drawn, folder, "hit-rates", context.note(note))
+
+
+FORM_MARKERS = {"as trained": "o", "bf16": "s", "int8": "D", "fp8": "^", "int4": "v", "nf4": "P"}
+LINEAR_PERCENT = 0.01
+"""Changes of loss up to this many percent are drawn on a linear scale, larger ones on a logarithmic one."""
+
+
+def table_bytes(context: Context, folder: Path) -> list[Path]:
+    """Draw the loss, and its change from that of the trained run, against the bytes of the tables, a row of panels per
+    base."""
+    runs = context.data.done
+    tables = context.data.smaller_tables
+    tables = tables[tables["run"].isin(runs.index)]
+    tables = tables.join(runs[["base", "family", "trained_label"]], on="run")
+    if tables.empty:
+        raise Missing(
+            f"no run with smaller tables in grid {context.grid}; add quantised or kept_rows to it, then: "
+            f"suite sweep {context.source}"
+        )
+    pairs = tables.drop_duplicates("trained_label")
+    looks = style.looks(list(zip(pairs["family"], pairs["trained_label"], strict=True)))
+    bases = [base for base in context.bases if base in set(tables["base"])]
+    with style.figure(len(bases), 2, width=7.0, height=2.9 * len(bases)) as (drawn, axes):
+        for row, base in enumerate(bases):
+            left, right = panels = axes[2 * row : 2 * row + 2]
+            right.set_yscale("symlog", linthresh=LINEAR_PERCENT)
+            for label, part in tables[tables["base"] == base].groupby("trained_label", sort=False):
+                _against_bytes(left, right, looks[str(label)], f"{label} (n={part['source'].nunique()})", part)
+            right.axhline(0, color="#888888", linewidth=0.8, linestyle=":")
+            for axis, ylabel in zip(panels, ("loss, nats/token", "change of loss, %"), strict=True):
+                style.log_axis(axis)
+                axis.set_xlabel("bytes of all tables")
+                axis.set_ylabel(ylabel)
+                axis.set_title(f"base {base}", loc="left")
+        for form in [form for form in FORM_MARKERS if form == "as trained" or form in set(tables["form"])]:
+            axes[0].plot([], [], FORM_MARKERS[form], color=style.PLAIN.color, label=form)
+        style.legend_above(drawn, axes)
+        note = (
+            "Loss in evaluation mode. Solid: all rows, in smaller forms; dotted: only the rows that training text "
+            "reads most, with their share in %. Marks: mean over seeds; n: number of trained runs. Bars on the right: "
+            "the paired standard error of a run's change over texts, mean over seeds; faint: single runs. The change "
+            f"is linear up to {LINEAR_PERCENT:g} % and logarithmic beyond."
+        )
+        return style.save(drawn, folder, "table-bytes", context.note(note))
+
+
+def with_trained(tables: pd.DataFrame) -> pd.DataFrame:
+    """Return runs with smaller tables and, once each, the trained runs that they were made from.
+
+    Columns that are added: `share` of the rows that is retained, and the `change` of the loss with its paired standard
+    error (`error`), in percent.
+    """
+    trained = tables.drop_duplicates("source")
+    trained = trained.assign(bytes=trained["source_bytes"], loss=trained["source_loss"], stderr=0.0)
+    points = pd.concat([trained.assign(form="as trained", kept_rows=1.0), tables], ignore_index=True)
+    return points.assign(
+        form=points["form"].fillna("as trained"),
+        share=points["kept_rows"].fillna(1.0),
+        change=100 * (points["loss"] / points["source_loss"] - 1),
+        error=100 * points["stderr"] / points["source_loss"],
+    )
+
+
+def _against_bytes(left: Axes, right: Axes, look: style.Look, label: str, part: pd.DataFrame) -> None:
+    """Draw the runs made from those of one variant: one line of forms, and one of dropped rows for each form.
+
+    Args:
+        left: Where the loss is drawn.
+        right: Where its change is drawn.
+        look: The look of the variant.
+        label: Its legend entry.
+        part: Its runs with smaller tables.
+    """
+    points = with_trained(part)
+    means = points.groupby(["form", "share"])[["bytes", "loss", "change", "error"]].mean().reset_index()
+    dropped = means[means["share"] < 1]["form"].unique()
+    lines = [("-", means[means["share"] == 1]), *((":", means[means["form"] == form]) for form in dropped)]
+    for axis, y in ((left, "loss"), (right, "change")):
+        axis.plot([], [], color=look.color, linestyle=look.linestyle, alpha=look.alpha, label=label)
+        for linestyle, line in lines:
+            line = line.sort_values("bytes")
+            axis.plot(line["bytes"], line[y], color=look.color, linestyle=linestyle, alpha=look.alpha, linewidth=1)
+        axis.plot(points["bytes"], points[y], "_", color=look.color, alpha=0.4)
+        for point in means.to_dict("records"):
+            error = point["error"] if axis is right else 0.0
+            marks: dict[str, Any] = {"color": look.color, "marker": FORM_MARKERS[point["form"]], "alpha": look.alpha}
+            axis.errorbar(point["bytes"], point[y], yerr=error or None, capsize=2.5, markersize=4, **marks)
+            if point["share"] < 1:
+                axis.annotate(
+                    f"{100 * point['share']:g}",
+                    (point["bytes"], point[y]),
+                    xytext=(4, 3),
+                    textcoords="offset points",
+                    fontsize=6,
+                    color="#555555",
+                )
 
 
 def _over_training(axis: Axes, context: Context, label: str, part: pd.DataFrame) -> None:

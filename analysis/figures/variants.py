@@ -14,7 +14,7 @@ from analysis.comparisons.statistics import MIN_PAIRS
 from analysis.figures import style
 from analysis.figures.context import POINT_NOTE, Context, Missing
 from analysis.figures.marks import dot, line_over_bases, variant_points
-from analysis.figures.usage import hit_rates, usage_figure, usage_in_training
+from analysis.figures.usage import hit_rates, table_bytes, usage_figure, usage_in_training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -248,5 +248,6 @@ CELL_FIGURES: list[tuple[str, Callable[[Context, Path], list[Path]]]] = [
     ("key-usage", usage_figure),
     ("key-usage-training", usage_in_training),
     ("hit-rates", hit_rates),
+    ("table-bytes", table_bytes),
     ("plan", plan_figure),
 ]

@@ -22,7 +22,7 @@ from analysis.errors import InputError
 from analysis.records import store
 from analysis.records.curves import Curves
 from analysis.records.grids import Contrast, read_grid, read_grids, read_plans, read_source
-from analysis.records.labels import is_reshaped, labels, pairing, training
+from analysis.records.labels import is_reshaped, labels, pairing, trained_labels, training
 from analysis.records.run_files import DAMAGED
 from analysis.records.scores import IDENTITY, final_scores, without_tables
 
@@ -65,6 +65,7 @@ COLUMNS = (
     "answers",
     "knowledge",
     "retention",
+    "smaller_tables",
 )
 
 
@@ -72,14 +73,17 @@ COLUMNS = (
 class GridData:
     """The records of a grid.
 
-    runs: one row per readable run, in reading order: identity (run, cell, label, family, base, seed, half_keys,
-        memory_rows, ffn_hidden, reshaped, pairing, train_key), state and cause, the account, ratios to the partner,
-        speed, how far it got, and E50. `e50` is an exposure; `e50_state` is reached, censored (`e50` is then the last
-        exposure, a lower bound), early (an upper bound) or none (no storage probes at a constant learning rate).
+    runs: one row per readable run, in reading order: identity (run, cell, label, trained_label, family, base, seed,
+        half_keys, memory_rows, ffn_hidden, reshaped, pairing, train_key), state and cause, the account, ratios to the
+        partner, speed, how far it got, and E50. `e50` is an exposure; `e50_state` is reached, censored (`e50` is then
+        the last exposure, a lower bound), early (an upper bound) or none (no storage probes at a constant learning
+        rate).
         `partner` is the position of the reference run that ratios are relative to, -1 without one.
     probes: one row per probe: run, step, tokens, epoch, train_flops, wall_s, eval_loss and `<kind>_<metric>`.
     table_use: one row per logged step of a run with tables: run, tokens, used, never_read, kl_bits.
     hit_rates: one row per size of a cache of a run with tables: run, share, static, lru.
+    smaller_tables: one row per run with quantised or dropped rows: run, source (the name of the trained run), form,
+        kept_rows, bytes, source_bytes, loss, source_loss, and the paired standard error of the difference (stderr).
     scores: one row per final score, see analysis.records.scores.
     tables_off: one row per final score that a run also has with its tables switched off, as `off`.
     knowledge, retention: one row per measurement of learning and forgetting, see analysis.records.knowledge.
@@ -104,6 +108,7 @@ class GridData:
     knowledge: pd.DataFrame = field(default_factory=pd.DataFrame)
     retention: pd.DataFrame = field(default_factory=pd.DataFrame)
     hit_rates: pd.DataFrame = field(default_factory=pd.DataFrame)
+    smaller_tables: pd.DataFrame = field(default_factory=pd.DataFrame)
     imported: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["name", "score", "value"]))
 
     @cached_property
@@ -213,7 +218,8 @@ def from_store(
     reference = _reference(runs, reference, contrast) or fallback
     if reference is None:
         raise InputError("--reference: missing, and the grid declares no contrast; name the family to compare with")
-    runs = runs.assign(label=labels(list(runs["settings"])))
+    cells = list(runs["settings"])
+    runs = runs.assign(label=labels(cells), trained_label=trained_labels(cells))
     runs = with_partners(_ordered(runs, reference), reference)
     position = positions(runs, len(table))
     probes, table_use = _probes(table, position), unnest(table, "table_use", position)
@@ -230,6 +236,7 @@ def from_store(
         knowledge=unnest(table, "knowledge", position),
         retention=unnest(table, "retention", position),
         hit_rates=unnest(table, "hit_rates", position),
+        smaller_tables=unnest(table, "smaller_tables", position),
     )
 
 

@@ -10,10 +10,15 @@ SHAPE = ("layers", "dim", "heads", "kv_heads", "ffn_hidden")
 NAMED_FIRST = {"model.half_keys": "k{}", "model.ffn_hidden": "ffn{}"}
 """Settings that every label of a model with them starts with."""
 OUTSIDE_A_LABEL = ("seed", "evaluate")
+AFTER_TRAINING = ("quantised", "kept_rows")
+"""Settings of a run that is made from a trained one (docs/serving-tables.md)."""
 
 
 def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the variant of each cell: family, table or width, and what else varies within its family and base."""
+    """Return the variant of each cell: family, table or width, and what else varies within its family and base.
+
+    Settings AFTER_TRAINING are named only where they are set.
+    """
     groups: dict[tuple[str, str], list[int]] = {}
     for position, cell in enumerate(cells):
         groups.setdefault((cell["model"]["family"], cell["model"]["base"]), []).append(position)
@@ -32,9 +37,15 @@ def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         for at, options in zip(members, settings, strict=True):
             parts = [form.format(options[key]) for key, form in NAMED_FIRST.items() if options.get(key)]
-            parts += [f"{key.split('.')[-1]}={options.get(key)}" for key in varying]
+            named = [key for key in varying if key not in AFTER_TRAINING or options.get(key) is not None]
+            parts += [f"{key.split('.')[-1]}={options.get(key)}" for key in named]
             result[at] = " ".join([family, *parts])
     return result
+
+
+def trained_labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the variant of each cell, whatever is done to its tables after training."""
+    return labels([{key: value for key, value in cell.items() if key not in AFTER_TRAINING} for cell in cells])
 
 
 def flat(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -56,11 +56,13 @@ LISTS = {
     "answers": ("answers",),
     "knowledge": KNOWLEDGE,
     "retention": RETENTION,
+    "smaller_tables": ("source", "form", "kept_rows", "bytes", "source_bytes", "loss", "source_loss", "stderr"),
 }
 """List column -> its fields. `lines`: train.jsonl; `probes`: the scores of a probe line, one entry per kind, `line` its
 position in `lines`; `table_use`: means over tables; `hit_rates`: of caches of a
 share of the rows, means over tables; `answers`: one entry per score; `knowledge` and `retention`: see
-analysis.records.knowledge."""
+analysis.records.knowledge; `smaller_tables`: one entry for a run that suite quantise made, `source` the
+name of the trained run, `stderr` the paired standard error of the difference of the two losses."""
 RECENT = 10
 DAMAGED = "damaged"
 """State of a run with a record file that cannot be read."""
@@ -105,6 +107,11 @@ def _read_cell(row: Row, folder: Path) -> None:
     row.scalars["hash"] = str(content.get("hash", folder.name.rsplit("-", 1)[-1]))
     row.scalars["account"] = json.dumps(content.get("account") or {})
     row.scalars["versions"] = json.dumps(content.get("versions") or {}, sort_keys=True)
+    if tables := content.get("tables"):
+        loss = tables["loss"]
+        sizes = tables.get("kept_rows"), tables["bytes"], tables["source_bytes"]
+        numbers = (_number(value) for value in (*sizes, loss["value"], loss["reference"], loss["stderr"]))
+        row.lists["smaller_tables"].append((content["started_from"]["run"], tables["form"], *numbers))
 
 
 def _read_state(row: Row, folder: Path) -> None:

@@ -35,7 +35,19 @@ def _list_type(fields: Sequence[str]) -> pa.DataType:
     return pa.list_(pa.field("element", entry))  # Parquet's name for list entries, as it is read back
 
 
-TEXT = {"kind", "split", "task", "metric", "version", "prompt_hash", "data_fingerprint", "precision", "answers"}
+TEXT = {
+    "kind",
+    "split",
+    "task",
+    "metric",
+    "version",
+    "prompt_hash",
+    "data_fingerprint",
+    "precision",
+    "answers",
+    "source",
+    "form",
+}
 """Fields of the list columns that hold text; all others are numbers."""
 SCHEMA = pa.schema(
     [
