@@ -91,6 +91,9 @@ def plan(
     nodes: Annotated[int | None, typer.Option(min=1, help="maximum nodes of 8 GPUs; default: no limit")] = None,
     utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="assumed share of the GPU's peak FLOP/s")] = 0.4,
     price: Annotated[float | None, typer.Option(min=0, help="dollars per GPU-hour; default: an assumed price")] = None,
+    table: Annotated[
+        str | None, typer.Option("--table", metavar="PLACE", help="tables in decoding: host or file; default: device")
+    ] = None,
     dry_run_mesh: Annotated[
         bool, typer.Option("--dry-run-mesh", help="trace a step of rank 0 of every mesh on fake tensors")
     ] = False,
@@ -104,6 +107,7 @@ def plan(
     Example: suite plan paper-fixed-memory --gpu h100
     """
     from suite.atomic import write_json
+    from suite.inference.tables.loading import PLACES
     from suite.launch.checks.memory import host_limit
     from suite.launch.preparation import refuse_other_file
     from suite.plan import plan as planning
@@ -112,13 +116,18 @@ def plan(
     from suite.plan.gpus import CPU
     from suite.plan.table import measured, partners_table, plan_notes, plan_table
 
+    if table not in (None, *PLACES):
+        raise UserError(f"--table: got {table!r}, allowed: {', '.join(PLACES)}")
     loaded = options.load(grid, need_data=False)
+    if table is not None and not any(cell.model.has_tables for cell in loaded.cells):
+        raise UserError(f"--table: got {table!r}, allowed: a grid with value tables, which {loaded.name} has not")
     check_folders(options.results, None, make=False)
     measured_speeds = this_machine.speeds(options.results) if gpu.lower() == CPU else None
     if measured_speeds is None:
-        assumptions = planning.assumptions(gpu, nodes, utilisation, price)
+        assumptions = planning.assumptions(gpu, nodes, utilisation, price, table)
     else:
-        assumptions = planning.Assumptions(this_machine.cpu(measured_speeds, host_limit()), nodes=1, utilisation=1.0)
+        device = this_machine.cpu(measured_speeds, host_limit())
+        assumptions = planning.Assumptions(device, nodes=1, utilisation=1.0, table=table)
     path = options.results / "plans" / f"{loaded.name}-{Path(gpu).stem.lower()}.json"
     refuse_other_file(path, loaded)
     plans = planning.plan(loaded, assumptions, options.results / "cache")

@@ -8,12 +8,14 @@ multiply-adds: reading rows of a value table, like reading an embedding, moves b
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import nn
 
 from suite.models.cost import Cost, add_counts, dense_cost
+from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
 
@@ -40,8 +42,8 @@ class Account:
         macs_total: The sum of `macs_per_token`.
         flops_per_token_forward: Twice `macs_total`.
         flops_per_token: FLOPs per token of a training step, three times the forward pass.
-        bytes_per_token: Bytes that decoding one token of one sequence reads in bf16: active weights, one embedding
-            row, and the key-value cache.
+        bytes_per_token: Bytes that decoding one token of one sequence reads: active weights, one embedding row, and
+            the key-value cache, in bf16; rows of quantised tables in their form.
     """
 
     params: dict[str, int]
@@ -90,8 +92,14 @@ def needs_values(error: RuntimeError) -> bool:
     return isinstance(error, NotImplementedError) or "meta tensor" in str(error).lower()
 
 
-def account_of(model: Transformer, seq_len: int) -> Account:
-    """Count a model that has been built, on any device, with rows of `seq_len` tokens. Raises as `account` does."""
+def account_of(model: Transformer, seq_len: int, row_bytes: Callable[[int], int] | None = None) -> Account:
+    """Count a model that has been built, on any device. Raises as `account` does.
+
+    Args:
+        model: The model.
+        seq_len: Tokens per row.
+        row_bytes: The bytes of a table's row of a width; None: those of bf16.
+    """
     costs = {name: cost_of(name, part) for name, part in model.parts()}
     for name, module in model.attached().items():
         _require_all_parameters(name, module, costs[name])
@@ -109,6 +117,7 @@ def account_of(model: Transformer, seq_len: int) -> Account:
     macs_total = sum(macs.values())
     cache = size.layers * 2 * size.kv_heads * size.head_dim * mean_len
     read = sum(total.read.values())
+    rows_in_bf16, rows_in_form = (table_bytes(model, of_row) for of_row in (_bf16_bytes, row_bytes or _bf16_bytes))
     unread_embedding = total.params["embedding"] - total.read["embedding"]
     return Account(
         params=total.params,
@@ -121,8 +130,34 @@ def account_of(model: Transformer, seq_len: int) -> Account:
         macs_total=macs_total,
         flops_per_token_forward=2 * macs_total,
         flops_per_token=6 * macs_total,
-        bytes_per_token=INFERENCE_BYTES * (read + cache),
+        bytes_per_token=INFERENCE_BYTES * (read + cache) + rows_in_form - rows_in_bf16,
     )
+
+
+def table_bytes(model: Transformer, row_bytes: Callable[[int], int]) -> float:
+    """Return the bytes of table rows that one token reads; `row_bytes` are the bytes of a row of a width."""
+    return sum(
+        min(reads, len(table.weight)) * row_bytes(table.weight.shape[1]) for table, reads in reads_per_token(model)
+    )
+
+
+def reads_per_token(model: Transformer) -> list[tuple[MemoryTable, float]]:
+    """Return each table and the rows that one token reads from it, over all layers."""
+    layers = model.memory_layers().values()
+    return [
+        (table, sum(rows_read(layer) for layer in layers for read in layer.tables if read is table))
+        for table in model.memory_tables()
+    ]
+
+
+def rows_read(layer: MemoryLayer) -> float:
+    """Return the rows that one token reads from each of the layer's tables."""
+    widths = sum(table.weight.shape[1] for table in layer.tables)
+    return cost_of("memory", layer).read.get("memory_values", 0) / widths
+
+
+def _bf16_bytes(width: int) -> int:
+    return INFERENCE_BYTES * width
 
 
 def cost_of(name: str, part: nn.Module) -> Cost:

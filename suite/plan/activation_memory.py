@@ -58,10 +58,10 @@ class StepTracer:
         self.model, self.seq_len, self.precision, self.busiest = model, seq_len, precision, busiest
         self.cache: PartCache = {} if cache is None else cache
         self.tables = [table for table in model.memory_tables() if table.weight.requires_grad]
+        self.frozen = [table for table in model.memory_tables() if not table.weight.requires_grad]
         self.blocks = cast(list[Block], list(model.layers))
         self._config = model.config.model_dump_json()
         self._block_keys = [_block_key(block, model, self._config) for block in self.blocks]
-        self._tables_read = [_tables_read(block, self.tables) for block in self.blocks]
 
     def parts(self, rows: int) -> Parts:
         """Return the parts in forward order, on a micro-batch of `rows` packed rows (B)."""
@@ -70,13 +70,15 @@ class StepTracer:
         matrix = model.embedding.weight.numel()
         embedding = Part(output, output, output + STATE_BYTES * matrix, matrix)
         blocks = [
-            replace(self._block(block, key, inputs), tables=tables_read)
-            for block, key, tables_read in zip(self.blocks, self._block_keys, self._tables_read, strict=True)
+            self._with_tables(self._block(block, key, inputs), block)
+            for block, key in zip(self.blocks, self._block_keys, strict=True)
         ]
-        sizes = tuple((table.weight.shape[0], table.weight.shape[1]) for table in self.tables)
-        frozen = _elements(table.weight for table in model.memory_tables() if not table.weight.requires_grad)
         parts = (embedding, *self._input(inputs), *blocks, self._head(inputs))
-        return Parts(parts, sizes, inputs.bytes, count_bytes(model), frozen)
+        return Parts(parts, _sizes(self.tables), inputs.bytes, count_bytes(model), _sizes(self.frozen))
+
+    def _with_tables(self, part: Part, module: nn.Module) -> Part:
+        """Return the part of a module with the tables that the module reads, which differ between equal modules."""
+        return replace(part, tables=_tables_read(module, self.tables), frozen=_tables_read(module, self.frozen))
 
     def _input(self, inputs: _Inputs) -> list[Part]:
         """Return the part of the module at the input embedding, if there is one."""
@@ -88,7 +90,7 @@ class StepTracer:
             return call(module, "input_embedding", x_BTD, inputs.ids_BTW, x_BTD, inputs.earlier)
 
         part = self._traced(("input_embedding", self._config), run, module.parameters(), inputs)
-        return [replace(part, tables=_tables_read(module, self.tables))]
+        return [self._with_tables(part, module)]
 
     def _block(self, block: Block, key: object, inputs: _Inputs) -> Part:
         def run(x_BTD: Tensor) -> Tensor:
@@ -141,7 +143,7 @@ class StepTracer:
             LiveBytes(x_BTD, *inputs.tensors, *weights, *table_weights, *copies.values()) as live,
             Kernels(self.precision, copies),
         ):
-            with _count_lookups(self.tables) as lookups:
+            with _count_lookups(self.tables) as lookups, _count_lookups(self.frozen) as frozen:
                 y = run(x_BTD)
             forward, saved = live.peak, live.bytes
             live.peak = live.bytes
@@ -150,7 +152,8 @@ class StepTracer:
         for weight in weights:
             weight.grad = None
         matrices = [weight for weight in weights if weight.dim() > 1] if is_bf16 else []
-        return Part(forward, saved, live.peak, _elements(weights), 2 * _elements(matrices), lookups=tuple(lookups))
+        memory = Part(forward, saved, live.peak, _elements(weights), 2 * _elements(matrices))
+        return replace(memory, lookups=tuple(lookups), frozen_lookups=tuple(frozen))
 
 
 @dataclass(frozen=True)
@@ -224,6 +227,11 @@ def _tables_read(part: nn.Module, tables: list[MemoryTable]) -> tuple[int, ...]:
     index_of = {id(table): index for index, table in enumerate(tables)}
     memories = (module for module in part.modules() if isinstance(module, MemoryLayer))
     return tuple(index_of[id(table)] for memory in memories for table in memory.tables if id(table) in index_of)
+
+
+def _sizes(tables: list[MemoryTable]) -> tuple[tuple[int, int], ...]:
+    """Return the rows and the width of each table."""
+    return tuple((table.weight.shape[0], table.weight.shape[1]) for table in tables)
 
 
 def _elements(tensors: Iterable[Tensor]) -> int:

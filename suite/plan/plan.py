@@ -15,6 +15,7 @@ from suite.cells import Cell, variants
 from suite.data.corpus import prepare
 from suite.errors import UserError
 from suite.grids import Grid
+from suite.inference.tables.costs import account_of_cell, bytes_by_source
 from suite.models.accounting import Account, account_of, meta_model, needs_values
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
@@ -32,22 +33,26 @@ MEASURES = {"flops": "macs_total", "params": "params_total", "bytes": "bytes_per
 
 @dataclass(frozen=True)
 class Assumptions:
-    """The GPU, the number of nodes (None: any), the share of peak FLOPs reached, and dollars per GPU-hour."""
+    """The GPU, the number of nodes (None: any), the share of peak FLOPs reached, dollars per GPU-hour, and the place of
+    tables in decoding (`host` or `file`; None: the device)."""
 
     gpu: Gpu
     nodes: int | None = None
     utilisation: float = UTILISATION
     price: float = 0.0
+    table: str | None = None
 
 
 @dataclass(frozen=True)
 class CellPlan:
-    """The plan of one cell, in bytes, FLOPs and GPU-hours.
+    """The plan of one cell, in bytes, FLOPs and GPU-hours. One that `suite quantise` makes is not trained: its steps,
+    FLOPs, hours and traffic are 0.
 
     Attributes:
         cell: The cell.
         account: The account of its model.
         dense: The account of the dense model with the base's feed-forward width, even if the grid does not contain it.
+        bytes_by_source: Bytes that decoding one token reads, by source: device, host, file.
         tokens: Training tokens, padding included.
         steps: Optimizer steps.
         total_flops: FLOPs of the whole training.
@@ -68,6 +73,7 @@ class CellPlan:
     cell: Cell
     account: Account
     dense: Account
+    bytes_by_source: dict[str, float]
     tokens: int
     steps: int
     total_flops: float
@@ -111,6 +117,7 @@ class CellPlan:
             },
             "flops_per_token": {"train": counted.flops_per_token, "forward": counted.flops_per_token_forward},
             "bytes_per_token": counted.bytes_per_token,
+            "bytes_per_token_by_source": self.bytes_by_source,
             "tokens": self.tokens,
             "memory_per_gpu": None if mesh is None else round(mesh.memory.peak),
             "gpus": None if mesh is None else mesh.gpus,
@@ -165,12 +172,11 @@ def plan(grid: Grid, assumptions: Assumptions, cache: Path) -> list[CellPlan]:
     for (_, vocabulary, seq_len), members in groups.items():
         config = members[0][0].model
         model = _meta_model(members[0][0], config, vocabulary)
-        counted = account_of(model, seq_len)
         dense_key = config.dense().model_dump_json(), vocabulary, seq_len
         if dense_key not in dense_accounts:
             dense_accounts[dense_key] = account_of(_meta_model(members[0][0], config.dense(), vocabulary), seq_len)
         for cell, size in members:
-            accounts = counted, dense_accounts[dense_key]
+            accounts = account_of_cell(cell, model), dense_accounts[dense_key]
             planned = _plan(cell, size.tokens, model, accounts, assumptions, parts)
             by_run[cell.run_name] = replace(planned, vocabulary=vocabulary, vocabulary_is_assumed=size.is_assumed)
 
@@ -207,7 +213,9 @@ def document(grid: Grid, plans: list[CellPlan], assumptions: Assumptions) -> dic
     }
 
 
-def assumptions(gpu: str, nodes: int | None, utilisation: float, price: float | None) -> Assumptions:
+def assumptions(
+    gpu: str, nodes: int | None, utilisation: float, price: float | None, table: str | None = None
+) -> Assumptions:
     """Build the assumptions from the options of the command line.
 
     Args:
@@ -215,6 +223,7 @@ def assumptions(gpu: str, nodes: int | None, utilisation: float, price: float | 
         nodes: Largest number of nodes; None: any.
         utilisation: Share of the GPU's peak FLOPs that training reaches.
         price: Dollars per GPU-hour; None: the price assumed for the GPU.
+        table: The place of tables in decoding, `host` or `file`; None: the device.
 
     Returns:
         The assumptions.
@@ -225,7 +234,7 @@ def assumptions(gpu: str, nodes: int | None, utilisation: float, price: float | 
     device = gpu_named(gpu)
     if price is not None and not (price >= 0 and math.isfinite(price)):
         raise UserError(f"--price: got {price}, allowed: dollars per hour, 0 or more")
-    return Assumptions(device, nodes, utilisation, device.price if price is None else price)
+    return Assumptions(device, nodes, utilisation, device.price if price is None else price, table)
 
 
 @dataclass(frozen=True)
@@ -262,8 +271,9 @@ def _plan(
 ) -> CellPlan:
     """Plan one cell; `accounts` are those of its model and of the dense one."""
     gpu, (counted, dense) = assumptions.gpu, accounts
-    steps = max(1, tokens // (cell.train.batch_rows * cell.data.seq_len))
-    total_flops = tokens * counted.flops_per_token
+    is_trained = cell.source is None
+    steps = max(1, tokens // (cell.train.batch_rows * cell.data.seq_len)) if is_trained else 0
+    total_flops = tokens * counted.flops_per_token if is_trained else 0.0
     try:
         fit = smallest_mesh(cell, model, counted, gpu, assumptions.nodes, parts)
     except RuntimeError as error:
@@ -271,17 +281,18 @@ def _plan(
             raise
         fit = DoesNotFit(f"its memory cannot be predicted without values ({error})"[:200], "unknown")
     mesh, unfit = (None, fit) if isinstance(fit, DoesNotFit) else (fit, None)
-    traffic = table_bytes(model, cell)
+    traffic = table_bytes(model, cell) if is_trained else 0.0
     compute_hours = total_flops / (gpu.flops * assumptions.utilisation) / 3600
-    sent = Sent() if mesh is None else sent_bytes(model, counted, cell, mesh)
+    sent = Sent() if mesh is None or not is_trained else sent_bytes(model, counted, cell, mesh)
     gpu_hours = compute_hours
-    if mesh is not None:
+    if mesh is not None and is_trained:
         step_s = sent.seconds(3600 * compute_hours / steps / mesh.gpus, mesh, gpu)
         gpu_hours = step_s * steps * mesh.gpus / 3600
     return CellPlan(
         cell=cell,
         account=counted,
         dense=dense,
+        bytes_by_source=bytes_by_source(cell, model, assumptions.table),
         tokens=tokens,
         steps=steps,
         total_flops=total_flops,

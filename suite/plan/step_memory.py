@@ -35,6 +35,8 @@ class Part:
         copies: Bytes of the weights' bf16 copies, which autocast holds until the backward pass.
         tables: The indices of the tables that the part reads, in order.
         lookups: Rows read from each of these tables.
+        frozen: The indices of the tables that it reads and that are not trained.
+        frozen_lookups: Rows read from each of them.
     """
 
     forward: int
@@ -44,6 +46,8 @@ class Part:
     copies: int = 0
     tables: tuple[int, ...] = ()
     lookups: tuple[int, ...] = ()
+    frozen: tuple[int, ...] = ()
+    frozen_lookups: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -107,14 +111,14 @@ class Parts:
         tables: Rows and width of each table that is trained.
         shared: Bytes that all parts share.
         counts: Bytes of the counts of reads in a step that is logged.
-        frozen: Elements of the tables that are not trained.
+        frozen: Rows and width of each table that is not trained.
     """
 
     parts: tuple[Part, ...]
     tables: tuple[tuple[int, int], ...]
     shared: int
     counts: int = 0
-    frozen: int = 0
+    frozen: tuple[tuple[int, int], ...] = ()
 
     def step(
         self,
@@ -138,9 +142,10 @@ class Parts:
         Returns:
             The memory of the step.
         """
-        tables = _Tables(self.tables, value_shards, rest_shards // value_shards, state, use)
+        tables = _Tables(self.tables, value_shards, rest_shards // value_shards, state, use, self.frozen)
         rest = sum(part.weights for part in self.parts) / rest_shards
-        rows = STATE_BYTES * self.frozen / value_shards + state.value * tables.elements
+        frozen = sum(rows * width for rows, width in self.frozen)
+        rows = STATE_BYTES * frozen / value_shards + state.value * tables.elements
         row_moments = state.moments * tables.elements + tables.row_state
         pieces = [tables.gradient(part) for part in self.parts]
         buffer, earlier_buffer = tables.buffer(pieces, micro_batches), tables.buffer(pieces, micro_batches - 1)
@@ -190,6 +195,7 @@ class _Tables:
     replicas: int
     state: TableState
     use: float
+    frozen: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         self._with_gradient: set[int] = set()
@@ -236,9 +242,12 @@ class _Tables:
         """Return the bytes of copies of the rows that a part reads from host memory, with their numbers."""
         if not self.state.host:
             return 0.0
+        trained = zip(part.tables, part.lookups, strict=True)
+        frozen = zip(part.frozen, part.frozen_lookups, strict=True)
+        reads = [(*self.sizes[table], lookups, self.state.value) for table, lookups in trained]
+        reads += [(*self.frozen[table], lookups, STATE_BYTES) for table, lookups in frozen]
         return sum(
-            self._gradient_rows(table, lookups) * (self.state.value * self.sizes[table][1] + INDEX_BYTES)
-            for table, lookups in zip(part.tables, part.lookups, strict=True)
+            self._distinct(rows, lookups) * (value * width + INDEX_BYTES) for rows, width, lookups, value in reads
         )
 
     def exchange(self, parts: tuple[Part, ...], micro_batches: int) -> float:
@@ -264,7 +273,11 @@ class _Tables:
     def _gradient_rows(self, table: int, lookups: int) -> float:
         """Return the number of rows that have a gradient after that many lookups."""
         rows = self.sizes[table][0]
-        return self.use * rows * -math.expm1(-lookups / rows) if self.state.row_wise else rows
+        return self._distinct(rows, lookups) if self.state.row_wise else rows
+
+    def _distinct(self, rows: int, lookups: int) -> float:
+        """Return the distinct rows of a table of that many rows that lookups read."""
+        return self.use * rows * -math.expm1(-lookups / rows)
 
     def _row_bytes(self, table: int) -> float:
         """Return the bytes of a row's gradient on this device, with its index where gradients are row-wise."""

@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from suite.cells import Cell, display_name
+from suite.inference.tables.stores import SOURCES
 from suite.plan.gpus import CPU, is_device
 from suite.plan.plan import MEASURES, Assumptions, CellPlan
 from suite.records import run_dir
@@ -37,7 +38,8 @@ def measured(results: Path, cell: Cell, gpu: str) -> dict[str, float] | None:
 
 
 def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
-    """Lay out plans as a table with one row per cell: size, work (also relative to dense), mesh, memory and hours.
+    """Lay out plans as a table with one row per cell: size, work (also relative to dense), mesh, memory and hours, and
+    what decoding a token reads.
 
     Args:
         name: The grid's name.
@@ -47,6 +49,7 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
     Returns:
         The table.
     """
+    sources = [source for source in SOURCES if any(cell_plan.bytes_by_source[source] for cell_plan in plans)]
     table = Table(title=f"{name} on {assumed.gpu.name}", title_justify="left")
     for column, justify in (
         ("run", "left"),
@@ -60,6 +63,7 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
         ("cost", "right"),
         ("table GB/step", "right"),
         ("table hours", "right"),
+        *((f"{source} kB/token", "right") for source in sources),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
     for cell_plan in plans:
@@ -76,6 +80,7 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
             f"${_rounded(cell_plan.gpu_hours * assumed.price)}",
             _rounded(cell_plan.table_bytes_per_step / 1e9) if cell_plan.table_bytes_per_step else "",
             _rounded(cell_plan.table_hours) if cell_plan.table_bytes_per_step else "",
+            *(_rounded(cell_plan.bytes_by_source[source] / 1e3) for source in sources),
         )
     return table
 

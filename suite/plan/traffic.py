@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from suite.cells import Cell
-from suite.models.accounting import Account, cost_of
-from suite.models.memory_table import MemoryLayer, MemoryTable
+from suite.models.accounting import Account, reads_per_token, rows_read
+from suite.models.memory_table import MemoryTable
 from suite.models.precision import holds_matrices_only
 from suite.models.transformer import Transformer
 from suite.plan.gpus import Gpu
@@ -30,7 +30,7 @@ def table_bytes(model: Transformer, cell: Cell) -> float:
     lookup = 2 * state.value + 2 * STATE_BYTES
     update = 2 * (state.value + state.moments) + 2 * STATE_BYTES
     moved = 0.0
-    for table, reads in _reads_per_token(model):
+    for table, reads in reads_per_token(model):
         width = table.weight.shape[1]
         moved += width * (lookup * tokens * reads + update * _updated_rows(cell, table, tokens * reads))
     return moved
@@ -97,9 +97,9 @@ def sent_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> 
     tokens, columns, replicas = mesh.micro_rows * mesh.accumulate * cell.data.seq_len, 0.0, 0.0
     for layer in model.memory_layers().values():
         width = sum(table.weight.shape[1] for table in layer.tables)
-        rows = _rows_read(layer) * len(layer.tables)
+        rows = rows_read(layer) * len(layer.tables)
         columns += tokens * (shards - 1) * (rows * INDEX_AND_WEIGHT_BYTES + 2 * width * 4 / shards)
-    for table, reads in _reads_per_token(model):
+    for table, reads in reads_per_token(model):
         row_bytes = STATE_BYTES * table.weight.shape[1] / shards
         summed = exchanged_rows(len(table.weight), _updated_rows(cell, table, tokens * gpus * reads))
         flags = len(table.weight) if table_state(cell.train).row_wise else 0
@@ -111,21 +111,6 @@ def _bf16_elements(model: Transformer) -> int:
     """Return the elements of the modules that are gathered in bf16 where products are bf16 (train/sharding.py)."""
     modules = [module for layer in model.layers for module in layer.modules() if holds_matrices_only(module)]
     return sum(parameter.numel() for module in modules for parameter in module.parameters())
-
-
-def _reads_per_token(model: Transformer) -> list[tuple[MemoryTable, float]]:
-    """Return each table and the rows that one token reads from it, over all layers."""
-    layers = model.memory_layers().values()
-    return [
-        (table, sum(_rows_read(layer) for layer in layers for read in layer.tables if read is table))
-        for table in model.memory_tables()
-    ]
-
-
-def _rows_read(layer: MemoryLayer) -> float:
-    """Return the rows that one token reads from each of the layer's tables."""
-    widths = sum(table.weight.shape[1] for table in layer.tables)
-    return cost_of("memory", layer).read.get("memory_values", 0) / widths
 
 
 def _updated_rows(cell: Cell, table: MemoryTable, lookups: float) -> float:

@@ -49,6 +49,8 @@ def test_a_quantised_run_is_scored_next_to_its_source(suite: Suite) -> None:
     assert run.name.startswith("pkm-w32-k8-s0-int8-")
     assert (document["source"], document["form"]) == (source.name, "int8")
     assert (document["bytes"], document["source_bytes"]) == (64 * 36, 64 * 128)
+    read = [record["account"]["bytes_per_token"] for record in (run.read_record(), source.read_record())]
+    assert read[0] - read[1] == 4 * 4 * (36 - 2 * 32)  # heads x top_k rows, int8 instead of bf16
 
     before, after = scores(source), scores(run)
     for task, metrics in document["tasks"].items():

@@ -81,6 +81,7 @@ def _example() -> Iterator[None]:
         ("peer", 1, {"value_second_moment": "row", "value_precision": "bf16"}),
         *((name, 1, {"table_device": "host"}) for name in ("memory_plus large", "peer", "engram", "token_table stem")),
         ("memory_plus large", 2, {"table_device": "host", "value_precision": "bf16"}),
+        ("peer frozen", 1, {"table_device": "host"}),
     ],
 )
 def test_prediction_is_within_ten_percent_of_the_peak_of_a_real_step(
@@ -200,3 +201,20 @@ def test_a_table_in_host_memory_needs_none_of_the_device_but_for_copies_of_rows(
     table = (12 * width + 9) * rows
     assert table + sum(copies) < host.host < table + 3.1 * sum(copies)  # gradients, their pieces and sums
     assert host.peak < device.peak - table + sum(copies)
+
+
+def test_rows_of_a_frozen_table_in_host_memory_are_copied_like_those_of_a_trained_one() -> None:
+    trained, frozen = (
+        StepTracer(meta_model(config, 32000), 512, "bf16").parts(1)
+        for control in (None, "frozen")
+        for config in [MemoryPlusConfig(family="memory_plus", base="1.3b", half_keys=4096, control=control)]
+    )
+    saved = []
+    for parts in (trained, frozen):
+        device, host = parts.step(), parts.step(state=TableState(host=True))
+        assert host.weights == device.weights - 4 * 2**24 * 2048
+        saved.append(host.saved - device.saved)
+    assert saved[0] > 0
+    assert saved[1] == pytest.approx(saved[0])
+    assert host.host == 4 * 2**24 * 2048
+    assert host.moments == device.moments

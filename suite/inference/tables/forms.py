@@ -146,6 +146,17 @@ def form_of(name: RowForm | None) -> Form:
     return Form() if name is None else _FORMS[name]
 
 
+def row_bytes(form: RowForm | None, width: int, dtype: torch.dtype) -> int:
+    """Return the bytes of a row in a form.
+
+    Args:
+        form: The form; None: rows as they are.
+        width: The row's width.
+        dtype: Its dtype before it is encoded.
+    """
+    return sum(part.nbytes for part in form_of(form).empty(1, width, dtype).values())
+
+
 def encode_table(form: Form, rows_RD: Tensor) -> Parts:
     """Return the parts of a whole table, encoded a few rows at a time, so that temporaries stay small."""
     pieces = [form.encode(piece_RD) for piece_RD in rows_RD.split(ROWS_AT_ONCE)]

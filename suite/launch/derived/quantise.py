@@ -52,9 +52,10 @@ def load_source(run: RunDir, cell: Cell, corpus: Corpus) -> Transformer:
 def make(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     """Write the records and the checkpoint of a run with smaller tables, whose lock is held.
 
-    cell.json has `started_from`, as for other runs with a parent, and `tables`: the bytes of the tables of both, and
-    their losses in evaluation mode with the paired standard error of the difference. train.jsonl has one line, the
-    probe of the new model at the step of its source. Versions are those of the code that trained the weights.
+    cell.json has the account with rows in their form, `started_from`, as for other runs with a parent, and `tables`:
+    the bytes of the tables of both, and their losses in evaluation mode with the paired standard error of the
+    difference. train.jsonl has one line, the probe of the new model at the step of its source. Versions are those of
+    the code that trained the weights.
 
     Args:
         run: The run to make.
@@ -64,7 +65,9 @@ def make(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     Raises:
         UserError: The source is not trained, or has no whole checkpoint.
     """
+    from suite.inference.tables.costs import account_of_cell
     from suite.inference.tables.reading import reduce_tables, stored_rows
+    from suite.models.accounting import meta_model
     from suite.train import checkpoint
     from suite.train.checkpoint import load_model, newest_whole
     from suite.train.parallel import World
@@ -86,14 +89,14 @@ def make(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     reduce_tables(model, cell.quantised, kept)
     losses.append(_losses(model, prober.rows))
     record = source.read_record()
-    fields = ("account", "versions", "data_fingerprint", "tokenizer")
+    fields = ("versions", "data_fingerprint", "tokenizer")
     started = {"run": source.name, "hash": cell.source.hash8, "step": step, "fresh": [], "unused": []}
     started["code"] = record.get("versions", {}).get("code")
     after = sum(rows.bytes for rows in stored_rows(model))
     tables = {"form": cell.quantised, "bytes": after, "source_bytes": before, "loss": _compared(*losses), **counted}
-    run.write_cell(
-        cell, **{name: record[name] for name in fields if name in record}, started_from=started, tables=tables
-    )
+    facts = {name: record[name] for name in fields if name in record}
+    facts["account"] = account_of_cell(cell, meta_model(cell.model, corpus.vocab_size)).to_json()
+    run.write_cell(cell, **facts, started_from=started, tables=tables)
     last = source.last_train_line()
     line = {name: last[name] for name in ("step", "tokens", "epoch", "train_flops", "wall_s") if name in last}
     run.train_path.unlink(missing_ok=True)
