@@ -6,13 +6,14 @@ round, so that other work on the machine slows all of them; ratios are to the de
 models are untrained. With one CPU thread its CPU time is measured, which other processes hardly affect; otherwise
 wall-clock time, and always if tables are elsewhere, since CPU time leaves out the wait for a file.
 
-A model whose tables are elsewhere takes two turns in a round: warm, and cold, for which the pages of the file leave
-memory and an LRU cache is emptied after the context is read. If its rows follow from token ids, it is measured with and
-without prefetching them. Shapes: B sequences.
+Models with tables are also measured with quantised rows. A model whose tables are elsewhere takes two turns in a round:
+warm, and cold, for which the pages of the file leave memory and an LRU cache is emptied after the context is read. If
+its rows follow from token ids, it is measured with and without prefetching them. Shapes: B sequences.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 import time
@@ -31,12 +32,14 @@ from suite import models
 from suite.baselines import checks
 from suite.errors import UserError
 from suite.inference.tables import popularity
+from suite.inference.tables.forms import row_bytes
 from suite.inference.tables.loading import Place, add_caches, load_stored
 from suite.inference.tables.prefetch import rows_follow_ids
-from suite.inference.tables.reading import stored_rows, traffic
+from suite.inference.tables.reading import reduce_tables, stored_rows, traffic
 from suite.inference.tables.stores import SOURCES, Traffic
 from suite.models import Transformer, registry
-from suite.models.accounting import account, meta_model
+from suite.models.accounting import account_of, meta_model
+from suite.models.memory_table import RowForm
 from suite.models.registry import ModelConfig
 from suite.models.sizes import SIZES
 from suite.yaml_input import explain
@@ -52,11 +55,11 @@ class DecodeSpeed:
     """One model at one batch: milliseconds per decoding step, tokens per second, and the ratio of times to dense.
 
     Quantiles are over rounds. `clock` is `cpu` for the CPU time of one thread and `wall` for wall-clock time. `table`
-    is where tables are, `model` for an ordinary model. The last fields are of tables elsewhere: the ratio of a cold
-    turn to the warm one of its round, the share of distinct rows that the cache had, bytes of rows per token by source,
-    and microseconds per token in which layers waited for rows, in warm and cold turns (medians). The ratios of a model
-    that prefetches are medians of its time, or its wait, over that of the same model without prefetching in the same
-    round.
+    is where tables are, `model` for an ordinary model, and `form` the form of their rows, None for fp32. The last
+    fields are of tables elsewhere, and bytes also of quantised ones: the ratio of a cold turn to the warm one of its
+    round, the share of distinct rows that the cache had, bytes of rows per token by source, and microseconds per token
+    in which layers waited for rows, in warm and cold turns (medians). The ratios of a model that prefetches are medians
+    of its time, or its wait, over that of the same model without prefetching in the same round.
     """
 
     family: str
@@ -78,6 +81,7 @@ class DecodeSpeed:
     params_total: int
     bytes_per_token: float
     table: str = "model"
+    form: str | None = None
     cold_ratio_p50: float | None = None
     hits: float | None = None
     device_bytes_per_token: float | None = None
@@ -128,6 +132,7 @@ def decode_speeds(
     rounds: int = 8,
     place: Place | None = None,
     folder: Path | None = None,
+    forms: Sequence[RowForm] = (),
 ) -> list[DecodeSpeed]:
     """Measure every model at every batch size.
 
@@ -137,31 +142,39 @@ def decode_speeds(
         context: Tokens in the cache when the measurement starts.
         steps: Decoding steps per round, of one token each.
         rounds: Rounds in which every model takes one turn.
-        place: Where the tables of further models are, one for each model with tables, and one more that prefetches if
-            its rows follow from token ids; None: no such models.
+        place: Where the tables of further models are, one for each model with tables and each form, and one more that
+            prefetches if its rows follow from token ids; None: no such models.
         folder: The folder of temporary files with their tables; None: the system's.
+        forms: Forms of the rows of further models, in the model's memory and at the place; none: fp32 at the place.
 
     Returns:
         One speed per batch size and model, in this order; models with tables elsewhere come last.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    places = [(config, None) for config in configs]
-    elsewhere = [] if place is None else [(config, at) for config in configs for at in _places(config, place)]
+    plain: list[tuple[ModelConfig, Place | None, RowForm | None]] = [(config, None, None) for config in configs]
+    smaller = [(config, None, form) for config in configs if config.has_tables for form in forms]
+    elsewhere = [
+        (config, at, form)
+        for config in configs
+        for form in (forms or (None,))
+        for at in ([] if place is None else _places(config, place))
+    ]
+    clock, console = "wall" if elsewhere else _clock(device), Console(stderr=True)
     measured = []
-    for batch in batches:
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            contenders = [
-                _Contender(
-                    config, _built(config, device, at, Path(temporary) / f"{number}.pt"), at, batch, context, steps
-                )
-                for number, (config, at) in enumerate([*places, *elsewhere])
-            ]
-            clock = "wall" if elsewhere else _clock(device)
-            for _ in track(range(rounds + 1), f"batch {batch}, {len(contenders)} models", console=Console(stderr=True)):
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        built = [
+            (config, _built(config, device, at, form, Path(temporary) / f"{number}.pt"), at, form)
+            for number, (config, at, form) in enumerate(
+                track([*plain, *smaller, *elsewhere], "making models", console=console)
+            )
+        ]
+        for batch in batches:
+            contenders = [_Contender(*each, batch, context, steps) for each in built]
+            for _ in track(range(rounds + 1), f"batch {batch}, {len(contenders)} models", console=console):
                 for contender in contenders:
                     contender.take_turn(clock)
-            without = {id(other.config): other for other in contenders if other.place == place}
-            measured += [each.result(contenders[0], clock, without.get(id(each.config))) for each in contenders]
+            without = {each.table: each for each in contenders if each.place == place}
+            measured += [each.result(contenders[0], clock, without.get(each.table)) for each in contenders]
     return measured
 
 
@@ -169,9 +182,17 @@ class _Contender:
     """A model that takes turns, with its tables at a place: seconds of each turn, and what it read of stored tables."""
 
     def __init__(
-        self, config: ModelConfig, model: Transformer, place: Place | None, batch: int, context: int, steps: int
+        self,
+        config: ModelConfig,
+        model: Transformer,
+        place: Place | None,
+        form: RowForm | None,
+        batch: int,
+        context: int,
+        steps: int,
     ) -> None:
-        self.config, self.model, self.place = config, model, place
+        self.config, self.model, self.place, self.form = config, model, place, form
+        self.table = id(config), form
         self.batch, self.context, self.steps = batch, context, steps
         self.turns: dict[bool, list[tuple[float, Traffic]]] = {False: [], True: []}
 
@@ -219,7 +240,9 @@ class _Contender:
         times, config, model = self.times(), self.config, self.model
         low, middle, high = (float(value) for value in np.quantile(times, QUANTILES))
         ratios = [round(float(value), 3) for value in np.quantile(times / dense.times(), QUANTILES)]
-        counted, device = account(config, model.vocab_size, self.context), next(model.parameters()).device
+        device = next(model.parameters()).device
+        of_row = None if self.form is None else functools.partial(row_bytes, self.form, dtype=torch.float32)
+        counted = account_of(meta_model(config, model.vocab_size), self.context, of_row)
         half_keys = config.table_side
         return DecodeSpeed(
             family=config.family,
@@ -244,14 +267,17 @@ class _Contender:
         )
 
     def _of_tables(self, without: _Contender | None) -> dict[str, Any]:
-        if self.place is None:
+        if self.place is None and self.form is None:
             return {}
         tokens, (_, read) = self.batch * self.steps, self.turns[False][-1]
-        fields = {
+        fields: dict[str, Any] = {"form": self.form}
+        fields |= {f"{source}_bytes_per_token": round(getattr(read, source) / tokens, 1) for source in SOURCES}
+        if self.place is None:
+            return fields
+        fields |= {
             "table": self.place.label,
             "cold_ratio_p50": _median(self.times(True) / self.times()),
             "hits": None if self.place.policy is None else round(read.hits / read.rows, 4),
-            **{f"{source}_bytes_per_token": round(getattr(read, source) / tokens, 1) for source in SOURCES},
         }
         for is_cold, prefix in ((False, ""), (True, "cold_")):
             fields[f"{prefix}wait_us_per_token"] = _median(1e6 * self.waits(is_cold) / self.batch)
@@ -279,15 +305,20 @@ def _places(config: ModelConfig, place: Place) -> list[Place]:
     return [place, replace(place, prefetch=True)] if follows else [place]
 
 
-def _built(config: ModelConfig, device: torch.device, place: Place | None, path: Path) -> Transformer:
+def _built(
+    config: ModelConfig, device: torch.device, place: Place | None, form: RowForm | None, path: Path
+) -> Transformer:
+    """Build a model with its tables at a place; `path` is the file in which they are stored there."""
     model = models.build(config, config.size.vocab_size or VOCAB, seed=0).eval()
+    if form is not None:
+        reduce_tables(model, form)
     if place is None:
         return model.to(device)
     torch.save({"model": model.state_dict()}, path)
     with path.open("rb") as file:
         os.fsync(file.fileno())  # pages that are not written yet cannot leave memory
     saved = torch.load(path, weights_only=True, mmap=True)["model"]
-    stored = load_stored(config, model.vocab_size, saved, path, place=place)
+    stored = load_stored(config, model.vocab_size, saved, path, form, place)
     text = torch.randint(model.vocab_size, (16, 128), generator=torch.Generator().manual_seed(1))
     counts = popularity.counts(stored, [(text, torch.zeros_like(text))]) if place.policy == "static" else None
     add_caches(stored, place, counts)

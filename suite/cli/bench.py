@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from suite.cli.options import AsJson, Baselines, Results, TableCache, TablePlace, print_json, print_table
+from suite.errors import UserError
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
 
@@ -94,29 +95,38 @@ def decode(
     context: Annotated[int, typer.Option(min=1, help="tokens read before the measurement")] = 64,
     table: TablePlace = None,
     cache: TableCache = None,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="FORM,FORM..", help="forms of rows: bf16, int8, int4, fp8 or nf4")
+    ] = None,
     baseline: Baselines = None,
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
     """Measure milliseconds and tokens per second of decoding, for every family, batch size and table size.
 
-    With --table, models with tables are also measured with their tables there, warm and cold, in the same rounds, with
-    the hits of the cache, the bytes of rows per token by source, and the time in which layers wait for rows; models
-    whose rows follow from token ids also with prefetching.
+    With --to, models with tables are also measured with rows of each form. With --table, they are also measured with
+    their tables there (in these forms), warm and cold, in the same rounds, with the hits of the cache, the bytes of
+    rows per token by source, and the time in which layers wait for rows; models whose rows follow from token ids also
+    with prefetching. Each of these models first writes a file with its tables to DIR/bench, which is removed at the
+    end: fp32 rows without --to, up to tens of gigabytes with many half keys.
 
     Example: suite bench decode --base w128 --half-keys 32,512 --batches 1,64
     """
     from suite.baselines import loading
     from suite.bench import decoding
+    from suite.inference.tables.forms import FORMS
     from suite.inference.tables.loading import parse_place
     from suite.yaml_input import whole_numbers
 
     loading.load_all(baseline or ())
     place, folder = parse_place(table, cache), results / "bench"
+    forms = [form for form in FORMS if to is not None and form in to.split(",")]
+    if to is not None and set(to.split(",")) != set(forms):
+        raise UserError(f"--to: got {to!r}, allowed: {', '.join(FORMS)}, separated by commas")
     configs = decoding.configurations(base, whole_numbers(half_keys, "--half-keys"))
     sizes = whole_numbers(batches, "--batches")
     folder.mkdir(parents=True, exist_ok=True)
-    rows = decoding.rows(decoding.decode_speeds(configs, sizes, context, place=place, folder=folder))
+    rows = decoding.rows(decoding.decode_speeds(configs, sizes, context, place=place, folder=folder, forms=forms))
     _show(rows, results / "bench" / "decode.csv", as_json)
 
 

@@ -68,6 +68,40 @@ def test_tables_elsewhere_take_turns_warm_and_cold(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_models_are_made_once_for_all_batch_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    configs = [config for config in decoding.configurations("w32", [32]) if config.family in ("dense", "pkm")]
+    made, make = [], decoding._built
+    monkeypatch.setattr(decoding, "_built", lambda config, *rest: made.append(config.family) or make(config, *rest))
+    place = parse_place("file", "lru:50%")
+    measured = decoding.decode_speeds(configs, [1, 3], context=4, steps=2, rounds=2, place=place, folder=tmp_path)
+    assert made == ["dense", "pkm", "pkm"]
+    assert [speed.batch for speed in measured] == [1] * 3 + [3] * 3
+    single = decoding.decode_speeds(configs, [3], context=4, steps=2, rounds=2, place=place, folder=tmp_path)
+    reads = [(speed.table, speed.device_bytes_per_token, speed.file_bytes_per_token) for speed in measured[3:]]
+    assert [row[0] for row in reads] == [speed.table for speed in single]
+    total = single[-1].device_bytes_per_token + single[-1].file_bytes_per_token
+    assert sum(reads[-1][1:]) == pytest.approx(total, abs=0.3)
+
+
+def test_quantised_rows_are_measured_in_the_model_and_elsewhere(tmp_path: Path) -> None:
+    configs = [config for config in decoding.configurations("w32", [32]) if config.family in ("dense", "pkm")]
+    measured = decoding.decode_speeds(
+        configs, [1], context=4, steps=2, rounds=2, place=parse_place("file", None), folder=tmp_path, forms=["int8"]
+    )
+    assert [(speed.family, speed.table, speed.form) for speed in measured] == [
+        ("dense", "model", None),
+        ("pkm", "model", None),
+        ("pkm", "model", "int8"),
+        ("pkm", "file", "int8"),
+    ]
+    plain, here, there = measured[1:]
+    assert plain.device_bytes_per_token is None
+    assert (here.device_bytes_per_token, here.file_bytes_per_token) == (there.file_bytes_per_token, 0)
+    assert here.cold_ratio_p50 is None
+    rows = [here.device_bytes_per_token * 2 / 36, 4 * 32 * 2]  # 2 tokens, each at most heads x top_k rows
+    assert rows[0] == int(rows[0]) <= rows[1]
+
+
 def test_rows_that_follow_from_ids_are_measured_with_and_without_prefetching(tmp_path: Path) -> None:
     families = ("dense", "peer", "engram")
     configs = [config for config in decoding.configurations("w32", [32]) if config.family in families]
@@ -99,6 +133,8 @@ def test_invalid_bases_and_tables_are_refused() -> None:
     done = CliRunner().invoke(app, ["bench", "decode", "--batches", "1,x"])
     assert isinstance(done.exception, UserError)
     assert "--batches: got '1,x'" in str(done.exception)
+    done = CliRunner().invoke(app, ["bench", "decode", "--to", "int8,int7"])
+    assert "--to: got 'int8,int7', allowed: bf16, int8" in str(done.exception)
 
 
 @pytest.mark.slow
