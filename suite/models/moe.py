@@ -1,7 +1,7 @@
 """Mixtures of experts: `moe`, the paper's baseline, and `moe_topk`, the stronger one with two kinds of router.
 
 Shapes: B rows, T tokens per row, N = B*T tokens, D model width, F hidden width of an expert, E experts, K
-experts per token, C tokens per expert and row, L tokens per expert (padded), S = N*K.
+experts per token, C tokens per expert and row, X blocks of tokens of one expert, L tokens per block (padded), S = N*K.
 """
 
 from __future__ import annotations
@@ -52,34 +52,50 @@ class Experts(nn.Module):
         self.w3 = nn.Parameter(torch.empty(experts, hidden, dim))
 
     def forward(self, x_ELD: Tensor) -> Tensor:
-        if fused.casts(x_ELD, self.w1, self.w3):
-            gate_ELF, up_ELF = fused.products(x_ELD, self.w1, self.w3).chunk(2, -1)
-            return (F.silu(gate_ELF) * up_ELF) @ self.w2.mT
-        h_ELF = F.silu(x_ELD @ self.w1.mT) * (x_ELD @ self.w3.mT)
-        return h_ELF @ self.w2.mT
+        return _swiglus(x_ELD, self.w1, self.w2, self.w3)
 
     def routed(self, x_ND: Tensor, expert_NK: Tensor) -> Tensor:
         """Return each token's outputs of its K experts, [N, K, D]; experts are int64 in [0, E).
 
-        Tokens are grouped by expert and padded to the count of the busiest expert, so that one batched product serves
-        all. Padding repeats token 0, and its results are discarded. On a GPU in bf16, grouped products need no padding.
+        Tokens are grouped by expert. Where a GPU has a kernel for grouped products, they need no padding. Elsewhere one
+        batched product serves all: of one group per expert, padded to the count of the busiest one; or, where the host
+        must not read that count, of blocks of the mean count, of which there are fewer than 2 E. Padding repeats token
+        0, and its results are discarded.
         """
-        if self._on_gpu_in_bf16(x_ND):
-            return self.grouped(x_ND, expert_NK, torch.bfloat16)
         for listener in self.before_read:
             listener(expert_NK)
+        if self._has_grouped_kernel(x_ND):
+            return self.grouped(x_ND, expert_NK, torch.bfloat16)
+        if x_ND.is_cuda or torch.compiler.is_compiling():
+            return self.in_blocks(x_ND, expert_NK)
         expert = expert_NK.flatten()
-        order = expert.argsort(stable=True)
         counts_E = tally(expert, self.count)
         longest = math.ceil(self.busiest * len(expert) / self.count) if expert.is_meta else int(counts_E.max())
-        rank = torch.arange(len(expert), device=expert.device)
-        within = rank - (counts_E.cumsum(0) - counts_E)[expert[order]]
-        place = torch.empty_like(expert)
-        place[order] = expert[order] * longest + within
-        token = torch.zeros(self.count * longest, dtype=torch.int64, device=expert.device)
-        token[place] = rank // expert_NK.shape[1]
-        y_ELD = self(x_ND.index_select(0, token).view(self.count, longest, -1))
-        return y_ELD.flatten(0, 1).index_select(0, place).view(*expert_NK.shape, -1)
+        number_E = torch.arange(self.count, device=expert.device)
+        x_ELD, place = _padded(x_ND, expert_NK, counts_E, number_E, self.count, longest)
+        return self(x_ELD).flatten(0, 1).index_select(0, place).view(*expert_NK.shape, -1)
+
+    def in_blocks(self, x_ND: Tensor, expert_NK: Tensor) -> Tensor:
+        """Return what `routed` returns, by products of blocks of tokens with copies of their experts.
+
+        No count is read by the host: any load fits into 2 E - 1 blocks of the mean load.
+
+        Args:
+            x_ND: Tokens.
+            expert_NK: Their experts, int64 in [0, E).
+
+        Returns:
+            The outputs [N, K, D].
+        """
+        length, blocks = max(1, -(-expert_NK.numel() // self.count)), 2 * self.count - 1
+        counts_E = tally(expert_NK.flatten(), self.count)
+        ends_E = (-(-counts_E // length)).cumsum(0)
+        first_E = torch.cat((ends_E.new_zeros(1), ends_E[:-1]))
+        number_X = torch.arange(blocks, device=expert_NK.device)
+        expert_X = torch.searchsorted(ends_E, number_X, right=True).clamp(max=self.count - 1)
+        x_XLD, place = _padded(x_ND, expert_NK, counts_E, first_E, blocks, length)
+        y_XLD = _swiglus(x_XLD, *(weight[expert_X] for weight in (self.w1, self.w2, self.w3)))
+        return y_XLD.flatten(0, 1).index_select(0, place).view(*expert_NK.shape, -1)
 
     def grouped(self, x_ND: Tensor, expert_NK: Tensor, dtype: torch.dtype) -> Tensor:
         """Return what `routed` returns, by products over groups of tokens that end at `ends_E`.
@@ -104,16 +120,57 @@ class Experts(nn.Module):
         place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
         return y_SD.index_select(0, place_S).view(*expert_NK.shape, -1)
 
-    def _on_gpu_in_bf16(self, x_ND: Tensor) -> bool:
-        """Return whether products are in bf16 on a GPU, with rows of a multiple of 16 bytes, as its kernels need."""
+    def _has_grouped_kernel(self, x_ND: Tensor) -> bool:
+        """Return whether torch has a kernel for grouped products of these tokens, which elsewhere read their offsets.
+
+        It needs bf16, rows of a multiple of 16 bytes, and a GPU of compute capability 9 or 10.
+        """
+        if not x_ND.is_cuda or product_dtype(x_ND.dtype, x_ND.device) != torch.bfloat16:
+            return False
         aligned = not any(width % 8 for width in self.w1.shape[1:])
-        return x_ND.is_cuda and product_dtype(x_ND.dtype, x_ND.device) == torch.bfloat16 and aligned
+        return aligned and torch.cuda.get_device_capability(x_ND.device)[0] in (9, 10)
 
     def cost(self, active: int) -> Cost:
         """Count all experts; each token reads the weights of `active` ones."""
         weights = self.w1.numel() + self.w2.numel() + self.w3.numel()
         read = weights * active // self.count
         return Cost({"experts": weights}, {"experts": read}, {"ffn": read})
+
+
+def _swiglus(x_ELD: Tensor, w1_EFD: Tensor, w2_EDF: Tensor, w3_EFD: Tensor) -> Tensor:
+    """Apply a SwiGLU to each stack of tokens."""
+    if fused.casts(x_ELD, w1_EFD, w3_EFD):
+        gate_ELF, up_ELF = fused.products(x_ELD, w1_EFD, w3_EFD).chunk(2, -1)
+        return (F.silu(gate_ELF) * up_ELF) @ w2_EDF.mT
+    h_ELF = F.silu(x_ELD @ w1_EFD.mT) * (x_ELD @ w3_EFD.mT)
+    return h_ELF @ w2_EDF.mT
+
+
+def _padded(
+    x_ND: Tensor, expert_NK: Tensor, counts_E: Tensor, first_E: Tensor, blocks: int, length: int
+) -> tuple[Tensor, Tensor]:
+    """Copy tokens into blocks by expert, in their order.
+
+    Args:
+        x_ND: Tokens.
+        expert_NK: Their experts.
+        counts_E: Choices of each expert.
+        first_E: The first block of each expert.
+        blocks: Number of blocks (X).
+        length: Tokens of a block (L).
+
+    Returns:
+        The blocks [X, L, D], and the place of each choice in them, [N*K].
+    """
+    expert = expert_NK.flatten()
+    order = expert.argsort(stable=True)
+    rank = torch.arange(len(expert), device=expert.device)
+    within = rank - (counts_E.cumsum(0) - counts_E)[expert[order]]
+    place = torch.empty_like(expert)
+    place[order] = first_E[expert[order]] * length + within
+    token = torch.zeros(blocks * length, dtype=torch.int64, device=expert.device)
+    token[place] = rank // expert_NK.shape[1]
+    return x_ND.index_select(0, token).view(blocks, length, -1), place
 
 
 class Router(nn.Linear):

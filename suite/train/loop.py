@@ -25,6 +25,7 @@ from suite.models.usage import Reads
 from suite.records import RunDir
 from suite.train import checkpoint
 from suite.train.batches import Batches
+from suite.train.compiling import compile_for_training
 from suite.train.finetuning import parent
 from suite.train.finetuning.knowledge import KnowledgeProber
 from suite.train.finetuning.scope import Scope
@@ -132,16 +133,8 @@ class Trainer:
                 model.to(self.device)
         if world.parallel.checkpoint_activations:
             recompute_blocks(model)
-        if not self.config.compile:
-            return model, model.hidden
-        # Memory layers run kernels of their own, and their optimizer's state changes between reads: traced, they would
-        # break the graph many times and compile anew every step.
-        for layer in model.memory_layers().values():
-            layer.forward = torch.compiler.disable(layer.forward)
-        if not world.distributed:
-            return model, torch.compile(model.hidden)
-        for block in model.layers:  # FSDP's work between blocks stays outside the compiler
-            block.forward = torch.compile(block.forward)
+        if self.config.compile:
+            return model, compile_for_training(model, world.distributed)
         return model, model.hidden
 
     def _fresh(self) -> Collection[str] | None:

@@ -162,6 +162,19 @@ def test_grouped_products_equal_padded_ones_with_their_gradients(dtype: torch.dt
         assert (grouped.float() - padded).norm() <= tolerance * padded.norm()
 
 
+@pytest.mark.parametrize("expert_NK", [[[0, 1]] * 9 + [[1, 4]] * 2, [[3]] * 7, [[0], [1], [2], [3], [4], [4]], [[2]]])
+def test_blocks_of_the_mean_load_equal_padding_to_the_busiest_expert(expert_NK: list[list[int]]) -> None:
+    experts = randomise(Experts(5, 16, 24)).double()
+    chosen_NK = torch.tensor(expert_NK)
+    generator = torch.Generator().manual_seed(1)
+    x_ND = torch.randn(len(expert_NK), 16, dtype=torch.float64, generator=generator).requires_grad_()
+    results = []
+    for y_NKD in (experts.routed(x_ND, chosen_NK), experts.in_blocks(x_ND, chosen_NK)):
+        results.append((y_NKD, *torch.autograd.grad(y_NKD.square().sum(), (x_ND, *experts.parameters()))))
+    for padded, in_blocks in zip(*results, strict=True):
+        torch.testing.assert_close(in_blocks, padded)
+
+
 @pytest.mark.parametrize(
     ("options", "field"),
     [({"router": "softmax", "balance_rate": 0.1}, "balance_rate"), ({"z_loss": 0.1}, "z_loss")],

@@ -257,13 +257,3 @@ def test_row_wise_and_dense_table_optimizers_agree(
     for ours, plain in zip(rows.model.memory_tables(), dense.model.memory_tables(), strict=True):
         moved = (plain.weight - trainer_of(dense.cell, cache, tmp_path / "fresh").model.memory_tables()[0].weight).abs()
         assert (ours.weight - plain.weight).abs().max() < 0.02 * moved.max()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("wide")  # in float32 roundings of gradients near Adam's eps grow to 2e-4 in three steps
-def test_a_compiled_model_trains_like_an_uncompiled_one(cache: Path, tmp_path: Path) -> None:
-    losses = []
-    for compiled in (False, True):
-        trainer = trainer_of(tiny_cell("memory_plus", compile=compiled), cache, tmp_path / str(compiled))
-        losses.append([trainer.train_step()["loss"] for _ in range(4)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-8)
