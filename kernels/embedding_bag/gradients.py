@@ -145,6 +145,26 @@ class RowGradients:
         is_read_R = torch.zeros(self.table_rows, dtype=torch.bool, device=self.device)
         return is_read_R.index_fill_(0, self.merged()[0], True)
 
+    def keep(self, is_kept_R: Tensor) -> None:
+        """Drop the gradients of all rows but those flagged in `is_kept_R`, bool [R]. Does not wait for a device."""
+        self._apply_scale()
+        if self._whole_RD is not None:
+            whole_RD, is_read_R = self._whole()
+            whole_RD.masked_fill_(~is_kept_R.unsqueeze(1), 0)
+            is_read_R.logical_and_(is_kept_R)
+        elif self._has_places or self.leaves_counts:
+            rows_P, sums_PD = self._in_places()
+            is_kept_P = torch.cat((is_kept_R, is_kept_R.new_zeros(1)))[rows_P]
+            order_P = (~is_kept_P).to(torch.uint8).argsort(stable=True)  # unused places come last
+            rows_P = rows_P.masked_fill(~is_kept_P, self.table_rows)[order_P]
+            sums_PD = sums_PD[order_P].masked_fill_(~is_kept_P[order_P].unsqueeze(1), 0)
+            self._rows, self._sums, self._has_places = [rows_P], [sums_PD], True
+        else:
+            rows_U, sums_UD = self.merged()
+            is_kept_U = is_kept_R[rows_U]
+            self.clear()
+            self.add(rows_U[is_kept_U], sums_UD[is_kept_U])
+
     def spread(self, rows_V: Tensor) -> Tensor:
         """Give a gradient of zero to those of some rows that have none yet.
 

@@ -178,6 +178,30 @@ def test_triton_merges_reads_of_few_rows_without_knowing_how_many() -> None:
     torch.testing.assert_close(ours.merged()[1], theirs.merged()[1])
 
 
+@pytest.mark.parametrize("table_rows", [20, 200])
+def test_triton_keeps_the_gradients_of_some_rows_without_knowing_how_many(table_rows: int) -> None:
+    """In a buffer of the whole table and in places; gradients added later count, too."""
+    table = torch.randn(table_rows, 6)
+    is_kept = torch.arange(table_rows) % 3 == 0
+    sinks = {backend: RowGradients(table) for backend in ("torch", "triton")}
+    for backend, sink in sinks.items():
+        torch.manual_seed(0)
+        leaf = table.clone().requires_grad_()
+        for step in range(3):
+            if step == 2:
+                sink.scale_(0.5)
+                sink.keep(is_kept)
+            indices, weights = torch.randint(20, (8, 4)), torch.randn(8, 4)
+            embedding_bag(leaf, indices, weights, sink, backend).square().sum().backward()
+        sink.keep(is_kept)
+    ours, theirs = sinks["triton"], sinks["torch"]
+    torch.testing.assert_close(ours.norm(), theirs.norm())
+    assert (ours.placed().rows_P is None) == (table_rows == 20)
+    assert torch.equal(ours.merged()[0], theirs.merged()[0])
+    assert is_kept[ours.merged()[0]].all()
+    torch.testing.assert_close(ours.merged()[1], theirs.merged()[1])
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     rows=st.sampled_from([1, 2, 40, 1 << 11, (1 << 11) + 1, 1 << 22, 1 << 40]),

@@ -28,8 +28,21 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 SGD = {"table_optimizer": "sgd", "value_lr": 1.0}
 SEPARATE = {**MEMORY, "share": False}
 OTHERS: dict[str, dict[str, Any]] = {
+    "moe_topk fp32": {"model": {"family": "moe_topk", "router": "softmax"}, "train": {"precision": "fp32"}},
+    "ultramem_v2": {"model": {"family": "ultramem_v2", "half_keys": 32, "top_k": 2}},
+    "ngram_embedding": {"model": {"family": "ngram_embedding", "table_rows": 1001, "order_tables": 2}},
+    "engram": {"model": {"family": "engram", "head_rows": 1000, "hash_heads": 2}},
+    "token_table": {"model": {"family": "token_table"}},
     "sgd": {"model": {"family": "memory_plus", **SEPARATE}, "train": SGD},
     "sgd, few rows read": {"model": {"family": "memory_plus", **SEPARATE, "half_keys": 100}, "train": SGD},
+    "rows, sgd": {
+        "model": {"family": "memory_plus", **MEMORY},
+        "train": {**SGD, "init_from": "parent", "trainable": {"kind": "rows", "top": 3, "score": "random"}},
+    },
+    "rows, few rows read": {
+        "model": {"family": "memory_plus", **SEPARATE, "half_keys": 100},
+        "train": {"init_from": "parent", "value_lazy": True, "trainable": {"kind": "rows", "top": 3, "score": "tf"}},
+    },
 }
 """Cases of which only waits are asserted."""
 MAX_WAITS = 2

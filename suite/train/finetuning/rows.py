@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.embedding_bag import RowGradients
+from kernels.row_adamw import noise
 from suite.data import seeded_random
 from suite.data.loader import Batch
 from suite.data.packing import IGNORED
@@ -56,8 +57,10 @@ class ReadCounts:
         tokens = len(self._real_N)
         assert indices_NS.numel() % tokens == 0, "reads are ordered by token"
         counts_R = self.rows[name]
-        read = indices_NS.reshape(tokens, -1)[self._real_N].flatten().to(counts_R.device)
-        counts_R.index_add_(0, read, torch.ones_like(read))
+        read_NS = indices_NS.reshape(tokens, -1).to(counts_R.device)
+        # Reads of padding count zero times. Without their indices the host would have to know how many there are.
+        times_NS = self._real_N.to(counts_R.device).long().unsqueeze(1).expand_as(read_NS)
+        counts_R.index_add_(0, read_NS.flatten(), times_NS.flatten())
 
 
 def _sources(model: Transformer) -> dict[str, tuple[list[Callable[[Tensor], None]], int, torch.device]]:
@@ -114,27 +117,32 @@ class RowChoice:
         self.step = step
         self.counts.clear()
 
-    def chosen(self, name: str) -> Tensor:
-        """Return the rows of a table to train, ascending, [K]."""
+    def is_chosen(self, name: str) -> Tensor:
+        """Return which rows of a table to train, bool [R]. Does not wait for a device."""
         counts_R = self.counts.rows[name]
-        rows_U = counts_R.nonzero().squeeze(1)
-        config = self.config
-        if config.score == "reads":
-            return rows_U
-        if config.score == "random":
+        is_read_R = counts_R > 0
+        if self.config.score == "reads":
+            return is_read_R
+        # On a device, which alone knows the rows that were read, all rows are ranked, those not read last.
+        every_R = torch.arange(len(counts_R), device=counts_R.device)
+        rows_U = every_R if counts_R.is_cuda else every_R[is_read_R]
+        scores_U = self._scores(name, rows_U).masked_fill(~is_read_R[rows_U], -torch.inf)
+        best_K = rows_U[scores_U.argsort(descending=True, stable=True)[: self.config.top]]
+        return torch.zeros_like(is_read_R).index_fill_(0, best_K, True).logical_and_(is_read_R)
+
+    def _scores(self, name: str, rows_U: Tensor) -> Tensor:
+        """Return the scores of some rows of a table, float64 [U]."""
+        if self.config.score == "random":
             # Without the table's name: the two tables of a PEER layer are read at the same rows.
-            order_U = torch.from_numpy(seeded_random.permutation(len(rows_U), self.seed, self.step)).to(rows_U.device)
-        else:
-            scores_U = counts_R[rows_U].double() / counts_R.sum()
-            if config.score == "tfidf":
-                documents_U = self.background[name][rows_U].double()
-                scores_U = scores_U * torch.log((config.background + 1) / (documents_U + 1))
-            order_U = scores_U.argsort(descending=True, stable=True)
-        return rows_U[order_U[: config.top]].sort().values
+            key = int(seeded_random.raw(1, self.seed, self.step)[0]) & noise.MASK
+            return noise.mixed(noise.mixed(rows_U) ^ key).double()
+        counts_R = self.counts.rows[name]
+        scores_U = counts_R[rows_U].double() / counts_R.sum()
+        if self.config.score == "tfidf":
+            documents_U = self.background[name][rows_U].double()
+            scores_U = scores_U * torch.log((self.config.background + 1) / (documents_U + 1))
+        return scores_U
 
     def keep(self, parameter: str, gradients: RowGradients) -> None:
         """Drop the gradients of a parameter's rows that are not chosen."""
-        rows_U, sums_UD = gradients.merged()
-        is_chosen_U = torch.isin(rows_U, self.chosen(parameter.rpartition(".")[0]), assume_unique=True)
-        gradients.clear()
-        gradients.add(rows_U[is_chosen_U], sums_UD[is_chosen_U])
+        gradients.keep(self.is_chosen(parameter.rpartition(".")[0]))
