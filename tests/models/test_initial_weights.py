@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from model_families import VOCAB
+from model_families import VOCAB, model
 
 from suite.models import build, registry
 from suite.models.distributions import Normal, Uniform, xavier_uniform
@@ -79,6 +79,21 @@ def test_a_process_draws_its_own_blocks_and_never_holds_the_whole_tensor(shape: 
         draw(law, own, torch.Size(shape), part, 3, "name")
     assert sum(law.drawn) == own.numel()
     assert live.peak <= 4 * BLOCK * 1.01
+
+
+@pytest.mark.parametrize("family", registry.families())
+def test_a_process_can_draw_its_own_part_of_every_parameter(family: str) -> None:
+    """No built-in family sets whole tensors."""
+    assert not any(hasattr(module, "init_parameter") for module in model(family).modules())
+
+
+def test_a_small_engram_has_the_values_it_always_had() -> None:
+    """Those of whole tensors from the generator of the name."""
+    net = model("engram")
+    name = "layers.1.before_attention.value.weight"
+    value = net.get_parameter(name)
+    expected = torch.empty(value.shape).normal_(0.0, value.shape[1] ** -0.5, generator=seeded(f"0/{name}"))
+    assert value.equal(expected)
 
 
 def test_small_models_have_the_values_they_always_had() -> None:

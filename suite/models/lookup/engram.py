@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from suite.models.attachments import Attachments, Skip
 from suite.models.cache import Earlier
 from suite.models.cost import Cost
+from suite.models.distributions import Constant, Distribution, Normal
 from suite.models.feedforward import SwiGLU
 from suite.models.lookup.forms import NgramConfig
 from suite.models.lookup.hashing import LAYER_SEED, NgramHash, primes_from
@@ -120,19 +121,16 @@ class Engram(MemoryLayer):
             y_BTD = y_BTD + tap_D * row_BTD
         return y_BTD
 
-    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Draw matrices normal with fan_in^-1/2; taps are zero or normal with kernel^-1/2, biases zero, gains one.
+    def initial_values(self, name: str, shape: torch.Size) -> Distribution:
+        """Return matrices normal with fan_in^-1/2, taps zero or normal with kernel^-1/2, biases zero, gains one.
 
-        Arguments as for `initial_weights.fill`. The paper states the zero taps only.
+        Arguments as for `initial_weights.initialise`. The paper states the zero taps only.
         """
         if name == "taps" and not self.zero_kernel:
-            parameter.normal_(0.0, self.kernel**-0.5, generator=generator)
-        elif name == "taps" or name.endswith("bias"):
-            parameter.zero_()
-        elif parameter.dim() == 2:
-            parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-        else:
-            parameter.fill_(1.0)
+            return Normal(self.kernel**-0.5)
+        if name == "taps" or name.endswith("bias"):
+            return Constant(0.0)
+        return Normal(shape[1] ** -0.5) if len(shape) == 2 else Constant(1.0)
 
     def cost(self) -> Cost:
         """Count the projections; one row is read for each order and head, and the taps are no matrix product."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from suite.models.attachments import Attachments
 from suite.models.cost import Cost
+from suite.models.distributions import Constant, Distribution, Normal
 from suite.models.feedforward import SwiGLU
 from suite.models.lookup.forms import NgramConfig
 from suite.models.lookup.hashing import PolynomialHash
@@ -73,15 +74,14 @@ class NgramEmbedding(MemoryLayer):
         """Return the rows of the n-grams, one per bag, as `concatenated` reads them."""
         return self.hashes(ids_BTW).reshape(-1, 1)
 
-    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Draw the projection so that every term is as large as the token embedding (our choice).
+    def initial_values(self, name: str, shape: torch.Size) -> Distribution:
+        """Return a projection whose terms are each as large as the token embedding (our choice).
 
-        Arguments as for `initial_weights.fill`.
+        Arguments as for `initial_weights.initialise`.
         """
         if name == "projection.weight":
-            parameter.normal_(0.0, self.dim**-0.5, generator=generator)
-        else:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            return Normal(self.dim**-0.5)
+        return Constant(0.0 if name.endswith("bias") else 1.0)
 
     def extra_repr(self) -> str:
         """Return the settings that change no shape."""

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from suite.models.attachments import Attachments, Skip
 from suite.models.cost import Cost
+from suite.models.distributions import Constant, Distribution, Normal
 from suite.models.feedforward import SwiGLU
 from suite.models.lookup.controls import TableConfig
 from suite.models.memory_table import MemoryLayer, MemoryTable
@@ -98,12 +99,11 @@ class PerLayerEmbedding(TokenRows):
         h_BTP = F.gelu(self.gate(x_BTD), approximate="tanh")
         return self.up_norm(self.up(h_BTP * p_BTP.to(h_BTP.dtype)).to(wide)).to(x_BTD.dtype)
 
-    def init_parameter(self, name: str, parameter: Tensor, generator: torch.Generator) -> None:
-        """Draw matrices normal with fan_in^-1/2; gains as stated. Arguments as for `initial_weights.fill`."""
-        if parameter.dim() == 2:
-            parameter.normal_(0.0, parameter.shape[1] ** -0.5, generator=generator)
-        else:
-            parameter.fill_((2 * self.layers) ** -0.5 if name == "up_norm.weight" else 1.0)
+    def initial_values(self, name: str, shape: torch.Size) -> Distribution:
+        """Return matrices normal with fan_in^-1/2, and the gains; arguments as for `initial_weights.initialise`."""
+        if len(shape) == 2:
+            return Normal(shape[1] ** -0.5)
+        return Constant((2 * self.layers) ** -0.5 if name == "up_norm.weight" else 1.0)
 
     def cost(self) -> Cost:
         """Count the three projections and the norms; one row is read."""
