@@ -296,14 +296,15 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
         corpus: Its corpus.
 
     Raises:
-        UserError: The run's parent cannot be used, or settings do not suit the length of the run.
+        UserError: The run's parent cannot be used, or settings do not suit the device or the length of the run.
     """
-    from suite.launch.checks.settings import refuse_unfit_settings
+    from suite.launch.checks.settings import refuse_tf32_without_gpu, refuse_unfit_settings
     from suite.models.accounting import account
     from suite.train.checkpoint import steps_saved
     from suite.train.finetuning import parent
     from suite.train.loop import total_steps
 
+    refuse_tf32_without_gpu(cell)
     loader = corpus.loader(cell.seed, cell.train.batch_rows)
     refuse_unfit_settings(cell, total_steps(cell.train, loader, cell.data.seq_len))
     facts = {

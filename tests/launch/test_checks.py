@@ -4,17 +4,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from event_log import EventLog
 from tiny_cells import tiny_cell
 
-from suite.cells import Cell
+from suite.cells import Cell, EvalConfig
 from suite.errors import UserError
 from suite.grids import Grid
+from suite.launch import worker
 from suite.launch.checks import memory
 from suite.launch.checks.data import refuse_unusable_data
 from suite.launch.checks.memory import Launch, MemoryCheck, host_limit
 from suite.launch.checks.settings import refuse_unfit_settings
 from suite.launch.local import LocalExecutor
+from suite.launch.preparation import prepare
 from suite.launch.scorer import Scorer
 from suite.launch.sweep import Sweep
 from suite.plan import one_process
@@ -113,6 +116,16 @@ def test_settings_that_a_run_cannot_follow_are_named(train: dict[str, Any], step
     with pytest.raises(UserError, match=message):
         refuse_unfit_settings(tiny_cell(**train), steps)
     refuse_unfit_settings(tiny_cell(warmup=5, probes=2, stop_past=0.5), 5)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_scores_in_tf32_are_refused_before_training_where_there_is_no_gpu(tmp_path: Path) -> None:
+    plain = tiny_cell()
+    cell = plain.model_copy(update={"evaluate": (EvalConfig(tasks=("bios_storage",), precision="tf32"),)})
+    run = prepare(tmp_path, cell)
+    assert worker.run_cell(run.path) == "failed"
+    assert "evaluate.precision: got 'tf32'" in run.state()["cause"]
+    assert not run.train_lines()
 
 
 def text_cell(path: Path, **data: Any) -> Cell:

@@ -31,3 +31,11 @@ def refuse_unfit_settings(cell: Cell, steps: int | None = None) -> None:
             f"cell {cell.run_name}: train.stop_past: got {cell.train.stop_past}, allowed: null with data.kind "
             f"{cell.data.kind}, which has no bits to learn"
         )
+
+
+def refuse_tf32_without_gpu(cell: Cell) -> None:
+    """Raise UserError for evaluations in tf32 if this process has no GPU; called before it trains."""
+    import torch  # a launcher, which has other devices than its workers, need not load it
+
+    if not torch.cuda.is_available() and any(config.precision == "tf32" for config in cell.evaluate):
+        raise UserError(f"cell {cell.run_name}: evaluate.precision: got 'tf32' on a CPU, allowed: 'fp32', 'bf16'")
