@@ -81,7 +81,12 @@ def sweep(
     """
     from suite.cli.cells import cell_named
     from suite.launch import progress
-    from suite.launch.checks.cells import refuse_missing_parents, refuse_unfit_cells, refuse_unknown_tasks
+    from suite.launch.checks.cells import (
+        refuse_missing_parents,
+        refuse_missing_sources,
+        refuse_unfit_cells,
+        refuse_unknown_tasks,
+    )
     from suite.launch.executor import Options, executor_class
     from suite.launch.interruption import Interruption
     from suite.launch.status import grid_status
@@ -109,6 +114,7 @@ def sweep(
         launched = Sweep(loaded, results, chosen, watcher, interruption, whole)
         refuse_unfit_cells(replace(loaded, cells=tuple(launched.missing)), results, scorer)
         refuse_missing_parents(loaded, results)
+        refuse_missing_sources(loaded, results)
         with interruption.on_signals():
             try:
                 statuses = launched.run() if wait else _submitted(launched)

@@ -82,6 +82,7 @@ def _make_ready(grid: Grid, results: Path, scorer: Scorer, fits: bool | None = N
     preparation.retry_failed(results, grid.cells)
     cells.refuse_unfit_cells(grid, results, scorer)
     cells.refuse_missing_parents(grid, results)
+    cells.refuse_missing_sources(grid, results)
     if fits is None and (reason := MemoryCheck.of_this_machine().problem(grid.cells[0])) is not None:
         raise UserError(f"{grid.source}: {reason}")
     try:

@@ -78,9 +78,13 @@ def test_a_quantised_run_is_scored_next_to_its_source(suite: Suite) -> None:
 
     again = suite("quantise", source.name, "--to", "int8", "--json")
     assert json.loads(again.stdout) == document
-    wrong = suite("quantise", run.name, "--to", "int4")
-    assert wrong.returncode == 2
-    assert source.name in wrong.stderr
+    Path("child.yaml").write_text(
+        Path("cell.yaml").read_text().replace("lr: 0.005", f"lr: 0.005, init_from: {run.name}")
+    )
+    for wrong in (suite("quantise", run.name, "--to", "int4"), suite("train", "child.yaml")):
+        assert wrong.returncode == 2
+        assert len(wrong.stderr.splitlines()) == 1
+        assert all(name in wrong.stderr for name in (run.name, source.name))
 
 
 def test_rows_are_dropped_by_counts_of_other_training_text(suite: Suite) -> None:
@@ -172,6 +176,17 @@ def test_wrong_combinations_are_one_line(arguments: list[str], words: list[str],
     assert result.returncode == 2
     assert len(result.stderr.splitlines()) == 1
     assert all(word in result.stderr for word in words)
+
+
+@pytest.mark.parametrize(("field", "value"), [("quantised", "int8"), ("kept_rows", 0.5)])
+def test_a_grid_needs_the_trained_runs_of_its_smaller_tables(field: str, value: object, suite: Suite) -> None:
+    cell = yaml.safe_load(CELL.replace("FAMILY", "pkm"))
+    source = Cell.model_validate(cell)
+    Path("grid.yaml").write_text(yaml.safe_dump({"defaults": cell, "blocks": [{"set": {field: value}}]}))
+    refused = suite("sweep", "grid.yaml", "--no-report")
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    assert all(word in line for word in (f"{field}: got {value!r}", source.slug, "null"))
 
 
 @pytest.mark.parametrize(("field", "value"), [("quantised", "int8"), ("kept_rows", 0.5)])

@@ -50,6 +50,22 @@ def refuse_missing_parents(grid: Grid, results: Path) -> None:
             raise UserError(f"{grid.source}: {error}") from None
 
 
+def refuse_missing_sources(grid: Grid, results: Path) -> None:
+    """Raise UserError if a cell with smaller tables is not finished, and its source is neither trained nor in the
+    grid."""
+    present = {cell.hash8 for cell in grid.cells}
+    for cell in grid.cells:
+        run = run_dir(results, cell)
+        if cell.source is None or cell.source.hash8 in present or is_finished(run, cell):
+            continue
+        field = "kept_rows" if cell.quantised is None else "quantised"
+        if not run_dir(results, cell.source).state().get("trained"):
+            raise UserError(
+                f"{grid.source}: {field}: got {getattr(cell, field)!r} without the trained run {cell.source.run_name}; "
+                f"add null to the values of {field}, or train that run"
+            )
+
+
 def refuse_unknown_tasks(grid: Grid) -> None:
     """Raise UserError for a task that does not exist."""
     from suite.evaluate import task_list

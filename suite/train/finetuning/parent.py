@@ -72,7 +72,7 @@ def find_parent(run: RunDir, cell: Cell) -> RunDir:
         cell: A cell with a parent.
 
     Raises:
-        UserError: The parent is missing or not trained, or the run at the path is another one.
+        UserError: The parent is missing, not trained or made by suite quantise, or the run at the path is another one.
     """
     wanted, init_from = cell.train.parent, cell.train.init_from
     assert wanted is not None, "the cell has a parent"
@@ -85,6 +85,8 @@ def find_parent(run: RunDir, cell: Cell) -> RunDir:
         if parent.damage() is None and parent.cell_path.exists() and parent.read_cell().hash8 == wanted:
             if not parent.state().get("trained"):
                 raise UserError(f"{where}: {parent.path} is not trained to its end; continue it with suite train")
+            if (source := parent.read_cell().source) is not None:
+                raise UserError(f"{where}, whose tables are made smaller, allowed: its source {source.run_name}")
             return parent
     if folders:
         raise UserError(f"{where}: {folders[0]} is damaged or not the run {wanted}; restore that run")
