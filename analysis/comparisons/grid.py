@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from analysis.comparisons.controls import control_contrasts
 from analysis.comparisons.multiplier_grid import Named, multipliers_along_reference
 from analysis.comparisons.next_parameter import Step, metric_of, steps
 from analysis.comparisons.paired import Contrast, contrasts
@@ -22,6 +23,11 @@ class Comparisons:
     def contrasts(self) -> list[Contrast]:
         """See analysis.comparisons.paired."""
         return contrasts(self.data)
+
+    @cached_property
+    def controls(self) -> list[Contrast]:
+        """See analysis.comparisons.controls."""
+        return control_contrasts(self.data)
 
     @cached_property
     def trends(self) -> list[Trend]:

@@ -123,6 +123,15 @@ def contrasts(data: GridData) -> list[Contrast]:
         InputError: Two runs of one variant and one seed.
     """
     sides = _sides(data)
+    return _tested(data, compared(data, sides), sides)
+
+
+def compared(data: GridData, sides: pd.DataFrame) -> list[Contrast]:
+    """Return one contrast per row of `sides`, without tests: `ours` and `theirs` are the first runs of two variants.
+
+    Raises:
+        InputError: Two runs of one variant and one seed.
+    """
     if sides.empty:
         return []
     result = [_contrast(data.runs, *side) for side in sides[["ours", "theirs", "control"]].itertuples(index=False)]
@@ -136,10 +145,10 @@ def contrasts(data: GridData) -> list[Contrast]:
     _compare_e50(result, pairs)
     _compare_bits(data, result, pairs)
     _compare_finals(data, result, pairs)
-    return _tested(data, result, sides)
+    return result
 
 
-def _variants(data: GridData) -> pd.DataFrame:
+def first_runs(data: GridData) -> pd.DataFrame:
     """Return one row per variant (label at one base and data): the position of its first run, and its number as
     index."""
     runs = data.runs[data.runs["macs"].notna()]
@@ -151,7 +160,7 @@ def _sides(data: GridData) -> pd.DataFrame:
     """Return one row per contrast: the first run of each side, whether it is to a control, and whether it is
     primary."""
     columns = ["pairing", "label", "family", "reshaped", "train_key", "macs", "position"]
-    variants = _variants(data).reset_index()[columns]
+    variants = first_runs(data).reset_index()[columns]
     reference = variants[variants["family"] == data.reference]
     both = variants.merge(reference, on="pairing", suffixes=("", "_ref"))
     plain = both[~both["reshaped_ref"]]

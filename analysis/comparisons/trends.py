@@ -3,7 +3,8 @@
     ln y = a + b ln(1 + M / N) + c ln N,   y = E50 or NLL, M table parameters, N non-embedding base parameters
 
 A term that the grid does not vary is not identified and is omitted. Intervals come from the spread of runs within
-variants. The variant with the largest table is also predicted by a fit to the others.
+variants. The variant with the largest table is also predicted by a fit to the others. Controls (`model.control`) are
+omitted: their tables cannot learn.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ def trends(data: GridData) -> list[Trend]:
     """Return the fits that a grid allows, one per memory family and outcome."""
     table = data.done[data.done["params_total"].notna() & (data.done["partner"] >= 0)]
     is_reference = table["family"].eq(data.reference) & ~table["reshaped"]
-    table = table[(table["memory_rows"] > 0) | is_reference]
+    table = table[(table["memory_rows"] > 0) & table["control"].isna() | is_reference]
     fits = []
     for family in table.loc[table["memory_rows"] > 0, "family"].unique():
         part = table[table["family"].isin([family, data.reference])]

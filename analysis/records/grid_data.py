@@ -74,7 +74,7 @@ class GridData:
     """The records of a grid.
 
     runs: one row per readable run, in reading order: identity (run, cell, label, trained_label, family, base, seed,
-        half_keys, memory_rows, ffn_hidden, reshaped, pairing, train_key), state and cause, the account, ratios to the
+        half_keys, memory_rows, ffn_hidden, reshaped, control, pairing, train_key), state and cause, the account, ratios to the
         partner, speed, how far it got, and E50. `e50` is an exposure; `e50_state` is reached, censored (`e50` is then
         the last exposure, a lower bound), early (an upper bound) or none (no storage probes at a constant learning
         rate).
@@ -309,6 +309,7 @@ def _identified(runs: pd.DataFrame, cells: list[dict[str, Any]], accounts: list[
         "memory_rows": _memory_rows(half_keys, accounts),
         "ffn_hidden": pd.to_numeric(pd.Series([model.get("ffn_hidden") for model in models], dtype=object)),
         "reshaped": [is_reshaped(model) for model in models],
+        "control": [model.get("control") for model in models],
         "pairing": [pairing(cell) for cell in cells],
         "train_key": [training(cell) for cell in cells],
         "steady": [(cell.get("train") or {}).get("schedule", "constant") == "constant" for cell in cells],

@@ -17,7 +17,7 @@ AFTER_TRAINING = ("quantised", "kept_rows")
 def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the variant of each cell: family, table or width, and what else varies within its family and base.
 
-    Settings AFTER_TRAINING are named only where they are set.
+    A setting is named only where it has a value: of `control: [null, one_row]`, the first is the family itself.
     """
     groups: dict[tuple[str, str], list[int]] = {}
     for position, cell in enumerate(cells):
@@ -37,8 +37,7 @@ def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
         ]
         for at, options in zip(members, settings, strict=True):
             parts = [form.format(options[key]) for key, form in NAMED_FIRST.items() if options.get(key)]
-            named = [key for key in varying if key not in AFTER_TRAINING or options.get(key) is not None]
-            parts += [f"{key.split('.')[-1]}={options.get(key)}" for key in named]
+            parts += [f"{key.split('.')[-1]}={options[key]}" for key in varying if options.get(key) is not None]
             result[at] = " ".join([family, *parts])
     return result
 

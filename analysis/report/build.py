@@ -23,7 +23,7 @@ from analysis.records.regime import regime
 from analysis.records.scores import reduced
 from analysis.records.tables import number
 from analysis.report.blocks import Block, Figure, Heading, Items, Table, Text, to_html, to_markdown
-from analysis.report.differences import TITLE, difference_blocks, headline
+from analysis.report.differences import TITLE, control_blocks, difference_blocks, headline
 from analysis.report.fits import multiplier_blocks, trend_blocks
 from analysis.report.formatting import with_interval
 from analysis.report.knowledge import knowledge_blocks, knowledge_headline
@@ -91,6 +91,8 @@ def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) ->
         Heading(f"Paired differences with {data.reference}"),
         *difference_blocks(contrasts, bios, plots.drawn_as, why_not_compared(data) is None),
     ]
+    if comparisons.controls:
+        blocks += [Heading("What the tables add: differences with controls"), *control_blocks(comparisons.controls, bios)]
     if bios:
         blocks += [Heading("Storage, paraphrase and extraction"), *_kinds(data)]
     if taught is not None:

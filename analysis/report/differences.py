@@ -128,6 +128,18 @@ def difference_blocks(
     return [*blocks, *_unpaired(contrasts)]
 
 
+def control_blocks(contrasts: Sequence[Contrast], bios: bool) -> list[Block]:
+    """Return what each variant's tables add: its paired differences with its own controls."""
+    names = ["base", "variant", "against", "pairs"]
+    if bios:
+        headers = [*names, "E50 ratio", "E50 difference", "bits difference", "points of N H", "at exposure", "x MACs"]
+        rows = [_bios_row(contrast)[:-1] for contrast in contrasts]
+        return [Table(headers, rows, left=3, name="controls"), Text(HOW_CONTROLLED)]
+    headers = [*names[:3], "score", "few-shot", "questions", "pairs", "difference", "over runs x questions"]
+    finals = [_final_row(contrast, score, False)[:9] for contrast in contrasts for score in contrast.finals]
+    return [Table(headers, finals, left=4, name="controls"), Text(HOW_CONTROLLED)]
+
+
 def _summary(contrasts: Sequence[Contrast], pooled: Mapping[str, str]) -> list[Block]:
     """Summarise E50 ratios by base, family and table size."""
     groups: dict[tuple[str, str, bool], list[Contrast]] = {}
@@ -265,6 +277,12 @@ HOW_PAIRED = (
     "contrast is unadjusted, all others are adjusted by Holm's method. Where runs are censored (they never reached "
     "half of N H) there is no interval: their last exposure bounds the ratio from one side, and p is of an exact sign "
     "test over the pairs whose direction is certain."
+)
+HOW_CONTROLLED = (
+    "Each variant against its own controls, paired over seeds: the same model with a table of one row, with a frozen "
+    "random table, with addresses in a random fixed order, or with a dense layer of equal multiply-adds. Ratios below "
+    "1 mean that the table itself saves exposures; a ratio of 1 means that what surrounds it does. Not adjusted for "
+    f"the number of comparisons; intervals from {MIN_PAIRS} pairs."
 )
 HOW_COSTED = (
     f"MACs, parameters and bytes read per token are counted from the structure; within {EQUAL:.0%} of the reference's "

@@ -12,8 +12,11 @@ from run_folders import BITS_MAX, EXPOSURES, curve, write_run
 from scipy import stats
 
 from analysis.comparisons import paired, statistics
+from analysis.comparisons.controls import control_contrasts
 from analysis.comparisons.paired import Contrast
+from analysis.comparisons.trends import trends
 from analysis.records.grid_data import load
+from analysis.report.build import write
 
 
 def find(found: list[Contrast], variant: str, reference: str = "dense", base: str = "w32") -> Contrast:
@@ -73,6 +76,41 @@ def test_equal_mac_control_is_a_reference_of_its_own(results: Path) -> None:
     assert control.equal_flop
     assert control.control
     assert find(found, "dense ffn128").reference == "dense"
+
+
+@pytest.fixture
+def controlled(tmp_path: Path) -> Path:
+    """Two table sizes, each with controls that learn at known ratios of exposures, and dense."""
+    for seed in range(5):
+        write_run(tmp_path, "dense", "w32", seed, 30.0 + seed)
+        for keys, e50 in ((16, 24.0), (32, 20.0)):
+            write_run(tmp_path, "pkm", "w32", seed, e50 + seed, half_keys=keys)
+            write_run(tmp_path, "pkm", "w32", seed, 1.25 * (e50 + seed), half_keys=keys, control="one_row")
+        write_run(tmp_path, "pkm", "w32", seed, 20.0 + seed, half_keys=32, control="frozen")
+    return tmp_path
+
+
+def test_each_variant_is_compared_with_its_own_controls(controlled: Path) -> None:
+    found = control_contrasts(load(controlled, fallback="dense"))
+    ratios = {(c.variant, c.reference): round(math.exp(c.log_e50.mean), 6) for c in found if c.log_e50}
+    assert ratios == {
+        ("pkm k16", "pkm k16 control=one_row"): 0.8,
+        ("pkm k32", "pkm k32 control=one_row"): 0.8,
+        ("pkm k32", "pkm k32 control=frozen"): 1.0,
+    }
+    assert all(c.seeds == [0, 1, 2, 3, 4] for c in found)
+
+
+def test_the_report_says_what_a_table_adds_to_its_controls(controlled: Path) -> None:
+    write(load(controlled, fallback="dense"), controlled / "out", controlled / "figures")
+    text = (controlled / "out" / "report.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| w32 | pkm k16 | pkm k16 control=one_row |"))
+    assert "0.8 [0.8, 0.8]" in row.replace("0.800", "0.8")
+
+
+def test_controls_are_no_table_sizes_in_the_fits(controlled: Path) -> None:
+    fitted = trends(load(controlled, fallback="dense"))
+    assert {label for fit in fitted for _, label, *_ in fit.points} == {"dense", "pkm k16", "pkm k32"}
 
 
 def test_bits_are_compared_at_an_exposure_every_run_reached(results: Path) -> None:

@@ -19,6 +19,7 @@ from analysis.figures.context import context
 from analysis.records import frame
 from analysis.records.curves import Curves
 from analysis.records.grid_data import load
+from analysis.records.labels import labels
 from analysis.records.tables import read_lines, read_table
 from analysis.report.blocks import to_markdown
 from analysis.report.build import build
@@ -249,6 +250,11 @@ def test_labels_name_what_varies(tmp_path: Path) -> None:
     (tmp_path / "runs" / name / "cell.json").write_text(json.dumps(content))
     found = load(tmp_path, fallback="dense").runs["label"]
     assert sorted(found) == ["memory_plus k16 lr=0.008", "memory_plus k16 lr=0.5"]
+
+
+def test_labels_omit_a_setting_without_a_value() -> None:
+    cells = [{"model": {"family": "pkm", "base": "w32", "control": control}} for control in (None, "frozen")]
+    assert labels(cells) == ["pkm", "pkm control=frozen"]
 
 
 def test_unknown_grid_is_named_with_the_known_ones(results: Path) -> None:

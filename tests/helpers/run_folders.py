@@ -67,12 +67,13 @@ def write_run(
     *,
     half_keys: int | None = None,
     ffn_hidden: int | None = None,
+    control: str | None = None,
     stop_past: bool = True,
     last: float = 64.0,
     state: str = "done",
 ) -> str:
     """One run directory whose storage bits cross half exactly at `e50`; returns its name."""
-    model = model_block(family, base, half_keys, ffn_hidden)
+    model = model_block(family, base, half_keys, ffn_hidden) | ({"control": control} if control else {})
     cell = {
         "model": model,
         "seed": seed,
@@ -96,7 +97,7 @@ def write_run(
         },
     }
     cost = account(base, half_keys, ffn_hidden)
-    digest = f"{zlib.crc32(repr((family, base, seed, half_keys, ffn_hidden)).encode()):08x}"
+    digest = f"{zlib.crc32(repr((family, base, seed, half_keys, ffn_hidden, *filter(None, [control]))).encode()):08x}"
     name = "-".join(filter(None, [family, base, f"k{half_keys}" if half_keys else "", f"s{seed}", digest]))
     folder = results / "runs" / name
     write_json(
