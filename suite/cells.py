@@ -225,7 +225,13 @@ class EvalConfig(Frozen):
     @property
     def hash8(self) -> str:
         """Eight hex digits of this evaluation's identity."""
-        return _digest(identity(self))
+        return _evaluation_hash(self)
+
+
+@functools.cache
+def _evaluation_hash(config: EvalConfig) -> str:
+    """Return the hash of an evaluation; the cells of a grid have few different ones."""
+    return _digest(identity(config))
 
 
 def _model_config(value: Any) -> ModelConfig:
@@ -319,9 +325,10 @@ class Cell(Frozen):
         return self.model_copy(update={"train": self.train.model_copy(update=named)})
 
     def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
-        """Return a copy with other values; its hash is recomputed."""
+        """Return a copy with other values; its hash and name are computed anew."""
         copied = super().model_copy(update=update, deep=deep)
-        copied.__dict__.pop("hash8", None)
+        for name in ("hash8", "run_name"):
+            copied.__dict__.pop(name, None)
         return copied
 
     @property
@@ -335,7 +342,7 @@ class Cell(Frozen):
         parts += [self.quantised or "", f"keep{100 * self.kept_rows:g}" if self.kept_rows else ""]
         return "-".join(part for part in parts if part)
 
-    @property
+    @functools.cached_property
     def run_name(self) -> str:
         """The run directory's name, `<slug>-<hash8>`."""
         return f"{self.slug}-{self.hash8}"
@@ -387,7 +394,10 @@ def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten nested mappings to one mapping with dotted keys; lists and scalars are values."""
     flattened: dict[str, Any] = {}
     for key, value in nested.items():
-        flattened |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict):
+            flattened |= flat(value, f"{prefix}{key}.")
+        else:
+            flattened[f"{prefix}{key}"] = value
     return flattened
 
 

@@ -12,7 +12,7 @@ in their seed. The two sides are paired by seed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -71,9 +71,13 @@ def select(source: Path, content: object, cells: Sequence[Cell]) -> Contrast:
         if field not in content:
             raise UserError(f"{where}.{field}: missing, allowed: treatment, reference and metric are needed")
     settings = [flat(cell.model_dump(mode="json")) for cell in cells]
+    paths = {path for fields in settings for path in fields}
     shared = {"model.base": content["base"]} if "base" in content else {}
     may_differ = ("train",) if content["metric"] == FORGETTING else ()
-    sides = {side: _side(f"{where}.{side}", content[side], shared, cells, settings, may_differ) for side in SIDES}
+    sides = {}
+    for side in SIDES:
+        wanted = _wanted(f"{where}.{side}", content[side], shared, paths)
+        sides[side] = _side(f"{where}.{side}", wanted, cells, settings, may_differ)
     treatment, reference = sides["treatment"], sides["reference"]
     if {cell.run_name for cell in treatment} & {cell.run_name for cell in reference}:
         raise UserError(f"{where}: treatment and reference select the same cells; name a field in which they differ")
@@ -95,22 +99,25 @@ def matches(settings: Mapping[str, Any], path: str, value: Any) -> bool:
     return path in settings and (settings[path] == value or (isinstance(value, list) and settings[path] in value))
 
 
+def _wanted(where: str, content: object, shared: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
+    """Return the dotted settings that select one side; all must be among `paths`, the fields of the cells."""
+    if not isinstance(content, dict) or not content:
+        raise UserError(f"{where}: got {content!r}, allowed: a mapping of cell fields to values")
+    wanted = {**shared, **flat(content)}
+    for path in wanted:
+        if path not in paths:
+            raise UserError(f"{where}.{path}: unknown field{did_you_mean(path, paths)}, allowed: a cell's field")
+    return wanted
+
+
 def _side(
     where: str,
-    content: object,
-    shared: Mapping[str, Any],
+    wanted: Mapping[str, Any],
     cells: Sequence[Cell],
     settings: list[dict[str, Any]],
     may_differ: tuple[str, ...] = (),
 ) -> list[Cell]:
     """Return the cells of one side, all of one variant but for the sections in `may_differ`."""
-    if not isinstance(content, dict) or not content:
-        raise UserError(f"{where}: got {content!r}, allowed: a mapping of cell fields to values")
-    wanted = {**shared, **flat(content)}
-    paths = {path for fields in settings for path in fields}
-    for path in wanted:
-        if path not in paths:
-            raise UserError(f"{where}.{path}: unknown field{did_you_mean(path, paths)}, allowed: a cell's field")
     chosen = [
         (cell, fields)
         for cell, fields in zip(cells, settings, strict=True)

@@ -293,7 +293,7 @@ def _expand(value: Any, where: str) -> Any:
         return [_expand(item, where) for item in value]
     if isinstance(value, dict):
         return {key: _expand(item, where) for key, item in value.items()}
-    if not isinstance(value, str):
+    if not isinstance(value, str) or "${" not in value:
         return value
 
     def variable(match: re.Match[str]) -> str:

@@ -70,7 +70,7 @@ def read_if_present(path: Path, remedy: str) -> dict[str, Any] | None:
 
 def run_dir(results: Path, cell: Cell) -> RunDir:
     """Return the run directory of a cell."""
-    return RunDir(results / RUNS / cell.run_name)
+    return RunDir(results / f"{RUNS}/{cell.run_name}")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class RunDir:
     """A run's folder, `results/runs/<slug>-<hash8>`."""
 
     def __init__(self, path: Path) -> None:
-        self.path = Path(path)
+        self.path = path
 
     @property
     def name(self) -> str:

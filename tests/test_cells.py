@@ -179,6 +179,8 @@ def test_a_copy_with_another_value_has_another_hash_and_compares_by_its_fields()
     other = first.model_copy(update={"seed": first.seed + 1})
     assert other.hash8 != before
     assert other.model_copy(update={"seed": first.seed}).hash8 == before
+    assert (first.run_name.endswith(before), other.run_name.endswith(other.hash8)) == (True, True)
+    assert other.model_copy(update={"seed": first.seed}).run_name == first.run_name
     assert other.model_copy(update={"seed": first.seed}) == cell()
     assert "hash8" not in first.model_dump()
 

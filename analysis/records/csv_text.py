@@ -76,6 +76,9 @@ def _formatted(column: pa.Array) -> _Stretches:
 
 def _joined(columns: Sequence[_Stretches]) -> _Stretches:
     """Return neighbouring columns as one, with a stretch wherever one of them changes."""
-    ends = np.unique(np.concatenate([column.ends for column in columns]))
+    is_last = np.zeros(columns[0].ends[-1], bool)
+    for column in columns:
+        is_last[column.ends - 1] = True
+    ends = np.flatnonzero(is_last) + 1
     texts = (column.texts.take(pa.array(np.searchsorted(column.ends, ends))) for column in columns)
     return _Stretches(pc.binary_join_element_wise(*texts, ","), ends)

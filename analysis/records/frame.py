@@ -121,7 +121,7 @@ OF_RUN += (
     "params_embedding",
 )
 """Columns that are the same in all rows of a run."""
-RUNS = 1000
+RUNS = 2500
 """Runs whose rows are made at once, so that intermediate arrays stay small."""
 
 

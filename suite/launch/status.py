@@ -88,7 +88,7 @@ def _status(run: RunDir, cell: Cell, records: Records) -> CellStatus:
     if state["state"] == "running":
         state = run.state()  # the run may have ended while the other files were read
     name = state["state"]
-    lacks_scores = name == "done" and bool(missing_evals(run, cell))
+    lacks_scores = name == "done" and _lacks_scores(run, cell, records)
     is_finished = name == "failed" or (name == "done" and not lacks_scores)
     alive = run.is_locked()
     if name == "running" and not alive:
@@ -101,7 +101,7 @@ def _status(run: RunDir, cell: Cell, records: Records) -> CellStatus:
         note = state["cause"]
     stale = stale_because_of(run, cell, records)
     if stale is not None:
-        note = f"stale: {stale}"
+        note = f"stale: {stale}; suite sweep --rerun-stale trains it again"
     last = records.last_line
     return CellStatus(
         cell=run.name.rpartition("-")[2],
@@ -118,6 +118,12 @@ def _status(run: RunDir, cell: Cell, records: Records) -> CellStatus:
         headline=headline(records),
         is_finished=is_finished,
     )
+
+
+def _lacks_scores(run: RunDir, cell: Cell, records: Records) -> bool:
+    """Return whether scores are missing; the files of a run are looked for again only if one was not read."""
+    was_read = all(config.hash8 in records.evals for config in cell.evaluate)
+    return not was_read and bool(missing_evals(run, cell))
 
 
 def grid_status(results: Path, grid: Grid) -> list[CellStatus]:
