@@ -22,6 +22,15 @@ def curves_figure(estimate: Fit, ends: Ends, folder: Path, source: str) -> list[
 
     Laws of one input have one curve. Of three or more inputs, the others are held at their medians, and each run is
     drawn at its own value, on the colour of the nearest curve.
+
+    Args:
+        estimate: The fit.
+        ends: The profile intervals of its parameters, for the bands.
+        folder: Where the figure is written.
+        source: The table of the runs, for the caption.
+
+    Returns:
+        The files.
     """
     problem = estimate.problem
     law, x = problem.law, problem.x

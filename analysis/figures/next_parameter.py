@@ -79,8 +79,8 @@ def draw(steps: list[Step], metric: str, source: str, folder: Path) -> list[Path
             axes[row * len(PANELS)].set_ylabel(f"{base}: gain,\n{unit}")
         style.legend_above(drawn, axes)
         note = (
-            "Gain over the plain model of the base: mean over pairs of runs of one seed, with 95 % t-intervals from 5 "
-            "pairs on. Lines start at the base. Training time is that of the machine that ran the grid."
+            "Gain over the plain model of the base: mean over pairs of runs of one seed, with 95 % t-intervals where "
+            "there are 5 or more pairs. Lines start at the base. Training time is of the machine that ran the grid."
         )
         return style.save(drawn, folder, "next-parameter", " ".join(filter(None, [note, source])))
 

@@ -106,7 +106,15 @@ def looks(variants: list[tuple[str, str]]) -> dict[str, Look]:
 def figure(
     rows: int, columns: int, width: float = 6.8, height: float = 3.0, **options: Any
 ) -> Iterator[tuple[Figure, list[Axes]]]:
-    """A figure without a display, in this style, and its axes in reading order."""
+    """Yield a figure without a display, in this style, and its axes in reading order; it is closed afterwards.
+
+    Args:
+        rows: Rows of axes.
+        columns: Columns of axes.
+        width: Width in inches.
+        height: Height in inches.
+        options: Further arguments of `matplotlib.pyplot.subplots`.
+    """
     import matplotlib as mpl
 
     mpl.use("Agg")

@@ -55,6 +55,13 @@ def bootstrap(
     """Refit to data drawn with replacement: points, or whole clusters (runs), within strata (cells) if any.
 
     Every refit starts from the two best of the fit's bank for its own draw, so another optimum can be reached.
+
+    Args:
+        estimate: The fit.
+        draws: Number of refits.
+        seed: Seed of the draws.
+        clusters: The cluster of each point, (n,); None: points are drawn.
+        strata: The stratum of each point, (n,), within which is drawn; None: one stratum.
     """
     problem, generator = estimate.problem, np.random.default_rng(seed)
     units = problem.n if clusters is None else len(np.unique(clusters))
@@ -217,7 +224,14 @@ def no_hold_out(rule: str, reason: str) -> HeldOut:
 def hold_out(problem: Problem, size: np.ndarray, share: float, rule: str, seed: int = 0) -> HeldOut:
     """Hold out the points of the largest sizes, about `share` of all and equal sizes together; fit the rest; predict.
 
-    At least one size is held out; nothing is where the rest would be too few for the law.
+    At least one size is held out. If the rest would be too few for the law, nothing is.
+
+    Args:
+        problem: The problem.
+        size: The size of each point, (n,).
+        share: The share of the points to hold out, 0 to 1.
+        rule: How the sizes were chosen, for reports.
+        seed: Seed of the fit's starts.
     """
     order = np.unique(size)[::-1]
     rows = np.zeros(problem.n, bool)

@@ -26,7 +26,14 @@ HALVINGS = 14
 
 
 def interval(estimate: Fit, quantity: Quantity, ends: Ends, level: float = 0.95) -> tuple[float, float]:
-    """Return the profile interval of one quantity, as `intervals` does of several."""
+    """Return the profile interval of one quantity, as `intervals` does of several.
+
+    Args:
+        estimate: The fit.
+        quantity: theta (B, p) -> values (B,) and their derivatives (B, p).
+        ends: The profile intervals of the fit's parameters.
+        level: Of confidence.
+    """
     low, high = intervals(estimate, lambda theta, which: quantity(theta), 1, ends, level)[0]
     return float(low), float(high)
 

@@ -65,14 +65,24 @@ class Law:
 
 
 def offset(name: str = "E", meaning: str = "irreducible loss, nats per token") -> Parameter:
+    """Return an additive constant that is not negative."""
     return Parameter(name, meaning, log=False, linear=True, at_bound="the data show no floor")
 
 
 def coefficient(name: str, meaning: str) -> Parameter:
+    """Return a positive factor in which the law is linear."""
     return Parameter(name, meaning, linear=True)
 
 
 def signed(name: str, meaning: str, linear: bool = False, start: tuple[float, float] = (-1.0, 1.0)) -> Parameter:
+    """Return a parameter without bounds, which may be negative.
+
+    Args:
+        name: Its name in the law.
+        meaning: What it is, with its unit.
+        linear: Whether the law is linear in it.
+        start: The range that starts are drawn from.
+    """
     return Parameter(name, meaning, -math.inf, math.inf, log=False, linear=linear, start=start)
 
 

@@ -76,7 +76,13 @@ def tables(theirs: pd.DataFrame, mine: pd.DataFrame) -> str:
 
 
 def draw_tables(theirs: pd.DataFrame, mine: pd.DataFrame, folder: Path) -> dict[str, list[Path]]:
-    """Return the same as figures, one a table: name -> files."""
+    """Draw each table of the paper as a figure, and return its files by name.
+
+    Args:
+        theirs: The published numbers.
+        mine: The final scores of matching runs.
+        folder: Where the figures are written.
+    """
     tables = filled(theirs, mine)
     return {name: _draw(name, parts, len(mine) > 0, folder) for name, parts in tables.items()}
 

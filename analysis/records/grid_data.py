@@ -213,7 +213,18 @@ def from_store(
     predicted: Mapping[str, float],
     fallback: str | None = None,
 ) -> GridData:
-    """Return the tables of the runs of a store; see `load`."""
+    """Return the tables of the runs of a store.
+
+    Args:
+        table: The run table with COLUMNS.
+        reference: Family that the others are compared with; None: that of the contrast.
+        contrast: The grid's declared contrast, if any.
+        predicted: The planned training time in seconds, by run.
+        fallback: The reference family without a contrast.
+
+    Raises:
+        InputError: No reference family.
+    """
     runs, damaged = run_table(table, predicted)
     reference = _reference(runs, reference, contrast) or fallback
     if reference is None:

@@ -71,7 +71,13 @@ def identities(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def setting(few_shot: float, n: float, precision: object = "fp32") -> str:
-    """Return the few-shot examples, the number of questions and, unless it is fp32, the precision, for people."""
+    """Return the settings of a score as text: `5-shot, n=1,838`, with the precision unless it is fp32.
+
+    Args:
+        few_shot: Examples in the prompt; NaN if not recorded.
+        n: Number of documents; NaN if not recorded.
+        precision: Of matrix products; not text if not recorded.
+    """
     parts = [] if np.isnan(few_shot) else [f"{few_shot:.0f}-shot"]
     parts += [] if np.isnan(n) else [f"n={n:,.0f}"]
     return ", ".join(parts + reduced(precision)) or "settings not recorded"

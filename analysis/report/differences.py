@@ -271,9 +271,9 @@ def _p_cell(contrast: Contrast) -> str:
 
 HOW_PAIRED = (
     "Paired over seeds (same world, data order and initial shared weights). Negative differences and ratios below 1 "
-    "mean fewer exposures than the reference. Intervals are 95 % t-intervals (of ratios: of the mean log), given from "
-    f"{MIN_PAIRS} pairs on. Bits are compared at the last exposure that every run of the contrast reached: runs stop "
-    "once past half of N H, so the faster family sets it. p is of the paired t-test of log E50; that of the primary "
+    "mean fewer exposures than the reference. Intervals are 95 % t-intervals (of ratios: of the mean log) and need "
+    f"{MIN_PAIRS} pairs. Bits are compared at the last exposure that every run of the contrast reached: runs stop once "
+    "past half of N H, so the faster family sets it. p is of the paired t-test of log E50; that of the primary "
     "contrast is unadjusted, all others are adjusted by Holm's method. Where runs are censored (they never reached "
     "half of N H) there is no interval: their last exposure bounds the ratio from one side, and p is of an exact sign "
     "test over the pairs whose direction is certain."

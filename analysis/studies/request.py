@@ -85,14 +85,14 @@ def chosen_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
         columns: Expression of each input and of the output.
         request: The options of the fit.
     """
-    entry = named_law(name, columns, request)
-    unknown = sorted(set(columns) - {*entry.inputs, entry.output})
+    equation = named_law(name, columns, request)
+    unknown = sorted(set(columns) - {*equation.inputs, equation.output})
     if unknown:
         raise InputError(
-            f"--columns: got {unknown[0]!r}, allowed for law {name}: {', '.join([*entry.inputs, entry.output])}"
+            f"--columns: got {unknown[0]!r}, allowed for law {name}: {', '.join([*equation.inputs, equation.output])}"
         )
-    scale = request.residuals or ("log" if request.huber is not None else entry.residuals)
-    return replace(entry, residuals=scale)  # type: ignore[arg-type]
+    scale = request.residuals or ("log" if request.huber is not None else equation.residuals)
+    return replace(equation, residuals=scale)  # type: ignore[arg-type]
 
 
 def named_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
@@ -114,11 +114,13 @@ def named_law(name: str, columns: Mapping[str, str], request: Request) -> Law:
     return law(name, set(columns))
 
 
-def data(entry: Law, rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -> tuple[Problem, pd.DataFrame]:
+def data(
+    equation: Law, rows: pd.DataFrame, columns: Mapping[str, str], request: Request
+) -> tuple[Problem, pd.DataFrame]:
     """Return the problem and the rows that it uses.
 
     Args:
-        entry: The law.
+        equation: The law.
         rows: The candidate rows of the user's table.
         columns: Expression of each input and of the output.
         request: Which rows to drop, the loss, the weights and the fixed parameters.
@@ -126,17 +128,17 @@ def data(entry: Law, rows: pd.DataFrame, columns: Mapping[str, str], request: Re
     Raises:
         InputError: The rows cannot be fitted.
     """
-    wanted = {name: columns[name] for name in [*entry.inputs, entry.output] if name in columns}
+    wanted = {name: columns[name] for name in [*equation.inputs, equation.output] if name in columns}
     frame, _ = numbers(rows, wanted, request.drop_missing)
-    if request.drop_highest and entry.output in frame:
-        frame = frame.sort_values(entry.output, kind="stable").iloc[: max(0, len(frame) - request.drop_highest)]
+    if request.drop_highest and equation.output in frame:
+        frame = frame.sort_values(equation.output, kind="stable").iloc[: max(0, len(frame) - request.drop_highest)]
         frame = frame.sort_index()
     used = rows.loc[frame.index]
     weights = None
     if request.weights is not None:
         weights = number(used, request.weights, "--weights")
     delta = math.inf if request.huber is None else request.huber
-    posed = problem(entry, frame, delta, weights, request.fix)
+    posed = problem(equation, frame, delta, weights, request.fix)
     return replace(posed, least_variance=request.least_variance), used
 
 

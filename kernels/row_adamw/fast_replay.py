@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kernels.row_adamw.history import History
-from kernels.row_adamw.rows import Blocks, State, column, decay_moments, even, kept
+from kernels.row_adamw.rows import Blocks, State, column, decay_factors, decay_moments, even
 
 
 def replay(
@@ -25,7 +25,7 @@ def replay(
 ) -> None:
     """See reference.replay; for touched rows sorted by last_U; at most `limit` updates, then decay alone."""
     _settle(state, blocks, rows_U, last_U, history)
-    kept_U2 = kept(history.step - last_U, history, state.mean_RD) if moments else None
+    factors_U2 = decay_factors(history.step - last_U, history, state.mean_RD) if moments else None
     lasts, last_U = last_U.tolist(), last_U.cpu()
     for low, high in even(len(lasts), blocks.rows):
         p_BD, m_BD, v_BX = blocks.gather(rows_U[low:high])
@@ -33,8 +33,8 @@ def replay(
         _weight_decay(p_BD, last_U[low:high], history)
         _subtract(p_BD, m_BD, r_BX, root_BX, lasts[low:high], history, limit)
         state.write(rows_U[low:high], p_BD, history.step)
-        if kept_U2 is not None:
-            decay_moments(m_BD, v_BX, kept_U2[low:high])
+        if factors_U2 is not None:
+            decay_moments(m_BD, v_BX, factors_U2[low:high])
             blocks.scatter_moments(rows_U[low:high], m_BD, v_BX)
     if moments:
         state.moment_R[rows_U] = history.step
@@ -46,10 +46,10 @@ def _settle(state: State, blocks: Blocks, rows_U: Tensor, last_U: Tensor, histor
     late = behind_U > 0
     if not bool(late.any()):
         return
-    rows_U, kept_U2 = rows_U[late], kept(behind_U[late], history, state.mean_RD)
+    rows_U, factors_U2 = rows_U[late], decay_factors(behind_U[late], history, state.mean_RD)
     for low, high in even(len(rows_U), blocks.rows):
         _, m_BD, v_BX = blocks.gather(rows_U[low:high])
-        decay_moments(m_BD, v_BX, kept_U2[low:high])
+        decay_moments(m_BD, v_BX, factors_U2[low:high])
         blocks.scatter_moments(rows_U[low:high], m_BD, v_BX)
     state.moment_R[rows_U] = last_U[late].int()
 
@@ -69,6 +69,6 @@ def _subtract(
         count = bisect_right(lasts, history.step - age)
         p, m, r, root = p_BD[:count], m_BD[:count], r_BX[:count], root_BX[:count]
         size_B, root_B, log_decay_B = history.table[:3, last_B[:count] - history.start + age]
-        size_B = size_B * (newest - log_decay_B).exp() * history.kept1**age
-        torch.mul(r, column(history.kept2 ** (age / 2) / root_B, r), out=root).add_(history.hyper.eps)
+        size_B = size_B * (newest - log_decay_B).exp() * history.factor1**age
+        torch.mul(r, column(history.factor2 ** (age / 2) / root_B, r), out=root).add_(history.hyper.eps)
         p.addcdiv_(m * column(size_B, m), root, value=-1.0)

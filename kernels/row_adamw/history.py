@@ -27,13 +27,13 @@ class History:
     `start` are dropped, since all rows are past them.
 
     Powers over many steps are taken of the factors as `dtype`, that of the moments, rounds them: log_decay, and
-    kept1 and kept2, what a step without gradient leaves of the moments. (The rounding of 0.9999 to float32 alone
+    factor1 and factor2, what a step without gradient leaves of the moments. (The rounding of 0.9999 to float32 alone
     moves a value by 1e-6 of itself in 100 steps.)
     """
 
     def __init__(self, hyper: Hyper, dtype: torch.dtype, start: int = 0) -> None:
         self.hyper, self._dtype = hyper, dtype
-        self.kept1, self.kept2 = 1 - self._rounded(1 - hyper.beta1), self._rounded(hyper.beta2)
+        self.factor1, self.factor2 = 1 - self._rounded(1 - hyper.beta1), self._rounded(hyper.beta2)
         self.table = torch.zeros(4, 64, dtype=torch.float64)
         self.restart(start)
 
@@ -69,9 +69,9 @@ class History:
         self.table[:, len(self.size) - 1] = torch.tensor(newest, dtype=torch.float64)
 
     @property
-    def log2_kept(self) -> tuple[float, float]:
-        """Base-2 logarithms of `kept1` and `kept2`, by which the moments decay in a step without gradient."""
-        return math.log2(self.kept1), math.log2(self.kept2)
+    def log2_factors(self) -> tuple[float, float]:
+        """Base-2 logarithms of `factor1` and `factor2`, by which the moments decay in a step without gradient."""
+        return math.log2(self.factor1), math.log2(self.factor2)
 
     def _rounded(self, value: float) -> float:
         return torch.tensor(value, dtype=self._dtype).item()

@@ -29,7 +29,7 @@ typedef struct {
 
 /* AdamW's constants, and [4, length]: size, root, sum of log decay, and decay, of the steps from `start` to `now`. */
 typedef struct {
-    double beta1, beta2, eps, kept1, kept2;
+    double beta1, beta2, eps, factor1, factor2;
     const double *history;
     int64_t length, start, now;
 } History;
@@ -110,23 +110,23 @@ static int64_t done(const State *state, const int32_t *steps, int64_t row)
     return steps[row] > state->floor ? steps[row] : state->floor;
 }
 
-static void decay_moments(const State *state, int64_t row, float kept1, float kept2)
+static void decay_moments(const State *state, int64_t row, float factor1, float factor2)
 {
-    scale(state->mean + row * state->width, kept1, state->width);
-    scale(state->square + row * state->width, kept2, state->width);
+    scale(state->mean + row * state->width, factor1, state->width);
+    scale(state->square + row * state->width, factor2, state->width);
 }
 
 /* The latest step, on rows that have gradients; their values are done up to the step before, their moments perhaps
-   not: a step without gradient leaves kept1 and kept2 of them. */
+   not: a step without gradient leaves factor1 and factor2 of them. */
 int64_t update(State *state, const History *history, SquareRoot *torch_sqrt, float *roots, int64_t block,
                const int64_t *rows, const float *grads, int64_t count)
 {
     Step step = step_at(history, history->now);
     int64_t width = state->width;
-    float kept[2][POWERS];
+    float factors[2][POWERS];
     for (int gap = 0; gap < POWERS; gap++) {
-        kept[0][gap] = (float)pow(history->kept1, gap);
-        kept[1][gap] = (float)pow(history->kept2, gap);
+        factors[0][gap] = (float)pow(history->factor1, gap);
+        factors[1][gap] = (float)pow(history->factor2, gap);
     }
     for (int64_t low = 0; low < count; low += block) {
         int64_t high = low + block < count ? low + block : count;
@@ -135,9 +135,9 @@ int64_t update(State *state, const History *history, SquareRoot *torch_sqrt, flo
                 prefetch(state, rows[u + AHEAD]);
             int64_t at = rows[u] * width, gap = history->now - 1 - done(state, state->moment, rows[u]);
             if (gap > 0 && gap < POWERS)
-                decay_moments(state, rows[u], kept[0][gap], kept[1][gap]);
+                decay_moments(state, rows[u], factors[0][gap], factors[1][gap]);
             else if (gap > 0)
-                decay_moments(state, rows[u], (float)pow(history->kept1, gap), (float)pow(history->kept2, gap));
+                decay_moments(state, rows[u], (float)pow(history->factor1, gap), (float)pow(history->factor2, gap));
             take_square(state->square + at, grads + u * width, roots + (u - low) * width, width, step);
         }
         take_roots(torch_sqrt, roots, (high - low) * width);
@@ -210,7 +210,7 @@ int64_t replay_hoisted(State *state, const History *history, float *roots, const
     int64_t width = state->width, now = history->now, start = history->start;
     const double *size = history->history, *root = size + history->length, *log_decay = root + history->length,
                  *decay = log_decay + history->length;
-    double kept1 = history->kept1, kept2 = history->kept2, root_kept2 = sqrt(kept2);
+    double factor1 = history->factor1, factor2 = history->factor2, root_factor2 = sqrt(factor2);
     float eps = (float)history->eps;
     for (int64_t u = 0; u < count; u++) {
         if (u + AHEAD < count)
@@ -226,13 +226,13 @@ int64_t replay_hoisted(State *state, const History *history, float *roots, const
         if (!state->touched[row])
             continue;
         if (moment < last)
-            decay_moments(state, row, (float)pow(kept1, last - moment), (float)pow(kept2, last - moment));
+            decay_moments(state, row, (float)pow(factor1, last - moment), (float)pow(factor2, last - moment));
         for (int64_t d = 0; d < width; d++)
             roots[d] = sqrtf(v[d]);
         for (int64_t step = last + 1; step <= now && step <= last + limit; step++) {
             decays /= (float)decay[step - start];
-            power1 *= kept1;
-            power2 *= root_kept2;
+            power1 *= factor1;
+            power2 *= root_factor2;
             float factor = (float)(size[step - start] * decays * power1);
             float rescale = (float)(power2 / root[step - start]);
             for (int64_t d = 0; d < width; d++)
@@ -240,7 +240,7 @@ int64_t replay_hoisted(State *state, const History *history, float *roots, const
         }
         state->moment[row] = (int32_t)last;
         if (moments) {
-            decay_moments(state, row, (float)pow(kept1, now - last), (float)pow(kept2, now - last));
+            decay_moments(state, row, (float)pow(factor1, now - last), (float)pow(factor2, now - last));
             state->moment[row] = (int32_t)now;
         }
     }

@@ -54,7 +54,7 @@ class _History(ctypes.Structure):
     """History in native.c."""
 
     _fields_ = [
-        *((name, ctypes.c_double) for name in ("beta1", "beta2", "eps", "kept1", "kept2")),
+        *((name, ctypes.c_double) for name in ("beta1", "beta2", "eps", "factor1", "factor2")),
         ("history", ctypes.c_void_p),
         *((name, ctypes.c_int64) for name in ("length", "start", "now")),
     ]
@@ -62,7 +62,7 @@ class _History(ctypes.Structure):
     @classmethod
     def of(cls, history: History) -> _History:
         hyper, table = history.hyper, history.table
-        constants = (hyper.beta1, hyper.beta2, hyper.eps, history.kept1, history.kept2)
+        constants = (hyper.beta1, hyper.beta2, hyper.eps, history.factor1, history.factor2)
         return cls(*constants, table.data_ptr(), table.shape[1], history.start, history.step)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kernels.row_adamw import fast_replay
 from kernels.row_adamw.history import History
-from kernels.row_adamw.rows import Blocks, State, decay_moments, even, kept
+from kernels.row_adamw.rows import Blocks, State, decay_factors, decay_moments, even
 
 __all__ = ["Blocks", "replay", "sweep", "update"]
 
@@ -40,14 +40,14 @@ def update(state: State, blocks: Blocks, rows_U: Tensor, grads_UD: Tensor, histo
         history: Learning rates and bias corrections of all steps.
     """
     behind_U = history.step - 1 - state.moment(rows_U)
-    kept_U2 = kept(behind_U, history, state.mean_RD) if bool((behind_U > 0).any()) else None
+    factors_U2 = decay_factors(behind_U, history, state.mean_RD) if bool((behind_U > 0).any()) else None
     state.last_R[rows_U] = history.step
     state.moment_R[rows_U] = history.step
     state.touched_R[rows_U] = True
     for low, high in even(len(rows_U), blocks.rows):
         parts = blocks.gather(rows_U[low:high])
-        if kept_U2 is not None:
-            decay_moments(parts[1], parts[2], kept_U2[low:high])
+        if factors_U2 is not None:
+            decay_moments(parts[1], parts[2], factors_U2[low:high])
         _gradient_step(*parts, grads_UD[low:high], blocks.root(high - low), history)
         blocks.scatter(rows_U[low:high], *parts, history.step)
 

@@ -120,13 +120,13 @@ def even(count: int, rows: int) -> Iterator[tuple[int, int]]:
     return ((low, min(low + rows, count)) for low in range(0, count, rows))
 
 
-def decay_moments(m_BD: Tensor, v_BX: Tensor, kept_B2: Tensor) -> None:
-    """Decay moments over steps without gradient, in place; kept_B2 as returned by `kept`."""
-    m_BD.mul_(kept_B2[:, :1])
-    v_BX.mul_(kept_B2[:, 1:])
+def decay_moments(m_BD: Tensor, v_BX: Tensor, factors_B2: Tensor) -> None:
+    """Decay moments over steps without gradient, in place; factors_B2 as returned by `decay_factors`."""
+    m_BD.mul_(factors_B2[:, :1])
+    v_BX.mul_(factors_B2[:, 1:])
 
 
-def kept(missed_U: Tensor, history: History, like: Tensor) -> Tensor:
+def decay_factors(missed_U: Tensor, history: History, like: Tensor) -> Tensor:
     """Return the factors that steps without a gradient apply to both moments, [U, 2].
 
     Args:
@@ -135,7 +135,7 @@ def kept(missed_U: Tensor, history: History, like: Tensor) -> Tensor:
         like: A tensor whose dtype and device the factors have.
     """
     steps = torch.arange(int(missed_U.max()) + 1 if len(missed_U) else 1, device=missed_U.device)
-    table_2T = torch.stack((powers(history.kept1, steps), powers(history.kept2, steps)), 1)
+    table_2T = torch.stack((powers(history.factor1, steps), powers(history.factor2, steps)), 1)
     return table_2T.to(like.device, like.dtype)[missed_U.to(like.device)]
 
 

@@ -51,9 +51,9 @@ class Blocks:
         """Return the constants of `_step_kernel`, those of `_replay_kernel`, and its steps [4 * T]."""
         if self._of != (history.start, history.step):
             self._of = (history.start, history.step)
-            hyper, at, kept = history.hyper, history.at(history.step), history.log2_kept
+            hyper, at, factors = history.hyper, history.at(history.step), history.log2_factors
             step = (history.decay[at], history.size[at], history.root[at], hyper.eps, 1 - hyper.beta1, hyper.beta2)
-            constants = ((*step, 1 - hyper.beta2, *kept), (1 - hyper.beta1, hyper.beta2, hyper.eps, *kept))
+            constants = ((*step, 1 - hyper.beta2, *factors), (1 - hyper.beta1, hyper.beta2, hyper.eps, *factors))
             size_root_log_decay = history.table[:, : len(history.size)]
             log_decays = history.log_decay[-1] - size_root_log_decay[2]
             steps = torch.cat((*size_root_log_decay[:2], size_root_log_decay[3], log_decays))
@@ -118,7 +118,7 @@ def _step_kernel(
 ):
     # The rows [count] (R: none), or without them every row (only those flagged by is_read, unless SWEEP). A row's
     # gradient is at its slot [R] (-1: zero), or with `rows` at its place among them, times `scale`.
-    # constants: decay, size, root, eps, w1, b2, w2, log2 of both kept. In a tensor: arguments would be float32.
+    # constants: decay, size, root, eps, w1, b2, w2, log2 of both factors. In a tensor: arguments would be float32.
     nth = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     given = nth < count
     row = nth
@@ -200,7 +200,7 @@ def _replay_kernel(
     BLOCK_D: tl.constexpr,
 ):
     # One of the rows, ascending with repeats (R and more: none), or without them one of all rows, moments included.
-    # steps [4, length]: size, root, decay, log of the decays after a step; constants: w1, b2, eps, log2 of both kept.
+    # steps [4, length]: size, root, decay, log of the decays after a step; constants: w1, b2, eps, log2 of factors.
     program = tl.program_id(0).to(tl.int64)
     row = program
     repeats = 0
@@ -221,12 +221,12 @@ def _replay_kernel(
         places = row * width + columns
         p = tl.load(values + places, mask=inside, other=0.0).to(WIDE)
         if is_touched:
-            kept1 = tl.load(constants + 3)
-            kept2 = tl.load(constants + 4)
+            log2_factor1 = tl.load(constants + 3)
+            log2_factor2 = tl.load(constants + 4)
             late = (done - settled).to(WIDE)
-            m = tl.load(mean + places, mask=inside, other=0.0) * tl.exp2(late * kept1)
+            m = tl.load(mean + places, mask=inside, other=0.0) * tl.exp2(late * log2_factor1)
             v = tl.load(square + row) if ROW_WISE else tl.load(square + places, mask=inside, other=0.0)
-            v = v * tl.exp2(late * kept2)
+            v = v * tl.exp2(late * log2_factor2)
             count = tl.minimum(now - done, limit)
             nth = 0
             while nth < count:
@@ -239,8 +239,8 @@ def _replay_kernel(
                 p = p - tl.load(steps + at) * m / root
                 nth += 1
             left = (now - done - count).to(WIDE)
-            m = m * tl.exp2(left * kept1)
-            v = v * tl.exp2(left * kept2)
+            m = m * tl.exp2(left * log2_factor1)
+            v = v * tl.exp2(left * log2_factor2)
             if DECAYS:
                 p = p * tl.exp(tl.load(steps + 3 * length + done - start + count))
             tl.store(mean + places, m, mask=inside)

@@ -166,7 +166,7 @@ def parse_overrides(settings: list[str] | None) -> dict[str, str]:
     for setting in settings or []:
         field, equals, value = setting.partition("=")
         if not equals:
-            raise UserError(f"--set: {setting!r} is not of the form FIELD=VALUE, e.g. train.lr=1e-3")
+            raise UserError(f"--set: {setting!r} has no value; write FIELD=VALUE, for example train.lr=1e-3")
         overrides[field] = value
     return overrides
 
@@ -207,7 +207,10 @@ def check_folders(results: Path, data_root: Path | None, make: bool = True) -> N
         UserError: A folder is missing, or cannot be created or written.
     """
     if data_root is not None and not data_root.is_dir():
-        raise UserError(f"--data-root: {data_root} is not a folder")
+        raise UserError(
+            f"--data-root: there is no folder {data_root}; name one with data sets as on the hub, or download "
+            f"them: suite data prefetch {data_root} --tasks TASKS"
+        )
     try:
         if make:
             results.mkdir(parents=True, exist_ok=True)

@@ -44,11 +44,11 @@ def refuse_unfit(tasks: Iterable[str], data: DataConfig, run_code: bool = False)
         UserError: A task is unknown, does not suit the data, or runs programs when none may run.
     """
     for name in tasks:
-        entry = task_list.entry(name)
-        if entry.programs is not None and not run_code:
+        definition = task_list.entry(name)
+        if definition.programs is not None and not run_code:
             raise code.needs_sandbox(name)
-        if entry.is_about_corpus:
-            corpus_docs.refuse_unfit(data, name, entry.configs()[0]["dataset_name"])
+        if definition.is_about_corpus:
+            corpus_docs.refuse_unfit(data, name, definition.configs()[0]["dataset_name"])
         elif data.tokenizer.kind == "word":
             raise UserError(
                 f"task {name}: data.tokenizer.kind: got 'word', which has only the words of its own world, "
@@ -95,13 +95,13 @@ def load(names: Iterable[str], sources: Sources, num_fewshot: int | None = None)
     """
     loaded = Loaded()
     for name in names:
-        entry = task_list.entry(name)
-        configs = entry.configs()
-        if entry.programs is not None:
+        definition = task_list.entry(name)
+        configs = definition.configs()
+        if definition.programs is not None:
             (stock,) = configs
-            configs = [code.configure(name, stock, entry.programs, sources.root, sources.sandbox)]
+            configs = [code.configure(name, stock, definition.programs, sources.root, sources.sandbox)]
         members = [_add(loaded, config, sources, num_fewshot) for config in configs]
-        if (stated := entry.group_config()) is not None:
+        if (stated := definition.group_config()) is not None:
             # Means are weighted by questions, so that the stock sub-groups make no difference.
             group = Group.from_config({key: stated[key] for key in ("group", "aggregate_metric_list", "metadata")})
             for task in members:
@@ -183,10 +183,10 @@ def _splits(config: dict[str, Any]) -> list[str]:
 
 def files_of(name: str) -> list[tuple[str, str | None, str]]:
     """Return (repository, configuration, split) of all files that a task may read, few-shot examples included."""
-    entry = task_list.entry(name)
-    configs = entry.configs()
+    definition = task_list.entry(name)
+    configs = definition.configs()
     files = [(c["dataset_path"], c.get("dataset_name"), split) for c in configs for split in _splits(c)]
-    if entry.programs is not None and entry.programs.problems.examples:
+    if definition.programs is not None and definition.programs.problems.examples:
         files += [(c["dataset_path"], c.get("dataset_name"), code.EXAMPLE_SPLIT) for c in configs]
     return files
 
@@ -208,11 +208,11 @@ def fingerprints(config: EvalConfig, root: Path) -> dict[str, str]:
 def _reads(config: EvalConfig) -> Iterator[tuple[str, str, str | None, list[str]]]:
     """Yield (task, repository, configuration, splits) that the tasks read from files."""
     for name in config.tasks:
-        entry = task_list.entry(name)
-        for stated in entry.configs():
+        definition = task_list.entry(name)
+        for stated in definition.configs():
             if stated["dataset_path"] != CORPUS:
                 used = _with_examples(stated, config.num_fewshot)
-                task = used["task"] if entry.programs is None else name
+                task = used["task"] if definition.programs is None else name
                 yield task, used["dataset_path"], used.get("dataset_name"), _splits(used)
 
 

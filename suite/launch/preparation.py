@@ -111,8 +111,8 @@ def refuse_stale(results: Path, cells: Iterable[Cell]) -> None:
         path, reason = next(iter(stale.items()))
         others = f" and {len(stale) - 1} more" if len(stale) > 1 else ""
         raise UserError(
-            f"{path}{others}: stale: {reason}; use --rerun-stale (archives such runs in {results / 'stale'} and trains "
-            "them again), another --results, or the code that made them"
+            f"{path}{others} cannot be used ({reason}); train again with --rerun-stale, which moves such runs to "
+            f"{results / 'stale'}, or use another --results, or the code that made them"
         )
 
 

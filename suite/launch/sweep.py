@@ -59,7 +59,7 @@ class Watcher(Protocol):
 
 
 @dataclass(eq=False)
-class _Entry:
+class _OpenCell:
     """A cell that is not finished.
 
     `starts` counts the starts since its newest checkpoint, at `step`; `kills` counts kills for memory in a row.
@@ -100,9 +100,9 @@ class Sweep:
         """
         self.grid, self.results, self.executor, self.watcher = grid, results, executor, watcher
         self.interruption, self.whole = interruption or Interruption(), whole or grid
-        self.waiting: list[_Entry] = []
-        self.running: list[_Entry] = []
-        self.watched: list[_Entry] = []
+        self.waiting: list[_OpenCell] = []
+        self.running: list[_OpenCell] = []
+        self.watched: list[_OpenCell] = []
         self.cancelled = 0
         self._shown = 0.0
 
@@ -113,17 +113,17 @@ class Sweep:
 
     def start(self) -> None:
         """Submit what is missing, as far as the executor has room. Raises UserError."""
-        missing = [_Entry(cell, run_dir(self.results, cell)) for cell in self.missing]
+        missing = [_OpenCell(cell, run_dir(self.results, cell)) for cell in self.missing]
         if len(missing) < len(self.grid.cells):
             self.watcher.event(f"{len(self.grid.cells) - len(missing)} of {len(self.grid.cells)} cells are finished")
-        adopted = self.executor.adopt([entry.cell for entry in missing])
+        adopted = self.executor.adopt([open_cell.cell for open_cell in missing])
         write_grid(self.results, self.whole)
-        for entry in missing:
-            if entry.run.name in adopted:
-                self._note_start(entry)
-                self.running.append(entry)
+        for open_cell in missing:
+            if open_cell.run.name in adopted:
+                self._note_start(open_cell)
+                self.running.append(open_cell)
             else:
-                self.waiting.append(entry)
+                self.waiting.append(open_cell)
         if adopted:
             self.watcher.event(f"{len(adopted)} cells have jobs already")
         self._submit(is_first=True)
@@ -158,8 +158,9 @@ class Sweep:
             self.watcher.progress(self._standing())
 
     def _standing(self) -> Standing:
-        entries = self.running + self.watched
-        states = [(entry.run.name, entry.run.state()) for entry in entries if entry.run.damage() is None]
+        open_cells = self.running + self.watched
+        runs = [open_cell.run for open_cell in open_cells]
+        states = [(run.name, run.state()) for run in runs if run.damage() is None]
         is_queue = self.executor.is_queue
         running = [
             (name, float(state.get("progress") or 0.0), state.get("eta_s"))
@@ -168,91 +169,91 @@ class Sweep:
         ]
         total = len(self.grid.cells)
         scoring = frozenset(name for name, state in states if state.get("trained"))
-        return Standing(total, total - len(entries) - len(self.waiting) - self.cancelled, running, scoring)
+        return Standing(total, total - len(open_cells) - len(self.waiting) - self.cancelled, running, scoring)
 
     def _collect(self) -> None:
         """Decide about the cells whose jobs have ended, and about runs that other processes have released."""
-        ended = self.executor.poll([entry.cell for entry in self.running])
-        over = [entry for entry in self.running if entry.run.name in ended]
-        released = [entry for entry in self.watched if not entry.run.is_locked()]
-        self.running = [entry for entry in self.running if entry not in over]
-        self.watched = [entry for entry in self.watched if entry not in released]
-        for entry in over + released:
-            self._decide(entry, ended.get(entry.run.name))
+        ended = self.executor.poll([open_cell.cell for open_cell in self.running])
+        over = [open_cell for open_cell in self.running if open_cell.run.name in ended]
+        released = [open_cell for open_cell in self.watched if not open_cell.run.is_locked()]
+        self.running = [open_cell for open_cell in self.running if open_cell not in over]
+        self.watched = [open_cell for open_cell in self.watched if open_cell not in released]
+        for open_cell in over + released:
+            self._decide(open_cell, ended.get(open_cell.run.name))
 
-    def _decide(self, entry: _Entry, ended: Ended | None) -> None:
+    def _decide(self, open_cell: _OpenCell, ended: Ended | None) -> None:
         """Move a cell without a job to its next state; `ended` is None if a process of another sweep had the cell."""
-        if is_finished(entry.run, entry.cell):
-            status = cell_status(self.results, entry.cell)
+        if is_finished(open_cell.run, open_cell.cell):
+            status = cell_status(self.results, open_cell.cell)
             outcome = status.cause if status.state == "failed" else status.headline
             self.watcher.event(f"{status.state}: {status.run}: {outcome}")
-        elif entry.run.is_locked():
+        elif open_cell.run.is_locked():
             # A worker that outlived its job, or a worker of another sweep.
-            self.watched.append(entry)
+            self.watched.append(open_cell)
         elif ended is None:
-            self.waiting.insert(0, entry)
+            self.waiting.insert(0, open_cell)
         else:
-            self._lost(entry, ended)
+            self._lost(open_cell, ended)
 
-    def _lost(self, entry: _Entry, ended: Ended) -> None:
+    def _lost(self, open_cell: _OpenCell, ended: Ended) -> None:
         """Handle the end of a job whose cell is unfinished: leave the cell, restart it, or record that it failed."""
         if ended.max_starts is None:
-            entry.run.set_state("pending", cause=ended.cause, eta_s=None)
+            open_cell.run.set_state("pending", cause=ended.cause, eta_s=None)
             self.cancelled += 1
-            self.watcher.event(f"cancelled: {entry.run.name}: left pending; the same command resumes it")
+            self.watcher.event(f"cancelled: {open_cell.run.name}: left pending; the same command resumes it")
             return
-        if _step(entry.run) > entry.step:
-            entry.starts = 0
-        entry.kills = entry.kills + 1 if ended.killed_for_memory else 0
-        if entry.starts < ended.max_starts and entry.kills < MAX_STARTS:
-            self.watcher.event(f"interrupted: {entry.run.name}: {ended.cause}; starting it again")
-            self.waiting.insert(0, entry)
+        if _step(open_cell.run) > open_cell.step:
+            open_cell.starts = 0
+        open_cell.kills = open_cell.kills + 1 if ended.killed_for_memory else 0
+        if open_cell.starts < ended.max_starts and open_cell.kills < MAX_STARTS:
+            self.watcher.event(f"interrupted: {open_cell.run.name}: {ended.cause}; starting it again")
+            self.waiting.insert(0, open_cell)
             return
-        self._fail(entry, ended.cause, log=None if ended.log is None else str(ended.log))
+        self._fail(open_cell, ended.cause, log=None if ended.log is None else str(ended.log))
 
-    def _fail(self, entry: _Entry, cause: str, **facts: Any) -> None:
-        with entry.run.lock():
-            set_failed(entry.run, cause, **facts)
-        self.watcher.event(f"failed: {entry.run.name}: {cause}")
+    def _fail(self, open_cell: _OpenCell, cause: str, **facts: Any) -> None:
+        with open_cell.run.lock():
+            set_failed(open_cell.run, cause, **facts)
+        self.watcher.event(f"failed: {open_cell.run.name}: {cause}")
 
     def _submit(self, is_first: bool = False) -> None:
         """Hand waiting cells to the executor, as many as it has room for."""
         room = self.executor.room() if self.waiting else 0
-        chosen: list[_Entry] = []
-        for entry in self._startable() if room else []:
+        chosen: list[_OpenCell] = []
+        for open_cell in self._startable() if room else []:
             if len(chosen) == room:
                 break
             try:
-                prepare(self.results, entry.cell, self.watcher.event)
-                if (reason := self.executor.unfit(entry.cell)) is None:
-                    chosen.append(entry)
+                prepare(self.results, open_cell.cell, self.watcher.event)
+                if (reason := self.executor.unfit(open_cell.cell)) is None:
+                    chosen.append(open_cell)
                 else:
-                    self._fail(entry, reason)
-                    self.waiting.remove(entry)
+                    self._fail(open_cell, reason)
+                    self.waiting.remove(open_cell)
             except Locked:
-                self.watcher.event(f"watching: {entry.run.name}: another process runs it")
-                self.waiting.remove(entry)
-                self.watched.append(entry)
+                self.watcher.event(f"watching: {open_cell.run.name}: another process runs it")
+                self.waiting.remove(open_cell)
+                self.watched.append(open_cell)
             except DamagedRecord as error:
-                self.watcher.event(f"failed: {entry.run.name}: {error}")
-                self.waiting.remove(entry)
+                self.watcher.event(f"failed: {open_cell.run.name}: {error}")
+                self.waiting.remove(open_cell)
         if chosen or is_first:
-            self.executor.submit([entry.cell for entry in chosen])
-        for entry in chosen:
-            self.waiting.remove(entry)
-            self._note_start(entry)
-            self.running.append(entry)
+            self.executor.submit([open_cell.cell for open_cell in chosen])
+        for open_cell in chosen:
+            self.waiting.remove(open_cell)
+            self._note_start(open_cell)
+            self.running.append(open_cell)
 
-    def _startable(self) -> Sequence[_Entry]:
+    def _startable(self) -> Sequence[_OpenCell]:
         """Return the waiting cells that may start, without those that wait for another cell's run or checkpoint."""
         if self.executor.is_queue:  # it orders them itself
             return list(self.waiting)
-        unfinished = [entry.cell for entry in self.waiting + self.watched + self.running]
-        return [entry for entry in self.waiting if not must_wait(entry.cell, entry.run, unfinished)]
+        unfinished = [open_cell.cell for open_cell in self.waiting + self.watched + self.running]
+        return [open_cell for open_cell in self.waiting if not must_wait(open_cell.cell, open_cell.run, unfinished)]
 
-    def _note_start(self, entry: _Entry) -> None:
-        entry.starts += 1
-        entry.step = _step(entry.run)
+    def _note_start(self, open_cell: _OpenCell) -> None:
+        open_cell.starts += 1
+        open_cell.step = _step(open_cell.run)
 
     def _stop(self) -> None:
         """Stop the sweep; the processes of this machine save first."""
@@ -261,8 +262,8 @@ class Sweep:
             self.executor.cancel()
             while self.running:
                 time.sleep(SLICE_S)
-                ended = self.executor.poll([entry.cell for entry in self.running])
-                self.running = [entry for entry in self.running if entry.run.name not in ended]
+                ended = self.executor.poll([open_cell.cell for open_cell in self.running])
+                self.running = [open_cell for open_cell in self.running if open_cell.run.name not in ended]
             self.watcher.event("stopped; the same command resumes")
         raise KeyboardInterrupt
 

@@ -284,7 +284,10 @@ def refuse_stale_run(run: RunDir, cell: Cell) -> None:
     """Raise UserError if the run's weights were made by other code."""
     stale = stale_because(run, cell)
     if stale is not None:
-        raise UserError(f"{run.path}: stale: {stale}")
+        raise UserError(
+            f"{run.path} was made by other code or defaults ({stale}); move it away to train the cell again, or use "
+            "the code that made it"
+        )
 
 
 def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
