@@ -74,10 +74,10 @@ class GridData:
     """The records of a grid.
 
     runs: one row per readable run, in reading order: identity (run, cell, label, trained_label, family, base, seed,
-        half_keys, memory_rows, ffn_hidden, reshaped, control, pairing, train_key), state and cause, the account, ratios to the
-        partner, speed, how far it got, and E50. `e50` is an exposure; `e50_state` is reached, censored (`e50` is then
-        the last exposure, a lower bound), early (an upper bound) or none (no storage probes at a constant learning
-        rate).
+        half_keys, memory_rows, ffn_hidden, reshaped, control, pairing, train_key), state and cause, the account,
+        ratios to the partner, speed, how far it got, and E50. `e50` is an exposure; `e50_state` is reached, censored
+        (`e50` is then the last exposure, a lower bound), early (an upper bound) or none (no storage probes at a
+        constant learning rate).
         `partner` is the position of the reference run that ratios are relative to, -1 without one.
     probes: one row per probe: run, step, tokens, epoch, train_flops, wall_s, eval_loss and `<kind>_<metric>`.
     table_use: one row per logged step of a run with tables: run, tokens, used, never_read, kl_bits.

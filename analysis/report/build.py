@@ -92,7 +92,8 @@ def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) ->
         *difference_blocks(contrasts, bios, plots.drawn_as, why_not_compared(data) is None),
     ]
     if comparisons.controls:
-        blocks += [Heading("What the tables add: differences with controls"), *control_blocks(comparisons.controls, bios)]
+        title = "What the tables add: differences with controls"
+        blocks += [Heading(title), *control_blocks(comparisons.controls, bios)]
     if bios:
         blocks += [Heading("Storage, paraphrase and extraction"), *_kinds(data)]
     if taught is not None:
