@@ -108,6 +108,12 @@ class TrainConfig(Frozen):
     precision: Literal["fp32", "bf16"] = Field(default="fp32", description="bf16: autocast over fp32 weights")
     compile: bool = Field(default=False, description="compile the model with torch.compile")
     probes: int = Field(default=0, ge=0, description="number of log-spaced probes (bits learned) during training")
+    probe_average: float | None = Field(
+        default=None,
+        gt=0,
+        le=0.5,
+        description="also probe the average of the weights, whose mean age is this share of the steps taken",
+    )
     stop_past: float | None = Field(
         default=None, gt=0, lt=1, description="stop after two probes in a row above this fraction of all bits"
     )
@@ -165,9 +171,22 @@ class TrainConfig(Frozen):
         if self.parent is not None and self.init_from is None:
             problems.append(("parent", self.parent, "None without init_from, which names the run"))
         problems += self._trainable_problems()
+        problems += self._average_problems()
         if self.evaluate_every is not None and self.evaluate_every % self.checkpoint_every:
             allowed = f"a multiple of checkpoint_every ({self.checkpoint_every})"
             problems.append(("evaluate_every", self.evaluate_every, allowed))
+        return problems
+
+    def _average_problems(self) -> list[tuple[str, object, str]]:
+        if self.probe_average is None:
+            return []
+        problems: list[tuple[str, object, str]] = []
+        if self.probes == 0:
+            problems.append(("probe_average", self.probe_average, "None without train.probes"))
+        if self.value_precision != "fp32":
+            problems.append(("value_precision", self.value_precision, "fp32 with probe_average"))
+        if self.trainable.kind == "lora":
+            problems.append(("probe_average", self.probe_average, "None with trainable lora"))
         return problems
 
     def _trainable_problems(self) -> list[tuple[str, object, str]]:

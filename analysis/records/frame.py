@@ -4,6 +4,7 @@ Rows come from run directories (source `run`) and from published tables (source:
     training lines   split train   task train            metrics loss (training mode, nats per token), epoch
     probe lines      split probe   task eval             metrics nll (evaluation mode, nats per token), epoch
                                    task bios_<kind>      metrics bits, bits_max, nll, recall
+                     split averaged    the same, of the average of the weights (train.probe_average), without epoch
     eval files       split final   task as evaluated     every metric, with stderr
                      split table_off   the same, with value tables switched off (evaluate.table_off)
     eval/steps       split steps   the same, of intermediate checkpoints
@@ -26,6 +27,7 @@ from analysis.errors import InputError
 from analysis.records import grid_data
 from analysis.records.grid_data import unnest
 from analysis.records.grids import read_grids, read_plans
+from analysis.records.run_files import AVERAGED
 from analysis.records.tables import read_table
 
 COLUMNS = [
@@ -179,12 +181,14 @@ def _of_runs(runs: pd.DataFrame, lists: Mapping[str, pd.DataFrame]) -> Columns:
     scores."""
     lines = lists["lines"].assign(line=lambda table: table.groupby("run").cumcount())
     trained, evaluated = lines[lines["loss"].notna()], lines[lines["eval_loss"].notna()]
+    averaged = lines[lines["averaged_eval_loss"].notna()]
     last = int(lines["line"].max()) if len(lines) else 0
     parts = [
         _logged(trained, "train", "train", "loss", trained["loss"], 0),
         _logged(trained, "train", "train", "epoch", trained["epoch"], 1),
         _logged(evaluated, "probe", "eval", "nll", evaluated["eval_loss"], 2),
         _logged(evaluated, "probe", "eval", "epoch", evaluated["epoch"], 3),
+        _logged(averaged, "averaged", "eval", "nll", averaged["averaged_eval_loss"], 4),
         *_probed(lines, lists["probes"]),
         _final(runs, lists["scores"], last + 1),
         _intermediate(runs, lists["scores"], last + 2),
@@ -237,10 +241,12 @@ def _probed(lines: pd.DataFrame, probes: pd.DataFrame) -> list[Columns]:
     parts = []
     for kind in probes["kind"].unique():
         of_kind = (probes["kind"] == kind).to_numpy()
+        split = "averaged" if kind.startswith(AVERAGED) else "probe"
+        task = f"bios_{kind.removeprefix(AVERAGED)}"
         for number, metric in enumerate(PROBED):
             rows = of_kind & probes[metric].notna().to_numpy()
-            values, order = probes[metric].to_numpy()[rows], 4 + place[rows] + number
-            part = _logged(of_probe[rows], "probe", f"bios_{kind}", metric, values, order)
+            values, order = probes[metric].to_numpy()[rows], 5 + place[rows] + number
+            part = _logged(of_probe[rows], split, task, metric, values, order)
             parts.append(part | {"n": probes["n"].to_numpy()[rows]})
     return parts
 

@@ -33,7 +33,7 @@ SCALARS = {
 logged; `recent_loss` is the mean training loss of the last RECENT lines."""
 AT = ("step", "tokens", "epoch", "train_flops", "wall_s", "tokens_per_s")
 LISTS = {
-    "lines": (*AT, "loss", "eval_loss"),
+    "lines": (*AT, "loss", "eval_loss", "averaged_eval_loss"),
     "probes": ("line", "kind", "bits", "bits_max", "nll", "recall", "n"),
     "table_use": ("tokens", "used", "never_read", "kl_bits"),
     "hit_rates": ("share", "static", "lru"),
@@ -59,11 +59,13 @@ LISTS = {
     "smaller_tables": ("source", "form", "kept_rows", "bytes", "source_bytes", "loss", "source_loss", "stderr"),
 }
 """List column -> its fields. `lines`: train.jsonl; `probes`: the scores of a probe line, one entry per kind, `line` its
-position in `lines`; `table_use`: means over tables; `hit_rates`: of caches of a
-share of the rows, means over tables; `answers`: one entry per score; `knowledge` and `retention`: see
-analysis.records.knowledge; `smaller_tables`: one entry for a run that suite quantise made, `source` the
-name of the trained run, `stderr` the paired standard error of the difference of the two losses."""
+position in `lines`, and the kind of averaged weights begins with AVERAGED; `table_use`: means over tables; `hit_rates`:
+of caches of a share of the rows, means over tables; `answers`: one entry per score; `knowledge` and `retention`: see
+analysis.records.knowledge; `smaller_tables`: one entry for a run that suite quantise made, `source` the name of the
+trained run, `stderr` the paired standard error of the difference of the two losses."""
 RECENT = 10
+AVERAGED = "averaged_"
+"""Beginning of what was measured of the average of a run's weights."""
 DAMAGED = "damaged"
 """State of a run with a record file that cannot be read."""
 
@@ -134,10 +136,13 @@ def _read_usage(row: Row, path: Path) -> None:
 
 def _read_training(row: Row, lines: list[dict[str, Any]]) -> None:
     for position, line in enumerate(lines):
+        averaged = line.get("averaged") or {}
+        line[f"{AVERAGED}eval_loss"] = averaged.get("eval_loss")
         row.lists["lines"].append(tuple(_number(line.get(key)) for key in LISTS["lines"]))
-        for kind, scores in (line.get("probe") or {}).items():
-            values = (_number(scores.get(key)) for key in LISTS["probes"][2:])
-            row.lists["probes"].append((float(position), kind, *values))
+        for prefix, scored in (("", line), (AVERAGED, averaged)):
+            for kind, scores in (scored.get("probe") or {}).items():
+                values = (_number(scores.get(key)) for key in LISTS["probes"][2:])
+                row.lists["probes"].append((float(position), prefix + kind, *values))
         if tables := line.get("usage", {}).get("tables"):
             never = [table["never_read"] / table["rows"] for table in tables if table.get("never_read") is not None]
             means = (fmean(table["used"] for table in tables), fmean(never) if never else None)

@@ -71,6 +71,8 @@ def smallest_mesh(
         remedies.insert(0, "a train.batch_rows that more GPUs divide")
     if cell.train.value_second_moment == "row":
         remedies.insert(0, "train.value_second_moment: element, which allows tables to be sharded")
+    if cell.train.probe_average is not None:
+        remedies.insert(0, "no train.probe_average, which allows several GPUs")
     if cell.train.table_device == "host":
         remedies.insert(0, "train.table_device: model, which allows several GPUs")
     return DoesNotFit(meshes.why(allowed), " or ".join(remedies))
@@ -107,9 +109,9 @@ class _Meshes:
     def gpu_counts(self, allowed: int) -> list[int]:
         """Return the numbers of GPUs to try, at most `allowed`: powers of two within a node, then of nodes.
 
-        One process alone trains with tables in host memory.
+        One process alone trains with tables in host memory, or averages weights.
         """
-        if self.tables.host:
+        if self.tables.host or self.tables.average:
             return [1]
         node, powers = self.gpu.per_node, [2**exponent for exponent in range(allowed.bit_length())]
         return [size for size in powers if size < node] + [node * count for count in powers if node * count <= allowed]
@@ -149,7 +151,7 @@ class _Meshes:
 
     def state_bytes(self, gpus: int, shards: int) -> float:
         """Return the bytes of weights, gradients and moments on one GPU, without row-wise gradients of tables."""
-        return 4 * STATE_BYTES * self.rest / gpus + self._table_bytes(shards)
+        return (4 * STATE_BYTES + self.tables.average) * self.rest / gpus + self._table_bytes(shards)
 
     def _table_bytes(self, shards: int) -> float:
         return 0.0 if self.tables.host else self.tables.persistent * self.values / shards

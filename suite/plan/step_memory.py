@@ -60,6 +60,7 @@ class TableState:
         moments: Bytes of a value's moments, and of its fp32 copy if there is one.
         row: Bytes of state per row, independent of its width.
         host: Whether tables, their moments and gradients are in host memory; reads then use copies of rows.
+        average: Bytes of the average of each trained weight, of tables and of all others (train.probe_average).
     """
 
     row_wise: bool = True
@@ -67,11 +68,12 @@ class TableState:
     moments: int = 2 * STATE_BYTES
     row: int = 9
     host: bool = False
+    average: int = 0
 
     @property
     def persistent(self) -> int:
         """Bytes per value that stay allocated from step to step, dense gradients among them."""
-        return self.value + self.moments + (0 if self.row_wise else STATE_BYTES)
+        return self.value + self.moments + self.average + (0 if self.row_wise else STATE_BYTES)
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class StepMemory:
 
     Attributes:
         weights: Of the weights.
-        moments: Of the moments.
+        moments: Of the moments, and of the average of the weights if there is one.
         gradients: Of all gradients.
         saved: Of activations saved for the backward pass.
         peak: The maximum of all together.
@@ -146,14 +148,14 @@ class Parts:
         rest = sum(part.weights for part in self.parts) / rest_shards
         frozen = sum(rows * width for rows, width in self.frozen)
         rows = STATE_BYTES * frozen / value_shards + state.value * tables.elements
-        row_moments = state.moments * tables.elements + tables.row_state
+        row_moments = (state.moments + state.average) * tables.elements + tables.row_state
         pieces = [tables.gradient(part) for part in self.parts]
         buffer, earlier_buffer = tables.buffer(pieces, micro_batches), tables.buffer(pieces, micro_batches - 1)
         host, merging = 0.0, tables.merging(buffer)
         if state.host:
             host = rows + row_moments + buffer
             rows = row_moments = buffer = earlier_buffer = 0.0
-        weights, moments = STATE_BYTES * rest + rows, 2 * STATE_BYTES * rest + row_moments
+        weights, moments = STATE_BYTES * rest + rows, (2 * STATE_BYTES + state.average) * rest + row_moments
         gradients = STATE_BYTES * rest + buffer
         persistent, is_whole = weights + moments + self.shared + self.counts, rest_shards == 1
         earlier = 0.0 if micro_batches == 1 else STATE_BYTES * rest + earlier_buffer

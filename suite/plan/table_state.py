@@ -1,4 +1,4 @@
-"""Bytes of a value table and of its optimizer state under the options of a cell (docs/training.md)."""
+"""Bytes of a value table, of its optimizer state and of its average under the options of a cell (docs/training.md)."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from suite.plan.step_memory import STATE_BYTES, TableState
 
 
 def table_state(config: TrainConfig) -> TableState:
-    """Return the bytes that training stores per value and per row of a table, and where."""
-    return replace(_bytes(config), host=config.table_device == "host")
+    """Return the bytes that training stores per value and per row of a table and per value of an average, and where."""
+    average = 0 if config.probe_average is None else STATE_BYTES
+    return replace(_bytes(config), host=config.table_device == "host", average=average)
 
 
 def _bytes(config: TrainConfig) -> TableState:

@@ -24,6 +24,7 @@ from suite.models.transformer import Transformer
 from suite.models.usage import Reads
 from suite.records import RunDir
 from suite.train import checkpoint
+from suite.train.averaging import WeightAverage
 from suite.train.batches import Batches
 from suite.train.compiling import compile_for_training
 from suite.train.finetuning import parent
@@ -101,6 +102,8 @@ class Trainer:
         self.model, self.hidden = self._build()
         self.scope = self._scope()
         self.optimizer = Optimizer(self.model, self.config, self.scope.choice)
+        share = self.config.probe_average
+        self.average = None if share is None else WeightAverage(self.model, self.optimizer, share)
         self.reads = Reads(self.model)
         self.loader = corpus.loader(cell.seed, self.config.batch_rows)
         self.batches = Batches(self.loader, self.world, self.world.micro_batches(cell))
@@ -166,7 +169,8 @@ class Trainer:
 
     def _tensors(self, moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
         """Return all tensors of a checkpoint: those in use, as DTensors if they are sharded."""
-        return self._placed({**self.scope.tensors(), "optimizer": moments})
+        averaged = {} if self.average is None else {"average": self.average.tensors}
+        return self._placed({**self.scope.tensors(), **averaged, "optimizer": moments})
 
     def _placed(self, state: dict[str, dict[str, Any]]) -> dict[str, Any]:
         """Return tensors as they are, or as DTensors if they are sharded."""
@@ -308,8 +312,14 @@ class Trainer:
             logger.log(self.step, record)
 
     def probe(self) -> None:
-        """Score the fixed probes in evaluation mode, log the scores, and decide whether the run stops."""
+        """Score the fixed probes in evaluation mode, log the scores, and decide whether the run stops.
+
+        If the run averages its weights, their scores are logged as "averaged"; they do not stop the run.
+        """
         scores = self.prober.run(self.model)
+        if self.average is not None:
+            with self.average.in_model():
+                scores["averaged"] = self.prober.run(self.model)
         self.record(scores)
         storage = scores.get("probe", {}).get("storage")
         if self.config.stop_past is not None and storage is not None:
@@ -344,6 +354,8 @@ class Trainer:
                         self.save()
                     return "interrupted"
                 self._timed_step(telemetry)
+                if self.average is not None:
+                    self.average.update(self.step)
                 if self.step in self.probes:
                     self.probe()
                 self.measure_knowledge()

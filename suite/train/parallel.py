@@ -94,6 +94,11 @@ class World:
                 f"cell {cell.run_name}: train.table_device: got 'host', allowed: model where several processes train"
                 " together"
             )
+        if self.distributed and cell.train.probe_average is not None:
+            raise UserError(
+                f"cell {cell.run_name}: train.probe_average: got {cell.train.probe_average}, allowed: None where"
+                " several processes train together"
+            )
         if members > 1 and cell.train.value_second_moment == "row":
             allowed = "1 with train.value_second_moment row, which needs whole rows"
             raise UserError(f"launch: parallel.memory_parallel: got {members}, allowed: {allowed}")

@@ -33,6 +33,25 @@ def test_columns_are_the_designs(results: Path) -> None:
     assert (table["source"] == "run").all()
 
 
+def test_scores_of_averaged_weights_have_a_split_of_their_own(tmp_path: Path) -> None:
+    name = write_run(tmp_path, "dense", "w32", 0, 8.0)
+    path = tmp_path / "runs" / name / "train.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    storage = {"bits": 700.0, "bits_max": 900.0, "nll": 0.5, "recall": 0.7, "n": 42}
+    lines[-1]["averaged"] = {"eval_loss": 1.5, "probe": {"storage": storage}}
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    table = frame.load(tmp_path, None, "dense", published=False).table
+    rows = table[table["split"] == "averaged"]
+    assert [*zip(rows["task"], rows["metric"], rows["value"], strict=True)] == [
+        ("eval", "nll", 1.5),
+        *(("bios_storage", metric, storage[metric]) for metric in ("bits", "bits_max", "nll", "recall")),
+    ]
+    assert set(rows["step"]) == {lines[-1]["step"]}
+    assert set(rows["n"].dropna()) == {42}
+    raw = table[(table["split"] == "probe") & (table["task"] == "bios_storage") & (table["metric"] == "bits")]
+    assert raw["value"].tolist() == [line["probe"]["storage"]["bits"] for line in lines if "probe" in line]
+
+
 def test_values_are_those_of_the_files(results: Path) -> None:
     table = frame.load(results, "demo", "dense").table
     name = table["run"].iloc[0]

@@ -120,6 +120,25 @@ def test_prediction_is_within_ten_percent_of_the_peak_of_a_real_step(
         assert predicted.weights == sum(parameter.nbytes for parameter in trainer.model.parameters())
 
 
+def test_an_average_of_the_weights_adds_four_bytes_to_every_trained_weight(cache: Path, tmp_path: Path) -> None:
+    steps = []
+    for share in (None, 0.1):
+        cell = Cell.model_validate(
+            {
+                "model": MODELS["engram"],
+                "data": {"kind": "bios", "people": 60, "questions": 0.5},
+                "train": {"batch_rows": 10, "epochs": 9.0, "lr": 5e-3, "probes": 2, "probe_average": share},
+            }
+        )
+        corpus = corpus_of(cell, cache)
+        traced = StepTracer(meta_model(cell.model, corpus.vocab_size), cell.data.seq_len).parts(10)
+        steps.append(traced.step(state=table_state(cell.train)))
+    average = Trainer(cell, corpus, RunDir(tmp_path)).average
+    assert average is not None
+    held = sum(tensor.nbytes for tensor in average.tensors.values())
+    assert steps[1].whole - steps[0].whole == steps[1].moments - steps[0].moments == held
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 def test_prediction_holds_for_a_large_vocabulary_whose_logits_never_exist_whole(
