@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from analysis.cli import compare, fit, next_parameter, predict, records
+from analysis.cli import compare, fit, instruments, next_parameter, predict, records
 from analysis.errors import InputError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command(epilog=predict.OPTIMUM)(predict.optimum)
 app.command(epilog=predict.SELECT)(predict.select)
 app.command(epilog=compare.EXAMPLE)(compare.compare)
 app.command("next", epilog=next_parameter.EXAMPLE)(next_parameter.next_parameter)
+app.command(epilog=instruments.EXAMPLE)(instruments.instruments)
 for verb, example in records.VERBS:
     app.command(epilog=f"Example: python -m analysis {example}")(verb)
 

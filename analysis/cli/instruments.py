@@ -1,0 +1,38 @@
+"""The verb `instruments`: which measurement of the same runs has the least noise."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from analysis.cli.options import REFERENCE, AsJson, Grid, Results, print_json
+from analysis.errors import InputError
+
+EXAMPLE = "Example: python -m analysis instruments --grid instruments --csv instruments.csv"
+
+
+def instruments(
+    results: Results = Path("results"),
+    grid: Grid = None,
+    csv: Annotated[Path | None, typer.Option(metavar="FILE", help="write every measurement there")] = None,
+    as_json: AsJson = False,
+) -> int:
+    """Compare raw probes, probes of averaged weights and annealed branches of the same runs: noise and order."""
+    from analysis.comparisons.instruments import document, measurements
+    from analysis.records.grid_data import load
+    from analysis.report.blocks import to_markdown
+    from analysis.report.instruments import instrument_blocks
+
+    table = measurements(load(results, grid, fallback=REFERENCE))
+    if csv is not None:
+        try:
+            table.to_csv(csv, index=False)
+        except OSError as error:
+            raise InputError(f"--csv {csv}: cannot be written: {error.strerror}") from None
+    if as_json:
+        print_json(document(table))
+    else:
+        print(to_markdown(instrument_blocks(table), Path()), end="")
+    return 0
