@@ -9,6 +9,7 @@ from analysis.comparisons.controls import control_contrasts
 from analysis.comparisons.multiplier_grid import Named, multipliers_along_reference
 from analysis.comparisons.next_parameter import Step, metric_of, steps
 from analysis.comparisons.paired import Contrast, contrasts
+from analysis.comparisons.pooled import Pooled, pooled
 from analysis.comparisons.trends import Trend, trends
 from analysis.records.grid_data import GridData
 
@@ -28,6 +29,11 @@ class Comparisons:
     def controls(self) -> list[Contrast]:
         """See analysis.comparisons.controls."""
         return control_contrasts(self.data)
+
+    @cached_property
+    def pooled(self) -> Pooled | None:
+        """See analysis.comparisons.pooled."""
+        return pooled(self.data)
 
     @cached_property
     def trends(self) -> list[Trend]:

@@ -47,7 +47,7 @@ class Step:
     """One size of a destination.
 
     Attributes:
-        base: Name of the base size.
+        base: Name of the base size, and the people of its world where the base has several.
         destination: How the base grows.
         label: Variant of the runs.
         amount: Cost by axis, in the axis' units.
@@ -125,6 +125,7 @@ def steps(data: GridData, metric: str) -> list[Step]:
         total_over_active=runs["params_total"] / runs["params_active"],
         outcome=_outcomes(data, metric).reindex(runs.index),
         base_label=data.runs["label"].to_numpy()[runs["partner"]],
+        place=_places(runs),
     )
     result = []
     for (_, base_label), family in runs.groupby(["pairing", "base_label"], sort=False):
@@ -132,9 +133,18 @@ def steps(data: GridData, metric: str) -> list[Step]:
         others = family[family["label"] != base_label]
         for (destination, label), step in others.groupby(["destination", "label"], sort=False):
             result.append(_step(plain, step, str(destination), str(label), metric))
-    order = {base: at for at, base in enumerate(data.bases)}
+    bases = {base: at for at, base in enumerate(data.bases)}
+    ordered = runs.assign(size=runs["base"].map(bases)).sort_values(["size", "people"], kind="stable")
+    order = {place: at for at, place in enumerate(dict.fromkeys(ordered["place"]))}
     names = list(dict.fromkeys(step.destination for step in result))
     return sorted(result, key=lambda step: (order[step.base], names.index(step.destination), step.doublings["params"]))
+
+
+def _places(runs: pd.DataFrame) -> list[str]:
+    """Return the base of each run, with the people of its world where the base has several worlds."""
+    several = runs.groupby("base")["people"].transform("nunique") > 1
+    columns = zip(runs["base"], runs["people"], several, strict=True)
+    return [f"{base}, {people:,.0f} people" if is_one else str(base) for base, people, is_one in columns]
 
 
 def _destinations(runs: pd.DataFrame, reference: str) -> list[str]:
@@ -180,8 +190,8 @@ def _step(plain: pd.DataFrame, step: pd.DataFrame, destination: str, label: str,
         doublings = {axis: float(np.log2(amount[axis] / of_base[axis])) for axis in AXES}
     valid = gains.notna()
     by_seed = dict(zip(pairs.loc[valid, "seed"].astype(int), gains[valid].astype(float), strict=True))
-    base = str(step["base"].iloc[0])
-    return Step(base, destination, label, amount, doublings, by_seed, int((~valid).sum()))
+    place = str(step["place"].iloc[0])
+    return Step(place, destination, label, amount, doublings, by_seed, int((~valid).sum()))
 
 
 def returns_by_base(steps: Sequence[Step], reference: str, by: str) -> list[tuple[str, list[Return], list[Lead]]]:

@@ -182,8 +182,9 @@ def _sides(data: GridData) -> pd.DataFrame:
 
 
 def _declared(data: GridData, variants: pd.DataFrame) -> tuple[int, int] | None:
-    """Return the first runs of the two sides of the grid's contrast; None without a contrast or without runs."""
-    if data.contrast is None:
+    """Return the first runs of the two sides of the grid's contrast; None without a contrast or without runs, and for
+    one over several worlds (analysis.comparisons.pooled)."""
+    if data.contrast is None or data.contrast.over is not None:
         return None
     firsts = []
     for side in (data.contrast.treatment, data.contrast.reference):

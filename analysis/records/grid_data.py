@@ -23,7 +23,7 @@ from analysis.records import store
 from analysis.records.curves import Curves
 from analysis.records.grids import Contrast, read_grid, read_grids, read_plans, read_source
 from analysis.records.labels import is_reshaped, labels, pairing, trained_labels, training
-from analysis.records.run_files import DAMAGED
+from analysis.records.run_files import AVERAGED, DAMAGED
 from analysis.records.scores import IDENTITY, final_scores, without_tables
 
 EQUAL = 0.05
@@ -233,7 +233,8 @@ def from_store(
     runs = runs.assign(label=labels(cells), trained_label=trained_labels(cells))
     runs = with_partners(_ordered(runs, reference), reference)
     position = positions(runs, len(table))
-    probes, table_use = _probes(table, position), unnest(table, "table_use", position)
+    averaged = contrast is not None and contrast.averaged
+    probes, table_use = _probes(table, position, averaged), unnest(table, "table_use", position)
     data = GridData(runs, probes, table_use, pd.DataFrame(), reference, damaged)
     runs = _with_e50(data)
     recorded = unnest(table, "scores", position)
@@ -380,8 +381,11 @@ def _first(plain: pd.DataFrame, keys: list[str], runs: pd.DataFrame) -> np.ndarr
     return runs[keys].merge(first, on=keys, how="left")["position"].fillna(-1).to_numpy(int)
 
 
-def _probes(table: pa.Table, position: np.ndarray) -> pd.DataFrame:
-    """Return one row per line of train.jsonl with an evaluation-mode loss or a probe."""
+def _probes(table: pa.Table, position: np.ndarray, averaged: bool) -> pd.DataFrame:
+    """Return one row per line of train.jsonl with an evaluation-mode loss or a probe.
+
+    If `averaged`, the values of the average of the weights take the place of those of the weights.
+    """
     lines = unnest(table, "lines", position)
     lines["line"] = lines.groupby("run").cumcount()
     scores = unnest(table, "probes", position)
@@ -391,6 +395,10 @@ def _probes(table: pa.Table, position: np.ndarray) -> pd.DataFrame:
     for kind, part in scores.groupby("kind", sort=False):
         part = part.astype({"line": int}).set_index(["run", "line"])[list(PROBE_COLUMNS)]
         wide = wide.join(part.add_prefix(f"{kind}_"))
+    if averaged:
+        of_average = [str(name) for name in wide if str(name).startswith(AVERAGED)]
+        wide = wide.drop(columns=[name.removeprefix(AVERAGED) for name in of_average])
+        wide = wide.rename(columns={name: name.removeprefix(AVERAGED) for name in of_average})
     return wide.reset_index().drop(columns="line")
 
 

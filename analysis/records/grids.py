@@ -4,24 +4,38 @@ from __future__ import annotations
 
 import difflib
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from analysis.errors import InputError
 from analysis.records.shipped import shipped
 from analysis.records.tables import read_json
 
+E50_AVERAGED = "e50_averaged"
+"""Metric of a contrast in the E50 of averaged weights."""
 GRID_FOLDERS = (Path("grids"), shipped("grids"))
 """Where a grid is found by its name."""
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """The primary contrast: its metric (e50, eval/nll or TASK/METRIC) and the names of the runs on each side."""
+    """The primary contrast.
+
+    Attributes:
+        metric: e50, eval/nll or TASK/METRIC.
+        treatment: Names of the runs on one side.
+        reference: Names of the runs on the other side.
+        over: Field over whose values it is taken; None: both sides are one variant.
+        averaged: Whether probes are those of the average of the weights (e50_averaged in the grid's file).
+    """
 
     metric: str
     treatment: tuple[str, ...]
     reference: tuple[str, ...]
+    over: str | None = None
+    averaged: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,12 +73,16 @@ def _read(path: Path) -> tuple[str, Recorded]:
         raise InputError(f"{path}: field runs: allowed: a list of run names")
     declared = content.get("contrast")
     try:
-        contrast = declared and Contrast(
-            str(declared["metric"]), tuple(declared["treatment"]), tuple(declared["reference"])
-        )
+        contrast = declared and _contrast(declared)
     except (KeyError, TypeError):
         raise InputError(f"{path}: field contrast: needs metric, treatment and reference") from None
     return str(content.get("grid", path.parent.name)), Recorded([str(run) for run in content["runs"]], contrast or None)
+
+
+def _contrast(declared: Mapping[str, Any]) -> Contrast:
+    metric, averaged = str(declared["metric"]), declared["metric"] == E50_AVERAGED
+    sides = tuple(declared["treatment"]), tuple(declared["reference"])
+    return Contrast("e50" if averaged else metric, *sides, declared.get("over"), averaged)
 
 
 def read_source(results: Path, grid: str) -> str:

@@ -12,7 +12,7 @@ import pandas as pd
 
 from analysis.comparisons.direction import arrow, digits
 from analysis.comparisons.grid import Comparisons
-from analysis.comparisons.knowledge import learning_of
+from analysis.comparisons.knowledge import Learning, learning_of
 from analysis.comparisons.statistics import MIN_PAIRS, paired, paired_by_group
 from analysis.comparisons.steadiness import why_not_compared
 from analysis.errors import InputError
@@ -28,6 +28,7 @@ from analysis.report.fits import multiplier_blocks, trend_blocks
 from analysis.report.formatting import with_interval
 from analysis.report.knowledge import knowledge_blocks, knowledge_headline
 from analysis.report.long_tables import shortened
+from analysis.report.pooled import pooled_blocks
 
 FAILURES = 50
 """Most failures that are listed one by one."""
@@ -81,11 +82,10 @@ def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) ->
     blocks: list[Block] = [Heading(f"Grid {data.grid}", 1)]
     if bios:
         sentence = "E50 is the number of exposures at which the bits learned (storage) reach half of N H."
-        blocks.append(Text(f"{regime(data.runs)} {sentence}"))
+        measured = " All probes are of averaged weights." if data.contrast and data.contrast.averaged else ""
+        blocks.append(Text(f"{regime(data.runs)} {sentence}{measured}"))
     taught = learning_of(data)
-    forgetting = knowledge_headline(data, taught)
-    blocks += headline(data, contrasts) if forgetting is None else [Text(f"{TITLE}: {forgetting}.", lead=True)]
-    blocks += list(pictures[:1])
+    blocks += [*_primary(comparisons, taught), *pictures[:1]]
     blocks += [Heading("What was run"), *_what_ran(data)]
     blocks += [
         Heading(f"Paired differences with {data.reference}"),
@@ -110,6 +110,16 @@ def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) ->
     blocks += [Heading("Failures"), *_failures(data)]
     blocks += [Heading("Versions"), *_versions(data.runs)]
     return blocks
+
+
+def _primary(comparisons: Comparisons, taught: Learning | None) -> list[Block]:
+    """Return the primary contrast: over several worlds, in forgetting, or of two variants."""
+    if comparisons.pooled is not None:
+        return pooled_blocks(comparisons.pooled, TITLE)
+    forgetting = knowledge_headline(comparisons.data, taught)
+    if forgetting is not None:
+        return [Text(f"{TITLE}: {forgetting}.", lead=True)]
+    return headline(comparisons.data, comparisons.contrasts)
 
 
 def _what_ran(data: GridData) -> list[Block]:

@@ -89,3 +89,43 @@ def test_a_wrong_contrast_is_one_line(tmp_path: Path, contrast: str, field: str,
     assert f"{tmp_path / 'grid.yaml'}: {field}" in line
     assert value in line
     assert "\n" not in line
+
+
+WORLDS = """
+defaults:
+  model: {base: w32}
+  train: {batch_rows: 8, epochs: 2, lr: 1e-3, probes: 4, probe_average: 0.1}
+blocks:
+  - axes:
+      model.family: [dense, moe]
+      data: [{kind: bios, people: 60, world: 1}, {kind: bios, people: 90, world: 2}]
+      seed: [0, 1]
+"""
+OVER = "contrast: {treatment: {model.family: moe}, reference: {model.family: dense}, metric: e50_averaged, over: %s}"
+
+
+def worlds(folder: Path, over: str = "data.people", blocks: str = "") -> Grid:
+    path = folder / "worlds.yaml"
+    path.write_text(WORLDS + blocks + "\n" + OVER % over + "\n")
+    return load_grid(str(path))
+
+
+def test_a_contrast_over_a_field_has_one_variant_for_each_value_on_each_side(tmp_path: Path) -> None:
+    tuned = "  - {set: {model.family: moe, train.lr: 2e-3, data: {kind: bios, people: 60, world: 1}, seed: 2}}"
+    contrast = worlds(tmp_path).contrast
+    assert contrast is not None
+    assert (len(contrast.treatment), len(contrast.reference), contrast.over) == (4, 4, "data.people")
+    assert contrast.document()["over"] == "data.people"
+    with pytest.raises(UserError, match=r"contrast\.treatment: selects cells that differ in train\.lr"):
+        worlds(tmp_path, blocks=tuned)
+    with pytest.raises(UserError, match=r"contrast\.over: got 'data\.peopel', unknown field, did you mean"):
+        worlds(tmp_path, "data.peopel")
+
+
+def test_a_value_on_one_side_of_a_contrast_over_a_field_is_refused(tmp_path: Path) -> None:
+    alone = "  - {set: {model.family: moe, data: {kind: bios, people: 120, world: 3}}}"
+    with pytest.raises(UserError, match=r"data\.people: only the treatment has 120; allowed: the same values"):
+        worlds(tmp_path, blocks=alone)
+    other = "exclude: [{model.family: moe, data.people: 90, seed: 0}, {model.family: dense, data.people: 90, seed: 1}]"
+    with pytest.raises(UserError, match=r"treatment and reference share no seed at data\.people 90"):
+        worlds(tmp_path, blocks=other)
