@@ -41,6 +41,7 @@ SIZES: dict[str, Size] = {
     "720m": Size(22, 1536, 4096, 12, 12, 32000),
     "1.3b": Size(22, 2048, 5632, 16, 16, 32000),
     "8b": Size(32, 4096, 14336, 32, 8, 128256, rope_theta=5e5),
+    "w16": Size(4, 16, 48, 1, 1, 0, memory_stride=1),
     "w32": Size(4, 32, 96, 2, 2, 0, memory_stride=1),
     "w48": Size(4, 48, 128, 3, 3, 0, memory_stride=1),
     "w64": Size(4, 64, 192, 4, 4, 0, memory_stride=1),
