@@ -20,7 +20,7 @@ def instruments(
     as_json: AsJson = False,
 ) -> int:
     """Compare raw probes, probes of averaged weights and annealed branches of the same runs: noise and order."""
-    from analysis.comparisons.instruments import document, measurements
+    from analysis.comparisons.choosing.instruments import document, measurements
     from analysis.records.grid_data import load
     from analysis.report.blocks import to_markdown
     from analysis.report.instruments import instrument_blocks

@@ -114,7 +114,7 @@ def tuning(
     as_json: AsJson = False,
 ) -> int:
     """Print the best settings of each variant in a tuning grid, whether they are interior, and all settings tried."""
-    from analysis.comparisons.tuning import choices, markdown, table
+    from analysis.comparisons.choosing.tuning import choices, markdown, table
     from analysis.records.grid_data import load
 
     scored = table(load(results, grid, fallback=REFERENCE))

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from analysis.comparisons.instruments import E50, Noise, Order, agreement, noise, orders
+from analysis.comparisons.choosing.instruments import E50, Noise, Order, agreement, noise, orders
 from analysis.comparisons.statistics import MIN_PAIRS
 from analysis.records.tables import number
 from analysis.report.blocks import Block, Table, Text

@@ -35,8 +35,8 @@ WEIGHT_SOURCES = (
 NOT_WEIGHT_SOURCES = (
     "suite/models/dropin.py",
     "suite/data/preparing.py",
-    "suite/train/loggers.py",
-    "suite/train/telemetry.py",
+    "suite/train/reporting/loggers.py",
+    "suite/train/reporting/telemetry.py",
     "kernels/bench/*.py",
 )
 """Files that the patterns above match and that no training executes."""

@@ -30,13 +30,13 @@ from suite.train.compiling import compile_for_training
 from suite.train.finetuning import parent
 from suite.train.finetuning.knowledge import KnowledgeProber
 from suite.train.finetuning.scope import Scope
-from suite.train.loggers import open_loggers
 from suite.train.optim import Optimizer
 from suite.train.parallel import World, recompute_blocks
 from suite.train.probe import Prober
+from suite.train.reporting.loggers import open_loggers
+from suite.train.reporting.telemetry import Telemetry
 from suite.train.schedules import branch_steps, lr_factor, steps_of
 from suite.train.tables.host import move_all_but_tables
-from suite.train.telemetry import Telemetry
 
 FIRST_PROBE = 1 / 16
 """Position of the first probe as a fraction of all steps; the others are log-spaced from there to the last step."""

@@ -13,7 +13,7 @@ from run_folders import BITS_MAX, write_json, write_run
 from scipy import stats
 
 from analysis.cli.main import main
-from analysis.comparisons.instruments import agreement, measurements, noise, orders
+from analysis.comparisons.choosing.instruments import agreement, measurements, noise, orders
 from analysis.errors import InputError
 from analysis.records.grid_data import load
 

@@ -8,7 +8,7 @@ from typing import Any
 import pandas as pd
 from run_folders import write_json, write_run
 
-from analysis.comparisons.tuning import AXES, choices, table
+from analysis.comparisons.choosing.tuning import AXES, choices, table
 from analysis.records.grid_data import load
 
 

@@ -47,7 +47,7 @@ MAKES_WEIGHTS = [
 MAKES_NO_WEIGHTS = [
     "suite/models/dropin.py",
     "suite/inference/generation.py",
-    "suite/train/loggers.py",
+    "suite/train/reporting/loggers.py",
     "suite/plan/plan.py",
     "suite/bench/training.py",
     "suite/launch/worker.py",
@@ -68,8 +68,8 @@ IMPORTED_BY_TRAINING_WITHOUT_MAKING_WEIGHTS = {
     "suite/baselines/checks.py",
     "suite/identity.py",
     "suite/inference/__init__.py",
-    "suite/train/loggers.py",
-    "suite/train/telemetry.py",
+    "suite/train/reporting/loggers.py",
+    "suite/train/reporting/telemetry.py",
 }
 """Errors, records, logs, and the loading of external baselines, whose source is part of a cell's hash."""
 

@@ -13,8 +13,8 @@ from tiny_cells import corpus_of, tiny_cell
 from suite.cells import Cell
 from suite.errors import UserError
 from suite.records import RunDir
-from suite.train.loggers import open_loggers, scalars
 from suite.train.loop import Trainer
+from suite.train.reporting.loggers import open_loggers, scalars
 
 TIMES = {"tokens_per_s", "memory_bytes", "wall_s"}
 

@@ -12,7 +12,7 @@ from suite.launch.scoring import refuse_unfit
 from suite.records import run_dir
 from suite.train.checkpoint import steps_saved
 from suite.train.finetuning.parent import find_parent
-from suite.train.loggers import require_packages
+from suite.train.reporting.loggers import require_packages
 from suite.yaml_input import did_you_mean
 
 

@@ -1,0 +1,1 @@
+"""What a run logs and shows while it trains."""
