@@ -23,6 +23,7 @@ from analysis.records.regime import regime
 from analysis.records.scores import reduced
 from analysis.records.tables import number
 from analysis.report.blocks import Block, Figure, Heading, Items, Table, Text, to_html, to_markdown
+from analysis.report.capacity import capacity_blocks
 from analysis.report.differences import TITLE, control_blocks, difference_blocks, headline
 from analysis.report.fits import multiplier_blocks, trend_blocks
 from analysis.report.formatting import with_interval
@@ -96,6 +97,7 @@ def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) ->
         blocks += [Heading(title), *control_blocks(comparisons.controls, bios)]
     if bios:
         blocks += [Heading("Storage, paraphrase and extraction"), *_kinds(data)]
+    blocks += capacity_blocks(data)
     if taught is not None:
         blocks += [Heading("New facts: learning and forgetting"), *knowledge_blocks(taught)]
     blocks += [Heading("Final evaluations"), *_finals(plots)]
