@@ -1,5 +1,8 @@
 """A declared contrast over several worlds: the mean over worlds of the mean paired log ratio of E50.
 
+Beside it stands the difference in the share of bits stored, at the last exposure that all runs of a world reached. Runs
+that never reach half of the bits have it too.
+
 Every world counts equally, whatever its number of pairs. The worlds are those of the grid, not a sample of worlds: the
 interval covers the spread between seeds within each world (Welch and Satterthwaite). Whether the ratio is the same in
 all worlds is tested by Welch's analysis of variance.
@@ -23,13 +26,16 @@ NAN = float("nan")
 class World:
     """The contrast in one world: the value of the field, and ln(E50 of the treatment / E50 of the reference).
 
-    `open` counts pairs whose runs did not both reach half of the bits between two probes.
+    `open` counts pairs whose runs did not both reach half of the bits between two probes. `share` is the difference in
+    the share of bits stored at `exposure`.
     """
 
     value: str
     log_ratio: Difference
     sd: float
     open: int
+    share: Difference
+    exposure: float
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,7 @@ class Pooled:
         log_ratio: Mean over worlds, with its 95 % interval and p; NaN where some world lacks two pairs or has open
             ones.
         same_p: p of the hypothesis that the ratio is the same in all worlds.
+        share: Mean over worlds of the difference in the share of bits stored, as `log_ratio`.
     """
 
     over: str
@@ -52,6 +59,7 @@ class Pooled:
     worlds: tuple[World, ...]
     log_ratio: Difference
     same_p: float
+    share: Difference
 
 
 def pooled(data: GridData) -> Pooled | None:
@@ -61,29 +69,43 @@ def pooled(data: GridData) -> Pooled | None:
     pairs = _pairs(data, data.contrast.over)
     if pairs.empty:
         return None
-    worlds, values = [], []
+    worlds, values, shares = [], [], []
     for value in sorted(pairs["value"].unique(), key=_sortable):
         part = pairs[pairs["value"] == value]
         own = part["log_ratio"].dropna().to_numpy(float)
         values.append(own)
         sd = float(own.std(ddof=1)) if len(own) > 1 else NAN
-        worlds.append(World(value, paired(own), sd, int(part["log_ratio"].isna().sum())))
+        shares.append(part["share_difference"].to_numpy(float))
+        exposure = float(part["exposure"].iloc[0])
+        worlds.append(World(value, paired(own), sd, int(part["log_ratio"].isna().sum()), paired(shares[-1]), exposure))
     families = str(pairs["family"].iloc[0]), str(pairs["family_ref"].iloc[0])
     complete = all(len(own) > 1 for own in values) and not any(world.open for world in worlds)
-    estimate = _mean_of_means(values) if complete else Difference(NAN, NAN, NAN, NAN, len(pairs))
-    return Pooled(data.contrast.over, *families, tuple(worlds), estimate, _same(values) if complete else NAN)
+    none = Difference(NAN, NAN, NAN, NAN, len(pairs))
+    estimate = _mean_of_means(values) if complete else none
+    share = _mean_of_means(shares) if all(len(own) > 1 for own in shares) else none
+    return Pooled(data.contrast.over, *families, tuple(worlds), estimate, _same(values) if complete else NAN, share)
 
 
 def _pairs(data: GridData, over: str) -> pd.DataFrame:
-    """Return one row per finished pair: the value of the field, the families, and the log ratio (NaN if open)."""
+    """Return one row per finished pair: the value of the field, the families, the log ratio (NaN if open), and the
+    difference in the share of bits stored at the last exposure that all pairs of the value reached."""
     assert data.contrast is not None
     runs = data.runs[data.runs["state"] == DONE]
     runs = runs.assign(log_e50=np.log(runs["e50"].where(runs["e50_state"] == "reached").astype(float)))
     runs = runs.assign(value=[str(flat(cell).get(over)) for cell in runs["settings"]])
-    columns = ["pairing", "seed", "value", "family", "log_e50"]
+    runs = runs.assign(position=runs.index, last=data.curves("epoch").last_x()[runs.index.to_numpy(int)])
+    columns = ["pairing", "seed", "value", "family", "log_e50", "position", "last", "bits_max"]
     sides = [runs.loc[runs["run"].isin(side), columns] for side in (data.contrast.treatment, data.contrast.reference)]
     both = sides[0].merge(sides[1], on=["pairing", "seed", "value"], suffixes=("", "_ref"))
-    return both.assign(log_ratio=both["log_e50"] - both["log_e50_ref"])
+    exposure = both[["last", "last_ref"]].min(axis=1).groupby(both["value"]).transform("min")
+    bits, target = data.curves("storage_bits"), exposure.to_numpy(float)
+    stored = [
+        bits.at(target, both[f"position{side}"].to_numpy(int)) / both[f"bits_max{side}"].to_numpy(float)
+        for side in ("", "_ref")
+    ]
+    return both.assign(
+        log_ratio=both["log_e50"] - both["log_e50_ref"], share_difference=stored[0] - stored[1], exposure=exposure
+    )
 
 
 def _sortable(value: str) -> tuple[float, str]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 
 from analysis.comparisons.pooled import Pooled
+from analysis.comparisons.statistics import Difference
 from analysis.records.tables import number
 from analysis.report.blocks import Block, Table, Text
-from analysis.report.formatting import exp_cell
+from analysis.report.formatting import exp_cell, with_interval
 
 
 def pooled_blocks(result: Pooled, title: str) -> list[Block]:
@@ -22,16 +23,25 @@ def pooled_blocks(result: Pooled, title: str) -> list[Block]:
     pairs = sum(world.log_ratio.n + world.open for world in result.worlds)
     against = f"{result.treatment} against {result.reference} over {noun} {values} ({pairs} pairs)"
     note = (
-        f"Every {noun} counts equally. The interval covers the spread between seeds, for these worlds (Welch and "
-        "Satterthwaite)."
+        f"Every value of {noun} counts equally. Intervals cover the spread between seeds, for these worlds (Welch and "
+        "Satterthwaite). Points: difference in the share of bits stored, in percent of all bits, at the last exposure "
+        f"that every run reached; over all worlds {_points(result.share)}."
     )
     if not math.isnan(result.same_p):
         note += (
             f" That the ratio is the same in all of them has p = {result.same_p:.2g} (Welch's analysis of variance)."
         )
-    headers = [noun, "pairs", "open pairs", "E50 ratio", "sd of ln ratio"]
+    headers = [noun, "pairs", "open pairs", "E50 ratio", "sd of ln ratio", "points of N H", "at exposure"]
     rows = [
-        [world.value, world.log_ratio.n, world.open, exp_cell(world.log_ratio), number(world.sd)]
+        [
+            world.value,
+            world.log_ratio.n,
+            world.open,
+            exp_cell(world.log_ratio),
+            number(world.sd),
+            _points(world.share),
+            number(world.exposure),
+        ]
         for world in result.worlds
     ]
     return [
@@ -39,6 +49,12 @@ def pooled_blocks(result: Pooled, title: str) -> list[Block]:
         Table(headers, rows, left=1, name="primary-by-world"),
         Text(note),
     ]
+
+
+def _points(share: Difference) -> str:
+    """Return a difference of shares in percent points, with its interval."""
+    scaled = Difference(100 * share.mean, 100 * share.low, 100 * share.high, share.p, share.n)
+    return "–" if math.isnan(share.mean) else with_interval(scaled, 3, sign=True)
 
 
 def _verdict(result: Pooled) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from run_folders import write_json, write_run
+from run_folders import BITS_MAX, EXPOSURES, curve, write_json, write_run
 from scipy import stats
 
 from analysis.comparisons.grid import Comparisons
@@ -64,6 +64,20 @@ def test_a_world_with_open_pairs_leaves_no_estimate_over_all(tmp_path: Path) -> 
     assert result is not None
     assert [(world.value, world.open) for world in result.worlds] == [("300", 0), ("600", 1), ("1500", 0)]
     assert np.isnan(result.log_ratio.mean)
+    # Shares are compared all the same, at the last exposure that both runs of every pair of a world reached.
+    of_world = []
+    for people, of_seeds in (RATIOS | {600: [0.9, 900.0]}).items():
+        world = next(world for world in result.worlds if world.value == str(people))
+        dense = [10.0 + seed for seed in range(len(of_seeds))]
+        ends = np.concatenate([dense, np.multiply(dense, of_seeds)])
+        probes = [EXPOSURES[np.searchsorted(EXPOSURES, e50) :][:2] for e50 in ends]
+        last = min(past[-1] if len(past) else EXPOSURES[-1] for past in probes)
+        assert world.exposure == pytest.approx(last)
+        shares = [curve(np.array([last]), e50)[0] / BITS_MAX for e50 in ends]
+        differences = np.subtract(shares[len(dense) :], shares[: len(dense)])
+        assert world.share.mean == pytest.approx(differences.mean())
+        of_world.append(differences.mean())
+    assert result.share.mean == pytest.approx(np.mean(of_world))
     page = to_markdown(build(context(Comparisons(load(tmp_path, "g"))), [], []), tmp_path)
     assert "no estimate over all worlds, because in 1 pairs a run did not reach half" in page
 
