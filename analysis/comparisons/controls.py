@@ -20,6 +20,7 @@ def control_contrasts(data: GridData) -> list[Contrast]:
         InputError: Two runs of one variant and one seed.
     """
     variants = first_runs(data).reset_index()
+    variants = variants[~variants["smaller"]]
     variants = variants.assign(without=[_without_control(model) for model in variants["model"]])
     keys = ["pairing", "train_key", "without"]
     both = variants[variants["control"].isna()].merge(variants[variants["control"].notna()], on=keys)

@@ -117,7 +117,7 @@ def metric_of(data: GridData, metric: str | None) -> str:
 
 def steps(data: GridData, metric: str) -> list[Step]:
     """Return the steps of every destination, by base, destination and size; see the module."""
-    runs = data.done[data.done["macs"].notna() & (data.done["partner"] >= 0)]
+    runs = data.done[data.done["macs"].notna() & (data.done["partner"] >= 0) & ~data.done["smaller"]]
     runs = runs.assign(
         destination=_destinations(runs, data.reference),
         bytes_held=BYTES_HELD * runs["params_total"],

@@ -159,7 +159,7 @@ def first_runs(data: GridData) -> pd.DataFrame:
 def _sides(data: GridData) -> pd.DataFrame:
     """Return one row per contrast: the first run of each side, whether it is to a control, and whether it is
     primary."""
-    columns = ["pairing", "label", "family", "reshaped", "train_key", "macs", "position"]
+    columns = ["pairing", "label", "family", "reshaped", "smaller", "train_key", "macs", "position"]
     variants = first_runs(data).reset_index()[columns]
     reference = variants[variants["family"] == data.reference]
     both = variants.merge(reference, on="pairing", suffixes=("", "_ref"))
@@ -167,7 +167,7 @@ def _sides(data: GridData) -> pd.DataFrame:
     several = plain.groupby(["pairing", "label"])["label_ref"].transform("size") > 1
     plain = plain[~several | (plain["train_key"] == plain["train_key_ref"])]
     plain = plain[(plain["label"] != plain["label_ref"]) & ((plain["family"] != data.reference) | plain["reshaped"])]
-    controls = both[both["reshaped_ref"] & (both["family"] != data.reference)]
+    controls = both[both["reshaped_ref"] & ~both["smaller_ref"] & (both["family"] != data.reference)]
     controls = controls[(controls["macs"] / controls["macs_ref"] - 1).abs() <= EQUAL]
     sides = pd.concat([plain.assign(control=False), controls.assign(control=True)], ignore_index=True)
     sides = sides.rename(columns={"position": "ours", "position_ref": "theirs"})[["ours", "theirs", "control"]]

@@ -73,7 +73,7 @@ def ours(results: Path) -> pd.DataFrame:
     runs, _ = run_table(store, {})
     position = positions(runs, len(store))
     scores = final_scores(runs, unnest(store, "scores", position), unnest(store, "answers", position))
-    runs = runs[runs["family"].isin(FAMILIES) & runs["base"].isin(SHAPES)]
+    runs = runs[~runs["smaller"] & runs["family"].isin(FAMILIES) & runs["base"].isin(SHAPES)]
     models = list(runs["model"])
     named = pd.Series([variants(model) for model in models], index=runs.index, dtype=object)
     runs = runs.assign(plain=[not own_options(model) for model in models], variant=named)

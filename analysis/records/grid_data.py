@@ -22,7 +22,7 @@ from analysis.errors import InputError
 from analysis.records import store
 from analysis.records.curves import Curves
 from analysis.records.grids import Contrast, read_grid, read_grids, read_plans, read_source
-from analysis.records.labels import is_reshaped, labels, pairing, trained_labels, training
+from analysis.records.labels import AFTER_TRAINING, is_reshaped, labels, pairing, trained_labels, training
 from analysis.records.run_files import AVERAGED, DAMAGED
 from analysis.records.scores import IDENTITY, final_scores, without_tables
 
@@ -74,10 +74,11 @@ class GridData:
     """The records of a grid.
 
     runs: one row per readable run, in reading order: identity (run, cell, label, trained_label, family, base, seed,
-        half_keys, memory_rows, ffn_hidden, reshaped, control, pairing, train_key), state and cause, the account,
-        ratios to the partner, speed, how far it got, and E50. `e50` is an exposure; `e50_state` is reached, censored
-        (`e50` is then the last exposure, a lower bound), early (an upper bound) or none (no storage probes at a
-        constant learning rate).
+        half_keys, memory_rows, ffn_hidden, reshaped, smaller, control, pairing, train_key), state and cause, the
+        account, ratios to the partner, speed, how far it got, and E50. Runs with smaller tables (`smaller`) count as
+        reshaped, are no partners, and have no E50. `e50` is an exposure; `e50_state` is reached, censored (`e50` is
+        then the last exposure, a lower bound), early (an upper bound) or none (no storage probes at a constant learning
+        rate).
         `partner` is the position of the reference run that ratios are relative to, -1 without one.
     probes: one row per probe: run, step, tokens, epoch, train_flops, wall_s, eval_loss and `<kind>_<metric>`.
     table_use: one row per logged step of a run with tables: run, tokens, used, never_read, kl_bits.
@@ -312,6 +313,7 @@ def _reference(runs: pd.DataFrame, reference: str | None, contrast: Contrast | N
 def _identified(runs: pd.DataFrame, cells: list[dict[str, Any]], accounts: list[dict[str, Any]]) -> pd.DataFrame:
     """Return the runs with what their cells and accounts state."""
     models = [cell["model"] for cell in cells]
+    smaller = [any(cell.get(name) is not None for name in AFTER_TRAINING) for cell in cells]
     half_keys = pd.array([model.get("half_keys") for model in models], "Float64").to_numpy(float, na_value=np.nan)
     stated = {
         "family": [model["family"] for model in models],
@@ -320,11 +322,15 @@ def _identified(runs: pd.DataFrame, cells: list[dict[str, Any]], accounts: list[
         "half_keys": half_keys,
         "memory_rows": _memory_rows(half_keys, accounts),
         "ffn_hidden": pd.to_numeric(pd.Series([model.get("ffn_hidden") for model in models], dtype=object)),
-        "reshaped": [is_reshaped(model) for model in models],
+        "reshaped": [is_reshaped(model) or is_smaller for model, is_smaller in zip(models, smaller, strict=True)],
+        "smaller": smaller,
         "control": [model.get("control") for model in models],
         "pairing": [pairing(cell) for cell in cells],
         "train_key": [training(cell) for cell in cells],
-        "steady": [(cell.get("train") or {}).get("schedule", "constant") == "constant" for cell in cells],
+        "steady": [
+            (cell.get("train") or {}).get("schedule", "constant") == "constant" and not is_smaller
+            for cell, is_smaller in zip(cells, smaller, strict=True)
+        ],
         "stops_early": [bool((cell.get("train") or {}).get("stop_past")) for cell in cells],
         "train": [cell.get("train") or {} for cell in cells],
         "model": models,

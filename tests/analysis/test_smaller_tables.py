@@ -11,6 +11,8 @@ import pytest
 from run_folders import write_json, write_run
 
 from analysis.comparisons.grid import Comparisons
+from analysis.comparisons.next_parameter import metric_of, steps
+from analysis.comparisons.paired import contrasts
 from analysis.figures.context import LEGEND, Context, context
 from analysis.figures.usage import table_bytes, with_trained
 from analysis.records.grid_data import GridData, load
@@ -96,3 +98,22 @@ def test_a_grid_of_many_variants_draws_smaller_tables_in_their_own_figure_only(t
     assert pd.Index(drawn.table["label"]).is_unique
     assert "figure of table bytes only" in drawn.remark
     assert "memory_plus k16 (n=1)" in table_bytes(drawn, tmp_path)[2].read_text()
+
+
+def test_smaller_tables_are_neither_partners_nor_training_results(tmp_path: Path) -> None:
+    """Next to their reference, whose plain runs alone are what others are compared with."""
+    grid(tmp_path)
+    for seed in range(2):
+        write_run(tmp_path, "pkm", "w32", seed, 18.0, half_keys=16)
+    data = replace(load(tmp_path, reference="memory_plus"), grid="g")
+    runs = data.runs
+    smaller = runs.index.isin(data.smaller_tables["run"])
+    assert runs["smaller"].tolist() == smaller.tolist()
+    assert (runs.loc[smaller, "e50_state"] == "none").all()
+    assert (runs.loc[~smaller, "e50_state"] == "reached").all()
+    assert not runs["smaller"].to_numpy()[runs["partner"]].any()
+    sides = {(contrast.variant, contrast.reference) for contrast in contrasts(data)}
+    assert {reference for _, reference in sides} == {"memory_plus k16"}
+    assert {variant for variant, _ in sides} == {"dense", "pkm k16", *runs.loc[smaller, "label"]}
+    labels = {step.label for step in steps(data, metric_of(data, None))}
+    assert labels == {"dense", "pkm k16"}
