@@ -291,7 +291,7 @@ def refuse_stale_run(run: RunDir, cell: Cell) -> None:
 
 
 def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
-    """Write cell.json before training, start from a sibling's checkpoint if there is one, and log the first step.
+    """Write cell.json before training, and start from a sibling's checkpoint if there is one.
 
     Args:
         run: The run.
@@ -303,7 +303,6 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     """
     from suite.launch.checks.settings import refuse_tf32_without_gpu, refuse_unfit_settings
     from suite.models.accounting import account
-    from suite.train.checkpoint import steps_saved
     from suite.train.finetuning import parent
     from suite.train.loop import total_steps
 
@@ -319,7 +318,6 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     }
     branches.begin(run, cell, **facts, **parent.facts(run, cell, corpus))
     write_text(run.tokenizer_path, corpus.tokenizer.to_json())
-    print(f"{run.name}: training from step {max(steps_saved(run), default=0)}", file=sys.stderr)
 
 
 def describe(error: BaseException) -> str:

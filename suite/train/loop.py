@@ -6,6 +6,7 @@ Shapes: B rows, T positions, D model width.
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -416,4 +417,7 @@ def train(
     Raises:
         Diverged: The loss is not finite. The last checkpoint remains.
     """
-    return Trainer(cell, corpus, run, world).run_to_end(should_stop)
+    trainer = Trainer(cell, corpus, run, world)
+    if trainer.world.is_first:
+        print(f"{run.name}: training from step {trainer.step}", file=sys.stderr)
+    return trainer.run_to_end(should_stop)

@@ -98,6 +98,7 @@ def test_a_run_resumes_from_the_older_checkpoint_bit_for_bit(
     assert f"step-{LAST} ({checkpoint.STATE_FILE}: " in lines[0]
     assert f"using step-{BEFORE}" in lines[0]
     found = outcome(run, trained[1])
+    assert f"{run.name}: training from step {BEFORE}\n" in capsys.readouterr().err
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert all(find_damage(run.checkpoints / f"step-{step}") is None for step in checkpoint.steps_saved(run))
