@@ -176,6 +176,8 @@ def _allowed_grids() -> str:
 
 def _check_shape(source: Path, content: dict[str, Any]) -> None:
     """Raise UserError for an unknown section, a section of the wrong type, or sections that exclude each other."""
+    if {"model", "cell"} & content.keys():
+        raise UserError(f"{source}: is the file of a cell, not of a grid; run it with suite train {source}")
     for field, value in content.items():
         if field not in GRID_FIELDS:
             hint = did_you_mean(field, GRID_FIELDS)

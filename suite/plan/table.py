@@ -51,14 +51,15 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
     """
     sources = [source for source in SOURCES if any(cell_plan.bytes_by_source[source] for cell_plan in plans)]
     table = Table(title=f"{name} on {assumed.gpu.name}", title_justify="left")
+    device = "CPU" if assumed.gpu.name == CPU else "GPU"
     for column, justify in (
         ("run", "left"),
         ("params", "right"),
         ("MACs/dense", "right"),
         ("FLOPs", "right"),
-        ("GPUs", "right"),
-        ("GB/GPU", "right"),
-        ("GPU-hours", "right"),
+        (f"{device}s", "right"),
+        (f"GB/{device}", "right"),
+        (f"{device}-hours", "right"),
         ("days", "right"),
         ("cost", "right"),
         ("table GB/step", "right"),

@@ -302,6 +302,14 @@ def test_a_file_that_is_not_a_cell_is_refused_in_one_line(tmp_path: Path, text: 
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("text", ["model: {base: w32}\n", '{"cell": {"model": {}}, "hash": "0a1b2c3d"}'])
+def test_the_file_of_a_cell_is_no_grid_and_the_command_for_it_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "cell.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"suite train {path}"):
+        load_grid(str(path))
+
+
 def test_a_grid_of_grids_has_each_cell_once_with_all_evaluations(tmp_path: Path) -> None:
     both = "[dense, memory_plus], model.half_keys: [16]"
     for name, axes, task in (("one", "[dense]", "bios_qa"), ("two", both, "bios_storage")):

@@ -24,7 +24,7 @@ from suite.plan import this_machine
 from suite.plan.activation_memory import StepTracer
 from suite.plan.gpus import GPUS, USABLE
 from suite.plan.mesh import MICRO_ROWS, Mesh
-from suite.plan.table import plan_notes
+from suite.plan.table import plan_notes, plan_table
 from suite.plan.table_state import table_state
 from suite.plan.traffic import sent_bytes
 from suite.records import RunDir
@@ -421,3 +421,6 @@ def test_a_plan_for_this_machine_uses_the_speed_of_its_runs(tmp_path: Path) -> N
     for one in plans:
         assert one.gpu_hours == pytest.approx(one.total_flops / 5e9 / 3600)
     assert "CPU of this machine" in plan_notes(plans, planning.document(grid, plans, assumed))[0]
+    heads = [str(column.header) for column in plan_table("smoke", plans, assumed).columns]
+    assert "CPU-hours" in heads
+    assert not any("GPU" in head for head in heads)
