@@ -88,7 +88,10 @@ def report(
     for name, data in _grids(results, grid, reference):
         document = write(data, results / "grids" / name, out or _figures(results) / name)
         documents.append(document)
-        _log([document["report"], document["page"]], document["missing"])
+        _log([document["report"], document["page"]], [])
+        if document["missing"]:
+            names = ", ".join(line.partition(":")[0] for line in document["missing"])
+            print(f"figures not drawn: {names}; the report states what each needs", file=sys.stderr)
     if as_json:
         print(json.dumps(documents))
     failed = [name for document in documents for name in document["failed"]]

@@ -59,9 +59,14 @@ def multiplier_text(root: Path) -> str:
 
 
 @pytest.mark.filterwarnings("error")
-def test_report_states_the_primary_contrast_failures_and_ratios(results: Path, tmp_path: Path) -> None:
+def test_report_states_the_primary_contrast_failures_and_ratios(
+    results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "figures"
     assert main(["report", "--grid", "demo", "--results", str(results), "--out", str(out)]) == 1
+    (not_drawn,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("figures not drawn: ")]
+    assert "isoflop" in not_drawn
+    assert not (out / "isoflop.png").exists()
     text = (results / "grids" / "demo" / "report.md").read_text()
     assert "at w32, memory_plus k64 needs 0.510 [0.500, 0.520] times the exposures of dense" in text
     assert "1.20x MACs per token (not equal-FLOP)" in text
