@@ -33,7 +33,8 @@ class Account:
     Attributes:
         params: Parameters by group.
         params_total: All parameters.
-        params_active: Parameters that one token uses: all but unread value rows and unchosen experts.
+        params_active: Parameters that one token uses: all but unread value rows and unchosen experts. The input
+            embedding is counted as a whole.
         params_memory: Elements of the value tables.
         memory_rows: Rows of the largest value table; 0 without one.
         params_embedding: Parameters of the embedding and of an untied output head.
