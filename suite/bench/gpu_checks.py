@@ -5,6 +5,7 @@ Shapes: R table rows, D width, N tokens, S rows read per token, M heads, W width
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import statistics
 from collections.abc import Callable, Iterator
@@ -141,6 +142,7 @@ def other_rows(device: str, rehearsal: bool) -> Iterator[Row]:
             indices_NS, table_RD, per_sample_weights=weights_NS.bfloat16(), mode="sum"
         ),
         "fbgemm_gpu": _fbgemm(table_RD, indices_NS, weights_NS),
+        "eai-sparsify (Triton)": _sparsify(table_RD, indices_NS, weights_NS),
     }
     for contender, work in contenders.items():
         if work is None:
@@ -166,6 +168,15 @@ def _fbgemm(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor) -> Callabl
     table.fill_random_weights()
     offsets = torch.arange(0, indices_NS.numel() + 1, indices_NS.shape[1], dtype=torch.int32, device=table_RD.device)
     return lambda: table(indices_NS.flatten().int(), offsets, weights_NS.flatten())
+
+
+def _sparsify(table_RD: Tensor, indices_NS: Tensor, weights_NS: Tensor) -> Callable[[], object] | None:
+    """Return the Triton kernel of the released code of "Memory Layers at Scale", which eai-sparsify contains."""
+    try:
+        kernel = importlib.import_module("sparsify.xformers").embedding_bag_triton
+    except ImportError:
+        return None
+    return lambda: kernel(indices_NS, table_RD, weights_NS)
 
 
 def _milliseconds(work: Callable[[], object], device: str, rehearsal: bool) -> float:

@@ -17,6 +17,7 @@ from suite.bench.decoding import configurations, decode_speeds
 from suite.cells import Cell
 from suite.data.corpus import prepare
 from suite.models.accounting import account
+from suite.plan.one_process import training_bytes
 from suite.records import RunDir
 from suite.train.loop import Trainer
 from suite.train.parallel import World
@@ -65,7 +66,7 @@ def trainer_of(cell: Cell, device: str, folder: Path | None = None) -> Iterator[
 
 
 def measure(cell: Cell, device: str, steps: int) -> Row:
-    """Return the speed of `steps` training steps after two others, and the peak memory of all.
+    """Return the speed of `steps` training steps after two others, and the planned and measured peak memory of all.
 
     Args:
         cell: The cell.
@@ -92,6 +93,7 @@ def measure(cell: Cell, device: str, steps: int) -> Row:
         "step_ms": round(1e3 * seconds, 2),
         "tokens_per_s": round(tokens / seconds, 1),
         "loss": loss,
+        "planned_bytes": round(training_bytes(cell, vocabulary, {}, where="peak")),
     }
     if device == "cuda":
         name, flops = torch.cuda.get_device_name(), account(cell.model, vocabulary, cell.data.seq_len).flops_per_token

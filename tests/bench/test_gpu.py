@@ -6,6 +6,7 @@ import csv
 import os
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 from suite.bench import gpu
@@ -31,13 +32,32 @@ def test_a_rehearsal_writes_a_file_of_every_part(tmp_path: Path) -> None:
         assert rows, part
         assert not rows[0].get("note"), (part, rows, out)
         assert all(row.get("correct", "True") == "True" for row in rows), (part, rows)
+        if part in ("steps", "large"):
+            assert all(int(row["planned_bytes"]) > 0 for row in rows), (part, rows)
 
 
 def test_parts_without_their_packages_say_so_and_the_others_run(tmp_path: Path) -> None:
     """Without pydantic, models are out of reach and kernels are not."""
     out = rehearse(tmp_path, "--only", "others", "steps", before="sys.modules['pydantic'] = None")
-    assert "others: 3 rows" in out
+    assert "others: 4 rows" in out
     assert "steps: skipped: not installed: pydantic" in out
+
+
+def test_a_triton_kernel_of_another_package_is_timed_where_it_is_installed(tmp_path: Path) -> None:
+    package = """
+    import sys, types
+    import torch
+    def bags(indices, table, weights):
+        return torch.einsum("nsd,ns->nd", table.float()[indices], weights)
+    module = types.ModuleType("sparsify.xformers")
+    module.embedding_bag_triton = bags
+    sys.modules["sparsify.xformers"] = module
+    """
+    rehearse(tmp_path, "--only", "others", before=textwrap.dedent(package))
+    with (tmp_path / "gpu-rehearsal-others.csv").open() as file:
+        rows = {row["contender"]: row for row in csv.DictReader(file)}
+    assert float(rows["eai-sparsify (Triton)"]["ms"]) > 0
+    assert rows["fbgemm_gpu"]["note"] == "not installed"
 
 
 def test_no_part_starts_after_the_time(tmp_path: Path) -> None:
