@@ -66,6 +66,11 @@ class RowGradients:
         """Whether the number of rows that were read stays on the device, where `merged` waits and `placed` does not."""
         return _leaves_counts(self._ops)
 
+    @property
+    def _leaves_places(self) -> bool:
+        """Whether rows may have unused places, because the host does not know how many were read."""
+        return self._has_places or self.leaves_counts
+
     def groups(self, indices_NS: Tensor, ops: ModuleType | None = None) -> Any:
         """Return the lookups grouped by row, as `ops` groups them (by default, those for the table's device).
 
@@ -139,11 +144,12 @@ class RowGradients:
         return Placed(*self._in_places(), None, self._scale)
 
     def is_read(self) -> Tensor:
-        """Return which rows of the table have a gradient, bool [R]."""
+        """Return which rows of the table have a gradient, bool [R]. Does not wait for a device."""
         if self._whole_RD is not None:
             return self._whole()[1].clone()
-        is_read_R = torch.zeros(self.table_rows, dtype=torch.bool, device=self.device)
-        return is_read_R.index_fill_(0, self.merged()[0], True)
+        rows_P = self._in_places()[0] if self._leaves_places else self.merged()[0]
+        is_read_R = torch.zeros(self.table_rows + 1, dtype=torch.bool, device=self.device)
+        return is_read_R.index_fill_(0, rows_P, True)[:-1]
 
     def keep(self, is_kept_R: Tensor) -> None:
         """Drop the gradients of all rows but those flagged in `is_kept_R`, bool [R]. Does not wait for a device."""
@@ -152,7 +158,7 @@ class RowGradients:
             whole_RD, is_read_R = self._whole()
             whole_RD.masked_fill_(~is_kept_R.unsqueeze(1), 0)
             is_read_R.logical_and_(is_kept_R)
-        elif self._has_places or self.leaves_counts:
+        elif self._leaves_places:
             rows_P, sums_PD = self._in_places()
             is_kept_P = torch.cat((is_kept_R, is_kept_R.new_zeros(1)))[rows_P]
             order_P = (~is_kept_P).to(torch.uint8).argsort(stable=True)  # unused places come last
@@ -165,28 +171,47 @@ class RowGradients:
             self.clear()
             self.add(rows_U[is_kept_U], sums_UD[is_kept_U])
 
+    def rows_to_share(self, is_read_R: Tensor, replicas: int) -> Tensor:
+        """Return the rows of which replicas that make equally many lookups have gradients.
+
+        Args:
+            is_read_R: bool [R], whether any replica has a gradient of the row.
+            replicas: Number of replicas.
+
+        Returns:
+            int64, ascending. On a device that knows their number alone, there are places for as many as all lookups
+            could read, and unused places hold R.
+        """
+        if self._whole_RD is None and not self._leaves_places:
+            return is_read_R.nonzero().squeeze(1)
+        room = min(self.table_rows, replicas * self._lookups)
+        return torch.nonzero_static(is_read_R, size=room, fill_value=self.table_rows).squeeze(1)
+
     def spread(self, rows_V: Tensor) -> Tensor:
         """Give a gradient of zero to those of some rows that have none yet.
 
         Replicas of a table call it with the same rows, to sum their gradients in place.
 
         Args:
-            rows_V: int64 rows, ascending and unique; every row that has a gradient is one of them.
+            rows_V: As returned by `rows_to_share`; every row that has a gradient is one of them.
 
         Returns:
             The buffer of all sums, laid out by `rows_V` and the table's size alone: [V, D], or the whole table.
         """
         self._apply_scale()
         if len(rows_V) >= MOSTLY * self.table_rows:
-            whole_RD, is_read_R = self._whole()
-            is_read_R.index_fill_(0, rows_V, True)
+            whole_RD, _ = self._whole()
+            assert self._is_read_R is not None
+            self._is_read_R.index_fill_(0, rows_V, True)
             return whole_RD
         assert self._whole_RD is None
-        rows_U, sums_UD = self.merged()
-        spread_VD = sums_UD.new_zeros(len(rows_V), self.width)
+        leaves_places = self._leaves_places
+        rows_U, sums_UD = self._in_places() if leaves_places else self.merged()
+        # One more row, which takes what is in unused places if rows_V has none.
+        spread_VD = sums_UD.new_zeros(len(rows_V) + 1, self.width)
         spread_VD[torch.searchsorted(rows_V, rows_U)] = sums_UD
-        self._rows, self._sums, self._has_places = [rows_V], [spread_VD], False
-        return spread_VD
+        self._rows, self._sums, self._has_places = [rows_V], [spread_VD[:-1]], leaves_places
+        return spread_VD[:-1]
 
     def norm(self) -> Tensor:
         """Return the exact global 2-norm (rows not read have no gradient), a 0-dim tensor."""

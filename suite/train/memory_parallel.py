@@ -73,7 +73,8 @@ class ColumnTable(MemoryTable):
         """Sum the gradient over replicas, in the same order everywhere, so that all have equal sums.
 
         Compact gradients are summed over the rows that any replica has read: as those rows alone, or as the whole table
-        if they are most of it. What is sent and allocated thus does not grow with the number of replicas.
+        if they are most of it. What is sent and allocated thus does not grow with the number of replicas. On a GPU the
+        lookups decide, of which the host knows the number, and no replica waits for the rows.
         """
         if self.replicas.size() == 1:
             return
@@ -83,7 +84,7 @@ class ColumnTable(MemoryTable):
             return
         is_read_R = self.gradients.is_read().to(torch.uint8)
         dist.all_reduce(is_read_R, dist.ReduceOp.MAX, group=self.replicas)
-        rows_V = is_read_R.nonzero().squeeze(1)
+        rows_V = self.gradients.rows_to_share(is_read_R.bool(), self.replicas.size())
         for listener in self.before_sharing:
             listener(rows_V)
         dist.all_reduce(self.gradients.spread(rows_V), group=self.replicas)

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.embedding_bag import RowGradients, embedding_bag, embedding_dot, native, reference
 
@@ -343,3 +344,34 @@ def test_replicas_sum_gradients_over_the_rows_that_any_has_read(share: float) ->
     assert rows.equal(union)
     assert first.shape == ((50, 4) if share == 0.9 else (len(union), 4))
     torch.testing.assert_close(torch.zeros(50, 4).index_copy_(0, rows, sums), dense_RD)
+
+
+class NoWaits(TorchDispatchMode):
+    """Refuses operations whose results the host would have to read from a device."""
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        refused = (torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default)
+        assert operation not in refused, operation
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("table_rows", [50, 400])
+def test_replicas_on_a_gpu_sum_gradients_without_waiting(table_rows: int) -> None:
+    """Few or most rows, by the lookups of both replicas; each reads other rows."""
+    table = torch.randn(table_rows, 4)
+    sinks, expected = [], torch.zeros(table_rows, 4, dtype=torch.float64)
+    for first in (0, 15):
+        ours, theirs = RowGradients(table), RowGradients(table)
+        for _ in range(2):
+            indices, weights = first + torch.randint(30, (5, 4)), torch.randn(5, 4)
+            for sink, backend in ((ours, "triton"), (theirs, "torch")):
+                embedding_bag(table.clone().requires_grad_(), indices, weights, sink, backend).square().sum().backward()
+        sinks.append(ours)
+        expected += dense(table_rows, theirs)
+    with NoWaits():
+        is_read = sinks[0].is_read() | sinks[1].is_read()
+        rows = sinks[0].rows_to_share(is_read, replicas=2)
+        one, other = (sink.spread(rows) for sink in sinks)
+        one.add_(other)
+    assert len(one) == (table_rows if table_rows == 50 else 2 * 40)
+    torch.testing.assert_close(dense(table_rows, sinks[0]), expected, rtol=1e-5, atol=1e-5)
