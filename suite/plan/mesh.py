@@ -90,7 +90,7 @@ class _Meshes:
     def __init__(self, cell: Cell, model: Transformer, counted: Account, gpu: Gpu, parts: PartCache) -> None:
         self.cell, self.gpu = cell, gpu
         self.tracer = StepTracer(model, cell.data.seq_len, cell.train.precision, cache=parts)
-        self.usable, self.tables = gpu.memory * USABLE, table_state(cell.train)
+        self.usable, self.tables = gpu.memory * USABLE, table_state(cell.train, on_gpu=True)
         self.rest, self.values = sharded_elements(model, counted)
         self.widths = {table.weight.shape[1] for table in model.memory_tables()}
         # With batch statistics, the number of micro-batches is part of the model and must not change.

@@ -41,8 +41,10 @@ def training_bytes(
     """
     tracer = StepTracer(meta_model(cell.model, vocabulary), cell.data.seq_len, cell.train.precision, cache=parts)
 
+    state = table_state(cell.train, on_gpu=where != "whole")
+
     def peak(rows: int) -> float:
-        step = tracer.parts(rows).step(processes, memory_parallel, cell.train.accumulate, table_state(cell.train))
+        step = tracer.parts(rows).step(processes, memory_parallel, cell.train.accumulate, state)
         needed: float = getattr(step, where)
         return needed
 

@@ -19,7 +19,12 @@ SORT_BYTES = INDEX_BYTES + 2 * 4
 
 
 def exchanged_rows(rows: int, read: float) -> float:
-    """Return the rows over which replicas of a table sum gradients, if any of them has read `read` of its rows."""
+    """Return the rows over which replicas of a table sum gradients.
+
+    Args:
+        rows: Rows of the table.
+        read: Rows that any replica has read or, on GPUs, lookups of all replicas.
+    """
     return rows if read >= MOSTLY * rows else read
 
 
@@ -61,6 +66,8 @@ class TableState:
         row: Bytes of state per row, independent of its width.
         host: Whether tables, their moments and gradients are in host memory; reads then use copies of rows.
         average: Bytes of the average of each trained weight, of tables and of all others (train.probe_average).
+        places: Whether row-wise gradients are on a GPU, where the host does not know how many rows were read: every
+            lookup has a place, until there are so many that a buffer of the whole table replaces them.
     """
 
     row_wise: bool = True
@@ -69,6 +76,7 @@ class TableState:
     row: int = 9
     host: bool = False
     average: int = 0
+    places: bool = False
 
     @property
     def persistent(self) -> int:
@@ -149,9 +157,8 @@ class Parts:
         frozen = sum(rows * width for rows, width in self.frozen)
         rows = STATE_BYTES * frozen / value_shards + state.value * tables.elements
         row_moments = (state.moments + state.average) * tables.elements + tables.row_state
-        pieces = [tables.gradient(part) for part in self.parts]
-        buffer, earlier_buffer = tables.buffer(pieces, micro_batches), tables.buffer(pieces, micro_batches - 1)
-        host, merging = 0.0, tables.merging(buffer)
+        buffer, earlier_buffer = (tables.buffer(self.parts, number) for number in (micro_batches, micro_batches - 1))
+        host, merging = 0.0, tables.merging(self.parts, micro_batches)
         if state.host:
             host = rows + row_moments + buffer
             rows = row_moments = buffer = earlier_buffer = 0.0
@@ -168,12 +175,14 @@ class Parts:
             peak = max(peak, persistent + earlier + root + saved + running)
             saved += part.saved + (part.copies if is_whole else 0) + tables.order(part) + tables.copied(part)
         remaining, new_gradients = saved, 0.0
-        for part, piece in zip(reversed(self.parts), reversed(pieces), strict=True):
+        tables.start_backward(self.parts, micro_batches - 1)
+        for part in reversed(self.parts):
             remaining -= part.saved + (part.copies if is_whole else 0)
+            piece, stays = tables.backward(part)
             running = part.backward + piece + self._gathered(part, is_whole)
             peak = max(peak, persistent + earlier + root + remaining + new_gradients + running)
             remaining -= tables.order(part) + tables.copied(part)
-            new_gradients += tables.added(part, piece)
+            new_gradients += stays
             new_gradients += 0.0 if micro_batches > 1 else STATE_BYTES * part.weights / rest_shards
         whole = max(peak + host, persistent + gradients + host + merging)
         return StepMemory(weights, moments, gradients, saved, peak, host + merging if state.host else 0.0, whole)
@@ -188,8 +197,9 @@ class Parts:
 class _Tables:
     """The bytes that a step allocates for tables in addition to their rows: gradients, sorted lookups, row state.
 
-    Every process reads the lookups of all processes among which columns are divided. The buffer of row-wise gradients
-    holds one compact piece per read, until they exceed twice the table's rows.
+    Every process reads the lookups of all processes among which columns are divided. On a CPU, the buffer of row-wise
+    gradients holds one compact piece per read, until they exceed twice the table's rows; see `TableState.places` for
+    GPUs.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -201,6 +211,7 @@ class _Tables:
 
     def __post_init__(self) -> None:
         self._with_gradient: set[int] = set()
+        self._reads: list[list[int]] = []
 
     @property
     def elements(self) -> float:
@@ -219,7 +230,26 @@ class _Tables:
             for table, lookups in zip(part.tables, part.lookups, strict=True)
         )
 
-    def added(self, part: Part, piece: float) -> float:
+    def start_backward(self, parts: tuple[Part, ...], micro_batches: int) -> None:
+        """Start the backward pass of a micro-batch that follows `micro_batches` others."""
+        self._reads = self._all_reads(parts, micro_batches)
+
+    def backward(self, part: Part) -> tuple[float, float]:
+        """Return the bytes of table gradients that the next part's backward pass allocates, and those that stay."""
+        if not self.state.places:
+            piece = self.gradient(part)
+            return piece, self._added(part, piece)
+        allocated = stays = 0.0
+        for table, lookups in zip(part.tables, part.lookups, strict=True):
+            before, was_whole = self._held(table, self._reads[table]), self._is_whole(table, self._reads[table])
+            self._reads[table].append(self.shards * lookups)
+            after, is_whole = self._held(table, self._reads[table]), self._is_whole(table, self._reads[table])
+            # What was compact so far is moved to the buffer of the whole table once that exists.
+            allocated += after if is_whole and not was_whole else after - before
+            stays += after - before
+        return allocated, stays
+
+    def _added(self, part: Part, piece: float) -> float:
         """Return the bytes of a part's gradients that stay allocated: 0 if a dense one is added to an earlier one, or
         if they are copied to host memory."""
         if self.state.host:
@@ -228,17 +258,46 @@ class _Tables:
         self._with_gradient.update(part.tables)
         return piece if stays else 0.0
 
-    def buffer(self, pieces: list[float], micro_batches: int) -> float:
+    def buffer(self, parts: tuple[Part, ...], micro_batches: int) -> float:
         """Return the bytes of all table gradients after that many micro-batches."""
         if not self.state.row_wise:
             return STATE_BYTES * self.elements
+        if self.state.places:
+            return sum(self._held(table, reads) for table, reads in enumerate(self._all_reads(parts, micro_batches)))
         limit = sum(2 * rows * self._row_bytes(table) for table, (rows, _) in enumerate(self.sizes))
-        return min(sum(pieces) * micro_batches, limit)
+        return min(sum(map(self.gradient, parts)) * micro_batches, limit)
 
-    def merging(self, buffer: float) -> float:
+    def merging(self, parts: tuple[Part, ...], micro_batches: int) -> float:
         """Return the bytes needed to merge the pieces: their concatenation, and the sums by row."""
-        once = sum(rows * self._row_bytes(table) for table, (rows, _) in enumerate(self.sizes))
-        return buffer + min(buffer, once) if self.state.row_wise else 0.0
+        if not self.state.row_wise:
+            return 0.0
+        if self.state.places:
+            return sum(
+                self._held(table, reads) + self._held(table, [sum(reads)])
+                for table, reads in enumerate(self._all_reads(parts, micro_batches))
+                if len(reads) > 1 and not self._is_whole(table, reads)
+            )
+        buffer = self.buffer(parts, micro_batches)
+        return buffer + min(buffer, sum(rows * self._row_bytes(table) for table, (rows, _) in enumerate(self.sizes)))
+
+    def _all_reads(self, parts: tuple[Part, ...], micro_batches: int) -> list[list[int]]:
+        """Return the lookups of every read of each table in some micro-batches."""
+        reads: list[list[int]] = [[] for _ in self.sizes]
+        for part in parts:
+            for table, lookups in zip(part.tables, part.lookups, strict=True):
+                reads[table] += [self.shards * lookups] * micro_batches
+        return reads
+
+    def _is_whole(self, table: int, reads: list[int]) -> bool:
+        """Return whether a GPU sums the gradients of these reads in a buffer of the whole table."""
+        return sum(reads) >= MOSTLY * self.sizes[table][0] and bool(reads)
+
+    def _held(self, table: int, reads: list[int]) -> float:
+        """Return the bytes of the gradients of some reads on a GPU: places for lookups, or the whole table."""
+        rows, width = self.sizes[table]
+        if self._is_whole(table, reads):
+            return (rows + 1) * (STATE_BYTES * width / self.shards + 1)
+        return sum(min(lookups, rows + 1) for lookups in reads) * self._row_bytes(table)
 
     def copied(self, part: Part) -> float:
         """Return the bytes of copies of the rows that a part reads from host memory, with their numbers."""
@@ -256,13 +315,17 @@ class _Tables:
         """Return the bytes of the sums over replicas and of the flags of their rows; dense ones are summed in place."""
         if self.replicas == 1 or not self.state.row_wise:
             return 0.0
-        reads = [0] * len(self.sizes)
-        for part in parts:
-            for table, lookups in zip(part.tables, part.lookups, strict=True):
-                reads[table] += micro_batches * self.shards * self.replicas * lookups
-        summed = (exchanged_rows(rows, self._gradient_rows(n, reads[n])) for n, (rows, _) in enumerate(self.sizes))
         flags = sum(2 * rows for rows, _ in self.sizes)
-        return flags + sum(rows * self._row_bytes(table) for table, rows in enumerate(summed))
+        return flags + sum(
+            self._exchanged(table, reads) for table, reads in enumerate(self._all_reads(parts, micro_batches))
+        )
+
+    def _exchanged(self, table: int, reads: list[int]) -> float:
+        """Return the bytes of a table's sums over replicas, unless a buffer of the whole table exists already."""
+        rows, lookups = self.sizes[table][0], self.replicas * sum(reads)
+        if not self.state.places:
+            return exchanged_rows(rows, self._gradient_rows(table, lookups)) * self._row_bytes(table)
+        return 0.0 if self._is_whole(table, reads) else self._held(table, [lookups])
 
     def order(self, part: Part) -> float:
         """Return the bytes of the order of lookups by row, which is saved for the backward pass."""

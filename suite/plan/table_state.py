@@ -8,10 +8,14 @@ from suite.cells import TrainConfig
 from suite.plan.step_memory import STATE_BYTES, TableState
 
 
-def table_state(config: TrainConfig) -> TableState:
-    """Return the bytes that training stores per value and per row of a table and per value of an average, and where."""
+def table_state(config: TrainConfig, on_gpu: bool = False) -> TableState:
+    """Return the bytes that training stores per value and per row of a table and per value of an average, and where.
+
+    `on_gpu`: whether the model is trained on a GPU rather than on a CPU.
+    """
+    stored, on_host = _bytes(config), config.table_device == "host"
     average = 0 if config.probe_average is None else STATE_BYTES
-    return replace(_bytes(config), host=config.table_device == "host", average=average)
+    return replace(stored, host=on_host, average=average, places=on_gpu and stored.row_wise and not on_host)
 
 
 def _bytes(config: TrainConfig) -> TableState:

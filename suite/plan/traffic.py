@@ -73,11 +73,11 @@ class Sent:
 def sent_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> Sent:
     """Return the bytes that one GPU sends in a step.
 
-    Sharded weights are gathered in every forward and backward pass, and their gradients are reduced once per
-    micro-batch, in fp32; where products are bf16, modules that hold only matrices are gathered in bf16. For tables,
-    each read gathers the indices and weights of its group and sends back columns, forward and backward. Replicas of a
-    shard sum their gradients by an all-reduce over the rows that any of them has read, or over the whole table if those
-    are most of it.
+    Sharded weights are gathered in every forward and backward pass (those outside blocks once for both), and their
+    gradients are reduced once per micro-batch, in fp32; where products are bf16, modules that hold only matrices are
+    gathered in bf16. For tables, each read gathers the indices and weights of its group and sends back columns, forward
+    and backward. Replicas of a shard sum their gradients by an all-reduce over places for all lookups, or over the
+    whole table if there are at least half as many as rows.
 
     Args:
         model: The cell's model, on any device.
@@ -93,7 +93,8 @@ def sent_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> 
         return Sent()
     rest, _ = sharded_elements(model, counted)
     narrow = _bf16_elements(model) if cell.train.precision == "bf16" else 0
-    weights = mesh.accumulate * (gpus - 1) / gpus * (2 * (4 * rest - 2 * narrow) + 4 * rest)
+    passes = 2 * (4 * rest - 2 * narrow) - 4 * _root_elements(model)
+    weights = mesh.accumulate * (gpus - 1) / gpus * (passes + 4 * rest)
     tokens, columns, replicas = mesh.micro_rows * mesh.accumulate * cell.data.seq_len, 0.0, 0.0
     for layer in model.memory_layers().values():
         width = sum(table.weight.shape[1] for table in layer.tables)
@@ -101,10 +102,18 @@ def sent_bytes(model: Transformer, counted: Account, cell: Cell, mesh: Mesh) -> 
         columns += tokens * (shards - 1) * (rows * INDEX_AND_WEIGHT_BYTES + 2 * width * 4 / shards)
     for table, reads in reads_per_token(model):
         row_bytes = STATE_BYTES * table.weight.shape[1] / shards
-        summed = exchanged_rows(len(table.weight), _updated_rows(cell, table, tokens * gpus * reads))
-        flags = len(table.weight) if table_state(cell.train).row_wise else 0
+        is_row_wise, rows = table_state(cell.train).row_wise, len(table.weight)
+        trained = rows if table.weight.requires_grad else 0
+        summed = exchanged_rows(trained, tokens * gpus * reads) if is_row_wise else trained
+        flags = trained if is_row_wise else 0
         replicas += 2 * (1 - shards / gpus) * (summed * row_bytes + flags)
     return Sent(weights, columns, replicas)
+
+
+def _root_elements(model: Transformer) -> int:
+    """Return the elements of embedding, last norm and output matrix, which one gathering serves for both passes."""
+    parts = (model.embedding, model.norm, model.output)
+    return sum(parameter.numel() for part in parts if part is not None for parameter in part.parameters())
 
 
 def _bf16_elements(model: Transformer) -> int:

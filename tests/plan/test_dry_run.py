@@ -20,6 +20,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "memory_plus-8b": {"family": "memory_plus", "base": "8b", "half_keys": 4096},
     "moe-1.3b": {"family": "moe", "base": "1.3b"},
     "dense-8b": {"family": "dense", "base": "8b"},
+    "memory_plus-134m": {"family": "memory_plus", "base": "134m", "half_keys": 1024},
     "memory_plus-1.3b": {"family": "memory_plus", "base": "1.3b", "half_keys": 1024},
 }
 
@@ -33,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
         ("memory_plus-8b", 64, 64, 1),
         pytest.param("moe-1.3b", 64, 1, 1, marks=pytest.mark.slow),
         pytest.param("dense-8b", 64, 1, 1, marks=pytest.mark.slow),
+        pytest.param("memory_plus-134m", 2, 2, 1, marks=pytest.mark.slow),  # most bytes are those of the table
         pytest.param("memory_plus-1.3b", 16, 8, 2, marks=pytest.mark.slow),
     ],
 )
@@ -48,7 +50,7 @@ def test_a_step_of_rank_0_holds_and_sends_what_is_planned(name: str, gpus: int, 
     run = dry_run(
         cell,
         VOCABULARY,
-        Mesh(gpus, shards, 1, accumulate, parts.step(gpus, shards, accumulate, table_state(cell.train))),
+        Mesh(gpus, shards, 1, accumulate, parts.step(gpus, shards, accumulate, table_state(cell.train, on_gpu=True))),
     )
     measured = run.measured
     print(f"{name}: {run.ratios}, {measured.cpu_s:.1f} CPU s")

@@ -171,7 +171,7 @@ def test_meshes_of_several_nodes_use_whole_nodes() -> None:
     assert all(gpus < 6 or gpus % 6 == 0 for gpus, _ in meshes)
     widths = [2048 % shards for _, shards in meshes]
     assert set(widths) == {0}
-    assert {gpus for gpus, _ in meshes} >= {1, 2, 4}
+    assert {gpus for gpus, _ in meshes} >= {1, 4}
 
 
 def test_an_unsharded_table_that_does_not_fit_names_the_option() -> None:
@@ -288,7 +288,10 @@ def test_table_traffic_equals_the_hand_computed_one(scaling: list[planning.CellP
 
 
 def test_hours_include_what_gpus_send_as_computed_by_hand() -> None:
-    """Matrices are gathered in bf16 for both passes, all else in fp32; reads of tables wait for their group."""
+    """Matrices are gathered in bf16 for both passes, all else in fp32, and what is outside blocks once.
+
+    Reads of tables wait for their group.
+    """
     plus = next(one for one in planned("paper-8b") if one.cell.model.family == "memory_plus")
     mesh = plus.mesh
     assert mesh is not None
@@ -296,7 +299,9 @@ def test_hours_include_what_gpus_send_as_computed_by_hand() -> None:
     rest = plus.account.params_total - 2**24 * 4096
     tokens, layers = 32 * 4096, 3
     matrices = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024) + 29 * 3 * 4096 * 14336  # attention; feed-forwards that remain
-    assert plus.sent.weights == pytest.approx(32 * 63 / 64 * (rest * (4 + 4 + 4) - matrices * (2 + 2)))
+    root = 2 * 128256 * 4096 + 4096  # embedding, output and last norm
+    sent = rest * (4 + 4 + 4) - matrices * (2 + 2) - root * 4
+    assert plus.sent.weights == pytest.approx(32 * 63 / 64 * sent)
     assert plus.sent.columns == pytest.approx(layers * tokens * 63 * (128 * 12 + 2 * 4096 * 4 / 64))
     assert plus.sent.replicas == 0
     step_s = (plus.sent.weights + plus.sent.columns) / 50e9

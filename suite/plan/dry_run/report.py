@@ -95,7 +95,7 @@ def dry_run(cell: Cell, vocabulary: int, mesh: Mesh) -> DryRun:
     accumulate = min(mesh.accumulate, MICRO_BATCHES)
     model = meta_model(cell.model, vocabulary)
     traced = StepTracer(model, cell.data.seq_len, cell.train.precision).parts(mesh.micro_rows)
-    memory = traced.step(mesh.gpus, mesh.table_shards, accumulate, table_state(cell.train))
+    memory = traced.step(mesh.gpus, mesh.table_shards, accumulate, table_state(cell.train, on_gpu=True))
     step = Mesh(mesh.gpus, mesh.table_shards, mesh.micro_rows, accumulate, memory)
     sent = sent_bytes(model, account_of(model, cell.data.seq_len), cell, step)
     return DryRun(step, sent, _measure(cell, vocabulary, step))
