@@ -84,9 +84,10 @@ class Context:
         numbers = [int(counts[base]) for base in self.bases if base in counts.index]
         return f"{label} (n={'/'.join(map(str, numbers if len(set(numbers)) > 1 else numbers[:1]))})"
 
-    def note(self, text: str) -> str:
-        """Return a footnote: what the marks are, the source, and what the worlds can show."""
-        source = f"Source: our runs, grid {self.grid}, {len(self.table)} runs."
+    def note(self, text: str, runs: int | None = None) -> str:
+        """Return a footnote: what the marks are, the source and its number of runs (those of `table` by default), and
+        what the worlds can show."""
+        source = f"Source: our runs, grid {self.grid}, {len(self.table) if runs is None else runs} runs."
         return " ".join(filter(None, [text, self.remark, source, regime(self.data.done)]))
 
     def speed_note(self, text: str) -> str:
@@ -147,6 +148,9 @@ def context(comparisons: Comparisons) -> Context:
     if table["label"].nunique() > LEGEND and len(data.smaller_tables):
         table = table[~table.index.isin(data.smaller_tables["run"])]
         remark = "Runs with smaller tables are drawn in the figure of table bytes only. "
+    if table["label"].nunique() > LEGEND and table["control"].notna().any():
+        table = table[table["control"].isna()]
+        remark += "Controls are drawn in their own figure only. "
     labels = table["label"]
     if labels.nunique() > LEGEND:
         labels = _pooled(table)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from analysis.figures import learning
 from analysis.figures.context import Context, Missing
+from analysis.figures.controls import controls_figure
 from analysis.figures.isoflop import isoflops_of_grid
 from analysis.figures.knowledge.drawing import learning_against_forgetting, retention, rows_touched
 from analysis.figures.next_parameter import against_size, at_equal_time, next_parameter
@@ -19,6 +20,7 @@ Draw = Callable[[Context, Path], list[Path]]
 CAPTIONS = {
     "bits-exposures": "Bits learned against exposures, by family",
     "memory-rows": "E50 and answer NLL against memory rows, with models without a table as references",
+    "controls": "E50 of each variant with a table and of its controls, relative to the reference",
     "bits-compute": "Bits learned against training FLOPs and wall-clock",
     "loss-curves": "Loss in evaluation mode against training tokens",
     "base-size": "E50 and answer NLL against base size",
@@ -47,6 +49,7 @@ CAPTIONS = {
 FIGURES: list[tuple[str, Draw, bool]] = [
     ("bits-exposures", learning.bits_against_exposures, True),
     ("memory-rows", learning.against_rows, True),
+    ("controls", controls_figure, True),
     ("bits-compute", learning.bits_against_compute, True),
     ("loss-curves", learning.loss_curves, False),
     *((name, function, False) for name, function in [*CELL_FIGURES, *SCORE_FIGURES]),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,12 @@ from scipy import stats
 
 from analysis.comparisons import paired, statistics
 from analysis.comparisons.controls import control_contrasts
+from analysis.comparisons.grid import Comparisons
 from analysis.comparisons.paired import Contrast
 from analysis.comparisons.trends import trends
+from analysis.figures.context import LEGEND
+from analysis.figures.context import context as view
+from analysis.figures.controls import _ratios, controls_figure
 from analysis.records.grid_data import load
 from analysis.report.build import write
 
@@ -106,6 +111,27 @@ def test_the_report_says_what_a_table_adds_to_its_controls(controlled: Path) -> 
     text = (controlled / "out" / "report.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| w32 | pkm k16 | pkm k16 control=one_row |"))
     assert "0.8 [0.8, 0.8]" in row.replace("0.800", "0.8")
+
+
+def test_the_figure_of_controls_has_a_row_per_variant(controlled: Path) -> None:
+    data = replace(load(controlled, fallback="dense"), grid="g")
+    svg = next(
+        path for path in controls_figure(view(Comparisons(data)), controlled) if path.suffix == ".svg"
+    ).read_text()
+    assert all(f">{text}<" in svg for text in ("w32 pkm k16", "w32 pkm k32", "one_row", "frozen"))
+    ratios = _ratios(view(Comparisons(data)))
+    one = ratios[(ratios["label"] == "pkm k16 control=one_row") & (ratios["ratio"] > 0)]["ratio"]
+    assert one.to_numpy() == pytest.approx([1.25 * (24 + seed) / (30 + seed) for seed in range(5)], rel=1e-6)
+
+
+def test_a_grid_of_many_variants_draws_controls_in_their_own_figure_only(tmp_path: Path) -> None:
+    for keys in range(LEGEND // 2 + 1):
+        for control in (None, "one_row"):
+            write_run(tmp_path, "pkm", "w32", 0, 20.0, half_keys=16 + keys, control=control)
+    write_run(tmp_path, "dense", "w32", 0, 20.0)
+    drawn = view(Comparisons(load(tmp_path, fallback="dense")))
+    assert set(drawn.table["label"]) == {"dense", *(f"pkm k{16 + keys}" for keys in range(LEGEND // 2 + 1))}
+    assert "Controls are drawn in their own figure only" in drawn.remark
 
 
 def test_controls_are_no_table_sizes_in_the_fits(controlled: Path) -> None:
