@@ -7,12 +7,12 @@ from pathlib import Path
 
 from analysis.figures import learning
 from analysis.figures.context import Context, Missing
-from analysis.figures.controls import controls_figure
 from analysis.figures.isoflop import isoflops_of_grid
 from analysis.figures.knowledge.drawing import learning_against_forgetting, retention, rows_touched
 from analysis.figures.next_parameter import against_size, at_equal_time, next_parameter
 from analysis.figures.scores import SCORE_FIGURES
 from analysis.figures.style import FORMATS
+from analysis.figures.tables.controls import controls_figure
 from analysis.figures.variants import CELL_FIGURES
 
 Draw = Callable[[Context, Path], list[Path]]

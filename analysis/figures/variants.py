@@ -14,7 +14,7 @@ from analysis.comparisons.statistics import MIN_PAIRS
 from analysis.figures import style
 from analysis.figures.context import POINT_NOTE, Context, Missing
 from analysis.figures.marks import dot, line_over_bases, variant_points
-from analysis.figures.usage import hit_rates, table_bytes, usage_figure, usage_in_training
+from analysis.figures.tables.usage import hit_rates, table_bytes, usage_figure, usage_in_training
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

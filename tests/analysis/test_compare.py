@@ -19,7 +19,7 @@ from analysis.comparisons.paired import Contrast
 from analysis.comparisons.trends import trends
 from analysis.figures.context import LEGEND
 from analysis.figures.context import context as view
-from analysis.figures.controls import _ratios, controls_figure
+from analysis.figures.tables.controls import _ratios, controls_figure
 from analysis.records.grid_data import load
 from analysis.report.build import write
 

@@ -14,7 +14,7 @@ from analysis.comparisons.grid import Comparisons
 from analysis.comparisons.next_parameter import metric_of, steps
 from analysis.comparisons.paired import contrasts
 from analysis.figures.context import LEGEND, Context, context
-from analysis.figures.usage import table_bytes, with_trained
+from analysis.figures.tables.usage import table_bytes, with_trained
 from analysis.records.grid_data import GridData, load
 
 SOURCE_BYTES = 16 * 16 * 32 * 4
