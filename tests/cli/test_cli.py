@@ -57,7 +57,7 @@ def test_every_verb_has_help_with_an_example(verb: str, suite: Suite) -> None:
         (["sweep", "smoke", "--set", "train.lr=fast"], "train.lr: got 'fast', allowed: a valid number"),
         (["sweep", "smoke", "--set", "train.lrr=1", "--dry-run"], "train.lrr: unknown field, did you mean lr?"),
         (["sweep", "smoke", "--set", "evaluate=[{tasks: [bios_qaa]}]", "--dry-run"], "did you mean bios_qa?"),
-        (["sweep", "smoke", "--data-root", "nowhere"], "--data-root: nowhere"),
+        (["sweep", "smoke", "--data-root", "nowhere"], "--data-root: there is no folder nowhere"),
         (["sweep", "smoke", "--results", "/dev/null/here"], "--results: /dev/null/here"),
         (["status", "smoke", "--results", "/dev/null"], "--results: /dev/null"),
         (["plan", "smoke", "--results", "/proc/here"], "/proc/here/cache/"),

@@ -72,7 +72,7 @@ def test_an_invalid_request_is_one_line_and_leaves_no_trace(tmp_path: Path, suit
         (["mine.yaml", "--limit", "3"], "--tasks: missing"),
         (["mine.yaml", "--table-off"], "--tasks: missing"),
         (["mine.yaml", "--tasks", "bios_storage", "--table-off"], f"--table-off: {trained[0]} has no value tables"),
-        (["mine.yaml", "--tasks", "piqa", "--data-root", "nowhere"], "--data-root: nowhere"),
+        (["mine.yaml", "--tasks", "piqa", "--data-root", "nowhere"], "--data-root: there is no folder nowhere"),
         (["dense-w32-s0-00000000"], "RUN: got 'dense-w32-s0-00000000', allowed: "),
         ([trained[1]], f"RUN: got '{trained[1]}', allowed: "),
         (["dense"], "RUN|GRID: got 'dense', allowed: a path to a .yaml file or one of "),
