@@ -90,8 +90,10 @@ class Contrast:
     bits: Difference | None = None
     log_wall: Difference | None = None
     log_flops: Difference | None = None
+    e50_ratios: np.ndarray = field(default_factory=lambda: np.array([]))
+    """E50 of the variant over that of the reference, by pair; empty if a run is censored."""
     flops_ratios: np.ndarray = field(default_factory=lambda: np.array([]))
-    """Training FLOPs to E50 of the reference over those of the variant, by pair."""
+    """Training FLOPs to E50 of the reference over those of the variant, by pair; empty if a run is censored."""
     finals: list[ScoreDifference] = field(default_factory=list)
     unpaired: list[Unpaired] = field(default_factory=list)
     p_holm: float = NAN
@@ -254,6 +256,7 @@ def _compare_e50(result: list[Contrast], pairs: pd.DataFrame) -> None:
         from_above=late_ref | early,
         lower=(ours < theirs) & ~late & ~early_ref,
         higher=(ours > theirs) & ~late_ref & ~early,
+        e50_ratio=ours / theirs,
         flops_ratio=pairs["flops_to_e50_ref"] / pairs["flops_to_e50"],
     )
     counts = pairs.groupby("contrast")[["late", "late_ref", "lower", "higher", "from_below", "from_above"]].sum()
@@ -262,7 +265,7 @@ def _compare_e50(result: list[Contrast], pairs: pd.DataFrame) -> None:
         _grouped(np.log(pairs[key] / pairs[f"{key}_ref"]), pairs, len(result))
         for key in ("wall_to_e50", "flops_to_e50")
     )
-    flops_ratios = {int(str(at)): part.to_numpy(float) for at, part in pairs.groupby("contrast")["flops_ratio"]}
+    ratios = {int(str(at)): part for at, part in pairs.groupby("contrast")[["e50_ratio", "flops_ratio"]]}
     for at, count in counts.astype(int).iterrows():
         contrast = result[int(str(at))]
         contrast.censored = (int(count["late"]), int(count["late_ref"]))
@@ -275,7 +278,7 @@ def _compare_e50(result: list[Contrast], pairs: pd.DataFrame) -> None:
             contrast.log_e50, contrast.e50 = _unbounded(contrast.log_e50), _unbounded(contrast.e50)
         else:
             contrast.log_wall, contrast.log_flops = (_or_none(values[int(str(at))]) for values in (wall, flops))
-            contrast.flops_ratios = flops_ratios[int(str(at))]
+            contrast.e50_ratios, contrast.flops_ratios = ratios[int(str(at))].to_numpy(float).T
 
 
 def _unbounded(difference: Difference) -> Difference:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pandas as pd
+import numpy as np
 
 from analysis.comparisons.statistics import MIN_PAIRS
 from analysis.figures import style
@@ -34,16 +34,16 @@ def controls_figure(context: Context, folder: Path) -> list[Path]:
             f"grid {context.grid} has no variant with a control that reached half of N H; add model.control: "
             f"[null, one_row, frozen] to an axis, then: suite sweep {context.source}"
         )
-    ratios = _ratios(context)
+    ratios, runs = _ratios(context), context.data.runs
+    controls = dict(zip(runs["label"], runs["control"].fillna(""), strict=True))
     rows = list(dict.fromkeys((base, variant) for base, variant, _ in sides))
     with style.figure(1, 1, width=6.8, height=1.3 + 0.42 * len(rows)) as (drawn, (axis,)):
         for place, (base, variant) in enumerate(rows):
             members = [variant, *(control for at, name, control in sides if (at, name) == (base, variant))]
             for step, label in enumerate(members):
-                part = ratios[(ratios["base"] == base) & (ratios["label"] == label)]
-                if len(part):
-                    look = LOOKS[part["control"].iloc[0] or ITSELF]
-                    dot(axis, place + 0.15 * (step - 2), part["ratio"].to_numpy(float), look, sideways=True, ratio=True)
+                if (base, label) in ratios:
+                    look = LOOKS[controls[label] or ITSELF]
+                    dot(axis, place + 0.15 * (step - 2), ratios[base, label], look, sideways=True, ratio=True)
         for name, look in LOOKS.items():
             axis.plot([], [], color=look.color, marker=look.marker, linestyle="none", label=name)
         axis.axvline(1.0, color="#888888", linewidth=0.8, linestyle=":")
@@ -55,9 +55,9 @@ def controls_figure(context: Context, folder: Path) -> list[Path]:
         note = (
             f"A tick per pair of seeds; mark: geometric mean, 95 % t-interval for {MIN_PAIRS}+ pairs. Left of the "
             "dotted line: fewer exposures than the reference. What a table adds is the distance from its controls. "
-            "Runs that never reached half of N H are left out."
+            "Variants with censored runs are left out."
         )
-        return style.save(drawn, folder, "controls", context.note(note, runs=len(ratios)))
+        return style.save(drawn, folder, "controls", context.note(note, runs=len(context.data.done)))
 
 
 def _ratio_axis(axis: Axes) -> None:
@@ -72,13 +72,10 @@ def _ratio_axis(axis: Axes) -> None:
     axis.xaxis.set_minor_locator(NullLocator())
 
 
-def _ratios(context: Context) -> pd.DataFrame:
-    """Return base, label, control and E50 ratio of each run and the reference's run of its seed; both reached E50."""
-    keys = ["pairing", "label", "seed"]
-    reached = context.data.done
-    reached = reached[reached["e50_state"].eq("reached") & (reached["partner"] >= 0)]
-    reference = context.data.runs["label"].iloc[reached["partner"]].to_numpy()
-    pairs = reached.assign(reference=reference).merge(
-        reached[[*keys, "e50"]], left_on=["pairing", "reference", "seed"], right_on=keys, suffixes=("", "_ref")
-    )
-    return pairs[["base", "label"]].assign(control=pairs["control"].fillna(""), ratio=pairs["e50"] / pairs["e50_ref"])
+def _ratios(context: Context) -> dict[tuple[str, str], np.ndarray]:
+    """Return the E50 ratios of each variant and the plain reference, by pair of seeds: (base, label) -> (pairs,)."""
+    plain = [c for c in context.comparisons.contrasts if not c.control and len(c.e50_ratios)]
+    ratios: dict[tuple[str, str], list[np.ndarray]] = {}
+    for contrast in plain:
+        ratios.setdefault((contrast.base, contrast.variant), []).append(contrast.e50_ratios)
+    return {key: np.concatenate(values) for key, values in ratios.items()}
