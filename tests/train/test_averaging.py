@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
-from test_loop import Killed, assert_same, lines, trainer_of, weights
+from test_loop import assert_same, kill_at, lines, trainer_of, weights
 from tiny_cells import corpus_of, tiny_cell
 from torch import Tensor
 
@@ -101,17 +101,7 @@ def test_a_killed_run_resumes_to_the_same_average(cache: Path, tmp_path: Path) -
     cell = with_average(sparse_cell("engram"), 0.2)
     corpus = corpus_of(cell, cache)
     train(cell, corpus, make(tmp_path / "whole"))
-    interrupted = Trainer(cell, corpus, make(tmp_path / "killed"))
-    step_once = interrupted.train_step
-
-    def step_until_killed() -> dict[str, float | None]:
-        if interrupted.step == 6:  # the newest checkpoint is that of step 4
-            raise Killed
-        return step_once()
-
-    interrupted.train_step = step_until_killed  # type: ignore[method-assign]
-    with pytest.raises(Killed):
-        interrupted.run_to_end()
+    kill_at(Trainer(cell, corpus, make(tmp_path / "killed")), 6)  # the newest checkpoint is that of step 4
     train(cell, corpus, RunDir(tmp_path / "killed"))
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))

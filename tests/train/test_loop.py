@@ -23,6 +23,20 @@ class Killed(BaseException):
     """Simulates the death of the process."""
 
 
+def kill_at(trainer: Trainer, step: int) -> None:
+    """Train until a step, at which the process dies."""
+    step_once = trainer.train_step
+
+    def step_until_killed() -> dict[str, float | None]:
+        if trainer.step == step:
+            raise Killed
+        return step_once()
+
+    trainer.train_step = step_until_killed  # type: ignore[method-assign]
+    with pytest.raises(Killed):
+        trainer.run_to_end()
+
+
 def trainer_of(cell: Cell, cache: Path, folder: Path) -> Trainer:
     run = RunDir(folder)
     run.path.mkdir(parents=True, exist_ok=True)
@@ -94,17 +108,7 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights(
         (tmp_path / name).mkdir()
     train(cell, corpus, RunDir(tmp_path / "whole"))
 
-    interrupted = Trainer(cell, corpus, RunDir(tmp_path / "killed"))
-    step_once = interrupted.train_step
-
-    def step_until_killed() -> dict[str, float | None]:
-        if interrupted.step == killed_after:
-            raise Killed
-        return step_once()
-
-    interrupted.train_step = step_until_killed  # type: ignore[method-assign]
-    with pytest.raises(Killed):
-        interrupted.run_to_end()
+    kill_at(Trainer(cell, corpus, RunDir(tmp_path / "killed")), killed_after)
     train(cell, corpus, RunDir(tmp_path / "killed"))
 
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
