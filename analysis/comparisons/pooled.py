@@ -1,7 +1,7 @@
 """A declared contrast over several worlds: the mean over worlds of the mean paired log ratio of E50.
 
-Beside it stands the difference in the share of bits stored, at the last exposure that all runs of a world reached. Runs
-that never reach half of the bits have it too.
+It also holds the difference in the share of bits stored, at the last exposure that all runs of a world reached, which
+runs that never reach half of the bits have, too.
 
 Every world counts equally, whatever its number of pairs. The worlds are those of the grid, not a sample of worlds: the
 interval covers the spread between seeds within each world (Welch and Satterthwaite). Whether the ratio is the same in

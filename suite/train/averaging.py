@@ -1,4 +1,4 @@
-"""The average of a model's weights over the latest part of training, which probes measure beside the weights.
+"""The average of a model's weights over the latest part of training, which probes measure next to the weights.
 
 The weights of a run at a constant learning rate scatter around their course; an average of recent weights does not
 (Polyak and Juditsky 1992; Izmailov et al. 2018, arXiv 1803.05407). A fixed horizon would lag behind by a fixed number

@@ -27,25 +27,25 @@ def compile_for_training(model: Transformer, distributed: bool) -> Callable[...,
         model: The model, changed in place unless all of it is compiled at once.
         distributed: Whether FSDP shards the model; its work between the modules that it gathers is not compiled.
     """
-    apart: tuple[type, ...] = (MemoryLayer,)
+    uncompiled: tuple[type, ...] = (MemoryLayer,)
     if distributed:
         from torch.distributed.fsdp import FSDPModule
 
-        apart = (MemoryLayer, FSDPModule)
+        uncompiled = (MemoryLayer, FSDPModule)
     elif not model.memory_layers():
         return torch.compile(model.hidden)
     for block in model.layers:
-        _compile_parts(block, apart)
+        _compile_parts(block, uncompiled)
     return model.hidden
 
 
-def _compile_parts(module: nn.Module, apart: tuple[type, ...]) -> None:
-    """Compile a module, or its parts if a module within it runs apart."""
+def _compile_parts(module: nn.Module, uncompiled: tuple[type, ...]) -> None:
+    """Compile a module, or its parts if a module within it is not compiled."""
     if isinstance(module, (MemoryLayer, *ONE_KERNEL)):
         return
-    if any(isinstance(part, apart) for part in module.modules() if part is not module):
+    if any(isinstance(part, uncompiled) for part in module.modules() if part is not module):
         for child in module.children():
-            _compile_parts(child, apart)
+            _compile_parts(child, uncompiled)
         return
     plain, compiled = module.forward, torch.compile(module.forward)
 
