@@ -27,6 +27,7 @@ COLOURS = {
     "peer": "#009E73",
     "ultramem_v2": "#5D3A9B",
     "engram": "#CC79A7",
+    "engram_moe": "#B5446E",
     "ngram_embedding": "#8C6D1F",
     "token_table": "#882255",
 }
@@ -41,6 +42,7 @@ MARKERS = {
     "peer": "P",
     "ultramem_v2": "h",
     "engram": "*",
+    "engram_moe": "X",
     "ngram_embedding": "<",
     "token_table": ">",
 }

@@ -2,13 +2,14 @@
 
 from suite.models import feedforward, moe, peer, product_key
 from suite.models.initial_weights import build
-from suite.models.lookup import engram, ngram_embedding, token_table, ultramem
+from suite.models.lookup import engram, engram_moe, ngram_embedding, token_table, ultramem
 from suite.models.transformer import Transformer
 
 __all__ = [
     "Transformer",
     "build",
     "engram",
+    "engram_moe",
     "feedforward",
     "moe",
     "ngram_embedding",

@@ -32,6 +32,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "token_table tails": {"form": "per_layer_embedding", "row_width": 6},
     "token_table values": {"form": "value_embedding"},
     "engram": {"head_rows": 40, "hash_heads": 2, "zero_kernel": False},
+    "engram_moe": {"head_rows": 40, "hash_heads": 2, "zero_kernel": False, "experts": 8, "top_k": 2},
     "engram v4.1": {"form": "v4.1", "head_rows": 40, "hash_heads": 2, "placement": (0, 2), "gate": "sigmoid"},
     "ngram_embedding": {"table_rows": 41, "order_tables": 2},
     "ngram_embedding longcat": {"form": "longcat", "table_rows": 41, "order_tables": 1, "amplify": "norm"},
