@@ -49,6 +49,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "token_table tails": {"family": "token_table", "base": "w32", "form": "per_layer_embedding"},
     "token_table values": {"family": "token_table", "base": "w32", "form": "value_embedding"},
     "engram": {"family": "engram", "base": "w32", "head_rows": 40, "hash_heads": 2, "zero_kernel": False},
+    "engram_moe": {"family": "engram_moe", "base": "w32", "head_rows": 40, "hash_heads": 2, "zero_kernel": False},
 }
 
 

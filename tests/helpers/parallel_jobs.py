@@ -42,6 +42,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # The signed root magnifies rounding near zero: with it, weights of one process differ by 2e-9 after 20 steps when
     # micro-batches change the order of sums; with a sigmoid, by 1e-15.
     "engram": {"head_rows": 30, "hash_heads": 2, "placement": (0, 1), "zero_kernel": False, "gate": "sigmoid"},
+    "engram_moe": {
+        "head_rows": 30,
+        "hash_heads": 2,
+        "placement": (0, 1),
+        "gate": "sigmoid",
+        "experts": 4,
+        "top_k": 2,
+    },
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "memory_plus large": MEMORY | {"half_keys": 260, "placement": (0, 1)},

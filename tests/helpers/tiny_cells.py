@@ -17,7 +17,7 @@ def tiny_cell(family: str = "dense", seed: int = 0, **train: Any) -> Cell:
         model |= {"half_keys": 16, "top_k": 4}
     if family == "ngram_embedding":
         model |= {"table_rows": 101, "order_tables": 2}
-    if family == "engram":
+    if family in ("engram", "engram_moe"):
         model |= {"head_rows": 100, "hash_heads": 2}
     fields = {
         "batch_rows": 4,

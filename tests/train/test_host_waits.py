@@ -32,6 +32,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "ultramem_v2": {"model": {"family": "ultramem_v2", "half_keys": 32, "top_k": 2}},
     "ngram_embedding": {"model": {"family": "ngram_embedding", "table_rows": 1001, "order_tables": 2}},
     "engram": {"model": {"family": "engram", "head_rows": 1000, "hash_heads": 2}},
+    "engram_moe": {"model": {"family": "engram_moe", "head_rows": 1000, "hash_heads": 2}},
     "token_table": {"model": {"family": "token_table"}},
     "sgd": {"model": {"family": "memory_plus", **SEPARATE}, "train": SGD},
     "sgd, few rows read": {"model": {"family": "memory_plus", **SEPARATE, "half_keys": 100}, "train": SGD},

@@ -49,6 +49,11 @@ MATRICES = {
     "token_table tails": [ATTENTION, SWIGLU, r"layers\.\d\.(before_attention|skip)\.(gate|context|up)\.weight"],
     "token_table values": [ATTENTION, SWIGLU],
     "engram": [ATTENTION, SWIGLU, r"layers\.\d\.before_attention\.(key|value)\.weight"],
+    "engram_moe": [
+        ATTENTION,
+        r"layers\.\d\.feed_forward\.experts\.w[123]",
+        r"layers\.\d\.before_attention\.(key|value)\.weight",
+    ],
 }
 """Names of the weight matrices inside blocks, by family."""
 
@@ -95,6 +100,7 @@ def test_modules_that_hold_only_matrices_are_derived_from_the_model(case: str) -
         "moe": {"Experts"},
         "moe_topk": {"Experts", "SwiGLU"},
         "moe_topk softmax": {"Experts"},
+        "engram_moe": {"Experts"},
         "ngram_embedding": {"NgramEmbedding", "SwiGLU"},
         "token_table stem": {"SwiGLU", "Stem"},
     }

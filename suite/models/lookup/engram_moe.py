@@ -1,4 +1,4 @@
-"""`engram_moe`: experts in every feed-forward and memories of n-grams, as in Engram-27B (arXiv 2601.07372, section 4.1).
+"""`engram_moe`: experts in every feed-forward and memories of n-grams, as in Engram-27B (arXiv 2601.07372, 4.1).
 
 One budget of parameters that a token does not read can be divided between the two: section 3.1 there.
 """
