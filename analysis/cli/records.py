@@ -1,4 +1,4 @@
-"""Verbs that read run records: frame, figures, report, tuning, paper and kernels."""
+"""Verbs that read run records: frame, figures, report, tuning, effects, paper and kernels."""
 
 from __future__ import annotations
 
@@ -133,6 +133,19 @@ def tuning(
     return 0
 
 
+def effects(results: Results = Path("results"), grid: Grid = None, as_json: AsJson = False) -> int:
+    """Print what each two-level setting of a factorial grid does to the bits stored, and interactions of two."""
+    from analysis.comparisons.choosing import effects as factorial
+    from analysis.records.grid_data import load
+
+    found = factorial.effects(load(results, grid, fallback=REFERENCE))
+    if as_json:
+        print_json([asdict(effect) for effect in found])
+    else:
+        print(factorial.markdown(found), end="")
+    return 0
+
+
 def paper(results: Results = Path("results"), out: FigureFolder = None, as_json: AsJson = False) -> int:
     """Draw the figures and tables of "Memory Layers at Scale": published numbers and matching runs."""
     from analysis.paper.figures import draw
@@ -172,6 +185,7 @@ VERBS = (
     (figures, "figures --grid laptop"),
     (report, "report --grid laptop"),
     (tuning, "tuning --grid tune-laptop --out tune.md"),
+    (effects, "effects --grid rates"),
     (paper, "paper --out figures/paper"),
     (kernels, "kernels --results results"),
 )

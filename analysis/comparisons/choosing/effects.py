@@ -1,0 +1,142 @@
+"""What each setting of a factorial grid does to the bits stored: main effects and interactions of two levels each.
+
+Least squares on settings coded as -1 and +1, with a constant for every seed; so every effect is a contrast of all runs
+of the family, half against half (Box, Hunter and Hunter, "Statistics for Experimenters", chapters 5 and 6).
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+
+from analysis.comparisons.statistics import Difference, holm
+from analysis.errors import InputError
+from analysis.records.grid_data import GridData
+from analysis.records.labels import OUTSIDE_A_LABEL, flat
+
+
+@dataclass(frozen=True)
+class Effect:
+    """How the share of bits stored changes from the low to the high level of a setting, averaged over all others.
+
+    Attributes:
+        family: Family of the runs.
+        settings: One field (a main effect) or two (an interaction: half of how much the effect of the first is larger
+            at the high level of the second).
+        levels: Low and high level of each field.
+        difference: The effect, its 95 % t-interval, its p, and the number of runs.
+        adjusted: The p, adjusted by Holm's method over all effects of the family.
+    """
+
+    family: str
+    settings: tuple[str, ...]
+    levels: tuple[tuple[object, object], ...]
+    difference: Difference
+    adjusted: float
+
+
+def effects(data: GridData) -> list[Effect]:
+    """Return the effects of each family, main effects first, each kind from large to small.
+
+    Interactions are included where the runs separate all of them and leave degrees of freedom.
+
+    Raises:
+        InputError: No run has storage probes, no setting varies, one has three levels or more, or main effects are not
+            separable.
+    """
+    runs = data.done.assign(share=data.curves("storage_bits").last_y()[data.done.index] / data.done["bits_max"])
+    runs = runs[runs["share"].notna()]
+    if runs.empty:
+        raise InputError("no run of this grid is done with storage probes; run it first")
+    return [effect for family, own in runs.groupby("family", sort=False) for effect in _of_family(str(family), own)]
+
+
+def _of_family(family: str, runs: pd.DataFrame) -> list[Effect]:
+    levels, coded = _coded(family, runs)
+    seeds = pd.get_dummies(runs["seed"].to_numpy()).to_numpy(float)
+    terms: list[tuple[str, ...]] = [(name,) for name in levels]
+    both = terms + list(itertools.combinations(levels, 2))
+    if not _separable(seeds, _columns(coded, both)):
+        both = terms
+    columns = _columns(coded, both)
+    if not _separable(seeds, columns):
+        raise InputError(
+            f"{family}: {len(runs)} runs cannot separate the effects of {', '.join(levels)}; add runs in which they"
+            " vary independently"
+        )
+    fitted = _fit(seeds, columns, runs["share"].to_numpy(float))
+    adjusted = holm([difference.p for difference in fitted])
+    result = [
+        Effect(family, term, tuple(levels[name] for name in term), difference, p)
+        for term, difference, p in zip(both, fitted, adjusted, strict=True)
+    ]
+    return sorted(result, key=lambda effect: (len(effect.settings), -abs(effect.difference.mean)))
+
+
+def _coded(family: str, runs: pd.DataFrame) -> tuple[dict[str, tuple[object, object]], dict[str, np.ndarray]]:
+    """Return the levels of every setting that varies, low to high, and the runs' settings as -1 and +1."""
+    cells = [
+        flat({key: value for key, value in cell.items() if key not in OUTSIDE_A_LABEL}) for cell in runs["settings"]
+    ]
+    names = sorted({name for cell in cells for name in cell})
+    levels, coded = {}, {}
+    for name in names:
+        values = [cell.get(name) for cell in cells]
+        distinct = sorted(set(map(_hashable, values)), key=lambda value: (value is not None, value))
+        if len(distinct) > 2:
+            shown = ", ".join(map(str, distinct))
+            raise InputError(f"{name}: got {len(distinct)} levels in the runs of {family} ({shown}), allowed: two")
+        if len(distinct) == 2:
+            levels[name] = (distinct[0], distinct[1])
+            coded[name] = np.array([1.0 if _hashable(value) == distinct[1] else -1.0 for value in values])
+    if not levels:
+        raise InputError(f"{family}: no setting varies but the seed, so there is no effect to estimate")
+    return levels, coded
+
+
+def _hashable(value: object) -> object:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _columns(coded: dict[str, np.ndarray], terms: list[tuple[str, ...]]) -> np.ndarray:
+    return np.stack([np.prod([coded[name] for name in term], axis=0) for term in terms], axis=1)
+
+
+def _separable(seeds: np.ndarray, columns: np.ndarray) -> bool:
+    """Return whether all effects can be estimated with at least one degree of freedom left."""
+    design = np.concatenate([seeds, columns], axis=1)
+    return len(design) > design.shape[1] == np.linalg.matrix_rank(design)
+
+
+def _fit(seeds: np.ndarray, columns: np.ndarray, outcomes: np.ndarray) -> list[Difference]:
+    """Return the effects (twice the coefficients of settings coded as -1 and +1) with t-intervals."""
+    from scipy.special import stdtr, stdtrit
+
+    design = np.concatenate([seeds, columns], axis=1)
+    coefficients = np.linalg.lstsq(design, outcomes, rcond=None)[0]
+    free = len(design) - design.shape[1]
+    variance = np.sum((outcomes - design @ coefficients) ** 2) / free
+    errors = 2 * np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))[seeds.shape[1] :]
+    means = 2 * coefficients[seeds.shape[1] :]
+    reach = stdtrit(free, 0.975) * errors
+    with np.errstate(divide="ignore"):
+        p_values = 2 * stdtr(free, -np.abs(means / errors))
+    rows = zip(means, means - reach, means + reach, p_values, strict=True)
+    return [Difference(float(mean), float(low), float(high), float(p), len(design)) for mean, low, high, p in rows]
+
+
+def markdown(found: list[Effect]) -> str:
+    """Return the effects as a table."""
+    lines = ["| family | setting | from | to | change of the share stored | p (Holm) | runs |", "|---" * 7 + "|"]
+    for effect in found:
+        low, high = (" and ".join(str(level[at]) for level in effect.levels) for at in (0, 1))
+        change = effect.difference
+        points = f"{100 * change.mean:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}] points"
+        settings = " x ".join(effect.settings)
+        lines.append(
+            f"| {effect.family} | {settings} | {low} | {high} | {points} | {effect.adjusted:.2g} | {change.n} |"
+        )
+    return "\n".join(lines) + "\n"
