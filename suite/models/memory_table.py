@@ -56,6 +56,10 @@ class HostRows(Protocol):
         """Return a copy of the distinct rows of a read, on the device of `indices_NS`."""
         ...
 
+    def receive_gradients(self) -> None:
+        """Wait until the table has all gradients of the backward passes so far."""
+        ...
+
 
 class MemoryTable(nn.Module):
     """`rows` trainable rows of width `dim`, read as weighted sums.
@@ -164,7 +168,9 @@ class MemoryTable(nn.Module):
         return Normal(shape[1] ** -0.5 if self.std is None else self.std)
 
     def share_gradient(self) -> None:
-        """Sum the gradients of replicas once they are complete; nothing to do in a single process."""
+        """Complete the gradients: sum those of replicas, or wait for those that the device sends to host memory."""
+        if self.host is not None:
+            self.host.receive_gradients()
 
     def share_reads(self, counts: Tensor) -> None:
         """Sum counts of reads over replicas once they are complete; nothing to do in a single process."""

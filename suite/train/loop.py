@@ -232,11 +232,11 @@ class Trainer:
         """Read a step's values from the device, once; sum losses over processes. Raises Diverged."""
         if taken.losses:
             return
-        # All values at once, since each reading waits for the device.
-        norms_on_device = [torch.as_tensor(norm, device=self.device).double() for norm in taken.norms.values()]
-        numbers = torch.stack([*taken.parts.values(), *norms_on_device]).tolist()
+        # All values on the device at once, since each reading waits for it.
+        on_device = {group: norm.double() for group, norm in taken.norms.items() if isinstance(norm, Tensor)}
+        numbers = torch.stack([*taken.parts.values(), *on_device.values()]).tolist()
         parts, norms = numbers[: len(taken.parts)], numbers[len(taken.parts) :]
-        taken.norms = dict(zip(taken.norms, norms, strict=True))
+        taken.norms |= zip(on_device, norms, strict=True)
         taken.losses = dict(zip(taken.parts, self.world.total(*parts), strict=True))
         for name, value in taken.losses.items():
             if not math.isfinite(value):

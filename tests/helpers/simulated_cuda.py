@@ -9,7 +9,8 @@
 Its tensors have device cuda:0, and their values are in CPU memory. So the code under test takes its GPU path: dispatch
 selects Triton, whose kernels run in the interpreter, and autocast("cuda") is active. Every operation that is not a view
 or an allocation is one launch. A wait is an operation after which the host needs a value or a size from the device, and
-a copy from memory that is not pinned. Operations on tensors of both devices, and kernels with CPU tensors, raise.
+a copy from or to memory that is not pinned. What is copied to pinned memory without blocking is NaN, or the smallest
+integer, there until the host next waits. Operations on tensors of both devices, and kernels with CPU tensors, raise.
 
 Not simulated: the time of anything, streams, memory limits, and what a CUDA kernel computes differently.
 """
@@ -129,6 +130,9 @@ class Device(TorchDispatchMode):
 
     def wait(self, name: str) -> None:
         self.waits[name, _place()] += 1
+        for target, values in _under_way:
+            target.copy_(values)
+        _under_way.clear()
 
     def __enter__(self) -> Device:
         global CURRENT
@@ -148,6 +152,8 @@ class Device(TorchDispatchMode):
 
 CURRENT = Device()
 _pinned: dict[int, torch.Tensor] = {}
+_under_way: list[tuple[torch.Tensor, torch.Tensor]] = []
+"""Copies to pinned memory for which the host has not waited: targets and values."""
 
 
 def _place() -> str:
@@ -175,10 +181,15 @@ def execute(operation: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     on_device = [x for x in tensors if isinstance(x, DeviceTensor)]
     wanted = kwargs.get("device") and torch.device(kwargs["device"]).type
     if not on_device and wanted != "cuda":
-        return operation(*args, **kwargs)
+        if not kwargs.get("pin_memory"):
+            return operation(*args, **kwargs)
+        return _remember(operation(*args, **{**kwargs, "pin_memory": False}))
     if on_device and operation not in COPIES | INDEXING and any(_is_host(x) and x.dim() for x in tensors):
         raise Refused(f"{operation}: tensors on cuda:0 and cpu ({_place()})")
     _count(operation, args, kwargs, wanted)
+    if operation is aten.copy_.default and _is_pinned(args[0]) and not _is_blocking(operation, args, kwargs):
+        _under_way.append((args[0], _values(args[1]).clone()))
+        return args[0].fill_(torch.nan if args[0].is_floating_point() else torch.iinfo(args[0].dtype).min)
     arguments, options = tree_map(_values, (args, kwargs))
     if wanted:
         options["device"] = "cpu"
@@ -213,13 +224,28 @@ def _count(operation: Any, args: Any, kwargs: dict[str, Any], wanted: str | None
         target, source = (args[0], args[1]) if operation is aten.copy_.default else (None, args[0])
         to_device = wanted == "cuda" if target is None else isinstance(target, DeviceTensor)
         from_device = isinstance(source, DeviceTensor)
-        blocking = not (kwargs.get("non_blocking") or (target is not None and len(args) > 2 and args[2]))
-        if from_device and (wanted == "cpu" or _is_host(target)):
+        blocking = _is_blocking(operation, args, kwargs)
+        if from_device and (wanted == "cpu" or (_is_host(target) and (blocking or not _is_pinned(target)))):
             CURRENT.wait("copy to the host")
-        elif not from_device and to_device and (blocking or source.untyped_storage().data_ptr() not in _pinned):
+        elif not from_device and to_device and (blocking or not _is_pinned(source)):
             CURRENT.wait("copy from memory that is not pinned, or blocking")
     if operation not in NO_LAUNCH and not operation.is_view:
         CURRENT.launch(name)
+
+
+def _is_blocking(operation: Any, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Return whether a copy waits until it is done."""
+    return not (kwargs.get("non_blocking") or (operation is aten.copy_.default and len(args) > 2 and args[2]))
+
+
+def _is_pinned(x: Any) -> bool:
+    return _is_host(x) and x.untyped_storage().data_ptr() in _pinned
+
+
+def _remember(pinned: torch.Tensor) -> torch.Tensor:
+    """Note that the memory of a tensor is pinned."""
+    _pinned[pinned.untyped_storage().data_ptr()] = pinned
+    return pinned
 
 
 def _rms_norm_backward(grad: Any, x: Any, shape: Any, scale: Any, weight: Any, mask: Any) -> Any:
@@ -295,12 +321,13 @@ def install() -> None:
         "get_device_name": lambda *_: "a simulated device",
         "manual_seed_all": lambda *_: None,
         "synchronize": lambda *_: CURRENT.wait("synchronize"),
+        "current_stream": lambda *_: _Stream(),
     }
     for name, replacement in cuda.items():
         setattr(torch.cuda, name, replacement)
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     torch.Tensor.pin_memory = _pin_memory  # type: ignore[assignment]
-    torch.Tensor.is_pinned = lambda self, *_: self.untyped_storage().data_ptr() in _pinned  # type: ignore[assignment]
+    torch.Tensor.is_pinned = lambda self, *_: _is_pinned(self)  # type: ignore[assignment]
     torch.Generator = _HostGenerator  # type: ignore[misc,assignment]
     torch.tensor = _made_on_host(torch.tensor)
     torch.as_tensor = _made_on_host(torch.as_tensor)
@@ -322,9 +349,14 @@ def _never(*_: Any, **__: Any) -> None:
 def _pin_memory(tensor: torch.Tensor, *_: Any) -> torch.Tensor:
     if not _is_host(tensor):
         raise Refused("only memory of the host can be pinned")
-    pinned = tensor.clone()
-    _pinned[pinned.untyped_storage().data_ptr()] = pinned
-    return pinned
+    return _remember(tensor.clone())
+
+
+class _Stream:
+    """The only stream of the device."""
+
+    def synchronize(self) -> None:
+        CURRENT.wait("synchronize")
 
 
 class _HostGenerator(torch.Generator):
