@@ -47,7 +47,11 @@ class SwiGLUPlusMemory(SwiGLU):
         self.memory = memory
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return super().forward(x_BTD) + self.memory(x_BTD)
+        return self.feed_forward(x_BTD) + self.memory(x_BTD)
+
+    def feed_forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the output of the feed-forward alone."""
+        return super().forward(x_BTD)
 
     def cost(self) -> Cost:
         """Count both parts."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from suite.models.feedforward import SwiGLUPlusMemory
 from suite.models.memory_table import MemoryLayer
 from suite.models.transformer import Transformer
 
@@ -44,12 +45,19 @@ def _compile_parts(module: nn.Module, uncompiled: tuple[type, ...]) -> None:
     if isinstance(module, (MemoryLayer, *ONE_KERNEL)):
         return
     if any(isinstance(part, uncompiled) for part in module.modules() if part is not module):
+        if isinstance(module, SwiGLUPlusMemory) and not isinstance(module.w1, uncompiled):
+            module.feed_forward = _compiled(module, module.feed_forward)  # type: ignore[method-assign]
         for child in module.children():
             _compile_parts(child, uncompiled)
         return
-    plain, compiled = module.forward, torch.compile(module.forward)
+    module.forward = _compiled(module, module.forward)
 
-    def forward(*args: Any, **options: Any) -> Any:
+
+def _compiled(module: nn.Module, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a method of a module that is compiled in training mode."""
+    compiled = torch.compile(plain)
+
+    def method(*args: Any, **options: Any) -> Tensor:
         return (compiled if module.training else plain)(*args, **options)
 
-    module.forward = forward
+    return method

@@ -155,6 +155,8 @@ def main(jobs: list[Job], cache: Path) -> None:
             assert outcome == ("interrupted" if job.stop_at else "done")
             if world.distributed:
                 assert_replicas_are_equal(trainer.model)
+            if cell.train.compile:
+                assert_compiled_whole()
 
 
 def assert_replicas_are_equal(model: Transformer) -> None:
@@ -166,6 +168,15 @@ def assert_replicas_are_equal(model: Transformer) -> None:
             extreme = table.weight.detach().clone()
             dist.all_reduce(extreme, reduce, group=table.replicas)
             assert extreme.equal(table.weight)
+
+
+def assert_compiled_whole() -> None:
+    """Something was compiled in this process, and no graph was broken."""
+    from torch._dynamo.utils import counters
+
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    counters.clear()
 
 
 if __name__ == "__main__":
