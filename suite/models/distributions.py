@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+
+class Distribution(Protocol):
+    """Independent elements of one law. A baseline may have its own."""
+
+    def fill_(self, x: Tensor, generator: torch.Generator) -> None:
+        """Fill `x`, a block of a parameter of any shape and place."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,9 +49,6 @@ class Uniform:
     def fill_(self, x: Tensor, generator: torch.Generator) -> None:
         """Fill `x`."""
         x.uniform_(self.low, self.high, generator=generator)
-
-
-Distribution = Constant | Normal | Uniform
 
 
 def xavier_uniform(fan_in: int, fan_out: int) -> Uniform:

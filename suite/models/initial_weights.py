@@ -85,8 +85,8 @@ def initialise(
     fan_in^-1/2, divided by sqrt(2 x layers) where they write to the residual stream (wo, w2; GPT-2). Gains are one and
     biases zero. A module with `initial_values(name, shape)` returns the distributions of its own parameters and of
     those of its submodules; one with `init_parameter(name, parameter, generator)` sets them, on whole tensors of any
-    size. Buffers start at zero, those of a batch norm at torch's initial values, and those of a module with
-    `reset_buffers` at what it sets.
+    size, since the values that it draws may depend on each other. Buffers start at zero, those of a batch norm at
+    torch's initial values, and those of a module with `reset_buffers` at what it sets.
 
     Args:
         model: The model, off the meta device.

@@ -81,6 +81,26 @@ def test_a_process_draws_its_own_blocks_and_never_holds_the_whole_tensor(shape: 
     assert live.peak <= 4 * BLOCK * 1.01
 
 
+class Cut:
+    """A law that a baseline brings itself: a normal distribution cut at two standard deviations."""
+
+    def fill_(self, x: torch.Tensor, generator: torch.Generator) -> None:
+        """Fill `x`."""
+        torch.nn.init.trunc_normal_(x, a=-2.0, b=2.0, generator=generator)
+
+
+def test_a_law_from_outside_is_drawn_in_blocks_and_in_parts() -> None:
+    shape = torch.Size((4100, 4096))
+    whole, half = torch.empty(shape), torch.empty(2050, 4096)
+    draw(Cut(), whole, shape, None, 3, "name")
+    draw(Cut(), half, shape, Part(0, 2050, 4100), 3, "name")
+    assert half.equal(whole[2050:])
+    last = torch.empty(4, 4096)
+    Cut().fill_(last, seeded("3/name/1"))
+    assert whole[4096:].equal(last)
+    assert whole.abs().max() <= 2
+
+
 @pytest.mark.parametrize("family", registry.families())
 def test_a_process_can_draw_its_own_part_of_every_parameter(family: str) -> None:
     """No built-in family sets whole tensors."""
