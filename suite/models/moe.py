@@ -121,14 +121,17 @@ class Experts(nn.Module):
         return y_SD.index_select(0, place_S).view(*expert_NK.shape, -1)
 
     def _has_grouped_kernel(self, x_ND: Tensor) -> bool:
-        """Return whether torch has a kernel for grouped products of these tokens, which elsewhere read their offsets.
-
-        It needs bf16, rows of a multiple of 16 bytes, and a GPU of compute capability 9 or 10.
-        """
-        if not x_ND.is_cuda or product_dtype(x_ND.dtype, x_ND.device) != torch.bfloat16:
+        if not x_ND.is_cuda:
             return False
-        aligned = not any(width % 8 for width in self.w1.shape[1:])
-        return aligned and torch.cuda.get_device_capability(x_ND.device)[0] in (9, 10)
+        capability = torch.cuda.get_device_capability(x_ND.device)[0]
+        return self.has_grouped_kernel(product_dtype(x_ND.dtype, x_ND.device), capability)
+
+    def has_grouped_kernel(self, dtype: torch.dtype, capability: int) -> bool:
+        """Return whether torch has a kernel for grouped products, which elsewhere read their offsets.
+
+        It needs bf16, rows of a multiple of 16 bytes, and a GPU whose major compute capability is 9 or 10.
+        """
+        return dtype == torch.bfloat16 and capability in (9, 10) and not any(n % 8 for n in self.w1.shape[1:])
 
     def cost(self, active: int) -> Cost:
         """Count all experts; each token reads the weights of `active` ones."""
