@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -247,10 +248,16 @@ def rows_panel(axis: Axes, context: Context, points: pd.DataFrame, key: str, yla
     axis.set_xscale("log", base=2)
     rows = sorted(float(row) for row in points.loc[points["memory_rows"] > 0, "memory_rows"].unique())
     if rows:
-        axis.set_xticks(rows, [f"{round(row**0.5)}²" for row in rows])
+        axis.set_xticks(rows, [_rows_text(round(row)) for row in rows])
         axis.minorticks_off()
         axis.set_xlim(rows[0] / 2, rows[-1] * 2)
     axis.set_ylabel(ylabel)
+
+
+def _rows_text(rows: int) -> str:
+    """Return a number of rows as the square of a number of half keys where it is one."""
+    side = math.isqrt(rows)
+    return f"{side}²" if side * side == rows else f"{rows:,}"
 
 
 def _bounds(axis: Axes, bounds: list[tuple[float, str]]) -> None:

@@ -513,3 +513,9 @@ def test_a_grid_without_evaluations_and_probes_has_a_report(tmp_path: Path) -> N
     _, missing = draw(plots(tmp_path), tmp_path / "figures")
     assert any(line.startswith("final-scores: no final scores") for line in missing)
     assert "## Final evaluations\n\nNone yet." in text_of(load(tmp_path, fallback="dense"), tmp_path)
+
+
+def test_rows_that_are_no_square_are_written_as_a_number() -> None:
+    from analysis.figures.learning import _rows_text
+
+    assert [_rows_text(rows) for rows in (128**2, 2**14 + 1, 3)] == ["128²", "16,385", "3"]
