@@ -21,7 +21,7 @@ from analysis.comparisons.paired import E50, SAME_TOKENS
 from analysis.comparisons.statistics import Difference, holm, paired
 from analysis.errors import InputError
 from analysis.records.grid_data import GridData
-from analysis.records.labels import SHAPE, flat
+from analysis.records.runs.labels import SHAPE, flat
 
 AXES = {
     "params": ("params_total", "parameters"),

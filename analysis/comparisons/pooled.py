@@ -17,7 +17,7 @@ import pandas as pd
 
 from analysis.comparisons.statistics import Difference, paired
 from analysis.records.grid_data import DONE, GridData
-from analysis.records.labels import flat
+from analysis.records.runs.labels import flat
 
 NAN = float("nan")
 

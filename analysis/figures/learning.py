@@ -13,8 +13,8 @@ from analysis.comparisons.statistics import MIN_PAIRS, paired, paired_by_group
 from analysis.figures import style
 from analysis.figures.context import Context, Missing
 from analysis.figures.marks import dot, face
-from analysis.records.curves import Curves
 from analysis.records.grid_data import GridData
+from analysis.records.runs.curves import Curves
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -20,10 +20,11 @@ from analysis.errors import InputError
 from analysis.figures import style
 from analysis.paper import equivalent_sizes
 from analysis.paper.tables import LETTERS, TRAPS, draw_tables, tables
-from analysis.records.grid_data import COLUMNS, positions, read_store, run_table, unnest
 from analysis.records.published import printed_as
+from analysis.records.runs.table import COLUMNS, positions, read_store, run_table
 from analysis.records.scores import LOSS, final_scores
 from analysis.records.shipped import published_folder
+from analysis.records.store import unnest
 from analysis.records.tables import number, read_table
 
 if TYPE_CHECKING:

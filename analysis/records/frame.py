@@ -24,10 +24,11 @@ import pandas as pd
 from pandas.api.types import union_categoricals
 
 from analysis.errors import InputError
-from analysis.records import grid_data
-from analysis.records.grid_data import unnest
 from analysis.records.grids import read_grids, read_plans
 from analysis.records.run_files import AVERAGED
+from analysis.records.runs.table import COLUMNS as STORED
+from analysis.records.runs.table import positions, read_store, run_table, with_partners
+from analysis.records.store import unnest
 from analysis.records.tables import read_table
 
 COLUMNS = [
@@ -145,11 +146,11 @@ def load(results: Path, grid: str | None, reference: str, published: bool = True
         published: Whether to append the published tables.
     """
     names = {name: recorded.runs for name, recorded in read_grids(results).items()}
-    columns = [name for name in grid_data.COLUMNS if name != "answers"]
-    table = grid_data.read_store(results, grid, columns)
-    runs, damaged = grid_data.run_table(table, read_plans(results))
-    runs = grid_data.with_partners(runs, reference)
-    position = grid_data.positions(runs, len(table))
+    columns = [name for name in STORED if name != "answers"]
+    table = read_store(results, grid, columns)
+    runs, damaged = run_table(table, read_plans(results))
+    runs = with_partners(runs, reference)
+    position = positions(runs, len(table))
     lists = {name: unnest(table, name, position) for name in ("lines", "probes", "scores")}
     runs = runs.assign(grids=_memberships(runs["run"], names))
     parts = [

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -204,3 +206,19 @@ def _in_order(table: pa.Table, names: Iterable[str]) -> pa.Table:
     """Return the rows of these runs, in this order."""
     rows = pc.index_in(pa.array(list(names), pa.string()), value_set=table["run"].combine_chunks())
     return table.take(rows)
+
+
+def unnest(table: pa.Table, column: str, position: np.ndarray) -> pd.DataFrame:
+    """Return a list column as a table of its entries, with the position of their run; -1 leaves a run's entries out.
+
+    Args:
+        table: The run table.
+        column: A list column.
+        position: The position of each run in the result's `run`; -1 omits a run.
+    """
+    lists = table[column].combine_chunks()
+    entries = lists.flatten()
+    run = position[np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy(zero_copy_only=False))]
+    leaves = {leaf.name: entries.field(at).to_numpy(zero_copy_only=False) for at, leaf in enumerate(entries.type)}
+    frame = pd.DataFrame({"run": run, **leaves})
+    return frame[frame["run"] >= 0].sort_values("run", kind="stable", ignore_index=True)

@@ -17,9 +17,9 @@ from analysis.comparisons.grid import Comparisons
 from analysis.errors import InputError
 from analysis.figures.context import context
 from analysis.records import frame
-from analysis.records.curves import Curves
 from analysis.records.grid_data import load
-from analysis.records.labels import labels
+from analysis.records.runs.curves import Curves
+from analysis.records.runs.labels import labels
 from analysis.records.tables import read_lines, read_table
 from analysis.report.blocks import to_markdown
 from analysis.report.build import build

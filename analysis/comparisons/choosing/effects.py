@@ -15,7 +15,7 @@ import pandas as pd
 from analysis.comparisons.statistics import Difference, holm
 from analysis.errors import InputError
 from analysis.records.grid_data import GridData
-from analysis.records.labels import OUTSIDE_A_LABEL, flat
+from analysis.records.runs.labels import OUTSIDE_A_LABEL, flat
 
 
 @dataclass(frozen=True)

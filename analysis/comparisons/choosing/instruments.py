@@ -26,10 +26,10 @@ import pandas as pd
 
 from analysis.comparisons.statistics import Difference, paired
 from analysis.errors import InputError
-from analysis.records.curves import Curves
 from analysis.records.grid_data import GridData
-from analysis.records.labels import labels
 from analysis.records.run_files import AVERAGED
+from analysis.records.runs.curves import Curves
+from analysis.records.runs.labels import labels
 
 RAW, AVERAGE, ANNEALED = "raw", "averaged", "annealed"
 E50 = "e50"

@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.errors import InputError
 from analysis.records.grid_data import GridData
-from analysis.records.labels import labels
+from analysis.records.runs.labels import labels
 
 AXES = ("lr", "value_lr", "value_weight_decay")
 GROUP = ["variant", "base"]
