@@ -233,7 +233,7 @@ def _trends(results: Path, grid: str | None, as_json: bool) -> int:
         print_json({"grid": grid, "fits": [asdict(trend) for trend in fits]})
         return 0
     for trend in fits:
-        print(f"{trend.outcome}, {trend.family}: {trend.runs} runs, {trend.cells} cells")
+        print(f"{trend.outcome}, {trend.variant}: {trend.runs} runs, {trend.cells} cells")
         for term, (estimate, low, high) in trend.estimates.items():
             interval = "no interval: cells of one run" if math.isnan(low) else f"[{low:.4g}, {high:.4g}]"
             print(f"  {term}: {estimate:.4g} {interval}")

@@ -8,7 +8,6 @@ parameters, bytes held, bytes read, multiply-adds, or training time. All choices
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
@@ -21,7 +20,7 @@ from analysis.comparisons.paired import E50, SAME_TOKENS
 from analysis.comparisons.statistics import Difference, holm, paired
 from analysis.errors import InputError
 from analysis.records.grid_data import GridData
-from analysis.records.runs.labels import SHAPE, flat
+from analysis.records.runs.labels import SHAPE, TABLE_SIZES, labels_across_bases
 
 AXES = {
     "params": ("params_total", "parameters"),
@@ -34,7 +33,7 @@ AXES = {
 """Axis -> column and what it is called."""
 BYTES_HELD = 2
 """Bytes per weight at inference (bf16), as in an account's bytes per token."""
-SIZES = (*SHAPE, "half_keys", "experts", "head_rows", "table_rows", "pool_keys")
+SIZES = (*SHAPE, "experts", *TABLE_SIZES)
 """Model fields that make a destination larger; runs that differ in others belong to different destinations."""
 SPENDS = float(np.log2(1.02))
 """A step whose cost is less than 2 % above the base's counts as without cost along an axis."""
@@ -149,19 +148,13 @@ def _places(runs: pd.DataFrame) -> list[str]:
 
 def _destinations(runs: pd.DataFrame, reference: str) -> list[str]:
     """Return the destination of each run: its family and the model settings that distinguish it within the family."""
-    settings = [
-        {key: value for key, value in flat(model).items() if key not in (*SIZES, "family", "base")}
-        for model in runs["model"]
+    models = [{"model": model} for model in runs["model"]]
+    names = labels_across_bases(models, [f"model.{name}" for name in SIZES])
+    is_reshaped = runs["reshaped"] & (runs["family"] == reference)
+    return [
+        name.replace(reference, f"{reference} {WIDER if ratio > 1 else 'narrower'}", 1) if reshaped else name
+        for name, reshaped, ratio in zip(names, is_reshaped, runs["params_ratio"], strict=True)
     ]
-    written = pd.DataFrame([{key: json.dumps(value) for key, value in own.items()} for own in settings]).fillna("null")
-    varies = written.groupby(runs["family"].to_numpy()).nunique() > 1
-    names = []
-    columns = (runs["family"], runs["reshaped"], runs["params_ratio"], settings)
-    for family, reshaped, ratio, own in zip(*columns, strict=True):
-        shape = [WIDER if ratio > 1 else "narrower"] if reshaped and family == reference else []
-        varying = [key for key, value in own.items() if value is not None and varies.at[family, key]]
-        names.append(" ".join([family, *shape, *(f"{key}={own[key]}" for key in varying)]))
-    return names
 
 
 def _outcomes(data: GridData, metric: str) -> pd.Series:

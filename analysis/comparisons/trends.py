@@ -2,53 +2,65 @@
 
     ln y = a + b ln(1 + M / N) + c ln N,   y = E50 or NLL, M table parameters, N non-embedding base parameters
 
-A term that the grid does not vary is not identified and is omitted. Intervals come from the spread of runs within
-variants. The variant with the largest table is also predicted by a fit to the others. Controls (`model.control`) are
-omitted: their tables cannot learn.
+Each variant of a memory family is fitted separately, whatever the size of its table: the forms of a family are not
+sizes of one table. A term that the grid does not vary is not identified and is omitted. Intervals come from the spread
+of runs within cells, that is, within one base and table size. The cell with the largest table is also predicted by a
+fit to the others. Controls (`model.control`) are omitted: their tables cannot learn.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
 
 from analysis.comparisons.statistics import paired_by_group
 from analysis.records.grid_data import GridData
+from analysis.records.runs.labels import TABLE_SIZES, labels_across_bases
 
+OUTSIDE_A_VARIANT = ("train", *(f"model.{name}" for name in TABLE_SIZES))
+"""Settings in which the runs of one fit may differ: the size of the table, and training, which is tuned for it."""
 TERMS = ("constant", "ln(1 + M/N)", "ln N")
 
 
 @dataclass(frozen=True)
 class Trend:
-    """A fit of one outcome of one memory family with the reference; intervals are NaN where runs do not repeat."""
+    """A fit of one outcome of one variant of a memory family with the reference.
+
+    `cells` counts the sizes of bases and tables. Intervals are NaN where runs do not repeat.
+    """
 
     outcome: str
     family: str
+    variant: str
     runs: int
-    cells: int
-    left_out: str
+    cells: int = 0
+    left_out: str = ""
     estimates: dict[str, tuple[float, float, float]] = field(default_factory=dict)
     not_identified: tuple[str, ...] = ()
     held_out: dict[str, float | str] = field(default_factory=dict)
     points: tuple[tuple[str, str, float, float, float, float], ...] = ()
-    """By variant: base, label, geometric mean of the outcome with its 95 % t-interval, and the fitted value."""
+    """By cell: base, label, geometric mean of the outcome with its 95 % t-interval, and the fitted value."""
 
 
 def trends(data: GridData) -> list[Trend]:
-    """Return the fits that a grid allows, one per memory family and outcome."""
+    """Return the fits that a grid allows, one per outcome and variant of a memory family, with the reference in the
+    same worlds."""
     table = data.done[data.done["params_total"].notna() & (data.done["partner"] >= 0)]
     is_reference = table["family"].eq(data.reference) & ~table["reshaped"]
     table = table[(table["memory_rows"] > 0) & table["control"].isna() | is_reference]
+    table = table.assign(variant=labels_across_bases(list(table["settings"]), OUTSIDE_A_VARIANT))
     fits = []
-    for family in table.loc[table["memory_rows"] > 0, "family"].unique():
-        part = table[table["family"].isin([family, data.reference])]
+    for variant, runs in table[table["memory_rows"] > 0].groupby("variant", sort=False):
+        reference = is_reference[table.index] & table["pairing"].isin(runs["pairing"])
+        part = table[reference | table["variant"].eq(variant)]
         for outcome, values, left_out in _outcomes(data, part):
             positive = part.assign(y=values)
             positive = positive[positive["y"] > 0]
             if len(positive):
-                fits.append(_fit(outcome, str(family), positive, left_out))
+                named = Trend(outcome, str(runs["family"].iloc[0]), str(variant), len(positive), left_out=left_out)
+                fits.append(_fitted(named, positive))
     return fits
 
 
@@ -76,7 +88,7 @@ def _design(table: pd.DataFrame) -> np.ndarray:
     return np.stack([np.ones(len(table)), np.log1p(memory / size), np.log(size)], 1)
 
 
-def _fit(outcome: str, family: str, table: pd.DataFrame, left_out: str) -> Trend:
+def _fitted(trend: Trend, table: pd.DataFrame) -> Trend:
     """Fit least squares over runs, with intervals from their spread within cells, and predict the largest table."""
     x, y = _design(table), np.log(table["y"].to_numpy(float))
     cells = table.groupby(["base", "label"]).ngroup().to_numpy()
@@ -84,7 +96,7 @@ def _fit(outcome: str, family: str, table: pd.DataFrame, left_out: str) -> Trend
     unique = int(cells.max()) + 1
     not_identified = tuple(TERMS[i] for i in range(3) if i not in varied)
     if unique <= len(varied):
-        return Trend(outcome, family, len(y), unique, left_out, not_identified=TERMS)
+        return replace(trend, cells=unique, not_identified=TERMS)
     estimate = np.linalg.lstsq(x[:, varied], y, rcond=None)[0]
     ends = _interval(x[:, varied], y, cells)
     rows = np.stack([estimate, *ends], 1).tolist()
@@ -96,8 +108,14 @@ def _fit(outcome: str, family: str, table: pd.DataFrame, left_out: str) -> Trend
         (str(base), str(label), *np.exp([seen.mean, seen.low, seen.high, value]).tolist())
         for base, label, seen, value in zip(first["base"], first["label"], observed, fitted, strict=True)
     )
-    held_out = _held_out(table, x, y, cells)
-    return Trend(outcome, family, len(y), unique, left_out, estimates, not_identified, held_out, points)
+    return replace(
+        trend,
+        cells=unique,
+        estimates=estimates,
+        not_identified=not_identified,
+        held_out=_held_out(table, x, y, cells),
+        points=points,
+    )
 
 
 def _identified(x: np.ndarray) -> list[int]:

@@ -196,7 +196,7 @@ def trend_figure(context: Context, folder: Path) -> list[Path]:
                 bottom.plot([seen], [100 * (guess / seen - 1)], "o", **ring)
             top.margins(0.12)
             bottom.margins(y=0.2)
-            top.set_title(f"{trend.family} and {context.data.reference}, {trend.runs} runs", loc="left")
+            top.set_title(f"{trend.variant} and {context.data.reference}, {trend.runs} runs", loc="left")
             top.set_ylabel("fitted" if column == 0 else "")
             bottom.set_ylabel("fitted − observed, %" if column == 0 else "")
             bottom.set_xlabel(trend.outcome)

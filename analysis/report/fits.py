@@ -26,13 +26,13 @@ def trend_blocks(trends: Sequence[Trend]) -> list[Block]:
             for term in ("ln(1 + M/N)", "ln N")
         ]
         out = trend.held_out
-        score = f"{out['cell']}: {100 * float(out['relative_error']):+.1f} %" if out else "too few variants"
-        rows.append([trend.outcome, trend.family, trend.runs, trend.cells, *cells, score, trend.left_out or "–"])
-    headers = ["outcome", "family", "runs", "variants", "exponent of 1 + M/N", "exponent of N", "held out: error"]
+        score = f"{out['cell']}: {100 * float(out['relative_error']):+.1f} %" if out else "too few sizes"
+        rows.append([trend.outcome, trend.variant, trend.runs, trend.cells, *cells, score, trend.left_out or "–"])
+    headers = ["outcome", "variant", "runs", "sizes", "exponent of 1 + M/N", "exponent of N", "held out: error"]
     note = (
         "ln y = a + b ln(1 + M/N) + c ln N with M table parameters and N non-embedding base parameters, the reference "
-        "at M = 0. Least squares over runs, t-intervals from the spread of runs within variants: with few variants the "
-        "interval is conditional on this form, and does not test it. The variant with the largest table is predicted "
+        "at M = 0. Least squares over runs, t-intervals from the spread of runs of one size: with few sizes the "
+        "interval is conditional on this form, and does not test it. The size with the largest table is predicted "
         "from the others before the fit shown."
     )
     return [Table([*headers, "left out"], rows, left=2, name="trends"), Text(note)]

@@ -7,7 +7,6 @@ table size. All variants need the same number of runs; otherwise their best sett
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -55,12 +54,8 @@ def table(data: GridData) -> pd.DataFrame:
         values = [train.get(axis) for train in runs["train"]]
         tuned = has_table | (axis == "lr")
         runs[axis] = np.where(tuned, pd.to_numeric(pd.Series(values, index=runs.index, dtype=object)), np.nan)
-    runs["variant"] = labels([_without_tuned_fields(cell) for cell in runs["settings"]])
+    runs["variant"] = labels(list(runs["settings"]), [f"train.{axis}" for axis in AXES])
     return runs[["family", *GROUP, "seed", *AXES, "share"]].reset_index(drop=True)
-
-
-def _without_tuned_fields(cell: dict[str, Any]) -> dict[str, Any]:
-    return {**cell, "train": {name: value for name, value in cell["train"].items() if name not in AXES}}
 
 
 def choices(scored: pd.DataFrame) -> list[Choice]:

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 SHAPE = ("layers", "dim", "heads", "kv_heads", "ffn_hidden")
+TABLE_SIZES = ("half_keys", "head_rows", "table_rows")
+"""Fields of a model that set how many rows its tables have."""
 NAMED_FIRST = {"model.half_keys": "k{}", "model.ffn_hidden": "ffn{}"}
 """Settings that every label of a model with them starts with."""
 OUTSIDE_A_LABEL = ("seed", "evaluate")
@@ -14,37 +16,76 @@ AFTER_TRAINING = ("quantised", "kept_rows")
 """Settings of a run that is made from a trained one (docs/serving-tables.md)."""
 
 
-def labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
+def labels(cells: Sequence[Mapping[str, Any]], without: Sequence[str] = ()) -> list[str]:
     """Return the variant of each cell: family, table or width, and what else varies within its family and base.
 
     A setting is named only where it has a value: of `control: [null, one_row]`, the first is the family itself.
+
+    Args:
+        cells: The cells.
+        without: Settings that do not distinguish variants: dotted names such as `train.lr`, or whole sections.
     """
-    groups: dict[tuple[str, str], list[int]] = {}
-    for position, cell in enumerate(cells):
-        groups.setdefault((cell["model"]["family"], cell["model"]["base"]), []).append(position)
-    result = [""] * len(cells)
-    for (family, _), members in groups.items():
-        settings = [flat({k: v for k, v in cells[at].items() if k not in OUTSIDE_A_LABEL}) for at in members]
-        values: dict[str, set[str]] = {}
-        for options in settings:
-            for key, value in options.items():
-                values.setdefault(key, set()).add(repr(value))
-        everywhere = {key for key in values if all(key in options for options in settings)}
-        varying = [
-            key
-            for key in sorted(values)
-            if key not in NAMED_FIRST and (len(values[key]) > 1 or (key not in everywhere and values[key] != {"None"}))
-        ]
-        for at, options in zip(members, settings, strict=True):
-            parts = [form.format(options[key]) for key, form in NAMED_FIRST.items() if options.get(key)]
-            parts += [f"{key.split('.')[-1]}={options[key]}" for key in varying if options.get(key) is not None]
-            result[at] = " ".join([family, *parts])
-    return result
+    settings = _settings(cells, without)
+    varying = _varying(settings)
+    return [_label(options, varying[_group(options)]) for options in settings]
+
+
+def labels_across_bases(cells: Sequence[Mapping[str, Any]], without: Sequence[str] = ()) -> list[str]:
+    """Return the variant of each cell under one name at all bases: what varies at any base is named at every base.
+
+    Args:
+        cells: The cells.
+        without: Settings that do not distinguish variants, as for `labels`.
+    """
+    settings = _settings(cells, without)
+    of_family: dict[str, set[str]] = {}
+    for (family, _), names in _varying(settings).items():
+        of_family.setdefault(family, set()).update(names)
+    return [_label(options, sorted(of_family[_group(options)[0]])) for options in settings]
 
 
 def trained_labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return the variant of each cell, whatever is done to its tables after training."""
-    return labels([{key: value for key, value in cell.items() if key not in AFTER_TRAINING} for cell in cells])
+    return labels(cells, AFTER_TRAINING)
+
+
+def _settings(cells: Sequence[Mapping[str, Any]], without: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the settings of each cell that may distinguish variants, by dotted name."""
+    omitted = {*OUTSIDE_A_LABEL, *without}
+    sections = [flat({name: value for name, value in cell.items() if name not in omitted}) for cell in cells]
+    return [{name: value for name, value in options.items() if name not in omitted} for options in sections]
+
+
+def _group(settings: Mapping[str, Any]) -> tuple[str, str]:
+    """Return family and base."""
+    return settings["model.family"], settings["model.base"]
+
+
+def _varying(settings: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[str]]:
+    """Return the names of the settings that vary within each family and base."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for options in settings:
+        groups.setdefault(_group(options), []).append(options)
+    varying = {}
+    for group, members in groups.items():
+        values: dict[str, set[str]] = {}
+        for options in members:
+            for name, value in options.items():
+                values.setdefault(name, set()).add(repr(value))
+        everywhere = {name for name in values if all(name in options for options in members)}
+        varying[group] = [
+            name
+            for name in sorted(values)
+            if len(values[name]) > 1 or (name not in everywhere and values[name] != {"None"})
+        ]
+    return varying
+
+
+def _label(settings: Mapping[str, Any], varying: Sequence[str]) -> str:
+    """Return the name of a variant: its family, its table or width, and the settings that vary."""
+    parts = [form.format(settings[name]) for name, form in NAMED_FIRST.items() if settings.get(name)]
+    others = [name for name in varying if name not in NAMED_FIRST and settings.get(name) is not None]
+    return " ".join([settings["model.family"], *parts, *(f"{name.split('.')[-1]}={settings[name]}" for name in others)])
 
 
 def flat(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
