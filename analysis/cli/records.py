@@ -36,16 +36,16 @@ def frame(
     """
     from analysis.records.csv_text import csv_chunks
     from analysis.records.frame import load
-    from analysis.records.tables import write_table
+    from analysis.records.tables import write
 
     loaded = load(results, grid, reference or REFERENCE)
     if out is not None:
-        write_table(loaded.table, out)
-        print(f"{out}: {len(loaded.table)} rows", file=sys.stderr)
+        write(out, lambda: loaded.table, loaded.tables)
+        print(f"{out}: {loaded.rows} rows", file=sys.stderr)
     elif as_json:
         print(loaded.table.to_json(orient="records"))
     else:
-        sys.stdout.writelines(chunk.decode() for chunk in csv_chunks(loaded.table))
+        sys.stdout.writelines(chunk.decode() for chunk in csv_chunks(loaded.tables()))
     for run, cause in loaded.damaged.itertuples(index=False):
         print(f"left out: {run}: damaged: {cause}", file=sys.stderr)
     return 1 if len(loaded.damaged) else 0

@@ -6,12 +6,11 @@ its text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
-import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -21,14 +20,17 @@ LINES = 4_000
 """Lines joined at once, few enough to stay in the processor's cache."""
 RARE, FREQUENT = 0.01, 0.3
 """Changes per row up to which a column changes rarely, as between runs, or frequently, as between logged lines.
-Neighbouring columns of one kind are joined before they are copied into every row."""
+Neighbouring columns are joined before they are copied into every row: the first, then both."""
 
 
-def csv_chunks(table: pd.DataFrame) -> Iterator[bytes]:
-    """Yield the table as CSV in pieces, text in quotes and missing values empty."""
-    yield (",".join(f'"{name}"' if set(name) & set(',"\n') else name for name in table.columns) + "\n").encode()
-    for start in range(0, len(table), ROWS):
-        yield from _lines(pa.Table.from_pandas(table.iloc[start : start + ROWS], preserve_index=False))
+def csv_chunks(tables: Iterable[pa.Table]) -> Iterator[bytes]:
+    """Yield tables with the same columns as one CSV in pieces, text in quotes and missing values empty."""
+    for number, table in enumerate(tables):
+        if number == 0:
+            names = (f'"{name}"' if set(name) & set(',"\n') else name for name in table.column_names)
+            yield (",".join(names) + "\n").encode()
+        for start in range(0, len(table), ROWS):
+            yield from _lines(table.slice(start, ROWS))
 
 
 @dataclass(frozen=True)
@@ -38,10 +40,9 @@ class _Stretches:
     texts: pa.Array
     ends: np.ndarray
 
-    def kind(self) -> int:
-        """Return 0 for text that changes rarely, 1 for frequently, and 2 for text that changes in most rows."""
-        changes = len(self.ends) / self.ends[-1]
-        return 0 if changes <= RARE else 1 if changes <= FREQUENT else 2
+    def changes(self) -> float:
+        """Return the stretches per row."""
+        return float(len(self.ends) / self.ends[-1])
 
     def rows(self) -> pa.Array:
         """Return the stretch of each row."""
@@ -51,10 +52,7 @@ class _Stretches:
 def _lines(table: pa.Table) -> Iterator[bytes]:
     columns = [_formatted(column.combine_chunks()) for column in table.columns]
     columns[-1] = _Stretches(pc.binary_join_element_wise(columns[-1].texts, "", "\n"), columns[-1].ends)
-    pieces: list[_Stretches] = []
-    for kind, group in groupby(columns, key=_Stretches.kind):
-        members = list(group)
-        pieces += [_joined(members)] if kind < 2 else members
+    pieces = _neighbours_joined(_neighbours_joined(columns, RARE), FREQUENT)
     placed = [(piece.texts, piece.rows()) for piece in pieces]
     for start in range(0, len(table), LINES):
         texts = (texts.take(rows.slice(start, LINES)) for texts, rows in placed)
@@ -72,6 +70,15 @@ def _formatted(column: pa.Array) -> _Stretches:
     if pa.types.is_string(values.type) or pa.types.is_large_string(values.type):
         texts = pc.binary_join_element_wise('"', pc.replace_substring(texts, '"', '""'), '"', "")
     return _Stretches(texts.fill_null(""), stretches.run_ends.to_numpy())
+
+
+def _neighbours_joined(columns: Sequence[_Stretches], most: float) -> list[_Stretches]:
+    """Return the columns, those next to each other joined if each has at most so many stretches per row."""
+    pieces: list[_Stretches] = []
+    for is_joined, group in groupby(columns, key=lambda column: column.changes() <= most):
+        members = list(group)
+        pieces += [_joined(members)] if is_joined and len(members) > 1 else members
+    return pieces
 
 
 def _joined(columns: Sequence[_Stretches]) -> _Stretches:

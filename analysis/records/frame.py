@@ -14,21 +14,20 @@ Columns of text are categorical.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-from pandas.api.types import union_categoricals
+import pyarrow as pa
 
 from analysis.errors import InputError
+from analysis.records.columns import TEXT, Columns, Vocabularies, Vocabulary, missing, values_of
 from analysis.records.grids import read_grids, read_plans
-from analysis.records.run_files import AVERAGED
-from analysis.records.runs.table import COLUMNS as STORED
+from analysis.records.runs.rows import Rows
 from analysis.records.runs.table import positions, read_store, run_table, with_partners
-from analysis.records.store import unnest
 from analysis.records.tables import read_table
 
 COLUMNS = [
@@ -66,20 +65,6 @@ COLUMNS = [
     "params_embedding",
     "precision",
 ]
-TEXT = {
-    "cell",
-    "family",
-    "base",
-    "split",
-    "task",
-    "task_version",
-    "metric",
-    "run",
-    "grids",
-    "source",
-    "confidence",
-    "precision",
-}
 PUBLISHED = {
     "base_size": "base",
     "model_family": "family",
@@ -100,8 +85,6 @@ WHOLE = (
     "params_embedding",
 )
 """Columns of whole numbers: integers where none is missing."""
-PROBED = ("bits", "bits_max", "nll", "recall")
-"""Metrics of a probe, in the order of their rows."""
 OF_RUN: tuple[str, ...] = (
     "cell",
     "run",
@@ -122,18 +105,86 @@ OF_RUN += (
     "params_ratio",
     "predicted_wall_s",
     "params_embedding",
+    "source",
 )
 """Columns that are the same in all rows of a run."""
-RUNS = 2500
-"""Runs whose rows are made at once, so that intermediate arrays stay small."""
+STORED: tuple[str, ...] = (
+    "cell",
+    "hash",
+    "account",
+    "state",
+    "cause",
+    "tokens",
+    "train_flops",
+    "wall_s",
+    "tokens_per_s",
+)
+STORED += ("lines", "probes", "scores")
+"""Columns of the store that the frame is made of."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of the frame.
+
+    Attributes:
+        rows: Columns with a value per row.
+        run: Position of the run of each row in `of_runs`.
+        of_runs: Columns with a value per run.
+    """
+
+    rows: Columns
+    run: np.ndarray
+    of_runs: Columns
+
+    def column(self, name: str) -> np.ndarray:
+        """Return a column of the frame, one value per row."""
+        if name in self.of_runs:
+            return self.of_runs[name][self.run]
+        return self.rows[name] if name in self.rows else missing(name, len(self.run))
+
+    def has_missing(self, name: str) -> bool:
+        """Return whether any row lacks a number."""
+        values = self.of_runs[name][self._present] if name in self.of_runs else self.column(name)
+        return bool(np.isnan(values).any())
+
+    @cached_property
+    def _present(self) -> np.ndarray:
+        """Position of every run that has rows; the rows of a run are consecutive."""
+        return self.run[np.flatnonzero(np.diff(self.run, prepend=-1))]
 
 
 @dataclass(frozen=True)
 class Frame:
     """The frame, and the run and cause of every run that was left out because a record file cannot be read."""
 
-    table: pd.DataFrame
+    parts: Sequence[Part]
+    texts: Vocabularies
     damaged: pd.DataFrame
+
+    @property
+    def rows(self) -> int:
+        """How many rows the frame has."""
+        return sum(len(part.run) for part in self.parts)
+
+    def tables(self) -> Iterator[pa.Table]:
+        """Yield the frame in parts with the same types; whole numbers are integers where none is missing."""
+        whole = {name for name in WHOLE if not any(part.has_missing(name) for part in self.parts)}
+        for part in self.parts:
+            columns: dict[str, pa.Array] = {}
+            for name in COLUMNS:
+                values = part.column(name)
+                if name in TEXT:
+                    columns[name] = self.texts[name].encoded(values)
+                else:
+                    numbers = values.astype(np.int64 if name in whole else np.float64, copy=False)
+                    columns[name] = pa.array(numbers, from_pandas=True)
+            yield pa.table(columns)
+
+    @cached_property
+    def table(self) -> pd.DataFrame:
+        """The whole frame; text is categorical."""
+        return pa.concat_tables(self.tables()).to_pandas()
 
 
 def load(results: Path, grid: str | None, reference: str, published: bool = True) -> Frame:
@@ -146,139 +197,28 @@ def load(results: Path, grid: str | None, reference: str, published: bool = True
         published: Whether to append the published tables.
     """
     names = {name: recorded.runs for name, recorded in read_grids(results).items()}
-    columns = [name for name in STORED if name != "answers"]
-    table = read_store(results, grid, columns)
+    table = read_store(results, grid, STORED)
     runs, damaged = run_table(table, read_plans(results))
-    runs = with_partners(runs, reference)
-    position = positions(runs, len(table))
-    lists = {name: unnest(table, name, position) for name in ("lines", "probes", "scores")}
-    runs = runs.assign(grids=_memberships(runs["run"], names))
-    parts = [
-        _of_runs(runs, {name: _between(entries, first, first + RUNS) for name, entries in lists.items()})
-        for first in range(0, len(runs), RUNS)
-    ]
+    runs = with_partners(runs, reference).assign(grids=_memberships(runs["run"], names), source="run")
+    texts = {name: Vocabulary() for name in TEXT}
+    of_runs = values_of(runs[list(OF_RUN)], texts)
+    rows = Rows(table, runs, positions(runs, len(table)), texts)
+    parts = [Part(columns, columns.pop("run"), of_runs) for columns in rows.parts()]
     if published:
-        parts += _published_parts(results)
-    return Frame(_framed(_concatenated(parts, COLUMNS)), damaged)
+        parts += _published_parts(results, texts)
+    return Frame(parts, texts, damaged)
 
 
 def load_published(results: Path) -> pd.DataFrame:
     """Return all published tables of a results folder, as one frame (empty without any)."""
-    return _framed(_concatenated(_published_parts(results), COLUMNS))
+    texts = {name: Vocabulary() for name in TEXT}
+    parts = _published_parts(results, texts) or [Part({}, np.array([], int), {})]
+    return Frame(parts, texts, pd.DataFrame()).table
 
 
-def _published_parts(results: Path) -> list[Columns]:
-    return [_columns_of(read_published(path)) for path in sorted(results.glob("published/*.csv"))]
-
-
-def _between(entries: pd.DataFrame, first: int, end: int) -> pd.DataFrame:
-    """Return the entries of the runs from `first` up to `end`."""
-    start, stop = np.searchsorted(entries["run"].to_numpy(), [first, end])
-    return entries.iloc[start:stop].reset_index(drop=True)
-
-
-def _of_runs(runs: pd.DataFrame, lists: Mapping[str, pd.DataFrame]) -> Columns:
-    """Return the rows of the runs in these lists: by run, then logged lines in order, then final and intermediate
-    scores."""
-    lines = lists["lines"].assign(line=lambda table: table.groupby("run").cumcount())
-    trained, evaluated = lines[lines["loss"].notna()], lines[lines["eval_loss"].notna()]
-    averaged = lines[lines["averaged_eval_loss"].notna()]
-    last = int(lines["line"].max()) if len(lines) else 0
-    parts = [
-        _logged(trained, "train", "train", "loss", trained["loss"], 0),
-        _logged(trained, "train", "train", "epoch", trained["epoch"], 1),
-        _logged(evaluated, "probe", "eval", "nll", evaluated["eval_loss"], 2),
-        _logged(evaluated, "probe", "eval", "epoch", evaluated["epoch"], 3),
-        _logged(averaged, "averaged", "eval", "nll", averaged["averaged_eval_loss"], 4),
-        *_probed(lines, lists["probes"]),
-        _final(runs, lists["scores"], last + 1),
-        _intermediate(runs, lists["scores"], last + 2),
-    ]
-    rows = _concatenated(parts, ["at", "line", "order", *WITHIN_A_RUN])
-    run, line, order = (rows.pop(name).astype(np.int64) for name in ("at", "line", "order"))
-    place = (run * (last + 3) + line) * (int(order.max(initial=0)) + 1) + order
-    sorted_rows = np.argsort(place, kind="stable")
-    at = run[sorted_rows]
-    shared = {name: _repeated(runs[name], at) for name in OF_RUN}
-    shared["source"] = _constant("run", len(at))
-    return {name: values.take(sorted_rows) for name, values in rows.items()} | shared
-
-
-WITHIN_A_RUN: tuple[str, ...] = (
-    "step",
-    "tokens",
-    "train_flops",
-    "wall_s",
-    "tokens_per_s",
-    "split",
-    "task",
-    "metric",
-    "value",
-)
-WITHIN_A_RUN += ("task_version", "few_shot", "n", "stderr", "precision")
-"""Columns that differ between the rows of a run."""
-Columns = dict[str, Any]
-"""Column -> NumPy array, or Categorical where it is in TEXT."""
-
-
-def _logged(lines: pd.DataFrame, split: str, task: str, metric: str, value: Any, order: Any) -> Columns:
-    """Return one row per logged line; `order` is its place among the rows of the line."""
-    at = ("line", "step", "tokens", "train_flops", "wall_s", "tokens_per_s")
-    constants = {name: _constant(text, len(lines)) for name, text in (("split", split), ("task", task))}
-    constants["metric"] = _constant(metric, len(lines))
-    values = {
-        "at": lines["run"].to_numpy(),
-        "value": np.asarray(value, float),
-        "order": np.broadcast_to(order, len(lines)),
-    }
-    return {name: lines[name].to_numpy() for name in at} | values | constants
-
-
-def _probed(lines: pd.DataFrame, probes: pd.DataFrame) -> list[Columns]:
-    """Return one row per probe, kind and metric."""
-    first = np.searchsorted(lines["run"].to_numpy(), probes["run"].to_numpy())
-    of_probe = lines.take(first + probes["line"].to_numpy(int))
-    place = len(PROBED) * probes.groupby("run").cumcount().to_numpy()
-    parts = []
-    for kind in probes["kind"].unique():
-        of_kind = (probes["kind"] == kind).to_numpy()
-        split = "averaged" if kind.startswith(AVERAGED) else "probe"
-        task = f"bios_{kind.removeprefix(AVERAGED)}"
-        for number, metric in enumerate(PROBED):
-            rows = of_kind & probes[metric].notna().to_numpy()
-            values, order = probes[metric].to_numpy()[rows], 5 + place[rows] + number
-            part = _logged(of_probe[rows], split, task, metric, values, order)
-            parts.append(part | {"n": probes["n"].to_numpy()[rows]})
-    return parts
-
-
-def _final(runs: pd.DataFrame, scores: pd.DataFrame, line: int) -> Columns:
-    """Return one row per final score, at the run's last values."""
-    table = scores[scores["split"].isin(("final", "table_off"))].drop(columns="tokens")
-    at = table["run"].to_numpy(int)
-    ends = {name: runs[name].to_numpy(float)[at] for name in ("tokens", "train_flops", "wall_s", "tokens_per_s")}
-    return _scored(table.assign(**ends), line)
-
-
-def _intermediate(runs: pd.DataFrame, scores: pd.DataFrame, line: int) -> Columns:
-    """Return one row per score of an intermediate checkpoint."""
-    table = scores[scores["split"] == "steps"]
-    per_token = np.nan_to_num(runs["flops_per_token"].to_numpy(float)[table["run"].to_numpy(int)])
-    tokens = table["tokens"].fillna(0)
-    return _scored(table.assign(tokens=tokens, train_flops=tokens * per_token), line)
-
-
-def _scored(table: pd.DataFrame, line: int) -> Columns:
-    """Return scores as rows after all lines of their run, in the files' order."""
-    return _columns_of(
-        table.rename(columns={"version": "task_version", "run": "at"}).assign(line=line, order=range(len(table)))
-    )
-
-
-def _columns_of(table: pd.DataFrame) -> Columns:
-    """Return the columns of a table, text as categories."""
-    names = [str(name) for name in table]
-    return {name: table[name].astype("category").array if name in TEXT else table[name].to_numpy() for name in names}
+def _published_parts(results: Path, texts: Vocabularies) -> list[Part]:
+    tables = [read_published(path) for path in sorted(results.glob("published/*.csv"))]
+    return [Part(values_of(table, texts), np.arange(len(table)), {}) for table in tables]
 
 
 def _memberships(names: pd.Series, grids: Mapping[str, Sequence[str]]) -> pd.Series:
@@ -288,47 +228,6 @@ def _memberships(names: pd.Series, grids: Mapping[str, Sequence[str]]) -> pd.Ser
         for name in dict.fromkeys(runs):
             member.setdefault(name, []).append(grid)
     return names.map(lambda name: ";".join(member.get(name, ())))
-
-
-def _constant(text: str, rows: int) -> pd.Categorical[str]:
-    """Return one text in every row."""
-    return pd.Categorical.from_codes(np.zeros(rows, np.int8), pd.Index([text]))
-
-
-def _repeated(values: pd.Series, at: np.ndarray) -> Any:
-    """Return a run's value in each of its rows; text as categories."""
-    if pd.api.types.is_numeric_dtype(values):
-        return values.to_numpy(float)[at]
-    codes, texts = pd.factorize(values)
-    return pd.Categorical.from_codes(codes[at], pd.Index(texts, dtype=object))
-
-
-def _concatenated(parts: Sequence[Columns], columns: Sequence[str]) -> Columns:
-    """Return the rows of all parts, the categories of text united and columns that a part lacks filled with NaN."""
-    return {name: _joined([_column(part, name) for part in parts], name in TEXT) for name in columns}
-
-
-def _column(part: Columns, name: str) -> Any:
-    """Return a column of a part, or one without any value."""
-    rows = len(part["metric"])
-    if name not in TEXT:
-        return part.get(name, np.full(rows, np.nan))
-    texts = part.get(name, pd.Categorical.from_codes(np.full(rows, -1, np.int8), pd.Index([], dtype=object)))
-    return pd.Categorical.from_codes(texts.codes, texts.categories.astype(object))
-
-
-def _joined(pieces: Sequence[Any], text: bool) -> Any:
-    if not pieces:
-        return pd.Categorical([]) if text else np.array([])
-    return union_categoricals(list(pieces)) if text else np.concatenate(pieces)
-
-
-def _framed(columns: Columns) -> pd.DataFrame:
-    """Return the frame of these columns; whole numbers are integers where none is missing."""
-    for name in WHOLE:
-        if len(columns[name]) and not np.isnan(columns[name].astype(float)).any():
-            columns[name] = columns[name].astype(np.int64)
-    return pd.DataFrame(columns, copy=False)
 
 
 def read_published(path: Path) -> pd.DataFrame:

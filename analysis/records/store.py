@@ -204,8 +204,10 @@ def _write(table: pa.Table, path: Path) -> None:
 
 def _in_order(table: pa.Table, names: Iterable[str]) -> pa.Table:
     """Return the rows of these runs, in this order."""
-    rows = pc.index_in(pa.array(list(names), pa.string()), value_set=table["run"].combine_chunks())
-    return table.take(rows)
+    wanted = pa.chunked_array([pa.array(list(names), pa.string())])
+    if table["run"].equals(wanted):
+        return table
+    return table.take(pc.index_in(wanted, value_set=table["run"].combine_chunks()))
 
 
 def unnest(table: pa.Table, column: str, position: np.ndarray) -> pd.DataFrame:
@@ -219,6 +221,8 @@ def unnest(table: pa.Table, column: str, position: np.ndarray) -> pd.DataFrame:
     lists = table[column].combine_chunks()
     entries = lists.flatten()
     run = position[np.repeat(np.arange(len(lists)), lists.value_lengths().to_numpy(zero_copy_only=False))]
-    leaves = {leaf.name: entries.field(at).to_numpy(zero_copy_only=False) for at, leaf in enumerate(entries.type)}
-    frame = pd.DataFrame({"run": run, **leaves})
+    frame = pa.Table.from_struct_array(entries).to_pandas(split_blocks=True)
+    frame.insert(0, "run", run)
+    if (run >= 0).all() and (np.diff(run) >= 0).all():
+        return frame
     return frame[frame["run"] >= 0].sort_values("run", kind="stable", ignore_index=True)

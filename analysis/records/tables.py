@@ -9,7 +9,7 @@ import json
 import lzma
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from itertools import takewhile
 from lzma import LZMAError
@@ -19,6 +19,7 @@ from typing import IO, Any
 from zipfile import BadZipFile, ZipFile
 
 import pandas as pd
+import pyarrow as pa
 
 from analysis.errors import InputError
 
@@ -143,10 +144,24 @@ def _typed_objects(values: pd.Series) -> pd.Series:
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write the table as .csv, .jsonl or .parquet, whole or not at all; InputError if it cannot be written there."""
-    writers = {
-        ".csv": lambda temporary: _write_csv(table, temporary),
-        ".jsonl": lambda temporary: table.to_json(temporary, orient="records", lines=True),
-        ".parquet": lambda temporary: table.to_parquet(temporary, index=False),
+    write(path, lambda: table, lambda: [pa.Table.from_pandas(table, preserve_index=False)])
+
+
+def write(path: Path, whole: Callable[[], pd.DataFrame], parts: Callable[[], Iterable[pa.Table]]) -> None:
+    """Write a table as `write_table` does; a .csv is written part by part.
+
+    Args:
+        path: The file.
+        whole: Returns the table.
+        parts: Returns its rows in parts, with the same columns and types.
+
+    Raises:
+        InputError: The file cannot be written, or its suffix is another.
+    """
+    writers: dict[str, Callable[[Path], None]] = {
+        ".csv": lambda temporary: _write_csv(parts(), temporary),
+        ".jsonl": lambda temporary: whole().to_json(temporary, orient="records", lines=True),
+        ".parquet": lambda temporary: whole().to_parquet(temporary, index=False),
     }
     if path.suffix not in writers:
         raise InputError(f"--out {path}: suffix is {path.suffix!r}, allowed: {', '.join(writers)}")
@@ -159,11 +174,11 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
         raise InputError(f"--out {path}: cannot be written: {error.strerror or error}") from None
 
 
-def _write_csv(table: pd.DataFrame, path: Path) -> None:
+def _write_csv(parts: Iterable[pa.Table], path: Path) -> None:
     from analysis.records.csv_text import csv_chunks
 
     with path.open("wb") as file:
-        file.writelines(csv_chunks(table))
+        file.writelines(csv_chunks(parts))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -18,9 +18,10 @@ from analysis.errors import InputError
 from analysis.figures.context import context
 from analysis.records import frame
 from analysis.records.grid_data import load
+from analysis.records.runs import rows
 from analysis.records.runs.curves import Curves
 from analysis.records.runs.labels import labels
-from analysis.records.tables import read_lines, read_table
+from analysis.records.tables import read_lines, read_table, write, write_table
 from analysis.report.blocks import to_markdown
 from analysis.report.build import build
 
@@ -50,6 +51,26 @@ def test_scores_of_averaged_weights_have_a_split_of_their_own(tmp_path: Path) ->
     assert set(rows["n"].dropna()) == {42}
     raw = table[(table["split"] == "probe") & (table["task"] == "bios_storage") & (table["metric"] == "bits")]
     assert raw["value"].tolist() == [line["probe"]["storage"]["bits"] for line in lines if "probe" in line]
+
+
+def test_a_frame_in_many_parts_has_the_rows_and_types_of_one_part(
+    results: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published = results / "published" / "paper.csv"
+    published.parent.mkdir()
+    published.write_text("source,task,metric,value\narXiv:2412.09764,NQ,exact_match,13.68\n")
+    whole = frame.load(results, None, "dense").table
+    monkeypatch.setattr(rows, "RUNS", 3)
+    loaded = frame.load(results, None, "dense")
+    parts = list(loaded.tables())
+    assert len(parts) > 10
+    assert all(part.schema == parts[0].schema for part in parts)
+    assert loaded.rows == len(whole)
+    pd.testing.assert_frame_equal(loaded.table, whole)
+    assert whole["seed"].dtype == whole["step"].dtype == float, "the published row has none"
+    write(tmp_path / "frame.csv", lambda: loaded.table, loaded.tables)
+    write_table(whole, tmp_path / "whole.csv")
+    assert (tmp_path / "frame.csv").read_bytes() == (tmp_path / "whole.csv").read_bytes()
 
 
 def test_values_are_those_of_the_files(results: Path) -> None:
