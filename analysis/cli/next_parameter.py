@@ -25,7 +25,7 @@ def next_parameter(
     as_json: AsJson = False,
 ) -> int:
     """Print the gain of each destination of the next parameter, per doubling of its cost, and which gains most."""
-    from analysis.comparisons.next_parameter import AXES, metric_of, steps
+    from analysis.comparisons.destinations.next_parameter import AXES, metric_of, steps
     from analysis.records.grid_data import load
     from analysis.report.blocks import to_markdown
     from analysis.report.next_parameter import document, next_blocks

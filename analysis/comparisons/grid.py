@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from analysis.comparisons.controls import control_contrasts
+from analysis.comparisons.destinations.next_parameter import Step, metric_of, steps
+from analysis.comparisons.destinations.sparse_share import Budget, budgets
 from analysis.comparisons.multiplier_grid import Named, multipliers_along_reference
-from analysis.comparisons.next_parameter import Step, metric_of, steps
 from analysis.comparisons.paired import Contrast, contrasts
 from analysis.comparisons.pooled import Pooled, pooled
 from analysis.comparisons.trends import Trend, trends
@@ -50,3 +51,8 @@ class Comparisons:
         """The metric of gains over the base, and the steps of all destinations; InputError without a metric."""
         metric = metric_of(self.data, None)
         return metric, steps(self.data, metric)
+
+    @cached_property
+    def sparse_shares(self) -> tuple[str, list[Budget]]:
+        """See analysis.comparisons.destinations.sparse_share."""
+        return budgets(self.data)

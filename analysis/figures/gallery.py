@@ -11,6 +11,7 @@ from analysis.figures.isoflop import isoflops_of_grid
 from analysis.figures.knowledge.drawing import learning_against_forgetting, retention, rows_touched
 from analysis.figures.next_parameter import against_size, at_equal_time, next_parameter
 from analysis.figures.scores import SCORE_FIGURES
+from analysis.figures.sparse_share import sparse_share
 from analysis.figures.style import FORMATS
 from analysis.figures.tables.controls import controls_figure
 from analysis.figures.variants import CELL_FIGURES
@@ -37,6 +38,7 @@ CAPTIONS = {
     "scores-base": "Final scores against base size",
     "next-parameter": "Gain over the base against what each destination adds",
     "equivalent-size": "Size of a wider reference of equal gain against parameters",
+    "sparse-share": "Outcome against the share of one sparse budget that is in tables",
     "equal-time": "Loss at equal wall-clock time",
     "scores-cost": "Final scores against training FLOPs and bytes read per token",
     "learning-forgetting": "New facts: bits gained against what is forgotten, with the hull of each method",
@@ -56,6 +58,7 @@ FIGURES: list[tuple[str, Draw, bool]] = [
     ("isoflop", isoflops_of_grid, False),
     ("next-parameter", next_parameter, False),
     ("equivalent-size", against_size, False),
+    ("sparse-share", sparse_share, False),
     ("equal-time", at_equal_time, False),
     ("learning-forgetting", learning_against_forgetting, False),
     ("retention", retention, False),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from analysis.comparisons.next_parameter import AXES, Step, equivalent_size
+from analysis.comparisons.destinations.next_parameter import AXES, Step, equivalent_size
 from analysis.comparisons.statistics import Difference
 from analysis.errors import InputError
 from analysis.figures import style

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from analysis.comparisons.destinations.next_parameter import crossing
 from analysis.comparisons.direction import lower_is_better
-from analysis.comparisons.next_parameter import crossing
 from analysis.figures import style
 from analysis.records.shipped import published_folder
 from analysis.records.tables import markdown, number, read_table

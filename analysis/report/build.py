@@ -30,6 +30,7 @@ from analysis.report.formatting import with_interval
 from analysis.report.knowledge import knowledge_blocks, knowledge_headline
 from analysis.report.long_tables import shortened
 from analysis.report.pooled import pooled_blocks
+from analysis.report.sparse_share import sparse_share_blocks
 
 FAILURES = 50
 """Most failures that are listed one by one."""
@@ -95,6 +96,7 @@ def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) ->
     if comparisons.controls:
         title = "What the tables add: differences with controls"
         blocks += [Heading(title), *control_blocks(comparisons.controls, bios)]
+    blocks += _sparse_shares(comparisons)
     if bios:
         blocks += [Heading("Storage, paraphrase and extraction"), *_kinds(data)]
     blocks += capacity_blocks(data)
@@ -122,6 +124,14 @@ def _primary(comparisons: Comparisons, taught: Learning | None) -> list[Block]:
     if forgetting is not None:
         return [Text(f"{TITLE}: {forgetting}.", lead=True)]
     return headline(comparisons.data, comparisons.contrasts)
+
+
+def _sparse_shares(comparisons: Comparisons) -> list[Block]:
+    """Return the divisions of sparse budgets; nothing without a metric, which the list of missing figures states."""
+    try:
+        return sparse_share_blocks(*comparisons.sparse_shares)
+    except InputError:
+        return []
 
 
 def _what_ran(data: GridData) -> list[Block]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
-from analysis.comparisons.next_parameter import AXES, Lead, Return, Step, returns_by_base
+from analysis.comparisons.destinations.next_parameter import AXES, Lead, Return, Step, returns_by_base
 from analysis.comparisons.paired import E50
 from analysis.comparisons.statistics import MIN_PAIRS, Difference
 from analysis.comparisons.steadiness import why_not_compared

@@ -11,9 +11,17 @@ import pytest
 from run_folders import write_run
 
 from analysis.__main__ import main
+from analysis.comparisons.destinations.next_parameter import (
+    AXES,
+    Step,
+    equivalent_size,
+    leads,
+    metric_of,
+    per_doubling,
+    steps,
+)
 from analysis.comparisons.direction import arrow, lower_is_better
 from analysis.comparisons.grid import Comparisons
-from analysis.comparisons.next_parameter import AXES, Step, equivalent_size, leads, metric_of, per_doubling, steps
 from analysis.errors import InputError
 from analysis.figures.context import Missing, context
 from analysis.figures.next_parameter import against_size, at_equal_time, next_parameter

@@ -10,8 +10,8 @@ import pytest
 from run_folders import BITS_MAX, EXPOSURES, curve, write_json, write_run
 from scipy import stats
 
+from analysis.comparisons.destinations.next_parameter import steps
 from analysis.comparisons.grid import Comparisons
-from analysis.comparisons.next_parameter import steps
 from analysis.comparisons.pooled import pooled
 from analysis.figures.context import context
 from analysis.records.grid_data import load

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from run_folders import write_json, write_run
 
+from analysis.comparisons.destinations.next_parameter import metric_of, steps
 from analysis.comparisons.grid import Comparisons
-from analysis.comparisons.next_parameter import metric_of, steps
 from analysis.comparisons.paired import contrasts
 from analysis.figures.context import LEGEND, Context, context
 from analysis.figures.tables.usage import table_bytes, with_trained

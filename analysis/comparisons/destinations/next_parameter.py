@@ -122,9 +122,9 @@ def steps(data: GridData, metric: str) -> list[Step]:
         bytes_held=BYTES_HELD * runs["params_total"],
         s_per_token=runs["wall_s"] / runs["tokens"],
         total_over_active=runs["params_total"] / runs["params_active"],
-        outcome=_outcomes(data, metric).reindex(runs.index),
+        outcome=outcomes(data, metric).reindex(runs.index),
         base_label=data.runs["label"].to_numpy()[runs["partner"]],
-        place=_places(runs),
+        place=places(runs),
     )
     result = []
     for (_, base_label), family in runs.groupby(["pairing", "base_label"], sort=False):
@@ -139,7 +139,7 @@ def steps(data: GridData, metric: str) -> list[Step]:
     return sorted(result, key=lambda step: (order[step.base], names.index(step.destination), step.doublings["params"]))
 
 
-def _places(runs: pd.DataFrame) -> list[str]:
+def places(runs: pd.DataFrame) -> list[str]:
     """Return the base of each run, with the people of its world where the base has several worlds."""
     several = runs.groupby("base")["people"].transform("nunique") > 1
     columns = zip(runs["base"], runs["people"], several, strict=True)
@@ -157,7 +157,7 @@ def _destinations(runs: pd.DataFrame, reference: str) -> list[str]:
     ]
 
 
-def _outcomes(data: GridData, metric: str) -> pd.Series:
+def outcomes(data: GridData, metric: str) -> pd.Series:
     """Return the outcome of each finished run, larger is better; NaN without one."""
     if metric == E50:
         reached = data.done["e50_state"] == "reached"
