@@ -136,7 +136,7 @@ def plan(
     document = planning.document(loaded, plans, assumptions) | {"file": str(loaded.source.resolve())}
     for entry, cell in zip(document["cells"], loaded.cells, strict=True):
         entry["measured"] = measured(options.results, cell, assumptions.gpu.name)
-    dry_runs = dry_runs_of(plans) if dry_run_mesh else {}
+    dry_runs = dry_runs_of(plans, assumptions.gpu.capability) if dry_run_mesh else {}
     for entry in document["cells"]:
         if entry["run"] in dry_runs:
             entry["dry_run"] = dry_runs[entry["run"]].to_json()

@@ -4,7 +4,8 @@ Each part (embedding, a module at the input embedding, blocks, head with its los
 meta device, where tensors have shapes but no storage, while the bytes alive are counted. Equal parts run once.
 `step_memory` adds the parts up to a step. Tracing allocates no memory, whatever the size of the tables or the model.
 
-Attention is assumed to be fused: it saves queries, keys, values, the output and one number per query.
+Attention is assumed to be fused: it saves queries, keys, values, the output and one number per query. On GPUs without a
+kernel for grouped products, experts that tokens choose work on blocks of tokens with copies of their weights.
 
 Shapes: B rows, T tokens per row, D model width, C width of all heads, W tokens of a window.
 """
@@ -23,7 +24,7 @@ from suite.models.attachments import call
 from suite.models.cache import EarlierTokens
 from suite.models.feedforward import SwiGLU
 from suite.models.memory_table import MemoryLayer, MemoryTable
-from suite.models.moe import Experts
+from suite.models.moe import Experts, RoutedExperts
 from suite.models.transformer import Block, Transformer
 from suite.models.usage import count_bytes
 from suite.plan.fused_attention import Kernels, Precision
@@ -45,6 +46,7 @@ class StepTracer:
         precision: The dtype of matrix products.
         busiest: Load of the busiest expert relative to the mean load, for families that route tokens to experts.
         cache: Parts traced earlier, of this or other models. New ones are added.
+        capability: Major compute capability of the GPU; None: a CPU, on which the host knows the experts' loads.
     """
 
     def __init__(
@@ -54,8 +56,10 @@ class StepTracer:
         precision: Precision = "fp32",
         busiest: float = 1.0,
         cache: PartCache | None = None,
+        capability: int | None = None,
     ) -> None:
         self.model, self.seq_len, self.precision, self.busiest = model, seq_len, precision, busiest
+        self.in_blocks = [routed.experts for routed in experts_in_blocks(model, precision, capability)]
         self.cache: PartCache = {} if cache is None else cache
         self.tables = [table for table in model.memory_tables() if table.weight.requires_grad]
         self.frozen = [table for table in model.memory_tables() if not table.weight.requires_grad]
@@ -125,12 +129,12 @@ class StepTracer:
         Returns:
             The part's bytes.
         """
-        key = key, inputs.tokens_BT.shape, self.precision, self.busiest
+        key = key, inputs.tokens_BT.shape, self.precision, self.busiest, bool(self.in_blocks)
         if key not in self.cache:
             for module in self.model.modules():
                 if isinstance(module, Experts):
                     module.busiest = self.busiest
-            with one_row(self.tables):
+            with one_row(self.tables), _routed_in_blocks(self.in_blocks):
                 self.cache[key] = self._trace(run, list(weights), inputs)
         return self.cache[key]
 
@@ -253,6 +257,33 @@ def _count_lookups(tables: list[MemoryTable]) -> Iterator[list[int]]:
     finally:
         for table in tables:
             table.before_read.remove(listen)
+
+
+def experts_in_blocks(model: Transformer, precision: Precision, capability: int | None) -> list[RoutedExperts]:
+    """Return the mixtures whose experts work on blocks of tokens, since a GPU has no kernel for grouped products.
+
+    Args:
+        model: The model.
+        precision: The dtype of matrix products.
+        capability: Major compute capability of the GPU; None: a CPU, where none do.
+    """
+    if capability is None:
+        return []
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    mixtures = [module for module in model.modules() if isinstance(module, RoutedExperts)]
+    return [mixture for mixture in mixtures if not mixture.experts.has_grouped_kernel(dtype, capability)]
+
+
+@contextmanager
+def _routed_in_blocks(every: list[Experts]) -> Iterator[None]:
+    """Let experts work in blocks, as they do on a GPU; on the meta device they would pad to the busiest one."""
+    try:
+        for experts in every:
+            experts.routed = experts.in_blocks  # type: ignore[method-assign]
+        yield
+    finally:
+        for experts in every:
+            del experts.routed
 
 
 @contextmanager

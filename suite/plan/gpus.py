@@ -22,6 +22,7 @@ class Gpu:
         price: Dollars per hour, an assumption to be replaced (`--price`).
         network: Bytes per second to another node, in one direction.
         per_node: GPUs of a node.
+        capability: Major compute capability: 8 is sm_80, 9 is sm_90.
     """
 
     name: str
@@ -32,10 +33,11 @@ class Gpu:
     price: float
     network: float = 50e9
     per_node: int = 8
+    capability: int = 9
 
 
 GPUS = {
-    "a100": Gpu("A100 SXM 80 GB", 80 * 2**30, 312e12, 2.04e12, 300e9, price=1.5),
+    "a100": Gpu("A100 SXM 80 GB", 80 * 2**30, 312e12, 2.04e12, 300e9, price=1.5, capability=8),
     "h100": Gpu("H100 SXM 80 GB", 80 * 2**30, 989e12, 3.35e12, 450e9, price=2.5),
     "h200": Gpu("H200 SXM 141 GB", 140 * 2**30, 989e12, 4.8e12, 450e9, price=3.0),
 }

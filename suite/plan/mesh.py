@@ -89,7 +89,8 @@ class _Meshes:
 
     def __init__(self, cell: Cell, model: Transformer, counted: Account, gpu: Gpu, parts: PartCache) -> None:
         self.cell, self.gpu = cell, gpu
-        self.tracer = StepTracer(model, cell.data.seq_len, cell.train.precision, cache=parts)
+        train, seq_len = cell.train, cell.data.seq_len
+        self.tracer = StepTracer(model, seq_len, train.precision, cache=parts, capability=gpu.capability)
         self.usable, self.tables = gpu.memory * USABLE, table_state(cell.train, on_gpu=True)
         self.rest, self.values = sharded_elements(model, counted)
         self.widths = {table.weight.shape[1] for table in model.memory_tables()}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
+
 from suite.cells import Cell
 from suite.models.accounting import meta_model
 from suite.plan.activation_memory import PartCache, StepTracer
+from suite.plan.gpus import GPUS
 from suite.plan.table_state import table_state
 
 Where = Literal["whole", "peak", "host"]
@@ -16,6 +19,13 @@ PROCESS_BYTES = 600e6
 """Memory of a process before it builds a model: Python, torch and the other libraries."""
 TRACED_ROWS = 256
 """Micro-batches of more rows are extrapolated from smaller ones, since parts that work in chunks take long to trace."""
+
+
+def _capability() -> int:
+    """Return the major compute capability of this machine's GPU, or of the latest that plans know."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_capability()[0]
+    return max(gpu.capability for gpu in GPUS.values())
 
 
 def training_bytes(
@@ -39,8 +49,8 @@ def training_bytes(
     Returns:
         Bytes, without those of the process itself.
     """
-    tracer = StepTracer(meta_model(cell.model, vocabulary), cell.data.seq_len, cell.train.precision, cache=parts)
-
+    model, seq_len, precision = meta_model(cell.model, vocabulary), cell.data.seq_len, cell.train.precision
+    tracer = StepTracer(model, seq_len, precision, cache=parts, capability=None if where == "whole" else _capability())
     state = table_state(cell.train, on_gpu=where != "whole")
 
     def peak(rows: int) -> float:

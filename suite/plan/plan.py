@@ -19,7 +19,7 @@ from suite.inference.tables.costs import account_of_cell, bytes_by_source
 from suite.models.accounting import Account, account_of, meta_model, needs_values
 from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
-from suite.plan.activation_memory import PartCache
+from suite.plan.activation_memory import PartCache, experts_in_blocks
 from suite.plan.gpus import USABLE, UTILISATION, Gpu, gpu_named
 from suite.plan.mesh import MICRO_ROWS, DoesNotFit, Mesh, smallest_mesh
 from suite.plan.traffic import Sent, sent_bytes, table_bytes
@@ -57,7 +57,7 @@ class CellPlan:
         steps: Optimizer steps.
         total_flops: FLOPs of the whole training.
         gpu_hours: Hours of one GPU, at the assumed utilisation and link speeds.
-        compute_hours: The part of them that a GPU computes.
+        compute_hours: The part of them that a GPU computes, padding of experts in blocks included.
         mesh: The smallest mesh that the cell fits on; None if it fits on none.
         why: Why it fits on none.
         would_fit: What would make it fit.
@@ -282,7 +282,8 @@ def _plan(
         fit = DoesNotFit(f"its memory cannot be predicted without values ({error})"[:200], "unknown")
     mesh, unfit = (None, fit) if isinstance(fit, DoesNotFit) else (fit, None)
     traffic = table_bytes(model, cell) if is_trained else 0.0
-    compute_hours = total_flops / (gpu.flops * assumptions.utilisation) / 3600
+    padding = tokens * _padding_flops(model, cell, gpu) if is_trained else 0.0
+    compute_hours = (total_flops + padding) / (gpu.flops * assumptions.utilisation) / 3600
     sent = Sent() if mesh is None or not is_trained else sent_bytes(model, counted, cell, mesh)
     gpu_hours = compute_hours
     if mesh is not None and is_trained:
@@ -304,6 +305,14 @@ def _plan(
         table_bytes_per_step=traffic,
         sent=sent,
         table_hours=steps * traffic / gpu.bandwidth / 3600,
+    )
+
+
+def _padding_flops(model: Transformer, cell: Cell, gpu: Gpu) -> float:
+    """Return the FLOPs per training token that experts in blocks spend on padding: E experts fill 2 E - 1 blocks."""
+    in_blocks = experts_in_blocks(model, cell.train.precision, gpu.capability)
+    return sum(
+        6 * (1 - 1 / routed.experts.count) * routed.experts.cost(routed.top_k).macs["ffn"] for routed in in_blocks
     )
 
 

@@ -12,14 +12,17 @@ from suite.cells import Cell
 from suite.models.accounting import meta_model
 from suite.plan.activation_memory import StepTracer
 from suite.plan.dry_run.report import dry_run
+from suite.plan.fused_attention import Precision
 from suite.plan.mesh import Mesh
 from suite.plan.table_state import table_state
 
 VOCABULARY = 128256
+CAPABILITY = 9
 MODELS: dict[str, dict[str, Any]] = {
     "memory_plus-8b": {"family": "memory_plus", "base": "8b", "half_keys": 4096},
     "moe-1.3b": {"family": "moe", "base": "1.3b"},
     "dense-8b": {"family": "dense", "base": "8b"},
+    "moe_topk-134m": {"family": "moe_topk", "base": "134m", "experts": 16},
     "memory_plus-134m": {"family": "memory_plus", "base": "134m", "half_keys": 1024},
     "memory_plus-1.3b": {"family": "memory_plus", "base": "1.3b", "half_keys": 1024},
 }
@@ -29,28 +32,32 @@ MODELS: dict[str, dict[str, Any]] = {
     shutil.which((sysconfig.get_config_var("CXX") or "c++").split()[0]) is None, reason="needs a C++ compiler"
 )
 @pytest.mark.parametrize(
-    ("name", "gpus", "shards", "accumulate"),
+    ("name", "gpus", "shards", "accumulate", "precision"),
     [
-        ("memory_plus-8b", 64, 64, 1),
-        pytest.param("moe-1.3b", 64, 1, 1, marks=pytest.mark.slow),
-        pytest.param("dense-8b", 64, 1, 1, marks=pytest.mark.slow),
-        pytest.param("memory_plus-134m", 2, 2, 1, marks=pytest.mark.slow),  # most bytes are those of the table
-        pytest.param("memory_plus-1.3b", 16, 8, 2, marks=pytest.mark.slow),
+        ("memory_plus-8b", 64, 64, 1, "bf16"),
+        ("moe-1.3b", 64, 1, 1, "bf16"),
+        ("dense-8b", 64, 1, 1, "bf16"),
+        ("moe_topk-134m", 8, 1, 1, "fp32"),  # experts in blocks, since fp32 has no grouped products
+        pytest.param("memory_plus-134m", 2, 2, 1, "bf16", marks=pytest.mark.slow),  # most bytes are those of the table
+        pytest.param("memory_plus-1.3b", 16, 8, 2, "bf16", marks=pytest.mark.slow),
     ],
 )
-def test_a_step_of_rank_0_holds_and_sends_what_is_planned(name: str, gpus: int, shards: int, accumulate: int) -> None:
+def test_a_step_of_rank_0_holds_and_sends_what_is_planned(
+    name: str, gpus: int, shards: int, accumulate: int, precision: Precision
+) -> None:
     cell = Cell.model_validate(
         {
             "model": MODELS[name],
             "data": {"kind": "bios", "people": 40, "seq_len": 4096},
-            "train": {"batch_rows": gpus * accumulate, "tokens": 10**9, "lr": 1e-4, "precision": "bf16"},
+            "train": {"batch_rows": gpus * accumulate, "tokens": 10**9, "lr": 1e-4, "precision": precision},
         }
     )
-    parts = StepTracer(meta_model(cell.model, VOCABULARY), 4096, "bf16").parts(1)
+    parts = StepTracer(meta_model(cell.model, VOCABULARY), 4096, precision, capability=CAPABILITY).parts(1)
     run = dry_run(
         cell,
         VOCABULARY,
         Mesh(gpus, shards, 1, accumulate, parts.step(gpus, shards, accumulate, table_state(cell.train, on_gpu=True))),
+        CAPABILITY,
     )
     measured = run.measured
     print(f"{name}: {run.ratios}, {measured.cpu_s:.1f} CPU s")

@@ -120,6 +120,38 @@ def test_prediction_is_within_ten_percent_of_the_peak_of_a_real_step(
         assert predicted.weights == sum(parameter.nbytes for parameter in trainer.model.parameters())
 
 
+def test_experts_in_blocks_are_predicted_for_gpus_without_grouped_products(cache: Path, tmp_path: Path) -> None:
+    """A CPU computes the blocks here, as such a GPU would."""
+    cell = Cell.model_validate(
+        {
+            "model": {"family": "moe_topk", "base": "w64", "experts": 16},
+            "data": {"kind": "bios", "people": 60, "questions": 0.5},
+            "train": {"batch_rows": 10, "epochs": 9.0, "lr": 5e-3},
+        }
+    )
+    corpus = corpus_of(cell, cache)
+    trainer = Trainer(cell, corpus, RunDir(tmp_path))
+    for module in trainer.model.modules():
+        if isinstance(module, RoutedExperts):
+            module.experts.routed = module.experts.in_blocks  # type: ignore[method-assign]
+    trainer.train_step()
+    live = LiveBytes()
+    moments = [tensor for state in trainer.optimizer.adamw.state.values() for tensor in state.values()]
+    for tensor in (*trainer.model.parameters(), *trainer.model.buffers(), *moments):
+        live.add(tensor)
+    with live:
+        trainer.train_step()
+    peaks = {
+        capability: StepTracer(meta_model(cell.model, corpus.vocab_size), cell.data.seq_len, capability=capability)
+        .parts(10)
+        .step()
+        .whole
+        for capability in (8, None)
+    }
+    assert peaks[8] == pytest.approx(live.peak, rel=0.1)
+    assert peaks[None] < 0.9 * live.peak
+
+
 def test_an_average_of_the_weights_adds_four_bytes_to_every_trained_weight(cache: Path, tmp_path: Path) -> None:
     steps = []
     for share in (None, 0.1):

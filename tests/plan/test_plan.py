@@ -19,6 +19,7 @@ from suite.cli.main import app
 from suite.errors import UserError
 from suite.grids import Grid, load_grid
 from suite.models.accounting import account_of, meta_model
+from suite.models.moe import MoETopKConfig
 from suite.plan import plan as planning
 from suite.plan import this_machine
 from suite.plan.activation_memory import StepTracer
@@ -358,6 +359,24 @@ def test_the_tokens_of_a_small_world_come_from_its_corpus(tmp_path: Path) -> Non
     assert one.tokens == one.steps * 8 * 128
     assert one.mesh is not None
     assert one.mesh.gpus == 1
+
+
+def test_the_hours_of_experts_in_blocks_include_their_padding(tmp_path: Path) -> None:
+    """An A100 has no kernel for grouped products: 64 experts fill 127 blocks of the mean count."""
+    grid = load_grid(str(GRIDS / "paper-partners.yaml"), need_data=False)
+    cell = next(cell for cell in grid.cells if cell.model.family == "moe_topk" and cell.train.precision == "bf16")
+    plans = {
+        gpu: planning.plan(
+            dataclasses.replace(grid, cells=(cell,)), planning.assumptions(gpu, None, 0.4, None), tmp_path
+        )[0]
+        for gpu in ("a100", "h100")
+    }
+    seconds = {gpu: 3600 * plan.compute_hours * GPUS[gpu].flops * 0.4 for gpu, plan in plans.items()}
+    assert seconds["h100"] == pytest.approx(plans["h100"].total_flops)
+    assert isinstance(cell.model, MoETopKConfig)
+    experts, top_k, hidden = cell.model.routing
+    products = 6 * cell.model.size.layers * top_k * 3 * cell.model.size.dim * hidden * plans["a100"].tokens
+    assert seconds["a100"] - seconds["h100"] == pytest.approx((1 - 1 / experts) * products)
 
 
 def test_an_unknown_gpu_is_refused_by_name() -> None:

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp._fully_shard._fsdp_param as fsdp_param
 import torch.distributed.fsdp._fully_shard._fsdp_param_group as fsdp_param_group
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.distributed.tensor import DTensor
@@ -80,11 +81,12 @@ class _Stream:
         pass
 
 
-def install(processes: int) -> None:
+def install(processes: int, capability: int) -> None:
     """Become rank 0 of a world of fake processes, each with a fake GPU.
 
     Args:
         processes: Number of processes.
+        capability: Major compute capability of the GPUs.
     """
     stream = _Stream()
     replaced: dict[str, Any] = {
@@ -92,6 +94,7 @@ def install(processes: int) -> None:
         "is_bf16_supported": lambda *_, **__: True,
         "current_device": lambda: 0,
         "device_count": lambda: 1,
+        "get_device_capability": lambda *_: (capability, 0),
         "set_device": lambda *_: None,
         "_lazy_init": lambda: None,
         "Stream": _Stream,
@@ -108,7 +111,15 @@ def install(processes: int) -> None:
     nn.Module.to_empty = _to_empty(nn.Module.to_empty)
     sharding.init_device_mesh = _outside(sharding.init_device_mesh)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    F.scaled_dot_product_attention = _memory_efficient
     _skip_triton()
+
+
+def _memory_efficient(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """Call the kernel that a GPU uses for fp32; without a GPU torch would choose the one that stores all scores."""
+    assert not options.get("enable_gqa"), "on CUDA the model repeats grouped heads"
+    attend = torch.ops.aten._scaled_dot_product_efficient_attention
+    return attend(q, k, v, attn_mask, compute_log_sumexp=True, is_causal=options["is_causal"])[0]
 
 
 def _skip_triton() -> None:

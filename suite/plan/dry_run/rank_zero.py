@@ -59,7 +59,7 @@ def measure(request: dict[str, Any]) -> Measurements:
     from suite.train.sharding import build_sharded, sum_statistics
 
     cell, gpus, rows = Cell.model_validate(request["cell"]), request["gpus"], request["micro_rows"]
-    install(gpus)
+    install(gpus, request["capability"])
     shape, precision = (rows, cell.data.seq_len), cell.train.precision
     world = World(0, gpus, Parallel(memory_parallel=request["table_shards"]), True, DEVICE)
     with recording() as (recorder, live):

@@ -62,8 +62,11 @@ class DryRun:
         }
 
 
-def dry_runs_of(plans: list[CellPlan]) -> dict[str, DryRun]:
-    """Return the dry runs of all meshes of several GPUs, by name of the run; cells with equal steps are traced once."""
+def dry_runs_of(plans: list[CellPlan], capability: int) -> dict[str, DryRun]:
+    """Return the dry runs of all meshes of several GPUs, by name of the run; cells with equal steps are traced once.
+
+    `capability` is the major compute capability of the GPUs.
+    """
     runs: dict[str, DryRun] = {}
     traced: dict[object, DryRun] = {}
     for cell_plan in plans:
@@ -73,18 +76,19 @@ def dry_runs_of(plans: list[CellPlan]) -> dict[str, DryRun]:
         train = cell.train.model_dump(exclude={"tokens", "epochs", "lr", "warmup"})
         key = cell.model.model_dump_json(), str(train), cell.data.seq_len, mesh
         if key not in traced:
-            traced[key] = dry_run(cell, cell_plan.vocabulary, mesh)
+            traced[key] = dry_run(cell, cell_plan.vocabulary, mesh, capability)
         runs[cell.run_name] = traced[key]
     return runs
 
 
-def dry_run(cell: Cell, vocabulary: int, mesh: Mesh) -> DryRun:
+def dry_run(cell: Cell, vocabulary: int, mesh: Mesh, capability: int) -> DryRun:
     """Take a step of rank 0 of a mesh on fake tensors, in a separate process.
 
     Args:
         cell: The cell.
         vocabulary: Entries of its vocabulary.
         mesh: The planned mesh.
+        capability: Major compute capability of its GPUs.
 
     Returns:
         The step, planned and measured, with at most MICRO_BATCHES micro-batches.
@@ -94,14 +98,15 @@ def dry_run(cell: Cell, vocabulary: int, mesh: Mesh) -> DryRun:
     """
     accumulate = min(mesh.accumulate, MICRO_BATCHES)
     model = meta_model(cell.model, vocabulary)
-    traced = StepTracer(model, cell.data.seq_len, cell.train.precision).parts(mesh.micro_rows)
+    tracer = StepTracer(model, cell.data.seq_len, cell.train.precision, capability=capability)
+    traced = tracer.parts(mesh.micro_rows)
     memory = traced.step(mesh.gpus, mesh.table_shards, accumulate, table_state(cell.train, on_gpu=True))
     step = Mesh(mesh.gpus, mesh.table_shards, mesh.micro_rows, accumulate, memory)
     sent = sent_bytes(model, account_of(model, cell.data.seq_len), cell, step)
-    return DryRun(step, sent, _measure(cell, vocabulary, step))
+    return DryRun(step, sent, _measure(cell, vocabulary, step, capability))
 
 
-def _measure(cell: Cell, vocabulary: int, mesh: Mesh) -> Measurements:
+def _measure(cell: Cell, vocabulary: int, mesh: Mesh, capability: int) -> Measurements:
     request = {
         "cell": cell.model_dump(mode="json"),
         "vocabulary": vocabulary,
@@ -109,6 +114,7 @@ def _measure(cell: Cell, vocabulary: int, mesh: Mesh) -> Measurements:
         "table_shards": mesh.table_shards,
         "micro_rows": mesh.micro_rows,
         "accumulate": mesh.accumulate,
+        "capability": capability,
     }
     command = [sys.executable, "-m", "suite.plan.dry_run.rank_zero"]
     environment = {name: value for name, value in os.environ.items() if name not in KERNEL_VARIABLES}
