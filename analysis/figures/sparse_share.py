@@ -38,6 +38,11 @@ def sparse_share(context: Context, folder: Path) -> list[Path]:
             "of them in tables; add variants that divide those of one between experts and a table, as "
             f"grids/share.yaml does, then: suite sweep {context.source}"
         )
+    if not any(division.gain.n for budget in budgets for division in budget.divisions[1:]):
+        raise Missing(
+            f"no variant of grid {context.grid} has a pair with that of the least share in which both have {metric}; "
+            f"with more train.epochs they do: suite sweep {context.source}"
+        )
     published = published_losses(context.data.published)
     panels = 1 if published.empty else 2
     with style.figure(1, panels, width=3.8 * panels, height=3.2) as (drawn, axes):

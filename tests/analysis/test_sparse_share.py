@@ -98,6 +98,22 @@ def test_a_run_that_never_learned_half_has_no_gain(tmp_path: Path) -> None:
     assert np.isnan(quarter.gain.low), "two pairs have no interval"
 
 
+def test_a_budget_without_a_pair_is_no_curve_and_its_table_states_that(tmp_path: Path) -> None:
+    for share in (0, 30, 60):
+        write(tmp_path, "engram_moe", 0, 20.0 if share == 0 else 500.0, 100_000, 1000 * share, share or None)
+    plots = context(Comparisons(load(tmp_path, fallback="dense")))
+    with pytest.raises(
+        Missing, match=r"no variant of grid .* pair with that of the least share in which both have e50"
+    ):
+        sparse_share(plots, tmp_path)
+    (table,) = (block for block in build(plots, [], []) if isinstance(block, Table) and block.name == "sparse-share")
+    assert [row[5:] for row in table.rows] == [
+        ["reference", "1"],
+        ["–", "0 (1 without a gain)"],
+        ["–", "0 (1 without a gain)"],
+    ]
+
+
 def test_two_shares_are_no_curve(tmp_path: Path) -> None:
     for seed in range(5):
         write(tmp_path, "moe_topk", seed, 20.0, 100_000, 0)

@@ -79,7 +79,15 @@ def test_reads_are_the_same_in_chunks(tmp_path: Path, monkeypatch: pytest.Monkey
     assert torch.equal(loaded(model, tmp_path, Place("file"))(tokens_BT), model(tokens_BT))
 
 
-BY_IDS = ["engram", "engram beside", "ngram_embedding", "token_table stem", "token_table tails", "token_table values"]
+BY_IDS = [
+    "engram",
+    "engram beside",
+    "engram_moe",
+    "ngram_embedding",
+    "token_table stem",
+    "token_table tails",
+    "token_table values",
+]
 AHEAD = [Place("host", prefetch=True), Place("file", prefetch=True), Place("file", "lru", 0.2, prefetch=True)]
 
 

@@ -52,6 +52,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "token_table values": {"family": "token_table", "base": "w48", "form": "value_embedding"},
     "engram": {"family": "engram", "base": "w32", "head_rows": 300},
     "engram v4.1": {"family": "engram", "base": "w48", "form": "v4.1", "head_rows": 300},
+    "engram_moe": {"family": "engram_moe", "base": "w32", "head_rows": 300},
 }
 
 

@@ -84,6 +84,7 @@ SGD = {"table_optimizer": "sgd", "value_lr": 0.5}
                 "pkm query_batchnorm",
                 "memory_plus",
                 "engram",
+                "engram_moe",
                 "ngram_embedding",
             )
         ],
