@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from kills import killed_at
 from sweep_processes import suite
 
 from suite.cells import Cell
@@ -93,27 +94,12 @@ def test_a_branch_records_the_run_it_started_from(tmp_path: Path) -> None:
     assert steps_saved(second) == [8, 16, 20], "the starts of branches are retained regardless of keep_checkpoints"
 
 
-def test_an_interrupted_branch_resumes_bit_for_bit(
-    from_the_beginning: dict[int, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_branch_resumes_bit_for_bit(from_the_beginning: dict[int, Any], tmp_path: Path) -> None:
     run(tmp_path, cell(BUDGETS[0]))
     made = prepare(tmp_path, cell(BUDGETS[2]))
-    real = loop.Trainer.train_step
-
-    class Killed(BaseException):
-        """Stands for the end of the process."""
-
-    for dies_at in (10, 18, 25):  # before its first own checkpoint (14), and after later ones
-
-        def step(self: loop.Trainer, dies_at: int = dies_at) -> dict[str, float | None]:
-            if self.step == dies_at:
-                raise Killed
-            return real(self)
-
-        monkeypatch.setattr(loop.Trainer, "train_step", step)
-        with pytest.raises(Killed):
+    for step in (10, 18, 25):  # before its first own checkpoint (14), and after later ones
+        with killed_at(step):
             worker.run_cell(made.path)
-    monkeypatch.setattr(loop.Trainer, "train_step", real)
     assert worker.run_cell(made.path) == "done"
     assert_same(made, from_the_beginning[BUDGETS[2]])
     assert made.read_record()["branched_from"]["step"] == 8

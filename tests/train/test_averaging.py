@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from kills import killed_at
 from pydantic import ValidationError
-from test_loop import assert_same, kill_at, lines, trainer_of, weights
+from test_loop import assert_same, lines, trainer_of, weights
 from tiny_cells import corpus_of, tiny_cell
 from torch import Tensor
 
@@ -14,7 +15,7 @@ from suite.cells import Cell
 from suite.errors import UserError
 from suite.records import RunDir
 from suite.train.averaging import SPACING
-from suite.train.loop import Trainer, train
+from suite.train.loop import train
 from suite.train.parallel import World
 from suite.train.probe import Prober
 
@@ -101,7 +102,8 @@ def test_a_killed_run_resumes_to_the_same_average(cache: Path, tmp_path: Path) -
     cell = with_average(sparse_cell("engram"), 0.2)
     corpus = corpus_of(cell, cache)
     train(cell, corpus, make(tmp_path / "whole"))
-    kill_at(Trainer(cell, corpus, make(tmp_path / "killed")), 6)  # the newest checkpoint is that of step 4
+    with killed_at(6):  # the newest checkpoint is that of step 4
+        train(cell, corpus, make(tmp_path / "killed"))
     train(cell, corpus, RunDir(tmp_path / "killed"))
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
     assert_same(weights(tmp_path / "killed"), weights(tmp_path / "whole"))

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kills import killed_at
 from naive_routing import auxiliary_by_loop
 from tiny_cells import corpus_of, tiny_cell
 
@@ -17,24 +18,6 @@ from suite.train import checkpoint
 from suite.train.loop import Diverged, Trainer, probe_steps, train
 
 TIMES = {"tokens_per_s", "memory_bytes", "wall_s"}
-
-
-class Killed(BaseException):
-    """Simulates the death of the process."""
-
-
-def kill_at(trainer: Trainer, step: int) -> None:
-    """Train until a step, at which the process dies."""
-    step_once = trainer.train_step
-
-    def step_until_killed() -> dict[str, float | None]:
-        if trainer.step == step:
-            raise Killed
-        return step_once()
-
-    trainer.train_step = step_until_killed  # type: ignore[method-assign]
-    with pytest.raises(Killed):
-        trainer.run_to_end()
 
 
 def trainer_of(cell: Cell, cache: Path, folder: Path) -> Trainer:
@@ -109,7 +92,8 @@ def test_a_killed_run_resumes_to_the_same_losses_and_weights(
         (tmp_path / name).mkdir()
     train(cell, corpus, RunDir(tmp_path / "whole"))
 
-    kill_at(Trainer(cell, corpus, RunDir(tmp_path / "killed")), killed_after)
+    with killed_at(killed_after):
+        train(cell, corpus, RunDir(tmp_path / "killed"))
     train(cell, corpus, RunDir(tmp_path / "killed"))
 
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
