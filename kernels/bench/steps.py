@@ -94,7 +94,25 @@ class RowStep(Step):
         return self.moved_right and (self.dense_RD is None or _same(self.table_RD, self.dense_RD))
 
 
-class DenseStep(Step):
+class TorchStep(Step):
+    """A step with an optimizer of torch that has Adam's moments."""
+
+    optimizer: torch.optim.Optimizer
+
+    def _update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def rows(self, rows_C: Tensor) -> Rows:
+        state = self.optimizer.state[self.table_RD]
+        m_CD, v_CD = _wide(state["exp_avg"], rows_C), _wide(state["exp_avg_sq"], rows_C)
+        return Rows(_wide(self.table_RD, rows_C), m_CD, v_CD, int(state["step"]))
+
+    def correct(self) -> bool:
+        return self.moved_right
+
+
+class DenseStep(TorchStep):
     """Dense backward, clip_grad_norm_ and fused AdamW."""
 
     def __init__(self, case: Case, settled: bool) -> None:
@@ -119,20 +137,8 @@ class DenseStep(Step):
     def _clip(self) -> None:
         torch.nn.utils.clip_grad_norm_([self.table_RD], CLIP)
 
-    def _update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
 
-    def rows(self, rows_C: Tensor) -> Rows:
-        state = self.optimizer.state[self.table_RD]
-        m_CD, v_CD = _wide(state["exp_avg"], rows_C), _wide(state["exp_avg_sq"], rows_C)
-        return Rows(_wide(self.table_RD, rows_C), m_CD, v_CD, int(state["step"]))
-
-    def correct(self) -> bool:
-        return self.moved_right
-
-
-class SparseStep(Step):
+class SparseStep(TorchStep):
     """Sparse gradients and torch's SparseAdam: no clipping, no weight decay, no change of other rows."""
 
     def __init__(self, case: Case) -> None:
@@ -144,24 +150,12 @@ class SparseStep(Step):
         out_ND = plain_bag(self.table_RD, inputs.indices_NS, weights_NS, sparse=True)
         return self.lap("backward", lambda: out_ND.backward(inputs.grad_ND)) + self.lap("update", self._update)
 
-    def _update(self) -> None:
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-    def rows(self, rows_C: Tensor) -> Rows:
-        state = self.optimizer.state[self.table_RD]
-        m_CD, v_CD = _wide(state["exp_avg"], rows_C), _wide(state["exp_avg_sq"], rows_C)
-        return Rows(_wide(self.table_RD, rows_C), m_CD, v_CD, int(state["step"]))
-
     def expected(self, before: Rows, grads_CD: Tensor) -> Tensor:
         step, is_read_C1 = before.step + 1, grads_CD.ne(0).any(1, keepdim=True)
         m_CD = BETAS[0] * before.m_CD + (1 - BETAS[0]) * grads_CD
         v_CD = BETAS[1] * before.v_CD + (1 - BETAS[1]) * grads_CD.square()
         rate = RATE * (1 - BETAS[1] ** step) ** 0.5 / (1 - BETAS[0] ** step)
         return before.p_CD - is_read_C1 * rate * m_CD / (v_CD.sqrt() + EPS)
-
-    def correct(self) -> bool:
-        return self.moved_right
 
 
 def step(case: Case, free_bytes: float) -> list[Contender]:

@@ -7,13 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from page_examples import POINTS, file_of
+from stock_lm_eval import lm_eval_model
 from typer.testing import CliRunner
 
 from suite import models
@@ -30,6 +30,7 @@ from suite.inference.tables.reading import reduce_tables
 from suite.models import Transformer, registry
 
 transformers = pytest.importorskip("transformers", reason="transformers, an extra, is not installed")
+pytestmark = pytest.mark.usefixtures("isolated_transformers")
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"half_keys": 16, "top_k": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -51,19 +52,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "engram": {"family": "engram", "base": "w32", "head_rows": 40, "hash_heads": 2, "zero_kernel": False},
     "engram_moe": {"family": "engram_moe", "base": "w32", "head_rows": 40, "hash_heads": 2, "zero_kernel": False},
 }
-
-
-@pytest.fixture(autouse=True)
-def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Use one thread and a module cache of the test's own, and unregister baselines afterwards."""
-    torch.set_num_threads(1)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    before = set(registry.families())
-    yield
-    registry.unregister(set(registry.families()) - before)
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
 
 
 @pytest.fixture(scope="module")
@@ -344,21 +332,14 @@ def test_an_unknown_word_is_refused_by_both_tokenizers(corpus: Corpus) -> None:
 
 
 def test_lm_eval_gives_an_export_the_scores_of_the_model(corpus: Corpus, tmp_path: Path) -> None:
-    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    pytest.importorskip("lm_eval.models.huggingface")
     from suite.evaluate import catalog, harness
     from suite.evaluate.datasets import DataRoot
 
     tasks = EvalConfig(tasks=("bios_choice", "bios_storage"), limit=12)
     model = built("memory_plus", corpus.vocab_size)
     export(model, tmp_path / "out", corpus, corpus.config.seq_len)
-    lm = huggingface.HFLM(
-        pretrained=str(tmp_path / "out"),
-        trust_remote_code=True,
-        device="cpu",
-        dtype="float32",
-        batch_size=4,
-        add_bos_token=True,
-    )
+    lm = lm_eval_model(tmp_path / "out")
     prepared = harness.prepare(tasks, catalog.Sources(corpus, DataRoot(None), None))
     theirs, ours = harness.scores_of(lm, prepared), harness.evaluate(model, corpus, tasks)["tasks"]
     for task, scores in ours.items():

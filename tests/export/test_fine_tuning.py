@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from suite.export.export import export
 from suite.models import registry
 
 transformers = pytest.importorskip("transformers", reason="transformers, an extra, is not installed")
+pytestmark = pytest.mark.usefixtures("isolated_transformers")
 MEMORY = {"base": "w32", "half_keys": 16, "top_k": 8}
 FAMILIES: dict[str, dict[str, Any]] = {
     "dense": {"family": "dense", "base": "w32"},
@@ -24,16 +23,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "peer tied": {"family": "peer", **MEMORY, "tie_embeddings": True},
 }
 VOCABULARY = 50
-
-
-@pytest.fixture(autouse=True)
-def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    torch.set_num_threads(1)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
 
 
 @pytest.fixture(params=list(FAMILIES))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from stock_lm_eval import lm_eval_model
 from tokenizers import AddedToken, decoders, pre_tokenizers, trainers
 from tokenizers import Tokenizer as RustTokenizer
 from tokenizers import models as rust_models
@@ -23,6 +22,7 @@ from suite.export.tokenizer import EOT, write_tokenizer
 from suite.models import registry
 
 transformers = pytest.importorskip("transformers", reason="transformers, an extra, is not installed")
+pytestmark = pytest.mark.usefixtures("isolated_transformers")
 NAMES = ("Ada", "Bob", "Cy", "Di", "Ed", "Fay")
 THINGS = ("old king", "new city", "red word", "big mind", "far tree", "own road")
 LINES = [f"The {thing} of {name} </s> was born in {1900 + len(thing + name)}." for name in NAMES for thing in THINGS]
@@ -39,16 +39,6 @@ TEXTS = [
     "Zürich ☃ 日本\u00a0\u3000\t.",
     "\u2581 is a piece's space",
 ]
-
-
-@pytest.fixture(autouse=True)
-def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    torch.set_num_threads(1)
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield
-    for name in [name for name in sys.modules if name.startswith("transformers_modules")]:
-        del sys.modules[name]
 
 
 def sentencepiece_model(folder: Path, **options: Any) -> Path:
@@ -127,21 +117,14 @@ def test_transformers_gives_the_ids_of_training(kind: str, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_lm_eval_scores_texts_that_spell_the_end_of_text_as_the_model_does(kind: str, tmp_path: Path) -> None:
-    huggingface = pytest.importorskip("lm_eval.models.huggingface")
+    pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
 
     from suite.evaluate.adapter import Codec, SuiteLM
 
     corpus, model = text_corpus(kind, tmp_path)
     export(model, tmp_path / "out", corpus, 64)
-    stock = huggingface.HFLM(
-        pretrained=str(tmp_path / "out"),
-        trust_remote_code=True,
-        device="cpu",
-        dtype="float32",
-        batch_size=4,
-        add_bos_token=True,
-    )
+    stock = lm_eval_model(tmp_path / "out")
     ours = SuiteLM(model, Codec(corpus.tokenizer), 64, 1024)
     pairs = [("Say", f" {EOT} twice."), (f"The{EOT}", " old king"), ("The </s>", " city </s>"), ("", "The word")]
     requests = [Instance("loglikelihood", {}, pair, index) for index, pair in enumerate(pairs)]

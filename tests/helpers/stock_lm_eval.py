@@ -83,3 +83,17 @@ def lm_eval(
             rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
             generated[task] = [row["resps"][0][0] for row in rows]
     return json.loads(path.read_text()) | {"generated": generated}
+
+
+def lm_eval_model(export: Path) -> Any:
+    """Return an exported model as lm-eval loads it with `--model hf`."""
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(
+        pretrained=str(export),
+        trust_remote_code=True,
+        device="cpu",
+        dtype="float32",
+        batch_size=4,
+        add_bos_token=True,
+    )
