@@ -248,10 +248,10 @@ def _lineage(
     source: Path, point: Point, parents: Parents, need_data: bool, chain: tuple[str, ...] = ()
 ) -> tuple[Cell, ...]:
     """Return the cell of a point, after the parents in the same grid that it directly or indirectly starts from."""
-    found = parents.of(point, chain)
-    if found is None:
+    named_parent = parents.of(point, chain)
+    if named_parent is None:
         return (_build_cell(source, point, need_data),)
-    name, parent = found
+    name, parent = named_parent
     ancestors = _lineage(source, parent, parents, need_data, (*chain, name))
     fields = {**point.fields, INIT_FROM: name, "train.parent": ancestors[-1].hash8}
     return *ancestors, _build_cell(source, dataclasses.replace(point, fields=fields), need_data)

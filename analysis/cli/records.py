@@ -138,11 +138,11 @@ def effects(results: Results = Path("results"), grid: Grid = None, as_json: AsJs
     from analysis.comparisons.choosing import effects as factorial
     from analysis.records.grid_data import load
 
-    found = factorial.effects(load(results, grid, fallback=REFERENCE))
+    estimated = factorial.effects(load(results, grid, fallback=REFERENCE))
     if as_json:
-        print_json([asdict(effect) for effect in found])
+        print_json([asdict(effect) for effect in estimated])
     else:
-        print(factorial.markdown(found), end="")
+        print(factorial.markdown(estimated), end="")
     return 0
 
 

@@ -101,8 +101,10 @@ def _read(path: Path) -> pd.DataFrame:
         raise InputError(f"{path}: no column {absent[0]}, needed: {', '.join(COLUMNS)}")
     for column in COLUMNS[4:]:
         values = pd.to_numeric(table[column], errors="coerce").to_numpy(float)
-        if not (np.isfinite(values) & (values > 0)).all():
-            raise InputError(f"{path}: column {column}: allowed: numbers above 0")
+        invalid = ~(np.isfinite(values) & (values > 0))
+        if invalid.any():
+            bad = table[column].iloc[int(invalid.argmax())]
+            raise InputError(f"{path}: column {column}: got {bad}, allowed: numbers above 0")
     shown = table[table["operator"].isin(TITLES)]
     if shown.empty:
         raise InputError(f"{path}: column operator: got {table['operator'].iloc[0]!r}, allowed: {', '.join(TITLES)}")

@@ -33,8 +33,8 @@ BATCH = 500
 
 
 def _list_type(fields: Sequence[str]) -> pa.DataType:
-    entry = pa.struct([(name, pa.string() if name in TEXT else pa.float64()) for name in fields])
-    return pa.list_(pa.field("element", entry))  # Parquet's name for list entries, as it is read back
+    element = pa.struct([(name, pa.string() if name in TEXT else pa.float64()) for name in fields])
+    return pa.list_(pa.field("element", element))  # Parquet's name for list entries, as it is read back
 
 
 TEXT = {

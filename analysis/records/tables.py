@@ -197,7 +197,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Return the objects of an append-only JSON-lines file.
 
-    A last line without its newline was cut by a kill and is dropped; any other malformed line is an
+    A last line without its newline was truncated by an interruption and is dropped; any other malformed line is an
     InputError.
     """
     try:

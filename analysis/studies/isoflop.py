@@ -84,7 +84,7 @@ def isoflops(rows: pd.DataFrame, columns: Mapping[str, str], request: Request) -
 
 
 def inside(estimate: Fit) -> bool:
-    """Return whether the optimum lies among the sizes tried; one that does not is an extrapolation and no evidence."""
+    """Return whether the optimum lies among the sizes tried; one outside them is an extrapolation, not evidence."""
     sizes = estimate.problem.x["N"]
     return bool(sizes.min() < estimate.parameters["Nopt"] < sizes.max())
 

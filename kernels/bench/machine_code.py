@@ -55,7 +55,7 @@ class Instruction:
 
     @property
     def bytes(self) -> int:
-        """What one thread moves, of a load or store."""
+        """Bytes that one thread loads or stores."""
         return next((_WIDTHS[part] for part in self.name.split(".") if part in _WIDTHS), 4)
 
     def jump_target(self) -> int | None:

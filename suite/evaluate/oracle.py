@@ -121,8 +121,8 @@ def _best(task: ConfigurableTask, doc: Doc, stops: Sequence[str]) -> str:
 
 
 def _programs(task: ConfigurableTask) -> Programs | None:
-    entry = task_list.TASKS.get(task.config.task)
-    return None if entry is None else entry.programs
+    listed = task_list.TASKS.get(task.config.task)
+    return None if listed is None else listed.programs
 
 
 def _accepted(task: ConfigurableTask, doc: Doc) -> list[str]:

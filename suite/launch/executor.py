@@ -40,7 +40,7 @@ class Options:
         results: The results folder.
         scorer: Settings for scoring.
         jobs: Number of cells at once (local).
-        gpus: GPUs that the cells may use, each as many as its plan states (local); None: all, one for each cell.
+        gpus: GPUs that the cells may use; each cell gets as many as its plan states (local). None: all, one per cell.
         profile: A cluster profile, by name or path (slurm).
         wait: Whether the sweep watches the jobs until they end; False only for queues.
         report: Whether a report follows the cells.

@@ -188,7 +188,7 @@ class LocalExecutor:
 
     @classmethod
     def cancel_grid(cls, results: Path, grid: Grid) -> list[str]:
-        """Return nothing: there is no queue."""
+        """Return no jobs, since there is no queue."""
         return []
 
     @classmethod

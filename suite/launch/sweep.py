@@ -108,7 +108,7 @@ class Sweep:
 
     @cached_property
     def missing(self) -> list[Cell]:
-        """The cells that are neither done nor failed nor damaged, as this was read first."""
+        """The cells that were neither done, failed nor damaged when their states were first read."""
         return [cell for cell in self.grid.cells if not is_finished(run_dir(self.results, cell), cell)]
 
     def start(self) -> None:

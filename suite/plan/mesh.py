@@ -110,7 +110,7 @@ class _Meshes:
     def gpu_counts(self, allowed: int) -> list[int]:
         """Return the numbers of GPUs to try, at most `allowed`: powers of two within a node, then of nodes.
 
-        One process alone trains with tables in host memory, or averages weights.
+        A cell with tables in host memory, or with averaged weights, is trained by a single process.
         """
         if self.tables.host or self.tables.average:
             return [1]

@@ -280,12 +280,12 @@ def test_chinchilla_optimum_and_published_standard_errors(draws: int) -> None:
 SMALL = "model in ['d=96_l=8_h=4', 'd=512_l=8_h=4', 'd=576_l=24_h=8', 'd=1024_l=24_h=8']"
 LONG = "model == 'd=96_l=8_h=4' and chinchilla_mult == 16"
 FITTED = f"train_dataset == 'rpj' and ((chinchilla_mult == 1 and {SMALL}) or ({LONG}))"
-ASKED = "train_dataset == 'rpj' and ((model == 'open_lm_1b' and chinchilla_mult == 32) or model == 'open_lm_7b')"
+REQUESTED = "train_dataset == 'rpj' and ((model == 'open_lm_1b' and chinchilla_mult == 32) or model == 'open_lm_7b')"
 
 
 def test_overtraining_and_error_fits_reproduce_the_published_numbers() -> None:
     table = shared("gadre_overtraining/models_losses_errors.csv")
-    loss = run(table, Request("overtraining", "C=6*N*D,M=M_tok_mult,L=loss_c4_val", where=FITTED, predict=ASKED))
+    loss = run(table, Request("overtraining", "C=6*N*D,M=M_tok_mult,L=loss_c4_val", where=FITTED, predict=REQUESTED))
     printed = {"E": (1.837, 5e-4), "a": (212.2, 0.05), "b": (366.7, 0.05), "eta": (0.1364, 5e-5)}
     for name, (value, unit) in printed.items():
         assert loss["parameters"][name] == pytest.approx(value, abs=unit)
@@ -293,7 +293,7 @@ def test_overtraining_and_error_fits_reproduce_the_published_numbers() -> None:
     assert [f"{100 * value:.4f}" for value in errors.values()] == ["0.7320", "0.7103"]
 
     chosen = f"({FITTED}) or (train_dataset == 'rpj' and model == 'open_lm_1b' and chinchilla_mult == 1)"
-    link = run(table, Request("exponential_link", "L=loss_c4_val,y=err_avg17", where=chosen, predict=ASKED))
+    link = run(table, Request("exponential_link", "L=loss_c4_val,y=err_avg17", where=chosen, predict=REQUESTED))
     assert link["n"] == 6
     for name, value in {"eps": 0.857, "k": 2.206, "gamma": 0.715}.items():
         assert link["parameters"][name] == pytest.approx(value, abs=5e-4)

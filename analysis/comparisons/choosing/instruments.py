@@ -7,10 +7,10 @@ logarithm of the exposure. An annealed one is the last probe of a branch whose l
 are compared at every exposure at which a branch ends, or without branches at every common probe, and in E50; only runs
 that all instruments have measured count.
 
-A good instrument has little noise for what it can tell apart. `sd` is the standard deviation between seeds, pooled over
-the variants of one base and world; its interval is that of a variance of normal values. The ratio of two instruments'
-`sd` has the interval of Pitman and Morgan, which allows for the correlation of measurements of one run. `separation` is
-the standard deviation between the variants' true means over `sd`.
+A good instrument has little noise relative to the differences between variants. `sd` is the standard deviation between
+seeds, pooled over the variants of one base and world; its interval is that of a variance of normal values. The ratio of
+two instruments' `sd` has the interval of Pitman and Morgan, which allows for the correlation of measurements of one
+run. `separation` is the standard deviation between the variants' true means over `sd`.
 """
 
 from __future__ import annotations
