@@ -80,6 +80,9 @@ def _standard_errors(estimate: Fit, slope: np.ndarray) -> np.ndarray:
 class _Held:
     """Refits with quantities held at values, by a stiff residual: theta is followed by its target and which it is.
 
+    This is not the search of a parameter's profile, which fixes a coordinate of theta exactly, follows the profile's
+    tangent and ends at the parameter's bound: a quantity is not a coordinate and has no bound.
+
     A row is a quantity and a side; lower sides come first.
     """
 
