@@ -10,7 +10,7 @@ import lzma
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
-from io import BytesIO
+from io import BytesIO, StringIO
 from itertools import takewhile
 from lzma import LZMAError
 from numbers import Real
@@ -50,7 +50,7 @@ def read_table(path: Path) -> pd.DataFrame:
             table = table.reset_index([name for name in table.index.names if name is not None])
         else:
             raise InputError(f"{path}: suffix is {suffix or 'missing'!r}, allowed: {FORMATS}")
-    except (ValueError, OSError, EOFError, BadZipFile, LZMAError, csv.Error) as error:
+    except (ValueError, OSError, EOFError, BadZipFile, LZMAError, RecursionError, csv.Error) as error:
         raise InputError(f"{path}: not readable as {suffix}: {str(error).splitlines()[0]}") from None
     if table.empty:
         raise InputError(f"{path}: no rows")
@@ -80,7 +80,7 @@ def _read_csv(text: str, separator: str | None) -> pd.DataFrame:
 
     Without a separator it is the one of the usual ones that splits the header into the most columns.
     """
-    lines = text.splitlines(keepends=True)
+    lines = [*StringIO(text, newline=None)]
     skipped = [*takewhile(lambda line: line.startswith("#") or SEPARATOR_LINE.match(line), lines)]
     for match in map(SEPARATOR_LINE.match, skipped):
         separator = match[1] if match else separator
@@ -128,11 +128,34 @@ def _read_json_table(text: str) -> pd.DataFrame:
     except json.JSONDecodeError as error:
         if error.msg != "Extra data":
             raise
-        content = [json.loads(line) for line in text.splitlines() if line.strip()]
+        content = _json_lines(text)
     if isinstance(content, dict) and not any(isinstance(value, dict | list) for value in content.values()):
         content = [content]
+    if isinstance(content, list):
+        content = [_object(value, f"element {number}") for number, value in enumerate(content, 1)]
+    elif not isinstance(content, dict):
+        raise ValueError(f"got {json.dumps(content)[:40]}, allowed: an array of objects")
     table = pd.DataFrame(content)
     return pd.DataFrame({name: _typed_objects(table[name]) for name in table}, index=table.index)
+
+
+def _json_lines(text: str) -> list[dict[str, Any]]:
+    """Return the objects of JSON lines; a ValueError names the line."""
+    objects = []
+    for number, line in enumerate(StringIO(text, newline=None), 1):
+        if line.strip():
+            try:
+                value = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: {error}") from None
+            objects.append(_object(value, f"line {number}"))
+    return objects
+
+
+def _object(value: object, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: got {json.dumps(value)[:40]}, allowed: an object")
+    return value
 
 
 def _typed_objects(values: pd.Series) -> pd.Series:
@@ -207,7 +230,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise InputError(f"{path}: not text: {error}") from None
     objects = []
-    for number, line in enumerate(text[: text.rfind("\n") + 1].splitlines(), 1):
+    for number, line in enumerate(StringIO(text[: text.rfind("\n") + 1]), 1):
         try:
             objects.append(json.loads(line))
         except ValueError as error:

@@ -243,6 +243,16 @@ def test_the_usual_forms_of_csv_give_the_same_table(tmp_path: Path, text: str) -
     pd.testing.assert_frame_equal(read_table(tmp_path / "t.csv"), CLEAN)
 
 
+@pytest.mark.parametrize("mark", ["\u2028", "\x85", "\x0c"])
+def test_only_newlines_separate_rows(tmp_path: Path, mark: str) -> None:
+    (tmp_path / "t.csv").write_text(f"N,family\n1,a{mark}b\n2,c\n", encoding="utf-8")
+    objects = [{"N": 1, "family": f"a{mark}b"}, {"N": 2, "family": "c"}]
+    lines = "".join(json.dumps(item, ensure_ascii=False) + "\n" for item in objects)
+    (tmp_path / "t.jsonl").write_text(lines, encoding="utf-8")
+    for name in ("t.csv", "t.jsonl"):
+        assert read_table(tmp_path / name)["family"].tolist() == [f"a{mark}b", "c"]
+
+
 def test_missing_numbers_are_missing_and_labels_stay_labels(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("loss,family,flag,note\nNA,null,true,\n1e3,7b,False,x\nnan,,TRUE,y\n")
     table = read_table(tmp_path / "t.csv")
@@ -273,6 +283,12 @@ def test_numbers_in_json_are_never_dates_and_may_be_of_any_size(tmp_path: Path) 
         ("x.csv", "", "not readable"),
         ("x.parquet", "nonsense", "not readable"),
         ("x.jsonl", "{", "not readable"),
+        ("x.jsonl", '{"a": 1}\n\n{"a": 2\n', "line 3: "),
+        ("x.jsonl", '{"a": 1}\nnull\n', "line 2: got null, allowed: an object"),
+        ("x.jsonl", '{"a": 1}\n[1, 2]\n', "line 2: got [1, 2], allowed: an object"),
+        ("x.json", '[{"a": 1}, 5]', "element 2: got 5, allowed: an object"),
+        ("x.json", "5", "got 5, allowed: an array of objects"),
+        pytest.param("x.json", "[" * 100_000, "not readable", id="deep"),
     ],
 )
 def test_unreadable_tables_are_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:
