@@ -74,8 +74,7 @@ def load_grid(
     """
     loading.load_all(baselines)
     source = find_grid(name_or_path)
-    content = read_mapping(source)
-    _check_shape(source, content)
+    content = _read(source)
     values = {path: parse_value(text, f"--set {path}") for path, text in (overrides or {}).items()}
     if content.get("grids"):
         cells = _cells_of_grids(source, content["grids"], values, need_data)
@@ -174,6 +173,14 @@ def _allowed_grids() -> str:
     return f"a path to a .yaml file or one of {', '.join(names) or '(grids/ is empty)'}"
 
 
+def _read(source: Path) -> dict[str, Any]:
+    """Return the sections of a grid's file, with environment variables replaced in those that select cells."""
+    content = read_mapping(source)
+    _check_shape(source, content)
+    selecting = {name: content[name] for name in ("exclude", "contrast") if name in content}
+    return content | {name: _expand(value, f"{source}: {name}", "set it") for name, value in selecting.items()}
+
+
 def _check_shape(source: Path, content: dict[str, Any]) -> None:
     """Raise UserError for an unknown section, a section of the wrong type, or sections that exclude each other."""
     if {"model", "cell"} & content.keys():
@@ -211,8 +218,7 @@ def _cells_of_grids(source: Path, names: list[Any], overrides: Flat, need_data: 
     for name in names:
         sibling = source.with_name(f"{name}.yaml")
         inner = sibling if sibling.is_file() else find_grid(str(name), f"{source}: grids")
-        content = read_mapping(inner)
-        _check_shape(inner, content)
+        content = _read(inner)
         if content.get("grids"):
             raise UserError(f"{source}: grids: got {name!r}, which names grids itself, allowed: grids with blocks")
         cells += _cells_of_blocks(inner, content, overrides, need_data)
@@ -262,7 +268,7 @@ def _build_cell(source: Path, point: Point, need_data: bool = True) -> Cell:
     where = f"{source}: {point.label}: " if point.label else f"{source}: "
     nested: dict[str, Any] = {}
     for path, value in point.fields.items():
-        _put(nested, path, _expand(value, f"{where}{path}"), where)
+        _put(nested, path, _expand(value, f"{where}{path}", f"set it, or give --set {path}=..."), where)
     try:
         cell = Cell.model_validate(nested)
     except ValidationError as error:
@@ -289,20 +295,27 @@ def _put(nested: dict[str, Any], path: str, value: Any, where: str) -> None:
     nested[last] = value
 
 
-def _expand(value: Any, where: str) -> Any:
-    """Replace `${NAME}` in strings by the environment variable, within lists and mappings too."""
+def _expand(value: Any, where: str, remedy: str) -> Any:
+    """Replace `${NAME}` in strings by the environment variable, within lists and mappings too.
+
+    Args:
+        value: The value as read from YAML.
+        where: The file and the field, for messages.
+        remedy: What to do about a variable that is not set.
+
+    Raises:
+        UserError: A variable is not set.
+    """
     if isinstance(value, list):
-        return [_expand(item, where) for item in value]
+        return [_expand(item, where, remedy) for item in value]
     if isinstance(value, dict):
-        return {key: _expand(item, where) for key, item in value.items()}
+        return {key: _expand(item, where, remedy) for key, item in value.items()}
     if not isinstance(value, str) or "${" not in value:
         return value
 
     def variable(match: re.Match[str]) -> str:
-        name = match.group(1)
-        if name not in os.environ:
-            field = where.rsplit(": ", 1)[-1]
-            raise UserError(f"{where}: the environment variable {name} is not set; set it, or give --set {field}=...")
-        return os.environ[name]
+        if match.group(1) not in os.environ:
+            raise UserError(f"{where}: the environment variable {match.group(1)} is not set; {remedy}")
+        return os.environ[match.group(1)]
 
     return re.sub(r"\$\{(\w+)\}", variable, value)

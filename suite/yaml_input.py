@@ -31,6 +31,10 @@ SCALARS = {
 """The scalars of YAML 1.2 that are not text: tag -> pattern and first characters. Digits may be grouped by `_`."""
 
 
+LENGTH = re.compile(r"(?:Tuple|List) should have (at least|at most) (\d+) items?.*")
+"""What pydantic says of a list of another length."""
+
+
 class _Loader(yaml.SafeLoader):
     """A SafeLoader that reads scalars as YAML 1.2 does, and refuses duplicate keys.
 
@@ -201,6 +205,7 @@ def _wanted(part: type[BaseModel] | None, name: str) -> str:
 
 def _allowed(message: str) -> str:
     wanted = message.removeprefix("Input should be ").removeprefix("Value error, ")
+    wanted = LENGTH.sub(r"a list of \1 \2", wanted)
     return wanted.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping of fields to values")
 
 

@@ -144,6 +144,28 @@ exclude:
     assert found == [("dense", 0), ("memory_plus", 0), ("memory_plus", 1), ("memory_plus", 2)]
 
 
+def test_environment_variables_select_cells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (
+        BASE
+        + """
+blocks:
+  - axes: {model.family: [dense, memory_plus, moe], model.half_keys: [16]}
+exclude: [{model.family: "${NP_TEST_FAMILY}"}]
+contrast: {treatment: {model.family: "${NP_TEST_TREATMENT}"}, reference: {model.family: dense}, metric: eval/nll}
+launch: {setup: ["cd ${NP_TEST_LATER}"]}
+"""
+    )
+    monkeypatch.delenv("NP_TEST_LATER", raising=False)
+    monkeypatch.setenv("NP_TEST_FAMILY", "moe")
+    assert "contrast: the environment variable NP_TEST_TREATMENT is not set; set it" in complaint(tmp_path, text)
+    monkeypatch.setenv("NP_TEST_TREATMENT", "memory_plus")
+    grid = load(tmp_path, text)
+    assert [cell.model.family for cell in grid.cells] == ["dense", "memory_plus"]
+    assert grid.contrast is not None
+    assert grid.contrast.treatment == (grid.cells[1].run_name,)
+    assert grid.launch["setup"] == ["cd ${NP_TEST_LATER}"]
+
+
 def test_environment_variables_and_set_fill_in_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("Some words.\n")
@@ -197,6 +219,11 @@ MISTAKES = {
         "model.half_keys: got 4, allowed: at least",
     ),
     "dim and heads": ("{base: w32}", "{base: w32, heads: 3}", "model.dim: got 32, allowed: a multiple"),
+    "empty list": (
+        "people: 60}",
+        "people: 60}\n  evaluate: [{tasks: []}]",
+        "evaluate[1].tasks: got [], allowed: a list of at least 1",
+    ),
     "empty axis": ("[dense]", "[]", "axes.model.family: got [], allowed: a list of at least one value"),
     "scalar axis": ("[dense]", "dense", "axes.model.family: got 'dense', allowed: a list of at least one value"),
     "unknown data kind": ("kind: bios", "kind: bio", "data.kind: got 'bio', did you mean bios?, allowed: bios, text"),
