@@ -8,8 +8,8 @@ block states nothing.
 from __future__ import annotations
 
 import hashlib
-import json
 from pathlib import Path
+from typing import Any
 
 from suite.atomic import write_text
 from suite.cells import Cell, TrainConfig
@@ -18,7 +18,7 @@ from suite.data.sources.tokenizer_only import TokenizerData
 from suite.data.tokenizer_config import TokenizerConfig
 from suite.data.tokenizer_files import name_of_token
 from suite.errors import UserError
-from suite.export.llama import CONFIG, import_llama
+from suite.export.llama import CONFIG, import_llama, read_config
 from suite.launch.provenance import versions
 from suite.launch.scoring import set_done
 from suite.models.accounting import account
@@ -47,15 +47,14 @@ def import_checkpoint(folder: Path, results: Path, seq_len: int | None = None) -
     if not folder.is_dir():
         raise UserError(f"DIR: got {str(folder)!r}, allowed: a folder with {CONFIG}, safetensors and a tokenizer")
     model = import_llama(folder)
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    bos = config.get("bos_token_id")
+    config = read_config(folder)
+    seq_len = seq_len or config.get("max_position_embeddings")
+    if seq_len is None:
+        raise UserError(f"{folder / CONFIG}: max_position_embeddings: missing; give --seq-len N")
     tokenizer = TokenizerConfig(
-        kind="file",
-        path=str(folder.resolve()),
-        eot=None if bos is None else name_of_token(folder, int(bos)),
-        entries=model.vocab_size,
+        kind="file", path=str(folder.resolve()), eot=_first_token(folder, config), entries=model.vocab_size
     )
-    data = TokenizerData(kind="tokenizer", seq_len=seq_len or config["max_position_embeddings"], tokenizer=tokenizer)
+    data = TokenizerData(kind="tokenizer", seq_len=seq_len, tokenizer=tokenizer)
     cell = Cell(model=model.config, data=data.identified(), train=NOT_TRAINED, imported=fingerprint(model))
     corpus = prepare(cell.data, results / "cache")
     run = run_dir(results, cell)
@@ -75,6 +74,24 @@ def import_checkpoint(folder: Path, results: Path, seq_len: int | None = None) -
         run.set_state("running", trained=True)
         set_done(run)
     return run
+
+
+def _first_token(folder: Path, config: dict[str, Any]) -> str | None:
+    """Return the name of the token before every text; None if config.json states none. Raises UserError."""
+    bos = config.get("bos_token_id")
+    if bos is None:
+        return None
+    if type(bos) is not int or bos < 0:
+        raise UserError(f"{folder / CONFIG}: bos_token_id: got {bos!r}, allowed: the number of a token, or null")
+    try:
+        return name_of_token(folder, bos)
+    except UserError:
+        raise
+    except Exception as error:  # the Rust and C++ libraries raise bare Exception and RuntimeError
+        cause = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{folder}: its tokenizer is not readable ({cause}), allowed: a tokenizer that transformers loads"
+        ) from None
 
 
 def fingerprint(model: Transformer) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -33,6 +34,10 @@ OUTER_NAMES = {
     "norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+SIZES_STATED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+"""Fields of config.json that must be whole numbers above 0."""
+SIZES_IMPLIED = ("num_key_value_heads", "head_dim", "max_position_embeddings")
+"""The same, where they are stated at all."""
 
 
 def llama_name(name: str) -> str:
@@ -77,9 +82,12 @@ def import_llama(folder: Path | str) -> Transformer:
     for name in (CONFIG, *_weight_files(folder)):
         if not (folder / name).is_file():
             raise UserError(f"{folder}: {name}: missing; give a folder with {CONFIG} and all safetensors")
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    model = Transformer(_imported_config(folder / CONFIG, config), config["vocab_size"])
-    ours = {llama_name(name): name for name in model.state_dict()}
+    config = read_config(folder)
+    try:
+        model = Transformer(_imported_config(folder / CONFIG, config), config["vocab_size"])
+    except ValueError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from None
+    ours = {llama_name(name): tensor for name, tensor in model.state_dict().items()}
     weights = _read_weights(folder)
     extra = {name for name in weights if name not in ours and not name.endswith("rotary_emb.inv_freq")}
     if model.output is None:
@@ -88,12 +96,27 @@ def import_llama(folder: Path | str) -> Transformer:
     if extra or missing:
         name = sorted(extra or missing)[0]
         raise UserError(f"{folder}: {name}: {'unknown' if extra else 'missing'} tensor of a Llama model")
-    model.load_state_dict({ours[name]: weights[name] for name in ours})
+    for name, tensor in ours.items():
+        if weights[name].shape != tensor.shape:
+            found, stated = [*weights[name].shape], [*tensor.shape]
+            raise UserError(f"{folder}: {name}: got a tensor of {found}, allowed: {stated}, which {CONFIG} states")
+    model.load_state_dict({name: weights[llama_name(name)] for name in model.state_dict()})
     return model.eval()
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return config.json of a Llama checkpoint. Raises UserError if a size in it is not a whole number above 0."""
+    config = _read_object(folder / CONFIG)
+    for field in (*SIZES_STATED, *(name for name in SIZES_IMPLIED if config.get(name) is not None)):
+        value = config.get(field)
+        if type(value) is not int or value < 1:
+            raise UserError(f"{folder / CONFIG}: {field}: got {value!r}, allowed: a whole number above 0")
+    return config
+
+
 def _imported_config(path: Path, config: dict[str, Any]) -> ModelConfig:
-    theta = (config.get("rope_parameters") or {}).get("rope_theta", config.get("rope_theta", 1e4))
+    rope = config.get("rope_parameters")
+    theta = (rope if isinstance(rope, dict) else {}).get("rope_theta", config.get("rope_theta", 1e4))
     bases = {size.rope_theta: name for name, size in reversed(SIZES.items())}
     allowed: list[tuple[str, object, Callable[[object], bool], str]] = [
         ("model_type", config.get("model_type"), lambda v: v == "llama", "llama"),
@@ -101,7 +124,7 @@ def _imported_config(path: Path, config: dict[str, Any]) -> ModelConfig:
         ("rms_norm_eps", config.get("rms_norm_eps"), lambda v: v == NORM_EPS, f"{NORM_EPS}"),
         ("attention_bias", config.get("attention_bias", False), lambda v: not v, "false"),
         ("mlp_bias", config.get("mlp_bias", False), lambda v: not v, "false"),
-        ("rope_theta", theta, lambda v: v in bases, ", ".join(map(str, bases))),
+        ("rope_theta", theta, lambda v: isinstance(v, int | float) and v in bases, ", ".join(map(str, bases))),
         ("rope_scaling", config.get("rope_scaling"), _is_plain, "none"),
         ("rope_parameters", config.get("rope_parameters"), _is_plain, "rope_type default"),
         (
@@ -132,12 +155,31 @@ def _is_plain(rope: object) -> bool:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    files = [load_file(folder / name) for name in _weight_files(folder)]
-    return {name: value.to(torch.float32) for file in files for name, value in file.items()}
+    weights = {}
+    for name in _weight_files(folder):
+        try:
+            weights.update(load_file(folder / name))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{folder / name}: not whole safetensors ({error}); copy the file again") from None
+    return {name: value.to(torch.float32) for name, value in weights.items()}
 
 
 def _weight_files(folder: Path) -> list[str]:
     """Return the names of a checkpoint's safetensors: those in its index, if it has one."""
     if not (folder / INDEX).exists():
         return [WEIGHTS]
-    return sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    names = _read_object(folder / INDEX).get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f"{folder / INDEX}: weight_map: got {names!r}, allowed: a file for every tensor")
+    return sorted({str(name) for name in names.values()})
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises UserError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); copy the file again") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: got a {type(content).__name__}, allowed: a JSON object")
+    return content

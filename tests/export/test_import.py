@@ -227,3 +227,45 @@ def test_a_broken_checkpoint_is_one_line(broken: str, checkpoint: Path, tmp_path
     with pytest.raises(UserError, match=words[broken]) as caught:
         import_checkpoint(folder, tmp_path / "results")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("config.json", "{", "config.json: not readable as JSON"),
+        ("config.json", {"num_attention_heads": 0}, "num_attention_heads: got 0, allowed: a whole number above 0"),
+        ("config.json", {"hidden_size": "48"}, "hidden_size: got '48', allowed: a whole number above 0"),
+        ("config.json", {"hidden_size": None}, "hidden_size: got None"),
+        ("config.json", {"num_key_value_heads": 3}, "kv_heads: got 3, allowed: a divisor of heads"),
+        (
+            "config.json",
+            {"vocab_size": 999},
+            r"model.embed_tokens.weight: got a tensor of \[\d+, 48\], allowed: \[999, 48\]",
+        ),
+        ("config.json", {"bos_token_id": [1]}, r"bos_token_id: got \[1\], allowed: the number of a token"),
+        ("config.json", {"max_position_embeddings": None}, "max_position_embeddings: missing; give --seq-len"),
+        ("model.safetensors.index.json", "[]", "index.json: got a list, allowed: a JSON object"),
+        ("model.safetensors.index.json", "{}", "weight_map: got None, allowed: a file for every tensor"),
+        ("tokenizer.json", '{"kind": "bpe"}', "its tokenizer is not readable"),
+    ],
+)
+def test_a_damaged_file_of_a_checkpoint_is_one_line(
+    file: str, content: str | dict[str, Any], words: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "llama"
+    shutil.copytree(checkpoint, folder)
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((folder / file).read_text()) | content)
+    (folder / file).write_text(content)
+    with pytest.raises(UserError, match=words) as caught:
+        import_checkpoint(folder, tmp_path / "results")
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_weights_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "llama"
+    shutil.copytree(checkpoint, folder)
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    with pytest.raises(UserError, match=rf"{shard.name}: not whole safetensors .*; copy the file again"):
+        import_checkpoint(folder, tmp_path / "results")
