@@ -40,12 +40,13 @@ def frame(
 
     loaded = load(results, grid, reference or REFERENCE)
     if out is not None:
-        write(out, lambda: loaded.table, loaded.tables)
-        print(f"{out}: {loaded.rows} rows", file=sys.stderr)
+        rows = write(out, lambda: loaded.table, loaded.tables)
+        print(f"{out}: {rows} rows", file=sys.stderr)
     elif as_json:
         print(loaded.table.to_json(orient="records"))
     else:
-        sys.stdout.writelines(chunk.decode() for chunk in csv_chunks(loaded.tables()))
+        for number, part in enumerate(loaded.tables()):
+            sys.stdout.writelines(chunk.decode() for chunk in csv_chunks(part, header=number == 0))
     for run, cause in loaded.damaged.itertuples(index=False):
         print(f"left out: {run}: damaged: {cause}", file=sys.stderr)
     return 1 if len(loaded.damaged) else 0

@@ -6,7 +6,7 @@ its text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -23,14 +23,13 @@ RARE, FREQUENT = 0.01, 0.3
 Neighbouring columns are joined before they are copied into every row: the first, then both."""
 
 
-def csv_chunks(tables: Iterable[pa.Table]) -> Iterator[bytes]:
-    """Yield tables with the same columns as one CSV in pieces, text in quotes and missing values empty."""
-    for number, table in enumerate(tables):
-        if number == 0:
-            names = (f'"{name}"' if set(name) & set(',"\n') else name for name in table.column_names)
-            yield (",".join(names) + "\n").encode()
-        for start in range(0, len(table), ROWS):
-            yield from _lines(table.slice(start, ROWS))
+def csv_chunks(table: pa.Table, header: bool = True) -> Iterator[bytes]:
+    """Yield the table as CSV in pieces, text in quotes and missing values empty."""
+    if header:
+        names = (f'"{name}"' if set(name) & set(',"\n') else name for name in table.column_names)
+        yield (",".join(names) + "\n").encode()
+    for start in range(0, len(table), ROWS):
+        yield from _lines(table.slice(start, ROWS))
 
 
 @dataclass(frozen=True)

@@ -143,34 +143,29 @@ class Part:
             return self.of_runs[name][self.run]
         return self.rows[name] if name in self.rows else missing(name, len(self.run))
 
-    def has_missing(self, name: str) -> bool:
-        """Return whether any row lacks a number."""
-        values = self.of_runs[name][self._present] if name in self.of_runs else self.column(name)
-        return bool(np.isnan(values).any())
-
-    @cached_property
-    def _present(self) -> np.ndarray:
-        """Position of every run that has rows; the rows of a run are consecutive."""
-        return self.run[np.flatnonzero(np.diff(self.run, prepend=-1))]
-
 
 @dataclass(frozen=True)
 class Frame:
-    """The frame, and the run and cause of every run that was left out because a record file cannot be read."""
+    """The frame, made part by part when it is needed, so that the parts reuse the same memory.
 
-    parts: Sequence[Part]
+    Attributes:
+        rows: The rows of runs.
+        of_runs: The columns that are the same in all rows of a run.
+        published: The rows of published tables.
+        texts: The texts of all columns.
+        damaged: Run and cause of every run that was left out because a record file cannot be read.
+    """
+
+    rows: Rows | None
+    of_runs: Columns
+    published: Sequence[Part]
     texts: Vocabularies
     damaged: pd.DataFrame
 
-    @property
-    def rows(self) -> int:
-        """How many rows the frame has."""
-        return sum(len(part.run) for part in self.parts)
-
     def tables(self) -> Iterator[pa.Table]:
         """Yield the frame in parts with the same types; whole numbers are integers where none is missing."""
-        whole = {name for name in WHOLE if not any(part.has_missing(name) for part in self.parts)}
-        for part in self.parts:
+        whole = set(WHOLE) - self._incomplete()
+        for part in self._parts():
             columns: dict[str, pa.Array] = {}
             for name in COLUMNS:
                 values = part.column(name)
@@ -180,6 +175,20 @@ class Frame:
                     numbers = values.astype(np.int64 if name in whole else np.float64, copy=False)
                     columns[name] = pa.array(numbers, from_pandas=True)
             yield pa.table(columns)
+
+    def _parts(self) -> Iterator[Part]:
+        for columns in self.rows.parts() if self.rows else ():
+            yield Part(columns, columns.pop("run"), self.of_runs)
+        yield from self.published
+
+    def _incomplete(self) -> set[str]:
+        """Return the columns of whole numbers that some row lacks."""
+        incomplete = {name for part in self.published for name in WHOLE if np.isnan(part.column(name)).any()}
+        if self.rows is None:
+            return incomplete
+        runs = self.rows.runs
+        of_runs = {name for name in WHOLE if name in self.of_runs and np.isnan(self.of_runs[name][runs]).any()}
+        return incomplete | of_runs | self.rows.incomplete()
 
     @cached_property
     def table(self) -> pd.DataFrame:
@@ -203,17 +212,14 @@ def load(results: Path, grid: str | None, reference: str, published: bool = True
     texts = {name: Vocabulary() for name in TEXT}
     of_runs = values_of(runs[list(OF_RUN)], texts)
     rows = Rows(table, runs, positions(runs, len(table)), texts)
-    parts = [Part(columns, columns.pop("run"), of_runs) for columns in rows.parts()]
-    if published:
-        parts += _published_parts(results, texts)
-    return Frame(parts, texts, damaged)
+    return Frame(rows, of_runs, _published_parts(results, texts) if published else [], texts, damaged)
 
 
 def load_published(results: Path) -> pd.DataFrame:
     """Return all published tables of a results folder, as one frame (empty without any)."""
     texts = {name: Vocabulary() for name in TEXT}
     parts = _published_parts(results, texts) or [Part({}, np.array([], int), {})]
-    return Frame(parts, texts, pd.DataFrame()).table
+    return Frame(None, {}, parts, texts, pd.DataFrame()).table
 
 
 def _published_parts(results: Path, texts: Vocabularies) -> list[Part]:

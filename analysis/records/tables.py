@@ -166,12 +166,12 @@ def _typed_objects(values: pd.Series) -> pd.Series:
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:
-    """Write the table as .csv, .jsonl or .parquet, whole or not at all; InputError if it cannot be written there."""
+    """Write the table as .csv, .jsonl or .parquet, complete or not at all; InputError if it cannot be written there."""
     write(path, lambda: table, lambda: [pa.Table.from_pandas(table, preserve_index=False)])
 
 
-def write(path: Path, whole: Callable[[], pd.DataFrame], parts: Callable[[], Iterable[pa.Table]]) -> None:
-    """Write a table as `write_table` does; a .csv is written part by part.
+def write(path: Path, whole: Callable[[], pd.DataFrame], parts: Callable[[], Iterable[pa.Table]]) -> int:
+    """Write a table as `write_table` does and return the number of its rows; a .csv is written part by part.
 
     Args:
         path: The file.
@@ -181,27 +181,42 @@ def write(path: Path, whole: Callable[[], pd.DataFrame], parts: Callable[[], Ite
     Raises:
         InputError: The file cannot be written, or its suffix is another.
     """
-    writers: dict[str, Callable[[Path], None]] = {
+    writers: dict[str, Callable[[Path], int]] = {
         ".csv": lambda temporary: _write_csv(parts(), temporary),
-        ".jsonl": lambda temporary: whole().to_json(temporary, orient="records", lines=True),
-        ".parquet": lambda temporary: whole().to_parquet(temporary, index=False),
+        ".jsonl": lambda temporary: _write_json_lines(whole(), temporary),
+        ".parquet": lambda temporary: _write_parquet(whole(), temporary),
     }
     if path.suffix not in writers:
         raise InputError(f"--out {path}: suffix is {path.suffix!r}, allowed: {', '.join(writers)}")
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        writers[path.suffix](temporary)
+        rows = writers[path.suffix](temporary)
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise InputError(f"--out {path}: cannot be written: {error.strerror or error}") from None
+    return rows
 
 
-def _write_csv(parts: Iterable[pa.Table], path: Path) -> None:
+def _write_csv(parts: Iterable[pa.Table], path: Path) -> int:
     from analysis.records.csv_text import csv_chunks
 
+    rows = 0
     with path.open("wb") as file:
-        file.writelines(csv_chunks(parts))
+        for number, part in enumerate(parts):
+            file.writelines(csv_chunks(part, header=number == 0))
+            rows += len(part)
+    return rows
+
+
+def _write_json_lines(table: pd.DataFrame, path: Path) -> int:
+    table.to_json(path, orient="records", lines=True)
+    return len(table)
+
+
+def _write_parquet(table: pd.DataFrame, path: Path) -> int:
+    table.to_parquet(path, index=False)
+    return len(table)
 
 
 def read_json(path: Path) -> dict[str, Any]:

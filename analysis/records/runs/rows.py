@@ -43,6 +43,21 @@ class Rows:
         self._last = values_of(runs[[*LOGGED[1:], "flops_per_token"]], {})
         self._count = len(runs)
 
+    @property
+    def runs(self) -> np.ndarray:
+        """The positions of the runs that have rows."""
+        return np.union1d(self._lines["run"], self._scores["run"])
+
+    def incomplete(self) -> set[str]:
+        """Return those of step, tokens and n that some row lacks; logged lines have no n."""
+        lines, scores = self._lines, self._scores
+        numbers = {
+            "step": (lines["step"], scores["step"]),
+            "tokens": (lines["tokens"], self._last["tokens"][scores["run"]]),
+            "n": (np.full(len(lines["run"]), np.nan), scores["n"]),
+        }
+        return {name for name, parts in numbers.items() if any(np.isnan(part).any() for part in parts)}
+
     def parts(self) -> Iterator[Columns]:
         """Yield the rows, RUNS runs at a time; `run` is the position of their run."""
         for first in range(0, self._count, RUNS):
@@ -63,7 +78,9 @@ class Rows:
             self._intermediate(scores, after + 1),
         ]
         rows = {name: _joined(parts, name) for name in ("run", "line", "order", *WITHIN_A_RUN)}
-        in_order = np.lexsort((rows.pop("order"), rows.pop("line"), rows["run"]))
+        line, order = rows.pop("line"), rows.pop("order")
+        place = (rows["run"] * (after + 2) + line) * (order.max(initial=0) + 1) + order
+        in_order = np.argsort(place, kind="stable")  # of rows that are mostly sorted; much faster than lexsort
         return {name: values[in_order] for name, values in rows.items()}
 
     def _logged(self, lines: Columns, named: tuple[str, str, str], field: str, where: str, order: int) -> Columns:
