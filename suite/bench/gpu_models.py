@@ -23,13 +23,29 @@ from suite.train.loop import Trainer
 from suite.train.parallel import World
 
 Row = dict[str, object]
-FAMILIES = ("dense", "moe", "moe_topk", "pkm", "peer", "memory_plus")
+FAMILIES: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "moe": {},
+    "moe_topk": {},
+    "pkm": {"half_keys": 1024},
+    "peer": {"half_keys": 1024},
+    "memory_plus": {"half_keys": 1024},
+    "ultramem_v2": {"half_keys": 256},
+    "ngram_embedding": {"table_rows": 262147},
+    "engram": {"head_rows": 1 << 16},
+    "engram_moe": {"head_rows": 1 << 16},
+    "token_table": {},
+}
+"""The families that are trained, and their options."""
+TINY = {"half_keys": 16, "table_rows": 1009, "head_rows": 300}
+"""Sizes of tables in a rehearsal, which reads two rows with one head where the family has `half_keys`."""
+DECODED = ("dense", "moe", "moe_topk", "pkm", "peer", "memory_plus")
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets."""
 
 
 def cell_of(
-    family: str, base: str, rehearsal: bool, train: dict[str, Any] | None = None, half_keys: int = 1024
+    family: str, base: str, rehearsal: bool, train: dict[str, Any] | None = None, half_keys: int | None = None
 ) -> Cell:
     """Return a cell on synthetic text: 8 rows of 4096 tokens per step, or a few short ones.
 
@@ -38,11 +54,15 @@ def cell_of(
         base: The base size.
         rehearsal: Whether to make a tiny cell for a rehearsal.
         train: Further fields of `train`.
-        half_keys: Half keys of families with product keys.
+        half_keys: Other half keys than those of FAMILIES, for families that have them.
     """
-    model: dict[str, Any] = {"family": family, "base": "w32" if rehearsal else base}
-    if family in ("pkm", "memory_plus", "peer"):
-        model |= {"half_keys": 16, "top_k": 2, "memory_heads": 1} if rehearsal else {"half_keys": half_keys}
+    options = FAMILIES[family]
+    if rehearsal:
+        options = {name: TINY[name] for name in options}
+        options |= {"top_k": 2, "memory_heads": 1} if "half_keys" in options else {}
+    elif half_keys is not None and "half_keys" in options:
+        options = {"half_keys": half_keys}
+    model = {"family": family, "base": "w32" if rehearsal else base, **options}
     data = {"kind": "bios", "people": 20 if rehearsal else 5000, "seq_len": 32 if rehearsal else 4096}
     fields = {"batch_rows": 2 if rehearsal else 8, "epochs": 50.0, "lr": 1e-4, "log_every": 1000}
     precision = {} if rehearsal else {"precision": "bf16"}
@@ -153,7 +173,7 @@ def compiled(device: str, rehearsal: bool) -> Iterator[Row]:
 def decode(device: str, rehearsal: bool) -> Iterator[Row]:
     """Time the generation of tokens, next to dense."""
     configs = configurations("w32" if rehearsal else "134m", [32 if rehearsal else 1024])
-    configs = [config for config in configs if config.family in FAMILIES]
+    configs = [config for config in configs if config.family in DECODED]
     if rehearsal:
         configs = configs[:2]
     speeds = decode_speeds(configs, [1] if rehearsal else [1, 32], steps=2 if rehearsal else 16, rounds=1)

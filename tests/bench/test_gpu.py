@@ -10,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 from suite.bench import gpu
+from suite.models import registry
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +35,8 @@ def test_a_rehearsal_writes_a_file_of_every_part(tmp_path: Path) -> None:
         assert all(row.get("correct", "True") == "True" for row in rows), (part, rows)
         if part in ("steps", "large"):
             assert all(int(row["planned_bytes"]) > 0 for row in rows), (part, rows)
+        if part == "steps":
+            assert {row["family"] for row in rows} == set(registry.families())
 
 
 def test_parts_without_their_packages_say_so_and_the_others_run(tmp_path: Path) -> None:
