@@ -102,9 +102,12 @@ def fit(
     if law is None or data is None or columns is None:
         missing = "law" if law is None else "data" if data is None else "columns"
         raise InputError(f"--{missing}: missing; a fit to a file needs --law or --formula, --data and --columns")
-    from analysis.records.tables import read_table
+    from analysis.records.tables import check_target, read_table
     from analysis.studies.request import Request
 
+    _refuse_unwritten(by, group, out, figure)
+    if out is not None:
+        check_target(out)  # before a fit that may take long
     request = Request(
         law=law,
         formula=formula,
@@ -133,6 +136,21 @@ def fit(
     else:
         print(_text(document))
     return 0
+
+
+def _refuse_unwritten(by: str | None, group: str | None, out: Path | None, figure: Path | None) -> None:
+    """Raise InputError for a file that fits of several groups do not write.
+
+    Args:
+        by: --by.
+        group: --group.
+        out: --out.
+        figure: --figure, which --group supports.
+    """
+    for name, value, others in (("--out", out, {"--by": by, "--group": group}), ("--figure", figure, {"--by": by})):
+        for other, expression in others.items():
+            if value is not None and expression is not None:
+                raise InputError(f"{name}: not allowed together with {other}")
 
 
 def run(table: pd.DataFrame, request: Request) -> dict[str, Any]:

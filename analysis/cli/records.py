@@ -36,8 +36,10 @@ def frame(
     """
     from analysis.records.csv_text import csv_chunks
     from analysis.records.frame import load
-    from analysis.records.tables import write
+    from analysis.records.tables import check_target, write
 
+    if out is not None:
+        check_target(out)
     loaded = load(results, grid, reference or REFERENCE)
     if out is not None:
         rows = write(out, lambda: loaded.table, loaded.tables)

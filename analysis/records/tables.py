@@ -24,6 +24,8 @@ import pyarrow as pa
 from analysis.errors import InputError
 
 FORMATS = ".csv, .tsv, .jsonl, .json or .parquet, all but parquet also with .gz, .bz2, .xz or .zip"
+WRITTEN = (".csv", ".jsonl", ".parquet")
+"""The suffixes of tables that are written."""
 MISSING = {"", "na", "n/a", "nan", "-nan", "null", "none", "#n/a", "<na>"}
 """What stands for a missing number in a CSV, in lower case."""
 SEPARATOR_LINE = re.compile(r"sep=(.)\s*$", re.IGNORECASE)
@@ -165,6 +167,14 @@ def _typed_objects(values: pd.Series) -> pd.Series:
     return values if values.dropna().map(lambda value: isinstance(value, bool)).any() else values.astype(float)
 
 
+def check_target(path: Path) -> None:
+    """Raise InputError if the suffix or the folder of a path shows that no table can be written there."""
+    if path.suffix not in WRITTEN:
+        raise InputError(f"--out {path}: suffix is {path.suffix!r}, allowed: {', '.join(WRITTEN)}")
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: cannot be written: {path.parent} is not a folder")
+
+
 def write_table(table: pd.DataFrame, path: Path) -> None:
     """Write the table as .csv, .jsonl or .parquet, complete or not at all; InputError if it cannot be written there."""
     write(path, lambda: table, lambda: [pa.Table.from_pandas(table, preserve_index=False)])
@@ -186,8 +196,7 @@ def write(path: Path, whole: Callable[[], pd.DataFrame], parts: Callable[[], Ite
         ".jsonl": lambda temporary: _write_json_lines(whole(), temporary),
         ".parquet": lambda temporary: _write_parquet(whole(), temporary),
     }
-    if path.suffix not in writers:
-        raise InputError(f"--out {path}: suffix is {path.suffix!r}, allowed: {', '.join(writers)}")
+    check_target(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         rows = writers[path.suffix](temporary)

@@ -145,6 +145,29 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(
     assert "a folder, allowed: a file" in call(tmp_path, capsys, "--law", "power", "--columns", "x=x,y=y")[2]
 
 
+def test_where_a_table_cannot_be_written_is_found_before_the_fit(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    law = ("--law", "chinchilla", "--columns", GOOD, "--where", "no_such_column > 0")
+    for out in ("no/folder/x.csv", "x.xlsx"):
+        assert "--out" in call(data, capsys, *law, "--out", str(tmp_path / out))[2]
+
+
+@pytest.mark.parametrize(
+    ("several", "files", "line"),
+    [
+        (("--by", "kind"), ("--out", "x.csv"), "--out: not allowed together with --by"),
+        (("--by", "kind"), ("--figure", "x"), "--figure: not allowed together with --by"),
+        (("--group", "kind"), ("--out", "x.csv"), "--out: not allowed together with --group"),
+    ],
+)
+def test_files_that_fits_of_groups_do_not_write_are_refused(
+    data: Path, capsys: pytest.CaptureFixture[str], several: tuple[str, str], files: tuple[str, str], line: str
+) -> None:
+    code, shown, error = call(data, capsys, "--law", "chinchilla", "--columns", GOOD, *several, *files)
+    assert (code, shown, error) == (2, "", f"analysis: {line}\n")
+
+
 def test_index_of_the_table_does_not_matter() -> None:
     frame = table("chinchilla", 0.01, 0)
     doubled = frame.set_index(np.zeros(len(frame), int))
