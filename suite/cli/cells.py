@@ -56,7 +56,7 @@ def cell_named(grid: Grid, name: str) -> Cell:
     by_name |= {str(number): cell for number, cell in enumerate(grid.cells, start=1)}
     if name not in by_name:
         count = len(grid.cells)
-        raise UserError(f"--cell: got {name!r}, allowed: 1 to {count}, or a run name (suite cells {grid.name})")
+        raise UserError(f"--cell: got {name!r}, allowed: 1 to {count}, or a run name (suite cells {grid.source})")
     return by_name[name]
 
 

@@ -44,6 +44,6 @@ def test_a_sweep_of_one_cell_records_the_whole_grid(suite: Suite, tmp_path: Path
     for name in ("0", "5", "dense"):
         refused = suite("sweep", str(path), "--results", results, "--cell", name)
         assert refused.returncode == 2
-        assert f"--cell: got {name!r}, allowed: 1 to 4" in refused.stderr
+        assert f"--cell: got {name!r}, allowed: 1 to 4, or a run name (suite cells {path})" in refused.stderr
     by_name = suite("sweep", str(path), "--results", results, "--cell", cells[0].run_name, "--dry-run", "--json")
     assert [cell["run"] for cell in json.loads(by_name.stdout)["cells"]] == [cells[0].run_name]
