@@ -29,6 +29,7 @@ ROW_WISE_OPTIONS = ("value_precision", "value_second_moment", "value_replay_limi
 
 
 LoggerName = Literal["tensorboard", "wandb"]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class TrainConfig(Frozen):
@@ -82,7 +83,7 @@ class TrainConfig(Frozen):
     value_weight_decay: float | None = Field(
         default=None, ge=0, description="weight decay of value tables; None: weight_decay, and 0 for engram"
     )
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), strict=False, description="AdamW's betas")
+    betas: tuple[Beta, Beta] = Field(default=(0.9, 0.95), strict=False, description="AdamW's betas")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
     schedule: Literal["constant", "linear", "cosine", "wsd"] = Field(
         default="linear", description="learning rate after warm-up; wsd: constant, then a decay at the end"
@@ -268,7 +269,7 @@ class Cell(Frozen):
     model: Annotated[SerializeAsAny[ModelConfig], BeforeValidator(_model_config)]
     data: AnyData
     train: TrainConfig
-    seed: int = Field(default=0, ge=0, description="seed of initial weights and data order")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="seed of initial weights and data order")
     threads: int = Field(default=1, gt=0, description="CPU threads; part of the identity, since sums depend on it")
     imported: str | None = Field(
         default=None, description="sha256 of the weights of an imported checkpoint, not trained here; filled in"

@@ -115,6 +115,10 @@ def test_a_cell_is_unchanged_by_json() -> None:
         ({"train__lr": "fast"}, "lr"),
         ({"data__persons": 5}, "persons"),
         ({"model__half_keys": 5}, "half_keys"),
+        ({"train__betas": [0.9, 1.0]}, r"betas\.1"),
+        ({"train__betas": [-0.1, 0.9]}, r"betas\.0"),
+        ({"data__zipf": 1000.0}, "zipf"),
+        ({"seed": 2**63}, "seed"),
     ],
 )
 def test_an_invalid_field_is_named(change: dict[str, Any], words: str) -> None:

@@ -63,10 +63,10 @@ def _bag_kernel(
     total = tl.zeros((BLOCK_D,), WIDE)
     for start in range(0, size, BLOCK_S):
         slots = start + tl.arange(0, BLOCK_S)
-        given = slots < size
-        rows = tl.load(indices + bag * size + slots, mask=given, other=0).to(tl.int64)
-        factors = tl.load(weights + bag * size + slots, mask=given, other=0.0).to(WIDE)
-        both = given[:, None] & inside[None, :]
+        valid = slots < size
+        rows = tl.load(indices + bag * size + slots, mask=valid, other=0).to(tl.int64)
+        factors = tl.load(weights + bag * size + slots, mask=valid, other=0.0).to(WIDE)
+        both = valid[:, None] & inside[None, :]
         values = tl.load(table + rows[:, None] * width + columns[None, :], mask=both, other=0.0).to(WIDE)
         total += tl.sum(values * factors[:, None], 0)
     tl.store(out + bag * width + columns, total, mask=inside)
@@ -78,17 +78,17 @@ def _dots_kernel(
 ):
     bag = tl.program_id(0).to(tl.int64)
     slots = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    given = slots < size
-    rows = tl.load(indices + bag * size + slots, mask=given, other=0).to(tl.int64)
+    valid = slots < size
+    rows = tl.load(indices + bag * size + slots, mask=valid, other=0).to(tl.int64)
     total = tl.zeros((BLOCK_S,), WIDE)
     for start in range(0, width, BLOCK_D):
         columns = start + tl.arange(0, BLOCK_D)
         inside = columns < width
         vector = tl.load(x + bag * width + columns, mask=inside, other=0.0).to(WIDE)
-        both = given[:, None] & inside[None, :]
+        both = valid[:, None] & inside[None, :]
         values = tl.load(table + rows[:, None] * width + columns[None, :], mask=both, other=0.0).to(WIDE)
         total += tl.sum(values * vector[None, :], 1)
-    tl.store(out + bag * size + slots, total, mask=given)
+    tl.store(out + bag * size + slots, total, mask=valid)
 
 
 @triton.jit(do_not_specialize=["lookups"])
@@ -132,15 +132,15 @@ def _sums_kernel(
         nexts = ()
         for slot in tl.static_range(BLOCK_S):
             place = first + start + slot
-            given = start + slot < count
+            valid = start + slot < count
             if WEIGHTED:
-                lookup = tl.load(order + place, mask=given, other=0).to(tl.int64)
-                factors = factors + (tl.load(weights + lookup, mask=given, other=0.0).to(WIDE),)
+                lookup = tl.load(order + place, mask=valid, other=0).to(tl.int64)
+                factors = factors + (tl.load(weights + lookup, mask=valid, other=0.0).to(WIDE),)
                 row = source + lookup // size * width
             else:
                 row = source + place * width
-                given = given & (tl.load(targets + place, mask=given, other=-1) >= 0)
-            rows = rows + (tl.load(row + columns, mask=columns < tl.where(given, width, 0), other=0.0).to(WIDE),)
+                valid = valid & (tl.load(targets + place, mask=valid, other=-1) >= 0)
+            rows = rows + (tl.load(row + columns, mask=columns < tl.where(valid, width, 0), other=0.0).to(WIDE),)
             nexts = nexts + (tl.load(targets + place + 1, mask=start + slot + 1 < count, other=-2).to(tl.int64),)
         for slot in tl.static_range(BLOCK_S):
             total += rows[slot] * factors[slot] if WEIGHTED else rows[slot]

@@ -120,22 +120,22 @@ def _step_kernel(
     # gradient is at its slot [R] (-1: zero), or with `rows` at its place among them, times `scale`.
     # constants: decay, size, root, eps, w1, b2, w2, log2 of both factors. In a tensor: arguments would be float32.
     nth = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    given = nth < count
+    valid = nth < count
     row = nth
     slot = nth
     if rows is not None:
-        row = tl.load(rows + nth, mask=given, other=0)
-        given = given & (row < table_rows)
-    has_gradient = given
+        row = tl.load(rows + nth, mask=valid, other=0)
+        valid = valid & (row < table_rows)
+    has_gradient = valid
     if slots is not None:
-        slot = tl.load(slots + nth, mask=given, other=-1).to(tl.int64)
-        has_gradient = given & (slot >= 0)
+        slot = tl.load(slots + nth, mask=valid, other=-1).to(tl.int64)
+        has_gradient = valid & (slot >= 0)
     if is_read is not None:
-        has_gradient = given & (tl.load(is_read + nth, mask=given, other=0) != 0)
+        has_gradient = valid & (tl.load(is_read + nth, mask=valid, other=0) != 0)
     if not SWEEP:
-        given = has_gradient
+        valid = has_gradient
     columns = tl.arange(0, BLOCK_D)[None, :]
-    inside = given[:, None] & (columns < width)
+    inside = valid[:, None] & (columns < width)
     places = row[:, None] * width + columns
     g = tl.load(grads + slot[:, None] * width + columns, mask=inside & has_gradient[:, None], other=0.0)
     if scale is not None:
@@ -143,13 +143,13 @@ def _step_kernel(
     p = tl.load(values + places, mask=inside, other=0.0).to(WIDE)
     m = tl.load(mean + places, mask=inside, other=0.0)
     if ROW_WISE:
-        v = tl.load(square + row, mask=given, other=0.0)[:, None]
+        v = tl.load(square + row, mask=valid, other=0.0)[:, None]
         g2 = (tl.sum(g * g, 1) / width)[:, None]
     else:
         v = tl.load(square + places, mask=inside, other=0.0)
         g2 = g * g
     if not SWEEP:
-        missed = (now - 1 - tl.maximum(tl.load(moment + row, mask=given, other=now - 1), floor)).to(WIDE)[:, None]
+        missed = (now - 1 - tl.maximum(tl.load(moment + row, mask=valid, other=now - 1), floor)).to(WIDE)[:, None]
         m = m * tl.exp2(missed * tl.load(constants + 7))
         v = v * tl.exp2(missed * tl.load(constants + 8))
     m = m + tl.load(constants + 4) * (g - m)
@@ -160,15 +160,15 @@ def _step_kernel(
     _store(values, places, p, inside, row[:, None], first_column + columns, key, STOCHASTIC, FIRST, SECOND)
     tl.store(mean + places, m, mask=inside)
     if ROW_WISE:
-        tl.store(square + row[:, None], v, mask=given[:, None])
+        tl.store(square + row[:, None], v, mask=valid[:, None])
     else:
         tl.store(square + places, v, mask=inside)
     tl.store(touched + row, 1, mask=has_gradient)
     if not SWEEP:
-        before = tl.maximum(tl.load(last + row, mask=given, other=now - 1), floor)
-        tl.store(outdated + row * 0, 1, mask=given & (before < now - 1))
-        tl.store(last + row, now, mask=given)
-        tl.store(moment + row, now, mask=given)
+        before = tl.maximum(tl.load(last + row, mask=valid, other=now - 1), floor)
+        tl.store(outdated + row * 0, 1, mask=valid & (before < now - 1))
+        tl.store(last + row, now, mask=valid)
+        tl.store(moment + row, now, mask=valid)
 
 
 @triton.jit(do_not_specialize=["table_rows", "now", "floor", "start", "limit", "length", "key"])

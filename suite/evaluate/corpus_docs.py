@@ -6,7 +6,6 @@ from suite.data import seeded_random
 from suite.data.bios.text import STOP
 from suite.data.bios.world import Probe, World
 from suite.data.corpus import Corpus
-from suite.data.sources.bios import BiosData
 from suite.data.sources.registry import DataConfig
 from suite.errors import UserError
 from suite.evaluate.datasets import Docs
@@ -28,16 +27,10 @@ def refuse_unfit(data: DataConfig, task: str, name: str) -> None:
     Raises:
         UserError: The task does not suit the data.
     """
-    if isinstance(data, BiosData) is (name == "held_out") or not data.has_text:
-        allowed = "a kind of text" if name == "held_out" else "'bios'"
-        raise UserError(f"task {task}: data.kind: got {data.kind!r}, allowed: {allowed}")
-    if isinstance(data, BiosData) and name in ("extraction", "qa", "choice"):
-        with_questions = round(data.questions * data.people)
-        if not 0 < with_questions < data.people:
-            raise UserError(
-                f"task {task}: data.questions: got {data.questions}, allowed: a share with which the training text has"
-                " questions about some people and not about others"
-            )
+    problem = data.task_problem(name)
+    if problem is not None:
+        field, value, allowed = problem
+        raise UserError(f"task {task}: data.{field}: got {value!r}, allowed: {allowed}")
 
 
 def documents(corpus: Corpus, task: str, name: str) -> Docs:

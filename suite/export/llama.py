@@ -181,5 +181,5 @@ def _read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); copy the file again") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path}: got a {type(content).__name__}, allowed: a JSON object")
+        raise UserError(f"{path}: got {type(content).__name__}, allowed: a JSON object")
     return content

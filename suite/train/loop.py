@@ -165,8 +165,9 @@ class Trainer:
         rows_per_fact = self.cell.data.rows_per_fact
         if self.config.probe_every is None or rows_per_fact is None:
             return None
-        known = None if self.config.parent is None else parent.corpus_of(parent.find_parent(self.run, self.cell))
-        return KnowledgeProber(self.corpus, known, self.config.batch_rows // rows_per_fact)
+        run = None if self.config.parent is None else parent.find_parent(self.run, self.cell)
+        parent_corpus = None if run is None else parent.corpus_of(run)
+        return KnowledgeProber(self.corpus, parent_corpus, self.config.batch_rows // rows_per_fact)
 
     def _tensors(self, moments: dict[str, dict[str, torch.Tensor]]) -> dict[str, Any]:
         """Return all tensors of a checkpoint: those in use, as DTensors if they are sharded."""

@@ -79,7 +79,7 @@ def test_the_fingerprint_follows_the_content_under_one_name(name: str, tmp_path:
 def test_a_missing_text_field_is_named_in_one_line(name: str) -> None:
     with pytest.raises(UserError, match=r"data\.field: got 'body', which .*set does not have, allowed: id, text$"):
         HubReader(hub(name, field="body"))
-    with pytest.raises(UserError, match=r"set: record 1: data\.field 'id': got a int"):
+    with pytest.raises(UserError, match=r"set: record 1: data\.field 'id': got int"):
         list(HubReader(hub(name, field="id")))
 
 

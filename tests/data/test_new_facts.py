@@ -135,3 +135,11 @@ def test_a_missing_file_and_a_short_row_are_one_line(tmp_path: Path) -> None:
         cell(jsonl(tmp_path, FACT) | {"path": str(tmp_path / "absent")}).data.identified()
     with pytest.raises(UserError, match=r"data.seq_len: got 8, allowed: at least"):
         prepare(cell(PEOPLE | {"seq_len": 8}).data, tmp_path / "cache")
+
+
+def test_a_line_separator_inside_a_text_does_not_end_a_fact(tmp_path: Path) -> None:
+    data = jsonl(tmp_path, FACT)
+    text = json.dumps({**FACT, "answer": " blue\u2028green."}, ensure_ascii=False)
+    Path(data["path"]).write_text(text + "\n", encoding="utf-8")
+    (fact,) = cell(data).data.new_facts()
+    assert fact.answer == " blue\u2028green."

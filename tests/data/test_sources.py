@@ -199,3 +199,24 @@ def test_names_of_the_cells_in_shipped_grids_do_not_change(
 
 def test_kinds_are_listed_in_the_order_of_registration() -> None:
     assert list(kinds())[:4] == ["bios", "text", "hub", "mixture"]
+
+
+def test_a_source_states_which_tasks_and_dry_runs_suit_it(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one two three " * 100)
+    text = {"kind": "text", "path": str(tmp_path), "tokenizer": BYTES}
+    bios = {"kind": "bios", "people": 10}
+    sources: dict[str, Any] = {
+        "text": text,
+        "mixture": {"kind": "mixture", "tokenizer": BYTES, "parts": {"a": {**text, "weight": 1}}},
+        "hub": {**HUB, "tokenizer": BYTES},
+        "counts": {"kind": "counting", "documents": 40},
+        "bios": bios,
+        "large": {**bios, "people": 50_000},
+    }
+    del sources["mixture"]["parts"]["a"]["tokenizer"]
+    made = {name: kinds()[data["kind"]].model_validate(data) for name, data in sources.items()}
+    assert {name for name, data in made.items() if data.is_quick_to_prepare} == {"text", "bios", "mixture"}
+    assert {name for name, data in made.items() if list(data.documents_on_disk())} == {"text"}
+    with_text = {"text", "mixture", "hub", "counts"}
+    assert {name for name, data in made.items() if data.task_problem("held_out") is None} == with_text
+    assert {name for name, data in made.items() if data.task_problem("storage") is None} == {"bios", "large"}

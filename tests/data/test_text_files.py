@@ -68,9 +68,9 @@ BROKEN = {
         jsonl("fine") + b'{"body": "x", "id": 3}\n',
         r"field\.jsonl:2: data\.field 'text': got only body, id",
     ),
-    "type.jsonl": (b'{"text": 3}\n', r"type\.jsonl:1: data\.field 'text': got a int"),
+    "type.jsonl": (b'{"text": 3}\n', r"type\.jsonl:1: data\.field 'text': got int"),
     "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl:1: data\.field 'text': got half of a surrogate"),
-    "list.jsonl": (b'["x"]\n', r"list\.jsonl:1: got a list"),
+    "list.jsonl": (b'["x"]\n', r"list\.jsonl:1: got list"),
     "short.jsonl": (jsonl("fine") + b'{"text": "x', r"short\.jsonl:2: not JSON"),
     "latin.txt": ("\nå".encode("latin-1"), r"latin\.txt:2: got the byte 0xe5, allowed: UTF-8 text"),
     "latin.jsonl": (jsonl("fine") * 3 + b"\xff", r"latin\.jsonl:4: got the byte 0xff"),
@@ -112,7 +112,7 @@ def test_parquet_gives_the_documents_of_jsonl(tmp_path: Path) -> None:
     assert list(text_files.FileReader(path, "text")) == texts[:-1]
     with pytest.raises(UserError, match=r"a\.parquet: data\.field 'body': got only id, text, allowed: a column"):
         list(text_files.FileReader(path, "body"))
-    with pytest.raises(UserError, match=r"a\.parquet:1: data\.field 'id': got a int"):
+    with pytest.raises(UserError, match=r"a\.parquet:1: data\.field 'id': got int"):
         list(text_files.FileReader(path, "id"))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match=r"a\.parquet: not a whole parquet file") as raised:

@@ -244,7 +244,7 @@ def test_a_broken_checkpoint_is_one_line(broken: str, checkpoint: Path, tmp_path
         ),
         ("config.json", {"bos_token_id": [1]}, r"bos_token_id: got \[1\], allowed: the number of a token"),
         ("config.json", {"max_position_embeddings": None}, "max_position_embeddings: missing; give --seq-len"),
-        ("model.safetensors.index.json", "[]", "index.json: got a list, allowed: a JSON object"),
+        ("model.safetensors.index.json", "[]", "index.json: got list, allowed: a JSON object"),
         ("model.safetensors.index.json", "{}", "weight_map: got None, allowed: a file for every tensor"),
         ("tokenizer.json", '{"kind": "bpe"}', "its tokenizer is not readable"),
     ],

@@ -22,6 +22,9 @@ from suite.data.tokenizer_config import TokenizerConfig
 from suite.errors import UserError
 from suite.identity import Problem
 
+QUICK_PEOPLE = 5_000
+"""Worlds up to this size are prepared in seconds."""
+
 
 @register
 class BiosData(DataConfig):
@@ -33,7 +36,7 @@ class BiosData(DataConfig):
     questions: float = Field(
         default=0.0, ge=0.0, lt=1.0, description="share of the people whose questions are in the training text"
     )
-    zipf: float = Field(default=0.0, ge=0.0, description="exponent of exposure against popularity; 0: uniform")
+    zipf: float = Field(default=0.0, ge=0.0, le=10.0, description="exponent of exposure against popularity; 0: uniform")
     seq_len: int = Field(default=128, gt=1, description="tokens per row")
     tokenizer: TokenizerConfig = TokenizerConfig(kind="word")
 
@@ -53,6 +56,20 @@ class BiosData(DataConfig):
     def synthetic_world(self) -> World:
         """See DataConfig."""
         return World(self.people, self.world, self.questions, self.zipf)
+
+    @property
+    def is_quick_to_prepare(self) -> bool:
+        """See DataConfig."""
+        return self.people <= QUICK_PEOPLE
+
+    def task_problem(self, documents: str) -> Problem | None:
+        """See DataConfig."""
+        if documents == "held_out":
+            return "kind", self.kind, "a kind of text"
+        if documents in ("storage", "paraphrase") or 0 < round(self.questions * self.people) < self.people:
+            return None
+        allowed = "a share with which the training text has questions about some people and not about others"
+        return "questions", self.questions, allowed
 
     def shard_format(self) -> dict[str, Any]:
         """See DataConfig."""

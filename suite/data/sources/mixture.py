@@ -90,6 +90,11 @@ class MixtureData(DataConfig):
         """See DataConfig."""
         return {name: self._corpus(self.parts[name]) for name in sorted(self.parts)}
 
+    @property
+    def is_quick_to_prepare(self) -> bool:
+        """See DataConfig."""
+        return all(part.is_quick_to_prepare for part in self.corpora().values())
+
     def weights(self) -> list[float]:
         """See DataConfig."""
         return [self.parts[name].weight for name in sorted(self.parts)]

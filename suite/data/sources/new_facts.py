@@ -137,7 +137,7 @@ class FactsData(FactStream):
         path = Path(self.path)
         facts = [
             _fact(f"{path}:{number}", line, self.paraphrases)
-            for number, line in enumerate(_read(path).decode().splitlines(), start=1)
+            for number, line in enumerate(_read(path).decode().split("\n"), start=1)
             if line.strip()
         ]
         if not facts:

@@ -7,7 +7,7 @@ decorated with `@register` and imported by the package's `__init__`. Its `kind` 
 from __future__ import annotations
 
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -20,7 +20,7 @@ from suite.data.packing import Packing, WindowPacking
 from suite.data.resumable_writer import Progress
 from suite.data.shards import Round
 from suite.data.tokenizer_config import TokenizerConfig
-from suite.identity import Frozen
+from suite.identity import Frozen, Problem
 
 
 class DataConfig(Frozen):
@@ -66,6 +66,25 @@ class DataConfig(Frozen):
     def source_files(self) -> list[str]:
         """Return the files that are read, in order; empty for data without files. Raises UserError."""
         return []
+
+    @property
+    def is_quick_to_prepare(self) -> bool:
+        """Whether the corpus can be prepared in seconds and without a download, as dry runs do."""
+        return False
+
+    def documents_on_disk(self) -> Iterator[str]:
+        """Yield the documents that can be read without a download or preparation. Raises UserError."""
+        yield from ()
+
+    def task_problem(self, documents: str) -> Problem | None:
+        """Return why a task about documents of the corpus does not suit it; None if it does.
+
+        Args:
+            documents: `storage`, `paraphrase`, `extraction`, `qa`, `choice` or `held_out`.
+        """
+        if documents == "held_out" and self.has_text:
+            return None
+        return "kind", self.kind, "a kind of text" if documents == "held_out" else "'bios'"
 
     def corpora(self) -> dict[str | None, DataConfig]:
         """Return the corpora that are prepared separately: the parts of a mixture by name, or this one under None."""

@@ -41,6 +41,8 @@ NOT_DATA = ("readme", "license", "licence")
 _ALLOWED = "a .txt, .jsonl or .parquet file (.json too; .gz and .zst are decompressed), or a folder of them"
 _TEXT_DOCUMENT = 2000  # characters
 _PARQUET_ROWS = 256  # decoded at once
+QUICK_BYTES = 4_000_000
+"""Text up to this size is prepared in seconds."""
 
 
 FINGERPRINTS = {"path": "fingerprint", "validation": "validation_fingerprint"}
@@ -107,9 +109,14 @@ class TextData(StreamData):
         path = Path(self.path)
         return [str(file.relative_to(path)) if path.is_dir() else str(file) for file in files(path)]
 
-    def size_bytes(self) -> int:
-        """Return the bytes of the files that are read. Raises UserError."""
-        return sum(file.stat().st_size for file in files(Path(self.path)))
+    @property
+    def is_quick_to_prepare(self) -> bool:
+        """See DataConfig. Raises UserError if no file can be read."""
+        return sum(file.stat().st_size for file in files(Path(self.path))) <= QUICK_BYTES
+
+    def documents_on_disk(self) -> Iterator[str]:
+        """See DataConfig."""
+        return iter(self.reader())
 
     def reader(self, position: Any = None) -> FileReader:
         """See StreamData."""
@@ -246,7 +253,7 @@ def _opened(file: Path) -> BufferedReader:
 
 def _text(place: str, record: Any, field: str) -> str:
     if not isinstance(record, dict):
-        raise UserError(f"{place}: got a {type(record).__name__}, allowed: one object per line")
+        raise UserError(f"{place}: got {type(record).__name__}, allowed: one object per line")
     return text_of(place, record, field)
 
 

@@ -9,17 +9,12 @@ from pathlib import Path
 
 from suite.cells import Cell
 from suite.data.corpus import prepare
-from suite.data.sources.bios import BiosData
-from suite.data.sources.registry import DataConfig
-from suite.data.sources.streams import StreamData
-from suite.data.sources.text_files import TextData
 from suite.errors import UserError
 from suite.launch.checks.settings import refuse_unfit_settings
 from suite.train.loop import total_steps
 
-SMALL_BYTES, SMALL_PEOPLE = 4_000_000, 5_000
-"""Corpora up to this size are prepared as a sweep does; of larger ones the first documents are read."""
 FIRST_DOCUMENTS = 100
+"""Documents that are read of a corpus that takes long to prepare."""
 
 
 def refuse_unusable_data(cells: Iterable[Cell]) -> None:
@@ -40,7 +35,7 @@ def refuse_unusable_data(cells: Iterable[Cell]) -> None:
 
 def _try(cells: list[Cell]) -> None:
     config = cells[0].data
-    if _is_small(config):
+    if config.is_quick_to_prepare:
         with tempfile.TemporaryDirectory() as folder:
             corpus = prepare(config, Path(folder))
             for cell in cells:
@@ -48,15 +43,5 @@ def _try(cells: list[Cell]) -> None:
                 refuse_unfit_settings(cell, total_steps(cell.train, loader, config.seq_len))
         return
     for part in config.corpora().values():
-        if isinstance(part, TextData):
-            for _ in islice(iter(part.reader()), FIRST_DOCUMENTS):
-                pass
-
-
-def _is_small(config: DataConfig) -> bool:
-    if isinstance(config, BiosData):
-        return config.people <= SMALL_PEOPLE
-    parts = config.corpora().values()
-    return all(isinstance(part, StreamData) and isinstance(part, TextData) for part in parts) and (
-        sum(part.size_bytes() for part in parts if isinstance(part, TextData)) <= SMALL_BYTES
-    )
+        for _ in islice(part.documents_on_disk(), FIRST_DOCUMENTS):
+            pass

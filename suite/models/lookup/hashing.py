@@ -101,9 +101,9 @@ class NgramHash(RowHash):
     def resize_vocabulary(self, vocab_size: int) -> None:
         """Change the number of tokens; each new token gets a canonical id of its own."""
         missing = self.canonical_ids[-1:]
-        known = self.canonical_ids[:-1][:vocab_size]
-        new = missing + torch.arange(1, vocab_size - len(known) + 1, device=missing.device)
-        self.canonical_ids = torch.cat((known, new, missing))
+        present = self.canonical_ids[:-1][:vocab_size]
+        new = missing + torch.arange(1, vocab_size - len(present) + 1, device=missing.device)
+        self.canonical_ids = torch.cat((present, new, missing))
 
     def forward(self, ids_BTN: Tensor) -> Tensor:
         """Return the row of each order and head, [B, T, H]; a missing id is -1."""
