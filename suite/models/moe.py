@@ -35,7 +35,7 @@ def tally(expert: Tensor, experts: int) -> Tensor:
 class Experts(nn.Module):
     """E SwiGLUs, each applied to its own tokens.
 
-    `before_read` holds functions that are called with the experts of each token before they are applied by `routed`.
+    `before_read` holds functions that are called with the experts of each token before `routed` applies them.
     `busiest` is the load of the busiest expert relative to the mean load. It is used on the meta device only, where
     routing has no values to count.
     """
@@ -51,8 +51,12 @@ class Experts(nn.Module):
         self.w2 = nn.Parameter(torch.empty(experts, dim, hidden))
         self.w3 = nn.Parameter(torch.empty(experts, hidden, dim))
 
-    def forward(self, x_ELD: Tensor) -> Tensor:
-        return _swiglus(x_ELD, self.w1, self.w2, self.w3)
+    def forward(self, x: Tensor, expert_NK: Tensor | None = None) -> Tensor:
+        """Apply the experts to their own tokens [E, L, D] or, if a router has chosen them, as `routed` does.
+
+        Both are passes of the module, before which FSDP gathers its weights.
+        """
+        return _swiglus(x, self.w1, self.w2, self.w3) if expert_NK is None else self.routed(x, expert_NK)
 
     def routed(self, x_ND: Tensor, expert_NK: Tensor) -> Tensor:
         """Return each token's outputs of its K experts, [N, K, D]; experts are int64 in [0, E).
@@ -73,7 +77,8 @@ class Experts(nn.Module):
         longest = math.ceil(self.busiest * len(expert) / self.count) if expert.is_meta else int(counts_E.max())
         number_E = torch.arange(self.count, device=expert.device)
         x_ELD, place = _padded(x_ND, expert_NK, counts_E, number_E, self.count, longest)
-        return self(x_ELD).flatten(0, 1).index_select(0, place).view(*expert_NK.shape, -1)
+        y_ELD = _swiglus(x_ELD, self.w1, self.w2, self.w3)
+        return y_ELD.flatten(0, 1).index_select(0, place).view(*expert_NK.shape, -1)
 
     def in_blocks(self, x_ND: Tensor, expert_NK: Tensor) -> Tensor:
         """Return what `routed` returns, by products of blocks of tokens with copies of their experts.
@@ -227,7 +232,7 @@ class ExpertChoice(nn.Module):
 
     def _best_expert(self, x_BTD: Tensor, gate_BTE: Tensor) -> Tensor:
         gate_N1, expert_N1 = gate_BTE.flatten(0, 1).max(dim=-1, keepdim=True)
-        y_ND = self.experts.routed(x_BTD.flatten(0, 1), expert_N1).squeeze(1) * gate_N1
+        y_ND = self.experts(x_BTD.flatten(0, 1), expert_N1).squeeze(1) * gate_N1
         return y_ND.view_as(x_BTD).to(x_BTD.dtype)
 
     def cost(self) -> Cost:
@@ -255,7 +260,7 @@ class RoutedExperts(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
         expert_NK, gate_NK = self.route(self.router(x_ND))
-        y_ND = (self.experts.routed(x_ND, expert_NK) * gate_NK.unsqueeze(-1)).sum(dim=1).to(x_BTD.dtype)
+        y_ND = (self.experts(x_ND, expert_NK) * gate_NK.unsqueeze(-1)).sum(dim=1).to(x_BTD.dtype)
         if self.shared is not None:
             y_ND = y_ND + self.shared(x_ND)
         return y_ND.view_as(x_BTD)

@@ -207,7 +207,9 @@ def watch_busiest(model: torch.nn.Module, tokens: int) -> list[float]:
     for module in model.modules():
         if isinstance(module, RoutedExperts):
             mean = tokens * module.top_k / module.experts.count
-            module.experts.register_forward_pre_hook(lambda _, args, mean=mean: seen.append(args[0].shape[1] / mean))
+            module.experts.register_forward_pre_hook(
+                lambda _, args, mean=mean: seen.append(args[1].flatten().bincount().max().item() / mean)
+            )
     return seen
 
 
