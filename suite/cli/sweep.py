@@ -89,11 +89,13 @@ def sweep(
     )
     from suite.launch.executor import Options, executor_class
     from suite.launch.interruption import Interruption
+    from suite.launch.slurm.profile import refuse_unfit_launch
     from suite.launch.status import grid_status
     from suite.launch.sweep import Sweep
 
     kind, results = executor_class(executor), options.results
     whole = options.load(grid, need_data=not (dry_run and kind.is_queue))
+    refuse_unfit_launch(whole.launch, whole.source)
     loaded = whole if cell is None else replace(whole, cells=(cell_named(whole, cell),))
     report = report and cell is None
     check_folders(results, data_root, make=not dry_run)

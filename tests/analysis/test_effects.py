@@ -31,7 +31,7 @@ def write(results: Path, seed: int, share: float, **train: Any) -> None:
     (folder / "train.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def found(results: Path) -> dict[tuple[str, ...], Effect]:
+def by_settings(results: Path) -> dict[tuple[str, ...], Effect]:
     return {effect.settings: effect for effect in effects(load(results, fallback="dense"))}
 
 
@@ -41,7 +41,7 @@ def test_one_setting_has_the_interval_of_a_paired_t_test(tmp_path: Path) -> None
     for seed in range(6):
         write(tmp_path, seed, low[seed], lr=0.001)
         write(tmp_path, seed, high[seed], lr=0.002)
-    (effect,) = found(tmp_path).values()
+    (effect,) = by_settings(tmp_path).values()
     test = stats.ttest_rel(high, low)
     interval = test.confidence_interval()
     assert (effect.settings, effect.levels) == (("train.lr",), ((0.001, 0.002),))
@@ -63,7 +63,7 @@ def test_a_half_fraction_of_five_settings_gives_their_effects_and_interactions(t
         )
         share += 1e-6 * np.sin(97 * seed + sum(2**at * value for at, value in enumerate(signs)))
         write(tmp_path, seed, float(share), **{name: 2.0 + value for name, value in zip(names, signs, strict=True)})
-    by_term = found(tmp_path)
+    by_term = by_settings(tmp_path)
     assert len(by_term) == 5 + 10
     means = {term: effect.difference.mean for term, effect in by_term.items()}
     expected = {term: true.get(term, 0.0) for term in by_term}
@@ -85,7 +85,7 @@ def test_designs_without_separable_effects_are_refused(
     for seed, setting in itertools.product((0, 1), settings):
         write(tmp_path, seed, 0.3 + 0.01 * seed, **setting)
     with pytest.raises(InputError) as refused:
-        found(tmp_path)
+        by_settings(tmp_path)
     assert all(word in str(refused.value) for word in words)
     assert main(["effects", "--results", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1

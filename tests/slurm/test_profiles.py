@@ -1,6 +1,7 @@
 """Cluster profiles, and how cells become arrays with a limit of concurrent jobs; needs no Slurm."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,7 +12,7 @@ from suite.errors import UserError
 from suite.grids import load_grid
 from suite.launch.scorer import Scorer
 from suite.launch.slurm.executor import SlurmExecutor
-from suite.launch.slurm.profile import Profile, load_profile
+from suite.launch.slurm.profile import Profile, load_profile, refuse_unfit_launch
 from suite.launch.slurm.resources import Shape, scoring_shape, shapes
 from suite.launch.slurm.submit import Entry, batches, environment, shares
 from suite.records import RunDir
@@ -79,6 +80,22 @@ def test_the_default_profile_is_used_and_reported_if_it_is_missing(
     (tmp_path / "clusters").mkdir()
     (tmp_path / "clusters" / "default.yaml").write_text("time: 7\n")
     assert load_profile(None).time == 7
+
+
+@pytest.mark.parametrize(
+    ("launch", "message"),
+    [
+        ({"partitoin": "gpu"}, r"grids/mine\.yaml: launch\.partitoin: unknown field, did you mean partition"),
+        ({"time": 30, "gpus": -1}, r"launch\.gpus: got -1"),
+    ],
+)
+def test_a_launch_section_is_checked_without_a_cluster(launch: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        refuse_unfit_launch(launch, Path("grids/mine.yaml"))
+
+
+def test_a_short_time_of_a_launch_section_is_left_to_the_warning_of_the_profile() -> None:
+    refuse_unfit_launch({"time": 1, "partition": "gpu"}, Path("grids/mine.yaml"))
 
 
 def test_the_launch_block_of_a_grid_overrides_the_profile() -> None:

@@ -128,10 +128,10 @@ def _fit(seeds: np.ndarray, columns: np.ndarray, outcomes: np.ndarray) -> list[D
     return [Difference(float(mean), float(low), float(high), float(p), len(design)) for mean, low, high, p in rows]
 
 
-def markdown(found: list[Effect]) -> str:
+def markdown(estimated: list[Effect]) -> str:
     """Return the effects as a table."""
     lines = ["| family | setting | from | to | change of the share stored | p (Holm) | runs |", "|---" * 7 + "|"]
-    for effect in found:
+    for effect in estimated:
         low, high = (" and ".join(str(level[at]) for level in effect.levels) for at in (0, 1))
         change = effect.difference
         points = f"{100 * change.mean:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}] points"

@@ -98,6 +98,21 @@ def load_profile(name_or_path: str | None, over: Mapping[str, Any] | None = None
         raise UserError(f"{path}: {explain(error, Profile, fields)}") from None
 
 
+def refuse_unfit_launch(launch: Mapping[str, Any], source: Path) -> None:
+    """Check the fields of a grid's `launch` section one by one, without a profile; `load_profile` checks them together.
+
+    Raises:
+        UserError: A field is unknown, or its value is invalid.
+    """
+    for field, value in launch.items():
+        content = {field: value}
+        try:
+            Profile.model_validate(content)
+        except ValidationError as error:
+            if error.errors()[0]["loc"]:
+                raise UserError(f"{source}: launch.{explain(error, Profile, content)}") from None
+
+
 def _find(name_or_path: str | None) -> Path:
     path = Path(name_or_path or DEFAULT)
     if path.is_file():
