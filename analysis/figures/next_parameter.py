@@ -58,7 +58,7 @@ def draw(steps: list[Step], metric: str, source: str, folder: Path) -> list[Path
     Returns:
         PNG, PDF and SVG.
     """
-    names = list(dict.fromkeys(step.destination for step in steps))
+    names = sorted(dict.fromkeys(step.destination for step in steps), key=_is_control)
     looks = style.looks([(name.split(" ")[0], name) for name in names])
     bases = [(base, list(members)) for base, members in groupby(steps, key=lambda step: step.base)]
     with style.figure(len(bases), len(PANELS), width=11.5, height=0.6 + 2.3 * len(bases), sharey="row") as (
@@ -80,7 +80,8 @@ def draw(steps: list[Step], metric: str, source: str, folder: Path) -> list[Path
         style.legend_above(drawn, axes)
         note = (
             "Gain over the plain model of the base: mean over pairs of runs of one seed, with 95 % t-intervals where "
-            "there are 5 or more pairs. Lines start at the base. Training time is of the machine that ran the grid."
+            "there are 5 or more pairs. Lines start at the base; hollow: controls of a table. Training time is of the "
+            "machine that ran the grid."
         )
         return style.save(drawn, folder, "next-parameter", " ".join(filter(None, [note, source])))
 
@@ -101,11 +102,16 @@ def _curve(axis: Axes, members: list[Step], by: str, name: str, look: style.Look
         color=look.color,
         marker=look.marker,
         markersize=4,
+        fillstyle="none" if _is_control(name) else "full",
         linestyle=look.linestyle,
         capsize=2,
         label=name,
         markevery=slice(1, None),
     )
+
+
+def _is_control(destination: str) -> bool:
+    return " control=" in destination
 
 
 def against_size(context: Context, folder: Path) -> list[Path]:
