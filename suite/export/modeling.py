@@ -137,7 +137,7 @@ class NextParameterForCausalLM(PreTrainedModel, GenerationMixin):
         adapter = None
         if past is not None:
             if past.is_compileable:
-                raise ValueError(f"{CACHE}: got {type(past).__name__}, allowed: a DynamicCache")
+                raise ValueError(f"{CACHE}: got a {type(past).__name__}, allowed: a DynamicCache")
             adapter = CacheAdapter(past, self.config.num_hidden_layers)
         pad_B = None
         if attention_mask is not None and not bool(attention_mask[:, 0].all()):
