@@ -201,6 +201,16 @@ def test_kinds_are_listed_in_the_order_of_registration() -> None:
     assert list(kinds())[:4] == ["bios", "text", "hub", "mixture"]
 
 
+def test_the_parts_of_a_mixture_are_quick_to_prepare_together_or_not_at_all(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("word " * 500_000)  # 2.5 of 4 MB
+    part = {"kind": "text", "path": str(tmp_path), "weight": 1}
+    quick = [
+        kinds()["mixture"].model_validate({"kind": "mixture", "tokenizer": BYTES, "parts": parts}).is_quick_to_prepare
+        for parts in ({"a": part}, {"a": part, "b": part})
+    ]
+    assert quick == [True, False]
+
+
 def test_a_source_states_which_tasks_and_dry_runs_suit_it(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one two three " * 100)
     text = {"kind": "text", "path": str(tmp_path), "tokenizer": BYTES}

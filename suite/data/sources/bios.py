@@ -58,9 +58,9 @@ class BiosData(DataConfig):
         return World(self.people, self.world, self.questions, self.zipf)
 
     @property
-    def is_quick_to_prepare(self) -> bool:
+    def preparation_load(self) -> float:
         """See DataConfig."""
-        return self.people <= QUICK_PEOPLE
+        return self.people / QUICK_PEOPLE
 
     def task_problem(self, documents: str) -> Problem | None:
         """See DataConfig."""

@@ -91,9 +91,9 @@ class MixtureData(DataConfig):
         return {name: self._corpus(self.parts[name]) for name in sorted(self.parts)}
 
     @property
-    def is_quick_to_prepare(self) -> bool:
+    def preparation_load(self) -> float:
         """See DataConfig."""
-        return all(part.is_quick_to_prepare for part in self.corpora().values())
+        return sum(part.preparation_load for part in self.corpora().values())
 
     def weights(self) -> list[float]:
         """See DataConfig."""

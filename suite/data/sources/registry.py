@@ -6,6 +6,7 @@ decorated with `@register` and imported by the package's `__init__`. Its `kind` 
 
 from __future__ import annotations
 
+import math
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -68,9 +69,14 @@ class DataConfig(Frozen):
         return []
 
     @property
+    def preparation_load(self) -> float:
+        """Work of preparing the corpus, in units of the most that a dry run does; infinite if it needs a download."""
+        return math.inf
+
+    @property
     def is_quick_to_prepare(self) -> bool:
         """Whether the corpus can be prepared in seconds and without a download, as dry runs do."""
-        return False
+        return self.preparation_load <= 1
 
     def documents_on_disk(self) -> Iterator[str]:
         """Yield the documents that can be read without a download or preparation. Raises UserError."""

@@ -110,9 +110,9 @@ class TextData(StreamData):
         return [str(file.relative_to(path)) if path.is_dir() else str(file) for file in files(path)]
 
     @property
-    def is_quick_to_prepare(self) -> bool:
+    def preparation_load(self) -> float:
         """See DataConfig. Raises UserError if no file can be read."""
-        return sum(file.stat().st_size for file in files(Path(self.path))) <= QUICK_BYTES
+        return sum(file.stat().st_size for file in files(Path(self.path))) / QUICK_BYTES
 
     def documents_on_disk(self) -> Iterator[str]:
         """See DataConfig."""
