@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,6 +13,7 @@ import pandas as pd
 from analysis.comparisons.grid import Comparisons
 from analysis.comparisons.statistics import MIN_PAIRS
 from analysis.comparisons.steadiness import why_not_compared
+from analysis.errors import InputError
 from analysis.figures import style
 from analysis.records.grid_data import GridData
 from analysis.records.regime import regime
@@ -63,6 +65,14 @@ class Context:
     def source(self) -> str:
         """The arguments with which `suite sweep` continues the grid."""
         return self.data.source or self.data.grid
+
+    @contextmanager
+    def missing_if_refused(self) -> Iterator[None]:
+        """Turn an InputError of a comparison into Missing, with the command that continues the grid."""
+        try:
+            yield
+        except InputError as error:
+            raise Missing(f"{error}: suite sweep {self.source}") from None
 
     @cached_property
     def bases(self) -> list[str]:

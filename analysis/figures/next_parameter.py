@@ -12,7 +12,6 @@ import pandas as pd
 
 from analysis.comparisons.destinations.next_parameter import AXES, Step, equivalent_size
 from analysis.comparisons.statistics import Difference
-from analysis.errors import InputError
 from analysis.figures import style
 from analysis.figures.context import SIDE_BY_SIDE, Context, Missing
 from analysis.figures.marks import dot
@@ -29,10 +28,8 @@ def next_parameter(context: Context, folder: Path) -> list[Path]:
     Raises:
         Missing: No variant can be paired with its base.
     """
-    try:
+    with context.missing_if_refused():
         metric, steps = context.comparisons.steps
-    except InputError as error:
-        raise Missing(f"{error}: suite sweep {context.source}") from None
     if not steps:
         raise Missing(
             f"grid {context.grid} has no variant next to a plain {context.data.reference} model of the same base, "
@@ -121,10 +118,8 @@ def against_size(context: Context, folder: Path) -> list[Path]:
         Missing: No base has a wider reference model, or no gain lies on the curve of those that it has.
     """
     reference = context.data.reference
-    try:
+    with context.missing_if_refused():
         _, steps = context.comparisons.steps
-    except InputError as error:
-        raise Missing(f"{error}: suite sweep {context.source}") from None
     points: list[tuple[str, str, float, Difference]] = []
     for base, group in groupby(steps, key=lambda step: step.base):
         members = list(group)

@@ -11,7 +11,6 @@ import pandas as pd
 from analysis.comparisons.destinations.sparse_share import Budget
 from analysis.comparisons.paired import E50
 from analysis.comparisons.statistics import MIN_PAIRS
-from analysis.errors import InputError
 from analysis.figures import style
 from analysis.figures.context import Context, Missing
 
@@ -28,10 +27,8 @@ def sparse_share(context: Context, folder: Path) -> list[Path]:
     Raises:
         Missing: No three variants divide a budget in different ways, or runs lack a metric.
     """
-    try:
+    with context.missing_if_refused():
         metric, budgets = context.comparisons.sparse_shares
-    except InputError as error:
-        raise Missing(f"{error}: suite sweep {context.source}") from None
     if not budgets:
         raise Missing(
             f"no three variants of grid {context.grid} have equal sparse parameters (within 2 %) and different shares "

@@ -88,6 +88,11 @@ class GridData:
         """Return the curves of a probe column over another, of all runs; empty where no run has it."""
         return curves_of(self.probes, len(self.runs), y, x)
 
+    @cached_property
+    def stored_share(self) -> pd.Series:
+        """The share of the bits of its world that each run had stored at its last probe; NaN without storage probes."""
+        return self.curves("storage_bits").last_y() / self.runs["bits_max"]
+
     def common_exposure(self, positions: pd.Index) -> float:
         """Return the last exposure that all of these runs were probed at; NaN without probes."""
         last = self.curves("epoch").last_x()[positions.to_numpy(int)]

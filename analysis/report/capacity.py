@@ -20,7 +20,7 @@ def capacity_blocks(data: GridData) -> list[Block]:
     if runs.empty:
         return []
     at = runs.index.to_numpy(int)
-    share = (data.curves("storage_bits").last_y() / data.curves("storage_bits_max").last_y())[at]
+    share = data.stored_share[runs.index]
     bits = share * runs["people"].astype(float) * BITS_PER_PERSON
     runs = runs.assign(exposures=data.curves("epoch").last_x()[at], share=share, density=bits / runs["params_total"])
     rows: list[list[object]] = []

@@ -15,7 +15,7 @@ import pandas as pd
 from analysis.comparisons.statistics import Difference, holm
 from analysis.errors import InputError
 from analysis.records.grid_data import GridData
-from analysis.records.runs.labels import OUTSIDE_A_LABEL, flat
+from analysis.records.runs.labels import settings_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def effects(data: GridData) -> list[Effect]:
         InputError: No run has storage probes, no setting varies, one has three levels or more, or main effects are not
             separable.
     """
-    runs = data.done.assign(share=data.curves("storage_bits").last_y()[data.done.index] / data.done["bits_max"])
+    runs = data.done.assign(share=data.stored_share)
     runs = runs[runs["share"].notna()]
     if runs.empty:
         raise InputError("no run of this grid is done with storage probes; run it first")
@@ -57,30 +57,29 @@ def effects(data: GridData) -> list[Effect]:
 def _of_family(family: str, runs: pd.DataFrame) -> list[Effect]:
     levels, coded = _coded(family, runs)
     seeds = pd.get_dummies(runs["seed"].to_numpy()).to_numpy(float)
-    terms: list[tuple[str, ...]] = [(name,) for name in levels]
-    both = terms + list(itertools.combinations(levels, 2))
-    if not _separable(seeds, _columns(coded, both)):
-        both = terms
-    columns = _columns(coded, both)
-    if not _separable(seeds, columns):
+    main: list[tuple[str, ...]] = [(name,) for name in levels]
+    for terms in ([*main, *itertools.combinations(levels, 2)], main):
+        columns = [np.prod([coded[name] for name in term], axis=0) for term in terms]
+        design = np.column_stack([seeds, *columns])
+        if len(design) > design.shape[1] == np.linalg.matrix_rank(design):
+            break
+    else:
         raise InputError(
             f"{family}: {len(runs)} runs cannot separate the effects of {', '.join(levels)}; add runs in which they"
             " vary independently"
         )
-    fitted = _fit(seeds, columns, runs["share"].to_numpy(float))
-    adjusted = holm([difference.p for difference in fitted])
+    differences = _fit(design, runs["share"].to_numpy(float))[seeds.shape[1] :]
+    adjusted = holm([difference.p for difference in differences])
     result = [
         Effect(family, term, tuple(levels[name] for name in term), difference, p)
-        for term, difference, p in zip(both, fitted, adjusted, strict=True)
+        for term, difference, p in zip(terms, differences, adjusted, strict=True)
     ]
     return sorted(result, key=lambda effect: (len(effect.settings), -abs(effect.difference.mean)))
 
 
 def _coded(family: str, runs: pd.DataFrame) -> tuple[dict[str, tuple[object, object]], dict[str, np.ndarray]]:
     """Return the levels of every setting that varies, low to high, and the runs' settings as -1 and +1."""
-    cells = [
-        flat({key: value for key, value in cell.items() if key not in OUTSIDE_A_LABEL}) for cell in runs["settings"]
-    ]
+    cells = settings_of(list(runs["settings"]))
     names = sorted({name for cell in cells for name in cell})
     levels, coded = {}, {}
     for name in names:
@@ -101,26 +100,14 @@ def _hashable(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _columns(coded: dict[str, np.ndarray], terms: list[tuple[str, ...]]) -> np.ndarray:
-    return np.stack([np.prod([coded[name] for name in term], axis=0) for term in terms], axis=1)
-
-
-def _separable(seeds: np.ndarray, columns: np.ndarray) -> bool:
-    """Return whether all effects can be estimated with at least one degree of freedom left."""
-    design = np.concatenate([seeds, columns], axis=1)
-    return len(design) > design.shape[1] == np.linalg.matrix_rank(design)
-
-
-def _fit(seeds: np.ndarray, columns: np.ndarray, outcomes: np.ndarray) -> list[Difference]:
-    """Return the effects (twice the coefficients of settings coded as -1 and +1) with t-intervals."""
+def _fit(design: np.ndarray, outcomes: np.ndarray) -> list[Difference]:
+    """Return twice the coefficient of each column, the effect of a setting coded as -1 and +1, with t-intervals."""
     from scipy.special import stdtr, stdtrit
 
-    design = np.concatenate([seeds, columns], axis=1)
     coefficients = np.linalg.lstsq(design, outcomes, rcond=None)[0]
     free = len(design) - design.shape[1]
     variance = np.sum((outcomes - design @ coefficients) ** 2) / free
-    errors = 2 * np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))[seeds.shape[1] :]
-    means = 2 * coefficients[seeds.shape[1] :]
+    means, errors = 2 * coefficients, 2 * np.sqrt(variance * np.diag(np.linalg.inv(design.T @ design)))
     reach = stdtrit(free, 0.975) * errors
     with np.errstate(divide="ignore"):
         p_values = 2 * stdtr(free, -np.abs(means / errors))

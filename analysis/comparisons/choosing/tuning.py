@@ -45,7 +45,7 @@ def table(data: GridData) -> pd.DataFrame:
     Raises:
         InputError: No run is done with storage probes.
     """
-    runs = data.done.assign(share=data.curves("storage_bits").last_y()[data.done.index] / data.done["bits_max"])
+    runs = data.done.assign(share=data.stored_share)
     runs = runs[runs["share"].notna()].sort_values("stored")
     if runs.empty:
         raise InputError("no run of this grid is done with storage probes; run it first")

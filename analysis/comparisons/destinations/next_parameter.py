@@ -173,18 +173,29 @@ def outcomes(data: GridData, metric: str) -> pd.Series:
 
 def _step(plain: pd.DataFrame, step: pd.DataFrame, destination: str, label: str, metric: str) -> Step:
     """Return the step of one variant, paired by seed with the runs of the base."""
-    pairs = step.merge(plain, on="seed", suffixes=("", "_base"))
-    gains = pairs["outcome"] - pairs["outcome_base"]
-    if metric != E50:
-        gains = gains.where((pairs["tokens"] / pairs["tokens_base"] - 1).abs() <= SAME_TOKENS)
+    gains = gains_by_seed(step, plain, metric)
     amount = {axis: float(step[column].median()) for axis, (column, _) in AXES.items()}
     of_base = {axis: float(plain[column].median()) for axis, (column, _) in AXES.items()}
     with np.errstate(divide="ignore", invalid="ignore"):
         doublings = {axis: float(np.log2(amount[axis] / of_base[axis])) for axis in AXES}
-    valid = gains.notna()
-    by_seed = dict(zip(pairs.loc[valid, "seed"].astype(int), gains[valid].astype(float), strict=True))
+    by_seed = {int(seed): float(gain) for seed, gain in gains.dropna().items()}  # type: ignore[call-overload]
     place = str(step["place"].iloc[0])
-    return Step(place, destination, label, amount, doublings, by_seed, int((~valid).sum()))
+    return Step(place, destination, label, amount, doublings, by_seed, int(gains.isna().sum()))
+
+
+def gains_by_seed(runs: pd.DataFrame, base: pd.DataFrame, metric: str) -> pd.Series:
+    """Return the gains of one variant's runs over those of another, by seed; NaN where either has no outcome.
+
+    Args:
+        runs: Runs with `outcome`, `tokens` and `seed`.
+        base: The runs that they are paired with.
+        metric: What outcomes are; scores, unlike E50, are compared at equal tokens only.
+    """
+    pairs = runs.merge(base, on="seed", suffixes=("", "_base")).set_index("seed")
+    gains = pairs["outcome"] - pairs["outcome_base"]
+    if metric == E50:
+        return gains
+    return gains.where((pairs["tokens"] / pairs["tokens_base"] - 1).abs() <= SAME_TOKENS)
 
 
 def returns_by_base(steps: Sequence[Step], reference: str, by: str) -> list[tuple[str, list[Return], list[Lead]]]:

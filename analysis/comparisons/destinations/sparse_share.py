@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.comparisons.destinations.next_parameter import metric_of, outcomes, places
-from analysis.comparisons.paired import E50, SAME_TOKENS
+from analysis.comparisons.destinations.next_parameter import gains_by_seed, metric_of, outcomes, places
 from analysis.comparisons.statistics import Difference, paired
 from analysis.records.grid_data import GridData
 
@@ -95,10 +94,7 @@ def _equal(sparse: pd.Series) -> Iterator[list[str]]:
 
 def _division(first: pd.DataFrame, own: pd.DataFrame, metric: str) -> Division:
     """Return one variant, paired by seed with the runs of the first one."""
-    pairs = own.merge(first, on="seed", suffixes=("", "_first"))
-    gains = pairs["outcome"] - pairs["outcome_first"]
-    if metric != E50:
-        gains = gains.where((pairs["tokens"] / pairs["tokens_first"] - 1).abs() <= SAME_TOKENS)
+    gains = gains_by_seed(own, first, metric)
     row = own.iloc[0]
     return Division(
         str(row["label"]),

@@ -25,7 +25,7 @@ def labels(cells: Sequence[Mapping[str, Any]], without: Sequence[str] = ()) -> l
         cells: The cells.
         without: Settings that do not distinguish variants: dotted names such as `train.lr`, or whole sections.
     """
-    settings = _settings(cells, without)
+    settings = settings_of(cells, without)
     varying = _varying(settings)
     return [_label(options, varying[_group(options)]) for options in settings]
 
@@ -37,7 +37,7 @@ def labels_across_bases(cells: Sequence[Mapping[str, Any]], without: Sequence[st
         cells: The cells.
         without: Settings that do not distinguish variants, as for `labels`.
     """
-    settings = _settings(cells, without)
+    settings = settings_of(cells, without)
     of_family: dict[str, set[str]] = {}
     for (family, _), names in _varying(settings).items():
         of_family.setdefault(family, set()).update(names)
@@ -49,8 +49,8 @@ def trained_labels(cells: Sequence[Mapping[str, Any]]) -> list[str]:
     return labels(cells, AFTER_TRAINING)
 
 
-def _settings(cells: Sequence[Mapping[str, Any]], without: Sequence[str]) -> list[dict[str, Any]]:
-    """Return the settings of each cell that may distinguish variants, by dotted name."""
+def settings_of(cells: Sequence[Mapping[str, Any]], without: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """Return the settings of each cell that may distinguish variants, by dotted name; `without` as for `labels`."""
     omitted = {*OUTSIDE_A_LABEL, *without}
     sections = [flat({name: value for name, value in cell.items() if name not in omitted}) for cell in cells]
     return [{name: value for name, value in options.items() if name not in omitted} for options in sections]
