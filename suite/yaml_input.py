@@ -32,7 +32,7 @@ SCALARS = {
 
 
 LENGTH = re.compile(r"(?:Tuple|List) should have (at least|at most) (\d+) items?.*")
-"""What pydantic says of a list of another length."""
+"""Pydantic's message for a list of another length."""
 
 
 class _Loader(yaml.SafeLoader):

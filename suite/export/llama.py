@@ -98,8 +98,8 @@ def import_llama(folder: Path | str) -> Transformer:
         raise UserError(f"{folder}: {name}: {'unknown' if extra else 'missing'} tensor of a Llama model")
     for name, tensor in ours.items():
         if weights[name].shape != tensor.shape:
-            found, stated = [*weights[name].shape], [*tensor.shape]
-            raise UserError(f"{folder}: {name}: got a tensor of {found}, allowed: {stated}, which {CONFIG} states")
+            actual, stated = [*weights[name].shape], [*tensor.shape]
+            raise UserError(f"{folder}: {name}: got a tensor of {actual}, allowed: {stated}, which {CONFIG} states")
     model.load_state_dict({name: weights[llama_name(name)] for name in model.state_dict()})
     return model.eval()
 
