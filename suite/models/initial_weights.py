@@ -1,26 +1,25 @@
-"""Initial weights: a function of (seed, name, place), the same on any number of processes.
+"""Initial weights: a function of (seed, name, element), the same on any number of processes.
 
-A parameter of at most BLOCK elements is drawn at once, from a generator seeded by (seed, name). A larger one is drawn
-in blocks, each from a generator of its own, so a process that holds a part of it draws only the blocks that overlap its
-part, and never holds more than one block. Blocks are rows of the tensor as a matrix [all but the last dimension, last
-dimension]; those of a table of many rows are narrow, since processes divide its columns. Values are drawn on the CPU,
-and are the same whatever device they are for.
+A parameter of at most BLOCK elements is drawn at once on the CPU, from a generator seeded by (seed, name), and is the
+same on every device. Each element of a larger one has a random number of its own, from a counter-based generator: a
+process draws exactly its part, on the device that holds it, in chunks of CHUNK elements. These random numbers are the
+same on every device too; normal values agree within the rounding of the quantile function.
 
-Shapes: M rows of the matrix, D columns.
+Shapes: M rows of a tensor as a matrix [all but the last dimension, last dimension].
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from suite.models.distributions import Constant, Distribution, Normal
+from suite.models.distributions import Constant, Distribution, Normal, probabilities
 from suite.models.lookup.output_scale import OUTPUT_GAIN
 from suite.models.registry import ModelConfig
 from suite.models.sizes import Size
@@ -29,9 +28,9 @@ from suite.models.transformer import Transformer
 CanonicalIds = Callable[[], list[int]]
 """Returns the canonical id of every token; called for models that hash them."""
 BLOCK = 1 << 24
-"""Most elements that are drawn together."""
-TALL = 1 << 19
-"""From this number of rows on, a block has TALL rows and BLOCK / TALL columns instead of whole rows."""
+"""Most elements of a parameter that is drawn at once."""
+CHUNK = 1 << 20
+"""Elements of a larger one that are drawn together."""
 
 
 @dataclass(frozen=True)
@@ -125,20 +124,22 @@ def set_canonical_ids(model: Transformer, canonical_ids: CanonicalIds | None) ->
             setter(ids)
 
 
-def generator_of(seed: int, name: str, block: int = 0) -> torch.Generator:
-    """Return the generator of a block of a parameter's initial values.
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """Return the generator of a parameter's initial values.
 
     Args:
         seed: The seed of the run.
         name: The parameter's name in the model.
-        block: The number of the block; 0 where there is only one.
 
     Returns:
         A generator on the CPU whose state depends on the arguments alone.
     """
-    key = f"{seed}/{name}" if block == 0 else f"{seed}/{name}/{block}"
-    digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(key_of(seed, name) >> 1)
+
+
+def key_of(seed: int, name: str) -> int:
+    """Return 64 bits that identify the initial values of a parameter."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{name}".encode()).digest()[:8], "big")
 
 
 @torch.no_grad()
@@ -183,55 +184,27 @@ def draw(law: Distribution, own: Tensor, shape: torch.Size, part: Part | None, s
         law.fill_(whole, generator_of(seed, name))
         own.copy_(whole if part is None else part.of(whole))
     else:
-        _draw_blocks(law, own, _Layout(shape, part or Part(0, 0, shape[0])), seed, name)
+        _draw_elements(law, own, shape, part or Part(0, 0, shape[0]), key_of(seed, name))
 
 
-def _draw_blocks(law: Distribution, own: Tensor, layout: _Layout, seed: int, name: str) -> None:
-    first_column, last_column = layout.columns
-    matrix = own.view(-1, last_column - first_column)
-    for number, (top, bottom), (left, right) in layout.blocks():
-        low, high = max(left, first_column), min(right, last_column)
-        shared = [(max(top, start), min(bottom, stop), place - start) for start, stop, place in layout.rows]
-        rows = [(start, stop, start + shift) for start, stop, shift in shared if start < stop]
-        if low >= high or not rows:
-            continue
-        block = torch.empty(bottom - top, right - left, dtype=own.dtype)
-        law.fill_(block, generator_of(seed, name, number))
-        for start, stop, place in rows:
-            target = matrix[place : place + stop - start, low - first_column : high - first_column]
-            target.copy_(block[start - top : stop - top, low - left : high - left])
-        del block  # before the next one is allocated
+def _draw_elements(law: Distribution, own: Tensor, shape: torch.Size, part: Part, key: int) -> None:
+    if own.numel() == 0:
+        return
+    columns = (part.start, part.stop) if part.dim == len(shape) - 1 else (0, shape[-1])
+    own_MD = own.view(-1, own.shape[-1])
+    at_once = max(1, CHUNK // own.shape[-1])
+    for start, chunk_MD in enumerate(own_MD.split(at_once)):
+        own_row_M = torch.arange(start * at_once, start * at_once + len(chunk_MD), device=own.device)
+        chunk_MD.copy_(law.quantile(probabilities(_rows_of_whole(own_row_M, shape, part), columns, key)))
 
 
-class _Layout:
-    """A large tensor as a matrix [M, D]: its blocks, and where the elements of a part lie.
-
-    Attributes:
-        columns: The first column of the part, and the one after its last.
-        rows: Ranges of rows of the part, each with the row of the part at which it starts.
-    """
-
-    def __init__(self, shape: torch.Size, part: Part) -> None:
-        *leading, self.width = shape
-        self.height = math.prod(leading)
-        if part.dim == len(leading):
-            self.columns, self.rows = (part.start, part.stop), [(0, self.height, 0)]
-            return
-        self.columns = 0, self.width
-        size, inner = shape[part.dim], math.prod(leading[part.dim + 1 :])
-        count = (part.stop - part.start) * inner
-        starts = range(part.start * inner, self.height, size * inner)
-        self.rows = [(start, start + count, number * count) for number, start in enumerate(starts)]
-
-    def blocks(self) -> Iterator[tuple[int, tuple[int, int], tuple[int, int]]]:
-        """Yield the number, the rows and the columns of every block."""
-        width = BLOCK // TALL if self.height >= TALL else self.width
-        height = TALL if self.height >= TALL else max(1, BLOCK // width)
-        number = 0
-        for top in range(0, self.height, height):
-            for left in range(0, self.width, width):
-                yield number, (top, min(top + height, self.height)), (left, min(left + width, self.width))
-                number += 1
+def _rows_of_whole(own_row_M: Tensor, shape: torch.Size, part: Part) -> Tensor:
+    """Return the rows of a whole tensor that are the given rows of a part, both as matrices."""
+    if part.dim == len(shape) - 1:
+        return own_row_M
+    inner = math.prod(shape[part.dim + 1 : -1])  # rows per index of the divided dimension
+    outer_M, within_M = own_row_M // ((part.stop - part.start) * inner), own_row_M % ((part.stop - part.start) * inner)
+    return outer_M * shape[part.dim] * inner + part.start * inner + within_M
 
 
 @dataclass(frozen=True)
