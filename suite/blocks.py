@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,11 @@ from suite.cells import Cell, flat
 from suite.contrast import matches
 from suite.errors import UserError
 from suite.models import registry
-from suite.yaml_input import did_you_mean
+from suite.yaml_input import did_you_mean, shown
 
 SECTIONS = ("model", "data", "train")
+MAX_COMBINATIONS = 100_000
+"""Combinations of axis values in a grid; to list as many cells takes minutes."""
 
 Flat = dict[str, Any]
 """Dotted path -> value: `{"train.lr": 0.001}`."""
@@ -48,18 +51,26 @@ def points(source: Path, content: dict[str, Any], overrides: Flat) -> list[Point
         overrides: Fields set on the command line.
 
     Raises:
-        UserError: A section has the wrong shape, a family is unknown, or no family of the grid has an option.
+        UserError: A section has the wrong shape, the axes have too many combinations, a family is unknown, or no
+            family of the grid has an option.
     """
     defaults = flatten(source, "defaults", content.get("defaults") or {})
     families = read_families(source, content.get("families") or {})
     layers = [("defaults", list(defaults)), ("--set", list(overrides))]
     result: list[Point] = []
+    combinations = 0
     for number, block in enumerate(content["blocks"], start=1):
         where = f"blocks[{number}]"
         if not isinstance(block, dict) or (set(block) - {"set", "axes"}):
-            raise UserError(f"{source}: {where}: got {block!r}, allowed: a mapping with `axes` and `set`")
+            raise UserError(f"{source}: {where}: got {shown(block)}, allowed: a mapping with `axes` and `set`")
         fixed = flatten(source, f"{where}.set", block.get("set") or {})
         axes = _axes(source, f"{where}.axes", block.get("axes") or {})
+        combinations += math.prod(len(values) for values in axes.values())
+        if combinations > MAX_COMBINATIONS:
+            raise UserError(
+                f"{source}: {where}.axes: the grid has {combinations:,} combinations of values, allowed: at most "
+                f"{MAX_COMBINATIONS:,}"
+            )
         result += _block_points(source, where, defaults, families, fixed, axes, overrides)
         axis_paths = [path for values in axes.values() for value in values for path in value]
         layers += [(f"{where}.set", list(fixed)), (f"{where}.axes", axis_paths)]
@@ -128,11 +139,11 @@ def read_families(source: Path, content: dict[str, Any]) -> dict[str, Flat]:
 def _axes(source: Path, where: str, content: Any) -> dict[str, list[Flat]]:
     """Return axis -> its values, each as the fields that it sets."""
     if not isinstance(content, dict):
-        raise UserError(f"{source}: {where}: got {content!r}, allowed: a mapping of dotted fields to lists")
+        raise UserError(f"{source}: {where}: got {shown(content)}, allowed: a mapping of dotted fields to lists")
     axes: dict[str, list[Flat]] = {}
     for path, values in content.items():
         if not isinstance(values, list) or not values:
-            raise UserError(f"{source}: {where}.{path}: got {values!r}, allowed: a list of at least one value")
+            raise UserError(f"{source}: {where}.{path}: got {shown(values)}, allowed: a list of at least one value")
         axes[str(path)] = [flatten(source, where, {path: value}) for value in values]
     return axes
 
@@ -150,14 +161,14 @@ def flatten(source: Path, where: str, content: Any, prefix: str = "") -> Flat:
         UserError: A value is not a mapping where one is needed.
     """
     if not isinstance(content, dict):
-        raise UserError(f"{source}: {where}: got {content!r}, allowed: a mapping of fields to values")
+        raise UserError(f"{source}: {where}: got {shown(content)}, allowed: a mapping of fields to values")
     fields: Flat = {}
     for key, value in content.items():
         path = f"{prefix}{key}"
         if isinstance(value, dict):
             fields.update(flatten(source, where, value, f"{path}."))
         elif path in SECTIONS:
-            raise UserError(f"{source}: {where}.{path}: got {value!r}, allowed: a mapping of fields to values")
+            raise UserError(f"{source}: {where}.{path}: got {shown(value)}, allowed: a mapping of fields to values")
         else:
             fields[path] = value
     return fields

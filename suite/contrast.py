@@ -21,7 +21,7 @@ from typing import Any
 
 from suite.cells import Cell, flat
 from suite.errors import UserError
-from suite.yaml_input import did_you_mean
+from suite.yaml_input import did_you_mean, shown
 
 FIELDS = ("treatment", "reference", "metric", "base", "over")
 SIDES = ("treatment", "reference")
@@ -66,7 +66,7 @@ def select(source: Path, content: object, cells: Sequence[Cell]) -> Contrast:
     """
     where = f"{source}: contrast"
     if not isinstance(content, dict):
-        raise UserError(f"{where}: got {content!r}, allowed: a mapping with {', '.join(FIELDS)}")
+        raise UserError(f"{where}: got {shown(content)}, allowed: a mapping with {', '.join(FIELDS)}")
     for field in content:
         if field not in FIELDS:
             raise UserError(
@@ -107,7 +107,7 @@ def matches(settings: Mapping[str, Any], path: str, value: Any) -> bool:
 def _wanted(where: str, content: object, shared: Mapping[str, Any], paths: Collection[str]) -> dict[str, Any]:
     """Return the dotted settings that select one side; all must be among `paths`, the fields of the cells."""
     if not isinstance(content, dict) or not content:
-        raise UserError(f"{where}: got {content!r}, allowed: a mapping of cell fields to values")
+        raise UserError(f"{where}: got {shown(content)}, allowed: a mapping of cell fields to values")
     wanted = {**shared, **flat(content)}
     for path in wanted:
         if path not in paths:

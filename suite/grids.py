@@ -22,7 +22,7 @@ from suite.identity import NOT_IDENTITY
 from suite.models import registry
 from suite.parents import INIT_FROM, Parents, read_parents, with_identified_parent
 from suite.shipped import shipped
-from suite.yaml_input import did_you_mean, explain, parse_value, read_mapping
+from suite.yaml_input import did_you_mean, explain, parse_value, read_mapping, shown
 
 GRID_FIELDS = {
     "defaults": dict,
@@ -191,7 +191,7 @@ def _check_shape(source: Path, content: dict[str, Any]) -> None:
             raise UserError(f"{source}: {field}: unknown field{hint}, allowed: {', '.join(GRID_FIELDS)}")
         if value is not None and not isinstance(value, GRID_FIELDS[field]):
             allowed = "a mapping" if GRID_FIELDS[field] is dict else "a list"
-            raise UserError(f"{source}: {field}: got {value!r}, allowed: {allowed}")
+            raise UserError(f"{source}: {field}: got {shown(value)}, allowed: {allowed}")
     if content.get("grids"):
         others = sorted(set(content) - {"grids", "contrast", "launch"})
         if others:
@@ -291,7 +291,7 @@ def _put(nested: dict[str, Any], path: str, value: Any, where: str) -> None:
         nested = nested.setdefault(name, {})
         if not isinstance(nested, dict):
             section = ".".join(parents[: depth + 1])
-            raise UserError(f"{where}{section}: got {nested!r} as well as {path}; set one of them")
+            raise UserError(f"{where}{section}: got {shown(nested)} as well as {path}; set one of them")
     nested[last] = value
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import re
 import typing
-from collections.abc import Hashable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,24 +32,40 @@ SCALARS = {
 """The scalars of YAML 1.2 that are not text: tag -> pattern and first characters. Digits may be grouped by `_`."""
 
 
+MERGE = "tag:yaml.org,2002:merge"
+MAX_BYTES = 10_000_000
+"""Size of the largest file that is parsed, which takes about a minute; a larger one is data, not a configuration."""
+MAX_VALUES = 1_000_000
+
 LENGTH = re.compile(r"(?:Tuple|List) should have (at least|at most) (\d+) items?.*")
 """Pydantic's message for a list of another length."""
 
 
 class _Loader(yaml.SafeLoader):
-    """A SafeLoader that reads scalars as YAML 1.2 does, and refuses duplicate keys.
+    """A SafeLoader that reads scalars as YAML 1.2 does, and refuses duplicate keys and aliases without an end.
 
     YAML 1.1 reads 12:00:00 as a number in base 60, 0123 as octal, `no` as false, 2024-01-01 as a date, and 1e9 as text.
     A float without a fraction, such as 1e9, becomes an integer, which fields of either type accept.
     """
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for position, key in enumerate(keys):
-            if key in keys[:position]:
-                line = node.value[position][0].start_mark.line + 1
-                raise UserError(f"line {line}: {key}: given twice; remove one")
-        return super().construct_mapping(node, deep)
+    def get_single_node(self) -> yaml.Node | None:
+        """Return the document, or None if it is empty. Raises UserError for aliases that no file needs."""
+        node: yaml.Node | None = super().get_single_node()
+        if node is not None:
+            _count(node, {})
+        return node
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Return a mapping as it is written, before merges add keys to it. Raises UserError for a duplicate key."""
+        node = super().compose_mapping_node(anchor)
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                name = key.value if key.tag == MERGE else self.construct_object(key)
+                if name in seen:
+                    raise UserError(f"line {key.start_mark.line + 1}: {name}: given twice; remove one")
+                seen.add(name)
+        return node
 
     def construct_whole(self, node: yaml.ScalarNode) -> int:
         """Return the integer of a scalar in base 8, 10 or 16."""
@@ -61,6 +78,28 @@ class _Loader(yaml.SafeLoader):
         return int(number) if number.is_integer() else number
 
 
+def _count(node: yaml.Node, counts: dict[yaml.Node, int]) -> int:
+    """Return the number of values of a node, in which an alias stands for all values that it repeats.
+
+    Args:
+        node: The node.
+        counts: The counts of the nodes that are counted; 0 for one that is being counted.
+
+    Raises:
+        UserError: An alias stands within what it repeats, or the count passes MAX_VALUES.
+    """
+    line = f"line {node.start_mark.line + 1}: "
+    if node not in counts:
+        counts[node] = 0
+        parts = itertools.chain(*node.value) if isinstance(node, yaml.MappingNode) else node.value
+        counts[node] = 1 + sum(_count(part, counts) for part in parts if isinstance(part, yaml.Node))
+    if not counts[node]:
+        raise UserError(f"{line}contains itself through an alias; write the value without the alias")
+    if counts[node] > MAX_VALUES:
+        raise UserError(f"{line}holds more than {MAX_VALUES:,} values, repetitions by aliases included; use fewer")
+    return counts[node]
+
+
 _Loader.yaml_implicit_resolvers = {}
 for _tag, (_pattern, _first) in SCALARS.items():
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), _first)
@@ -71,13 +110,15 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 def read_mapping(path: Path) -> dict[str, Any]:
     """Read the mapping in a YAML or JSON file. Raises UserError with the file, and the line of a syntax error."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise UserError(f"{path}: has {size:,} bytes, allowed: a YAML file of at most {MAX_BYTES:,}")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: {reason}; give a readable YAML file") from None
+        raise UserError(f"{path}: {reason}; give a readable YAML file in UTF-8") from None
     content = _parse(text, str(path))
     if not isinstance(content, dict):
-        raise UserError(f"{path}: got {_short(content)}, allowed: a mapping of fields to values")
+        raise UserError(f"{path}: got {shown(content)}, allowed: a mapping of fields to values")
     return content
 
 
@@ -93,7 +134,10 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: {error}") from None
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise UserError(f"{where}: {line}not valid YAML: {error.problem}") from None
+        hint = "; use spaces" if "'\\t'" in str(error.problem) else ""
+        raise UserError(f"{where}: {line}not valid YAML: {error.problem}{hint}") from None
+    except RecursionError:
+        raise UserError(f"{where}: not valid YAML: its values are nested too deeply") from None
     except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of more than 4,300 digits
         raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
 
@@ -144,7 +188,7 @@ def _explain(detail: ErrorDetails, schema: type[BaseModel], content: Any) -> str
         # Validators of this project already name the field, the value and what is allowed.
         own = str(inner)
         return own if not field or own.startswith(field) else f"{field}.{own}"
-    return f"{field}: got {_short(detail['input'])}, allowed: {_allowed(detail['msg'])}"
+    return f"{field}: got {shown(detail['input'])}, allowed: {_allowed(detail['msg'])}"
 
 
 def _locate(
@@ -206,9 +250,11 @@ def _wanted(part: type[BaseModel] | None, name: str) -> str:
 def _allowed(message: str) -> str:
     wanted = message.removeprefix("Input should be ").removeprefix("Value error, ")
     wanted = LENGTH.sub(r"a list of \1 \2", wanted)
+    wanted = wanted.replace("a valid boolean", "true or false")
     return wanted.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping of fields to values")
 
 
-def _short(value: object) -> str:
+def shown(value: object) -> str:
+    """Return a value for a message, in at most 60 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."

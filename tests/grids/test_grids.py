@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -242,6 +243,22 @@ MISTAKES = {
     "no block": ("blocks:\n  - axes: {model.family: [dense]}\n", "", "blocks: "),
     "a key twice": ("batch_rows: 8", "batch_rows: 8, batch_rows: 9", "line 5: batch_rows: given twice"),
     "broken YAML": ("[dense]", "[dense", "line 9"),
+    "a tab": ("lr: 1e-3", "lr:\t1e-3", "use spaces"),
+    "a word for a truth value": (
+        "{base: w32}",
+        "{base: w32, tie_embeddings: yes}",
+        "model.tie_embeddings: got 'yes', allowed: true or false",
+    ),
+    "a section within itself": ("model: {base: w32}", "model: &m {base: w32, part: *m}", "line 3: contains itself"),
+    "a list within itself": ("defaults:", "defaults:\n  evaluate: &e [*e]", "line 3: contains itself"),
+    "a merge of itself": ("model: {base: w32}", "model: &m {<<: *m}", "line 3: contains itself"),
+    "deep nesting": ("[dense]", "[" * 5000 + "]" * 5000, "nested too deeply"),
+    "too many combinations": (
+        "[dense]}",
+        f"[dense], seed: {[*range(1000)]}, train.warmup: {[*range(1000)]}}}",
+        "blocks[1].axes: the grid has 1,000,000 combinations of values, allowed: at most 100,000",
+    ),
+    "a long value": ("axes: {model.family: [dense]}", f"axes: {[*range(100)]}", "16..., allowed: a mapping"),
     "families' typo": (
         "k_dim: 16}",
         "k_dmi: 16}",
@@ -269,6 +286,35 @@ def test_a_mistake_is_one_line_with_file_field_and_value(tmp_path: Path, name: s
     line = complaint(tmp_path, ONE_BLOCK.replace(old, new, 1))
     assert line.startswith(str(tmp_path / "grid.yaml"))
     assert expected in line
+
+
+@pytest.mark.parametrize("first", ["[x, x]", "{k: x, l: x}"])
+def test_aliases_that_stand_for_too_many_values_are_refused_at_once(tmp_path: Path, first: str) -> None:
+    chain = [f"  a0: &a0 {first}"]
+    chain += [f"  a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 10)]
+    line = complaint(tmp_path, "defaults:\n" + "\n".join(chain) + "\nblocks:\n  - axes: {model.family: [dense]}\n")
+    assert "holds more than 1,000,000 values" in line
+
+
+def test_a_file_of_many_bytes_is_refused_before_it_is_parsed(tmp_path: Path) -> None:
+    line = complaint(tmp_path, ONE_BLOCK + "# more\n" * 1_500_000)
+    assert re.search(r"grid\.yaml: has 10,500,\d+ bytes, allowed: .* at most 10,000,000", line)
+
+
+def test_a_merge_adds_the_fields_that_are_not_written(tmp_path: Path) -> None:
+    merged = BASE.replace("data: {", "data: &data {") + (
+        "blocks:\n  - set: {data: &fewer {<<: *data, people: 50}}\n    axes: {model.family: [dense]}\n"
+        "  - set: {data: {<<: *fewer}}\n    axes: {model.family: [memory_plus], model.half_keys: [16]}\n"
+    )
+    written = BASE + (
+        "blocks:\n  - set: {data: {people: 50}}\n"
+        "    axes: {model.family: [dense, memory_plus], model.half_keys: [16]}\n"
+    )
+    assert load(tmp_path, merged).cells == load(tmp_path, written).cells
+
+
+def test_a_grid_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert load(tmp_path, "\ufeff" + ONE_BLOCK).cells == load(tmp_path, ONE_BLOCK).cells
 
 
 def test_duplicates_name_both_cells(tmp_path: Path) -> None:
