@@ -6,6 +6,11 @@ import gzip
 import json
 import os
 import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -187,6 +192,48 @@ def test_hidden_files_and_files_about_the_data_are_not_data(tmp_path: Path) -> N
     hidden.mkdir()
     (hidden / "a.jsonl").write_bytes(jsonl("three"))
     assert list(text_files.FileReader(hidden, "text")) == ["three"], "a hidden folder is read if it is named"
+
+
+def test_what_is_named_as_data_and_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(jsonl("one"))
+    os.mkfifo(tmp_path / "notes")
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "a.jsonl")
+    assert len(text_files.files(tmp_path)) == 2, "links to files are followed, and other names are not data"
+    kinds: dict[str, Callable[[Path], object]] = {
+        "pipe.jsonl": os.mkfifo,
+        "socket.txt": lambda path: socket.socket(socket.AF_UNIX).bind(os.path.relpath(path)),
+        "gone.jsonl": lambda path: path.symlink_to(tmp_path / "nowhere.jsonl"),
+        "loop.jsonl": lambda path: path.symlink_to(path),
+        "more": lambda path: path.symlink_to(tmp_path, target_is_directory=True),
+    }
+    for name, make in kinds.items():
+        make(tmp_path / name)
+        with pytest.raises(UserError, match=rf"data\.path: .*{name}: is a link .*, allowed: files") as raised:
+            text_files.files(tmp_path)
+        assert "\n" not in str(raised.value)
+        (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / "named.jsonl")
+    with pytest.raises(UserError, match=r"data\.validation: .*named\.jsonl: is a link .* or a pipe"):
+        text_files.fingerprint(tmp_path / "named.jsonl", where="data.validation")
+
+
+def test_a_folder_that_may_not_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    if os.geteuid() == 0 and shutil.which("setpriv") is None:
+        pytest.skip("root reads everything, and setpriv is not installed")
+    for name in ("open", "closed", ".hidden"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.txt").write_text("text")
+    (tmp_path / "closed").chmod(0)
+    (tmp_path / ".hidden").chmod(0)
+    without_override = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    program = "import sys; from pathlib import Path; from suite.data.sources.text_files import files\ntry:"
+    program += "\n print(files(Path(sys.argv[1])))\nexcept Exception as error:\n print(type(error).__name__, error)"
+    command = [*without_override, sys.executable, "-c", program, str(tmp_path)]
+    listed = [subprocess.run(command, capture_output=True, text=True, check=True).stdout]
+    (tmp_path / "closed").chmod(0o700)
+    listed.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert listed[0].startswith(f"UserError data.path: {tmp_path / 'closed'}: cannot be read: Permission denied")
+    assert listed[1].count("a.txt") == 2
 
 
 def test_null_texts_are_skipped_and_counted(tmp_path: Path) -> None:

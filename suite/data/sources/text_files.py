@@ -11,6 +11,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from io import BufferedReader
@@ -198,13 +199,20 @@ class FileReader:
 
 def files(path: Path, where: str = "data.path") -> list[Path]:
     """Return the files of a path in reading order. `where` names the path in errors. Raises UserError if none."""
-    if not path.exists():
-        raise UserError(f"{where}: got {str(path)!r}, which does not exist, allowed: {_ALLOWED}")
-    if path.is_dir():
-        data = sorted(file for file in path.rglob("*") if file.is_file() and _is_data(file.relative_to(path)))
-        _refuse_copies(data, where)
-    else:
-        data = [path] if path.name.endswith((*SUFFIXES, ".json")) else []
+    try:
+        if not path.exists():
+            raise UserError(f"{where}: got {str(path)!r}, which does not exist, allowed: {_ALLOWED}")
+        named = [path] if path.name.endswith((*SUFFIXES, ".json")) else []
+        data = sorted(_in_folder(path)) if path.is_dir() else named
+        unreadable = next((file for file in data if not file.is_file()), None)
+    except OSError as error:
+        raise UserError(f"{where}: {error.filename}: cannot be read: {error.strerror}; correct or remove it") from None
+    if unreadable is not None:
+        raise UserError(
+            f"{where}: {unreadable}: is a link to a folder or to nothing, or a pipe or socket, allowed: files and "
+            "links to files; replace or remove it"
+        )
+    _refuse_copies(data, where)
     if not data:
         problem = "which holds no such file" if path.is_dir() else "which is not such a file"
         raise UserError(f"{where}: got {str(path)!r}, {problem}, allowed: {_ALLOWED}")
@@ -224,10 +232,21 @@ def _refuse_copies(data: Iterable[Path], where: str) -> None:
             )
 
 
-def _is_data(file: Path) -> bool:
-    """Return whether a file of a folder is read; `file` is relative to the folder."""
-    is_hidden = any(part.startswith(".") for part in file.parts)
-    return not is_hidden and file.name.endswith(SUFFIXES) and not file.name.lower().startswith(NOT_DATA)
+def _in_folder(folder: Path) -> Iterator[Path]:
+    """Yield what is read in a folder by its name, and links to folders, which are not followed. Raises OSError."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (path for path in map(Path(parent).joinpath, folders) if path.is_symlink())
+        yield from (Path(parent, name) for name in names if _is_data(name))
+
+
+def _is_data(name: str) -> bool:
+    """Return whether a file of a folder is read."""
+    return name.endswith(SUFFIXES) and not name.lower().startswith((".", *NOT_DATA))
 
 
 def _kind(file: Path) -> str:
