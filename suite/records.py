@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import ValidationError
 
-from suite.atomic import write_json, write_text
+from suite.atomic import write_json, write_text, writing
 from suite.baselines import loading
 from suite.cells import Cell, with_current_names
 from suite.errors import UserError
@@ -175,8 +175,8 @@ class RunDir:
         )
 
     def append_train(self, line: dict[str, Any]) -> None:
-        """Append one line to train.jsonl, in one write."""
-        with self.train_path.open("a", encoding="utf-8") as file:
+        """Append one line to train.jsonl, in one write. Raises DiskFull."""
+        with writing(self.train_path), self.train_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
 
     def train_lines(self) -> list[dict[str, Any]]:

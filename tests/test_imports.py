@@ -13,7 +13,8 @@ ROOT = Path(__file__).parent.parent
 LAYERS = {
     "kernels": ("native", "dispatch", "embedding_bag", "product_key row_adamw rotary", "bench"),
     "suite": (
-        "errors atomic identity shipped",
+        "errors",
+        "atomic identity shipped",
         "models data",
         "yaml_input trainable",
         "cells",

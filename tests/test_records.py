@@ -2,13 +2,16 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 
 from suite.atomic import write_json
+from suite.errors import DiskFull
 from suite.records import Locked, RunDir
 
 
@@ -18,6 +21,26 @@ def test_content_that_cannot_be_written_leaves_the_old_file_and_no_temporary_one
         write_json(tmp_path / "a.json", {"x": float("nan")})
     assert (tmp_path / "a.json").read_text() == '{\n "x": 1\n}\n'
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_file_for_which_there_is_no_space_is_named_and_leaves_the_old_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"x": 1})
+    with small_disk(), pytest.raises(DiskFull, match=re.escape(f"{path}: cannot be written: ")) as error:
+        write_json(path, {"x": "y" * 30_000})
+    assert str(error.value).endswith("free space, and the same command continues")
+    assert path.read_text() == '{\n "x": 1\n}\n'
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_line_for_which_there_is_no_space_is_dropped_on_resuming(tmp_path: Path) -> None:
+    run = RunDir(tmp_path)
+    run.append_train({"step": 1})
+    with small_disk(), pytest.raises(DiskFull, match=r"train\.jsonl: cannot be written: "):
+        run.append_train({"step": 2, "x": "y" * 30_000})
+    assert run.train_lines() == [{"step": 1}]
+    run.cut_train(2)
+    assert run.train_path.read_text() == '{"step": 1}\n'
 
 
 def test_cut_train_drops_later_steps_and_an_incomplete_line(tmp_path: Path) -> None:

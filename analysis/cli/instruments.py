@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from analysis.cli.options import REFERENCE, AsJson, Grid, Results, print_json
-from analysis.errors import InputError
 
 EXAMPLE = "Example: python -m analysis instruments --grid instruments --csv instruments.csv"
 
@@ -22,15 +21,14 @@ def instruments(
     """Compare raw probes, probes of averaged weights and annealed branches of the same runs: noise and order."""
     from analysis.comparisons.choosing.instruments import document, measurements
     from analysis.records.grid_data import load
+    from analysis.records.writing import replacing
     from analysis.report.blocks import to_markdown
     from analysis.report.instruments import instrument_blocks
 
     table = measurements(load(results, grid, fallback=REFERENCE))
     if csv is not None:
-        try:
-            table.to_csv(csv, index=False)
-        except OSError as error:
-            raise InputError(f"--csv {csv}: cannot be written: {error.strerror}") from None
+        with replacing(csv, "--csv") as temporary:
+            table.to_csv(temporary, index=False)
     if as_json:
         print_json(document(table))
     else:

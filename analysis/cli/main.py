@@ -5,6 +5,7 @@ Heavy modules (pandas, scipy, matplotlib) are imported by the verb that needs th
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 
@@ -55,6 +56,11 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of stdout, such as `head`, has closed it; discard what Python flushes at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        print(f"analysis: {error.filename or 'stdout'}: cannot be written: {error.strerror}", file=sys.stderr)
+        os._exit(2)  # what Python writes of stdout as it ends fails, too
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from analysis.cli.options import REFERENCE, AsJson, FigureFolder, Grid, Reference, Results, print_json
-from analysis.errors import InputError
 
 if TYPE_CHECKING:
     from analysis.records.grid_data import GridData
@@ -122,15 +121,13 @@ def tuning(
     """Print the best settings of each variant in a tuning grid, whether they are interior, and all settings tried."""
     from analysis.comparisons.choosing.tuning import choices, markdown, table
     from analysis.records.grid_data import load
+    from analysis.records.writing import write_text
 
     scored = table(load(results, grid, fallback=REFERENCE))
     if as_json:
         print_json([asdict(choice) for choice in choices(scored)])
     elif out is not None:
-        try:
-            out.write_text(markdown(scored), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"--out {out}: cannot be written: {error.strerror}") from None
+        write_text(out, markdown(scored), "--out")
     else:
         print(markdown(scored), end="")
     return 0

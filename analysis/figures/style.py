@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from analysis.errors import InputError
+from analysis.records.writing import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -181,6 +181,9 @@ def save(drawn: Figure, folder: Path, name: str, note: str) -> list[Path]:
         folder: Where the files are written.
         name: Name of the files, without suffix.
         note: The footnote.
+
+    Raises:
+        InputError: A file cannot be written.
     """
     import textwrap
 
@@ -189,15 +192,10 @@ def save(drawn: Figure, folder: Path, name: str, note: str) -> list[Path]:
     drawn.draw_without_rendering()
     drawn.set_layout_engine("none")  # laid out once, not again for every format
     paths = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for kind in FORMATS:
-            path = folder / f"{name}.{kind}"
-            metadata = (
-                {"Date": None} if kind == "svg" else {"CreationDate": None} if kind == "pdf" else {"Software": None}
-            )
-            drawn.savefig(path, metadata=metadata)
-            paths.append(path)
-    except OSError as error:
-        raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+    for kind in FORMATS:
+        path = folder / f"{name}.{kind}"
+        metadata = {"Date": None} if kind == "svg" else {"CreationDate": None} if kind == "pdf" else {"Software": None}
+        with replacing(path) as temporary:
+            drawn.savefig(temporary, format=kind, metadata=metadata)
+        paths.append(path)
     return paths

@@ -26,6 +26,7 @@ from analysis.records.scores import LOSS, final_scores
 from analysis.records.shipped import published_folder
 from analysis.records.store import unnest
 from analysis.records.tables import number, read_table
+from analysis.records.writing import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -163,10 +164,10 @@ def draw(results: Path, folder: Path) -> dict[str, list[Path]]:
     }
     files |= draw_tables(theirs, mine, folder)
     page = folder / "tables.md"
-    page.write_text(tables(theirs, mine), encoding="utf-8")
+    write_text(page, tables(theirs, mine))
     sizes = equivalent_sizes.equivalent_sizes(results)
     sizes_page = folder / "equivalent-sizes.md"
-    sizes_page.write_text(equivalent_sizes.page(sizes), encoding="utf-8")
+    write_text(sizes_page, equivalent_sizes.page(sizes))
     drawn = {"published-equivalent-size": [*equivalent_sizes.draw(sizes, folder), sizes_page]}
     return files | {"tables": [page]} | drawn
 

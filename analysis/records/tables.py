@@ -7,7 +7,6 @@ import csv
 import gzip
 import json
 import lzma
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO, StringIO
@@ -22,6 +21,7 @@ import pandas as pd
 import pyarrow as pa
 
 from analysis.errors import InputError
+from analysis.records.writing import replacing
 
 FORMATS = ".csv, .tsv, .jsonl, .json or .parquet, all but parquet also with .gz, .bz2, .xz or .zip"
 WRITTEN = (".csv", ".jsonl", ".parquet")
@@ -197,14 +197,8 @@ def write(path: Path, whole: Callable[[], pd.DataFrame], parts: Callable[[], Ite
         ".parquet": lambda temporary: _write_parquet(whole(), temporary),
     }
     check_target(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        rows = writers[path.suffix](temporary)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(f"--out {path}: cannot be written: {error.strerror or error}") from None
-    return rows
+    with replacing(path, "--out") as temporary:
+        return writers[path.suffix](temporary)
 
 
 def _write_csv(parts: Iterable[pa.Table], path: Path) -> int:

@@ -22,6 +22,7 @@ from analysis.records.grid_data import DONE, EQUAL, GridData
 from analysis.records.regime import regime
 from analysis.records.scores import reduced
 from analysis.records.tables import number
+from analysis.records.writing import write_text
 from analysis.report.blocks import Block, Figure, Heading, Items, Table, Text, to_html, to_markdown
 from analysis.report.capacity import capacity_blocks
 from analysis.report.differences import TITLE, control_blocks, difference_blocks, headline
@@ -48,19 +49,18 @@ def write(data: GridData, folder: Path, figures: Path) -> dict[str, Any]:
         The paths, what is missing, and the runs that failed or are damaged.
 
     Raises:
-        InputError: A folder cannot be written.
+        InputError: A file cannot be written.
     """
     plots = context(Comparisons(data))
     drawn, missing = draw(plots, figures)
     pictures = [Figure(paths[0], CAPTIONS.get(name, name)) for name, paths in drawn.items()]
     blocks = build(plots, pictures, missing)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         blocks = shortened(blocks, folder / "tables")
-        (folder / "report.md").write_text(to_markdown(blocks, folder), encoding="utf-8")
-        (folder / "report.html").write_text(to_html(blocks), encoding="utf-8")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written: {error.strerror}") from None
+    write_text(folder / "report.md", to_markdown(blocks, folder))
+    write_text(folder / "report.html", to_html(blocks))
     return {
         "grid": data.grid,
         "report": str(folder / "report.md"),

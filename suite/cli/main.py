@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib.metadata import version
 from io import TextIOWrapper
@@ -10,6 +11,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from suite.atomic import FULL
 from suite.cli import bench, cells, data, evaluate, quantise, runs, sweep, train
 from suite.cli.options import (
     AsJson,
@@ -25,7 +27,7 @@ from suite.cli.options import (
     print_table,
     report_failures,
 )
-from suite.errors import UserError
+from suite.errors import DiskFull, UserError
 
 app = typer.Typer(
     add_completion=False,
@@ -48,9 +50,15 @@ def main() -> NoReturn:
         if sys.argv[1:3] == ["eval", "prefetch"]:
             raise UserError("eval prefetch: renamed to suite data prefetch")
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except UserError as error:
         print(f"suite: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        print(f"suite: {error.filename or 'stdout'}: cannot be written: {error.strerror}; free space", file=sys.stderr)
+        os._exit(2)  # what Python writes of stdout as it ends fails, too
     except Exception as error:
         # Typer's usage errors have no public base class. One of them is the help that is shown without arguments.
         if not hasattr(error, "format_message"):
@@ -144,6 +152,8 @@ def plan(
         write_json(path, document)
     except OSError as error:  # for instance a colleague's folder, which may only be read
         print(f"suite: the plan is not saved: {path}: {error.strerror}", file=sys.stderr)
+    except DiskFull as error:
+        print(f"suite: the plan is not saved: {error}", file=sys.stderr)
     if options.as_json:
         print_json(document)
     else:

@@ -19,6 +19,7 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from suite.atomic import writing
 from suite.data.tokenizers import Tokenizer
 from suite.errors import UserError
 
@@ -138,6 +139,8 @@ def build_once(folder: Path, write: Callable[[Path], None]) -> None:
 
     A process that is killed while writing leaves `<folder>.partial`. If that contains META, it has committed pieces and
     the next `write` resumes from them; otherwise it is removed.
+
+    Raises DiskFull, and UserError if the folder cannot be written.
     """
     if folder.exists():
         return
@@ -155,10 +158,11 @@ def build_once(folder: Path, write: Callable[[Path], None]) -> None:
         _remove_uncommitted(partial)
         partial.mkdir(exist_ok=True)
         try:
-            write(partial)
-            for path in (*partial.iterdir(), partial):
-                _flush(path)
-            os.rename(partial, folder)
+            with writing(folder):
+                write(partial)
+                for path in (*partial.iterdir(), partial):
+                    _flush(path)
+                os.rename(partial, folder)
         except BaseException:
             _remove_uncommitted(partial)
             raise

@@ -11,8 +11,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from suite.atomic import writing
 from suite.data.corpus import Corpus
 from suite.errors import UserError
 from suite.export.flatten import bundle
@@ -48,7 +50,8 @@ def export(
         The files, sorted.
 
     Raises:
-        UserError: The folder cannot be created or is not empty, or a weight is NaN or infinite.
+        UserError: The folder cannot be created or is not empty, a weight is NaN or infinite, or a file cannot be
+            written, for example because the disk is full; the folder is then empty.
     """
     damaged = [name for name, value in model.state_dict().items() if not is_finite(value)]
     if damaged:
@@ -64,6 +67,25 @@ def export(
         target.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--to: got {target}: {error.strerror}, allowed: a new or empty folder") from None
+    try:
+        with writing(target):
+            _write(model, target, corpus, seq_len, quantised, kept_rows)
+    except BaseException:
+        for path in target.iterdir():  # so that no part of an export is taken for a whole one
+            path.unlink()
+        raise
+    return sorted(target.iterdir())
+
+
+def _write(
+    model: Transformer,
+    target: Path,
+    corpus: Corpus | None,
+    seq_len: int,
+    quantised: RowForm | None,
+    kept_rows: float | None,
+) -> None:
+    """Write the files of `export` into an empty folder."""
     if model.config.family == "dense":
         weights = {llama_name(name): value for name, value in model.state_dict().items()}
         config = llama_config(model, seq_len)
@@ -72,16 +94,15 @@ def export(
         stored = {"quantised": quantised, "kept_rows": kept_rows}
         config = _own_config(model, seq_len) | {name: value for name, value in stored.items() if value is not None}
         _write_sources(model, target)
-    save_file(
-        {name: value.detach().cpu().contiguous() for name, value in weights.items()},
-        target / WEIGHTS,
-        metadata={"format": "pt"},
-    )
+    contiguous = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    try:
+        save_file(contiguous, target / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:  # of the file system, such as a full disk
+        raise UserError(f"{target / WEIGHTS}: cannot be written: {error}; correct it, and repeat the command") from None
     if corpus is not None:
         config |= {"bos_token_id": corpus.tokenizer.eot_id, "eos_token_id": corpus.tokenizer.eot_id}
         write_tokenizer(corpus.tokenizer, target, seq_len)
     (target / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
-    return sorted(target.iterdir())
 
 
 def _own_config(model: Transformer, seq_len: int) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def _write_fast(tokenizer: Tokenizer, target: Path) -> tuple[str, dict[str, Any]
     fast.post_processor = processors.TemplateProcessing(
         single=f"{eot} $A", pair=f"{eot} $A $B", special_tokens=[(eot, tokenizer.eot_id)]
     )
-    fast.save(str(target / "tokenizer.json"))
+    (target / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
     return eot, {"tokenizer_class": "PreTrainedTokenizerFast"}
 
 

@@ -69,12 +69,14 @@ class Ended:
         log: The file with the job's output.
         killed_for_memory: Whether memory is the likely reason; MAX_STARTS such ends in a row fail the cell even if it
             made progress in between, since it would meet the same limit again.
+        disk_full: Whether it found no space for a file of its run; the sweep then stops.
     """
 
     cause: str
     max_starts: int | None = MAX_STARTS
     log: Path | None = None
     killed_for_memory: bool = False
+    disk_full: bool = False
 
 
 class Executor(Protocol):

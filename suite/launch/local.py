@@ -14,6 +14,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from suite.atomic import writing
 from suite.cells import Cell
 from suite.errors import UserError
 from suite.grids import Grid
@@ -22,6 +23,7 @@ from suite.launch.executor import Ended, Options
 from suite.launch.report import report_command, write_report
 from suite.launch.scorer import Scorer
 from suite.launch.status import CellStatus
+from suite.launch.worker import DISK_FULL
 from suite.records import RunDir, run_dir
 
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -136,7 +138,6 @@ class LocalExecutor:
     def _start(self, cell: Cell, launch: Launch, devices: Sequence[str]) -> _Job:
         run = run_dir(self.results.resolve(), cell)
         log = run.path / "logs" / uuid.uuid4().hex[:8] / "0_log.out"
-        log.parent.mkdir(parents=True)
         settings = (self.scorer.data_root or "", self.scorer.run_code or "")
         command = [sys.executable, "-m", "suite.launch.worker", str(run.path), str(log), *map(str, settings)]
         shared = os.environ | dict.fromkeys(THREAD_VARIABLES, str(cell.threads))
@@ -145,7 +146,10 @@ class LocalExecutor:
         if launch.processes > 1:
             command.append(launch.parallel.model_dump_json())
             worlds = process_environments(launch.processes)
-        with log.open("w", encoding="utf-8") as output:
+        with writing(log):
+            log.parent.mkdir(parents=True)
+            output = log.open("w", encoding="utf-8")
+        with output:
             processes = [
                 subprocess.Popen(
                     command,
@@ -167,7 +171,8 @@ class LocalExecutor:
             code = job.poll()
             if code is not None:
                 del self._jobs[name]
-                ended[name] = Ended(_cause(code), log=job.log, killed_for_memory=code == -signal.SIGKILL)
+                killed, disk_full = code == -signal.SIGKILL, code == DISK_FULL
+                ended[name] = Ended(_cause(code), log=job.log, killed_for_memory=killed, disk_full=disk_full)
         self._start_held()
         return ended
 
@@ -250,6 +255,8 @@ def visible_gpus() -> list[str]:
 def _cause(code: int) -> str:
     if code == -signal.SIGKILL:
         return "its process was killed (out of memory?)"
+    if code == DISK_FULL:
+        return "there is no space for its files"
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}"
     return f"its process exited with code {code} without recording a result"

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from suite.cells import Cell
+from suite.errors import DiskFull
 from suite.grids import Grid
 from suite.launch.branches import must_wait
 from suite.launch.executor import MAX_STARTS, Ended, Executor
@@ -133,6 +134,9 @@ class Sweep:
 
         On the first interruption it lets the processes of this machine save and end, and raises KeyboardInterrupt. A
         second interruption kills them. Jobs in a queue keep running.
+
+        Raises DiskFull, after interrupting the processes of this machine, if one of them or the sweep finds no space:
+        all cells would meet the same limit.
         """
         try:
             with self.interruption.deferred():
@@ -143,9 +147,9 @@ class Sweep:
                     self._submit()
                 if self.interruption.requested:
                     self._stop()
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, DiskFull) as error:
             if not self.executor.is_queue:
-                self.executor.cancel(at_once=True)
+                self.executor.cancel(at_once=isinstance(error, KeyboardInterrupt))
             raise
         return grid_status(self.results, self.grid)
 
@@ -196,7 +200,14 @@ class Sweep:
             self._lost(open_cell, ended)
 
     def _lost(self, open_cell: _OpenCell, ended: Ended) -> None:
-        """Handle the end of a job whose cell is unfinished: leave the cell, restart it, or record that it failed."""
+        """Handle the end of a job whose cell is unfinished: leave the cell, restart it, or record that it failed.
+
+        Raises DiskFull if the job ended for lack of space.
+        """
+        if ended.disk_full:
+            state = open_cell.run.state()
+            cause = state["cause"] if state["state"] == "pending" else None
+            raise DiskFull(cause or f"{open_cell.run.path}: {ended.cause}; free space, and the same command resumes")
         if ended.max_starts is None:
             open_cell.run.set_state("pending", cause=ended.cause, eta_s=None)
             self.cancelled += 1

@@ -6,17 +6,18 @@ are needed: importing lm-eval takes longer than training a small cell.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from suite.atomic import write_text
-from suite.errors import UserError
+from suite.errors import DiskFull, UserError
 from suite.launch import background_scoring, branches
 from suite.launch.derived import quantise
 from suite.launch.interruption import Interruption
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 
 INTERRUPTED = "interrupted"
 """The cause of a pending run that was stopped by a signal."""
+DISK_FULL = os.EX_IOERR
+"""The exit code of a process that found no space for a file of its run; the run is pending."""
 
 Outcome = Literal["done", "failed", "locked"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -58,6 +61,7 @@ def run_cell(
 
     Raises:
         KeyboardInterrupt: The run was interrupted; it is pending and can be resumed.
+        DiskFull: There is no space for a file of the run, which is pending and can be resumed.
     """
     run = RunDir(run_path)
     interruption = interruption or Interruption()
@@ -114,6 +118,10 @@ def run_cell_together(
         try:
             _train_and_score_together(run, cell, world, scorer or Scorer(), interruption)
         except BaseException as error:
+            if isinstance(error, DiskFull):
+                if world.is_first:
+                    _wait_for_space(run, error)
+                raise
             is_stopped = isinstance(error, KeyboardInterrupt) or interruption.requested
             if is_stopped and world.is_first and run.state()["state"] == "running":
                 run.set_state("pending", cause=INTERRUPTED, eta_s=None)
@@ -207,11 +215,15 @@ def attempt(
 
     Raises:
         KeyboardInterrupt: `work` was interrupted; the run is pending.
+        DiskFull: There is no space for a file of the run, which is pending.
     """
     started = run.state().get("started") or time.time()
     run.set_state("running", started=started, finished=None, log=None if log is None else str(log))
     try:
         work()
+    except DiskFull as error:
+        _wait_for_space(run, error)
+        raise
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) or (interruption is not None and interruption.requested):
             run.set_state("pending", cause=INTERRUPTED, eta_s=None)
@@ -223,6 +235,12 @@ def attempt(
         set_failed(run, describe(error))
         return "failed"
     return "done"
+
+
+def _wait_for_space(run: RunDir, error: DiskFull) -> None:
+    """Leave the run pending: the cell is not at fault, and resumes once there is space."""
+    with suppress(DiskFull):  # without space for its state the run stays "running" without a lock, which is pending
+        run.set_state("pending", cause=str(error), eta_s=None)
 
 
 def set_failed(run: RunDir, cause: str, **extra: Any) -> None:
@@ -345,6 +363,9 @@ def main(run_path: str, log: str, data_root: str, run_code: str, parallel: str |
             else:
                 with process_group(Parallel.model_validate_json(parallel)) as world:
                     run_cell_together(path, world, scorer, interruption, Path(log))
+        except DiskFull as error:
+            print(error, file=sys.stderr)
+            sys.exit(DISK_FULL)
         except UserError as error:  # recorded in the run's state
             sys.exit(str(error))
         except KeyboardInterrupt:

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from suite import models
-from suite.atomic import sync_folder, write_json
+from suite.atomic import FULL, sync_folder, write_json
 from suite.cells import Cell
 from suite.data.corpus import Corpus
-from suite.errors import UserError
+from suite.errors import DiskFull, UserError
 from suite.models.transformer import Transformer
 from suite.records import RunDir
 from suite.train.checksums import find_damage, has_manifest, write_manifest
@@ -112,26 +112,22 @@ def save(
         always: steps whose checkpoints are retained in any case.
 
     Raises:
-        UserError: the file system refuses the files, for example because it is full.
+        UserError: the file system refuses the files; DiskFull if it has no space for them.
     """
     partial = run.checkpoints / f".step-{step}"
-    if world.is_first:
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        for leftover in run.checkpoints.iterdir():
-            if re.fullmatch(r"\.(step|old)-\d+", leftover.name):
-                shutil.rmtree(leftover)
-        partial.mkdir()
-        write_json(partial / POSITION_FILE, position)
-    world.wait()
     try:
+        if world.is_first:
+            _begin(partial, position)
+        world.wait()
         _write(partial, tensors, world)
         write_manifest(partial, world)
-    except (OSError, RuntimeError) as error:
-        refusal = error if isinstance(error, OSError) else error.__context__
+    except (OSError, RuntimeError, DiskFull) as error:
+        refusal = error.__context__ if isinstance(error, RuntimeError | DiskFull) else error
         if not isinstance(refusal, OSError):  # torch raises a RuntimeError from that of the file system
             raise
         shutil.rmtree(partial, ignore_errors=True)  # a full disk then has space for the run's records
-        raise UserError(
+        kind = DiskFull if refusal.errno in FULL else UserError
+        raise kind(
             f"{_folder(run, step)}: cannot be written: {refusal.strerror}; earlier checkpoints are unchanged, and"
             " training resumes from the newest"
         ) from None
@@ -139,6 +135,16 @@ def save(
     if world.is_first:
         _publish(run, partial, step, keep, always)
     world.wait()
+
+
+def _begin(partial: Path, position: dict[str, Any]) -> None:
+    """Remove what earlier saves left, and make the temporary folder with position.json."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in partial.parent.iterdir():
+        if re.fullmatch(r"\.(step|old)-\d+", leftover.name):
+            shutil.rmtree(leftover)
+    partial.mkdir()
+    write_json(partial / POSITION_FILE, position)
 
 
 def _write(folder: Path, tensors: Tensors, world: World) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from small_disk import small_disk
 
 from suite.data import shards
 from suite.data.corpus import Corpus, prepare
@@ -20,7 +21,7 @@ from suite.data.reader import is_held_out
 from suite.data.sources.bios import BiosData
 from suite.data.sources.text_files import TextData, fingerprint
 from suite.data.tokenizer_config import TokenizerConfig
-from suite.errors import UserError
+from suite.errors import DiskFull, UserError
 
 BYTES = TokenizerConfig(kind="bytes")
 BPE = TokenizerConfig(kind="bpe", vocab_size=400)
@@ -165,6 +166,14 @@ def test_a_killed_writer_leaves_no_folder_that_looks_complete(tmp_path: Path) ->
     assert not folder.exists()
     assert tokens_of(prepare(WORLD, tmp_path / "cache")) == tokens_of(finished)
     assert not partial.exists()
+
+
+def test_a_corpus_for_which_there_is_no_space_is_named_and_prepared_once_there_is(text: Path, tmp_path: Path) -> None:
+    config, cache = TextData(kind="text", path=str(text), tokenizer=BYTES), tmp_path / "cache"
+    with small_disk(10_000), pytest.raises(DiskFull, match=rf"{cache}/\w+: cannot be written: "):
+        prepare(config, cache)
+    assert [path.suffix for path in cache.iterdir()] == [".lock"]
+    assert tokens_of(prepare(config, cache)) == tokens_of(prepare(config, tmp_path / "other"))
 
 
 def test_large_vocabularies_use_wider_tokens(tmp_path: Path) -> None:

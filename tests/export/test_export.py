@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from page_examples import POINTS, file_of
+from small_disk import small_disk
 from stock_lm_eval import lm_eval_model
 from typer.testing import CliRunner
 
@@ -400,3 +401,11 @@ def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
+
+
+def test_an_export_for_which_there_is_no_space_leaves_nothing(tmp_path: Path, corpus: Corpus) -> None:
+    model = built("dense", corpus.vocab_size)
+    with small_disk(), pytest.raises(UserError, match=r"exported/model\.safetensors: cannot be written: .* large"):
+        export(model, tmp_path / "exported", corpus)
+    assert list((tmp_path / "exported").iterdir()) == []
+    assert len(export(model, tmp_path / "exported", corpus)) == 4

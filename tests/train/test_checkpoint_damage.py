@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from parallel_jobs import cell_of, job, run_jobs
+from small_disk import small_disk
 from tiny_cells import corpus_of, tiny_cell
 
 from suite.data.corpus import prepare
-from suite.errors import UserError
+from suite.errors import DiskFull, UserError
 from suite.records import RunDir
 from suite.train import checkpoint
 from suite.train.checksums import MANIFEST, find_damage
@@ -164,36 +163,21 @@ def test_other_files_in_checkpoints_are_left_alone(run: RunDir, trained: tuple[P
     assert not (run.checkpoints / ".step-12").exists()
 
 
-@pytest.fixture
-def small_disk() -> Iterator[None]:
-    """Make writes beyond 20,000 bytes of a file fail with an OSError."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
-
-
-def test_a_refused_write_is_one_line_and_leaves_what_was_saved(
-    run: RunDir, trained: tuple[Path, Path], request: pytest.FixtureRequest
-) -> None:
+def test_a_refused_write_is_one_line_and_leaves_what_was_saved(run: RunDir, trained: tuple[Path, Path]) -> None:
     trainer = Trainer(CELL, corpus_of(CELL, trained[1]), run)
-    request.getfixturevalue("small_disk")
-    with pytest.raises(UserError, match=f"step-{LAST}: cannot be written: ") as error:
+    with small_disk(), pytest.raises(DiskFull, match=f"step-{LAST}: cannot be written: ") as error:
         trainer.save()
     assert "\n" not in str(error.value)
     assert sorted(path.name for path in run.checkpoints.iterdir()) == [f"step-{BEFORE}", f"step-{LAST}"]
     assert checkpoint.newest_whole(run) == LAST
 
 
-def test_a_refused_write_of_shards_is_one_line(run: RunDir, request: pytest.FixtureRequest) -> None:
+def test_a_refused_write_of_shards_is_one_line(run: RunDir) -> None:
     tensors = {"model": {"weight": torch.ones(100, 100)}}
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
         world = World(distributed=True)
-        request.getfixturevalue("small_disk")
-        with pytest.raises(UserError, match="step-12: cannot be written: "):
+        with small_disk(), pytest.raises(UserError, match="step-12: cannot be written: "):
             checkpoint.save(run, 12, tensors, {}, 2, world)
     finally:
         torch.distributed.destroy_process_group()
