@@ -96,7 +96,11 @@ def _compiler() -> list[str]:
 
 
 def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "next-parameter" / "kernels"
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no HOME, and a user id without an account, as in some containers
+        raise Unavailable("kernel backend native: no home folder for the library; set XDG_CACHE_HOME") from None
+    return folder / "next-parameter" / "kernels"
 
 
 def _run(*command: str) -> bytes:

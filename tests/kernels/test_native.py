@@ -63,6 +63,15 @@ def test_a_failing_compiler_causes_a_warning(compiler: str, fresh: Path, monkeyp
     assert files(fresh) == []
 
 
+def test_without_a_home_folder_pytorch_is_used_with_a_warning(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user id without an account, as in some containers: `Path.home` then finds nothing without HOME."""
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    with pytest.warns(UserWarning, match=r"no home folder for the library; set XDG_CACHE_HOME; the PyTorch path"):
+        assert dispatch.choose(torch.zeros(1)) == "torch"
+
+
 def test_c_code_that_differs_from_torch_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     table = torch.zeros(3, 2)
     assert row_adamw.RowAdamW(table, RowGradients(table))._ops is row_adamw.native
