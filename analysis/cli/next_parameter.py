@@ -41,7 +41,7 @@ def next_parameter(
     if figure is not None:
         from analysis.figures.next_parameter import draw
 
-        files = draw(measured, chosen, f"Source: our runs, {data.grid or results}.", figure)
+        files = draw(data, measured, chosen, f"Source: our runs, {data.grid or results}.", figure)
     if as_json:
         print_json(document(data, measured, chosen, by) | {"figure": [str(path) for path in files]})
     else:

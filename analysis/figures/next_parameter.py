@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis.comparisons.destinations.next_parameter import AXES, Step, equivalent_size
 from analysis.comparisons.statistics import Difference
+from analysis.comparisons.steadiness import why_not_compared
 from analysis.figures import style
 from analysis.figures.context import SIDE_BY_SIDE, Context, Missing
 from analysis.figures.marks import dot
@@ -19,7 +20,7 @@ from analysis.figures.marks import dot
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-PANELS = tuple(AXES)
+    from analysis.records.grid_data import GridData
 
 
 def next_parameter(context: Context, folder: Path) -> list[Path]:
@@ -40,13 +41,14 @@ def next_parameter(context: Context, folder: Path) -> list[Path]:
             f"no variant of grid {context.grid} has a pair with {context.data.reference} in which both have "
             f"{metric}; with more train.epochs they do: suite sweep {context.source}"
         )
-    return draw(steps, metric, context.note(""), folder)
+    return draw(context.data, steps, metric, context.note(""), folder)
 
 
-def draw(steps: list[Step], metric: str, source: str, folder: Path) -> list[Path]:
-    """Draw steps.
+def draw(data: GridData, steps: list[Step], metric: str, source: str, folder: Path) -> list[Path]:
+    """Draw steps, a panel per cost; that of training time only if the machine was steady.
 
     Args:
+        data: The records.
         steps: As `steps` returns them.
         metric: What gains are measured in.
         source: Last sentences of the footnote.
@@ -58,13 +60,15 @@ def draw(steps: list[Step], metric: str, source: str, folder: Path) -> list[Path
     names = sorted(dict.fromkeys(step.destination for step in steps), key=_is_control)
     looks = style.looks([(name.split(" ")[0], name) for name in names])
     bases = [(base, list(members)) for base, members in groupby(steps, key=lambda step: step.base)]
-    with style.figure(len(bases), len(PANELS), width=11.5, height=0.6 + 2.3 * len(bases), sharey="row") as (
+    unsteady = why_not_compared(data)
+    panels = [by for by in AXES if by != "time" or unsteady is None]
+    with style.figure(len(bases), len(panels), width=11.5, height=0.6 + 2.3 * len(bases), sharey="row") as (
         drawn,
         axes,
     ):
         for row, (base, members) in enumerate(bases):
-            for column, by in enumerate(PANELS):
-                axis = axes[row * len(PANELS) + column]
+            for column, by in enumerate(panels):
+                axis = axes[row * len(panels) + column]
                 for name in names:
                     _curve(axis, [step for step in members if step.destination == name], by, name, looks[name])
                 axis.axhline(0, color="#888888", linewidth=0.8)
@@ -73,14 +77,14 @@ def draw(steps: list[Step], metric: str, source: str, folder: Path) -> list[Path
                 if row == len(bases) - 1:
                     axis.set_xlabel("\n".join(wrap(f"{AXES[by][1]}, times the base", 20)))
             unit = "doublings of\nlearning speed" if metric == "e50" else f"improvement of\n{metric}"
-            axes[row * len(PANELS)].set_ylabel(f"{base}: gain,\n{unit}")
+            axes[row * len(panels)].set_ylabel(f"{base}: gain,\n{unit}")
         style.legend_above(drawn, axes)
         note = (
             "Gain over the plain model of the base: mean over pairs of runs of one seed, with 95 % t-intervals where "
-            "there are 5 or more pairs. Lines start at the base; hollow: controls of a table. Training time is of the "
-            "machine that ran the grid."
+            "there are 5 or more pairs. Lines start at the base; hollow: controls of a table."
         )
-        return style.save(drawn, folder, "next-parameter", " ".join(filter(None, [note, source])))
+        time = f"No panel of training time: {unsteady}" if unsteady else "Training time is of the machine of the runs."
+        return style.save(drawn, folder, "next-parameter", " ".join(filter(None, [note, time, source])))
 
 
 def _curve(axis: Axes, members: list[Step], by: str, name: str, look: style.Look) -> None:

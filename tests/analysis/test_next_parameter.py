@@ -130,6 +130,19 @@ def test_figures_at_equal_gain_and_at_equal_time(tmp_path: Path) -> None:
     assert "memory_plus k16, w32 (n=5)" in next(path for path in drawn if path.suffix == ".svg").read_text()
 
 
+@pytest.mark.parametrize("slowdown", [1.0, 3.0])
+def test_training_time_is_drawn_only_if_the_machine_was_steady(slowdown: float, tmp_path: Path) -> None:
+    for seed in range(2):
+        write_run(tmp_path, "dense", "w32", seed, 20.0)
+        name = write_run(tmp_path, "memory_plus", "w32", seed, 10.0, half_keys=16)
+    path = tmp_path / "runs" / name / "train.jsonl"
+    path.write_text(path.read_text().replace('"tokens_per_s": 20000.0', f'"tokens_per_s": {20_000 / slowdown}'))
+    drawn = next_parameter(context(Comparisons(load(tmp_path, fallback="dense"))), tmp_path)
+    text = next(path for path in drawn if path.suffix == ".svg").read_text()
+    assert ("training time per" in text) is (slowdown == 1.0)
+    assert ("unsteady" in text) is (slowdown != 1.0)
+
+
 def test_without_any_gain_there_is_no_figure(tmp_path: Path) -> None:
     write_run(tmp_path, "dense", "w32", 0, 20.0)
     write_run(tmp_path, "moe", "w32", 0, 500.0)
