@@ -38,7 +38,7 @@ def compile_all(every: bool, architectures: Sequence[int]) -> Iterator[list[Comp
     """Return what each call compiles to on each architecture, in the order of `launches.calls`.
 
     Args:
-        every: All combinations of shapes and options; see `launches.calls`.
+        every: All shapes and options instead of a few that represent them.
         architectures: Keys of DEVICES.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
@@ -69,7 +69,7 @@ def work(every: bool, architectures: Sequence[int], share: int) -> None:
     """Compile one process's share of the calls and print one line of JSON for each.
 
     Args:
-        every: All combinations of shapes and options; see `launches.calls`.
+        every: All shapes and options instead of a few that represent them.
         architectures: Keys of DEVICES, separated by commas.
         share: The number of the process.
     """

@@ -48,17 +48,17 @@ class Call:
 
 
 def calls(every: bool) -> list[Call]:
-    """Return calls of all shapes and options: in all combinations, or so that each two meet in some call."""
-    return [*_searches(every), *_bags(), *_updates(every), *_rotations()]
+    """Return the calls of all shapes and options, or of a few that represent them."""
+    return [*_searches(every), *_bags(every), *_updates(every), *_rotations(every)]
 
 
 def _searches(every: bool) -> Iterator[Call]:
-    for (number, (size, width)), (nth, half_keys) in product(enumerate(HALF_WIDTHS.items()), enumerate(HALF_KEYS)):
-        for dtype in (torch.bfloat16, torch.float32):
-            if every or number % len(HALF_KEYS) == nth:
+    for size, width in HALF_WIDTHS.items():
+        for half_keys, dtype in product(HALF_KEYS, (torch.bfloat16, torch.float32)):
+            if every or (dtype == torch.bfloat16 and (size, half_keys) in (("pkm", 1024), ("1.3b", 8192))):
                 label = f"{size}: half keys {half_keys} x {width}, {_name(dtype)} queries"
                 yield Call(label, partial(_search, width, half_keys, 32, dtype))
-    for top_k, half_keys in ((1, 8), (3, 33), (20, 768), (64, 1000)):
+    for top_k, half_keys in ((1, 8), (3, 33), (20, 768), (64, 1000)) if every else ((3, 33),):
         yield Call(f"top {top_k} of {half_keys}^2", partial(_search, 40, half_keys, top_k, torch.float32))
 
 
@@ -69,13 +69,15 @@ def _search(width: int, half_keys: int, top_k: int, dtype: torch.dtype) -> None:
     search.search_backward(torch.zeros(rows_MNK.shape), rows_MNK, q_NM2W, keys_M2nW)
 
 
-def _bags() -> Iterator[Call]:
+def _bags(every: bool) -> Iterator[Call]:
     for (size, width), dtype in product({**WIDTHS, **SHARDS}.items(), (torch.float32, torch.bfloat16)):
-        yield Call(f"{size}: width {width}, {_name(dtype)} table", partial(_bag, width, READ, dtype))
-    for (model, width), dtype in product(NGRAM_WIDTHS.items(), (torch.float32, torch.bfloat16)):
-        yield Call(f"{model}: width {width}, {_name(dtype)} table, bags of one row", partial(_bag, width, 1, dtype))
-    yield Call("width 48, float64 table", partial(_bag, 48, 8, torch.float64))
-    yield Call("width 33, 20 rows per token", partial(_bag, 33, 20, torch.float32))
+        if every or size == "1.3b" or (dtype == torch.float32 and size in ("134m / 8", "8b / 64")):
+            yield Call(f"{size}: width {width}, {_name(dtype)} table", partial(_bag, width, READ, dtype))
+    if every:
+        for (model, width), dtype in product(NGRAM_WIDTHS.items(), (torch.float32, torch.bfloat16)):
+            yield Call(f"{model}: width {width}, {_name(dtype)} table, bags of one row", partial(_bag, width, 1, dtype))
+        yield Call("width 48, float64 table", partial(_bag, 48, 8, torch.float64))
+        yield Call("width 33, 20 rows per token", partial(_bag, 33, 20, torch.float32))
 
 
 def _bag(width: int, read: int, dtype: torch.dtype) -> None:
@@ -91,40 +93,34 @@ def _bag(width: int, read: int, dtype: torch.dtype) -> None:
 
 
 def _updates(every: bool) -> Iterator[Call]:
-    sizes = {**WIDTHS, **SHARDS}.items()
-    for (number, (size, width)), (nth, (dtype, rounding)) in product(enumerate(sizes), enumerate(ROUNDINGS)):
-        for options in product((False, True), repeat=3):
-            if every or options == one_combination(number, nth):
-                does_replay, has_row_second_moment, decays = options
-                path = "replay" if does_replay else "sweep"
-                shape = f"{size}: width {width}, {_name(dtype)} {rounding}, {path}"
-                shape += ", one second moment per row" if has_row_second_moment else ""
-                shape += "" if decays else ", no weight decay"
-                update: dict[str, Any] = {
-                    "low_precision": rounding,
-                    "path": path,
-                    "row_second_moment": has_row_second_moment,
-                    "weight_decay": 0.1 if decays else 0.0,
-                }
-                yield Call(shape, partial(take_steps, 2, torch.zeros(ROWS, width, dtype=dtype), update))
-    for (model, width), path in product(NGRAM_WIDTHS.items(), ("replay", "sweep")):
-        table_RD = torch.zeros(ROWS, width)
-        yield Call(f"{model}: width {width}, {path}", partial(take_steps, 2, table_RD, {"path": path}))
-    for path in ("replay", "sweep"):
-        table_RD = torch.zeros(ROWS, 2048, dtype=torch.float64)
-        yield Call(f"width 2048, float64, {path}", partial(take_steps, 2, table_RD, {"path": path}))
+    options = product({**WIDTHS, **SHARDS}.items(), ROUNDINGS, ("replay", "sweep"), (False, True), (0.1, 0.0))
+    for (size, width), (dtype, rounding), path, by_row, decay in options:
+        is_plain = not by_row and decay and (dtype, rounding) in (ROUNDINGS[0], ROUNDINGS[-1])
+        if every or (is_plain and (size == "8b" or (size, path, rounding) == ("8b / 64", "replay", "nearest"))):
+            shape = f"{size}: width {width}, {_name(dtype)} {rounding}, {path}"
+            shape += (", one second moment per row" if by_row else "") + ("" if decay else ", no weight decay")
+            update: dict[str, Any] = {
+                "low_precision": rounding,
+                "path": path,
+                "row_second_moment": by_row,
+                "weight_decay": decay,
+            }
+            yield Call(shape, partial(take_steps, 2, torch.zeros(ROWS, width, dtype=dtype), update))
+    if every:
+        for (model, width), path in product(NGRAM_WIDTHS.items(), ("replay", "sweep")):
+            table_RD = torch.zeros(ROWS, width)
+            yield Call(f"{model}: width {width}, {path}", partial(take_steps, 2, table_RD, {"path": path}))
+        for path in ("replay", "sweep"):
+            table_RD = torch.zeros(ROWS, 2048, dtype=torch.float64)
+            yield Call(f"width 2048, float64, {path}", partial(take_steps, 2, table_RD, {"path": path}))
 
 
-def one_combination(size: int, rounding: int) -> tuple[bool, bool, bool]:
-    """Return three options for a size and a rounding so that each two of the five factors meet in all their values."""
-    parities = size ^ rounding, size >> 1 ^ rounding >> 1, size >> 2 ^ rounding ^ rounding >> 1
-    first, second, third = (bool(parity & 1) for parity in parities)
-    return first, second, third
-
-
-def _rotations() -> Iterator[Call]:
-    for (size, width), dtype in product(WIDTHS.items(), (torch.bfloat16, torch.float32)):
-        yield Call(f"{size}: rotary positions of {width} columns, {_name(dtype)}", partial(_rotation, width, dtype))
+def _rotations(every: bool) -> Iterator[Call]:
+    for size, width in WIDTHS.items():
+        for dtype in (torch.bfloat16, torch.float32):
+            if every or (size == "8b" and dtype == torch.bfloat16):
+                label = f"{size}: rotary positions of {width} columns, {_name(dtype)}"
+                yield Call(label, partial(_rotation, width, dtype))
 
 
 def _rotation(width: int, dtype: torch.dtype) -> None:
