@@ -203,8 +203,8 @@ def _rows_of_whole(own_row_M: Tensor, shape: torch.Size, part: Part) -> Tensor:
     if part.dim == len(shape) - 1:
         return own_row_M
     inner = math.prod(shape[part.dim + 1 : -1])  # rows per index of the divided dimension
-    outer_M, within_M = own_row_M // ((part.stop - part.start) * inner), own_row_M % ((part.stop - part.start) * inner)
-    return outer_M * shape[part.dim] * inner + part.start * inner + within_M
+    own, whole = (part.stop - part.start) * inner, shape[part.dim] * inner
+    return own_row_M // own * whole + part.start * inner + own_row_M % own
 
 
 @dataclass(frozen=True)

@@ -113,6 +113,7 @@ def test_the_elements_of_a_large_tensor_are_normal_and_independent() -> None:
     other = torch.empty_like(own)
     draw(Normal(1.0), other, own.shape, None, 3, "other")
     assert kstest(own.flatten().numpy(), "norm").pvalue > 1e-3
+    assert own.std().item() == pytest.approx(1, abs=0.01)
     for first, second in [(own[:, 1:], own[:, :-1]), (own[1:], own[:-1]), (own[:, 4:], own[:, :-4]), (own, other)]:
         assert abs((first * second).double().mean().item()) < 5 / first.numel() ** 0.5
 
