@@ -34,6 +34,8 @@ EVERY = (1 << 31) - 1
 """A limit on replayed steps that no row reaches."""
 ELEMENTS = 512
 """Of a warp: 16 values of every array per thread."""
+REGISTERS = 128
+"""Of a thread, at most, in fp32. Without a limit, a step on wide rows gets fewer, and a few of them are spilled."""
 
 
 class Blocks:
@@ -312,6 +314,7 @@ def _step(
             DECAYS=history.hyper.weight_decay != 0,
             BLOCK_R=block_rows,
             num_warps=max(1, min(16, block_rows * block // ELEMENTS)),
+            maxnreg=None if state.mean_RD.dtype == torch.float64 else REGISTERS,
             **_constants(state),
         )
 
