@@ -11,15 +11,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any
 
-from kernels.bench.ahead_of_time import DEVICES, capture
+from kernels.bench.ahead_of_time import capture
 from kernels.bench.launches import Call, calls
 from kernels.bench.prediction import Compiled, predict
 
-__all__ = ["DEVICES", "main"]
+__all__ = ["main"]
 
 PROCESSES = 2
 """Number of processes that compile at the same time."""
@@ -34,24 +33,21 @@ class Failure:
     error: str
 
 
-def compile_all(every: bool, architectures: Sequence[int]) -> Iterator[list[Compiled] | Failure]:
-    """Return what each call compiles to on each architecture, in the order of `launches.calls`.
+def compile_all(every: bool) -> Iterator[list[Compiled] | Failure]:
+    """Return what each of `launches.calls` compiles to, in their order.
 
     Args:
-        every: All shapes and options instead of a few that represent them.
-        architectures: Keys of DEVICES.
+        every: All combinations of settings instead of a selection.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-W", "ignore", "-m", "kernels.bench.compile"]
-    settings = [
-        json.dumps({"every": every, "architectures": list(architectures), "share": i}) for i in range(PROCESSES)
-    ]
+    settings = [json.dumps({"every": every, "share": i}) for i in range(PROCESSES)]
     workers = [
         subprocess.Popen([*command, text], stdout=subprocess.PIPE, env=environment, text=True) for text in settings
     ]
     try:
-        for nth in range(len(calls(every)) * len(architectures)):
+        for nth in range(len(calls(every))):
             output = workers[nth % PROCESSES].stdout
             assert output is not None
             text = output.readline()
@@ -65,40 +61,38 @@ def compile_all(every: bool, architectures: Sequence[int]) -> Iterator[list[Comp
             worker.communicate()
 
 
-def work(every: bool, architectures: Sequence[int], share: int) -> None:
+def work(every: bool, share: int) -> None:
     """Compile one process's share of the calls and print one line of JSON for each.
 
     Args:
-        every: All shapes and options instead of a few that represent them.
-        architectures: Keys of DEVICES, separated by commas.
+        every: All combinations of settings instead of a selection.
         share: The number of the process.
     """
-    jobs = list(product(calls(every), architectures))
-    for call, architecture in jobs[share::PROCESSES]:
-        result = compile_call(call, architecture)
+    for call in calls(every)[share::PROCESSES]:
+        result = compile_call(call)
         rows = asdict(result) if isinstance(result, Failure) else [asdict(row) for row in result]
         print(json.dumps(rows), flush=True)
 
 
-def compile_call(call: Call, architecture: int) -> list[Compiled] | Failure:
-    """Run one call on one architecture; each compiled variant once."""
+def compile_call(call: Call) -> list[Compiled] | Failure:
+    """Run one call; each compiled variant once."""
     try:
-        with capture(architecture) as launches:
+        with capture(call.architecture) as launches:
             call.run()
     except Exception as error:  # whatever the compiler raises is the result
         text = f"{type(error).__name__}: {error}".strip().splitlines()
-        return Failure(call.shape, f"sm_{architecture}", text[-1])
+        return Failure(call.shape, f"sm_{call.architecture}", text[-1])
     variants = {launch.variant: launch for launch in launches}
     return [predict(launch, call.shape) for launch in variants.values()]
 
 
-def main(every: bool, as_json: bool, architectures: Sequence[int]) -> int:
+def main(every: bool, as_json: bool) -> int:
     """Print the table, or one JSON document; 1 where something did not compile."""
     rows: list[Compiled] = []
     failures: list[Failure] = []
     if not as_json:
         print(heading())
-    for result in compile_all(every, architectures):
+    for result in compile_all(every):
         if isinstance(result, Failure):
             failures.append(result)
             print(f"did not compile: {result.shape} on {result.architecture}: {result.error}", file=sys.stderr)

@@ -6,14 +6,15 @@ tables have a few rows and batches a few tokens, since these are ordinary argume
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 from typing import Any
 
 import torch
 
+from kernels.bench.ahead_of_time import DEVICES
 from kernels.embedding_bag import RowGradients
 from kernels.embedding_bag import triton as bags
 from kernels.product_key import triton as search
@@ -39,27 +40,55 @@ ROUNDINGS = (
 )
 
 
+DTYPES = (torch.float32, torch.bfloat16)
+PATHS = ("replay", "sweep")
+
+
 @dataclass(frozen=True)
 class Call:
-    """A call of an operator, and its shape in words."""
+    """A call of an operator: its shape in words, and the architecture to compile it for (90: sm_90)."""
 
     shape: str
+    architecture: int
     run: Callable[[], object]
 
 
+Choose = Callable[..., Iterable[tuple[Any, ...]]]
+"""Returns combinations of the values of several factors: all of them (`product`), or a selection (`pairwise`)."""
+
+
 def calls(every: bool) -> list[Call]:
-    """Return the calls of all shapes and options, or of a few that represent them."""
-    return [*_searches(every), *_bags(every), *_updates(every), *_rotations(every)]
+    """Return calls of all shapes and options on all architectures.
+
+    Args:
+        every: All combinations instead of a selection in which each two settings of an operator meet.
+    """
+    choose: Choose = product if every else pairwise
+    return [*_searches(choose), *_bags(choose), *_updates(choose), *_rotations(choose)]
 
 
-def _searches(every: bool) -> Iterator[Call]:
-    for size, width in HALF_WIDTHS.items():
-        for half_keys, dtype in product(HALF_KEYS, (torch.bfloat16, torch.float32)):
-            if every or (dtype == torch.bfloat16 and (size, half_keys) in (("pkm", 1024), ("1.3b", 8192))):
-                label = f"{size}: half keys {half_keys} x {width}, {_name(dtype)} queries"
-                yield Call(label, partial(_search, width, half_keys, 32, dtype))
-    for top_k, half_keys in ((1, 8), (3, 33), (20, 768), (64, 1000)) if every else ((3, 33),):
-        yield Call(f"top {top_k} of {half_keys}^2", partial(_search, 40, half_keys, top_k, torch.float32))
+def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
+    """Return few combinations such that any two values of different factors meet in one of them.
+
+    Args:
+        factors: The values of each factor, hashable.
+    """
+    candidates = {combination: set(combinations(enumerate(combination), 2)) for combination in product(*factors)}
+    unmet = set().union(*candidates.values())
+    chosen = []
+    while unmet:
+        chosen.append(max(candidates, key=lambda combination: len(candidates[combination] & unmet)))
+        unmet -= candidates[chosen[-1]]
+    return chosen
+
+
+def _searches(choose: Choose) -> Iterator[Call]:
+    for (size, width), half_keys, dtype, architecture in choose(HALF_WIDTHS.items(), HALF_KEYS, DTYPES, DEVICES):
+        shape = f"{size}: half keys {half_keys} x {width}, {_name(dtype)} queries"
+        yield Call(shape, architecture, partial(_search, width, half_keys, 32, dtype))
+    for (top_k, half_keys), architecture in choose(((1, 8), (3, 33), (20, 768), (64, 1000)), DEVICES):
+        shape = f"top {top_k} of {half_keys}^2"
+        yield Call(shape, architecture, partial(_search, 40, half_keys, top_k, torch.float32))
 
 
 def _search(width: int, half_keys: int, top_k: int, dtype: torch.dtype) -> None:
@@ -69,15 +98,16 @@ def _search(width: int, half_keys: int, top_k: int, dtype: torch.dtype) -> None:
     search.search_backward(torch.zeros(rows_MNK.shape), rows_MNK, q_NM2W, keys_M2nW)
 
 
-def _bags(every: bool) -> Iterator[Call]:
-    for (size, width), dtype in product({**WIDTHS, **SHARDS}.items(), (torch.float32, torch.bfloat16)):
-        if every or size == "1.3b" or (dtype == torch.float32 and size in ("134m / 8", "8b / 64")):
-            yield Call(f"{size}: width {width}, {_name(dtype)} table", partial(_bag, width, READ, dtype))
-    if every:
-        for (model, width), dtype in product(NGRAM_WIDTHS.items(), (torch.float32, torch.bfloat16)):
-            yield Call(f"{model}: width {width}, {_name(dtype)} table, bags of one row", partial(_bag, width, 1, dtype))
-        yield Call("width 48, float64 table", partial(_bag, 48, 8, torch.float64))
-        yield Call("width 33, 20 rows per token", partial(_bag, 33, 20, torch.float32))
+def _bags(choose: Choose) -> Iterator[Call]:
+    for (size, width), dtype, architecture in choose({**WIDTHS, **SHARDS}.items(), DTYPES, DEVICES):
+        shape = f"{size}: width {width}, {_name(dtype)} table"
+        yield Call(shape, architecture, partial(_bag, width, READ, dtype))
+    for (model, width), dtype, architecture in choose(NGRAM_WIDTHS.items(), DTYPES, DEVICES):
+        shape = f"{model}: width {width}, {_name(dtype)} table, bags of one row"
+        yield Call(shape, architecture, partial(_bag, width, 1, dtype))
+    for (width, read, dtype), architecture in choose(((48, 8, torch.float64), (33, 20, torch.float32)), DEVICES):
+        shape = f"width {width}, {_name(dtype)} table, {read} rows per token"
+        yield Call(shape, architecture, partial(_bag, width, read, dtype))
 
 
 def _bag(width: int, read: int, dtype: torch.dtype) -> None:
@@ -92,35 +122,29 @@ def _bag(width: int, read: int, dtype: torch.dtype) -> None:
     bags.row_sums(x_ND, weights_NS, bags.group_by_row(indices_NS, ROWS), ROWS, wide)
 
 
-def _updates(every: bool) -> Iterator[Call]:
-    options = product({**WIDTHS, **SHARDS}.items(), ROUNDINGS, ("replay", "sweep"), (False, True), (0.1, 0.0))
-    for (size, width), (dtype, rounding), path, by_row, decay in options:
-        is_plain = not by_row and decay and (dtype, rounding) in (ROUNDINGS[0], ROUNDINGS[-1])
-        if every or (is_plain and (size == "8b" or (size, path, rounding) == ("8b / 64", "replay", "nearest"))):
-            shape = f"{size}: width {width}, {_name(dtype)} {rounding}, {path}"
-            shape += (", one second moment per row" if by_row else "") + ("" if decay else ", no weight decay")
-            update: dict[str, Any] = {
-                "low_precision": rounding,
-                "path": path,
-                "row_second_moment": by_row,
-                "weight_decay": decay,
-            }
-            yield Call(shape, partial(take_steps, 2, torch.zeros(ROWS, width, dtype=dtype), update))
-    if every:
-        for (model, width), path in product(NGRAM_WIDTHS.items(), ("replay", "sweep")):
-            table_RD = torch.zeros(ROWS, width)
-            yield Call(f"{model}: width {width}, {path}", partial(take_steps, 2, table_RD, {"path": path}))
-        for path in ("replay", "sweep"):
-            table_RD = torch.zeros(ROWS, 2048, dtype=torch.float64)
-            yield Call(f"width 2048, float64, {path}", partial(take_steps, 2, table_RD, {"path": path}))
+def _updates(choose: Choose) -> Iterator[Call]:
+    settings = ({**WIDTHS, **SHARDS}.items(), ROUNDINGS, PATHS, (False, True), (0.1, 0.0), DEVICES)
+    for (size, width), (dtype, rounding), path, by_row, decay, architecture in choose(*settings):
+        shape = f"{size}: width {width}, {_name(dtype)} {rounding}, {path}"
+        shape += (", one second moment per row" if by_row else "") + ("" if decay else ", no weight decay")
+        update = {"low_precision": rounding, "path": path, "row_second_moment": by_row, "weight_decay": decay}
+        yield Call(shape, architecture, partial(_update, width, dtype, update))
+    for (model, width), path, architecture in choose(NGRAM_WIDTHS.items(), PATHS, DEVICES):
+        shape = f"{model}: width {width}, {path}"
+        yield Call(shape, architecture, partial(_update, width, torch.float32, {"path": path}))
+    for path, architecture in choose(PATHS, DEVICES):
+        shape = f"width 2048, float64, {path}"
+        yield Call(shape, architecture, partial(_update, 2048, torch.float64, {"path": path}))
 
 
-def _rotations(every: bool) -> Iterator[Call]:
-    for size, width in WIDTHS.items():
-        for dtype in (torch.bfloat16, torch.float32):
-            if every or (size == "8b" and dtype == torch.bfloat16):
-                label = f"{size}: rotary positions of {width} columns, {_name(dtype)}"
-                yield Call(label, partial(_rotation, width, dtype))
+def _update(width: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    take_steps(2, torch.zeros(ROWS, width, dtype=dtype), options)
+
+
+def _rotations(choose: Choose) -> Iterator[Call]:
+    for (size, width), dtype, architecture in choose(WIDTHS.items(), DTYPES, DEVICES):
+        shape = f"{size}: rotary positions of {width} columns, {_name(dtype)}"
+        yield Call(shape, architecture, partial(_rotation, width, dtype))
 
 
 def _rotation(width: int, dtype: torch.dtype) -> None:

@@ -82,17 +82,16 @@ def read(cubin: bytes) -> Code:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(cubin)
-        resources = _RESOURCES.search(_cuobjdump("-res-usage", path))
-        instructions = tuple(
-            Instruction(int(match[1], 16), match[2], match[3])
-            for match in _INSTRUCTION.finditer(_cuobjdump("-sass", path))
-        )
+        text = _cuobjdump(path)
+    resources = _RESOURCES.search(text)
+    instructions = tuple(Instruction(int(match[1], 16), match[2], match[3]) for match in _INSTRUCTION.finditer(text))
     if resources is None or not instructions:
         raise RuntimeError("cuobjdump: its output names neither registers nor instructions")
     spills = {name: sum(i.bytes for i in instructions if i.operation == name) for name in ("STL", "LDL")}
     return Code(int(resources[1]), spills["STL"], spills["LDL"], instructions)
 
 
-def _cuobjdump(option: str, path: Path) -> str:
+def _cuobjdump(path: Path) -> str:
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([str(tool), option, str(path)], capture_output=True, text=True, check=True).stdout
+    command = [str(tool), "-res-usage", "-sass", str(path)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -61,9 +61,7 @@ def step(
 def kernels(
     device: Annotated[str | None, typer.Option(metavar="cpu|cuda", help="default: cuda if there is one")] = None,
     rows: Annotated[list[int] | None, typer.Option(help="only tables of this many rows; repeatable")] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="every table that fits in memory; every shape to compile")
-    ] = False,
+    every: Annotated[bool, typer.Option("--all", help="every table that fits; every combination to compile")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="compile for GPUs instead of measuring")] = False,
     results: Results = Path("results"),
     as_json: AsJson = False,

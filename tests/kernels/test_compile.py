@@ -10,10 +10,13 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from kernels.bench.launches import calls, pairwise
 
 MAX_SHARED = 99 << 10
 """Of a block on the devices with the least (sm_86, sm_89)."""
@@ -49,7 +52,7 @@ def check(row: dict[str, Any]) -> None:
     assert row["basis"] == "predicted"
 
 
-def test_triton_kernels_of_representative_shapes_compile_within_the_limits_of_all_devices() -> None:
+def test_triton_kernels_of_every_shape_and_every_option_compile_within_the_limits_of_all_devices() -> None:
     rows = compiled()
     assert {row["architecture"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
     assert {row["kernel"] for row in rows} == {*READS_ROWS, "_pair_kernel", "_replay_kernel", "_rotate_kernel"}
@@ -57,6 +60,21 @@ def test_triton_kernels_of_representative_shapes_compile_within_the_limits_of_al
         check(row)
         if row["kernel"] in READS_ROWS and ("width 2048" in row["shape"] or "width 4096" in row["shape"]):
             assert row["load_bytes"] == 16, row
+
+
+def test_each_two_settings_are_compiled_together() -> None:
+    factors = (range(10), range(4), range(2), range(2), range(2), range(3))
+    chosen = pairwise(*factors)
+    assert set(chosen) <= set(product(*factors))
+    for first, second in combinations(range(len(factors)), 2):
+        assert {(row[first], row[second]) for row in chosen} == set(product(factors[first], factors[second]))
+    assert len(chosen) < 60 < len(list(product(*factors)))
+
+
+def test_the_selection_is_a_part_of_all_calls() -> None:
+    selected, every = ([(call.shape, call.architecture) for call in calls(every)] for every in (False, True))
+    assert set(selected) <= set(every)
+    assert len(set(every)) == len(every)
 
 
 STEPS = """
@@ -94,7 +112,7 @@ def test_a_run_compiles_few_variants_of_a_kernel(program: str) -> None:
 
 
 @pytest.mark.slow
-def test_triton_kernels_of_every_shape_and_option_compile_within_the_limits_of_all_devices() -> None:
+def test_triton_kernels_of_every_combination_compile_within_the_limits_of_all_devices() -> None:
     rows = compiled("--all")
     for row in rows:
         check(row)
