@@ -28,7 +28,7 @@ simulated_cuda.install()
 def counted(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Train two steps, the first of which fills caches, and return what the second did."""
     train = {"batch_rows": 1, "epochs": 2.0, "lr": 1e-3, "precision": "bf16", "log_every": 1, **case.get("train", {})}
-    data = {"kind": "bios", "people": 20, "seq_len": 32}
+    data = {"kind": "bios", "people": 20, "seq_len": 16}
     cell = Cell.model_validate({"model": {"base": "w32", **case["model"]}, "data": data, "train": train})
     folder.mkdir()
     with Device() as device:
