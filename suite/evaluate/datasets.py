@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -76,7 +77,7 @@ class DataRoot:
             split: The split's name.
 
         Raises:
-            UserError: The file or a shard is missing, or several files could be the split.
+            UserError: A file or a shard is missing or cannot be read, or several files could be the split.
         """
         assert self.path is not None
         folder = self._folder(repo, config)
@@ -89,6 +90,7 @@ class DataRoot:
             raise UserError(f"{folder}: {split} exists more than once ({names}); remove all but one")
         (files,) = sources.values()
         _refuse_missing_shards(files, split)
+        _refuse_unreadable(files)
         return files
 
     def has(self, repo: str, config: str | None, split: str) -> bool:
@@ -138,6 +140,14 @@ def _refuse_missing_shards(files: list[Path], split: str) -> None:
         raise UserError(f"{files[0].parent}: {split}: shard {missing[0]} of {count} is missing; download it again")
     if len(set(numbers)) < len(numbers):
         raise UserError(f"{files[0].parent}: {split}: a shard exists more than once; remove all but one")
+
+
+def _refuse_unreadable(files: list[Path]) -> None:
+    for path in files:
+        if not path.is_file():
+            raise UserError(f"{path}: is a folder, a pipe or a link to nothing, allowed: a file; download it again")
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{path}: cannot be read by this user; change its permissions")
 
 
 def _read(files: list[Path]) -> Docs:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +108,28 @@ def test_a_split_that_exists_twice_is_refused(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path.with_suffix(".parquet"))
     with pytest.raises(UserError, match=r"validation .*validation\.jsonl, validation\.parquet"):
         data.files(NQ, None, "validation")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "folder", "link to nothing"])
+def test_what_is_no_file_is_refused_by_name(tmp_path: Path, kind: str) -> None:
+    path = write(tmp_path, [{"question": "q", "answer": ["a"]}])
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("nothing")
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: is a folder, a pipe or a link to nothing"):
+        DataRoot(tmp_path).split(NQ, None, "validation")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+def test_a_file_of_another_user_is_refused_by_name(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"question": "q", "answer": ["a"]}])
+    path.chmod(0)
+    with pytest.raises(UserError, match=f"{re.escape(str(path))}: cannot be read"):
+        DataRoot(tmp_path).split(NQ, None, "validation")
 
 
 def test_a_missing_or_doubled_shard_is_refused(tmp_path: Path) -> None:
