@@ -48,9 +48,9 @@ def frame(
     else:
         for number, part in enumerate(loaded.tables()):
             sys.stdout.writelines(chunk.decode() for chunk in csv_chunks(part, header=number == 0))
-    for run, cause in loaded.damaged.itertuples(index=False):
-        print(f"left out: {run}: damaged: {cause}", file=sys.stderr)
-    return 1 if len(loaded.damaged) else 0
+    for run, cause in loaded.left_out.itertuples(index=False):
+        print(f"left out: {run}: {cause}", file=sys.stderr)
+    return 1 if len(loaded.left_out) else 0
 
 
 def figures(

@@ -153,14 +153,14 @@ class Frame:
         of_runs: The columns that are the same in all rows of a run.
         published: The rows of published tables.
         texts: The texts of all columns.
-        damaged: Run and cause of every run that was left out because a record file cannot be read.
+        left_out: Run and cause of every run of which a record file cannot be read, or that is a copy of another.
     """
 
     rows: Rows | None
     of_runs: Columns
     published: Sequence[Part]
     texts: Vocabularies
-    damaged: pd.DataFrame
+    left_out: pd.DataFrame
 
     def tables(self) -> Iterator[pa.Table]:
         """Yield the frame in parts with the same types; whole numbers are integers where none is missing."""
@@ -207,12 +207,12 @@ def load(results: Path, grid: str | None, reference: str, published: bool = True
     """
     names = {name: recorded.runs for name, recorded in read_grids(results).items()}
     table = read_store(results, grid, STORED)
-    runs, damaged = run_table(table, read_plans(results))
+    runs, left_out = run_table(table, read_plans(results))
     runs = with_partners(runs, reference).assign(grids=_memberships(runs["run"], names), source="run")
     texts = {name: Vocabulary() for name in TEXT}
     of_runs = values_of(runs[list(OF_RUN)], texts)
     rows = Rows(table, runs, positions(runs, len(table)), texts)
-    return Frame(rows, of_runs, _published_parts(results, texts) if published else [], texts, damaged)
+    return Frame(rows, of_runs, _published_parts(results, texts) if published else [], texts, left_out)
 
 
 def load_published(results: Path) -> pd.DataFrame:

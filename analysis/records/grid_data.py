@@ -51,7 +51,7 @@ class GridData:
     knowledge, retention: one row per measurement of learning and forgetting, see analysis.records.knowledge.
     imported: one row per score that an imported checkpoint in the same results has in common with the runs: its name,
         score and value.
-    damaged: run and cause of the runs with a record file that cannot be read.
+    left_out: run and cause of the runs with a record file that cannot be read, and of copies.
     absent: runs that the grid names and that have no directory.
     """
 
@@ -60,7 +60,7 @@ class GridData:
     table_use: pd.DataFrame
     scores: pd.DataFrame
     reference: str
-    damaged: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["run", "cause"]))
+    left_out: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["run", "cause"]))
     grid: str = ""
     source: str = ""
     contrast: Contrast | None = None
@@ -171,7 +171,7 @@ def from_store(
     Raises:
         InputError: No reference family.
     """
-    runs, damaged = run_table(table, predicted)
+    runs, left_out = run_table(table, predicted)
     reference = _reference(runs, reference, contrast) or fallback
     if reference is None:
         raise InputError("--reference: missing, and the grid declares no contrast; name the family to compare with")
@@ -190,7 +190,7 @@ def from_store(
         unnest(table, "table_use", position),
         scores,
         reference,
-        damaged,
+        left_out,
         contrast=contrast,
         tables_off=without_tables(scores, recorded),
         knowledge=unnest(table, "knowledge", position),

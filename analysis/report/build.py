@@ -67,7 +67,7 @@ def write(data: GridData, folder: Path, figures: Path) -> dict[str, Any]:
         "page": str(folder / "report.html"),
         "figures": {name: [str(path) for path in files] for name, files in drawn.items()},
         "missing": missing,
-        "failed": [*data.runs.loc[data.runs["state"] == "failed", "run"], *data.damaged["run"]],
+        "failed": [*data.runs.loc[data.runs["state"] == "failed", "run"], *data.left_out["run"]],
     }
 
 
@@ -179,8 +179,8 @@ def _what_ran(data: GridData) -> list[Block]:
         blocks.append(Text(reason))
     if len(data.absent):
         blocks.append(Text(f"{len(data.absent)} runs of the grid have no records yet."))
-    if len(data.damaged):
-        blocks.append(Text(f"{len(data.damaged)} runs have damaged records and are left out; see Failures."))
+    if len(data.left_out):
+        blocks.append(Text(f"{len(data.left_out)} runs are damaged or copies and are left out; see Failures."))
     return blocks
 
 
@@ -304,7 +304,7 @@ def _failures(data: GridData) -> list[Block]:
         f"{run}: {state}" + (f": {cause}" if isinstance(cause, str) and cause else "")
         for run, state, cause in zip(unfinished["run"], unfinished["state"], unfinished["cause"], strict=True)
     ]
-    lines = [f"{run}: damaged: {cause}" for run, cause in data.damaged.itertuples(index=False)] + lines
+    lines = [f"{run}: {cause}" for run, cause in data.left_out.itertuples(index=False)] + lines
     lines += [f"{name}: not started" for name in data.absent]
     if len(lines) > FAILURES:
         lines = [*lines[:FAILURES], f"and {len(lines) - FAILURES:,} more"]

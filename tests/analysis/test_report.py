@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -426,15 +427,29 @@ def test_a_damaged_run_is_named_and_the_rest_is_reported(tmp_path: Path, file: s
     path.write_bytes(content)
     data = load(tmp_path, fallback="dense")
     if file == "train.jsonl" and content != b"\xff\xfe\x00\n":  # a last line without its newline was interrupted
-        assert not len(data.damaged)
+        assert not len(data.left_out)
         return
-    assert data.damaged["run"].tolist() == [name]
-    assert str(path) in data.damaged["cause"].item()
+    assert data.left_out["run"].tolist() == [name]
+    assert str(path) in data.left_out["cause"].item()
     assert len(data.runs) == 3
     text = report_text(tmp_path)
     assert f"{name}: damaged: {path}" in text
-    assert "1 runs have damaged records" in text
+    assert "1 runs are damaged or copies" in text
     assert "0.500 times the exposures of dense" in text
+
+
+def test_a_copied_run_folder_is_named_and_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = write_run(tmp_path, "dense", "w32", 0, 20.0)
+    copies = [f"{name[:-1]} (copy)", f"a copy of {name}", "backup"]
+    for copy in copies:
+        shutil.copytree(tmp_path / "runs" / name, tmp_path / "runs" / copy)
+    assert main(["frame", "--results", str(tmp_path), "--out", str(tmp_path / "frame.csv")]) == 1
+    assert set(pd.read_csv(tmp_path / "frame.csv")["run"]) == {name}
+    assert sorted(capsys.readouterr().err.splitlines()[-3:]) == sorted(
+        f"left out: {copy}: a copy of {name}" for copy in copies
+    )
+    data = load(tmp_path, fallback="dense")
+    assert data.runs["run"].tolist() == [name]
 
 
 def test_a_damaged_run_gives_exit_code_1(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

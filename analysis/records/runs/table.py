@@ -75,18 +75,34 @@ def read_store(results: Path, grid: str | None, columns: Sequence[str]) -> pa.Ta
 
 
 def run_table(table: pa.Table, predicted: Mapping[str, float]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return the readable runs of a store in its order, and run and cause of the damaged ones.
+    """Return the readable runs of a store in its order, and run and cause of the damaged ones and of copies.
 
     `stored` is the row of a run in the store, `settings` its cell.
     """
     flat = table.select([name for name in table.column_names if not pa.types.is_list(table[name].type)]).to_pandas()
-    unreadable = (flat["state"] == DAMAGED).to_numpy()
+    causes = pd.concat([_damaged(flat), _copies(flat)]).sort_index()
+    unreadable = flat.index.isin(causes.index)
     cells = [json.loads(text) for text in flat.loc[~unreadable, "cell"]]
     accounts = _parsed(flat.loc[~unreadable, "account"])
     runs = flat[~unreadable].drop(columns=["account", "cell"]).rename(columns={"hash": "cell"})
     runs = runs.reset_index(drop=True).assign(stored=np.flatnonzero(~unreadable), settings=cells)
     runs = _identified(runs, cells, accounts).assign(predicted_wall_s=runs["run"].map(predicted).astype(float))
-    return runs, flat.loc[unreadable, ["run", "cause"]].reset_index(drop=True)
+    return runs, flat.loc[unreadable, ["run"]].assign(cause=causes).reset_index(drop=True)
+
+
+def _damaged(flat: pd.DataFrame) -> pd.Series:
+    """Return what is wrong with each damaged run, by its position."""
+    return "damaged: " + flat.loc[flat["state"] == DAMAGED, "cause"].astype(str)
+
+
+def _copies(flat: pd.DataFrame) -> pd.Series:
+    """Return which run each copied folder is a copy of, by its position: the run that has the name of its cell."""
+    readable = flat[flat["state"] != DAMAGED]
+    is_named = [run.endswith(f"-{code}") for run, code in zip(readable["run"], readable["hash"], strict=True)]
+    lengths = readable["run"].str.len()
+    ordered = readable.assign(foreign=np.logical_not(is_named), length=lengths).sort_values(["foreign", "length"])
+    originals = ordered.groupby(["hash", "cell"], sort=False)["run"].transform("first")
+    return "a copy of " + originals[originals != ordered["run"]]
 
 
 def _parsed(texts: pd.Series) -> list[dict[str, Any]]:
