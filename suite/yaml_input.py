@@ -39,6 +39,7 @@ MAX_VALUES = 1_000_000
 
 LENGTH = re.compile(r"(?:Tuple|List) should have (at least|at most) (\d+) items?.*")
 """Pydantic's message for a list of another length."""
+MAPPING = re.compile(r"a valid dictionary(?: or instance of \w+)?")
 
 
 class _Loader(yaml.SafeLoader):
@@ -244,14 +245,16 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
 
 def _wanted(part: type[BaseModel] | None, name: str) -> str:
     field = part.model_fields.get(name) if part else None
+    if field is not None and typing.get_origin(field.annotation) is typing.Literal:
+        return ", ".join(map(str, typing.get_args(field.annotation)))
     return (field and field.description) or "a value (this field has no default)"
 
 
 def _allowed(message: str) -> str:
     wanted = message.removeprefix("Input should be ").removeprefix("Value error, ")
     wanted = LENGTH.sub(r"a list of \1 \2", wanted)
-    wanted = wanted.replace("a valid boolean", "true or false")
-    return wanted.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping of fields to values")
+    wanted = MAPPING.sub("a mapping of fields to values", wanted)
+    return wanted.replace("a valid boolean", "true or false").replace("a valid tuple", "a list")
 
 
 def shown(value: object) -> str:

@@ -114,6 +114,11 @@ def test_a_kind_can_be_registered_once() -> None:
             {"kind": "mixture", "tokenizer": BYTES, "parts": {"a": {**HUB, "weight": 1.0, "seq_len": 8}}},
             "data.parts.a.seq_len: unknown field",
         ),
+        (
+            {**BOOKS, "tokenizer": {"path": "x"}},
+            "data.tokenizer.kind: got nothing, allowed: word, bpe, bytes, file",
+        ),
+        ({**BOOKS, "tokenizer": "x"}, "data.tokenizer: got 'x', allowed: a mapping of fields to values"),
         ({**BOOKS, "tokenizer": {"kind": "word"}}, "data.tokenizer.kind: got 'word'"),
         ({"kind": "bios", "people": 4_000_000}, "data.people: got 4000000, allowed: at most 3001250"),
     ],
@@ -124,6 +129,7 @@ def test_errors_in_data_kinds_name_the_users_field(data: dict[str, Any], field: 
     with pytest.raises(UserError) as raised:
         load_cell(tmp_path / "cell.json")
     assert field in str(raised.value)
+    assert "instance of" not in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
