@@ -31,6 +31,7 @@ REGISTER_UNIT = 8
 class Compiled:
     """A compiled variant of a kernel; spills in bytes per thread, shared memory in bytes per block.
 
+    load_bytes, widest_load: of one thread's widest load, in the innermost loop that loads and in the whole kernel.
     occupancy: warps that a multiprocessor holds, as a share of the most it can. in_flight, needed: bytes per
     multiprocessor. roof_share is the predicted share of the copy bandwidth; it means little for kernels that are
     bound by arithmetic (the selection of the search).
@@ -45,6 +46,7 @@ class Compiled:
     shared: int
     warps: int
     load_bytes: int
+    widest_load: int
     occupancy: float
     in_flight: int
     needed: int
@@ -73,6 +75,7 @@ def predict(launch: Launch, shape: str) -> Compiled:
         shared=launch.shared,
         warps=launch.warps,
         load_bytes=_widest(hot),
+        widest_load=_widest(code.instructions),
         occupancy=round(blocks * launch.warps / MAX_WARPS, 3),
         in_flight=in_flight,
         needed=round(needed),

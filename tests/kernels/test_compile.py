@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -21,9 +22,11 @@ from kernels.bench.launches import calls, pairwise
 MAX_SHARED = 99 << 10
 """Of a block on the devices with the least (sm_86, sm_89)."""
 READS_ROWS = ("_bag_kernel", "_dots_kernel", "_sums_kernel", "_step_kernel", "_select_kernel")
-"""Kernels whose rows must be loaded 16 bytes at a time."""
+"""Kernels that load rows in their innermost loop. `_replay_kernel` loads them before its loop over steps."""
 CONVERTS = ("_step_kernel", "_replay_kernel")
-"""Kernels that turn numbers of steps into floats; in the others a conversion is part of a division of integers."""
+"""Kernels that turn numbers of steps into floats. A division of integers also turns a float into an integer, F2I."""
+WIDE = 256
+"""Values of a row from which on every thread loads 16 bytes at a time, in any dtype."""
 MAX_VARIANTS = 3
 """Of a kernel over a run: what is compiled in the middle of one stops it for seconds."""
 
@@ -48,6 +51,7 @@ def check(row: dict[str, Any]) -> None:
     assert max(row["spill_stores"], row["spill_loads"]) <= (8 if row["architecture"] == "sm_100" else 0), row
     assert row["shared"] <= MAX_SHARED, row
     assert row["occupancy"] > 0, row
+    assert not any(name.startswith("F2I") for name in row["conversions"]), row
     assert row["conversions"] == [] or row["kernel"] in CONVERTS, row
     assert row["basis"] == "predicted"
 
@@ -58,7 +62,10 @@ def test_triton_kernels_of_every_shape_and_every_option_compile_within_the_limit
     assert {row["kernel"] for row in rows} == {*READS_ROWS, "_pair_kernel", "_replay_kernel", "_rotate_kernel"}
     for row in rows:
         check(row)
-        if row["kernel"] in READS_ROWS and ("width 2048" in row["shape"] or "width 4096" in row["shape"]):
+        width = re.search(r"width (\d+)", row["shape"])
+        if width is not None and int(width[1]) >= WIDE:
+            assert row["widest_load" if row["kernel"] == "_replay_kernel" else "load_bytes"] == 16, row
+        if row["kernel"] == "_select_kernel" and "half keys" in row["shape"]:
             assert row["load_bytes"] == 16, row
 
 
@@ -78,35 +85,50 @@ def test_the_selection_is_a_part_of_all_calls() -> None:
 
 
 STEPS = """
-import json, torch
+import json, sys, torch
 from kernels.bench.ahead_of_time import capture
 from kernels.bench.launches import take_steps
+dtype, update = json.loads(sys.argv[1])
 with capture(90) as launches:
-    take_steps(2000, torch.zeros(40, 16, dtype=torch.bfloat16), {"path": "replay", "low_precision": "stochastic"}, 500)
+    take_steps(2000, torch.zeros(40, 16, dtype=getattr(torch, dtype)), update, 500)
 print(json.dumps(sorted({(launch.kernel, launch.variant) for launch in launches})))
 """
 
 BATCHES = """
-import json, torch
+import json, sys, torch
 from kernels.bench.ahead_of_time import capture
 from kernels.embedding_bag import triton as bags
 from kernels.product_key import triton as search
+from kernels.rotary import triton as rotary
+dtype = getattr(torch, json.loads(sys.argv[1]))
 with capture(90) as launches:
     for tokens in (1, 2, 15, 16, 17, 63, 64, 100, 128, 1000):
-        q_NM2W, keys_M2nW = torch.zeros(tokens, 2, 2, 8), torch.zeros(2, 2, 40, 8)
+        q_NM2W, keys_M2nW = torch.zeros(tokens, 2, 2, 8, dtype=dtype), torch.zeros(2, 2, 40, 8)
         search.search(q_NM2W, keys_M2nW, 8)
         indices_NS, weights_NS = torch.arange(tokens * 16).view(tokens, 16) % 30, torch.zeros(tokens, 16)
-        bags.bag(torch.zeros(30, 16), indices_NS, weights_NS, torch.float32)
-        bags.dots(torch.zeros(30, 16), indices_NS, torch.zeros(tokens, 16))
-        bags.row_sums(torch.zeros(tokens, 16), weights_NS, bags.group_by_row(indices_NS, 30), 30, torch.float32)
+        table_RD, x_ND = torch.zeros(30, 16, dtype=dtype), torch.zeros(tokens, 16, dtype=dtype)
+        bags.bag(table_RD, indices_NS, weights_NS, dtype)
+        bags.dots(table_RD, indices_NS, x_ND)
+        bags.row_sums(x_ND, weights_NS, bags.group_by_row(indices_NS, 30), 30, torch.float32)
+        angle_TI = torch.zeros(tokens, 8)
+        rotary.rotate(torch.zeros(1, tokens, 32, dtype=dtype), angle_TI, angle_TI, 1)
 print(json.dumps(sorted({(launch.kernel, launch.variant) for launch in launches})))
 """
 
 
-@pytest.mark.parametrize("program", [STEPS, BATCHES])
-def test_a_run_compiles_few_variants_of_a_kernel(program: str) -> None:
+@pytest.mark.parametrize(
+    ("program", "settings"),
+    [
+        (STEPS, ("bfloat16", {"path": "replay", "low_precision": "stochastic"})),
+        (STEPS, ("float32", {"path": "replay", "row_second_moment": True})),
+        (STEPS, ("float32", {"path": "sweep"})),
+        (BATCHES, "float32"),
+        (BATCHES, "bfloat16"),
+    ],
+)
+def test_a_run_compiles_few_variants_of_a_kernel(program: str, settings: object) -> None:
     """Over 2,000 steps with flushes, and over batches of many sizes."""
-    variants = Counter(kernel for kernel, _ in json.loads(run("-c", program)))
+    variants = Counter(kernel for kernel, _ in json.loads(run("-c", program, json.dumps(settings))))
     assert variants
     assert max(variants.values()) <= MAX_VARIANTS, variants
 
