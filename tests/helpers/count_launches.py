@@ -14,6 +14,7 @@ from typing import Any
 os.environ["TRITON_INTERPRET"] = "1"
 
 import simulated_cuda
+import torch
 from simulated_cuda import Device
 
 from suite.cells import Cell
@@ -38,11 +39,20 @@ def counted(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         trainer.train_step()
         device.clear()
         loss = trainer.train_step()["loss"]
-    return {
-        "loss": loss,
-        "launches": sum(device.launches.values()),
-        "waits": [[*key, times] for key, times in device.waits.items()],
-    }
+        counts = {
+            "launches": sum(device.launches.values()),
+            "waits": [[*key, times] for key, times in device.waits.items()],
+        }
+        if cell.model.kv_heads is not None:
+            _evaluate(trainer)
+    return {"loss": loss, **counts}
+
+
+@torch.no_grad()
+def _evaluate(trainer: Trainer) -> None:
+    """Read rows as an evaluation in fp32 does, without a mask."""
+    tokens_BT = torch.zeros(2, 16, dtype=torch.int64).to(simulated_cuda.CUDA)
+    assert trainer.model.eval().hidden(tokens_BT).isfinite().all()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ import pytest
 
 from suite.models import registry
 
-MEMORY = {"half_keys": 32, "top_k": 2, "memory_heads": 1, "tie_embeddings": False}
+MEMORY = {"half_keys": 8, "top_k": 2, "memory_heads": 1, "tie_embeddings": False}
+"""A step reads most rows: their gradients are a buffer of the whole table, and the update is a sweep."""
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "dense": ({"model": {"family": "dense", "tie_embeddings": False}}, 409),
     "moe": ({"model": {"family": "moe", "tie_embeddings": False}}, 553),
@@ -61,6 +62,13 @@ OTHERS: dict[str, tuple[dict[str, Any], int]] = {
     "rows, sgd": ({"model": {"family": "memory_plus", **MEMORY}, "train": SGD | trained(top=3, score="random")}, 413),
     "rows by tfidf": ({"model": {"family": "memory_plus", **MEMORY}, "train": LAZY | trained(top=3)}, 395),
     "experts by tfidf": ({"model": {"family": "moe_topk"}, "train": LAZY | trained(top=1)}, 862),
+    "dense, rarely logged": ({"model": {"family": "dense", "tie_embeddings": False}, "train": {"log_every": 50}}, 230),
+    "pkm, two layers": ({"model": {"family": "pkm", **MEMORY, "placement": [1, 3]}}, 320),
+    "memory_plus, eight layers": (
+        {"model": {"family": "memory_plus", **MEMORY, "layers": 8, "placement": [0, 2, 4, 6]}},
+        702,
+    ),
+    "moe_topk, eight layers": ({"model": {"family": "moe_topk", "layers": 8}}, 838),
     "rows, few rows read": (
         {"model": {"family": "memory_plus", **SEPARATE, "half_keys": 100}, "train": LAZY | trained(top=3, score="tf")},
         441,
