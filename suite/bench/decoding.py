@@ -309,7 +309,8 @@ def _built(
     config: ModelConfig, device: torch.device, place: Place | None, form: RowForm | None, path: Path
 ) -> Transformer:
     """Build a model with its tables at a place; `path` is the file in which they are stored there."""
-    model = models.build(config, config.size.vocab_size or VOCAB, seed=0).eval()
+    built_on = device if form is None and place is None else torch.device("cpu")
+    model = models.build(config, config.size.vocab_size or VOCAB, seed=0, device=built_on).eval()
     if form is not None:
         reduce_tables(model, form)
     if place is None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,7 @@ def build(
     seed: int,
     canonical_ids: CanonicalIds | None = None,
     fresh: Collection[str] | None = None,
+    device: torch.device | None = None,
 ) -> Transformer:
     """Build the model of a configuration and draw its initial weights, unless it is on the meta device.
 
@@ -61,6 +63,7 @@ def build(
         seed: The seed of the initial weights.
         canonical_ids: The canonical ids of the vocabulary's tokens; None: every token has its own.
         fresh: The parameters to draw; None: all. Others are for the caller to load.
+        device: Where the model is built; None: the current device. Large parameters are drawn there.
 
     Returns:
         The model.
@@ -68,7 +71,8 @@ def build(
     Raises:
         ValueError: The configuration is invalid or the family is unknown.
     """
-    model = Transformer(config, vocab_size)
+    with device or nullcontext():
+        model = Transformer(config, vocab_size)
     if not model.norm.weight.is_meta:
         initialise(model, seed, canonical_ids, fresh)
     return model

@@ -25,6 +25,7 @@ from suite.models.document_attention import Documents
 from suite.models.lookup.controls import with_control
 from suite.models.lookup.output_scale import with_output_scale
 from suite.models.memory_table import MemoryLayer, MemoryTable
+from suite.models.precision import product_dtype
 from suite.models.registry import ModelConfig
 from suite.models.sizes import Size
 
@@ -73,8 +74,8 @@ class Attention(nn.Module):
         if isinstance(mask, Documents):
             q_NHK, k_NGK, v_NGK = (part.transpose(1, 2).flatten(0, 1) for part in (q_BHTK, k_BGTK, v_BGTK))
             return self.wo(document_attention.attend(q_NHK, k_NGK, v_NGK, mask).view(batch, tokens, -1))
-        if mask is not None and q_BHTK.is_cuda and self.kv_heads != self.heads:
-            # Of grouped heads with a mask, some devices have only the kernel that stores all scores.
+        if self.kv_heads != self.heads and q_BHTK.is_cuda and (mask is not None or _is_fp32(q_BHTK)):
+            # Of grouped heads with a mask or in fp32, some devices have only the kernel that stores all scores.
             k_BGTK, v_BGTK = (part.repeat_interleave(self.heads // self.kv_heads, 1) for part in (k_BGTK, v_BGTK))
         y_BHTK = F.scaled_dot_product_attention(
             q_BHTK,
@@ -93,6 +94,10 @@ class Attention(nn.Module):
         """Count the four projections; `accounting` adds scores and weighted sums, which depend on the length."""
         weights = sum(linear.weight.numel() for linear in (self.wq, self.wk, self.wv, self.wo))
         return dense_cost("attention", weights, weights)
+
+
+def _is_fp32(x: Tensor) -> bool:
+    return product_dtype(x.dtype, x.device) == torch.float32
 
 
 class Block(nn.Module):

@@ -263,8 +263,8 @@ def load_model(
         model = build_sharded(cell.model, corpus.vocab_size, cell.seed, world, "fp32", fresh=())
         state = {"model": as_dtensors(model, {"model": model.state_dict(), "optimizer": {}})["model"]}
     else:
-        model = models.build(cell.model, corpus.vocab_size, cell.seed, fresh=())
-        model.to("cpu" if world is None else world.device)
+        device = torch.device("cpu") if world is None else world.device
+        model = models.build(cell.model, corpus.vocab_size, cell.seed, fresh=(), device=device)
         state = {"model": model.state_dict()}
     read(run, step, state)
     return model.eval()

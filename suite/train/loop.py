@@ -130,11 +130,11 @@ class Trainer:
             precision, ids = self.config.precision, self.corpus.canonical_ids
             model = build_sharded(*sizes, world, precision, ids, self._fresh())
         else:
-            model = models.build(*sizes, self.corpus.canonical_ids, self._fresh())
-            if self.config.table_device == "host":
+            in_host_memory = self.config.table_device == "host"
+            built_on = torch.device("cpu") if in_host_memory else self.device
+            model = models.build(*sizes, self.corpus.canonical_ids, self._fresh(), built_on)
+            if in_host_memory:
                 move_all_but_tables(model, self.device)
-            else:
-                model.to(self.device)
         if world.parallel.checkpoint_activations:
             recompute_blocks(model)
         if self.config.compile:

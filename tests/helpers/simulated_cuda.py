@@ -269,10 +269,28 @@ def _by_document(q: Any, k: Any, v: Any, offsets: Any) -> torch.Tensor:
     return torch.cat(parts)
 
 
-def _varlen(q: Any, k: Any, v: Any, offsets: Any, *_: Any, **__: Any) -> Any:
+def _varlen(
+    q: Any,
+    k: Any,
+    v: Any,
+    offsets: Any,
+    key_offsets: Any,
+    longest: int,
+    longest_key: int,
+    is_causal: bool = False,
+    scale: float | None = None,
+    window_size: list[int] | None = None,
+    enable_gqa: bool = False,
+) -> Any:
     for part in (q, k, v):
         if part.dtype not in (torch.float16, torch.bfloat16) or part.stride(-1) != 1:
             raise Refused(f"variable-length attention of {part.dtype} with strides {part.stride()}")
+    # What follows computes attention to earlier tokens of a document alone, at the usual scale.
+    assert is_causal or list(window_size or ()) == [-1, 0]
+    assert scale is None
+    assert enable_gqa == (q.shape[1] != k.shape[1])
+    assert torch.equal(offsets, key_offsets)
+    assert max(offsets.diff().tolist()) <= min(longest, longest_key)
     unused = torch.zeros(2, dtype=torch.uint64)
     return _by_document(q, k, v, offsets), torch.zeros(q.shape[1], q.shape[0]), unused
 
@@ -390,10 +408,10 @@ def _attention(
     """Replace scaled_dot_product_attention, whose choice of kernels is made in C++ by the device."""
     if not isinstance(q, DeviceTensor):
         return _host_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
-    if attn_mask is not None and enable_gqa:
-        raise Refused("grouped heads with a mask: only the math kernel takes them on every device")
     if torch.is_autocast_enabled("cuda"):
         q, k, v = (part.to(torch.get_autocast_dtype("cuda")) for part in (q, k, v))
+    if enable_gqa and (attn_mask is not None or q.dtype == torch.float32):
+        raise Refused("grouped heads with a mask or in fp32: only the math kernel takes them on every device")
     return _Attention.apply(q, k, v, attn_mask, is_causal, enable_gqa)
 
 
