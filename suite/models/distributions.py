@@ -16,7 +16,7 @@ class Distribution(Protocol):
     """Independent elements of one law. A baseline may have its own."""
 
     def fill_(self, x: Tensor, generator: torch.Generator) -> None:
-        """Fill `x`, a whole parameter of at most 2^24 elements on the CPU."""
+        """Fill `x`, a whole parameter of at most 2^22 elements on the CPU."""
         ...
 
     def quantile(self, u: Tensor) -> Tensor:

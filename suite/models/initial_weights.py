@@ -28,7 +28,7 @@ from suite.models.transformer import Transformer
 
 CanonicalIds = Callable[[], list[int]]
 """Returns the canonical id of every token; called for models that hash them."""
-BLOCK = 1 << 24
+BLOCK = 1 << 22
 """Most elements of a parameter that is drawn at once."""
 CHUNK = 1 << 20
 """Elements of a larger one that are drawn together."""
