@@ -68,10 +68,10 @@ def test_the_parts_of_a_tensor_are_those_of_the_whole(shape: tuple[int, ...], di
 
 
 def test_a_tensor_of_one_block_is_drawn_at_once_from_the_generator_of_its_name() -> None:
-    own = torch.empty(4096, 4096)
+    own = torch.empty(2048, 2048)
     draw(Normal(0.5), own, own.shape, None, 3, "name")
     assert own.numel() == BLOCK
-    assert own.equal(torch.empty(4096, 4096).normal_(0.0, 0.5, generator=seeded("3/name")))
+    assert own.equal(torch.empty(2048, 2048).normal_(0.0, 0.5, generator=seeded("3/name")))
 
 
 @pytest.mark.parametrize(
