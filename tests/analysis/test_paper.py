@@ -28,7 +28,7 @@ def scores(root: Path, *runs: tuple[dict[str, Any], dict[str, dict[str, float]],
     for number, (model, tasks, tokens) in enumerate(runs):
         folder = root / "runs" / f"r{number}"
         scored = {name: {"metrics": {m: {"value": v} for m, v in metrics.items()}} for name, metrics in tasks.items()}
-        write_json(folder / "cell.json", {"cell": {"model": model, "data": {}, "seed": 0}, "hash": "h"})
+        write_json(folder / "cell.json", {"cell": {"model": model, "data": {}, "seed": 0}, "hash": f"h{number}"})
         write_json(folder / "state.json", {"state": "done"})
         write_json(folder / "eval" / "0.json", {"tasks": scored})
         (folder / "train.jsonl").write_text(json.dumps({"step": 1, "tokens": tokens, "loss": 2.5}) + "\n")
