@@ -103,6 +103,7 @@ def _write(
         config |= {"bos_token_id": corpus.tokenizer.eot_id, "eos_token_id": corpus.tokenizer.eot_id}
         write_tokenizer(corpus.tokenizer, target, seq_len)
     (target / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    (target / WEIGHTS).chmod((target / CONFIG).stat().st_mode)  # save_file lets nobody else read it
 
 
 def _own_config(model: Transformer, seq_len: int) -> dict[str, Any]:

@@ -97,6 +97,12 @@ def test_transformers_loads_every_family_with_our_logits(name: str, tmp_path: Pa
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in model.parameters())
 
 
+def test_all_files_of_an_export_have_the_permissions_of_a_new_file(tmp_path: Path, corpus: Corpus) -> None:
+    (tmp_path / "new").touch()
+    files = export(built("dense", corpus.vocab_size), tmp_path / "out", corpus)
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "new").stat().st_mode}
+
+
 @pytest.mark.parametrize(
     ("name", "form", "share"),
     [("pkm shuffled", "int8", None), ("ultramem_v2", "fp8", None), ("peer", None, None), ("pkm", "int4", 0.5)],
