@@ -56,7 +56,7 @@ OTHERS: dict[str, tuple[dict[str, Any], int]] = {
     "moe_topk fp32": ({"model": {"family": "moe_topk", "router": "softmax"}, "train": FP32}, 613),
     "sgd": ({"model": {"family": "memory_plus", **SEPARATE}, "train": SGD}, 501),
     "sgd, few rows read": ({"model": {"family": "memory_plus", **SEPARATE, "half_keys": 100}, "train": SGD}, 501),
-    "muon": ({"model": {"family": "memory_plus", **MEMORY}, "train": {"matrix_optimizer": "muon"}}, 1129),
+    "muon": ({"model": {"family": "memory_plus", **MEMORY}, "train": {"matrix_optimizer": "muon"}}, 1127),
     "muon, stacks": ({"model": {"family": "moe_topk"}, "train": {"matrix_optimizer": "muon"}}, 5222),
     "lora": ({"model": {"family": "memory_plus", **MEMORY}, "train": trained(kind="lora", rank=2)}, 853),
     "rows, sgd": ({"model": {"family": "memory_plus", **MEMORY}, "train": SGD | trained(top=3, score="random")}, 413),
