@@ -6,14 +6,12 @@ import gzip
 import json
 import os
 import re
-import shutil
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import unprivileged
 
 from suite.data.reader import is_held_out
 from suite.data.sources import text_files
@@ -217,21 +215,18 @@ def test_what_is_named_as_data_and_cannot_be_read_is_refused_by_name(tmp_path: P
         text_files.fingerprint(tmp_path / "named.jsonl", where="data.validation")
 
 
+@unprivileged.needs_permissions
 def test_a_folder_that_may_not_be_read_is_refused_by_name(tmp_path: Path) -> None:
-    if os.geteuid() == 0 and shutil.which("setpriv") is None:
-        pytest.skip("root reads everything, and setpriv is not installed")
     for name in ("open", "closed", ".hidden"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "a.txt").write_text("text")
     (tmp_path / "closed").chmod(0)
     (tmp_path / ".hidden").chmod(0)
-    without_override = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
     program = "import sys; from pathlib import Path; from suite.data.sources.text_files import files\ntry:"
     program += "\n print(files(Path(sys.argv[1])))\nexcept Exception as error:\n print(type(error).__name__, error)"
-    command = [*without_override, sys.executable, "-c", program, str(tmp_path)]
-    listed = [subprocess.run(command, capture_output=True, text=True, check=True).stdout]
+    listed = [unprivileged.run(program, tmp_path)]
     (tmp_path / "closed").chmod(0o700)
-    listed.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    listed.append(unprivileged.run(program, tmp_path))
     assert listed[0].startswith(f"UserError data.path: {tmp_path / 'closed'}: cannot be read: Permission denied")
     assert listed[1].count("a.txt") == 2
 

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
+import unprivileged
 
 from suite.cells import EvalConfig
 from suite.errors import UserError
@@ -124,12 +125,14 @@ def test_what_is_no_file_is_refused_by_name(tmp_path: Path, kind: str) -> None:
         DataRoot(tmp_path).split(NQ, None, "validation")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+@unprivileged.needs_permissions
 def test_a_file_of_another_user_is_refused_by_name(tmp_path: Path) -> None:
     path = write(tmp_path, [{"question": "q", "answer": ["a"]}])
     path.chmod(0)
-    with pytest.raises(UserError, match=f"{re.escape(str(path))}: cannot be read"):
-        DataRoot(tmp_path).split(NQ, None, "validation")
+    program = "import sys; from pathlib import Path; from suite.evaluate.datasets import DataRoot\ntry:"
+    program += f"\n DataRoot(Path(sys.argv[1])).split({NQ!r}, None, 'validation')"
+    program += "\nexcept Exception as error:\n print(type(error).__name__, error)"
+    assert unprivileged.run(program, tmp_path).startswith(f"UserError {path}: cannot be read")
 
 
 def test_a_missing_or_doubled_shard_is_refused(tmp_path: Path) -> None:
