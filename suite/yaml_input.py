@@ -40,6 +40,7 @@ MAX_VALUES = 1_000_000
 LENGTH = re.compile(r"(?:Tuple|List) should have (at least|at most) (\d+) items?.*")
 """Pydantic's message for a list of another length."""
 MAPPING = re.compile(r"a valid dictionary(?: or instance of \w+)?")
+"""Pydantic's words for a mapping, with the name of its class where it has one."""
 
 
 class _Loader(yaml.SafeLoader):
