@@ -18,6 +18,7 @@ Backward is two weighted bags over the half keys (kernels.embedding_bag): sums i
 
 Shapes: N tokens, C tokens of a chunk, M heads, W width of a half key, n half keys, K rows kept, P candidate pairs,
 T parts of a number; B blocks of these in kernels.
+Queries and keys must be finite: the product of an infinity and the parts of a number is not a number.
 float64 queries are searched by reference.py. Checked in Triton's interpreter and by compiling; not run on a device yet.
 """
 
@@ -186,8 +187,7 @@ def split(x: Tensor, wanted: list[int]) -> Tensor:
     rest = x
     for part in range(max(wanted) + 1):
         if part:
-            rest = rest.float() - parts[-1].float()
-            rest = torch.where(parts[-1].isfinite(), rest, 0.0)
+            rest = torch.where(parts[-1].isfinite(), rest - parts[-1], 0.0)
         parts.append(rest.bfloat16())
     return torch.cat([parts[part] for part in wanted], -1)
 

@@ -10,10 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from naive_scoring import VOCAB, naive_generate, naive_score
 
+from suite import models
 from suite.data import tokenizer_files
 from suite.data.tokenizers import BPETokenizer, BytesTokenizer, Tokenizer
 from suite.inference import loglikelihood
+from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
+from suite.plan.live_bytes import LiveBytes
 
 tokens = st.integers(0, VOCAB - 1)
 requests = st.lists(st.tuples(st.lists(tokens, min_size=1, max_size=9), st.lists(tokens, max_size=5)), max_size=8)
@@ -52,6 +55,15 @@ def test_a_long_context_is_read_once_for_all_its_continuations(model: Transforme
     hook.remove()
     assert sum(read) == 50 + 10 * 2
     assert scores[4][0] == pytest.approx(naive_score(model, context, [4, 2, 3])[0], abs=1e-4)
+
+
+def test_logits_of_a_large_vocabulary_never_exist_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loglikelihood, "LOGITS_AT_ONCE", 1 << 18)
+    vocabulary, positions = 20_000, 400
+    model = models.build(ModelConfig(family="dense", base="w16"), vocabulary, seed=0)
+    with LiveBytes() as live:
+        loglikelihood.score(model, [(range(20), range(row, row + 40)) for row in range(positions // 40)])
+    assert live.peak < 4 * vocabulary * positions / 3
 
 
 def test_requests_with_a_common_beginning_share_rows(model: Transformer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels.product_key import native, product_key, reference
+from suite.plan.live_bytes import LiveBytes
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
@@ -143,22 +145,42 @@ def test_triton_searches_chunks_of_tokens_as_it_does_all_at_once(monkeypatch: py
         torch.testing.assert_close(parts, at_once, rtol=1e-6, atol=1e-6)
 
 
-def test_memory_of_a_search_is_bounded_by_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """16,384 tokens and 8,192 half keys: 4.3 GB of half scores, of which 32 MiB are held."""
+@pytest.mark.parametrize(("dtype", "times_keys"), [(torch.bfloat16, 4.3), (torch.float32, 5.6)])
+def test_memory_of_a_search_does_not_grow_with_the_tokens(
+    dtype: torch.dtype, times_keys: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16,384 tokens and 8,192 half keys have 4.3 GB of half scores, of which 32 MiB are held.
+
+    The peak is that of the keys' parts while they are made, or a chunk with them; the results are larger than neither.
+    """
     from kernels.product_key import triton
 
     sizes = []
 
     def products(q_SCV: Tensor, keys_SVn: Tensor) -> Tensor:
-        sizes.append(4 * q_SCV.shape[0] * q_SCV.shape[1] * keys_SVn.shape[2])
-        return torch.empty(q_SCV.shape[0], q_SCV.shape[1], keys_SVn.shape[2], device="meta")
+        scores_SCn = torch.empty(*q_SCV.shape[:2], keys_SVn.shape[2], device="meta")
+        sizes.append(scores_SCn.nbytes)
+        return scores_SCn
 
-    monkeypatch.setattr(triton, "products", products)
-    monkeypatch.setattr(triton, "select", lambda *_: None)
-    monkeypatch.setattr(triton, "combine", lambda *_: (torch.empty(0), torch.empty(0)))
-    triton.search(torch.empty(16384, 4, 2, 512, dtype=torch.bfloat16, device="meta"), torch.zeros(4, 2, 8192, 512), 32)
-    assert sum(sizes) == 4 * 16384 * 8 * 8192
-    assert max(sizes) == 32 << 20
+    class NoLaunch:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+            return lambda *arguments, **options: None
+
+    monkeypatch.setattr(triton, "products", products)  # meta tensors are not on CUDA, where products are not copied
+    monkeypatch.setattr(triton, "_select_kernel", NoLaunch())
+    monkeypatch.setattr(triton, "_pair_kernel", NoLaunch())
+    keys = torch.empty(4, 2, 8192, 512, device="meta")
+    peaks = []
+    for tokens in (1024, 16384):
+        q = torch.empty(tokens, 4, 2, 512, dtype=dtype, device="meta")
+        with LiveBytes(q, keys) as live:
+            results = triton.search(q, keys, 32)
+        peaks.append(live.peak)
+        assert sum(sizes) == 4 * tokens * 8 * 8192
+        assert max(sizes) == 32 << 20
+        sizes.clear()
+        del results
+    assert peaks[0] == peaks[1] < times_keys * keys.nbytes
 
 
 @settings(max_examples=40, deadline=None)

@@ -8,10 +8,14 @@ import pytest
 import torch
 from naive_scoring import naive_score
 
+from suite import models
 from suite.data.bios import metrics
 from suite.data.bios.metrics import bits_learned
 from suite.data.corpus import Corpus
+from suite.models import head_loss
+from suite.models.registry import ModelConfig
 from suite.models.transformer import Transformer
+from suite.plan.live_bytes import LiveBytes
 from suite.train import probe
 
 
@@ -49,6 +53,17 @@ def test_loss_ignores_padding_and_separates_documents(bios: Corpus, bios_model: 
             total -= float(log_p_TV.gather(1, targets_T[inside_T][:, None]).sum())
             count += int(inside_T.sum())
     assert probe.loss(bios_model, batch) == pytest.approx(total / count, rel=1e-5)
+
+
+def test_logits_of_the_loss_never_exist_whole(bios: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_loss, "LOGITS_AT_ONCE", 1 << 18)
+    vocabulary = 20_000
+    rows = bios.loader(0, 2).batch(0)
+    model = models.build(ModelConfig(family="dense", base="w16"), vocabulary, seed=0)
+    with LiveBytes() as live:
+        probe.loss(model, rows)
+    scored = int((rows.targets_BT != head_loss.IGNORED).sum())
+    assert live.peak < 4 * vocabulary * scored / 3
 
 
 def test_held_out_rows_are_the_held_out_text(text: Corpus) -> None:
