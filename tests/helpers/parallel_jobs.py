@@ -54,6 +54,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "memory_plus large": MEMORY | {"half_keys": 260, "placement": (0, 1)},
     "pkm sparse": {"half_keys": 160, "top_k": 2, "memory_heads": 2},
+    "pkm tiny": {"half_keys": 24, "top_k": 2, "memory_heads": 1},
     "moe_topk odd": {"experts": 3, "top_k": 2},
     "dense tied": {"tie_embeddings": True},
 }
@@ -82,12 +83,12 @@ class Job:
     logits_at_once: int = 0
 
 
-def cell_of(case: str, steps: int, **train: Any) -> Cell:
-    """Return a cell of a few narrow layers that takes `steps` steps of 8 rows of 64 tokens."""
+def cell_of(case: str, steps: int, rows: int = 8, seq_len: int = 64, **train: Any) -> Cell:
+    """Return a cell of a few narrow layers that takes `steps` steps."""
     options = {**FAMILIES, **OTHERS}[case]
     fields = {
-        "batch_rows": 8,
-        "tokens": steps * 8 * 64,
+        "batch_rows": rows,
+        "tokens": steps * rows * seq_len,
         "lr": 5e-3,
         "warmup": 3,
         "clip": 0.5,
@@ -98,7 +99,7 @@ def cell_of(case: str, steps: int, **train: Any) -> Cell:
     return Cell.model_validate(
         {
             "model": {"family": case.split()[0], **TINY, **options},
-            "data": {"kind": "bios", "people": 40, "questions": 0.5, "seq_len": 64},
+            "data": {"kind": "bios", "people": 40, "questions": 0.5, "seq_len": seq_len},
             "train": fields,
         }
     )
@@ -109,14 +110,14 @@ def job(cell: Cell, folder: Path, **options: Any) -> Job:
     return Job(cell.model_dump(mode="json"), str(folder), **options)
 
 
-def run_jobs(jobs: list[Job], cache: Path, processes: int, scratch: Path) -> None:
-    """Run the jobs in `processes` processes; 0: in one process without a process group."""
+def run_jobs(jobs: list[Job], cache: Path, processes: int, scratch: Path, **variables: str) -> None:
+    """Run the jobs in `processes` processes (0: in one process without a process group) with these variables set."""
     path = scratch / "jobs.json"
     path.write_text(json.dumps([asdict(job) for job in jobs]))
     launch = [sys.executable]
     if processes:
         launch += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
     done = subprocess.run(
         [*launch, __file__, str(path), str(cache)], env=environment, capture_output=True, text=True, timeout=1200
     )

@@ -112,19 +112,41 @@ TABLE_OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize(
     "names", [["fp32", "bf16_stochastic"], pytest.param([*TABLE_OPTIONS], marks=pytest.mark.slow)], ids=["two", "every"]
 )
-def test_two_replicas_of_a_table_that_replays_train_like_one(
+def test_replicas_of_a_table_that_replays_train_like_one_process(
     names: list[str], cache: Path, tmp_path: Path, wide: None
 ) -> None:
-    """`run_jobs` asserts that both hold the same bits. Rows in bf16 have sums in fp32: those runs are merely close."""
+    """Four replicas, and two whose columns two processes divide.
+
+    `run_jobs` asserts that replicas hold the same bits. Rows in bf16 have sums in fp32: those runs are merely close.
+    """
     cells = {name: cell_of("pkm sparse", 8, value_lr=5e-2, **TABLE_OPTIONS[name]) for name in names}
     prepare(cells["fp32"].data, cache)
-    run_jobs([job(cell, tmp_path / f"{name}-2") for name, cell in cells.items()], cache, 2, tmp_path)
-    for name, cell in cells.items():
-        one, two = alone(cell, tmp_path / name, cache), tmp_path / f"{name}-2"
+    # A second moment per row needs whole rows.
+    meshes = [(name, members) for name in cells for members in (1, 2) if name != "row" or members == 1]
+    folders = {mesh: tmp_path / mesh_name(mesh[0], 4, mesh[1]) for mesh in meshes}
+    jobs = [job(cells[name], folder, memory_parallel=members) for (name, members), folder in folders.items()]
+    run_jobs(jobs, cache, 4, tmp_path)
+    ones = {name: alone(cell, tmp_path / name, cache) for name, cell in cells.items()}
+    for (name, _), folder in folders.items():
         if "bf16" in name:
-            assert lines(two)[-1]["loss"] == pytest.approx(lines(one)[-1]["loss"], abs=1e-3)
+            assert lines(folder)[-1]["loss"] == pytest.approx(lines(ones[name])[-1]["loss"], abs=1e-3)
         else:
-            assert_same_run(cell, one, two, cache)
+            assert_same_run(cells[name], ones[name], folder, cache)
+
+
+@pytest.mark.parametrize("name", ["fp32", pytest.param("bf16_stochastic", marks=pytest.mark.slow)])
+def test_two_replicas_with_triton_kernels_train_like_one_process_without(
+    name: str, cache: Path, tmp_path: Path, wide: None
+) -> None:
+    """On few tokens, since the interpreter takes milliseconds for each."""
+    cell, two = cell_of("pkm tiny", 3, 2, 20, value_lr=5e-2, **TABLE_OPTIONS[name]), tmp_path / "two"
+    prepare(cell.data, cache)
+    run_jobs([job(cell, two)], cache, 2, tmp_path, KERNELS_BACKEND="triton", TRITON_INTERPRET="1")
+    one = alone(cell, tmp_path / "one", cache)
+    if "bf16" in name:
+        assert lines(two)[-1]["loss"] == pytest.approx(lines(one)[-1]["loss"], abs=1e-3)
+    else:
+        assert_same_run(cell, one, two, cache)
 
 
 def mesh_name(case: str, processes: int, members: int) -> str:
