@@ -119,6 +119,26 @@ def test_a_parent_of_another_shape_is_one_line(results: Path) -> None:
         trainer_of(results, cell.model_copy(update={"model": model}))
 
 
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ({"heads": 4}, r"^model.heads: got 4, allowed: 2, the attention heads of the parent .*dense-w32"),
+        (
+            {"base": "373m", "layers": 4, "dim": 32, "heads": 2, "kv_heads": 2, "ffn_hidden": 96},
+            r"^model.base: got '373m', whose rotary positions have base 500000, allowed: 134m, .*, with base 10000",
+        ),
+    ],
+)
+def test_a_parent_of_equal_shapes_with_another_attention_is_one_line(
+    model: dict[str, Any], words: str, results: Path
+) -> None:
+    cell = child_of("dense", "dense")
+    fields = cell.model.model_dump() | {"kv_heads": model.get("heads")} | model
+    with pytest.raises(UserError, match=words) as caught:
+        trainer_of(results, cell.model_copy(update={"model": type(cell.model).model_validate(fields)}))
+    assert "\n" not in str(caught.value)
+
+
 def test_a_parent_with_another_tokenizer_is_one_line(results: Path) -> None:
     cell = child_of("dense", "dense")
     tokenizer = cell.data.tokenizer.model_copy(update={"kind": "bytes"})

@@ -17,6 +17,7 @@ import torch
 from suite.cells import Cell
 from suite.data.corpus import Corpus, prepare
 from suite.errors import UserError
+from suite.models.sizes import SIZES
 from suite.models.transformer import Transformer
 from suite.records import RunDir
 from suite.train import checkpoint
@@ -108,7 +109,7 @@ def match(run: RunDir, cell: Cell, corpus: Corpus) -> Start:
         corpus: The prepared data of the cell.
 
     Raises:
-        UserError: The parent cannot be used: see `find_parent`; or its shapes or its tokenizer are others.
+        UserError: The parent cannot be used: see `find_parent`; or its shapes, attention or tokenizer are others.
     """
     parent = find_parent(run, cell)
     tokenizer = parent.read_record().get("tokenizer")
@@ -131,10 +132,26 @@ def match(run: RunDir, cell: Cell, corpus: Corpus) -> Start:
                 f"train.init_from: {parent.path} has {name} of shape {[*theirs[name]]}, this model needs"
                 f" {[*ours[name]]}; give both the same model options"
             )
+    _refuse_other_attention(parent, cell)
     fresh, unused = (
         tuple(name for name in one if name not in other) for one, other in ((ours, theirs), (theirs, ours))
     )
     return Start(parent, step, shared, fresh, unused)
+
+
+def _refuse_other_attention(parent: RunDir, cell: Cell) -> None:
+    """Raise UserError if the parent's attention computes other values from matrices of equal shapes."""
+    ours, theirs = cell.model.size, parent.read_cell().model.size
+    if ours.heads != theirs.heads:
+        raise UserError(
+            f"model.heads: got {ours.heads}, allowed: {theirs.heads}, the attention heads of the parent {parent.path}"
+        )
+    if ours.rope_theta != theirs.rope_theta:
+        bases = ", ".join(name for name, size in SIZES.items() if size.rope_theta == theirs.rope_theta)
+        raise UserError(
+            f"model.base: got {cell.model.base!r}, whose rotary positions have base {ours.rope_theta:g}, allowed:"
+            f" {bases}, with base {theirs.rope_theta:g} as the parent {parent.path}"
+        )
 
 
 def load(start: Start, tensors: Mapping[str, Any]) -> None:
