@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from suite.errors import UserError
+from suite.models.precision import is_finite
 from suite.models.registry import ModelConfig
 from suite.models.sizes import SIZES
 from suite.models.transformer import NORM_EPS, Transformer
@@ -100,13 +101,20 @@ def import_llama(folder: Path | str) -> Transformer:
         if weights[name].shape != tensor.shape:
             actual, stated = [*weights[name].shape], [*tensor.shape]
             raise UserError(f"{folder}: {name}: got a tensor of {actual}, allowed: {stated}, which {CONFIG} states")
+        if not is_finite(weights[name]):
+            raise UserError(f"{folder}: {name}: contains NaN or infinite values, allowed: finite numbers")
     model.load_state_dict({name: weights[llama_name(name)] for name in model.state_dict()})
     return model.eval()
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return config.json of a Llama checkpoint. Raises UserError if a size in it is not a whole number above 0."""
+    """Return config.json of a Llama checkpoint.
+
+    Raises UserError if it is of another kind of model, or a size in it is not a whole number above 0.
+    """
     config = _read_object(folder / CONFIG)
+    if config.get("model_type") != "llama":  # other kinds have other fields, so this is checked before the sizes
+        raise UserError(f"{folder / CONFIG}: model_type: got {config.get('model_type')!r}, allowed: llama")
     for field in (*SIZES_STATED, *(name for name in SIZES_IMPLIED if config.get(name) is not None)):
         value = config.get(field)
         if type(value) is not int or value < 1:
@@ -119,7 +127,6 @@ def _imported_config(path: Path, config: dict[str, Any]) -> ModelConfig:
     theta = (rope if isinstance(rope, dict) else {}).get("rope_theta", config.get("rope_theta", 1e4))
     bases = {size.rope_theta: name for name, size in reversed(SIZES.items())}
     allowed: list[tuple[str, object, Callable[[object], bool], str]] = [
-        ("model_type", config.get("model_type"), lambda v: v == "llama", "llama"),
         ("hidden_act", config.get("hidden_act", "silu"), lambda v: v == "silu", "silu"),
         ("rms_norm_eps", config.get("rms_norm_eps"), lambda v: v == NORM_EPS, f"{NORM_EPS}"),
         ("attention_bias", config.get("attention_bias", False), lambda v: not v, "false"),

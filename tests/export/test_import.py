@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from suite.cells import Cell, EvalConfig
 from suite.data.corpus import prepare as prepare_corpus
@@ -233,6 +233,11 @@ def test_a_broken_checkpoint_is_one_line(broken: str, checkpoint: Path, tmp_path
     ("file", "content", "words"),
     [
         ("config.json", "{", "config.json: not readable as JSON"),
+        (
+            "config.json",
+            {"model_type": "next_parameter", "intermediate_size": None},
+            "model_type: got 'next_parameter', allowed: llama",
+        ),
         ("config.json", {"num_attention_heads": 0}, "num_attention_heads: got 0, allowed: a whole number above 0"),
         ("config.json", {"hidden_size": "48"}, "hidden_size: got '48', allowed: a whole number above 0"),
         ("config.json", {"hidden_size": None}, "hidden_size: got None"),
@@ -260,6 +265,18 @@ def test_a_damaged_file_of_a_checkpoint_is_one_line(
     with pytest.raises(UserError, match=words) as caught:
         import_checkpoint(folder, tmp_path / "results")
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_not_finite_are_named(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "llama"
+    shutil.copytree(checkpoint, folder)
+    shard = next(path for path in folder.glob("*.safetensors") if "model.norm.weight" in load_file(path))
+    tensors = load_file(shard)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"llama: model.norm.weight: contains NaN or infinite values"):
+        import_checkpoint(folder, tmp_path / "results")
+    assert not (tmp_path / "results" / "runs").exists()
 
 
 def test_truncated_weights_are_named(checkpoint: Path, tmp_path: Path) -> None:
