@@ -323,6 +323,16 @@ class RunDir:
         """Record that the run is alive: the fraction done (0 to 1) and the estimated seconds to its end."""
         self.set_state("running", progress=round(progress, 4), eta_s=None if eta_s is None else round(eta_s, 1))
 
+    def beat_scoring(self, part: str | None, share: float = 0.0, eta_s: float | None = None) -> None:
+        """Record a part of scoring, the fraction of it that is done, and the estimated seconds to its end.
+
+        None: the part has ended. The state of the run stays what it is.
+        """
+        content = self.state()
+        scoring = None if part is None else {"part": part, "share": round(share, 4)}
+        left = None if eta_s is None else round(eta_s, 1)
+        self.set_state(content["state"], content.get("cause"), scoring=scoring, eta_s=left)
+
     @contextmanager
     def lock(self, patience_s: float = 1.0) -> Iterator[None]:
         """Hold the run's lock; the system releases it when the process ends for any reason.

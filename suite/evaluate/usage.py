@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,14 @@ from suite.models.usage import Reads
 
 
 @torch.no_grad()
-def key_usage(model: Transformer, corpus: Corpus, processes: int = 1) -> dict[str, Any]:
+def key_usage(
+    model: Transformer, corpus: Corpus, processes: int = 1, tell: Callable[[float], None] = lambda share: None
+) -> dict[str, Any]:
     """Count the reads of every memory layer over fixed rows of training text; the model stays in evaluation mode.
 
     Args:
         processes: Number of processes that share the model; all of them call this.
+        tell: Called with the share of the text that has been read, after every batch.
 
     Returns:
         {"tokens"} and the result of `Reads.finish`; empty without a memory. A single process adds "hit_rates": the
@@ -28,22 +32,37 @@ def key_usage(model: Transformer, corpus: Corpus, processes: int = 1) -> dict[st
         return {}
     model.eval()
     text = list(popularity.training_text(corpus))
+    kind, other = popularity.other_text(corpus) if processes == 1 else ("", [])
+    batches = len(text) + len(other)
     reads = Reads(model)
     reads.start()
     try:
-        by_table = popularity.reads_of(model, text)
+        by_table = popularity.reads_of(model, _told(text, tell, 0, batches))
     finally:
         reads.detach()
     usage = {"tokens": sum(tokens_BT.numel() for tokens_BT, _ in text), **reads.finish(processes)}
-    return usage if processes > 1 else usage | {"hit_rates": _hit_rates(model, corpus, by_table)}
+    if processes > 1:
+        return usage
+    others = popularity.reads_of(model, _told(other, tell, len(text), batches))
+    return usage | {
+        "hit_rates": {"text": kind, "shares": [*popularity.SHARES], "tables": _hits(model, by_table, others)}
+    }
 
 
-def _hit_rates(model: Transformer, corpus: Corpus, counted: list[torch.Tensor]) -> dict[str, Any]:
-    """Return {"text", "shares", "tables": [{"static", "lru"}]}, tables in the order of the model's."""
-    kind, text = popularity.other_text(corpus)
+def _told(
+    text: Sequence[popularity.Rows], tell: Callable[[float], None], before: int, batches: int
+) -> Iterator[popularity.Rows]:
+    """Yield the batches of a text, and tell the share of all `batches` once each has been read."""
+    for number, rows in enumerate(text, start=before + 1):
+        yield rows
+        tell(number / batches)
+
+
+def _hits(model: Transformer, counted: list[torch.Tensor], read: list[torch.Tensor]) -> list[dict[str, list[float]]]:
+    """Return {"static", "lru"} for each table of the model, from the reads of two texts."""
     tables = []
-    for table, before_L, reads_L in zip(model.memory_tables(), counted, popularity.reads_of(model, text), strict=True):
+    for table, before_L, reads_L in zip(model.memory_tables(), counted, read, strict=True):
         rows = len(table.weight)
         counts_R = popularity.counts_of(before_L, rows)
         tables.append({"static": popularity.static_hits(counts_R, reads_L), "lru": popularity.lru_hits(reads_L, rows)})
-    return {"text": kind, "shares": list(popularity.SHARES), "tables": tables}
+    return tables

@@ -68,8 +68,7 @@ class PlainWatcher:
             self._logged = now
             left = "" if remaining_s is None else f", about {duration(remaining_s)} to go"
             running = ", ".join(
-                f"{name} {'scoring' if name in standing.scoring else f'{progress:.0%}'}"
-                for name, progress, _ in standing.running
+                f"{name} {standing.scoring.get(name, f'{progress:.0%}')}" for name, progress, _ in standing.running
             )
             self.event(f"{standing.finished}/{standing.cells} cells finished{left}; running: {running or 'none'}")
 
@@ -116,7 +115,7 @@ class BarWatcher:
         for name, progress, eta_s in standing.running:
             if name not in self._tasks:
                 self._tasks[name] = self._bars.add_task(name, total=1.0, left="")
-            left = "scoring" if name in standing.scoring else f"{duration(eta_s)} left" if eta_s else ""
+            left = standing.scoring.get(name, f"{duration(eta_s)} left" if eta_s else "")
             self._bars.update(self._tasks[name], completed=progress, left=left)
 
 

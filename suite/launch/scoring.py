@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 FACTS = ("few_shot", "n", "cut")
 """Fields of a task that are listed with its scores."""
+READS = "reads of tables"
+"""The part of scoring that counts the reads for usage.json."""
 
 
 def corpus_of(run: RunDir, cell: Cell) -> Corpus:
@@ -101,7 +104,8 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
     if lacks_usage:
         from suite.evaluate.usage import key_usage
 
-        usage = key_usage(model, corpus, world.size)
+        with _shown(run, READS, world) as tell:
+            usage = key_usage(model, corpus, world.size, tell)
         if world.is_first:
             run.write_usage(facts | usage)
     for config in cell.evaluate:
@@ -113,6 +117,26 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
         from suite.inference.tables.reading import traffic
 
         print(f"{run.name}: tables in {scorer.place.label}: {traffic(model).line()}", file=sys.stderr)
+
+
+@contextmanager
+def _shown(run: RunDir, part: str, world: World) -> Iterator[Callable[[float], None]]:
+    """Yield a function that records in the run's state which share of a part of scoring is done, and the time left.
+
+    The first process records; the record ends with the block.
+    """
+    started = time.monotonic()
+
+    def tell(share: float) -> None:
+        if world.is_first:
+            run.beat_scoring(part, share, (time.monotonic() - started) * (1 - share) / share if share else None)
+
+    tell(0.0)
+    try:
+        yield tell
+    finally:
+        if world.is_first:
+            run.beat_scoring(None)
 
 
 def _load(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world: World, step: int | None) -> Transformer:

@@ -95,6 +95,8 @@ def _status(run: RunDir, cell: Cell, records: Records) -> CellStatus:
         name, note = "pending", "interrupted; resumes from its last checkpoint"
     elif name in ("pending", "done") and alive:
         name = "running"
+    elif name == "running" and state.get("trained"):
+        note = scoring_line(state)
     elif lacks_scores:
         name, note = "pending", "trained; some scores are missing"
     elif name == "pending" and state.get("cause"):
@@ -193,6 +195,15 @@ def summary(statuses: list[CellStatus]) -> str:
     return ", ".join(
         f"{states.count(name)} {name}" for name in ("done", "running", "pending", "failed") if name in states
     )
+
+
+def scoring_line(state: dict[str, Any]) -> str:
+    """Return what a trained run is doing: `scoring`, or for instance `scoring: reads of tables 42%, 1:10 min left`."""
+    scoring = state.get("scoring")
+    if not scoring:
+        return "scoring"
+    left = "" if state.get("eta_s") is None else f", {duration(state['eta_s'])} left"
+    return f"scoring: {scoring['part']} {scoring['share']:.0%}{left}"
 
 
 def duration(seconds: float | None) -> str:

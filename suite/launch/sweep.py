@@ -8,8 +8,8 @@ that an earlier sweep left behind: the second one watches the run.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from suite.launch.executor import MAX_STARTS, Ended, Executor
 from suite.launch.interruption import Interruption
 from suite.launch.preparation import prepare, write_grid
 from suite.launch.scorer import is_finished
-from suite.launch.status import CellStatus, cell_status, grid_status
+from suite.launch.status import CellStatus, cell_status, grid_status, scoring_line
 from suite.launch.worker import set_failed
 from suite.records import DamagedRecord, Locked, RunDir, run_dir
 from suite.train.checkpoint import steps_saved
@@ -40,13 +40,14 @@ class Standing:
         cells: Number of cells.
         finished: Number of finished cells.
         running: The running cells as (run name, progress from 0 to 1, remaining seconds).
-        scoring: Run names of running cells that are trained; the time that scoring takes is not known.
+        scoring: What the running cells that are trained are doing, by run name. The time that all of scoring takes is
+            not known.
     """
 
     cells: int
     finished: int
     running: list[tuple[str, float, float | None]]
-    scoring: frozenset[str] = frozenset()
+    scoring: Mapping[str, str] = field(default_factory=dict)
 
 
 class Watcher(Protocol):
@@ -172,7 +173,7 @@ class Sweep:
             if state["state"] == "running" or not is_queue
         ]
         total = len(self.grid.cells)
-        scoring = frozenset(name for name, state in states if state.get("trained"))
+        scoring = {name: scoring_line(state) for name, state in states if state.get("trained")}
         return Standing(total, total - len(open_cells) - len(self.waiting) - self.cancelled, running, scoring)
 
     def _collect(self) -> None:

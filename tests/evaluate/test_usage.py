@@ -54,5 +54,12 @@ def test_counts_of_layers_and_shared_tables_equal_a_loop(corpus: Corpus) -> None
     assert shared["used"] == len(set().union(*counts.values())) / 256
 
 
+def test_the_share_that_is_read_grows_with_every_batch_and_ends_at_one(corpus: Corpus) -> None:
+    model = models.build(cell("pkm", half_keys=8, top_k=4).model, corpus.vocab_size, seed=0)
+    shares: list[float] = []
+    key_usage(model, corpus, tell=shares.append)
+    assert shares == [number / (2 * BATCHES) for number in range(1, 2 * BATCHES + 1)]  # two texts of equal length
+
+
 def test_a_model_without_a_memory_has_no_usage(corpus: Corpus) -> None:
     assert key_usage(models.build(cell("dense").model, corpus.vocab_size, seed=0), corpus) == {}

@@ -1,11 +1,21 @@
 """The estimate of a sweep's remaining time, and the number of concurrent cells."""
 
-import pytest
+import io
+import re
+from pathlib import Path
+from typing import Any
 
+import pytest
+from rich.console import Console
+from tiny_cells import tiny_cell
+
+from suite.launch import progress, worker
 from suite.launch.local import default_jobs, usable_cores
-from suite.launch.progress import Clock, share_done
-from suite.launch.status import duration
+from suite.launch.preparation import prepare
+from suite.launch.progress import Clock, PlainWatcher, share_done
+from suite.launch.status import cell_status, duration, scoring_line
 from suite.launch.sweep import Standing
+from suite.records import RunDir
 
 
 def test_the_clock_extrapolates_from_the_progress_since_its_first_call() -> None:
@@ -22,10 +32,44 @@ def test_there_is_no_estimate_once_all_cells_are_trained_and_scored() -> None:
     clock = Clock()
     running = [("a", 1.0, None), ("b", 1.0, None)]
     assert clock.remaining_s(Standing(4, 0, []), 0.0) is None
-    assert clock.remaining_s(Standing(4, 2, running, frozenset({"a"})), 10.0) is not None
-    assert clock.remaining_s(Standing(4, 2, running, frozenset({"a", "b"})), 10.0) is None
-    waiting = Standing(5, 2, running, frozenset({"a", "b"}))
+    assert clock.remaining_s(Standing(4, 2, running, {"a": "scoring"}), 10.0) is not None
+    assert clock.remaining_s(Standing(4, 2, running, {"a": "scoring", "b": "scoring"}), 10.0) is None
+    waiting = Standing(5, 2, running, {"a": "scoring", "b": "scoring"})
     assert clock.remaining_s(waiting, 10.0) is not None
+
+
+def test_counting_the_reads_of_tables_shows_its_progress_and_the_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = tiny_cell("pkm", epochs=0.5)
+    cell = cell.model_copy(update={"data": cell.data.model_copy(update={"seq_len": 32})})
+    run, states, notes = prepare(tmp_path, cell), [], []
+    set_state = RunDir.set_state
+
+    def observed(self: RunDir, *args: Any, **facts: Any) -> None:
+        set_state(self, *args, **facts)
+        states.append(self.state())
+        notes.append(cell_status(tmp_path, cell).note)
+
+    monkeypatch.setattr(RunDir, "set_state", observed)
+    assert worker.run_cell(run.path) == "done"
+    shown = [(state, note) for state, note in zip(states, notes, strict=True) if state.get("scoring")]
+    shares = [state["scoring"]["share"] for state, _ in shown]
+    assert shares[0] == 0.0
+    assert shares[-1] == 1.0
+    assert len(shares) > 10
+    assert shares == sorted(shares)
+    assert shown[0][1] == "scoring: reads of tables 0%"
+    assert all(state["state"] == "running" and state["eta_s"] >= 0 for state, _ in shown[1:])
+    assert all(re.fullmatch(r"scoring: reads of tables \d+%, .+ left", note or "") for _, note in shown[1:])
+    assert run.state()["scoring"] is None
+    assert cell_status(tmp_path, cell).note is None
+
+    monkeypatch.setattr(progress, "PLAIN_LINE_EVERY_S", 0.0)
+    console = Console(file=io.StringIO(), width=200)
+    standing = Standing(2, 0, [("a", 1.0, 4.0), ("b", 0.25, 9.0)], {"a": scoring_line(shown[8][0])})
+    PlainWatcher(console).progress(standing)
+    assert re.search(r"running: a scoring: reads of tables \d+%, .+ left, b 25%", console.file.getvalue())  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
