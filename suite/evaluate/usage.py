@@ -15,13 +15,13 @@ from suite.models.usage import Reads
 
 @torch.no_grad()
 def key_usage(
-    model: Transformer, corpus: Corpus, processes: int = 1, tell: Callable[[float], None] = lambda share: None
+    model: Transformer, corpus: Corpus, processes: int = 1, on_progress: Callable[[float], None] = lambda share: None
 ) -> dict[str, Any]:
     """Count the reads of every memory layer over fixed rows of training text; the model stays in evaluation mode.
 
     Args:
         processes: Number of processes that share the model; all of them call this.
-        tell: Called with the share of the text that has been read, after every batch.
+        on_progress: Called with the share of the text that has been read, after every batch.
 
     Returns:
         {"tokens"} and the result of `Reads.finish`; empty without a memory. A single process adds "hit_rates": the
@@ -37,25 +37,25 @@ def key_usage(
     reads = Reads(model)
     reads.start()
     try:
-        by_table = popularity.reads_of(model, _told(text, tell, 0, batches))
+        by_table = popularity.reads_of(model, _with_progress(text, on_progress, 0, batches))
     finally:
         reads.detach()
     usage = {"tokens": sum(tokens_BT.numel() for tokens_BT, _ in text), **reads.finish(processes)}
     if processes > 1:
         return usage
-    others = popularity.reads_of(model, _told(other, tell, len(text), batches))
+    others = popularity.reads_of(model, _with_progress(other, on_progress, len(text), batches))
     return usage | {
         "hit_rates": {"text": kind, "shares": [*popularity.SHARES], "tables": _hits(model, by_table, others)}
     }
 
 
-def _told(
-    text: Sequence[popularity.Rows], tell: Callable[[float], None], before: int, batches: int
+def _with_progress(
+    text: Sequence[popularity.Rows], on_progress: Callable[[float], None], before: int, batches: int
 ) -> Iterator[popularity.Rows]:
-    """Yield the batches of a text, and tell the share of all `batches` once each has been read."""
+    """Yield the batches of a text, and report the share of all `batches` once each has been read."""
     for number, rows in enumerate(text, start=before + 1):
         yield rows
-        tell(number / batches)
+        on_progress(number / batches)
 
 
 def _hits(model: Transformer, counted: list[torch.Tensor], read: list[torch.Tensor]) -> list[dict[str, list[float]]]:

@@ -104,8 +104,8 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
     if lacks_usage:
         from suite.evaluate.usage import key_usage
 
-        with _shown(run, READS, world) as tell:
-            usage = key_usage(model, corpus, world.size, tell)
+        with _recording(run, READS, world) as on_progress:
+            usage = key_usage(model, corpus, world.size, on_progress)
         if world.is_first:
             run.write_usage(facts | usage)
     for config in cell.evaluate:
@@ -120,20 +120,20 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
 
 
 @contextmanager
-def _shown(run: RunDir, part: str, world: World) -> Iterator[Callable[[float], None]]:
+def _recording(run: RunDir, part: str, world: World) -> Iterator[Callable[[float], None]]:
     """Yield a function that records in the run's state which share of a part of scoring is done, and the time left.
 
     The first process records; the record ends with the block.
     """
     started = time.monotonic()
 
-    def tell(share: float) -> None:
+    def on_progress(share: float) -> None:
         if world.is_first:
             run.beat_scoring(part, share, (time.monotonic() - started) * (1 - share) / share if share else None)
 
-    tell(0.0)
+    on_progress(0.0)
     try:
-        yield tell
+        yield on_progress
     finally:
         if world.is_first:
             run.beat_scoring(None)

@@ -57,7 +57,7 @@ def test_counts_of_layers_and_shared_tables_equal_a_loop(corpus: Corpus) -> None
 def test_the_share_that_is_read_grows_with_every_batch_and_ends_at_one(corpus: Corpus) -> None:
     model = models.build(cell("pkm", half_keys=8, top_k=4).model, corpus.vocab_size, seed=0)
     shares: list[float] = []
-    key_usage(model, corpus, tell=shares.append)
+    key_usage(model, corpus, on_progress=shares.append)
     assert shares == [number / (2 * BATCHES) for number in range(1, 2 * BATCHES + 1)]  # two texts of equal length
 
 
