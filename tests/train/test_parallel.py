@@ -5,13 +5,17 @@ Only the order of sums differs, so they agree up to rounding.
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from page_examples import POINTS, file_of
 from parallel_jobs import FAMILIES, WITH_MEMORY, Job, cell_of, job, run_jobs
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from suite.baselines import loading
 from suite.cells import Cell, EvalConfig
@@ -376,8 +380,17 @@ def test_a_run_interrupted_between_steps_resumes_bit_for_bit(cache: Path, tmp_pa
     assert distance(cell, whole, run.path, cache) == (0.0, 0.0)
 
 
+@pytest.fixture
+def second_of_two() -> Iterator[World]:
+    """The second process of two that divide the columns of tables; the first does not exist."""
+    dist.init_process_group("fake", store=FakeStore(), rank=1, world_size=2)
+    yield World(1, 2, Parallel(memory_parallel=2), True, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("mesh", [None, "second_of_two"])
 def test_a_model_whose_weights_are_loaded_is_not_drawn_first(
-    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    mesh: str | None, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     cell, run = cell_of("memory_plus", 2), RunDir(tmp_path / "run")
     run.path.mkdir()
@@ -385,18 +398,25 @@ def test_a_model_whose_weights_are_loaded_is_not_drawn_first(
     trainer = Trainer(cell, corpus, run)
     trainer.train_step()
     trainer.save()
+    world = World() if mesh is None else request.getfixturevalue(mesh)
 
     def refuse(*_: object) -> None:
         raise AssertionError("drawn")
 
-    monkeypatch.setattr(initial_weights, "fill", refuse)
-    resumed = Trainer(cell, corpus, run)
-    scored = checkpoint.load_model(run, cell, corpus)
-    for name, expected in trainer.model.state_dict().items():
-        assert resumed.model.state_dict()[name].equal(expected)
-        assert scored.state_dict()[name].equal(expected)
+    monkeypatch.setattr(initial_weights, "_law", refuse)  # the distribution of every parameter that is drawn
+    resumed = Trainer(cell, corpus, run, world)
+    scored = checkpoint.load_model(run, cell, corpus, world)
+    for name, whole in trainer.model.state_dict().items():
+        for model in (resumed.model, scored):
+            value = model.state_dict()[name]
+            if name == "tables.0.weight":
+                assert value.equal(whole.chunk(world.size, 1)[world.rank])
+            elif isinstance(value, DTensor):
+                assert value.to_local().equal(whole.chunk(world.size, value.placements[0].dim)[world.rank])
+            else:
+                assert value.equal(whole)
     with pytest.raises(AssertionError, match="drawn"):
-        Trainer(cell, corpus, RunDir(tmp_path / "new"))
+        Trainer(cell, corpus, RunDir(tmp_path / "new"), world)
 
 
 def test_parameters_are_sharded_by_a_dimension_that_needs_no_padding() -> None:
