@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from suite.cells import Cell
 from suite.cli.main import app
-from suite.models.accounting import meta_model
+from suite.models.accounting import meta_model, rows_read
 from suite.plan.activation_memory import StepTracer
 from suite.plan.dry_run.report import dry_run
 from suite.plan.fused_attention import Precision
@@ -70,10 +70,41 @@ def test_a_step_of_rank_0_holds_and_sends_what_is_planned(
     assert measured.peak == pytest.approx(run.mesh.memory.peak, rel=0.1)
     assert sum(measured.sent.values()) == pytest.approx(run.sent.total, rel=0.1)
     assert measured.weights <= 1.1 * measured.even_weights
-    lookups = run.sent.columns  # of which a part is gathered as well
-    assert measured.sent["all-gather"] <= 1.1 * 2 * accumulate * measured.pass_weights + lookups
-    elements = sum(part.weights for part in parts.parts)
-    assert measured.sent["reduce-scatter"] <= 1.1 * accumulate * 4 * elements + lookups
+    model, tokens = meta_model(cell.model, VOCABULARY), accumulate * 4096
+    others = tokens * (shards - 1)  # of those that this process reads for, all but its own
+    layers = model.memory_layers().values()
+    rows = sum(rows_read(layer) * len(layer.tables) for layer in layers)
+    width = sum(table.weight.shape[1] for layer in layers for table in layer.tables)
+    assert measured.sent.get("all-to-all", 0) == 2 * 4 * others * width // shards  # columns and their gradients
+    gathered = measured.sent["all-gather"] - others * rows * (4 + 4)  # int32 indices, fp32 weights
+    assert gathered <= 1.1 * 2 * accumulate * measured.pass_weights
+    reduced = measured.sent["reduce-scatter"] - others * rows * 4  # gradients of these weights
+    assert reduced <= 1.1 * accumulate * 4 * sum(part.weights for part in parts.parts)
+
+
+@NEEDS_COMPILER
+@pytest.mark.parametrize("seq_len", [64, 128])
+def test_replicas_send_the_planned_gradients_of_few_rows_or_of_the_whole_table(seq_len: int) -> None:
+    """Two replicas of two column shards, and 2^16 rows. With 64 tokens a row there are fewer than 2^15 lookups."""
+    cell = Cell.model_validate(
+        {
+            "model": {"family": "memory_plus", "base": "w32", "half_keys": 256, "top_k": 32, "memory_heads": 1},
+            "data": {"kind": "bios", "people": 40, "seq_len": seq_len},
+            "train": {"batch_rows": 4, "tokens": 10**9, "lr": 1e-4},
+        }
+    )
+    model = meta_model(cell.model, 500)
+    lookups = 4 * seq_len * 32 * len(model.memory_layers())
+    memory = StepTracer(model, seq_len, "fp32", capability=9).parts(1).step(4, 2, 1, table_state(cell.train, True))
+    run = dry_run(cell, 500, Mesh(4, 2, 1, 1, memory), 9)
+    print(f"{run.ratios}, {lookups / 2**16:.2f} lookups a row, {run.measured.cpu_s:.1f} CPU s")
+    assert (lookups >= 2**15) == (seq_len == 128)
+    rows = lookups if seq_len == 64 else 2**16
+    assert run.sent.replicas == rows * 4 * 32 / 2 + 2**16  # one byte for every row: whether any replica has read it
+    small = run.measured.sent["all-reduce"] - run.sent.replicas  # norms
+    assert 0 <= small < 100
+    assert run.ratios["peak"] == pytest.approx(1, rel=0.1)
+    assert run.ratios["sent"] == pytest.approx(1, rel=0.1)
 
 
 @NEEDS_COMPILER
