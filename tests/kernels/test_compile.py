@@ -56,17 +56,22 @@ def check(row: dict[str, Any]) -> None:
     assert row["basis"] == "predicted"
 
 
+def check_loads(row: dict[str, Any]) -> None:
+    """Every thread loads 16 bytes at a time: of wide rows, and of the scores of half keys."""
+    width = re.search(r"width (\d+)", row["shape"])
+    if width is not None and int(width[1]) >= WIDE:
+        assert row["widest_load" if row["kernel"] == "_replay_kernel" else "load_bytes"] == 16, row
+    if row["kernel"] == "_select_kernel" and "half keys" in row["shape"]:
+        assert row["load_bytes"] == 16, row
+
+
 def test_triton_kernels_of_every_shape_and_every_option_compile_within_the_limits_of_all_devices() -> None:
     rows = compiled()
     assert {row["architecture"] for row in rows} == {"sm_80", "sm_90", "sm_100"}
     assert {row["kernel"] for row in rows} == {*READS_ROWS, "_pair_kernel", "_replay_kernel", "_rotate_kernel"}
     for row in rows:
         check(row)
-        width = re.search(r"width (\d+)", row["shape"])
-        if width is not None and int(width[1]) >= WIDE:
-            assert row["widest_load" if row["kernel"] == "_replay_kernel" else "load_bytes"] == 16, row
-        if row["kernel"] == "_select_kernel" and "half keys" in row["shape"]:
-            assert row["load_bytes"] == 16, row
+        check_loads(row)
 
 
 def test_each_two_settings_are_compiled_together() -> None:
@@ -138,6 +143,7 @@ def test_triton_kernels_of_every_combination_compile_within_the_limits_of_all_de
     rows = compiled("--all")
     for row in rows:
         check(row)
+        check_loads(row)
     assert len(rows) > 1000
 
 
