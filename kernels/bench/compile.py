@@ -1,4 +1,4 @@
-"""A table of every compiled Triton kernel: `python -m kernels.bench --compile [--all] [--json]`, without a GPU.
+"""A table of every compiled Triton kernel, without a GPU: `python -m kernels.bench --compile [--shapes TEXT] [--json]`.
 
 The work is divided among PROCESSES processes, each of them this file run as a script.
 """
@@ -33,21 +33,34 @@ class Failure:
     error: str
 
 
-def compile_all(every: bool) -> Iterator[list[Compiled] | Failure]:
-    """Return what each of `launches.calls` compiles to, in their order.
+def chosen(every: bool, shapes: str) -> list[Call]:
+    """Return the calls whose shape contains a text.
 
     Args:
         every: All combinations of settings instead of a selection.
+        shapes: The text.
+    """
+    return [call for call in calls(every) if shapes in call.shape]
+
+
+def compile_all(every: bool, shapes: str) -> Iterator[list[Compiled] | Failure]:
+    """Return what each of the `chosen` calls compiles to, in their order.
+
+    Args:
+        every: All combinations of settings instead of a selection.
+        shapes: A text that their shapes contain.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
     environment.pop("TRITON_INTERPRET", None)
     command = [sys.executable, "-W", "ignore", "-m", "kernels.bench.compile"]
-    settings = [json.dumps({"every": every, "share": i}) for i in range(PROCESSES)]
+    count = len(chosen(every, shapes))
+    shares = range(min(PROCESSES, count))
+    settings = [json.dumps({"every": every, "shapes": shapes, "share": share}) for share in shares]
     workers = [
         subprocess.Popen([*command, text], stdout=subprocess.PIPE, env=environment, text=True) for text in settings
     ]
     try:
-        for nth in range(len(calls(every))):
+        for nth in range(count):
             output = workers[nth % PROCESSES].stdout
             assert output is not None
             text = output.readline()
@@ -61,14 +74,15 @@ def compile_all(every: bool) -> Iterator[list[Compiled] | Failure]:
             worker.communicate()
 
 
-def work(every: bool, share: int) -> None:
+def work(every: bool, shapes: str, share: int) -> None:
     """Compile one process's share of the calls and print one line of JSON for each.
 
     Args:
         every: All combinations of settings instead of a selection.
+        shapes: A text that their shapes contain.
         share: The number of the process.
     """
-    for call in calls(every)[share::PROCESSES]:
+    for call in chosen(every, shapes)[share::PROCESSES]:
         result = compile_call(call)
         rows = asdict(result) if isinstance(result, Failure) else [asdict(row) for row in result]
         print(json.dumps(rows), flush=True)
@@ -86,13 +100,13 @@ def compile_call(call: Call) -> list[Compiled] | Failure:
     return [predict(launch, call.shape) for launch in variants.values()]
 
 
-def main(every: bool, as_json: bool) -> int:
+def main(every: bool, as_json: bool, shapes: str = "") -> int:
     """Print the table, or one JSON document; 1 where something did not compile."""
     rows: list[Compiled] = []
     failures: list[Failure] = []
     if not as_json:
         print(heading())
-    for result in compile_all(every):
+    for result in compile_all(every, shapes):
         if isinstance(result, Failure):
             failures.append(result)
             print(f"did not compile: {result.shape} on {result.architecture}: {result.error}", file=sys.stderr)

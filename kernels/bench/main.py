@@ -291,11 +291,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, nargs="*", help="only tables of these sizes")
     parser.add_argument("--all", action="store_true", help="every table that fits; every combination to compile")
     parser.add_argument("--compile", action="store_true", help="compile for GPUs instead of measuring")
+    parser.add_argument("--shapes", metavar="TEXT", help="with --compile: only shapes that contain this text")
     options = parser.parse_args(arguments)
     if options.compile:
         from kernels.bench import compile as compiler
 
-        return compiler.main(options.all, options.json)
+        if not compiler.chosen(options.all, options.shapes or ""):
+            parser.error(f"--shapes: got {options.shapes!r}, allowed: a part of a shape, such as '1.3b' or 'rotary'")
+        return compiler.main(options.all, options.json, options.shapes or "")
+    if options.shapes is not None:
+        parser.error(f"--shapes: got {options.shapes!r}, allowed: only with --compile")
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device: got cuda, allowed: cpu (torch sees no CUDA device)")
     every = CUDA_CASES if options.device == "cuda" else CPU_CASES + (CPU_MORE if options.all else [])

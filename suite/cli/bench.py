@@ -63,6 +63,9 @@ def kernels(
     rows: Annotated[list[int] | None, typer.Option(help="only tables of this many rows; repeatable")] = None,
     every: Annotated[bool, typer.Option("--all", help="every table that fits; every combination to compile")] = False,
     compiled: Annotated[bool, typer.Option("--compile", help="compile for GPUs instead of measuring")] = False,
+    shapes: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="with --compile: only shapes that contain this text")
+    ] = None,
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
@@ -81,6 +84,7 @@ def kernels(
     arguments += ["--device", device] if device else []
     arguments += ["--all"] if every else []
     arguments += ["--compile"] if compiled else []
+    arguments += ["--shapes", shapes] if shapes is not None else []
     arguments += ["--rows", *map(str, rows)] if rows else []
     raise typer.Exit(main.main(arguments))
 
