@@ -14,19 +14,19 @@ its rows follow from token ids, it is measured with and without prefetching them
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import track
 
 from suite import models
 from suite.baselines import checks
@@ -44,6 +44,7 @@ from suite.models.registry import ModelConfig
 from suite.models.sizes import SIZES
 from suite.yaml_input import explain
 
+T = TypeVar("T")
 VOCAB = 4096
 """Size of the vocabulary for bases that do not define one."""
 QUANTILES = (0.2, 0.5, 0.8)
@@ -159,23 +160,31 @@ def decode_speeds(
         for form in (forms or (None,))
         for at in ([] if place is None else _places(config, place))
     ]
-    clock, console = "wall" if elsewhere else _clock(device), Console(stderr=True)
+    clock = "wall" if elsewhere else _clock(device)
     measured = []
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
         built = [
             (config, _built(config, device, at, form, Path(temporary) / f"{number}.pt"), at, form)
-            for number, (config, at, form) in enumerate(
-                track([*plain, *smaller, *elsewhere], "making models", console=console)
-            )
+            for number, (config, at, form) in enumerate(_tracked([*plain, *smaller, *elsewhere], "making models"))
         ]
         for batch in batches:
             contenders = [_Contender(*each, batch, context, steps) for each in built]
-            for _ in track(range(rounds + 1), f"batch {batch}, {len(contenders)} models", console=console):
+            for _ in _tracked(range(rounds + 1), f"batch {batch}, {len(contenders)} models"):
                 for contender in contenders:
                     contender.take_turn(clock)
             without = {each.table: each for each in contenders if each.place == place}
             measured += [each.result(contenders[0], clock, without.get(each.table)) for each in contenders]
     return measured
+
+
+def _tracked(items: Sequence[T], title: str) -> Iterable[T]:
+    """Return the items; a terminal shows how many were taken, if rich is installed."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        return items
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(items, title, console=Console(stderr=True))
 
 
 class _Contender:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import resource
 import sys
 import time
+from typing import TYPE_CHECKING
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from suite.records import RunDir
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 HEARTBEAT_S = 2.0
 
@@ -18,7 +22,8 @@ class Telemetry:
     """Timing, heartbeat and progress of one run.
 
     `train_s` is the time spent in training steps, without probes, checkpoints and start-up; a resumed run continues the
-    count. Progress and ETA go to the run's state file, and to a progress bar on a terminal. `quiet` disables both.
+    count. Progress and ETA go to the run's state file, and to a progress bar on a terminal if rich is installed.
+    `quiet` disables both.
     """
 
     def __init__(self, run: RunDir, first_step: int, total_steps: int, train_s: float, quiet: bool = False) -> None:
@@ -30,17 +35,10 @@ class Telemetry:
         self._last_beat = 0.0
         self._window_tokens = 0
         self._window_s = 0.0
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
-            disable=quiet or not sys.stderr.isatty(),
-            transient=True,
-        )
-        self._task = self._bar.add_task(run.name, total=total_steps, completed=first_step, note="")
-        self._bar.start()
+        self._bar = None if quiet else progress_bar()
+        if self._bar is not None:
+            self._task = self._bar.add_task(run.name, total=total_steps, completed=first_step, note="")
+            self._bar.start()
 
     def stepped(self, step: int, tokens: int, seconds: float, loss: float) -> None:
         """Record a training step.
@@ -54,7 +52,8 @@ class Telemetry:
         self.train_s += seconds
         self._window_s += seconds
         self._window_tokens += tokens
-        self._bar.update(self._task, completed=step, note=f"loss {loss:.3f}")
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, note=f"loss {loss:.3f}")
         now = time.monotonic()
         if not self.quiet and now - self._last_beat >= HEARTBEAT_S:
             self._last_beat = now
@@ -70,7 +69,18 @@ class Telemetry:
 
     def close(self) -> None:
         """Remove the progress bar."""
-        self._bar.stop()
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def progress_bar() -> Progress | None:
+    """Return a bar for a terminal; None elsewhere, or without rich, which training does not need."""
+    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+        return None
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.fields[note]}"), transient=True)
 
 
 def peak_memory_bytes() -> int:
