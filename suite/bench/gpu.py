@@ -3,9 +3,10 @@
 Parts run in the order of their use, and each writes its file as it ends, gpu-<device>-<part>.csv, so an interruption
 loses nothing. Correctness comes first. A part that cannot run writes a line with the reason, and the next one starts.
 
-The kernels' parts need torch, triton and numpy. Parts that train models (steps, large, resume, compile, decode) need
-pydantic and rich too. `--rehearse` runs every part on a CPU at tiny sizes, with the Triton kernels in the interpreter:
-it tests the script, and its numbers mean nothing.
+The kernels' parts (correct, search, kernels, others) need torch, triton and numpy. Parts that run models (steps, large,
+resume, compile, decode) need pydantic, tokenizers and pyyaml too, and so do two checks of `correct`, which leaves them
+out without these. What is missing is said before anything runs. `--rehearse` runs every part on a CPU at tiny sizes,
+with the Triton kernels in the interpreter: it tests the script, and its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -35,15 +36,17 @@ class Setting:
     rehearsal: bool
 
 
-class Skipped(Exception):
-    """A part cannot run; the message is the reason."""
-
-
 def correct(setting: Setting) -> Iterator[Row]:
-    """Compare every Triton kernel with the reference."""
+    """Compare every Triton kernel, attention of packed documents and routed experts with their references."""
     from suite.bench import gpu_checks
 
     yield from gpu_checks.rows(setting.device, setting.rehearsal)
+    if absent := missing(MODELS_NEED):
+        yield {"operator": "document attention, experts", "note": f"not run: not installed: {', '.join(absent)}"}
+        return
+    from suite.bench import gpu_model_checks
+
+    yield from gpu_model_checks.rows(setting.device, setting.rehearsal)
 
 
 def kernels(setting: Setting) -> Iterator[Row]:
@@ -102,9 +105,6 @@ def decode(setting: Setting) -> Iterator[Row]:
 
 
 def _models() -> Any:
-    missing = [name for name in ("pydantic", "rich") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise Skipped(f"not installed: {', '.join(missing)}")
     from suite.bench import gpu_models
 
     return gpu_models
@@ -122,16 +122,40 @@ PARTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "decode": decode,
 }
 """The parts in the order in which they run."""
+KERNELS_NEED = {"torch": "torch", "triton": "triton", "numpy": "numpy"}
+MODELS_NEED = {"pydantic": "pydantic", "tokenizers": "tokenizers", "pyyaml": "yaml"}
+"""Packages, and the modules by which they are found."""
+OF_KERNELS = ("correct", "search", "kernels", "others")
+"""The parts that need KERNELS_NEED alone; the others need MODELS_NEED as well."""
+
+
+def missing(packages: dict[str, str]) -> list[str]:
+    """Return which packages are not installed."""
+    return [package for package, module in packages.items() if importlib.util.find_spec(module) is None]
+
+
+def lacking(parts: list[str]) -> dict[str, str]:
+    """Return the packages that parts lack, as text, by part; parts that lack none are left out."""
+    for_kernels, for_models = missing(KERNELS_NEED), missing(MODELS_NEED)
+    needed = {part: for_kernels if part in OF_KERNELS else for_kernels + for_models for part in parts}
+    return {part: ", ".join(packages) for part, packages in needed.items() if packages}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the parts; 1 if one failed or a kernel is wrong, else 0."""
+    """Run the parts; 1 if one failed, lacks a package, or a result is wrong, 2 without a device, else 0."""
     parser = argparse.ArgumentParser(prog="python -m suite.bench.gpu", description="Measure the project on one GPU.")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="only these parts")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="start no part after this time")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on a CPU: tests the script")
     parser.add_argument("--out", type=Path, default=None, help=f"folder of the files; default {OUT}")
     options = parser.parse_args(arguments)
+    parts = [part for part in PARTS if part in options.only]
+    lack = lacking(parts)
+    for packages in dict.fromkeys(lack.values()):
+        without = ", ".join(part for part in parts if lack.get(part) == packages)
+        print(f"gpu: not installed: {packages}; install it to run: {without}", file=sys.stderr, flush=True)
+    if len(lack) == len(parts):
+        return 1
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
     import torch
@@ -144,16 +168,21 @@ def main(arguments: list[str] | None = None) -> int:
     out = options.out or (Path("results/bench") if options.rehearse else OUT)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / f"gpu-{name}-machine.csv", [_machine(setting)])
-    started, failed = time.monotonic(), False
-    for part in (part for part in PARTS if part in options.only):
+    started, failed = time.monotonic(), bool(lack)
+    for part in parts:
+        if part in lack:
+            _write(out / f"gpu-{name}-{part}.csv", [{"note": f"not run: not installed: {lack[part]}"}])
+            continue
         if time.monotonic() - started > 60 * options.minutes:
             print(f"{part}: not started, {options.minutes:g} minutes are over", flush=True)
             continue
-        rows, note = _rows(PARTS[part], setting)
+        rows, failure = _rows(PARTS[part], setting)
         wrong = [row for row in rows if row.get("correct") is False]
-        failed = failed or bool(wrong) or (note is not None and not note.startswith("skipped"))
-        _write(out / f"gpu-{name}-{part}.csv", rows or [{"note": note or "nothing to measure"}])
-        outcome = note or f"{len(rows)} rows" + (f", {len(wrong)} wrong" if wrong else "")
+        failed = failed or bool(wrong) or failure is not None
+        _write(out / f"gpu-{name}-{part}.csv", rows or [{"note": failure or "nothing to measure"}])
+        for row in (row for row in rows if row in wrong or "note" in row):
+            print(f"{part}: {'wrong' if row in wrong else 'note'}: {_text(row)}", flush=True)
+        outcome = failure or f"{len(rows)} rows" + (f", {len(wrong)} wrong" if wrong else "")
         print(f"{part}: {outcome}, {time.monotonic() - started:.0f} s in all", flush=True)
     return int(failed)
 
@@ -164,11 +193,13 @@ def _rows(part: Callable[[Setting], Iterator[Row]], setting: Setting) -> tuple[l
     try:
         for row in part(setting):
             rows.append(row)
-    except Skipped as skipped:
-        return rows, f"skipped: {skipped}"
     except Exception as error:  # one part must not cost the others the device
         return rows, f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return rows, None
+
+
+def _text(row: Row) -> str:
+    return ", ".join(f"{name} {value}" for name, value in row.items() if value is not None and name != "correct")
 
 
 def _machine(setting: Setting) -> Row:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import torch._dynamo
+from torch._dynamo.utils import counters
 
 from suite.bench.decoding import configurations, decode_speeds
 from suite.cells import Cell
@@ -40,6 +43,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 TINY = {"half_keys": 16, "table_rows": 1009, "head_rows": 300}
 """Sizes of tables in a rehearsal, which reads two rows with one head where the family has `half_keys`."""
 DECODED = ("dense", "moe", "moe_topk", "pkm", "peer", "memory_plus")
+MAX_BREAKS = 3
+"""Graph breaks of a model under train.compile."""
 PEAK_BF16 = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
 """Dense bf16 FLOP/s by a part of the device's name, from NVIDIA's data sheets."""
 
@@ -99,6 +104,7 @@ def measure(cell: Cell, device: str, steps: int) -> Row:
     with trainer_of(cell, device) as trainer:
         for _ in range(2):
             trainer.train_step()
+        graphs = counters["stats"]["unique_graphs"]
         _wait(device)
         started = time.perf_counter()
         for _ in range(steps):
@@ -115,6 +121,8 @@ def measure(cell: Cell, device: str, steps: int) -> Row:
         "loss": loss,
         "planned_bytes": round(training_bytes(cell, vocabulary, {}, where="peak")),
     }
+    if cell.train.compile:
+        row |= {"graphs": graphs, "traced_later": counters["stats"]["unique_graphs"] - graphs}
     if device == "cuda":
         name, flops = torch.cuda.get_device_name(), account(cell.model, vocabulary, cell.data.seq_len).flops_per_token
         peak = next((value for part, value in PEAK_BF16.items() if part in name), None)
@@ -162,12 +170,49 @@ def resume(device: str, rehearsal: bool) -> Iterator[Row]:
 
 
 def compiled(device: str, rehearsal: bool) -> Iterator[Row]:
-    """Measure dense and memory_plus with and without train.compile; a rehearsal does not compile."""
-    for family in ("dense", "memory_plus"):
-        for compiles in (False,) if rehearsal else (False, True):
-            torch._dynamo.reset()
-            cell = cell_of(family, "134m", rehearsal, {"compile": compiles})
-            yield measure(cell, device, 1 if rehearsal else 10)
+    """Measure dense and memory_plus with and without train.compile; a rehearsal traces, and compiles nothing.
+
+    A row is wrong if the model breaks more than MAX_BREAKS graphs, or if anything is traced after the first steps.
+    """
+    for family, compiles in product(("dense", "memory_plus"), (False, True)):
+        torch._dynamo.reset()
+        counters.clear()
+        cell = cell_of(family, "134m", rehearsal, {"compile": compiles})
+        with _tracing_alone() if rehearsal else nullcontext():
+            row = measure(cell, device, 1 if rehearsal else 10)
+        if compiles:
+            row |= {"backend": "none, traced alone" if rehearsal else "inductor"}
+            row |= within_limits(int(str(row["graphs"])), int(str(row["traced_later"])))
+        yield row
+
+
+def within_limits(graphs: int, traced_later: int) -> Row:
+    """Return the graph breaks since the counters were cleared, and what is wrong with a compiled model.
+
+    Args:
+        graphs: Its graphs after the first steps.
+        traced_later: Graphs that later steps added.
+    """
+    breaks = sum(counters["graph_break"].values())
+    problems = []
+    if graphs == 0:
+        problems.append("no graph was compiled")
+    if breaks > MAX_BREAKS:
+        problems.append(f"{breaks} graph breaks, allowed: {MAX_BREAKS}")
+    if traced_later:
+        problems.append(f"{traced_later} graphs compiled after the first steps, allowed: 0")
+    return {"graph_breaks": breaks, "correct": not problems, **({"note": "; ".join(problems)} if problems else {})}
+
+
+@contextmanager
+def _tracing_alone() -> Iterator[None]:
+    """Let torch.compile run the graphs that it traces as they are."""
+    compile_graphs = torch.compile
+    torch.compile = partial(compile_graphs, backend="eager")
+    try:
+        yield
+    finally:
+        torch.compile = compile_graphs
 
 
 def decode(device: str, rehearsal: bool) -> Iterator[Row]:
