@@ -254,6 +254,7 @@ def _wanted(part: type[BaseModel] | None, name: str) -> str:
 def _allowed(message: str) -> str:
     wanted = message.removeprefix("Input should be ").removeprefix("Value error, ")
     wanted = LENGTH.sub(r"a list of \1 \2", wanted)
+    wanted = wanted.replace("String should have at least 1 character", "a text that is not empty")
     wanted = MAPPING.sub("a mapping of fields to values", wanted)
     return wanted.replace("a valid boolean", "true or false").replace("a valid tuple", "a list")
 

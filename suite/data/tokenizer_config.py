@@ -23,6 +23,7 @@ class TokenizerConfig(Frozen):
     )
     path: str | None = Field(
         default=None,
+        min_length=1,
         json_schema_extra=NOT_IDENTITY,
         description="for file: a tokenizer.json, a GPT-2 vocab.json or encoder.json (merges next to it), or a .model",
     )

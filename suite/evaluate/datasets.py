@@ -167,7 +167,7 @@ def _read_jsonl(path: Path) -> list[Doc]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UserError(
                 f"{path}:{number}: not whole JSON (an incomplete download?), allowed: one object per line"
             ) from None

@@ -185,7 +185,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises UserError."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: not readable as JSON ({error}); copy the file again") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: got {type(content).__name__}, allowed: a JSON object")

@@ -102,6 +102,7 @@ def test_facts_are_identified_by_content_and_not_by_path(tmp_path: Path) -> None
     ("record", "words"),
     [
         ("{", "facts.jsonl:1: not JSON"),
+        ("[" * 100_000, "facts.jsonl:1: not JSON"),
         ([1], "facts.jsonl:1: answer"),
         ({"paraphrases": ["a", "b"]}, "facts.jsonl:1: answer"),
         ({**FACT, "paraphrases": ["The sky is"]}, "facts.jsonl:1: paraphrases: got 1"),

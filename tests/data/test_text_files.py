@@ -75,6 +75,7 @@ BROKEN = {
     "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl:1: data\.field 'text': got half of a surrogate"),
     "list.jsonl": (b'["x"]\n', r"list\.jsonl:1: got list"),
     "short.jsonl": (jsonl("fine") + b'{"text": "x', r"short\.jsonl:2: not JSON"),
+    "deep.jsonl": (jsonl("fine") + b"[" * 100_000, r"deep\.jsonl:2: not JSON \(.*recursion"),
     "latin.txt": ("\nå".encode("latin-1"), r"latin\.txt:2: got the byte 0xe5, allowed: UTF-8 text"),
     "latin.jsonl": (jsonl("fine") * 3 + b"\xff", r"latin\.jsonl:4: got the byte 0xff"),
     "short.jsonl.gz": (gzip.compress(jsonl("fine" * 50))[:-9], r"short\.jsonl\.gz: .*gzip"),

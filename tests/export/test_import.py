@@ -233,6 +233,7 @@ def test_a_broken_checkpoint_is_one_line(broken: str, checkpoint: Path, tmp_path
     ("file", "content", "words"),
     [
         ("config.json", "{", "config.json: not readable as JSON"),
+        ("config.json", "[" * 100_000, "config.json: not readable as JSON"),
         (
             "config.json",
             {"model_type": "next_parameter", "intermediate_size": None},

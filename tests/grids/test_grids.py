@@ -228,6 +228,21 @@ MISTAKES = {
     "empty axis": ("[dense]", "[]", "axes.model.family: got [], allowed: a list of at least one value"),
     "scalar axis": ("[dense]", "dense", "axes.model.family: got 'dense', allowed: a list of at least one value"),
     "unknown data kind": ("kind: bios", "kind: bio", "data.kind: got 'bio', did you mean bios?, allowed: bios, text"),
+    "empty path": (
+        "kind: bios, people: 60",
+        "kind: text, path: ''",
+        "data.path: got '', allowed: a text that is not empty",
+    ),
+    "empty path of validation": (
+        "kind: bios, people: 60",
+        "kind: text, path: x, validation: ''",
+        "data.validation: got '', allowed: a text that is not empty",
+    ),
+    "empty path of a tokenizer": (
+        "people: 60}",
+        "people: 60, tokenizer: {kind: file, path: ''}}",
+        "data.tokenizer.path: got '', allowed: a text that is not empty",
+    ),
     "field of the other kind": ("people: 60", "people: 60, path: x", "data.path: unknown field"),
     "unknown schedule": ("lr: 1e-3", "lr: 1e-3, schedule: cosin", "allowed: 'constant', 'linear', 'cosine' or 'wsd'"),
     "two budgets": (

@@ -103,7 +103,7 @@ class FactsData(FactStream):
     """
 
     kind: Literal["facts"] = Field(description="new facts: a file of statements and questions")
-    path: str = Field(json_schema_extra=NOT_IDENTITY, description="a .jsonl file of facts")
+    path: str = Field(min_length=1, json_schema_extra=NOT_IDENTITY, description="a .jsonl file of facts")
     fingerprint: str | None = Field(default=None, description="sha256 of the content; filled in by the sweep")
     paraphrases: int = Field(gt=0, description="statements of each fact, one per row")
     seq_len: int = Field(default=64, gt=1, description="tokens per row; a row holds one statement")
@@ -166,7 +166,7 @@ def _fact(place: str, line: str, paraphrases: int) -> Fact:
     """Return the fact in a line. Raises UserError, which names the place and the field."""
     try:
         record: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}: not JSON ({error}), allowed: one object per line") from None
     if not isinstance(record, dict) or not isinstance(record.get("answer"), str) or not record["answer"].strip():
         raise UserError(f"{place}: answer: missing, allowed: an object with the text of the answer")

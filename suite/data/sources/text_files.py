@@ -54,12 +54,13 @@ class TextData(StreamData):
     """Text on disk, located by its path and identified by its content."""
 
     kind: Literal["text"] = Field(description="text files on disk")
-    path: str = Field(json_schema_extra=NOT_IDENTITY, description="a file or a folder of files")
+    path: str = Field(min_length=1, json_schema_extra=NOT_IDENTITY, description="a file or a folder of files")
     fingerprint: str | None = Field(default=None, description="sha256 of the content; filled in by the sweep")
     field: str = Field(default="text", description="the text's field in .jsonl and .parquet records")
     held_out: float = Field(default=0.05, gt=0.0, lt=1.0, description="share of documents held out for evaluation")
     validation: str | None = Field(
         default=None,
+        min_length=1,
         json_schema_extra=NOT_IDENTITY,
         description="file or folder of the documents to evaluate on; None: hold out a share of `path`",
     )
@@ -308,7 +309,7 @@ def _records(file: Path, opened: BufferedReader) -> Iterator[tuple[str, Any]]:
         if line.strip():
             try:
                 yield f"{file}:{number}", json.loads(line)
-            except ValueError as error:  # also of integers with more digits than Python converts
+            except (ValueError, RecursionError) as error:  # also of integers too long, and of lists too deep for Python
                 reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
                 raise UserError(f"{file}:{number}: not JSON ({reason}), allowed: one object per line") from None
 
