@@ -94,7 +94,8 @@ class StepMemory:
         gradients: Of all gradients.
         saved: Of activations saved for the backward pass.
         peak: The maximum of all together.
-        host: The maximum in host memory, for tables that are there: rows, moments and gradients.
+        host: The maximum in host memory, for tables that are there: rows, moments, gradients and pinned buffers.
+        pinned: The part of `host` by which pinned buffers exceed the gradients in them; none where the device is a CPU.
         whole: The maximum of the process where device and host are one CPU.
     """
 
@@ -104,6 +105,7 @@ class StepMemory:
     saved: float
     peak: float
     host: float
+    pinned: float
     whole: float
 
     @property
@@ -185,7 +187,9 @@ class Parts:
             new_gradients += stays
             new_gradients += 0.0 if micro_batches > 1 else STATE_BYTES * part.weights / rest_shards
         whole = max(peak + host, persistent + gradients + host + merging)
-        return StepMemory(weights, moments, gradients, saved, peak, host + merging if state.host else 0.0, whole)
+        pinned = tables.pinned(self.parts, micro_batches)
+        in_host = host + merging + pinned if state.host else 0.0
+        return StepMemory(weights, moments, gradients, saved, peak, in_host, pinned, whole)
 
     def _gathered(self, part: Part, is_whole: bool) -> int:
         """Return the bytes of a part's weights as it computes with them, unless they are stored so on the device."""
@@ -301,15 +305,36 @@ class _Tables:
 
     def copied(self, part: Part) -> float:
         """Return the bytes of copies of the rows that a part reads from host memory, with their numbers."""
+        return sum(rows * (row_bytes + INDEX_BYTES) for rows, row_bytes in self._copies(part))
+
+    def _copies(self, part: Part) -> list[tuple[float, int]]:
+        """Return the rows that each read of a part copies from host memory, and the bytes of a row."""
         if not self.state.host:
-            return 0.0
+            return []
         trained = zip(part.tables, part.lookups, strict=True)
         frozen = zip(part.frozen, part.frozen_lookups, strict=True)
         reads = [(*self.sizes[table], lookups, self.state.value) for table, lookups in trained]
         reads += [(*self.frozen[table], lookups, STATE_BYTES) for table, lookups in frozen]
-        return sum(
-            self._distinct(rows, lookups) * (value * width + INDEX_BYTES) for rows, width, lookups, value in reads
-        )
+        return [(self._distinct(rows, lookups), value * width) for rows, width, lookups, value in reads]
+
+    def pinned(self, parts: tuple[Part, ...], micro_batches: int) -> float:
+        """Return the bytes of pinned buffers beyond the gradients in them, which `buffer` counts.
+
+        Torch rounds a pinned buffer up to a power of two, and keeps it for the next one of that size. Buffers of the
+        rows of one part are in use at a time, since the next read waits for the device; those of gradients are in use
+        until they are merged.
+        """
+        if not self.state.host:
+            return 0.0
+        copies = max(sum(_rounded(rows * row_bytes) for rows, row_bytes in self._copies(part)) for part in parts)
+        gradients = [
+            STATE_BYTES * self.sizes[table][1] * self._gradient_rows(table, lookups)
+            for part in parts
+            for table, lookups in zip(part.tables, part.lookups, strict=True)
+        ]
+        once = sum(map(self.gradient, parts))
+        kept = self.buffer(parts, micro_batches) / once if once else 0.0  # micro-batches until they are merged
+        return copies + kept * sum(_rounded(size) - size for size in gradients)
 
     def exchange(self, parts: tuple[Part, ...], micro_batches: int) -> float:
         """Return the bytes of the sums over replicas and of the flags of their rows; dense ones are summed in place."""
@@ -347,3 +372,8 @@ class _Tables:
     def _row_bytes(self, table: int) -> float:
         """Return the bytes of a row's gradient on this device, with its index where gradients are row-wise."""
         return STATE_BYTES * self.sizes[table][1] / self.shards + (INDEX_BYTES if self.state.row_wise else 0)
+
+
+def _rounded(size: float) -> float:
+    """Return the bytes that torch allocates for a pinned buffer of that many."""
+    return 2.0 ** math.ceil(math.log2(size)) if size else 0.0

@@ -25,6 +25,7 @@ from suite.plan.step_memory import TableState
 from suite.plan.table_state import table_state
 from suite.records import RunDir
 from suite.train.loop import Trainer
+from suite.train.tables import host as host_tables
 
 SMALL = {"half_keys": 64, "top_k": 8}
 MODELS: dict[str, dict[str, Any]] = {
@@ -253,7 +254,8 @@ def test_a_table_in_host_memory_needs_none_of_the_device_but_for_copies_of_rows(
     copies = [4 * width * rows * -math.expm1(-count / rows) for count in lookups]
     assert host.saved == pytest.approx(device.saved + sum(copies), rel=1e-3)
     table = (12 * width + 9) * rows
-    assert table + sum(copies) < host.host < table + 3.1 * sum(copies)  # gradients, their pieces and sums
+    in_use = host.host - host.pinned
+    assert table + sum(copies) < in_use < table + 3.1 * sum(copies)  # gradients, their pieces and sums
     assert host.peak < device.peak - table + sum(copies)
 
 
@@ -270,5 +272,62 @@ def test_rows_of_a_frozen_table_in_host_memory_are_copied_like_those_of_a_traine
         saved.append(host.saved - device.saved)
     assert saved[0] > 0
     assert saved[1] == pytest.approx(saved[0])
-    assert host.host == 4 * 2**24 * 2048
+    assert host.host == 4 * 2**24 * 2048 + 2**29  # pinned: nearly 2^16 rows of one read
     assert host.moments == device.moments
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("memory_plus large", "fp32"), ("memory_plus large", "bf16"), ("peer", "fp32")]
+)
+def test_pinned_buffers_of_tables_in_host_memory_are_those_of_a_real_step(
+    name: str, value: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CPU makes the same copies as a GPU, without pinning them.
+
+    A plan knows the mean size of reads alone; here all have the same next power of two.
+    """
+    cell = Cell.model_validate(
+        {
+            "model": MODELS[name],
+            "data": {"kind": "bios", "people": 60, "questions": 0.5},
+            "train": {
+                "batch_rows": 6,
+                "epochs": 9.0,
+                "lr": 5e-3,
+                "accumulate": 2,
+                "table_device": "host",
+                "value_precision": value,
+            },
+        }
+    )
+    corpus = corpus_of(cell, cache)
+    trainer = Trainer(cell, corpus, RunDir(tmp_path))
+    rows: list[int] = []
+    gradients: list[int] = []
+    copied, send = host_tables.copied_rows, host_tables.Transfers.send
+
+    def copied_and_noted(*arguments: Any) -> torch.Tensor:
+        copy = copied(*arguments)
+        rows.append(copy.nbytes)
+        return copy
+
+    def sent_and_noted(transfers: host_tables.Transfers, to: Any, rows_U: torch.Tensor, sums_UD: torch.Tensor) -> None:
+        gradients.append(sums_UD.nbytes)
+        send(transfers, to, rows_U, sums_UD)
+
+    monkeypatch.setattr(host_tables, "copied_rows", copied_and_noted)
+    monkeypatch.setattr(host_tables.Transfers, "send", sent_and_noted)
+    reads = watch_reads(trainer.model)
+    trainer.train_step()
+    uniform = [count * -math.expm1(-lookups / count) for lookups, _, count in reads]
+    use = sum(distinct for _, distinct, _ in reads) / sum(uniform)
+    parts = StepTracer(meta_model(cell.model, corpus.vocab_size), cell.data.seq_len).parts(3)
+    predicted = parts.step(micro_batches=2, state=table_state(cell.train), use=use)
+
+    def rounded(size: int) -> int:
+        return 1 << (size - 1).bit_length()
+
+    tables = len(trainer.model.memory_tables())  # peer reads both of its tables at the same rows
+    at_once = max(sum(map(rounded, rows[start : start + tables])) for start in range(0, len(rows), tables))
+    assert len({rounded(size) for size in gradients}) == 1
+    assert predicted.pinned == pytest.approx(at_once + sum(map(rounded, gradients)) - sum(gradients), rel=0.1)
