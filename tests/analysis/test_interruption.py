@@ -1,0 +1,17 @@
+"""Ctrl-C while `python -m analysis` starts."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_an_interruption_of_imports_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(5)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "analysis", "report"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (130, "analysis: interrupted\n")
