@@ -89,3 +89,16 @@ def test_designs_without_separable_effects_are_refused(
     assert all(word in str(refused.value) for word in words)
     assert main(["effects", "--results", str(tmp_path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_the_table_says_how_to_read_an_interaction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The effect of the rate is 0.1 at a short warmup and 0.3 at a long one: 0.2 on average, and half of 0.2 more."""
+    for seed, (lr, warmup) in itertools.product((0, 1, 2), itertools.product((0, 1), repeat=2)):
+        noise = 1e-6 * np.sin(31 * seed + 7 * lr + 3 * warmup)
+        write(tmp_path, seed, 0.2 + 0.1 * lr + 0.2 * lr * warmup + noise, lr=1.0 + lr, warmup=1 + warmup)
+    assert main(["effects", "--results", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split(" | ")[1]: line.split(" | ")[2:5] for line in lines if line.startswith("| dense")}
+    assert rows["train.lr"] == ["1.0", "2.0", "+20.0 [+20.0, +20.0] points"]
+    assert rows["train.lr x train.warmup"] == ["", "", "+10.0 [+10.0, +10.0] points"]
+    assert lines[-1] == "`a x b`: half of how much the effect of `a` rises from the low to the high level of `b`."

@@ -116,14 +116,16 @@ def _fit(design: np.ndarray, outcomes: np.ndarray) -> list[Difference]:
 
 
 def markdown(estimated: list[Effect]) -> str:
-    """Return the effects as a table."""
+    """Return the effects as a table, with a line that says how to read interactions if there are any."""
     lines = ["| family | setting | from | to | change of the share stored | p (Holm) | runs |", "|---" * 7 + "|"]
     for effect in estimated:
-        low, high = (" and ".join(str(level[at]) for level in effect.levels) for at in (0, 1))
+        low, high = effect.levels[0] if len(effect.levels) == 1 else ("", "")
         change = effect.difference
         points = f"{100 * change.mean:+.1f} [{100 * change.low:+.1f}, {100 * change.high:+.1f}] points"
         settings = " x ".join(effect.settings)
         lines.append(
             f"| {effect.family} | {settings} | {low} | {high} | {points} | {effect.adjusted:.2g} | {change.n} |"
         )
+    if any(len(effect.settings) > 1 for effect in estimated):
+        lines += ["", "`a x b`: half of how much the effect of `a` rises from the low to the high level of `b`."]
     return "\n".join(lines) + "\n"
