@@ -35,6 +35,11 @@ GRID_FIELDS = {
     "grids": list,
 }
 """The sections of a grid's file and their types."""
+FILLED_IN = {
+    "imported": "suite import makes a run of a checkpoint, from which train.init_from starts",
+    "baseline": "--baseline names the file of an external family",
+}
+"""Fields of a cell that a grid cannot set, and what to use instead."""
 MAX_SETTING = 24
 """Characters of a --set value in the name of a grid."""
 
@@ -269,6 +274,9 @@ def _build_cell(source: Path, point: Point, need_data: bool = True) -> Cell:
     nested: dict[str, Any] = {}
     for path, value in point.fields.items():
         _put(nested, path, _expand(value, f"{where}{path}", f"set it, or give --set {path}=..."), where)
+    for field, remedy in FILLED_IN.items():
+        if nested.get(field) is not None:
+            raise UserError(f"{where}{field}: got {shown(nested[field])}, allowed: only null; {remedy}")
     try:
         cell = Cell.model_validate(nested)
     except ValidationError as error:

@@ -243,6 +243,16 @@ MISTAKES = {
         "people: 60, tokenizer: {kind: file, path: ''}}",
         "data.tokenizer.path: got '', allowed: a text that is not empty",
     ),
+    "a checkpoint's hash": (
+        "defaults:",
+        "defaults:\n  imported: abc",
+        "imported: got 'abc', allowed: only null; suite import",
+    ),
+    "a baseline's hash": (
+        "defaults:",
+        "defaults:\n  baseline: abc",
+        "baseline: got 'abc', allowed: only null; --baseline",
+    ),
     "field of the other kind": ("people: 60", "people: 60, path: x", "data.path: unknown field"),
     "unknown schedule": ("lr: 1e-3", "lr: 1e-3, schedule: cosin", "allowed: 'constant', 'linear', 'cosine' or 'wsd'"),
     "two budgets": (
