@@ -96,9 +96,6 @@ IN_HOST_MEMORY = {
 """Cases that run with tables in host memory, too, and how often a step reads tables at other rows than before."""
 
 
-pytestmark = pytest.mark.xdist_group("host waits")  # one process counts for all tests, in three minutes
-
-
 @pytest.fixture(scope="module")
 def counts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     if shutil.which("c++") is None and shutil.which("g++") is None:
