@@ -143,7 +143,7 @@ def test_a_package_imports_nothing_forbidden(folder: str) -> None:
 @pytest.mark.parametrize(
     ("module", "absent"),
     [
-        ("analysis.__main__", ["torch", "suite", "scipy", "matplotlib"]),
+        ("analysis.cli.main", ["torch", "suite", "scipy", "matplotlib"]),
         ("suite.train.loop", ["lm_eval", "submitit", "datasets"]),
         ("suite.cli.main", ["torch", "lm_eval", "submitit"]),
     ],

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis.__main__ import main
+from analysis.cli.main import main
 
 COLUMNS = "family=kind,cell=size,seed=seed,C=flops,y=loss,params=params"
 

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 from simulated_tables import TRUTH, table
 
-from analysis.__main__ import main
 from analysis.cli.fit import run
+from analysis.cli.main import main
 from analysis.errors import InputError
 from analysis.fits.columns import expressions
 from analysis.fits.intervals import HeldOut

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from simulated_tables import TRUTH, inputs, simulated, table
 
-from analysis.__main__ import main
 from analysis.cli.fit import run
+from analysis.cli.main import main
 from analysis.errors import InputError
 from analysis.fits.fit import fit
 from analysis.fits.problem import Problem

@@ -319,7 +319,7 @@ def test_unknown_grid_is_named_with_the_known_ones(results: Path) -> None:
 
 def test_analysis_imports_neither_torch_nor_suite() -> None:
     code = (
-        "import sys, analysis.records.frame, analysis.comparisons.paired, analysis.__main__; "
+        "import sys, analysis.records.frame, analysis.comparisons.paired, analysis.cli.main; "
         "bad = {'torch', 'suite', 'scipy', 'matplotlib'} & set(sys.modules); assert not bad, bad"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

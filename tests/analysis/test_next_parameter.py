@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from run_folders import write_run
 
-from analysis.__main__ import main
+from analysis.cli.main import main
 from analysis.comparisons.destinations.next_parameter import (
     AXES,
     Step,

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 from run_folders import write_json, write_run
 
-from analysis.__main__ import main
+from analysis.cli.main import main
 from analysis.comparisons.grid import Comparisons
 from analysis.comparisons.multiplier_grid import multipliers_along_reference
 from analysis.comparisons.paired import contrasts

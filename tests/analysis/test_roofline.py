@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.__main__ import main
+from analysis.cli.main import main
 from kernels.bench.main import Result, write_csv
 
 

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 from simulated_tables import BOUNDS, TRUTH, bounded_truth, simulated, table
 
-from analysis.__main__ import main
 from analysis.cli.fit import run
+from analysis.cli.main import main
 from analysis.errors import InputError
 from analysis.fits.budgets import budgets
 from analysis.fits.fit import fit

@@ -86,8 +86,16 @@ def test_set_and_scale_name_the_grid_unless_the_runs_stay_the_same(tmp_path: Pat
     assert name() == "grid"
     assert name(train__epochs="3", seed="1") == "grid-train.epochs=3-seed=1"
     assert name(train__checkpoint_every="3", evaluate="[{tasks: [bios_storage]}]") == "grid"
+
+
+def test_names_of_grids_with_long_settings_differ_and_are_short(tmp_path: Path) -> None:
+    grid = tmp_path / "grid.yaml"
+    grid.write_text("""
+defaults: {model: {base: w32}, data: {kind: text, path: data}, train: {batch_rows: 8, tokens: 1000, lr: 1e-3}}
+blocks: [{axes: {model.family: [dense]}}]
+""")
     texts = [f"data/{letter}" for letter in "ab"] + ["data_a", "x" * 300, "x" * 301]
-    names = {name(model__base="w32", baseline=text) for text in texts}
+    names = {load_grid(grid, {"model.base": "w32", "data.fingerprint": text}, need_data=False).name for text in texts}
     assert len(names) == len(texts)
     assert all(len(one) < 100 and "/" not in one for one in names)
 

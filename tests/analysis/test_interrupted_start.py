@@ -1,6 +1,7 @@
 """Ctrl-C while `python -m analysis` starts."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,5 +14,6 @@ def test_an_interruption_of_imports_is_one_line(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells start background jobs with it ignored
     )
     assert (done.returncode, done.stderr) == (130, "analysis: interrupted\n")
