@@ -85,6 +85,11 @@ class Inputs:
     grad_ND: Tensor
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype without its package, such as "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def seconds_of(work: Callable[[], object], device: str) -> float:
     """Time `work`: CPU time of this thread, so that other processes matter little; on CUDA, events."""
     if device == "cuda":

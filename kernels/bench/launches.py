@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from kernels.bench.ahead_of_time import DEVICES
+from kernels.bench.cases import dtype_name
 from kernels.embedding_bag import RowGradients
 from kernels.embedding_bag import triton as bags
 from kernels.product_key import triton as search
@@ -84,7 +85,7 @@ def pairwise(*factors: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 def _searches(choose: Choose) -> Iterator[Call]:
     for (size, width), half_keys, dtype, architecture in choose(HALF_WIDTHS.items(), HALF_KEYS, DTYPES, DEVICES):
-        shape = f"{size}: half keys {half_keys} x {width}, {_name(dtype)} queries"
+        shape = f"{size}: half keys {half_keys} x {width}, {dtype_name(dtype)} queries"
         yield Call(shape, architecture, partial(_search, width, half_keys, 32, dtype))
     for (top_k, half_keys), architecture in choose(((1, 8), (3, 33), (20, 768), (64, 1000)), DEVICES):
         shape = f"top {top_k} of {half_keys}^2"
@@ -100,13 +101,13 @@ def _search(width: int, half_keys: int, top_k: int, dtype: torch.dtype) -> None:
 
 def _bags(choose: Choose) -> Iterator[Call]:
     for (size, width), dtype, architecture in choose({**WIDTHS, **SHARDS}.items(), DTYPES, DEVICES):
-        shape = f"{size}: width {width}, {_name(dtype)} table"
+        shape = f"{size}: width {width}, {dtype_name(dtype)} table"
         yield Call(shape, architecture, partial(_bag, width, READ, dtype))
     for (model, width), dtype, architecture in choose(NGRAM_WIDTHS.items(), DTYPES, DEVICES):
-        shape = f"{model}: width {width}, {_name(dtype)} table, bags of one row"
+        shape = f"{model}: width {width}, {dtype_name(dtype)} table, bags of one row"
         yield Call(shape, architecture, partial(_bag, width, 1, dtype))
     for (width, read, dtype), architecture in choose(((48, 8, torch.float64), (33, 20, torch.float32)), DEVICES):
-        shape = f"width {width}, {_name(dtype)} table, {read} rows per token"
+        shape = f"width {width}, {dtype_name(dtype)} table, {read} rows per token"
         yield Call(shape, architecture, partial(_bag, width, read, dtype))
 
 
@@ -125,7 +126,7 @@ def _bag(width: int, read: int, dtype: torch.dtype) -> None:
 def _updates(choose: Choose) -> Iterator[Call]:
     settings = ({**WIDTHS, **SHARDS}.items(), ROUNDINGS, PATHS, (False, True), (0.1, 0.0), DEVICES)
     for (size, width), (dtype, rounding), path, by_row, decay, architecture in choose(*settings):
-        shape = f"{size}: width {width}, {_name(dtype)} {rounding}, {path}"
+        shape = f"{size}: width {width}, {dtype_name(dtype)} {rounding}, {path}"
         shape += (", one second moment per row" if by_row else "") + ("" if decay else ", no weight decay")
         update = {"low_precision": rounding, "path": path, "row_second_moment": by_row, "weight_decay": decay}
         yield Call(shape, architecture, partial(_update, width, dtype, update))
@@ -143,7 +144,7 @@ def _update(width: int, dtype: torch.dtype, options: dict[str, Any]) -> None:
 
 def _rotations(choose: Choose) -> Iterator[Call]:
     for (size, width), dtype, architecture in choose(WIDTHS.items(), DTYPES, DEVICES):
-        shape = f"{size}: rotary positions of {width} columns, {_name(dtype)}"
+        shape = f"{size}: rotary positions of {width} columns, {dtype_name(dtype)}"
         yield Call(shape, architecture, partial(_rotation, width, dtype))
 
 
@@ -166,7 +167,3 @@ def take_steps(steps: int, table_RD: torch.Tensor, options: dict[str, Any], flus
         if flush_every and step % flush_every == flush_every - 1:
             adamw.flush()
     adamw.flush()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.bench.cases import seconds_of
+from kernels.bench.cases import dtype_name, seconds_of
 from kernels.bench.main import copy_bandwidth
 from kernels.dispatch import module
 from kernels.embedding_bag import RowGradients, embedding_bag
@@ -40,7 +40,7 @@ def rows(device: str, rehearsal: bool) -> Iterator[Row]:
     widths = (16,) if rehearsal else (768, 2048, 4096)
     for width, dtype in product(widths, (torch.float32, torch.bfloat16)):
         allowed = 1e-5 if dtype == torch.float32 else 2e-2
-        shape = f"width {width}, {_name(dtype)}"
+        shape = f"width {width}, {dtype_name(dtype)}"
         for operator, both in (("bag", _bags), ("row_adamw", _updates), ("rotary", _rotations)):
             yield compared(operator, shape, both(width, dtype, device, rehearsal), allowed)
     width = widths[0]
@@ -49,7 +49,7 @@ def rows(device: str, rehearsal: bool) -> Iterator[Row]:
     for dtype, passes in product(
         (torch.float32, torch.bfloat16), (("few",), ("few", "few"), ("most",), ("few", "most"))
     ):
-        shape = f"width {width}, {_name(dtype)}, lookups of {' and '.join(passes)} rows"
+        shape = f"width {width}, {dtype_name(dtype)}, lookups of {' and '.join(passes)} rows"
         yield compared("row_sums", shape, _row_sums(width, dtype, passes, device, rehearsal), 1e-5)
     for width, half_keys in ((8, 40),) if rehearsal else product((128, 512, 1024), (1024, 8192)):
         yield from _searches(width, half_keys, device, 4 if rehearsal else 512)
@@ -143,7 +143,7 @@ def _optimized(width: int, dtype: torch.dtype, options: dict[str, Any], device: 
     theirs.flush()
     results = [ours.state.values_RD, ours.state.mean_RD, ours.state.square_RX]
     expected = [theirs.state.values_RD, theirs.state.mean_RD, theirs.state.square_RX]
-    shape = f"width {width}, {_name(dtype)}, " + ", ".join(
+    shape = f"width {width}, {dtype_name(dtype)}, " + ", ".join(
         name.replace("_", " ") if value is True else str(value) for name, value in options.items()
     )
     if is_noisy:
@@ -201,10 +201,6 @@ def _expected_sums(table_rows: int, batches: list[tuple[Tensor, Tensor, Tensor]]
             sums_RD.index_add_(0, indices_NS[:, slot], source_ND.double() * weights_NS[:, slot, None].double())
     rows_U = torch.cat([indices_NS.flatten() for _, indices_NS, _ in batches]).unique()
     return rows_U, sums_RD[rows_U]
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _rotations(width: int, dtype: torch.dtype, device: str, rehearsal: bool) -> tuple[list[Tensor], list[Tensor]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.bench.cases import dtype_name
 from suite.bench.gpu_checks import Row, compared
 from suite.models import document_attention
 from suite.models.document_attention import Documents, offsets_of
@@ -50,7 +51,7 @@ def _attention(heads: int, kv_heads: int, width: int, tokens: int, device: str) 
         return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=bias)
 
     for dtype, allowed in ((torch.float32, 1e-5), (torch.bfloat16, BF16)):
-        name = f"{shape}, {str(dtype).removeprefix('torch.')}"
+        name = f"{shape}, {dtype_name(dtype)}"
         yield compared("attention, mask", name, (_with_gradients(masked, inputs, grad_BHTK, dtype), expected), allowed)
 
     def without_mask(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
