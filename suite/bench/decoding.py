@@ -14,9 +14,7 @@ its rows follow from token ids, it is measured with and without prefetching them
 from __future__ import annotations
 
 import functools
-import importlib.util
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterable, Sequence
@@ -42,6 +40,7 @@ from suite.models.accounting import account_of, meta_model
 from suite.models.memory_table import RowForm
 from suite.models.registry import ModelConfig
 from suite.models.sizes import SIZES
+from suite.train.reporting.telemetry import shows_progress
 from suite.yaml_input import explain
 
 T = TypeVar("T")
@@ -179,7 +178,7 @@ def decode_speeds(
 
 def _tracked(items: Sequence[T], title: str) -> Iterable[T]:
     """Return the items; a terminal shows how many were taken, if rich is installed."""
-    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+    if not shows_progress():
         return items
     from rich.console import Console
     from rich.progress import track

@@ -73,9 +73,14 @@ class Telemetry:
             self._bar.stop()
 
 
+def shows_progress() -> bool:
+    """Return whether a bar can be shown: on a terminal, with rich, which training does not need."""
+    return sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
+
+
 def progress_bar() -> Progress | None:
-    """Return a bar for a terminal; None elsewhere, or without rich, which training does not need."""
-    if not sys.stderr.isatty() or importlib.util.find_spec("rich") is None:
+    """Return a bar, or None where none can be shown."""
+    if not shows_progress():
         return None
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
