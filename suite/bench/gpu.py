@@ -5,7 +5,7 @@ loses nothing. Correctness comes first. A part that cannot run writes a line wit
 
 The kernels' parts (correct, search, kernels, others) need torch, triton and numpy. Parts that run models (steps, large,
 resume, compile, decode) need pydantic, tokenizers and pyyaml too, and so do two checks of `correct`, which leaves them
-out without these. What is missing is said before anything runs. `--rehearse` runs every part on a CPU at tiny sizes,
+out without these. What is missing is listed before anything runs. `--rehearse` runs every part on a CPU at tiny sizes,
 with the Triton kernels in the interpreter: it tests the script, and its numbers mean nothing.
 """
 

@@ -91,7 +91,7 @@ def test_designs_without_separable_effects_are_refused(
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_the_table_says_how_to_read_an_interaction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_explains_an_interaction(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The effect of the rate is 0.1 at a short warmup and 0.3 at a long one: 0.2 on average, and half of 0.2 more."""
     for seed, (lr, warmup) in itertools.product((0, 1, 2), itertools.product((0, 1), repeat=2)):
         noise = 1e-6 * np.sin(31 * seed + 7 * lr + 3 * warmup)

@@ -116,7 +116,7 @@ def _fit(design: np.ndarray, outcomes: np.ndarray) -> list[Difference]:
 
 
 def markdown(estimated: list[Effect]) -> str:
-    """Return the effects as a table, with a line that says how to read interactions if there are any."""
+    """Return the effects as a table, with a line that explains interactions if there are any."""
     lines = ["| family | setting | from | to | change of the share stored | p (Holm) | runs |", "|---" * 7 + "|"]
     for effect in estimated:
         low, high = effect.levels[0] if len(effect.levels) == 1 else ("", "")
