@@ -20,6 +20,7 @@ from suite import models
 from suite.cells import Cell, TrainConfig
 from suite.data.corpus import Corpus
 from suite.data.loader import Loader
+from suite.errors import UserError
 from suite.models.accounting import account
 from suite.models.transformer import Transformer
 from suite.models.usage import Reads
@@ -267,12 +268,21 @@ class Trainer:
         Returns:
             This process's part of the mean loss alone and of the auxiliary losses without their weights (means over
             micro-batches): float64 [] on the device.
+
+        Raises:
+            UserError: No row of the step has a target.
         """
         world, parts = self.world, self.world.micro_batches(self.cell)
         key = np.random.SeedSequence((self.cell.seed, self.step, world.rank))
         torch.manual_seed(int(key.generate_state(1)[0]))
         batches, own_targets = self.batches.read(self.step)
         (targets,) = world.total(own_targets)
+        if not targets:
+            rows, seq_len = self.config.batch_rows, self.cell.data.seq_len
+            raise UserError(
+                f"train.batch_rows: got {rows}; step {self.step + 1} reads only padding, so no token has a loss; "
+                f"use more rows, or longer ones (data.seq_len: got {seq_len})"
+            )
         losses = {"loss": torch.zeros((), dtype=torch.float64, device=self.device)}
         for batch in batches:
             self.scope.reads_of(batch)

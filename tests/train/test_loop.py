@@ -13,6 +13,7 @@ from tiny_cells import corpus_of, tiny_cell
 from kernels import dispatch
 from suite import models
 from suite.cells import Cell
+from suite.errors import UserError
 from suite.records import RunDir
 from suite.train import checkpoint
 from suite.train.loop import Diverged, Trainer, probe_steps, train
@@ -187,6 +188,23 @@ def test_a_non_finite_loss_ends_the_run_and_names_the_step(cache: Path, tmp_path
         trainer.model.norm.weight.fill_(float("nan"))
     with pytest.raises(Diverged, match="step 2: the loss is nan"):
         trainer.train_step()
+
+
+def test_a_step_that_reads_only_padding_ends_the_run_and_names_the_fields(cache: Path, tmp_path: Path) -> None:
+    # Most rows that are as long as the longest document begin none; step 2 has only such a row.
+    rounds = corpus_of(tiny_cell(), cache).parts[0].rounds
+    seq_len = max(int(r.lengths.max()) for r in rounds)
+
+    def trainer_with(folder: str, **train: Any) -> Trainer:
+        cell = tiny_cell(epochs=0.01, **train)
+        data = cell.data.model_copy(update={"seq_len": seq_len})
+        return trainer_of(cell.model_copy(update={"data": data}), cache, tmp_path / folder)
+
+    alone, beside = trainer_with("alone", batch_rows=1), trainer_with("beside", batch_rows=2, accumulate=2)
+    assert beside.train_step()["loss"] == alone.train_step()["loss"]  # beside targets, padding adds nothing
+    assert alone.loader.batch(1).targets_BT.eq(-100).all()
+    with pytest.raises(UserError, match=rf"train\.batch_rows: got 1; step 2 reads .*data\.seq_len: got {seq_len}\)"):
+        alone.train_step()
 
 
 def test_probes_are_log_spaced_and_end_with_the_last_step() -> None:
