@@ -29,7 +29,7 @@ figures: setup
 	else echo "grid $(GRID) has no runs to draw; run: make sweep GRID=$(GRID)"; fi
 
 test: setup
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n 2 -m 'not slow and not slurm' $(ARGS)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -n 2 --dist loadfile -m 'not slow and not slurm' $(ARGS)
 
 test-slow: setup
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -q -m slow $(ARGS)
