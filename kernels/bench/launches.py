@@ -90,6 +90,8 @@ def _searches(choose: Choose) -> Iterator[Call]:
     for (top_k, half_keys), architecture in choose(((1, 8), (3, 33), (20, 768), (64, 1000)), DEVICES):
         shape = f"top {top_k} of {half_keys}^2"
         yield Call(shape, architecture, partial(_search, 40, half_keys, top_k, torch.float32))
+        best = partial(search.best, torch.zeros(TOKENS, half_keys), top_k)
+        yield Call(f"best {top_k} of {half_keys}", architecture, best)
 
 
 def _search(width: int, half_keys: int, top_k: int, dtype: torch.dtype) -> None:

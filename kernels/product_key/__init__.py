@@ -3,6 +3,8 @@
     rows_MNK, scores_MNK = product_key(q_NM2W, keys_M2nW, top_k=32)
     weights_MNK = scores_MNK.softmax(-1)
 
+`best` is the selection alone: the positions of the largest values of every row, ties by position.
+
 Row (i, j), with index i*n + j, scores q1.K1[i] + q2.K2[j]. Each head takes the top_k half keys of each side. Of their
 top_k * top_k pairs it considers only those that can be among the best: with ranks (i+1)(j+1) <= top_k.
 
@@ -22,8 +24,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
+from kernels.product_key import reference
 
-__all__ = ["product_key"]
+__all__ = ["best", "product_key"]
 
 
 def product_key(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int, backend: str | None = None) -> tuple[Tensor, Tensor]:
@@ -49,6 +52,28 @@ def product_key(q_NM2W: Tensor, keys_M2nW: Tensor, top_k: int, backend: str | No
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         rows, scores = _Search.apply(q_NM2W, keys_M2nW, top_k, dispatch.implementation("product_key", q_NM2W, backend))
     return rows, scores
+
+
+@torch.no_grad()
+def best(values: Tensor, count: int, backend: str | None = None) -> Tensor:
+    """Return the positions of the `count` largest values in the last dimension, int64: largest first, ties by position.
+
+    Values are compared in float32, and minus zero equals zero. torch.topk does not define the order of ties.
+
+    Args:
+        values: Values of any float dtype.
+        count: Number of positions.
+        backend: Overrides kernels.dispatch.
+
+    Raises:
+        ValueError: `count` is not in 1..the size of the last dimension.
+    """
+    if not 1 <= count <= values.shape[-1]:
+        raise ValueError(f"count: got {count}, allowed: 1 to the values of a row ({values.shape[-1]})")
+    if torch.compiler.is_compiling():  # the other ways would break the graph
+        return reference.best_by_sort(values, count)
+    positions: Tensor = dispatch.implementation("product_key", values, backend).best(values, count)
+    return positions
 
 
 class _Search(torch.autograd.Function):

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from kernels.native import call
-from kernels.product_key.reference import chunks, pairs
+from kernels.product_key.reference import best, chunks, pairs
+
+__all__ = ["best", "search", "search_backward"]
 
 LANES = 8
 """As in native.c."""

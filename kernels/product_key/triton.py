@@ -39,6 +39,8 @@ CHUNK_BYTES = 32 << 20
 """Half scores of a chunk of tokens; the second-level caches have 40 MiB (A100), 50 MiB (H100) and more."""
 GROUPS = 64
 """Groups of 16 half keys that a program ranks at a time, unless top_k needs more."""
+MOST_SELECTED = 64
+"""More are found by sorting whole rows; larger sorting networks are not among those that are compiled in tests."""
 NONE = tl.constexpr(-(1 << 63))
 """Below every candidate."""
 LOWEST = tl.constexpr(-(1 << 31))
@@ -97,7 +99,8 @@ def _select_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    # Of one token and side: half_scores [2M, C, n] to best_scores and best_keys [2M, N, K], tokens from `start` on.
+    # Of one token and side: half_scores [2M, C, n] to best_scores (unless None) and best_keys [2M, N, K], tokens from
+    # `start` on.
     token = tl.program_id(0).to(tl.int64)
     side = tl.program_id(1).to(tl.int64)
     row = half_scores + (side * chunk + token) * half_keys
@@ -120,8 +123,9 @@ def _select_kernel(
     best = tl.topk(tl.reshape(candidates, (1, BLOCK_K * 4)), BLOCK_K)
     slot = tl.arange(0, BLOCK_K)[None, :]
     places = (side * tokens + start + token) * top_k + slot
-    tl.store(best_scores + places, _score(best), mask=slot < top_k)
-    tl.store(best_keys + places, _position(best).to(tl.int32), mask=slot < top_k)
+    if best_scores is not None:
+        tl.store(best_scores + places, _score(best), mask=slot < top_k)
+    tl.store(best_keys + places, _position(best), mask=slot < top_k)
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -199,9 +203,20 @@ def products(q_SCV: Tensor, keys_SVn: Tensor) -> Tensor:
     return torch.bmm(q_SCV.float(), keys_SVn.float())
 
 
-def select(scores_SCn: Tensor, start: int, best_scores_SNK: Tensor, best_keys_SNK: Tensor) -> None:
-    """Select the best half keys of a chunk of tokens, best first, written at [:, start : start + C]."""
-    (sides, chunk, half_keys), (_, tokens, top_k) = scores_SCn.shape, best_scores_SNK.shape
+def best(values: Tensor, count: int) -> Tensor:
+    """See reference.best."""
+    if count > MOST_SELECTED:
+        return reference.best_by_sort(values, count)
+    flat_1Cn = values.float().contiguous().view(1, -1, values.shape[-1])
+    positions_1CK = torch.empty(1, flat_1Cn.shape[1], count, dtype=torch.int64, device=values.device)
+    if flat_1Cn.numel():
+        select(flat_1Cn, 0, None, positions_1CK)
+    return positions_1CK.view(*values.shape[:-1], count)
+
+
+def select(scores_SCn: Tensor, start: int, best_scores_SNK: Tensor | None, best_keys_SNK: Tensor) -> None:
+    """Select the best half keys of a chunk of tokens, best first, written at [:, start : start + C] as integers."""
+    (sides, chunk, half_keys), (_, tokens, top_k) = scores_SCn.shape, best_keys_SNK.shape
     block_k = _power_of_2(top_k)
     _select_kernel[(chunk, sides)](
         scores_SCn,

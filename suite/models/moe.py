@@ -15,11 +15,11 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.product_key import best
 from suite.models import fused
 from suite.models.cost import Cost
 from suite.models.feedforward import SwiGLU
 from suite.models.precision import at_least_fp32, product_dtype
-from suite.models.ranking import best
 from suite.models.registry import Family, ModelConfig, Problem, register
 
 PAPER_EXPERTS = {"134m": 16, "373m": 8, "720m": 6, "1.3b": 4}
@@ -221,7 +221,7 @@ class ExpertChoice(nn.Module):
         capacity = -(-tokens // self.experts.count)
         # Ties are common (equal tokens at the start of documents); the earlier token wins in every process.
         gate_BET = gate_BTE.transpose(1, 2)
-        position_BEC = best(gate_BET.detach(), capacity)
+        position_BEC = best(gate_BET, capacity)
         gate_BEC = gate_BET.gather(-1, position_BEC)
         first_B = torch.arange(0, rows * tokens, tokens, device=x_BTD.device)
         position = (position_BEC + first_B[:, None, None]).transpose(0, 1).flatten()

@@ -441,10 +441,11 @@ def _select(
 ) -> None:
     """Do what _select_kernel of the product-key search does, for chunks that hold all tokens."""
     assert start == 0
-    assert chunk == best_scores.shape[1]
-    keys = half_scores.sort(dim=-1, descending=True, stable=True).indices[..., : best_scores.shape[2]]
+    assert chunk == best_keys.shape[1]
+    keys = half_scores.sort(dim=-1, descending=True, stable=True).indices[..., : best_keys.shape[2]]
     best_keys.copy_(keys)
-    best_scores.copy_(half_scores.gather(-1, keys))
+    if best_scores is not None:
+        best_scores.copy_(half_scores.gather(-1, keys))
 
 
 def _pair(_: Any, best_scores: Any, best_keys: Any, ranks: Any, *more: Any, **__: Any) -> None:

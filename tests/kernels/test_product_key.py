@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kernels.product_key import native, product_key, reference
+from kernels.product_key import best, native, product_key, reference
 from suite.plan.live_bytes import LiveBytes
 
 if not torch.cuda.is_available():
@@ -111,6 +111,31 @@ def test_triton_selects_and_pairs_as_the_reference_does(half_keys: int, top_k: i
     results = triton.combine(best_scores_SNK, best_keys_SNK, half_keys)
     for ours, theirs in zip(results, reference.combine(scores_SCn.unflatten(0, (-1, 2)), top_k), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("width", "count"), [(1, 1), (33, 3), (200, 5), (300, 65)])
+def test_the_best_of_a_row_are_those_of_sorting_pairs_of_value_and_position(
+    backend: str, width: int, count: int
+) -> None:
+    values = hard_to_rank(width).squeeze(1)
+    rows = [sorted(range(width), key=lambda at, row=row: (-row[at], at))[:count] for row in values.tolist()]
+    not_contiguous = values.mT.contiguous().mT.requires_grad_()
+    assert best(not_contiguous, count, backend).tolist() == rows
+    assert reference.best_by_sort(values, count).tolist() == rows
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_values_of_other_dtypes_are_ranked_in_float32(backend: str, dtype: torch.dtype) -> None:
+    values = torch.tensor([[1.0, 1.0 + 2.0**-40, 2.0, -0.0, 0.0]], dtype=dtype)
+    assert best(values, 5, backend).tolist() == [[2, 0, 1, 3, 4]]
+    assert best(values[:0], 2, backend).shape == (0, 2)
+
+
+def test_more_than_the_values_of_a_row_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"count: got 4, allowed: 1 to the values of a row \(3\)"):
+        best(torch.zeros(2, 3), 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])

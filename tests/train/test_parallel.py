@@ -17,6 +17,7 @@ from parallel_jobs import FAMILIES, WITH_MEMORY, Job, cell_of, job, run_jobs
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from kernels.product_key import best
 from suite.baselines import loading
 from suite.cells import Cell, EvalConfig
 from suite.data.corpus import prepare
@@ -25,7 +26,6 @@ from suite.launch.background_scoring import retain_due
 from suite.launch.scorer import Scorer
 from suite.launch.scoring import score_missing
 from suite.models import initial_weights, moe, registry
-from suite.models.ranking import best
 from suite.records import RunDir
 from suite.train import checkpoint, sharding
 from suite.train.loop import Trainer, train

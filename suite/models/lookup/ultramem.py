@@ -19,13 +19,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from kernels.product_key import best
 from suite.models.cost import Cost
 from suite.models.distributions import Constant, Distribution, Normal, Uniform
 from suite.models.feedforward import SwiGLU, SwiGLUPlusMemory
 from suite.models.lookup.controls import TableConfig
 from suite.models.memory_table import MemoryLayer, MemoryTable
 from suite.models.precision import at_least_fp32
-from suite.models.ranking import best
 from suite.models.registry import Family, Problem, placement_problems, register
 
 RANK = CORES = 2
