@@ -122,7 +122,7 @@ def _bag(width: int, read: int, dtype: torch.dtype) -> None:
     weights_NS = torch.zeros(TOKENS, read, dtype=wide)
     bags.bag(table_RD, indices_NS, weights_NS, dtype)
     bags.dots(table_RD, indices_NS, x_ND)
-    bags.row_sums(x_ND, weights_NS, bags.group_by_row(indices_NS, ROWS), ROWS, wide)
+    bags.row_sums(x_ND, weights_NS, bags.group_by_row(indices_NS, ROWS), wide)
 
 
 def _updates(choose: Choose) -> Iterator[Call]:

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import dispatch
-from kernels.embedding_bag.gradients import RowGradients
+from kernels.embedding_bag.gradients import LatestGroups, RowGradients
 from kernels.embedding_bag.reference import Groups, group_by_row
 
-__all__ = ["Groups", "RowGradients", "embedding_bag", "embedding_dot", "group_by_row"]
+__all__ = ["Groups", "LatestGroups", "RowGradients", "embedding_bag", "embedding_dot", "group_by_row"]
 
 
 def embedding_bag(

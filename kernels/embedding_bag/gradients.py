@@ -31,6 +31,27 @@ class Placed(NamedTuple):
     scale: Tensor | None
 
 
+class LatestGroups:
+    """The latest lookups, grouped by row. Tables that are read at the same rows share it, and group them once."""
+
+    def __init__(self) -> None:
+        self._indices: Tensor | None = None
+        self._of: tuple[ModuleType, int] | None = None
+        self._groups: Any = None
+
+    def of(self, indices_NS: Tensor, ops: ModuleType, table_rows: int) -> Any:
+        """Return the lookups of a table of `table_rows` grouped by `ops`: those of the call before for the same tensor
+        object."""
+        if self._indices is not indices_NS or self._of != (ops, table_rows):
+            self._groups = ops.group_by_row(indices_NS, table_rows)
+            self._indices, self._of = indices_NS, (ops, table_rows)
+        return self._groups
+
+    def clear(self) -> None:
+        """Release the lookups."""
+        self._indices = self._of = self._groups = None
+
+
 class RowGradients:
     """Compact gradients of one table, summed over the layers that share it and over micro-batches.
 
@@ -43,9 +64,13 @@ class RowGradients:
 
     A factor of `scale_` is kept until the gradients are next needed: an optimizer that takes them `placed` applies it
     as it reads them, and saves a pass over them.
+
+    Args:
+        table_RD: The table.
+        groups: What other tables that are read at the same rows use too; None: of this table alone.
     """
 
-    def __init__(self, table_RD: Tensor) -> None:
+    def __init__(self, table_RD: Tensor, groups: LatestGroups | None = None) -> None:
         self.table_rows, self.width = table_RD.shape
         self.dtype = reference.accumulator(table_RD.dtype)
         self.device = table_RD.device
@@ -56,7 +81,7 @@ class RowGradients:
         self._sums: list[Tensor] = []
         self._lookups = 0
         self._has_places = False
-        self._last: tuple[Tensor, ModuleType, Any] | None = None
+        self._groups = LatestGroups() if groups is None else groups
         self._scale: Tensor | None = None
         self._whole_RD: Tensor | None = None
         self._is_read_R: Tensor | None = None
@@ -74,14 +99,12 @@ class RowGradients:
     def groups(self, indices_NS: Tensor, ops: ModuleType | None = None) -> Any:
         """Return the lookups grouped by row, as `ops` groups them (by default, those for the table's device).
 
-        A second call with the same tensor object returns the cached groups.
+        A second call with the same tensor object, of any table that shares them, returns the groups of the first.
         """
         ops = self._ops if ops is None else ops
         if not _leaves_counts(ops):
             ops = self._host_ops  # equal groups, found faster
-        if self._last is None or self._last[0] is not indices_NS or self._last[1] is not ops:
-            self._last = (indices_NS, ops, ops.group_by_row(indices_NS, self.table_rows))
-        return self._last[2]
+        return self._groups.of(indices_NS, ops, self.table_rows)
 
     def add_row_sums(self, source_ND: Tensor, weights_NS: Tensor, groups: Any, ops: ModuleType) -> None:
         """Add one backward pass's gradients: per row, the sum of weight x source over its lookups.
@@ -101,7 +124,7 @@ class RowGradients:
             whole_RD, is_read_R = self._whole()
             ops.add_row_sums(source_ND, weights_NS, groups, whole_RD, is_read_R)
         elif len(groups.order_L):
-            rows_P, sums_PD = ops.row_sums(source_ND, weights_NS, groups, self.table_rows, self.dtype)
+            rows_P, sums_PD = ops.row_sums(source_ND, weights_NS, groups, self.dtype)
             self._rows.append(rows_P)
             self._sums.append(sums_PD)
             self._has_places = True
@@ -238,8 +261,9 @@ class RowGradients:
 
     def clear(self) -> None:
         """Drop all gradients and the cached grouping."""
-        self._rows, self._sums, self._last, self._lookups, self._has_places = [], [], None, 0, False
+        self._rows, self._sums, self._lookups, self._has_places = [], [], 0, False
         self._scale = self._whole_RD = self._is_read_R = None
+        self._groups.clear()
 
     def _all_sums(self) -> Tensor:
         if self._whole_RD is not None:

@@ -21,12 +21,14 @@ C chunks; B blocks.
 # ruff: noqa: RUF005 (Triton compiles + on tuples, but no unpacking)
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from kernels.embedding_bag.reference import accumulator
 
@@ -38,11 +40,28 @@ CHUNK = 128
 """Sorted lookups that one program sums."""
 
 
-class Lookups(NamedTuple):
-    """Lookups sorted by the row they read: rows_L ascending, order_L their int64 places in the flattened indices."""
+@dataclass(frozen=True, eq=False)
+class Lookups:
+    """Lookups sorted by the row they read.
+
+    Attributes:
+        rows_L: Their rows, ascending.
+        order_L: Their places in the flattened indices, int64.
+        table_rows: Rows of the table (R). Lookups of row R are of no row.
+    """
 
     rows_L: Tensor
     order_L: Tensor
+    table_rows: int
+
+    @functools.cached_property
+    def unique(self) -> tuple[Tensor, Tensor]:
+        """The rows that are read, int64 [P], ascending, with R in unused places; and the place of each lookup, [L]."""
+        places_L = F.pad((self.rows_L[1:] != self.rows_L[:-1]).cumsum(0), (1, 0))
+        room = min(len(self.rows_L), self.table_rows + 1)
+        rows_P = torch.full((room,), self.table_rows, dtype=torch.int64, device=places_L.device)
+        rows_P.index_copy_(0, places_L, self.rows_L.long())  # lookups of one place have the same row
+        return rows_P, places_L
 
 
 @triton.jit
@@ -207,41 +226,31 @@ def group_by_row(indices_NS: Tensor, table_rows: int) -> Lookups:
     """Sort the lookups by row, stably, on the narrowest integers that hold the rows."""
     narrow = torch.int32 if table_rows < 1 << 31 else torch.int64
     rows_L, order_L = indices_NS.reshape(-1).to(narrow).sort(stable=True)
-    return Lookups(rows_L, order_L)
+    return Lookups(rows_L, order_L, table_rows)
 
 
-def row_sums(
-    source_ND: Tensor, weights_NS: Tensor, lookups: Lookups, table_rows: int, wide: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def row_sums(source_ND: Tensor, weights_NS: Tensor, lookups: Lookups, wide: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return the rows that were read and their sums (see reference.row_sums), with room for all lookups.
 
     Args:
         source_ND: One row per bag.
         weights_NS: The factor of every lookup.
-        lookups: The lookups, sorted.
-        table_rows: Rows of the table (R). Lookups of row R are of no row, and have zero sources.
+        lookups: The lookups, sorted; there is one at least. Those of no row have zero sources.
         wide: Dtype of the sums.
 
     Returns:
         rows_P int64, ascending, R in unused places; sums_PD, zero there.
     """
-    rows_L, order_L = lookups
-    room = min(len(rows_L), table_rows + 1)
-    rows_P = torch.full((room,), table_rows, dtype=torch.int64, device=rows_L.device)
-    sums_PD = torch.zeros(room, source_ND.shape[1], dtype=wide, device=source_ND.device)
-    if room:
-        begins_L = torch.ones_like(rows_L, dtype=torch.bool)
-        torch.ne(rows_L[1:], rows_L[:-1], out=begins_L[1:])
-        places_L = begins_L.cumsum(0).sub_(1)
-        rows_P.index_copy_(0, places_L, rows_L.long())  # lookups of one place have the same row
-        sum_sorted(source_ND, weights_NS, order_L, places_L, sums_PD, adds=False)
+    rows_P, places_L = lookups.unique
+    sums_PD = torch.zeros(len(rows_P), source_ND.shape[1], dtype=wide, device=source_ND.device)
+    sum_sorted(source_ND, weights_NS, lookups.order_L, places_L, sums_PD, adds=False)
     return rows_P, sums_PD
 
 
 def merge(rows_P: Tensor, sums_PD: Tensor, table_rows: int) -> tuple[Tensor, Tensor]:
     """Add up the sums of equal rows, as `row_sums` returns them, in their order; any rows may have the number R."""
     factors_P1 = sums_PD.new_ones(len(rows_P), 1)
-    return row_sums(sums_PD, factors_P1, group_by_row(rows_P, table_rows), table_rows, sums_PD.dtype)
+    return row_sums(sums_PD, factors_P1, group_by_row(rows_P, table_rows), sums_PD.dtype)
 
 
 def add_row_sums(

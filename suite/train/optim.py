@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from kernels.embedding_bag import LatestGroups
 from kernels.row_adamw import RowAdamW
 from suite.cells import TrainConfig
 from suite.models.memory_table import MemoryTable
@@ -129,12 +130,13 @@ class Optimizer:
             rule: NamedMuon(self._members(rule), rule.weight_decay) for rule in rules if rule.optimizer == "muon"
         }
         self.rows: dict[str, RowAdamW | RowSGD] = {}
+        groups = LatestGroups()
         for name, table in self.tables.items():
             rule = self.rules[name]
             if rule.optimizer == "row_adamw":
-                self.rows[name] = row_adamw(table, config, rule.weight_decay)
+                self.rows[name] = row_adamw(table, config, rule.weight_decay, groups)
             elif rule.optimizer == "row_sgd":
-                self.rows[name] = row_sgd(table, rule.weight_decay)
+                self.rows[name] = row_sgd(table, rule.weight_decay, groups)
         for group, names in self.groups.items():
             for kind in (self.tables, self.rows):
                 if 0 < len(kind.keys() & names) < len(names):

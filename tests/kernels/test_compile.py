@@ -114,7 +114,7 @@ with capture(90) as launches:
         table_RD, x_ND = torch.zeros(30, 16, dtype=dtype), torch.zeros(tokens, 16, dtype=dtype)
         bags.bag(table_RD, indices_NS, weights_NS, dtype)
         bags.dots(table_RD, indices_NS, x_ND)
-        bags.row_sums(x_ND, weights_NS, bags.group_by_row(indices_NS, 30), 30, torch.float32)
+        bags.row_sums(x_ND, weights_NS, bags.group_by_row(indices_NS, 30), torch.float32)
         angle_TI = torch.zeros(tokens, 8)
         rotary.rotate(torch.zeros(1, tokens, 32, dtype=dtype), angle_TI, angle_TI, 1)
 print(json.dumps(sorted({(launch.kernel, launch.variant) for launch in launches})))

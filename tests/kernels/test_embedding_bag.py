@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.embedding_bag import RowGradients, embedding_bag, embedding_dot, native, reference
+from kernels import dispatch
+from kernels.embedding_bag import LatestGroups, RowGradients, embedding_bag, embedding_dot, native, reference
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are first imported
@@ -121,7 +122,7 @@ def test_triton_row_sums_do_not_depend_on_where_chunks_end(
     groups = reference.group_by_row(indices, 300)
     expected = reference.row_sums(source.double(), weights.double(), groups, torch.float64)
     sorted_lookups, unique = triton.group_by_row(indices, 300), len(groups.rows_U)
-    rows, sums = triton.row_sums(source, weights, sorted_lookups, 300, torch.float32)
+    rows, sums = triton.row_sums(source, weights, sorted_lookups, torch.float32)
     assert rows.tolist() == [*groups.rows_U.tolist(), *[300] * (lookups - unique)]
     torch.testing.assert_close(sums[:unique].double(), expected, rtol=1e-5, atol=1e-5)
     assert (sums[unique:] == 0).all()
@@ -322,6 +323,29 @@ def test_rows_beyond_two_to_the_31_elements_are_read(backend: str, tmp_path: Pat
     assert weights.grad is not None
     assert weights.grad.tolist() == [[2.0 * width, width]]
     assert sink.merged()[0].tolist() == [1, rows - 1]
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_tables_that_share_groups_have_the_gradients_of_tables_of_their_own(backend: str) -> None:
+    """Two tables are read at the same rows, which are grouped once, and a shorter one at rows of its own."""
+    tables, shared = (torch.randn(90, 4), torch.randn(90, 8), torch.randn(70, 4)), LatestGroups()
+    sinks = [RowGradients(table, shared) for table in tables]
+    own = [RowGradients(table) for table in tables]
+    for _ in range(2):
+        indices, others = torch.randint(60, (5, 3)), torch.randint(60, (5, 3))
+        read = (indices, indices, others)
+        ops = dispatch.module("embedding_bag", backend)
+        assert sinks[0].groups(indices, ops) is sinks[1].groups(indices, ops)
+        assert sinks[2].groups(indices, ops) is not sinks[0].groups(indices, ops)
+        for of_tables in (sinks, own):
+            outs = [
+                embedding_bag(table.clone().requires_grad_(), rows, torch.ones(5, 3), sink, backend)
+                for table, rows, sink in zip(tables, read, of_tables, strict=True)
+            ]
+            torch.cat(outs, 1).square().sum().backward()
+    for ours, theirs in zip(sinks, own, strict=True):
+        for part, expected in zip(ours.merged(), theirs.merged(), strict=True):
+            assert torch.equal(part, expected)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.9])

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from kernels.embedding_bag import RowGradients
+from kernels.embedding_bag import LatestGroups, RowGradients
 from kernels.row_adamw import RowAdamW
 from suite.cells import TrainConfig
 from suite.errors import UserError
@@ -120,19 +120,20 @@ class ExpertStack:
 Table = MemoryTable | ExpertStack
 
 
-def row_sgd(table: Table, weight_decay: float) -> RowSGD:
+def row_sgd(table: Table, weight_decay: float, groups: LatestGroups) -> RowSGD:
     """Attach SGD to the table, which from now on collects compact row gradients."""
-    table.gradients = RowGradients(table.weight)
+    table.gradients = RowGradients(table.weight, groups)
     return RowSGD(table.weight, table.gradients, weight_decay)
 
 
-def row_adamw(table: Table, config: TrainConfig, weight_decay: float) -> RowAdamW:
+def row_adamw(table: Table, config: TrainConfig, weight_decay: float, groups: LatestGroups) -> RowAdamW:
     """Attach AdamW to the table, which from now on collects compact row gradients and reports every read.
 
     Args:
         table: The table, which is converted to bfloat16 unless `value_precision` is fp32.
         config: The training configuration.
         weight_decay: Decoupled weight decay.
+        groups: The latest lookups, shared by all tables of the model.
 
     Returns:
         The optimizer.
@@ -140,7 +141,7 @@ def row_adamw(table: Table, config: TrainConfig, weight_decay: float) -> RowAdam
     if config.value_precision != "fp32":
         table.bfloat16()
     limit = REPLAY_LIMIT_GPU if table.weight.is_cuda else None
-    table.gradients = RowGradients(table.weight)
+    table.gradients = RowGradients(table.weight, groups)
     adamw = RowAdamW(
         table.weight,
         table.gradients,
