@@ -143,7 +143,7 @@ def load_grid_or_cell(
         UserError: The file or an argument is invalid.
     """
     path = Path(name_or_path)
-    if not path.is_file() or not {"model", "cell"} & set(read_mapping(path)):
+    if not os.path.isfile(path) or not {"model", "cell"} & set(read_mapping(path)):
         return load_grid(name_or_path, overrides, baselines=baselines)
     if overrides:
         raise UserError(f"--set: applies to grids, but {path} is a cell; change the file")
@@ -158,12 +158,12 @@ def find_grid(name_or_path: str, where: str = "GRID") -> Path:
     """
     path = Path(name_or_path)
     if path.suffix in (".yaml", ".yml") or len(path.parts) > 1:
-        if not path.is_file():
+        if not os.path.isfile(path):  # unlike Path.is_file, false for a text that is too long for a path
             raise UserError(f"{where}: got {name_or_path!r}, which is not a file; allowed: {_allowed_grids()}")
         return path
     folders = _grid_folders()
     for folder in folders:
-        if (folder / f"{name_or_path}.yaml").is_file():
+        if os.path.isfile(folder / f"{name_or_path}.yaml"):
             return folder / f"{name_or_path}.yaml"
     hint = did_you_mean(name_or_path, [path.stem for folder in folders for path in folder.glob("*.yaml")])
     raise UserError(f"{where}: got {name_or_path!r}{hint}, allowed: {_allowed_grids()}")
@@ -221,8 +221,8 @@ def _cells_of_grids(source: Path, names: list[Any], overrides: Flat, need_data: 
     """Return the cells of other grids, each once; a cell of several grids has the evaluations of all of them."""
     cells: list[Cell] = []
     for name in names:
-        sibling = source.with_name(f"{name}.yaml")
-        inner = sibling if sibling.is_file() else find_grid(str(name), f"{source}: grids")
+        sibling = source.parent / f"{name}.yaml"
+        inner = sibling if os.path.isfile(sibling) else find_grid(str(name), f"{source}: grids")
         content = _read(inner)
         if content.get("grids"):
             raise UserError(f"{source}: grids: got {name!r}, which names grids itself, allowed: grids with blocks")

@@ -14,6 +14,7 @@ parent of another family gets only the shape options.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ def with_identified_parent(cell: Cell) -> Cell:
     if init_from is None or cell.train.parent is not None:
         return cell
     record = Path(init_from) / "cell.json"
-    if record.is_file():
+    if os.path.isfile(record):  # unlike Path.is_file, false for a text that is too long for a path
         try:
             return cell.starting_from(str(json.loads(record.read_bytes())["hash"]))
         except (ValueError, KeyError, OSError):
@@ -120,6 +121,6 @@ def with_identified_parent(cell: Cell) -> Cell:
     name = re.fullmatch(r"[\w-]+-([0-9a-f]{8})", init_from)
     if name is None:
         allowed = "a name under parents of the grid, the name of a run (it ends in its hash), or the path of a run"
-        hint = "; suite import makes a run of a checkpoint" if (Path(init_from) / "config.json").is_file() else ""
+        hint = "; suite import makes a run of a checkpoint" if os.path.isfile(Path(init_from, "config.json")) else ""
         raise UserError(f"{INIT_FROM}: got {init_from!r}, allowed: {allowed}{hint}")
     return cell.starting_from(name[1])

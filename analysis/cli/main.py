@@ -14,6 +14,10 @@ import typer
 from analysis.cli import compare, fit, instruments, next_parameter, predict, records
 from analysis.errors import InputError
 
+_OTHER = "correct its permissions, or use another path"
+UNUSABLE = {errno.ENAMETOOLONG: "use a shorter path", errno.EACCES: _OTHER, errno.EPERM: _OTHER, errno.EROFS: _OTHER}
+"""Errors of a path that cannot be used, and what to do."""
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -57,6 +61,9 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
+        if error.errno in UNUSABLE and error.filename is not None:
+            print(f"analysis: {error.filename}: {error.strerror}; {UNUSABLE[error.errno]}", file=sys.stderr)
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         print(f"analysis: {error.filename or 'stdout'}: cannot be written: {error.strerror}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
@@ -167,7 +168,7 @@ def _find_runs(target: str, options: GridOptions) -> tuple[Grid, list[RunDir], P
     from suite.records import RunDir, run_dir
 
     # The name of a run ends in its hash; that of a grid does not.
-    if Path(target, "cell.json").is_file() or re.search(r"-[0-9a-f]{8}$", target):
+    if os.path.isfile(Path(target, "cell.json")) or re.search(r"-[0-9a-f]{8}$", target):
         run = RunDir(find_run(target, options.results).resolve())
         return Grid(run.name, run.path, (run.read_cell(),)), [run], run.path.parent.parent
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from importlib.metadata import version
@@ -29,6 +30,10 @@ from suite.cli.options import (
 )
 from suite.errors import DiskFull, UserError
 
+_OTHER = "correct its permissions, or use another path"
+UNUSABLE = {errno.ENAMETOOLONG: "use a shorter path", errno.EACCES: _OTHER, errno.EPERM: _OTHER, errno.EROFS: _OTHER}
+"""Errors of a path that cannot be used, and what to do."""
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -55,6 +60,9 @@ def main() -> NoReturn:
         print(f"suite: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
+        if error.errno in UNUSABLE and error.filename is not None:
+            print(f"suite: {error.filename}: {error.strerror}; {UNUSABLE[error.errno]}", file=sys.stderr)
+            sys.exit(2)
         if error.errno not in FULL:
             raise
         print(f"suite: {error.filename or 'stdout'}: cannot be written: {error.strerror}; free space", file=sys.stderr)

@@ -183,8 +183,9 @@ def parse_tasks(tasks: str | None) -> tuple[str, ...] | None:
 
 def find_run(run: str, results: Path) -> Path:
     """Return the folder of a run given by its path or its name. Raises UserError."""
-    path = Path(run) if Path(run, "cell.json").is_file() else results / "runs" / run
-    if not (path / "cell.json").is_file():
+    # Unlike Path.is_file, os.path.isfile is false for a text that is too long for a path.
+    path = Path(run) if os.path.isfile(Path(run, "cell.json")) else results / "runs" / run
+    if not os.path.isfile(path / "cell.json"):
         raise UserError(f"RUN: got {run!r}, allowed: {allowed_runs(results)}")
     return path
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 
 from tokenizers import Tokenizer as RustTokenizer
@@ -25,9 +26,9 @@ _EOT_NAMES = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[
 
 def files(path: Path) -> list[Path]:
     """Return the tokenizer's file, and the merges that belong to it. Raises UserError for a path that holds none."""
-    if path.is_dir():
-        path = next((path / name for name in _IN_FOLDERS if (path / name).is_file()), path)
-    if not path.is_file() or path.suffix not in (".json", ".model"):
+    if os.path.isdir(path):  # unlike Path.is_dir, false for a text that is too long for a path
+        path = next((path / name for name in _IN_FOLDERS if os.path.isfile(path / name)), path)
+    if not os.path.isfile(path) or path.suffix not in (".json", ".model"):
         raise UserError(f"data.tokenizer.path: got {str(path)!r}, allowed: {_ALLOWED}")
     if path.name not in MERGES:
         return [path]

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 from run_folders import BITS_MAX, EXPOSURES, curve, write_run
 
+from analysis.cli.main import main
 from analysis.comparisons.grid import Comparisons
 from analysis.errors import InputError
 from analysis.figures.context import context
@@ -315,6 +316,14 @@ def test_labels_omit_a_setting_without_a_value() -> None:
 def test_unknown_grid_is_named_with_the_known_ones(results: Path) -> None:
     with pytest.raises(InputError, match=r"grid 'nope' has no records; suite sweep nope .*records: demo"):
         frame.load(results, "nope", "dense")
+
+
+def test_a_path_that_is_too_long_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    long = 300 * "x"
+    assert main(["frame", "--results", long]) == 2
+    assert re.fullmatch(r"analysis: x{300}\S*: File name too long; use a shorter path\n", capsys.readouterr().err)
+    assert main(["report", "--grid", long]) == 2
+    assert capsys.readouterr().err.startswith("analysis: results/grids: grid 'xxx")
 
 
 def test_analysis_imports_neither_torch_nor_suite() -> None:

@@ -38,6 +38,8 @@ model: {family: dense, base: w32}
 data: {kind: bios, people: 30}
 train: {batch_rows: 4, epochs: 1, lr: 5e-3, checkpoint_every: 5}
 """
+LONG = 300 * "x"
+"""Longer than the name of a file may be."""
 GRID = f"defaults:{CELL.replace(chr(10), chr(10) + '  ')}\nblocks:\n  - axes: {{seed: [0, 1]}}\n"
 
 
@@ -74,6 +76,14 @@ def test_every_verb_has_help_with_an_example(verb: str, suite: Suite) -> None:
         (["sweeep", "smoke"], "No such command 'sweeep'"),
         (["status", "smoke", "--jsonn"], "suite: No such option"),
         (["plan"], "suite: Missing argument 'GRID'"),
+        (["status", LONG], "GRID: got 'xxx"),
+        (["status", f"{LONG}.yaml"], "GRID: got 'xxx"),
+        (["eval", LONG], "GRID: got 'xxx"),
+        (["export", LONG, "--to", "exported"], "RUN: got 'xxx"),
+        (["cells", "smoke", "--set", f"train.init_from={LONG}"], "train.init_from: got 'xxx"),
+        (["cells", "smoke", "--set", f"data.tokenizer={{kind: file, path: {LONG}}}"], "data.tokenizer.path: got 'xxx"),
+        (["sweep", "smoke", "--executor", "slurm", "--profile", LONG], "--profile: got 'xxx"),
+        (["cells", "smoke", "--results", LONG], "xxx: File name too long; use a shorter path"),
     ],
 )
 def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(arguments: list[str], expected: str, suite: Suite) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -115,11 +116,11 @@ def refuse_unfit_launch(launch: Mapping[str, Any], source: Path) -> None:
 
 def _find(name_or_path: str | None) -> Path:
     path = Path(name_or_path or DEFAULT)
-    if path.is_file():
+    if os.path.isfile(path):  # unlike Path.is_file, false for a text that is too long for a path
         return path
     folders = [Path(CLUSTERS), shipped(CLUSTERS)]
     for folder in folders:
-        if (named := folder / f"{path}.yaml").is_file():
+        if os.path.isfile(named := folder / f"{path}.yaml"):
             return named
     names = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     allowed = f"a path to a .yaml file, or one of {', '.join(names)}" if names else "a path to a .yaml file"
