@@ -64,13 +64,22 @@ class SuiteLM(TemplateLM):
         max_tokens: The longest input, the length of the rows it was trained on; longer contexts are
             truncated at their start, and `truncated` counts them by task.
         token_budget: Maximum number of padded tokens in a batch.
+        on_progress: Called with the number of requests that are done, after every batch.
     """
 
-    def __init__(self, model: Transformer, codec: Codec, max_tokens: int, token_budget: int) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        codec: Codec,
+        max_tokens: int,
+        token_budget: int,
+        on_progress: Callable[[float], None] = lambda done: None,
+    ) -> None:
         super().__init__()
         self.model, self.codec = model, codec
         self.max_tokens, self.token_budget = max_tokens, token_budget
         self.truncated: Counter[str] = Counter()
+        self._on_progress, self._done = on_progress, 0
 
     @property
     def eot_token_id(self) -> int:
@@ -118,12 +127,21 @@ class SuiteLM(TemplateLM):
             parts += pieces
             owner += [index] * len(pieces)
         results = [(0.0, True)] * len(requests)
-        for index, (log_p, is_greedy) in zip(owner, self._score(parts), strict=True):
+        scores = self._score(parts, self._progress_of(len(requests)))
+        for index, (log_p, is_greedy) in zip(owner, scores, strict=True):
             results[index] = (results[index][0] + log_p, results[index][1] and is_greedy)
         return results
 
-    def _score(self, parts: list[Request]) -> list[tuple[float, bool]]:
-        scores = divided(self.model, parts, lambda mine, _: score(self.model, mine, self.token_budget))
+    def _progress_of(self, requests: int) -> Callable[[float], None]:
+        """Return a function that takes the share of the next requests that is done, and reports all that are."""
+        before = self._done
+        self._done += requests
+        return lambda share: self._on_progress(before + share * requests)
+
+    def _score(
+        self, parts: list[Request], on_progress: Callable[[float], None] = lambda share: None
+    ) -> list[tuple[float, bool]]:
+        scores = divided(self.model, parts, lambda mine, _: score(self.model, mine, self.token_budget, on_progress))
         if any(not math.isfinite(log_p) for log_p, _ in scores):
             raise UserError("the model returns NaN or infinite log-probabilities: its training has diverged")
         return scores
@@ -138,7 +156,7 @@ class SuiteLM(TemplateLM):
                 parts.append(make_disjoint_window(window))
                 owner.append(index)
         totals = [0.0] * len(requests)
-        for index, (log_p, _) in zip(owner, self._score(parts), strict=True):
+        for index, (log_p, _) in zip(owner, self._score(parts, self._progress_of(len(requests))), strict=True):
             totals[index] += log_p
         return totals
 
@@ -171,6 +189,7 @@ class SuiteLM(TemplateLM):
         if options["do_sample"]:
             sampling = Sampling(options["temperature"], options.get("seed", 0))
 
+        on_progress = self._progress_of(len(requests))
         # a token is at least one byte, so a new stop string is within these last tokens
         tail = 1 + max((len(stop.encode()) for stop in stops), default=0)
 
@@ -189,6 +208,7 @@ class SuiteLM(TemplateLM):
                 sampling,
                 numbers,
                 agree=broadcast_from_rank0 if is_sharded(self.model) else None,
+                on_progress=on_progress,
             )
 
         generated = divided(self.model, prompts, generate_share)

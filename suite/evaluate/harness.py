@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -69,7 +70,12 @@ class Evaluator:
         self._harnesses: dict[tuple[str, int, str], Harness] = {}
 
     def evaluate(
-        self, model: Transformer, corpus: Corpus, config: EvalConfig, reference: Transformer | None = None
+        self,
+        model: Transformer,
+        corpus: Corpus,
+        config: EvalConfig,
+        reference: Transformer | None = None,
+        on_progress: Callable[[float], None] = lambda share: None,
     ) -> dict[str, Any]:
         """Score one model; see the function `evaluate`.
 
@@ -80,11 +86,12 @@ class Evaluator:
             corpus: Its training data.
             config: Tasks, few-shot examples, limit, and whether tables are switched off.
             reference: Another model to compare with; None: none.
+            on_progress: Called with the share of the requests that are done, after every batch.
         """
         key = corpus.fingerprint, corpus.config.seq_len, config.hash8
         if key not in self._harnesses:
             self._harnesses[key] = Harness(corpus, config, self._data_root, self._sandbox)
-        return self._harnesses[key].run(model, reference)
+        return self._harnesses[key].run(model, reference, on_progress)
 
 
 class Harness:
@@ -101,12 +108,19 @@ class Harness:
         self._codec = Codec(corpus.tokenizer)
         self._prepared = prepare(config, catalog.Sources(corpus, DataRoot(data_root), sandbox))
 
-    def run(self, model: Transformer, reference: Transformer | None = None) -> dict[str, Any]:
+    def run(
+        self,
+        model: Transformer,
+        reference: Transformer | None = None,
+        on_progress: Callable[[float], None] = lambda share: None,
+    ) -> dict[str, Any]:
         """Score one model; see `Evaluator.evaluate`."""
-        lm, outcome = self._outcome(model)
+        requests = self._prepared.requests
+        every = requests if reference is None else 2 * requests
+        lm, outcome = self._outcome(model, lambda done: on_progress(done / every))
         records = records_of(outcome, self._prepared)
         if reference is not None:
-            _, other = self._outcome(reference)
+            _, other = self._outcome(reference, lambda done: on_progress((requests + done) / every))
             for name, task in self._prepared.loaded.tasks.items():
                 ours, theirs = (part["samples"][name][-records[name]["n"] :] for part in (outcome, other))
                 metrics = {m: f for m, f in task.aggregation().items() if not m.endswith(_STDERR)}
@@ -119,9 +133,9 @@ class Harness:
             "tasks": {name: {**record, "cut": self._truncated(name, lm)} for name, record in records.items()},
         }
 
-    def _outcome(self, model: Transformer) -> tuple[SuiteLM, dict[str, Any]]:
+    def _outcome(self, model: Transformer, on_progress: Callable[[float], None]) -> tuple[SuiteLM, dict[str, Any]]:
         """Return the model under lm-eval, and what lm-eval returns."""
-        lm = SuiteLM(model, self._codec, self._corpus.config.seq_len, TOKEN_BUDGET)
+        lm = SuiteLM(model, self._codec, self._corpus.config.seq_len, TOKEN_BUDGET, on_progress)
         lm.refuse_diverged()
         off = model.memory_tables() if self._config.table_off else []
         with tables_off(off), products_in(self._config.precision, model.embedding.weight.device):
@@ -141,6 +155,11 @@ class Prepared:
     loaded: catalog.Loaded
     limit: int | None
     prompt_hashes: dict[str, str]
+
+    @property
+    def requests(self) -> int:
+        """The number of requests of all tasks, repetitions included."""
+        return sum(request.repeats or 1 for task in self.loaded.tasks.values() for request in task.instances)
 
 
 def prepare(config: EvalConfig, sources: catalog.Sources) -> Prepared:

@@ -34,6 +34,7 @@ def generate(
     sampling: Sampling | None = None,
     numbers: Sequence[int] | None = None,
     agree: Callable[[list[int]], list[int]] | None = None,
+    on_progress: Callable[[float], None] = lambda share: None,
 ) -> list[list[int]]:
     """Continue each prompt with a key-value cache; finished rows leave the batch.
 
@@ -47,6 +48,7 @@ def generate(
         sampling: None for greedy decoding.
         numbers: Numbers of the prompts, which seed their samples; None: their positions.
         agree: Makes processes that share a model choose the same tokens, although their sums may differ by rounding.
+        on_progress: Called with the share of the batches that are done, after every batch.
 
     Returns:
         The generated ids of each prompt, in their order.
@@ -59,7 +61,8 @@ def generate(
     sizes = [len(prompt) + max_new_tokens for prompt in prompts]
     choose = _chooser(sampling, range(len(prompts)) if numbers is None else numbers, agree)
     with evaluation_mode(model) as device:
-        for batch in batches_of(order, sizes, token_budget):
+        batches = list(batches_of(order, sizes, token_budget))
+        for number, batch in enumerate(batches, start=1):
             _generate_batch(
                 model,
                 {i: prompts[i] for i in batch},
@@ -70,6 +73,7 @@ def generate(
                 choose,
                 device,
             )
+            on_progress(number / len(batches))
     return results
 
 

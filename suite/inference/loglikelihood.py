@@ -94,13 +94,19 @@ def windows(context: Sequence[int], continuation: Sequence[int], max_tokens: int
     ]
 
 
-def score(model: Transformer, requests: Sequence[Request], token_budget: int = 16384) -> list[tuple[float, bool]]:
+def score(
+    model: Transformer,
+    requests: Sequence[Request],
+    token_budget: int = 16384,
+    on_progress: Callable[[float], None] = lambda share: None,
+) -> list[tuple[float, bool]]:
     """Compute the log-probability of each continuation, and whether greedy decoding produces it.
 
     Args:
         model: A Transformer of any family; it is in evaluation mode during the call.
         requests: (context ids, continuation ids); a context has at least one token, such as the end-of-text token.
         token_budget: Maximum number of padded tokens in a batch; a longer row is a separate batch.
+        on_progress: Called with the share of the batches that are done, after every batch.
 
     Returns:
         For each request, in order: the sum of log-probabilities in nats (computed in fp32), and whether greedy decoding
@@ -116,7 +122,8 @@ def score(model: Transformer, requests: Sequence[Request], token_budget: int = 1
 
     results: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
     with evaluation_mode(model) as device:
-        for batch, is_shared in _plan(rows, stems, token_budget):
+        batches = list(_plan(rows, stems, token_budget))
+        for number, (batch, is_shared) in enumerate(batches, start=1):
             hidden = _shared_hidden if is_shared else _plain_hidden
             x_BTD = hidden(model, [rows[row] for row in batch], [stems[row] for row in batch], device)
             first = [stems[row] - 1 if is_shared else 0 for row in batch]
@@ -131,6 +138,7 @@ def score(model: Transformer, requests: Sequence[Request], token_budget: int = 1
             lengths = [len(requests[request][1]) for request in in_batch]
             for request, log_p, top in zip(in_batch, log_p_N.split(lengths), top_N.split(lengths), strict=True):
                 results[request] = (float(log_p.sum()), bool(top.all()))
+            on_progress(number / len(batches))
     return results
 
 

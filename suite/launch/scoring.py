@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,10 @@ if TYPE_CHECKING:
 
 FACTS = ("few_shot", "n", "cut")
 """Fields of a task that are listed with its scores."""
-READS = "reads of tables"
-"""The part of scoring that counts the reads for usage.json."""
+READS, TASKS = "reads of tables", "tasks"
+"""The parts of scoring: it counts the reads for usage.json, and scores the tasks."""
+BEAT_S = 2.0
+"""Seconds between records of the progress."""
 
 
 def corpus_of(run: RunDir, cell: Cell) -> Corpus:
@@ -108,34 +111,54 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
             usage = key_usage(model, corpus, world.size, on_progress)
         if world.is_first:
             run.write_usage(facts | usage)
-    for config in cell.evaluate:
-        if config.hash8 in wanted:
-            scores = scorer.evaluator.evaluate(model, corpus, config, reference)
-            if world.is_first:
-                run.write_eval(config.hash8, scores | facts)
+    if wanted:
+        with _recording(run, TASKS, world) as on_progress:
+            for number, config in enumerate(config for config in cell.evaluate if config.hash8 in wanted):
+                part = partial(_in_part, on_progress, number, len(wanted))
+                scores = scorer.evaluator.evaluate(model, corpus, config, reference, part)
+                if world.is_first:
+                    run.write_eval(config.hash8, scores | facts)
     if scorer.place is not None:
         from suite.inference.tables.reading import traffic
 
         print(f"{run.name}: tables in {scorer.place.label}: {traffic(model).line()}", file=sys.stderr)
 
 
+def _in_part(on_progress: Callable[[float], None], number: int, parts: int, share: float) -> None:
+    """Report the share of several equal parts that is done, from the share of one of them."""
+    on_progress((number + share) / parts)
+
+
 @contextmanager
 def _recording(run: RunDir, part: str, world: World) -> Iterator[Callable[[float], None]]:
     """Yield a function that records in the run's state which share of a part of scoring is done, and the time left.
 
-    The first process records; the record ends with the block.
+    The first process records, and shows a bar on a terminal; both end with the block.
     """
+    if not world.is_first:
+        yield lambda share: None
+        return
+    from suite.train.reporting.telemetry import progress_bar
+
     started = time.monotonic()
+    due = started
+    bar = progress_bar(in_percent=True)
+    task = None if bar is None else bar.add_task(f"{run.name}: {part}", total=1.0, note="")
 
     def on_progress(share: float) -> None:
-        if world.is_first:
-            run.beat_scoring(part, share, (time.monotonic() - started) * (1 - share) / share if share else None)
+        nonlocal due
+        if bar is not None and task is not None:
+            bar.update(task, completed=share)
+        now = time.monotonic()
+        if now >= due or share == 1.0:
+            due = now + BEAT_S
+            run.beat_scoring(part, share, (now - started) * (1 - share) / share if share else None)
 
-    on_progress(0.0)
-    try:
-        yield on_progress
-    finally:
-        if world.is_first:
+    with bar or nullcontext():
+        on_progress(0.0)
+        try:
+            yield on_progress
+        finally:
             run.beat_scoring(None)
 
 

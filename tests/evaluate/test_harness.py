@@ -74,6 +74,15 @@ def test_one_evaluator_gives_many_models_the_scores_of_new_evaluators(bios: Corp
     assert scores[0] != scores[1]
 
 
+def test_progress_is_the_share_of_the_requests_of_both_models(bios: Corpus, bios_model: Transformer) -> None:
+    config = EvalConfig(tasks=("bios_storage", "bios_qa"), limit=3)
+    shares: list[float] = []
+    Evaluator().evaluate(bios_model, bios, config, small_model(bios, seed=5), shares.append)
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    assert 0.5 in shares
+
+
 def test_scores_with_tables_off_are_those_of_zero_rows_under_a_hash_of_their_own(bios: Corpus) -> None:
     config = MemoryConfig(family="pkm", base="w32", half_keys=16, top_k=4)
     model = models.build(config, bios.vocab_size, seed=0).eval()

@@ -9,7 +9,8 @@ import pytest
 from rich.console import Console
 from tiny_cells import tiny_cell
 
-from suite.launch import progress, worker
+from suite.cells import EvalConfig
+from suite.launch import progress, scoring, worker
 from suite.launch.local import default_jobs, usable_cores
 from suite.launch.preparation import prepare
 from suite.launch.progress import Clock, PlainWatcher, share_done
@@ -38,11 +39,21 @@ def test_there_is_no_estimate_once_all_cells_are_trained_and_scored() -> None:
     assert clock.remaining_s(waiting, 10.0) is not None
 
 
-def test_counting_the_reads_of_tables_shows_its_progress_and_the_time_left(
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_each_part_of_scoring_shows_its_progress_and_the_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = tiny_cell("pkm", epochs=0.5)
     cell = cell.model_copy(update={"data": cell.data.model_copy(update={"seq_len": 32})})
+    cell = cell.with_evaluations((EvalConfig(tasks=("bios_storage", "bios_qa"), limit=3),))
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(scoring, "BEAT_S", 0.0)
     run, states, notes = prepare(tmp_path, cell), [], []
     set_state = RunDir.set_state
 
@@ -54,14 +65,17 @@ def test_counting_the_reads_of_tables_shows_its_progress_and_the_time_left(
     monkeypatch.setattr(RunDir, "set_state", observed)
     assert worker.run_cell(run.path) == "done"
     shown = [(state, note) for state, note in zip(states, notes, strict=True) if state.get("scoring")]
-    shares = [state["scoring"]["share"] for state, _ in shown]
-    assert shares[0] == 0.0
-    assert shares[-1] == 1.0
-    assert len(shares) > 10
-    assert shares == sorted(shares)
-    assert shown[0][1] == "scoring: reads of tables 0%"
-    assert all(state["state"] == "running" and state["eta_s"] >= 0 for state, _ in shown[1:])
-    assert all(re.fullmatch(r"scoring: reads of tables \d+%, .+ left", note or "") for _, note in shown[1:])
+    for part, least in (("reads of tables", 10), ("tasks", 2)):
+        of_part = [(state, note) for state, note in shown if state["scoring"]["part"] == part]
+        shares = [state["scoring"]["share"] for state, _ in of_part]
+        assert shares[0] == 0.0
+        assert shares[-1] == 1.0
+        assert len(shares) > least
+        assert shares == sorted(shares)
+        assert of_part[0][1] == f"scoring: {part} 0%"
+        assert all(state["state"] == "running" and state["eta_s"] >= 0 for state, _ in of_part[1:])
+        assert all(re.fullmatch(rf"scoring: {part} \d+%, .+ left", note or "") for _, note in of_part[1:])
+        assert re.search(rf"{run.name}: {part} .*%", terminal.getvalue())
     assert run.state()["scoring"] is None
     assert cell_status(tmp_path, cell).note is None
 

@@ -78,14 +78,24 @@ def shows_progress() -> bool:
     return sys.stderr.isatty() and importlib.util.find_spec("rich") is not None
 
 
-def progress_bar() -> Progress | None:
-    """Return a bar, or None where none can be shown."""
+def progress_bar(in_percent: bool = False) -> Progress | None:
+    """Return a bar on stderr, with what is done as a count or in percent; None where none can be shown."""
     if not shows_progress():
         return None
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, TextColumn("{task.fields[note]}"), transient=True)
+    done = TaskProgressColumn() if in_percent else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), done, TimeRemainingColumn())
+    console = Console(file=sys.stderr)  # stdout may be a file, and sys.stderr may be replaced while lm-eval runs
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console, transient=True)
 
 
 def peak_memory_bytes() -> int:
