@@ -36,8 +36,10 @@ class TrainConfig(Frozen):
     """Budget, optimizers, precision, and what is logged and saved. Set exactly one of `tokens` and `epochs`."""
 
     batch_rows: int = Field(gt=0, description="rows of seq_len tokens per optimizer step")
-    tokens: int | None = Field(default=None, ge=0, description="training tokens, padding included")
-    epochs: float | None = Field(default=None, gt=0, description="passes over the data; for bios: exposures per fact")
+    tokens: int | None = Field(default=None, ge=0, lt=2**63, description="training tokens, padding included")
+    epochs: float | None = Field(
+        default=None, gt=0, lt=1e18, description="passes over the data; for bios: exposures per fact"
+    )
     lr: float = Field(gt=0, description="peak learning rate")
     value_lr: float | None = Field(
         default=None,

@@ -119,6 +119,8 @@ def test_a_cell_is_unchanged_by_json() -> None:
         ({"train__betas": [-0.1, 0.9]}, r"betas\.0"),
         ({"data__zipf": 1000.0}, "zipf"),
         ({"seed": 2**63}, "seed"),
+        ({"train__epochs": 1e300}, r"train\.epochs\n.*less than 1000000000000000000"),
+        ({"train__epochs": None, "train__tokens": 2**63}, r"train\.tokens\n.*less than 9223372036854775808"),
     ],
 )
 def test_an_invalid_field_is_named(change: dict[str, Any], words: str) -> None:

@@ -109,6 +109,11 @@ def test_the_limit_of_a_container_or_job_counts(lines: str, tmp_path: Path, monk
     [
         ({"warmup": 6}, 5, "train.warmup: got 6, allowed: at most 5"),
         ({"epochs": None, "tokens": 128 * 4 * 7, "warmup": 8}, None, "train.warmup: got 8, allowed: at most 7"),
+        (
+            {"epochs": 1e17},
+            2**61,
+            r"train.epochs: got 1e\+17, which are 2e\+18 steps of 4 rows, allowed: fewer than 2\^63",
+        ),
         ({"stop_past": 0.5}, None, "train.stop_past: got 0.5, allowed: null without train.probes"),
     ],
 )

@@ -6,9 +6,13 @@ from suite.cells import Cell
 from suite.errors import UserError
 from suite.train.schedules import steps_of
 
+MAX_ROWS = 2**63
+"""Rows are numbered in int64."""
+
 
 def refuse_unfit_settings(cell: Cell, steps: int | None = None) -> None:
-    """Raise UserError for a warm-up longer than the run, or a stopping rule without probes of bits.
+    """Raise UserError for more rows than an int64 counts, a warm-up longer than the run, or a stopping rule without
+    probes of bits.
 
     Args:
         cell: The cell.
@@ -16,6 +20,11 @@ def refuse_unfit_settings(cell: Cell, steps: int | None = None) -> None:
     """
     if steps is None and cell.train.tokens is not None:
         steps = steps_of(cell.train, cell.train.tokens, cell.data.seq_len)
+    if steps is not None and steps * cell.train.batch_rows >= MAX_ROWS:
+        raise UserError(
+            f"cell {cell.run_name}: train.epochs: got {cell.train.epochs}, which are {steps:.0e} steps of "
+            f"{cell.train.batch_rows} rows, allowed: fewer than 2^63 rows in all"
+        )
     if steps is not None and cell.train.warmup > steps:
         raise UserError(
             f"cell {cell.run_name}: train.warmup: got {cell.train.warmup}, allowed: at most {steps}, the steps of the "
