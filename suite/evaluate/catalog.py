@@ -111,9 +111,16 @@ def load(names: Iterable[str], sources: Sources, num_fewshot: int | None = None)
 
 
 def _add(loaded: Loaded, config: dict[str, Any], sources: Sources, num_fewshot: int | None) -> ConfigurableTask:
-    name = config["task"]
     config = _with_examples(config, num_fewshot)
     docs, fingerprint = _documents(config, sources)
+    task = _task(config, docs)
+    loaded.tasks[config["task"]], loaded.fingerprints[config["task"]] = task, fingerprint
+    return task
+
+
+def _task(config: dict[str, Any], docs: dict[str, Docs]) -> ConfigurableTask:
+    """Build a task over the documents of its splits. Raises UserError if it wants more examples than they have."""
+    config = dict(config)
     process = config.pop("process_docs", None)
     if process is not None:
         # once, instead of on every access of lm-eval to the documents
@@ -123,7 +130,6 @@ def _add(loaded: Loaded, config: dict[str, Any], sources: Sources, num_fewshot: 
     task = ConfigurableTask(config=config)
     _refuse_too_many_examples(task)
     task.set_fewshot_seed(FEWSHOT_SEED)
-    loaded.tasks[name], loaded.fingerprints[name] = task, fingerprint
     return task
 
 
@@ -154,6 +160,32 @@ def _refuse_too_many_examples(task: ConfigurableTask) -> None:
         raise UserError(
             f"task {task.config.task}: num_fewshot: got {shots}, allowed: at most {most}, the number in its data"
         )
+
+
+def refuse_too_many_examples(config: EvalConfig, data: DataConfig, root: Path | None) -> None:
+    """Check before training that tasks have the examples that `num_fewshot` requests, where their data is at hand.
+
+    It is where the documents are made from an invented world, and where the files are in a local folder.
+
+    Args:
+        config: The evaluation.
+        data: The `data` block of the run.
+        root: The folder of evaluation data; None: the hub, which is not asked.
+
+    Raises:
+        UserError: A task has fewer examples.
+    """
+    world = data.synthetic_world()
+    for definition in map(task_list.entry, config.tasks if config.num_fewshot else ()):
+        for stated in definition.configs() if definition.programs is None else ():
+            used = _with_examples(stated, config.num_fewshot)
+            if not used["num_fewshot"]:
+                continue
+            if definition.is_about_corpus:
+                if world is not None:
+                    _task(used, {"test": corpus_docs.of_world(world, used["dataset_name"])})
+            elif root is not None:
+                _task(used, DataRoot(root).load(used["dataset_path"], used.get("dataset_name"), _splits(used)))
 
 
 def _giving(docs: dict[str, Docs]) -> Callable[..., dict[str, Docs]]:

@@ -45,9 +45,13 @@ def documents(corpus: Corpus, task: str, name: str) -> Docs:
         UserError: The task does not suit the corpus.
     """
     refuse_unfit(corpus.config, task, name)
-    world = corpus.world
-    if world is None:
+    if corpus.world is None:
         return Docs({"text": _beginning(text)} for text in corpus.held_out)
+    return of_world(corpus.world, name)
+
+
+def of_world(world: World, name: str) -> Docs:
+    """Return the documents of a task about a world; `name` as for `documents`, without `held_out`."""
     if name in ("storage", "paraphrase"):
         return Docs(_probe(probe) for probe in world.probes(name))  # type: ignore[arg-type]
     probes = world.probes("extraction")

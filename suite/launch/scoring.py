@@ -68,6 +68,28 @@ def refuse_unfit(run: RunDir, cell: Cell, scorer: Scorer) -> None:
                 catalog.refuse_missing(config, scorer.data_root)
 
 
+def refuse_too_many_examples(run: RunDir, cell: Cell, data_root: Path | None, seen: set[tuple[str, str]]) -> None:
+    """Refuse evaluations with more examples than the data has, if it is at hand, before the run is trained.
+
+    Args:
+        run: The run; evaluations that have scores are not checked.
+        cell: Its cell.
+        data_root: The folder of evaluation data; None: the hub.
+        seen: The evaluations and data that were checked, to which those of the cell are added.
+
+    Raises:
+        UserError: A task has fewer examples.
+    """
+    wanted = missing_evals(run, cell)
+    for config in cell.evaluate:
+        key = config.hash8, cell.data.model_dump_json()
+        if config.num_fewshot and config.hash8 in wanted and key not in seen:
+            from suite.evaluate import catalog
+
+            catalog.refuse_too_many_examples(config, cell.data, data_root)
+            seen.add(key)
+
+
 def needs_scoring(run: RunDir, cell: Cell) -> bool:
     """Return whether a trained run still lacks scores, of the end or of retained checkpoints, or its memory usage."""
     return bool(missing_evals(run, cell) or background_scoring.retained_steps(run)) or needs_usage(run, cell)

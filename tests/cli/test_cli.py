@@ -38,6 +38,7 @@ model: {family: dense, base: w32}
 data: {kind: bios, people: 30}
 train: {batch_rows: 4, epochs: 1, lr: 5e-3, checkpoint_every: 5}
 """
+SHOTS = CELL.replace("30}", "30, questions: 0.5}") + "evaluate: [{tasks: [bios_choice], num_fewshot: 200}]\n"
 LONG = 300 * "x"
 """Longer than the name of a file may be."""
 GRID = f"defaults:{CELL.replace(chr(10), chr(10) + '  ')}\nblocks:\n  - axes: {{seed: [0, 1]}}\n"
@@ -59,6 +60,7 @@ def test_every_verb_has_help_with_an_example(verb: str, suite: Suite) -> None:
         (["sweep", "smoke", "--set", "train.lr=fast"], "train.lr: got 'fast', allowed: a valid number"),
         (["sweep", "smoke", "--set", "train.lrr=1", "--dry-run"], "train.lrr: unknown field, did you mean lr?"),
         (["sweep", "smoke", "--set", "evaluate=[{tasks: [bios_qaa]}]", "--dry-run"], "did you mean bios_qa?"),
+        (["train", "shots.yaml"], "shots.yaml: task bios_choice: num_fewshot: got 200, allowed: at most "),
         (["sweep", "smoke", "--data-root", "nowhere"], "--data-root: there is no folder nowhere"),
         (["sweep", "smoke", "--results", "/dev/null/here"], "--results: /dev/null/here"),
         (["status", "smoke", "--results", "/dev/null"], "--results: /dev/null"),
@@ -87,6 +89,7 @@ def test_every_verb_has_help_with_an_example(verb: str, suite: Suite) -> None:
     ],
 )
 def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(arguments: list[str], expected: str, suite: Suite) -> None:
+    Path("shots.yaml").write_text(SHOTS)
     result = suite(*arguments)
     assert result.returncode == 2
     assert result.stdout == ""

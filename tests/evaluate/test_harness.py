@@ -189,8 +189,12 @@ def test_more_examples_than_the_data_has_are_refused(real_data: Path, bios: Corp
     of_one_person = 6
     for task, most in (("mmlu", 5), ("hellaswag", 49), ("bios_choice", questions - of_one_person)):
         prepare(EvalConfig(tasks=(task,), num_fewshot=most, limit=1), sources)
+        catalog.refuse_too_many_examples(EvalConfig(tasks=(task,), num_fewshot=most), bios.config, real_data)
+        more = EvalConfig(tasks=(task,), num_fewshot=most + 1, limit=1)
         with pytest.raises(UserError, match=rf"num_fewshot: got {most + 1}, allowed: at most {most}"):
-            prepare(EvalConfig(tasks=(task,), num_fewshot=most + 1, limit=1), sources)
+            prepare(more, sources)
+        with pytest.raises(UserError, match=rf"num_fewshot: got {most + 1}, allowed: at most {most}"):
+            catalog.refuse_too_many_examples(more, bios.config, real_data)
 
 
 @pytest.mark.parametrize("task", ["bios_qa", "bios_choice"])

@@ -8,7 +8,7 @@ from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.checks.settings import refuse_unfit_settings
 from suite.launch.scorer import Scorer, is_finished
-from suite.launch.scoring import refuse_unfit
+from suite.launch.scoring import refuse_too_many_examples, refuse_unfit
 from suite.records import run_dir
 from suite.train.checkpoint import steps_saved
 from suite.train.finetuning.parent import find_parent
@@ -24,6 +24,7 @@ def refuse_unfit_cells(grid: Grid, results: Path, scorer: Scorer) -> None:
         results: The results folder.
         scorer: Settings for scoring.
     """
+    seen: set[tuple[str, str]] = set()
     for cell in grid.cells:
         run = run_dir(results, cell)
         if is_finished(run, cell):
@@ -33,6 +34,7 @@ def refuse_unfit_cells(grid: Grid, results: Path, scorer: Scorer) -> None:
             if not run.state().get("trained"):
                 refuse_unfit_settings(cell)
             refuse_unfit(run, cell, scorer)
+            refuse_too_many_examples(run, cell, scorer.data_root, seen)
         except UserError as error:
             raise UserError(f"{grid.source}: {error}") from None
 
