@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from suite.errors import UserError
+from suite.errors import UserError, reason
 from suite.identity import Frozen
 from suite.models import registry
 
@@ -70,9 +70,12 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_whole(self, node: yaml.ScalarNode) -> int:
-        """Return the integer of a scalar in base 8, 10 or 16."""
+        """Return the integer of a scalar in base 8, 10 or 16. Raises UserError for more digits than Python reads."""
         text = str(node.value)
-        return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+        try:
+            return int(text, 0) if text.startswith(("0o", "0x")) else int(text)
+        except ValueError as error:
+            raise UserError(f"line {node.start_mark.line + 1}: not valid YAML: {reason(error)}") from None
 
     def construct_number(self, node: yaml.ScalarNode) -> int | float:
         """Return the number of a scalar, as an integer if it has no fraction."""
@@ -116,8 +119,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: has {size:,} bytes, allowed: a YAML file of at most {MAX_BYTES:,}")
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise UserError(f"{path}: {reason}; give a readable YAML file in UTF-8") from None
+        fault = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise UserError(f"{path}: {fault}; give a readable YAML file in UTF-8") from None
     content = _parse(text, str(path))
     if not isinstance(content, dict):
         raise UserError(f"{path}: got {shown(content)}, allowed: a mapping of fields to values")
@@ -140,8 +143,8 @@ def _parse(text: str, where: str) -> Any:
         raise UserError(f"{where}: {line}not valid YAML: {error.problem}{hint}") from None
     except RecursionError:
         raise UserError(f"{where}: not valid YAML: its values are nested too deeply") from None
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an integer of more than 4,300 digits
-        raise UserError(f"{where}: not valid YAML: {str(error).splitlines()[0]}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise UserError(f"{where}: not valid YAML: {reason(error)}") from None
 
 
 def whole_numbers(text: str, where: str) -> list[int]:

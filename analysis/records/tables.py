@@ -53,7 +53,8 @@ def read_table(path: Path) -> pd.DataFrame:
         else:
             raise InputError(f"{path}: suffix is {suffix or 'missing'!r}, allowed: {FORMATS}")
     except (ValueError, OSError, EOFError, BadZipFile, LZMAError, RecursionError, csv.Error) as error:
-        raise InputError(f"{path}: not readable as {suffix}: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].partition("; use sys.")[0]  # of an integer too long for Python
+        raise InputError(f"{path}: not readable as {suffix}: {reason}") from None
     if table.empty:
         raise InputError(f"{path}: no rows")
     return table

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from suite.errors import UserError
+from suite.errors import UserError, reason
 
 Doc = dict[str, Any]
 
@@ -167,9 +167,10 @@ def _read_jsonl(path: Path) -> list[Doc]:
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError) as error:
             raise UserError(
-                f"{path}:{number}: not whole JSON (an incomplete download?), allowed: one object per line"
+                f"{path}:{number}: not JSON ({reason(error)}), allowed: one whole object per line; "
+                "if the download is incomplete, repeat it"
             ) from None
         if not isinstance(row, dict):
             raise UserError(f"{path}:{number}: got {type(row).__name__}, allowed: one JSON object per line")

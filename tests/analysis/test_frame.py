@@ -289,6 +289,7 @@ def test_numbers_in_json_are_never_dates_and_may_be_of_any_size(tmp_path: Path) 
         ("x.json", '[{"a": 1}, 5]', "element 2: got 5, allowed: an object"),
         ("x.json", "5", "got 5, allowed: an array of objects"),
         pytest.param("x.json", "[" * 100_000, "not readable", id="deep"),
+        pytest.param("x.jsonl", '{"a": 1}\n{"a": ' + "7" * 5000 + "}\n", "line 2: Exceeds the limit", id="digits"),
     ],
 )
 def test_unreadable_tables_are_one_line(tmp_path: Path, name: str, content: str, message: str) -> None:

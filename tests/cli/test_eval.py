@@ -109,7 +109,7 @@ def test_truncated_data_is_named_by_its_line_and_leaves_no_scores(
     last = target.read_bytes().count(b"\n") + 1
     result = suite("eval", trained[0], "--tasks", "piqa", "--data-root", "data", "--json")
     assert (result.returncode, result.stdout) == (2, "")
-    assert f"validation.jsonl:{last}: not whole JSON" in result.stderr
+    assert f"validation.jsonl:{last}: not JSON" in result.stderr
     assert not scores(tmp_path, trained[0])
     target.write_bytes(source.read_bytes())
     # the failed evaluation was not added to the run

@@ -77,10 +77,17 @@ def test_answers_that_are_years_are_text(tmp_path: Path) -> None:
 def test_an_incomplete_file_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, [{"question": "q", "answer": ["a"]}] * 2)
     path.write_text(path.read_text()[:-10])
-    with pytest.raises(UserError, match=r"validation.jsonl:2: not whole JSON"):
+    with pytest.raises(UserError, match=r"validation.jsonl:2: not JSON .*if the download is incomplete, repeat it"):
         oracle.run(["nq_open"], tmp_path)
     path.write_text("")
     with pytest.raises(UserError, match=r"validation.jsonl: got no rows"):
+        oracle.run(["nq_open"], tmp_path)
+
+
+def test_an_integer_of_many_digits_names_its_line(tmp_path: Path) -> None:
+    path = write(tmp_path, [{"question": "q", "answer": ["a"]}])
+    path.write_text(path.read_text() + '{"question": "q", "answer": ' + "7" * 5000 + "}\n")
+    with pytest.raises(UserError, match=r"validation.jsonl:2: not JSON \(Exceeds the limit \(4300 digits\)"):
         oracle.run(["nq_open"], tmp_path)
 
 

@@ -277,6 +277,7 @@ MISTAKES = {
     "a section within itself": ("model: {base: w32}", "model: &m {base: w32, part: *m}", "line 3: contains itself"),
     "a list within itself": ("defaults:", "defaults:\n  evaluate: &e [*e]", "line 3: contains itself"),
     "a merge of itself": ("model: {base: w32}", "model: &m {<<: *m}", "line 3: contains itself"),
+    "too many digits": ("batch_rows: 8", "batch_rows: " + "7" * 5000, "line 5: not valid YAML: Exceeds the limit"),
     "deep nesting": ("[dense]", "[" * 5000 + "]" * 5000, "nested too deeply"),
     "too many combinations": (
         "[dense]}",

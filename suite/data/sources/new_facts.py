@@ -26,7 +26,7 @@ from suite.data.sources.bios import BiosData
 from suite.data.sources.registry import DataConfig, register
 from suite.data.sources.streams import TOKENIZER
 from suite.data.tokenizer_config import TokenizerConfig
-from suite.errors import UserError
+from suite.errors import UserError, reason
 from suite.identity import NOT_IDENTITY, Problem
 
 LISTS: dict[str, ProbeKind] = {"paraphrases": "storage", "unseen": "paraphrase", "questions": "extraction"}
@@ -167,7 +167,7 @@ def _fact(place: str, line: str, paraphrases: int) -> Fact:
     try:
         record: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON ({error}), allowed: one object per line") from None
+        raise UserError(f"{place}: not JSON ({reason(error)}), allowed: one object per line") from None
     if not isinstance(record, dict) or not isinstance(record.get("answer"), str) or not record["answer"].strip():
         raise UserError(f"{place}: answer: missing, allowed: an object with the text of the answer")
     if unknown := record.keys() - {"answer", *LISTS}:

@@ -26,7 +26,7 @@ from suite.data.resumable_writer import Progress
 from suite.data.sources.registry import register
 from suite.data.sources.streams import StreamData
 from suite.data.tokenizer_config import TokenizerConfig
-from suite.errors import UserError
+from suite.errors import UserError, reason
 from suite.identity import NOT_IDENTITY, Problem
 
 COMPRESSED = ("", ".gz", ".zst")
@@ -310,8 +310,7 @@ def _records(file: Path, opened: BufferedReader) -> Iterator[tuple[str, Any]]:
             try:
                 yield f"{file}:{number}", json.loads(line)
             except (ValueError, RecursionError) as error:  # also of integers too long, and of lists too deep for Python
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error).partition(";")[0]
-                raise UserError(f"{file}:{number}: not JSON ({reason}), allowed: one object per line") from None
+                raise UserError(f"{file}:{number}: not JSON ({reason(error)}), allowed: one object per line") from None
 
 
 def _rows(file: Path, opened: BufferedReader, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
