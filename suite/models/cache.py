@@ -1,7 +1,7 @@
 """What decoding stores of earlier tokens, and which earlier tokens a module may read.
 
 Shapes: B rows, T tokens of the call, L stored tokens and those of the call, G key-value heads, K head width, C columns,
-W tokens of a window.
+W tokens of a window, S numbers of steps.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Earlier = Callable[[Tensor, Sequence[int]], list[Tensor]]
-"""`earlier(x_BTC, steps)` returns, for each number of steps, x of the token that many positions before each token; zero
-where the document has none. A module may call it once per forward pass."""
+Earlier = Callable[[Tensor, Sequence[int]], Tensor]
+"""`earlier(x_BTC, steps)` returns, for each number of steps, x of the token that many positions before each token, in
+one tensor [S, B, T, C]; zero where the document has none. A module may call it once per forward pass."""
 
 
 class Cache:
@@ -94,33 +94,38 @@ class EarlierTokens:
     def windows(self, tokens_BT: Tensor, window: int) -> Tensor:
         """Return the ids [B, T, W] of each token and of those before it, the current one last; -1 where none exists."""
         tokens_BT1 = tokens_BT.unsqueeze(-1)
-        return torch.cat((*self.rows("ids", tokens_BT1, range(window - 1, 0, -1), fill=-1), tokens_BT1), -1)
+        if window == 1:
+            return tokens_BT1
+        rows_SBT1 = self.rows("ids", tokens_BT1, range(window - 1, 0, -1), fill=-1)
+        return torch.cat((*rows_SBT1, tokens_BT1), -1)
 
-    def rows(self, slot: Hashable, x_BTC: Tensor, steps: Sequence[int], fill: int = 0) -> list[Tensor]:
+    def rows(self, slot: Hashable, x_BTC: Tensor, steps: Sequence[int], fill: int = 0) -> Tensor:
         """Return the rows of earlier tokens.
 
         Args:
             slot: Identifies the sequence in the cache.
             x_BTC: One row per token of the call.
-            steps: Distances to the earlier tokens, each at least 1.
+            steps: Distances to the earlier tokens, one at least; 0 stands for the token itself.
             fill: The value where the document has no such token.
 
         Returns:
-            For each number of steps, the row of the token that many positions before each token, [B, T, C].
+            For each number of steps, the row of the token that many positions before each token, [S, B, T, C].
         """
-        last = max(steps, default=0)
+        last, tokens = max(steps), x_BTC.shape[1]
         x_BLC = x_BTC if self.cache is None or not last else self.cache.remember(slot, x_BTC, last)
-        x_BLC = F.pad(x_BLC, (0, 0, last, 0), value=fill)
-        first = x_BLC.shape[1] - x_BTC.shape[1]
-        shifted = [x_BLC[:, first - step : x_BLC.shape[1] - step] for step in steps]
-        return [self._masked(rows_BTC, step, fill) for rows_BTC, step in zip(shifted, steps, strict=True)]
-
-    def _masked(self, rows_BTC: Tensor, step: int, fill: int) -> Tensor:
-        """Fill the rows that belong to another document or to padding."""
+        rows_SBTC = _shifted(F.pad(x_BLC, (0, 0, last, 0), value=fill), steps, tokens)
+        # The rows of other documents and of padding are filled, in the copy that `_shifted` has made.
         if self.segments_BT is not None:
-            earlier_BT = F.pad(self.segments_BT, (step, 0), value=-1)[:, : rows_BTC.shape[1]]
-            rows_BTC = rows_BTC.masked_fill((earlier_BT != self.segments_BT).unsqueeze(-1), fill)
+            earlier_SBT = _shifted(F.pad(self.segments_BT, (last, 0), value=-1), steps, tokens)
+            rows_SBTC.masked_fill_((earlier_SBT != self.segments_BT).unsqueeze(-1), fill)
         if self.pad_B is not None:
-            position_T = torch.arange(self.past - step, self.past - step + rows_BTC.shape[1], device=rows_BTC.device)
-            rows_BTC = rows_BTC.masked_fill((position_T < self.pad_B[:, None]).unsqueeze(-1), fill)
-        return rows_BTC
+            position_L = torch.arange(self.past - last, self.past + tokens, device=x_BTC.device)
+            position_S1T = _shifted(position_L.unsqueeze(0), steps, tokens)
+            rows_SBTC.masked_fill_((position_S1T < self.pad_B[:, None]).unsqueeze(-1), fill)
+        return rows_SBTC
+
+
+def _shifted(x_BL: Tensor, steps: Sequence[int], tokens: int) -> Tensor:
+    """Return copies of the last `tokens` entries along L, shifted back by each number of steps, [S, B, T, ...]."""
+    end = x_BL.shape[1]
+    return torch.stack([x_BL[:, end - tokens - step : end - step] for step in steps])

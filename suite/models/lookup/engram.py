@@ -4,7 +4,7 @@ Engram (arXiv 2601.07372; deepseek-ai/Engram, engram_demo_v1.py), and what DeepS
 made of it, which their inference code shows (sglang, layers/engram.py). Where these are silent, the choice is ours, and
 the text states it. Canonical ids are those of suite/data/canonical_ids.py.
 
-Shapes: B rows, T tokens, D model width, N highest order, H rows read per token, E = H * row width.
+Shapes: B rows, T tokens, D model width, N highest order, H rows read per token, E = H * row width, S taps.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class Engram(MemoryLayer):
         k_BTD, q_BTD = self.key_norm(self.key(e_BTE).to(wide)), self.x_norm(x_BTD.to(wide))
         score_BT1 = (k_BTD * q_BTD).sum(-1, keepdim=True) / math.sqrt(self.dim)
         if self.gate == "signed_root":
-            score_BT1 = score_BT1.sign() * score_BT1.abs().clamp_min(MIN_SCORE).sqrt()
+            # The sign has no gradient; detached, none is computed.
+            score_BT1 = score_BT1.detach().sign() * score_BT1.abs().clamp_min(MIN_SCORE).sqrt()
         return score_BT1.sigmoid()
 
     def _convolve(self, v_BTD: Tensor, earlier: Earlier) -> Tensor:
@@ -115,11 +116,8 @@ class Engram(MemoryLayer):
         assert self.taps is not None
         assert self.value_norm is not None
         normed_BTD = self.value_norm(v_BTD.to(at_least_fp32(v_BTD.dtype)))
-        rows = earlier(normed_BTD, [self.hashes.orders * tap for tap in range(1, self.kernel)])
-        y_BTD = self.taps[0] * normed_BTD
-        for tap_D, row_BTD in zip(self.taps[1:], rows, strict=True):
-            y_BTD = y_BTD + tap_D * row_BTD
-        return y_BTD
+        rows_SBTD = earlier(normed_BTD, [self.hashes.orders * tap for tap in range(self.kernel)])
+        return (self.taps[:, None, None] * rows_SBTD).sum(0)
 
     def initial_values(self, name: str, shape: torch.Size) -> Distribution:
         """Return matrices normal with fan_in^-1/2, taps zero or normal with kernel^-1/2, biases zero, gains one.
