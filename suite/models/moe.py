@@ -119,11 +119,12 @@ class Experts(nn.Module):
         number_E = torch.arange(self.count, device=expert_S.device)
         ends_E = torch.searchsorted(expert_S, number_E, right=True, out_int32=True)
         x_SD = x_ND.to(dtype).index_select(0, order_S // expert_NK.shape[1])
-        w1, w2, w3 = (weight.to(dtype).mT for weight in (self.w1, self.w2, self.w3))
-        h_SF = F.silu(F.grouped_mm(x_SD, w1, offs=ends_E)) * F.grouped_mm(x_SD, w3, offs=ends_E)
-        y_SD = F.grouped_mm(h_SF, w2, offs=ends_E)
-        place_S = torch.empty_like(order_S).scatter_(0, order_S, torch.arange(len(order_S), device=order_S.device))
-        return y_SD.index_select(0, place_S).view(*expert_NK.shape, -1)
+        if fused.casts(x_SD, self.w1, self.w3):
+            gate_SF, up_SF = fused.products(x_SD, self.w1, self.w3, ends_E=ends_E).chunk(2, -1)
+        else:
+            gate_SF, up_SF = (F.grouped_mm(x_SD, w.to(dtype).mT, offs=ends_E) for w in (self.w1, self.w3))
+        y_SD = F.grouped_mm(F.silu(gate_SF) * up_SF, self.w2.to(dtype).mT, offs=ends_E)
+        return torch.empty_like(y_SD).index_copy_(0, order_S, y_SD).view(*expert_NK.shape, -1)
 
     def _has_grouped_kernel(self, x_ND: Tensor) -> bool:
         if not x_ND.is_cuda:
@@ -296,14 +297,14 @@ class TokenChoice(RoutedExperts):
         affinity_NE = logits_NE.sigmoid()
         expert_NK = (affinity_NE + self.balance_E).topk(self.top_k).indices
         if self.training:
-            self.load_E += tally(expert_NK.flatten(), self.experts.count)
+            self.load_E.scatter_(0, expert_NK.flatten(), 1.0, reduce="add")
         gate_NK = affinity_NE.gather(-1, expert_NK)
         return expert_NK, gate_NK / gate_NK.sum(dim=-1, keepdim=True)
 
     @torch.no_grad()
     def after_step(self) -> None:
         """Update the balancing bias and reset the counts."""
-        self.balance_E += self.balance_rate * torch.sign(self.load_E.mean() - self.load_E)
+        self.balance_E.add_(torch.sign(self.load_E.mean() - self.load_E), alpha=self.balance_rate)
         self.load_E.zero_()
 
 

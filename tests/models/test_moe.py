@@ -8,6 +8,7 @@ from model_families import config, model, tokens
 from naive_routing import auxiliary_by_loop
 from torch.nn import functional as F
 
+from suite.models import fused
 from suite.models.moe import ExpertChoice, Experts, LossBalanced, TokenChoice
 
 
@@ -160,6 +161,25 @@ def test_grouped_products_equal_padded_ones_with_their_gradients(dtype: torch.dt
         )
     for padded, grouped in zip(*results, strict=True):
         assert (grouped.float() - padded).norm() <= tolerance * padded.norm()
+
+
+def test_fused_products_of_grouped_inputs_equal_a_loop_over_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU and in fp32, which is set as the dtype of products on a GPU. One group is empty."""
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda kind: torch.float32)
+    generator = torch.Generator().manual_seed(1)
+    x_SD, w1_EFD, w3_EFD = (torch.randn(*shape, 16, generator=generator) for shape in ((11,), (3, 24), (3, 8)))
+    gradient_SC = torch.randn(11, 32, generator=generator)
+    inputs = [part.requires_grad_() for part in (x_SD, w1_EFD, w3_EFD)]
+    y_SC = fused.products(*inputs, ends_E=torch.tensor([4, 4, 11], dtype=torch.int32))
+    wide = [part.detach().double().requires_grad_() for part in inputs]
+    groups = [(wide[0][:4], 0), (wide[0][4:], 2)]
+    expected_SC = torch.cat([x @ torch.cat((wide[1][expert], wide[2][expert])).mT for x, expert in groups])
+    ours, theirs = (
+        (y, *torch.autograd.grad(y, parts, gradient_SC.to(y.dtype)))
+        for y, parts in ((y_SC, inputs), (expected_SC, wide))
+    )
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("expert_NK", [[[0, 1]] * 9 + [[1, 4]] * 2, [[3]] * 7, [[0], [1], [2], [3], [4], [4]], [[2]]])
