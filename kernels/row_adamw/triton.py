@@ -41,11 +41,12 @@ REGISTERS = 128
 class Blocks:
     """The scalars of the latest steps on the device, copied there once per step.
 
-    Rows are updated where they are.
+    Rows are updated where they are. `is_current` becomes 0 when an update finds a row that has missed a step.
     """
 
     def __init__(self, state: State) -> None:
         self.state = state
+        self.is_current = torch.ones((), dtype=torch.int32, device=state.last_R.device)
         self._of: tuple[int, int] | None = None
         self._parts: tuple[Tensor, ...] = ()
 
@@ -102,7 +103,7 @@ def _step_kernel(
     scale,
     key,
     first_column,
-    outdated,
+    is_current,
     count,
     table_rows,
     now,
@@ -168,7 +169,7 @@ def _step_kernel(
     tl.store(touched + row, 1, mask=has_gradient)
     if not SWEEP:
         before = tl.maximum(tl.load(last + row, mask=valid, other=now - 1), floor)
-        tl.store(outdated + row * 0, 1, mask=valid & (before < now - 1))
+        tl.store(is_current + row * 0, 0, mask=valid & (before < now - 1))
         tl.store(last + row, now, mask=valid)
         tl.store(moment + row, now, mask=valid)
 
@@ -261,12 +262,11 @@ def _replay_kernel(
 def update(state: State, blocks: Blocks, placed: Placed, history: History) -> None:
     """See reference.update; gradients are read where they are, as RowGradients.placed gives them."""
     count = len(state.last_R) if placed.rows_P is None else len(placed.rows_P)
-    outdated = torch.zeros((), dtype=torch.int32, device=state.last_R.device)
-    _step(state, blocks, placed, history, count, outdated)
-    if outdated.is_cuda:
-        torch._assert_async(outdated == 0, OUTDATED)  # an error of a later call: the host does not wait
+    _step(state, blocks, placed, history, count, blocks.is_current)
+    if blocks.is_current.is_cuda:
+        torch._assert_async(blocks.is_current, OUTDATED)  # an error of a later call: the host does not wait
     else:
-        assert not outdated, OUTDATED
+        assert blocks.is_current, OUTDATED
 
 
 def sweep(state: State, blocks: Blocks, placed: Placed, history: History) -> None:
@@ -285,10 +285,10 @@ def _step(
     placed: Placed,
     history: History,
     count: int,
-    outdated: Tensor | None = None,
+    is_current: Tensor | None = None,
     slots_R: Tensor | None = None,
 ) -> None:
-    """Take one step on `count` rows: those that have gradients, setting `outdated` if one is behind, or all."""
+    """Take one step on `count` rows: those that have gradients, clearing `is_current` if one is behind, or all."""
     width, block = state.mean_RD.shape[1], triton.next_power_of_2(state.mean_RD.shape[1])
     block_rows = max(1, ELEMENTS // 2 // block)
     if count:
@@ -304,13 +304,13 @@ def _step(
             blocks.scalars(history)[0],
             placed.scale,
             *_noise(state, history),
-            outdated,
+            is_current,
             count,
             len(state.last_R),
             history.step,
             state.floor,
             width,
-            SWEEP=outdated is None,
+            SWEEP=is_current is None,
             DECAYS=history.hyper.weight_decay != 0,
             BLOCK_R=block_rows,
             num_warps=max(1, min(16, block_rows * block // ELEMENTS)),

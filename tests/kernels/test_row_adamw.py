@@ -181,10 +181,11 @@ def test_a_saved_state_continues_bit_for_bit(backend: str) -> None:
     assert torch.equal(adamw.state_dict()["v"], second.state_dict()["v"])
 
 
-def test_a_gradient_of_a_row_that_was_not_read_is_refused() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_a_gradient_of_a_row_that_was_not_read_is_refused(backend: str) -> None:
     table = torch.zeros(100, 2)
     sink = RowGradients(table)
-    adamw = RowAdamW(table, sink)
+    adamw = RowAdamW(table, sink, backend=backend)
     for rows in ([1], [2]):
         adamw.before_read(torch.tensor([1]))
         sink.add(torch.tensor(rows), torch.ones(1, 2))

@@ -107,8 +107,9 @@ class Engram(MemoryLayer):
         k_BTD, q_BTD = self.key_norm(self.key(e_BTE).to(wide)), self.x_norm(x_BTD.to(wide))
         score_BT1 = (k_BTD * q_BTD).sum(-1, keepdim=True) / math.sqrt(self.dim)
         if self.gate == "signed_root":
-            # The sign has no gradient; detached, none is computed.
-            score_BT1 = score_BT1.detach().sign() * score_BT1.abs().clamp_min(MIN_SCORE).sqrt()
+            # The gradient of the sign is zero, and that of a threshold takes fewer operations than that of clamp_min.
+            magnitude_BT1 = F.threshold(score_BT1.abs(), MIN_SCORE, MIN_SCORE)
+            score_BT1 = score_BT1.detach().sign() * magnitude_BT1.sqrt()
         return score_BT1.sigmoid()
 
     def _convolve(self, v_BTD: Tensor, earlier: Earlier) -> Tensor:
