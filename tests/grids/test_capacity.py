@@ -1,4 +1,4 @@
-"""The capacity grid: each world holds more bits than its models can store."""
+"""The capacity grids: each world holds more bits than dense models store (Allen-Zhu and Li, part 3.3)."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from suite.grids import load_grid
 from suite.models.accounting import account
 
 BITS_A_PERSON = sum(math.log2(values) for values in (200, 100, 50, 300, 100, 28))
-BITS_A_PARAMETER = 2  # Allen-Zhu and Li, "Physics of Language Models" part 3.3
 
 
-@pytest.mark.parametrize("grid", ["capacity", "capacity-laptop"])
-def test_every_world_has_more_bits_than_any_of_its_models_can_store(grid: str) -> None:
+@pytest.mark.parametrize(
+    ("grid", "epochs", "bits_a_parameter"),
+    [("capacity", {100, 1000}, 2.0), ("capacity-laptop", {100}, 1.2)],  # published: 2 after 1,000, 1 after 100
+)
+def test_every_world_has_more_bits_than_a_model_stores_at_the_published_rate(
+    grid: str, epochs: set[int], bits_a_parameter: float
+) -> None:
     cells = load_grid(str(Path(__file__).resolve().parents[2] / "grids" / f"{grid}.yaml")).cells
     vocabulary = {}
     for model, data in {(cell.model, cell.data) for cell in cells}:
@@ -25,5 +29,5 @@ def test_every_world_has_more_bits_than_any_of_its_models_can_store(grid: str) -
         if data.people not in vocabulary:
             vocabulary[data.people] = WordTokenizer.of(data.synthetic_world().vocabulary_texts()).vocab_size
         parameters = account(model, vocabulary[data.people], data.seq_len).params_total
-        assert data.people * BITS_A_PERSON >= BITS_A_PARAMETER * parameters, model
-    assert {cell.train.epochs for cell in cells} == {100, 1000}
+        assert data.people * BITS_A_PERSON >= bits_a_parameter * parameters, model
+    assert {cell.train.epochs for cell in cells} == epochs
