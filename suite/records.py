@@ -45,10 +45,22 @@ class DamagedRecord(UserError):
     """A record file that cannot be read; the message names the file and the remedy."""
 
 
+def _parse(content: bytes) -> Any:
+    """Return the value of JSON as records hold it, without NaN and infinity. Raises ValueError."""
+    try:
+        return json.loads(content, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
 def read_json(path: Path, remedy: str) -> dict[str, Any]:
     """Return the JSON object in a record file. Raises FileNotFoundError, or DamagedRecord with `remedy`."""
     try:
-        content = json.loads(path.read_bytes())
+        content = _parse(path.read_bytes())
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -149,6 +161,8 @@ class RunDir:
         record = read_json(self.cell_path, self._restore)
         if not isinstance(record.get("cell"), dict):
             raise DamagedRecord(f"{self.cell_path}: is damaged: it has no field cell; {self._restore}")
+        if not isinstance(record.get("versions", {}), dict):
+            raise DamagedRecord(f"{self.cell_path}: is damaged: its field versions is not a mapping; {self._restore}")
         return record | {"cell": with_current_names(record["cell"])}
 
     def read_cell(self) -> Cell:
@@ -159,7 +173,10 @@ class RunDir:
         try:
             return Cell.model_validate(fields)
         except ValidationError as error:
-            raise UserError(f"{self.cell_path}: {explain(error, Cell, fields)}") from None
+            raise UserError(
+                f"{self.cell_path}: {explain(error, Cell, fields)}; use the version that made the run, or move the "
+                f"folder {self.path} away"
+            ) from None
 
     def write_cell(self, cell: Cell, **facts: Any) -> None:
         """Write cell.json: the cell with all its fields, its hash, and `facts` (account, versions, data_fingerprint).
@@ -209,11 +226,13 @@ class RunDir:
 
     def _parse_line(self, line: bytes) -> dict[str, Any]:
         try:
-            content = json.loads(line)
+            content = _parse(line)
         except ValueError as error:
             raise DamagedRecord(f"{self.train_path}: is damaged: not JSON ({error}); {self._restore}") from None
-        if not isinstance(content, dict):
-            raise DamagedRecord(f"{self.train_path}: is damaged: a line is not a JSON object; {self._restore}")
+        if not isinstance(content, dict) or not isinstance(content.get("step"), int):
+            raise DamagedRecord(
+                f"{self.train_path}: is damaged: a line is not a JSON object with a step; {self._restore}"
+            )
         return content
 
     def cut_train(self, step: int) -> None:
@@ -237,8 +256,12 @@ class RunDir:
         """Return the content of a file of eval/. Raises DamagedRecord."""
         remedy = "delete the file and the same command scores the run again"
         content = read_json(path, remedy)
-        if not isinstance(content.get("tasks"), dict):
+        tasks = content.get("tasks")
+        if not isinstance(tasks, dict):
             raise DamagedRecord(f"{path}: is damaged: it has no field tasks; {remedy}")
+        for name, task in tasks.items():
+            if not isinstance(task, dict) or not isinstance(task.get("metrics"), dict):
+                raise DamagedRecord(f"{path}: is damaged: its task {name} has no metrics; {remedy}")
         return content
 
     def eval_paths(self) -> list[Path]:
@@ -262,6 +285,8 @@ class RunDir:
             return {"state": "pending", "progress": 0.0, "eta_s": None, "cause": None}
         if content.get("state") not in STATES:
             raise DamagedRecord(f"{self.state_path}: is damaged: its field state is not a state; {remedy}")
+        if not isinstance(content.get("progress", 0.0), int | float):
+            raise DamagedRecord(f"{self.state_path}: is damaged: its field progress is not a number; {remedy}")
         return content
 
     def jobs(self) -> dict[str, Any]:

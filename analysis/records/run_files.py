@@ -136,6 +136,8 @@ def _read_usage(row: Row, path: Path) -> None:
 
 def _read_training(row: Row, lines: list[dict[str, Any]]) -> None:
     for position, line in enumerate(lines):
+        if line.get("step") is None:
+            raise InputError(f"train.jsonl: line {position + 1}: has no step")
         averaged = line.get("averaged") or {}
         line[f"{AVERAGED}eval_loss"] = averaged.get("eval_loss")
         row.lists["lines"].append(tuple(_number(line.get(key)) for key in LISTS["lines"]))

@@ -223,10 +223,22 @@ def _write_parquet(table: pd.DataFrame, path: Path) -> int:
     return len(table)
 
 
+def _parse(text: str) -> Any:
+    """Return the value of JSON as records hold it, without NaN and infinity. Raises ValueError."""
+    try:
+        return json.loads(text, parse_constant=_refuse_constant)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a number")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Return a JSON object from a file; InputError if it is absent or is not one."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = _parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path}: no such file") from None
     except ValueError as error:
@@ -251,7 +263,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     objects = []
     for number, line in enumerate(StringIO(text[: text.rfind("\n") + 1]), 1):
         try:
-            objects.append(json.loads(line))
+            objects.append(_parse(line))
         except ValueError as error:
             raise InputError(f"{path}: line {number}: not JSON: {error}") from None
     return objects

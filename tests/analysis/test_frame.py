@@ -19,6 +19,7 @@ from analysis.errors import InputError
 from analysis.figures.context import context
 from analysis.records import frame
 from analysis.records.grid_data import load
+from analysis.records.run_files import read_run
 from analysis.records.runs import rows
 from analysis.records.runs.curves import Curves
 from analysis.records.runs.labels import labels
@@ -183,9 +184,18 @@ def test_a_line_cut_by_a_kill_is_dropped_and_a_broken_one_named(tmp_path: Path) 
     path = tmp_path / "train.jsonl"
     path.write_text('{"step": 1}\n{"step": 2')
     assert read_lines(path) == [{"step": 1}]
-    path.write_text('{"step": 1}\nnonsense\n')
-    with pytest.raises(InputError, match="line 2"):
-        read_lines(path)
+    for broken in ("nonsense", '{"step": 2, "loss": NaN}', 100_000 * "["):
+        path.write_text(f'{{"step": 1}}\n{broken}\n')
+        with pytest.raises(InputError, match="line 2"):
+            read_lines(path)
+
+
+def test_a_line_without_a_step_makes_its_run_a_damaged_one(tmp_path: Path) -> None:
+    name = write_run(tmp_path, "dense", "w32", 0, 5.0)
+    path = tmp_path / "runs" / name / "train.jsonl"
+    path.write_text('{"loss": 1.0}\n' + path.read_text())
+    scalars = read_run(path.parent).scalars
+    assert (scalars["state"], scalars["cause"]) == ("damaged", "train.jsonl: line 1: has no step")
 
 
 def test_published_tables_load_into_the_same_columns(tmp_path: Path, results: Path) -> None:

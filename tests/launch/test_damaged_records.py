@@ -32,6 +32,12 @@ DAMAGE = {
     "binary scores": ("eval/*.json", b"\x80\x81\xff"),
     "binary train.jsonl": ("train.jsonl", b"\x80\x81\xff\n\xfe\xff\n"),
     "truncated usage.json": ("usage.json", b'{"tables": [{'),
+    "state.json with a text as progress": ("state.json", b'{"state": "running", "progress": "half"}'),
+    "cell.json with a text as versions": ("cell.json", b'{"cell": {}, "versions": "1"}'),
+    "scores without metrics": ("eval/*.json", b'{"tasks": {"bios_storage": {}}}'),
+    "train.jsonl without a step": ("train.jsonl", b'{"loss": 1.0}\n'),
+    "train.jsonl with NaN": ("train.jsonl", b'{"step": 1, "loss": NaN}\n'),
+    "deeply nested train.jsonl": ("train.jsonl", 100_000 * b"[" + b"\n"),
     "damaged job record": ("logs/slurm.json", b"{"),
 }
 
