@@ -50,8 +50,9 @@ def text_of(place: str, record: Mapping[str, Any], field: str) -> str:
     if text is None:
         return ""
     if not isinstance(text, str):
-        actual = f"only {', '.join(sorted(record)) or 'nothing'}" if text is ... else type(text).__name__
-        raise UserError(f"{place}: data.field {field!r}: got {actual}, allowed: a field with text")
+        present = ", ".join(sorted(record)) or "none"
+        problem = f"not among the fields, which are {present};" if text is ... else f"got {type(text).__name__},"
+        raise UserError(f"{place}: data.field {field!r}: {problem} allowed: a field with text")
     try:
         text.encode()
     except UnicodeEncodeError:

@@ -108,7 +108,7 @@ def test_errors_in_preparation_are_one_line_and_leave_no_files(text: Path, tmp_p
     for share in (1e-9, 1 - 1e-9):
         with pytest.raises(UserError, match=r"data\.held_out: got .*, which leaves"):
             prepare(config.model_copy(update={"held_out": share}), cache)
-    with pytest.raises(UserError, match="'body': got only text"):
+    with pytest.raises(UserError, match="'body': not among the fields, which are text"):
         prepare(config.model_copy(update={"field": "body"}), cache)
     assert [path for path in cache.iterdir() if path.is_dir()] == []
 

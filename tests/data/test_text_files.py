@@ -69,7 +69,7 @@ BROKEN = {
     "empty.txt": (b" \n\n", r"which holds no text"),
     "field.jsonl": (
         jsonl("fine") + b'{"body": "x", "id": 3}\n',
-        r"field\.jsonl:2: data\.field 'text': got only body, id",
+        r"field\.jsonl:2: data\.field 'text': not among the fields, which are body, id; allowed: a field with text",
     ),
     "type.jsonl": (b'{"text": 3}\n', r"type\.jsonl:1: data\.field 'text': got int"),
     "half.jsonl": (b'{"text": "\\ud800"}\n', r"half\.jsonl:1: data\.field 'text': got half of a surrogate"),
@@ -114,7 +114,9 @@ def test_parquet_gives_the_documents_of_jsonl(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     parquet.write_table(pyarrow.table({"id": range(701), "text": texts}), path, row_group_size=300)
     assert list(text_files.FileReader(path, "text")) == texts[:-1]
-    with pytest.raises(UserError, match=r"a\.parquet: data\.field 'body': got only id, text, allowed: a column"):
+    with pytest.raises(
+        UserError, match=r"a\.parquet: data\.field 'body': not among the columns, which are id, text; allowed: a column"
+    ):
         list(text_files.FileReader(path, "body"))
     with pytest.raises(UserError, match=r"a\.parquet:1: data\.field 'id': got int"):
         list(text_files.FileReader(path, "id"))

@@ -86,6 +86,13 @@ def test_processes_that_share_a_memory_divide_the_cell() -> None:
     assert needed(tables, Launch(2)) > 1.4 * alone, "each process has whole tables"
 
 
+def test_a_cell_whose_bytes_cannot_be_counted_needs_more_than_9_billion_gigabytes() -> None:
+    cell = tiny_cell("pkm")
+    cell = cell.model_copy(update={"model": cell.model.model_copy(update={"half_keys": 2**31})})
+    problem = str(MemoryCheck(24e9, "this machine").problem(cell))
+    assert problem.startswith("needs more than 9 billion GB of memory, and this machine has 24.0 GB; use ")
+
+
 @pytest.mark.parametrize("lines", ["0::/job/step\n", "1:cpu:/\n4:memory,hugetlb:/job/step\n"])
 def test_the_limit_of_a_container_or_job_counts(lines: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root, name = (tmp_path, "memory.max") if lines.startswith("0") else (tmp_path / "memory", "memory.limit_in_bytes")
@@ -142,7 +149,7 @@ def text_cell(path: Path, **data: Any) -> Cell:
 @pytest.mark.parametrize(
     ("lines", "data", "message"),
     [
-        ('{"body": "x"}\n', {}, "data.field 'text': got only body"),
+        ('{"body": "x"}\n', {}, "data.field 'text': not among the fields, which are body"),
         ('{"text": " "}\n', {}, "which holds no text"),
         ('{"text": "one two three"}\n' * 9, {"tokenizer": {"kind": "bpe", "vocab_size": 200_000}}, "vocab_size"),
     ],

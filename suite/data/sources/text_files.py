@@ -324,7 +324,9 @@ def _rows(file: Path, opened: BufferedReader, field: str) -> Iterator[tuple[str,
         columns = table.schema_arrow.names
         if field not in columns:
             present = ", ".join(sorted(columns))
-            raise UserError(f"{file}: data.field {field!r}: got only {present}, allowed: a column with text")
+            raise UserError(
+                f"{file}: data.field {field!r}: not among the columns, which are {present}; allowed: a column with text"
+            )
         for batch in table.iter_batches(_PARQUET_ROWS, columns=[field]):
             for text in batch.column(0).to_pylist():
                 number += 1

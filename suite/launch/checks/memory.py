@@ -141,8 +141,9 @@ class MemoryCheck:
             fields.append(f"a smaller model.half_keys ({cell.model.table_side})")
         if self.host is not None and cell.model.has_tables and cell.train.table_device == "model":
             fields.append("train.table_device: host")
+        size = f"about {needed / 1e9:,.1f} GB" if math.isfinite(needed) else "more than 9 billion GB"
         return (
-            f"needs about {needed / 1e9:,.1f} GB of memory, and {self.device} has {self.limit / 1e9:,.1f} GB; use "
+            f"needs {size} of memory, and {self.device} has {self.limit / 1e9:,.1f} GB; use "
             f"{', '.join(fields)}, or a smaller model.base ({cell.model.base})"
         )
 
