@@ -91,7 +91,8 @@ def _choice(scored: pd.DataFrame) -> Choice:
 def markdown(scored: pd.DataFrame) -> str:
     """Return the choices as a table, followed by every setting tried."""
     lines = [
-        "| variant | base | runs | lr | value lr | value weight decay | stored | worst neighbour | at an edge |",
+        "| variant | base | runs | lr | value lr | value weight decay | stored | worst neighbour "
+        "| at an edge (of three or more) |",
         "|---" * 9 + "|",
     ]
     for choice in choices(scored):
