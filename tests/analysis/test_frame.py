@@ -327,6 +327,8 @@ def test_labels_omit_a_setting_without_a_value() -> None:
 def test_unknown_grid_is_named_with_the_known_ones(results: Path) -> None:
     with pytest.raises(InputError, match=r"grid 'nope' has no records; suite sweep nope .*records: demo"):
         frame.load(results, "nope", "dense")
+    with pytest.raises(InputError, match=r"grid 'dmo' has no records; did you mean demo\?"):
+        frame.load(results, "dmo", "dense")
 
 
 def test_a_path_that_is_too_long_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

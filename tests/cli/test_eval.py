@@ -61,6 +61,8 @@ def test_an_invalid_request_is_one_line_and_leaves_no_trace(tmp_path: Path, suit
     record = tmp_path / "results" / "runs" / trained[0] / "cell.json"
     before = record.read_text()
     (tmp_path / "data").mkdir()
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "llama" / "config.json").write_text("{}")
     for arguments, expected in (
         (["mine.yaml", "--tasks", "nq_opn"], "evaluate.tasks: got 'nq_opn', did you mean nq_open?"),
         (["mine.yaml", "--tasks", "held_out"], "task held_out"),
@@ -77,6 +79,8 @@ def test_an_invalid_request_is_one_line_and_leaves_no_trace(tmp_path: Path, suit
         ([trained[1]], f"RUN: got '{trained[1]}', allowed: "),
         (["dense"], "RUN|GRID: got 'dense', allowed: a path to a .yaml file or one of "),
         (["dense"], trained[0]),
+        (["llama"], "; suite import makes a run of a checkpoint"),
+        ([str(tmp_path / "llama")], "; suite import makes a run of a checkpoint"),
         ([], "RUN|GRID: missing"),
         (["mine.yaml", "--oracle"], "--oracle: "),
     ):
