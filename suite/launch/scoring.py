@@ -232,7 +232,7 @@ def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) 
 
 def set_done(run: RunDir) -> None:
     """Record that the run is trained and scored."""
-    run.set_state("done", progress=1.0, eta_s=0.0, finished=time.time())
+    run.set_state("done", progress=1.0, eta_s=0.0, scoring=None, finished=time.time())
 
 
 def score_runs(
