@@ -34,6 +34,8 @@ EVERY = (1 << 31) - 1
 """A limit on replayed steps that no row reaches."""
 ELEMENTS = 512
 """Of a warp: 16 values of every array per thread."""
+ROWS = 32
+"""Of a program, at most: one per thread of a warp. More rows of few values need more addresses than registers."""
 REGISTERS = 128
 """Of a thread, at most, in fp32. Without a limit, a step on wide rows gets fewer, and a few of them are spilled."""
 
@@ -290,7 +292,7 @@ def _step(
 ) -> None:
     """Take one step on `count` rows: those that have gradients, clearing `is_current` if one is behind, or all."""
     width, block = state.mean_RD.shape[1], triton.next_power_of_2(state.mean_RD.shape[1])
-    block_rows = max(1, ELEMENTS // 2 // block)
+    block_rows = max(1, min(ROWS, ELEMENTS // 2 // block))
     if count:
         _step_kernel[(triton.cdiv(count, block_rows),)](
             *state.tensors,
