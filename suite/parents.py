@@ -121,6 +121,10 @@ def with_identified_parent(cell: Cell) -> Cell:
     name = re.fullmatch(r"[\w-]+-([0-9a-f]{8})", init_from)
     if name is None:
         allowed = "a name under parents of the grid, the name of a run (it ends in its hash), or the path of a run"
-        hint = "; suite import makes a run of a checkpoint" if os.path.isfile(Path(init_from, "config.json")) else ""
-        raise UserError(f"{INIT_FROM}: got {init_from!r}, allowed: {allowed}{hint}")
+        raise UserError(f"{INIT_FROM}: got {init_from!r}, allowed: {allowed}{import_hint(init_from)}")
     return cell.starting_from(name[1])
+
+
+def import_hint(run: str) -> str:
+    """Return what makes a run of a folder that holds a checkpoint of transformers, or an empty string."""
+    return "; suite import makes a run of a checkpoint" if os.path.isfile(Path(run, "config.json")) else ""

@@ -8,6 +8,8 @@ BITS_PER_PERSON = 39.6116
 """Entropy of a person's attributes in a `bios` world: the sum of log2 of 200, 100, 50, 300, 100 and 28 values."""
 BITS_PER_PARAMETER = 2.0
 """What a dense model can store, roughly (Allen-Zhu and Li, Physics of Language Models part 3.3)."""
+AFTER_100_EXPOSURES = 1.0
+"""What it has stored after 100 exposures, in bits per parameter (same source)."""
 
 
 def regime(runs: pd.DataFrame) -> str:

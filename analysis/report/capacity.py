@@ -6,13 +6,10 @@ import numpy as np
 
 from analysis.comparisons.statistics import MIN_PAIRS, paired
 from analysis.records.grid_data import GridData
-from analysis.records.regime import BITS_PER_PERSON
+from analysis.records.regime import AFTER_100_EXPOSURES, BITS_PER_PERSON
 from analysis.records.tables import number
 from analysis.report.blocks import Block, Heading, Table, Text
 from analysis.report.formatting import with_interval
-
-AFTER_100_EXPOSURES = 1.0
-"""Bits per parameter of a dense model, roughly (Allen-Zhu and Li, Physics of Language Models part 3.3)."""
 
 
 def capacity_blocks(data: GridData) -> list[Block]:

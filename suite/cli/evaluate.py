@@ -23,7 +23,6 @@ from suite.cli.options import (
     check_folders,
     expand_options,
     find_run,
-    import_hint,
     make_scoring,
     parse_tasks,
     print_json,
@@ -175,6 +174,8 @@ def _find_runs(target: str, options: GridOptions) -> tuple[Grid, list[RunDir], P
     try:
         find_grid(target)
     except UserError as error:
+        from suite.parents import import_hint
+
         raise UserError(f"RUN|{error}; or {allowed_runs(options.results)}{import_hint(target)}") from None
     grid = options.load(target)
     return grid, [run_dir(options.results, cell) for cell in grid.cells], options.results

@@ -186,13 +186,10 @@ def find_run(run: str, results: Path) -> Path:
     # Unlike Path.is_file, os.path.isfile is false for a text that is too long for a path.
     path = Path(run) if os.path.isfile(Path(run, "cell.json")) else results / "runs" / run
     if not os.path.isfile(path / "cell.json"):
+        from suite.parents import import_hint
+
         raise UserError(f"RUN: got {run!r}, allowed: {allowed_runs(results)}{import_hint(run)}")
     return path
-
-
-def import_hint(run: str) -> str:
-    """Return what makes a run of a folder that holds a checkpoint of transformers, or an empty string."""
-    return "; suite import makes a run of a checkpoint" if os.path.isfile(Path(run, "config.json")) else ""
 
 
 def allowed_runs(results: Path) -> str:

@@ -170,7 +170,7 @@ def refuse_too_many_examples(config: EvalConfig, data: DataConfig, root: Path | 
     Args:
         config: The evaluation.
         data: The `data` block of the run.
-        root: The folder of evaluation data; None: the hub, which is not asked.
+        root: The folder of evaluation data; None: the hub, which is not queried.
 
     Raises:
         UserError: A task has fewer examples.

@@ -200,8 +200,8 @@ def test_a_step_that_reads_only_padding_ends_the_run_and_names_the_fields(cache:
         data = cell.data.model_copy(update={"seq_len": seq_len})
         return trainer_of(cell.model_copy(update={"data": data}), cache, tmp_path / folder)
 
-    alone, beside = trainer_with("alone", batch_rows=1), trainer_with("beside", batch_rows=2, accumulate=2)
-    assert beside.train_step()["loss"] == alone.train_step()["loss"]  # beside targets, padding adds nothing
+    alone, padded = trainer_with("alone", batch_rows=1), trainer_with("padded", batch_rows=2, accumulate=2)
+    assert padded.train_step()["loss"] == alone.train_step()["loss"]  # next to targets, padding adds nothing
     assert alone.loader.batch(1).targets_BT.eq(-100).all()
     with pytest.raises(UserError, match=rf"train\.batch_rows: got 1; step 2 reads .*data\.seq_len: got {seq_len}\)"):
         alone.train_step()
