@@ -121,8 +121,8 @@ def positions(runs: pd.DataFrame, stored: int) -> np.ndarray:
 
 def _identified(runs: pd.DataFrame, cells: list[dict[str, Any]], accounts: list[dict[str, Any]]) -> pd.DataFrame:
     """Return the runs with what their cells and accounts state."""
-    models = [cell["model"] for cell in cells]
-    smaller = [any(cell.get(name) is not None for name in AFTER_TRAINING) for cell in cells]
+    models, train = [cell["model"] for cell in cells], [cell.get("train") or {} for cell in cells]
+    smaller = np.array([any(cell.get(name) is not None for name in AFTER_TRAINING) for cell in cells], bool)
     half_keys = pd.array([model.get("half_keys") for model in models], "Float64").to_numpy(float, na_value=np.nan)
     stated = {
         "family": [model["family"] for model in models],
@@ -131,17 +131,14 @@ def _identified(runs: pd.DataFrame, cells: list[dict[str, Any]], accounts: list[
         "half_keys": half_keys,
         "memory_rows": _memory_rows(half_keys, accounts),
         "ffn_hidden": pd.to_numeric(pd.Series([model.get("ffn_hidden") for model in models], dtype=object)),
-        "reshaped": [is_reshaped(model) or is_smaller for model, is_smaller in zip(models, smaller, strict=True)],
+        "reshaped": np.array([is_reshaped(model) for model in models], bool) | smaller,
         "smaller": smaller,
         "control": [model.get("control") for model in models],
         "pairing": [pairing(cell) for cell in cells],
         "train_key": [training(cell) for cell in cells],
-        "steady": [
-            (cell.get("train") or {}).get("schedule", "constant") == "constant" and not is_smaller
-            for cell, is_smaller in zip(cells, smaller, strict=True)
-        ],
-        "stops_early": [bool((cell.get("train") or {}).get("stop_past")) for cell in cells],
-        "train": [cell.get("train") or {} for cell in cells],
+        "steady": np.array([settings.get("schedule", "constant") == "constant" for settings in train], bool) & ~smaller,
+        "stops_early": np.array([bool(settings.get("stop_past")) for settings in train], bool),
+        "train": train,
         "model": models,
         "people": [cell["data"].get("people") if cell["data"].get("kind") == "bios" else None for cell in cells],
     }
