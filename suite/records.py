@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator
@@ -265,13 +266,13 @@ class RunDir:
         return content
 
     def eval_paths(self) -> list[Path]:
-        """Return the files of eval/, in a fixed order."""
+        """Return the scores in eval/, in a fixed order; copies of them and files of others are left out."""
         folder = self.path / "eval"
         try:
             names = os.listdir(folder)
         except FileNotFoundError:
             return []
-        return [folder / name for name in sorted(names) if name.endswith(".json")]
+        return [folder / name for name in sorted(names) if re.fullmatch(r"[0-9a-f]{8}\.json", name)]
 
     def write_usage(self, content: dict[str, Any]) -> None:
         """Write usage.json, how the rows of the memory are used."""

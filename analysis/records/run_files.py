@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -69,6 +70,9 @@ AVERAGED = "averaged_"
 DAMAGED = "damaged"
 """State of a run with a record file that cannot be read."""
 
+RECORDS = re.compile(r"(cell|state|usage)\.json|train\.jsonl|eval/[0-9a-f]{8}\.json|eval/steps/[0-9a-f]{8}-\d+\.json")
+"""Names of the record files in a run directory."""
+
 
 @dataclass
 class Row:
@@ -79,6 +83,11 @@ class Row:
     lists: dict[str, list[tuple[Any, ...]]] = field(default_factory=lambda: {name: [] for name in LISTS})
 
 
+def is_record(name: str) -> bool:
+    """Return whether the file of this name in a run directory is a record; copies and files of others are not."""
+    return RECORDS.fullmatch(name) is not None
+
+
 def read_run(folder: Path) -> Row:
     """Return the records of a run directory; one with an unreadable file is marked as damaged and has no lists."""
     row = Row(folder.name)
@@ -87,10 +96,10 @@ def read_run(folder: Path) -> Row:
         _read_state(row, folder)
         _read_usage(row, folder / "usage.json")
         _read_training(row, read_lines(folder / "train.jsonl"))
-        for path in sorted(folder.glob("eval/*.json")):
-            _read_scores(row, path, "final")
-        for path in sorted(folder.glob("eval/steps/*.json")):
-            _read_scores(row, path, "steps")
+        for scores, split in (("eval", "final"), ("eval/steps", "steps")):
+            for path in sorted((folder / scores).glob("*.json")):
+                if is_record(f"{scores}/{path.name}"):
+                    _read_scores(row, path, split)
     except (InputError, OSError, TypeError, ValueError, AttributeError, KeyError) as error:
         cause = str(error) if isinstance(error, InputError) else f"{folder}: {type(error).__name__}: {error}"
         scalars = {name: row.scalars.get(name) for name in ("cell", "hash", "account", "versions")}

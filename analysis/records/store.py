@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from analysis.records.run_files import LISTS, SCALARS, Row, read_run
+from analysis.records.run_files import LISTS, SCALARS, Row, is_record, read_run
 
-VERSION = "2"
+VERSION = "3"
 """Raise it when the meaning of a column changes; a change of columns is noticed without."""
 CACHE = Path("cache", "analysis", "records.parquet")
 SCORES = ("eval", "eval/steps")
@@ -115,15 +115,9 @@ def _file_signatures(folder: str, prefix: str) -> Iterator[str]:
             name = prefix + entry.name
             if name in SCORES:
                 yield from _file_signatures(entry.path, f"{name}/")
-            elif _is_record(name):
+            elif is_record(name):
                 stat = entry.stat()
                 yield f"{name}:{stat.st_mtime_ns}:{stat.st_size}:{stat.st_ino}"
-
-
-def _is_record(name: str) -> bool:
-    if "/" in name:
-        return name.endswith(".json") and not name.rpartition("/")[2].startswith(".")
-    return name in ("cell.json", "state.json", "train.jsonl", "usage.json")
 
 
 def _cached_signatures(path: Path) -> dict[str, str]:

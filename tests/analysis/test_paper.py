@@ -30,7 +30,7 @@ def scores(root: Path, *runs: tuple[dict[str, Any], dict[str, dict[str, float]],
         scored = {name: {"metrics": {m: {"value": v} for m, v in metrics.items()}} for name, metrics in tasks.items()}
         write_json(folder / "cell.json", {"cell": {"model": model, "data": {}, "seed": 0}, "hash": f"h{number}"})
         write_json(folder / "state.json", {"state": "done"})
-        write_json(folder / "eval" / "0.json", {"tasks": scored})
+        write_json(folder / "eval" / "00000000.json", {"tasks": scored})
         (folder / "train.jsonl").write_text(json.dumps({"step": 1, "tokens": tokens, "loss": 2.5}) + "\n")
     return figures.ours(root)
 

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -351,9 +352,9 @@ def _scored(root: Path, name: str, few_shot: int, right: str, **settings: Any) -
         "answers": {"acc": right},
     }
     evaluation = {"limit": limit} | ({"precision": settings["precision"]} if "precision" in settings else {})
-    digest = f"{few_shot}{len(right)}{prompts}{settings.get('precision', '')}"
+    digest = zlib.crc32(f"{few_shot}{len(right)}{prompts}{settings.get('precision', '')}".encode())
     content = {"eval": evaluation, "step": 1, "tasks": {"piqa": task}}
-    write_json(root / "runs" / name / "eval" / f"{digest}.json", content)
+    write_json(root / "runs" / name / "eval" / f"{digest:08x}.json", content)
 
 
 def test_scores_of_different_questions_or_few_shot_settings_are_not_paired(tmp_path: Path) -> None:
@@ -436,6 +437,30 @@ def test_a_damaged_run_is_named_and_the_rest_is_reported(tmp_path: Path, file: s
     assert f"{name}: damaged: {path}" in text
     assert "1 runs are damaged or copies" in text
     assert "0.500 times the exposures of dense" in text
+
+
+def test_the_report_of_damaged_runs_alone_names_them(tmp_path: Path) -> None:
+    names = [write_run(tmp_path, family, "w32", 0, 20.0, half_keys=16) for family in ("dense", "memory_plus")]
+    for name in names:
+        (tmp_path / "runs" / name / "state.json").write_bytes(b"")
+    text = report_text(tmp_path)
+    assert "2 runs are damaged or copies" in text
+    assert all(f"{name}: damaged: " in text for name in names)
+
+
+@pytest.mark.parametrize(
+    "stray", ["eval/._0badcafe.json", "eval/0badcafe copy.json", "eval/steps/0badcafe-20 (1).json"]
+)
+def test_files_beside_the_scores_that_are_no_scores_are_left_alone(tmp_path: Path, stray: str) -> None:
+    name = write_run(tmp_path, "dense", "w32", 0, 20.0)
+    before = frame.load(tmp_path, None, "dense").table
+    path = tmp_path / "runs" / name / stray
+    path.parent.mkdir(exist_ok=True)
+    for content in (b"\x00\x05\x16\x07", (tmp_path / "runs" / name / "eval/0badcafe.json").read_bytes()):
+        path.write_bytes(content)
+        data = load(tmp_path, fallback="dense")
+        assert not len(data.left_out)
+        pd.testing.assert_frame_equal(frame.load(tmp_path, None, "dense").table, before)
 
 
 def test_a_copied_run_folder_is_named_and_counts_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

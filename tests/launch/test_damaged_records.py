@@ -78,6 +78,19 @@ def test_status_names_the_damaged_file_and_shows_the_other_runs(
     assert any(remedy in str(broken.cause) for remedy in ("restore the file", "delete the file"))
 
 
+@pytest.mark.parametrize("stray", ["._0badcafe.json", "0badcafe copy.json", ".DS_Store"])
+def test_files_beside_the_scores_that_are_no_scores_are_left_alone(
+    finished: tuple[Path, Path], tmp_path: Path, stray: str
+) -> None:
+    grid, results = load_grid(str(finished[0])), tmp_path / "results"
+    shutil.copytree(finished[1], results)
+    run = run_dir(results, grid.cells[0])
+    before = run.read_all().evals.keys()
+    (run.path / "eval" / stray).write_bytes(b"\x00\x05\x16\x07")
+    assert [status.state for status in grid_status(results, grid)] == ["done", "done"]
+    assert run.read_all().evals.keys() == before
+
+
 @pytest.mark.parametrize("name", ["truncated cell.json", "empty state.json", "binary scores"])
 def test_a_sweep_finishes_the_other_cells_and_leaves_the_damaged_run_as_it_is(
     finished: tuple[Path, Path], tmp_path: Path, name: str
