@@ -199,9 +199,10 @@ def export_run(
     results: Results = Path("results"),
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's newest weights in the format of transformers: safetensors, config and tokenizer.
+    """Write the weights of a run in the format of transformers: safetensors, config and tokenizer.
 
-    A dense model loads as LlamaForCausalLM. Exports of other families include their modelling files
+    Those of a trained run are those of its last step; of another run, those of its newest checkpoint. A dense
+    model loads as LlamaForCausalLM. Exports of other families include their modelling files
     (trust_remote_code=True).
 
     Example: suite export dense-w32-s0-0a1b2c3d --to exported
@@ -209,12 +210,13 @@ def export_run(
     from suite.export.export import export
     from suite.launch.scoring import corpus_of
     from suite.records import RunDir
-    from suite.train.checkpoint import load_model
+    from suite.train.checkpoint import final_step, load_model
 
     record = RunDir(find_run(run, results))
     cell = record.read_cell()
     corpus = corpus_of(record, cell)
-    files = export(load_model(record, cell, corpus), to, corpus, cell.data.seq_len, cell.quantised, cell.kept_rows)
+    model = load_model(record, cell, corpus, step=final_step(record))
+    files = export(model, to, corpus, cell.data.seq_len, cell.quantised, cell.kept_rows)
     if as_json:
         print_json({"run": record.name, "files": [str(path) for path in files]})
     else:

@@ -38,6 +38,8 @@ def train(
 ) -> None:
     """Train and evaluate one cell in this process, resuming from its last checkpoint.
 
+    A finished run whose last checkpoint is damaged or missing is trained to its end again from an older one.
+
     Several processes train a cell together under torchrun: torchrun --nproc-per-node 2 -m suite train CELL
     (docs/schedulers.md).
 
@@ -86,7 +88,9 @@ def _make_ready(grid: Grid, results: Path, scorer: Scorer, fits: bool | None = N
     if fits is None and (reason := MemoryCheck.of_this_machine().problem(grid.cells[0])) is not None:
         raise UserError(f"{grid.source}: {reason}")
     try:
-        preparation.prepare(results, grid.cells[0], lambda text: print(text, file=sys.stderr))
+        run = preparation.prepare(results, grid.cells[0], lambda text: print(text, file=sys.stderr))
+        with run.lock():
+            preparation.train_lost_end_again(run)
     except Locked as error:
         raise UserError(f"{error}; wait for it or stop it") from None
 

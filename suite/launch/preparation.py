@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from suite.errors import UserError
 from suite.grids import Grid
 from suite.launch.provenance import stale_because
 from suite.records import CELL_FACTS, GRIDS, DamagedRecord, Locked, RunDir, read_json, run_dir
-from suite.train.checkpoint import steps_saved
+from suite.train.checkpoint import lost_end, newest_whole, steps_saved
 
 
 def grid_path(results: Path, grid: Grid) -> Path:
@@ -140,6 +141,26 @@ def retry_failed(results: Path, cells: Iterable[Cell]) -> None:
         if run.damage() is None and run.state()["state"] == "failed":
             with run.lock():
                 run.set_state("pending")
+
+
+def train_lost_end_again(run: RunDir) -> None:
+    """Mark a trained run as not trained, and not done, if its last checkpoint is damaged or missing.
+
+    Training then continues from an older checkpoint, to the same weights. The caller holds the run's lock.
+
+    Args:
+        run: The run.
+
+    Raises:
+        UserError: All checkpoints are damaged.
+    """
+    state = run.state()
+    if not state.get("trained"):
+        return
+    step = newest_whole(run)
+    if (last := lost_end(run, step)) is not None:
+        print(f"{run.name}: the checkpoint of step {last} is lost; training again from step {step}", file=sys.stderr)
+        run.set_state("pending" if state["state"] == "done" else state["state"], trained=False)
 
 
 def _free_path(path: Path) -> Path:

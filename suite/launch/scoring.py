@@ -113,16 +113,11 @@ def score_missing(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world
         return
     import torch
 
-    from suite.train.checkpoint import lost_end, newest_whole
+    from suite.train.checkpoint import final_step
 
     # As in training, so that a run that was interrupted between the two gets the same scores.
     torch.set_num_threads(cell.threads)
-    step = newest_whole(run, world)
-    if (last := lost_end(run, step)) is not None:
-        raise UserError(
-            f"{run.checkpoints}: the checkpoint of the last step, {last}, is damaged or missing; suite train "
-            f"{run.cell_path} trains from step {step} to the end again"
-        )
+    step = final_step(run, world)
     model = _load(run, cell, corpus, scorer, world, step)
     reference = quantise.load_source(run, cell, corpus) if cell.source is not None and wanted else None
     facts = {"run": run.name, "step": step}

@@ -21,6 +21,7 @@ from suite.errors import DiskFull, UserError
 from suite.launch import background_scoring, branches
 from suite.launch.derived import quantise
 from suite.launch.interruption import Interruption
+from suite.launch.preparation import train_lost_end_again
 from suite.launch.provenance import device_name, stale_because, versions
 from suite.launch.scorer import Scorer, cache_of, missing_evals
 from suite.launch.scoring import needs_scoring, score_missing, set_done
@@ -151,8 +152,8 @@ def _train_and_score_together(
 ) -> None:
     from suite.train.loop import train
 
-    if world.is_first:
-        _train_lost_end_again(run, cell)
+    if world.is_first and needs_scoring(run, cell):
+        train_lost_end_again(run)
     is_trained = world.any(world.is_first and bool(run.state().get("trained")))
     if cell.source is not None and not is_trained:
         raise UserError(f"{run.path}: several processes cannot quantise a run; suite quantise does it in one")
@@ -255,7 +256,8 @@ def _train_and_score(run: RunDir, cell: Cell, scorer: Scorer, interruption: Inte
     if cell.imported is not None and not run.state().get("trained"):
         raise UserError(f"{run.path}: its checkpoint is not complete; suite import completes it")
     corpus = prepare(cell.data, cache=cache_of(run))
-    _train_lost_end_again(run, cell)
+    if needs_scoring(run, cell):
+        train_lost_end_again(run)
     if not run.state().get("trained"):
         if cell.source is not None:
             quantise.make(run, cell, corpus)
@@ -267,21 +269,6 @@ def _train_and_score(run: RunDir, cell: Cell, scorer: Scorer, interruption: Inte
         raise KeyboardInterrupt
     score_missing(run, cell, corpus, scorer)
     set_done(run)
-
-
-def _train_lost_end_again(run: RunDir, cell: Cell) -> None:
-    """Mark a trained run that lacks scores as not trained if its last checkpoint is damaged or missing.
-
-    Training then continues from an older checkpoint; otherwise older weights would be scored as those of the run.
-    """
-    from suite.train.checkpoint import lost_end, newest_whole
-
-    if not run.state().get("trained") or not needs_scoring(run, cell):
-        return
-    step = newest_whole(run)
-    if (last := lost_end(run, step)) is not None:
-        print(f"{run.name}: the checkpoint of step {last} is lost; training again from step {step}", file=sys.stderr)
-        run.set_state("running", trained=False)
 
 
 def _train(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, interruption: Interruption) -> None:

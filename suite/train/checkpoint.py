@@ -88,6 +88,26 @@ def lost_end(run: RunDir, step: int | None) -> int | None:
     return None if step is None or last is None or step >= last else int(last)
 
 
+def final_step(run: RunDir, world: World | None = None) -> int | None:
+    """Return the step whose weights are the run's: of a trained run the last, of another that of its newest checkpoint.
+
+    All processes call it together.
+
+    Returns:
+        The step, whose checkpoint is whole; None if the run has saved no checkpoint.
+
+    Raises:
+        UserError: All checkpoints are damaged, or that of a trained run's last step is damaged or missing.
+    """
+    step = newest_whole(run, world)
+    if run.state().get("trained") and (last := lost_end(run, step)) is not None:
+        raise UserError(
+            f"{run.checkpoints}: the checkpoint of the last step, {last}, is damaged or missing; suite train "
+            f"{run.cell_path} trains from step {step} to the end again"
+        )
+    return step
+
+
 def save(
     run: RunDir,
     step: int,

@@ -87,6 +87,21 @@ def test_a_quantised_run_is_scored_next_to_its_source(suite: Suite) -> None:
         assert all(name in wrong.stderr for name in (run.name, source.name))
 
 
+def test_a_source_without_its_last_checkpoint_is_refused(suite: Suite) -> None:
+    source = trained(suite)
+    made = json.loads(suite("quantise", source.name, "--to", "int8", "--json").stdout)
+    (last,) = source.checkpoints.iterdir()
+    last.rename(last.with_name("step-1"))
+    for code, *command in (
+        (1, "quantise", source.name, "--to", "int4"),
+        (2, "eval", made["run"], "--tasks", "bios_extraction"),
+    ):
+        refused = suite(*command)
+        assert refused.returncode == code
+        assert f"{source.checkpoints}: the checkpoint of the last step" in refused.stderr
+        assert "is damaged or missing" in refused.stderr
+
+
 def test_rows_are_dropped_by_counts_of_other_training_text(suite: Suite) -> None:
     source = trained(suite)
     made = suite("quantise", source.name, "--to", "int8", "--keep", "25%", "--json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -383,24 +384,32 @@ def test_damaged_checkpoints_are_neither_exported_nor_scored(tmp_path: Path, mon
     assert CliRunner().invoke(app, ["train", "cell.json"]).exit_code == 0
     (run,) = Path("results/runs").iterdir()
     before, last = sorted((run / "checkpoints").iterdir(), key=lambda path: int(path.name.removeprefix("step-")))
+    whole = (last / "state.pt").read_bytes()
+    uses = (["export", run.name, "--to", "out"], ["eval", run.name, "--tasks", "bios_choice", "--limit", "2"])
     flip_a_byte(last / "state.pt")
-    done = CliRunner().invoke(app, ["export", run.name, "--to", "out"])
-    assert done.exit_code == 0, done.output
-    (line,) = [line for line in done.stderr.splitlines() if "damaged" in line]
-    assert last.name in line
-    scored = CliRunner().invoke(app, ["eval", run.name, "--tasks", "bios_storage", "--limit", "2"])
-    assert isinstance(scored.exception, UserError), scored.output  # older weights would get the scores of the run
-    assert f"suite train {Path('results/runs', run.name, 'cell.json').resolve()}" in str(scored.exception)
+    for command in uses:  # older weights would pass for those of the run
+        refused = CliRunner().invoke(app, command)
+        assert isinstance(refused.exception, UserError), refused.output
+        assert f"the last step, {last.name.removeprefix('step-')}, is damaged" in str(refused.exception)
+        assert f"runs/{run.name}/cell.json trains from {before.name.replace('-', ' ')}" in str(refused.exception)
+    assert not Path("out").exists()
     assert not list((run / "eval").glob("*.json"))
-    flip_a_byte(before / "state.pt")
-    for command in (
-        ["export", run.name, "--to", "other"],
-        ["eval", run.name, "--tasks", "bios_choice", "--limit", "2"],
-    ):
+    for damage in (flip_a_byte, Path.unlink):
+        damage(last / "state.pt")
+        assert CliRunner().invoke(app, ["train", str(run / "cell.json")]).exit_code == 0
+        saved, expected = (torch.load(file, weights_only=True) for file in (last / "state.pt", io.BytesIO(whole)))
+        assert all(torch.equal(tensor, saved["model"][name]) for name, tensor in expected["model"].items())
+    for command in uses:
+        done = CliRunner().invoke(app, command)
+        assert done.exit_code == 0, done.output
+    for path in (before, last):
+        flip_a_byte(path / "state.pt")
+    shutil.rmtree("out")
+    for command in uses[0], [*uses[1][:3], "bios_storage"]:
         refused = CliRunner().invoke(app, command)
         assert isinstance(refused.exception, UserError), refused.output
         assert before.name in str(refused.exception)
-    assert not Path("other").exists()
+    assert not Path("out").exists()
 
 
 def flip_a_byte(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Runs that start from the weights of another run: what is copied, what is fresh, and one line for every mistake."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def test_a_child_starts_with_the_weights_of_its_parent(family: str, results: Pat
     expected = weights_of(results, family)
     for name, tensor in trainer.model.state_dict().items():
         assert torch.equal(tensor, expected[name]), name
+
+
+def test_a_parent_without_its_last_checkpoint_is_refused(results: Path, tmp_path: Path) -> None:
+    parent = RunDir(tmp_path / "runs" / parent_cell("dense").run_name)
+    shutil.copytree(results / "runs" / parent.name, parent.path)
+    *_, last = steps_saved(parent)
+    (parent.checkpoints / f"step-{last}").rename(parent.checkpoints / f"step-{last - 1}")
+    run = prepare(tmp_path, child_of("dense", "dense"))
+    with pytest.raises(UserError, match=rf"the last step, {last}, is damaged or missing; suite train {parent.path}/"):
+        worker.begin(run, run.read_cell(), corpus_of(run.read_cell(), results / "cache"))
 
 
 def test_parts_that_the_parent_lacks_start_fresh_and_are_named(

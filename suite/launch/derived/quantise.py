@@ -41,12 +41,15 @@ def load_source(run: RunDir, cell: Cell, corpus: Corpus) -> Transformer:
         run: The run with smaller tables.
         cell: Its cell.
         corpus: Its corpus.
+
+    Raises:
+        UserError: The source is not trained, or its last checkpoint is damaged or missing.
     """
-    from suite.train.checkpoint import load_model
+    from suite.train.checkpoint import final_step, load_model
 
     assert cell.source is not None, "the cell is trained"
-    step = run.read_record()["started_from"]["step"]
-    return load_model(source_of(run, cell), cell.source, corpus, step=step)
+    source = source_of(run, cell)
+    return load_model(source, cell.source, corpus, step=final_step(source))
 
 
 def make(run: RunDir, cell: Cell, corpus: Corpus) -> None:
@@ -63,23 +66,19 @@ def make(run: RunDir, cell: Cell, corpus: Corpus) -> None:
         corpus: Its corpus.
 
     Raises:
-        UserError: The source is not trained, or has no whole checkpoint.
+        UserError: The source is not trained, or its last checkpoint is damaged or missing.
     """
     from suite.inference.tables.costs import account_of_cell
     from suite.inference.tables.reading import reduce_tables, stored_rows
     from suite.models.accounting import meta_model
     from suite.train import checkpoint
-    from suite.train.checkpoint import load_model, newest_whole
+    from suite.train.checkpoint import load_model
     from suite.train.parallel import World
     from suite.train.probe import Prober
 
     assert cell.source is not None, "the cell is trained"
     source = source_of(run, cell)
-    step = newest_whole(source)
-    if (lost := checkpoint.lost_end(source, step)) is not None:
-        raise UserError(
-            f"{source.checkpoints}: the last checkpoint, step-{lost}, is damaged or missing; restore a copy"
-        )
+    step = checkpoint.final_step(source)
     model = load_model(source, cell.source, corpus, step=step)
     assert step is not None, "load_model refuses a run without a checkpoint"
     before = sum(table.weight.numel() * table.weight.element_size() for table in model.memory_tables())

@@ -101,7 +101,7 @@ def corpus_of(parent: RunDir) -> Corpus | None:
 
 
 def match(run: RunDir, cell: Cell, corpus: Corpus) -> Start:
-    """Compare the model of a cell with its parent's newest checkpoint.
+    """Compare the model of a cell with its parent's last checkpoint.
 
     Args:
         run: The run directory of the cell.
@@ -109,7 +109,8 @@ def match(run: RunDir, cell: Cell, corpus: Corpus) -> Start:
         corpus: The prepared data of the cell.
 
     Raises:
-        UserError: The parent cannot be used: see `find_parent`; or its shapes, attention or tokenizer are others.
+        UserError: The parent cannot be used: see `find_parent`; its last checkpoint is damaged or missing; or its
+            shapes, attention or tokenizer are others.
     """
     parent = find_parent(run, cell)
     tokenizer = parent.read_record().get("tokenizer")
@@ -118,7 +119,7 @@ def match(run: RunDir, cell: Cell, corpus: Corpus) -> Start:
             f"data.tokenizer: differs from that of the parent {parent.path}; use the same data.tokenizer, since the"
             " weights belong to its tokens"
         )
-    step = checkpoint.newest_whole(parent)
+    step = checkpoint.final_step(parent)
     if step is None:
         raise UserError(f"{parent.checkpoints}: holds no checkpoint; restore a copy")
     with torch.device("meta"):
