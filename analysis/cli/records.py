@@ -67,10 +67,13 @@ def figures(
 
     documents = []
     for name, data in _grids(results, grid, reference):
-        drawn, missing = draw(context(Comparisons(data)), out or _figures(results) / name)
+        plots = context(Comparisons(data))
+        drawn, missing = draw(plots, out or _figures(results) / name)
         paths = {figure: [str(path) for path in files] for figure, files in drawn.items()}
         documents.append({"grid": name, "figures": paths, "missing": missing})
         _log([files[0] for files in paths.values()], missing)
+        if missing and plots.option_note:
+            print(plots.option_note, file=sys.stderr)
     if as_json:
         print(json.dumps(documents))
     return 0

@@ -66,6 +66,12 @@ class Context:
         """The arguments with which `suite sweep` continues the grid."""
         return self.data.source or self.data.grid
 
+    @property
+    def option_note(self) -> str:
+        """What the commands of missing figures need besides `source`; empty if nothing."""
+        options = self.data.baselines
+        return f"The commands above also need {options}" if options else ""
+
     @contextmanager
     def missing_if_refused(self) -> Iterator[None]:
         """Turn an InputError of a comparison into Missing, with the command that continues the grid."""

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from analysis.errors import InputError
 from analysis.records import store
-from analysis.records.grids import Contrast, read_grid, read_grids, read_plans, read_source
+from analysis.records.grids import Contrast, read_baselines, read_grid, read_grids, read_plans, read_source
 from analysis.records.runs.curves import Curves
 from analysis.records.runs.labels import labels, trained_labels
 from analysis.records.runs.probes import curves_of, probe_table, with_e50
@@ -63,6 +63,7 @@ class GridData:
     left_out: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["run", "cause"]))
     grid: str = ""
     source: str = ""
+    baselines: str = ""
     contrast: Contrast | None = None
     absent: Sequence[str] = ()
     published: pd.DataFrame | None = None
@@ -131,6 +132,7 @@ def load(
         data,
         grid=grid or "",
         source=read_source(results, grid) if grid else "",
+        baselines=read_baselines(results, grid) if grid else "",
         absent=tuple(sorted(set(recorded.runs) - set(table["run"].to_pylist()))) if recorded else (),
         published=published,
         imported=_imported(results, data.scores),

@@ -87,20 +87,25 @@ def _contrast(declared: Mapping[str, Any]) -> Contrast:
 
 
 def read_source(results: Path, grid: str) -> str:
-    """Return the arguments with which `suite sweep` continues the grid: name or path, options, and its runs' baseline
-    files."""
+    """Return the arguments with which `suite sweep` continues the grid: name or path, and options.
+
+    The options of `read_baselines` come in addition.
+    """
     record = read_json(results / "grids" / grid / "grid.json")
     path = Path(str(record.get("source", grid)))
-    runs = set(read_grid(results, grid).runs)
     is_named = any((folder / path.name).resolve() == path.resolve() for folder in GRID_FOLDERS)
-    options = record.get("arguments", [])
-    baselines = {
+    return shlex.join([path.stem if is_named else str(path), *map(str, record.get("arguments", []))])
+
+
+def read_baselines(results: Path, grid: str) -> str:
+    """Return the options that name the baseline files of the grid's runs, each content once; empty without any."""
+    runs = set(read_grid(results, grid).runs)
+    files = {
         file.read_bytes(): file
         for file in sorted(results.glob("runs/*/baseline.py"), reverse=True)
         if file.parent.name in runs
     }
-    arguments = [path.stem if is_named else str(path), *map(str, options)]
-    return shlex.join([*arguments, *(f"--baseline={file}" for file in baselines.values())])
+    return shlex.join(f"--baseline={file}" for file in files.values())
 
 
 def read_plans(results: Path) -> dict[str, float]:

@@ -111,6 +111,7 @@ def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) ->
         *multiplier_blocks(data, *comparisons.multipliers),
     ]
     blocks += [Heading("Figures"), *pictures[1:], *([Items(list(missing))] if missing else [])]
+    blocks += [Text(plots.option_note)] if missing and plots.option_note else []
     blocks += [Heading("Failures"), *_failures(data)]
     blocks += [Heading("Versions"), *_versions(data.runs)]
     return blocks

@@ -322,8 +322,12 @@ def test_the_command_for_a_missing_figure_names_the_grid_as_it_was_passed(
     assert read_source(tmp_path, "g") == "/else/g.yaml"
     kept = tmp_path / "runs" / name / "baseline.py"
     kept.write_text("pass\n")
-    _, missing = draw(context(Comparisons(load(tmp_path, "g", fallback="dense"))), tmp_path)
-    assert any(line.endswith(f"suite sweep /else/g.yaml --baseline={kept}") for line in missing)
+    of_grid = context(Comparisons(load(tmp_path, "g", fallback="dense")))
+    _, missing = draw(of_grid, tmp_path)
+    assert any(line.endswith("suite sweep /else/g.yaml") for line in missing)
+    report = to_markdown(build(of_grid, [], missing), tmp_path)
+    assert report.count(f"--baseline={kept}") == 1
+    assert f"The commands above also need --baseline={kept}" in report
     kept.unlink()
     write_json(tmp_path / "grids" / "g" / "grid.json", {**grid, "source": "/else/grids/g.yaml"})
     assert read_source(tmp_path, "g") == "/else/grids/g.yaml"  # no grid of that name is found from here
