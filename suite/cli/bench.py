@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from suite.cli.options import AsJson, Baselines, Results, TableCache, TablePlace, print_json, print_table
+from suite.cli.options import (
+    AsJson,
+    Baselines,
+    Results,
+    TableCache,
+    TablePlace,
+    check_folders,
+    print_json,
+    print_table,
+)
 from suite.errors import UserError
 
 app = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
@@ -52,6 +61,7 @@ def step(
     from suite.yaml_input import whole_numbers
 
     sides = whole_numbers(half_keys, "--half-keys") if half_keys else ()
+    check_folders(results, None)
     models = training.contenders(load_grid(grid).cells, sides)
     rows = training.rows(training.step_speeds(models, results / "cache"))
     _show(rows, results / "bench" / "step.csv", as_json)
@@ -80,6 +90,7 @@ def kernels(
     """
     from kernels.bench import main
 
+    check_folders(results, None)
     arguments = ["--out", str(results / "bench"), *(["--json"] if as_json else [])]
     arguments += ["--device", device] if device else []
     arguments += ["--all"] if every else []
@@ -121,6 +132,7 @@ def decode(
     from suite.yaml_input import whole_numbers
 
     loading.load_all(baseline or ())
+    check_folders(results, None)
     place, folder = parse_place(table, cache), results / "bench"
     forms = [form for form in FORMS if to is not None and form in to.split(",")]
     if to is not None and set(to.split(",")) != set(forms):
@@ -146,6 +158,7 @@ def evaluate(
     """
     from suite.bench import evaluation
 
+    check_folders(results, None)
     rows = [
         {"measure": name, "seconds": round(seconds, 3), "cpu_seconds": round(cpu_seconds, 3)}
         for name, (seconds, cpu_seconds) in evaluation.overhead(data_root).items()
@@ -170,6 +183,7 @@ def records(
 
     from suite.bench.records import record_costs
 
+    check_folders(results, None)
     with tempfile.TemporaryDirectory(prefix="suite-records-") as temporary:
         rows = record_costs(folder or Path(temporary), runs)
     _show(rows, results / "bench" / "records.csv", as_json)
