@@ -124,6 +124,7 @@ def plan(
     """
     from suite.atomic import write_json
     from suite.inference.tables.loading import PLACES
+    from suite.launch.checks.cells import refuse_unfit_evaluations
     from suite.launch.checks.memory import host_limit
     from suite.launch.preparation import refuse_other_file
     from suite.plan import plan as planning
@@ -138,6 +139,7 @@ def plan(
     if table is not None and not any(cell.model.has_tables for cell in loaded.cells):
         raise UserError(f"--table: got {table!r}, allowed: a grid with value tables, which {loaded.name} has not")
     check_folders(options.results, None, make=False)
+    refuse_unfit_evaluations(loaded, options.results)
     measured_speeds = this_machine.speeds(options.results) if gpu.lower() == CPU else None
     if measured_speeds is None:
         assumptions = planning.assumptions(gpu, nodes, utilisation, price, table)

@@ -23,6 +23,7 @@ from suite.data.sources.registry import DataConfig
 from suite.errors import UserError
 from suite.evaluate import corpus_docs, task_list
 from suite.evaluate.datasets import DataRoot, Docs
+from suite.evaluate.lm_eval_patches import quiet
 from suite.evaluate.sandbox import Sandbox
 from suite.evaluate.schemas import check
 from suite.evaluate.task_list import CORPUS
@@ -176,16 +177,17 @@ def refuse_too_many_examples(config: EvalConfig, data: DataConfig, root: Path | 
         UserError: A task has fewer examples.
     """
     world = data.synthetic_world()
-    for definition in map(task_list.entry, config.tasks if config.num_fewshot else ()):
-        for stated in definition.configs() if definition.programs is None else ():
-            used = _with_examples(stated, config.num_fewshot)
-            if not used["num_fewshot"]:
-                continue
-            if definition.is_about_corpus:
-                if world is not None:
-                    _task(used, {"test": corpus_docs.of_world(world, used["dataset_name"])})
-            elif root is not None:
-                _task(used, DataRoot(root).load(used["dataset_path"], used.get("dataset_name"), _splits(used)))
+    with quiet():
+        for definition in map(task_list.entry, config.tasks if config.num_fewshot else ()):
+            for stated in definition.configs() if definition.programs is None else ():
+                used = _with_examples(stated, config.num_fewshot)
+                if not used["num_fewshot"]:
+                    continue
+                if definition.is_about_corpus:
+                    if world is not None:
+                        _task(used, {"test": corpus_docs.of_world(world, used["dataset_name"])})
+                elif root is not None:
+                    _task(used, DataRoot(root).load(used["dataset_path"], used.get("dataset_name"), _splits(used)))
 
 
 def _giving(docs: dict[str, Docs]) -> Callable[..., dict[str, Docs]]:

@@ -9,18 +9,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import lm_eval.tasks
-
 from suite.errors import UserError
-from suite.evaluate.lm_eval_patches import load_yaml
 from suite.evaluate.tasks.code import HUMANEVAL, MBPP, Programs
 from suite.yaml_input import did_you_mean
 
+
+def _stock_folder() -> Path:
+    """Find lm-eval without its import, which takes several seconds."""
+    found = find_spec("lm_eval")
+    assert found is not None, "lm-eval is a dependency of this package"
+    assert found.origin is not None, "lm-eval is a package with an __init__.py"
+    return Path(found.origin).with_name("tasks")
+
+
+def _load_yaml(path: Path, resolve_func: bool = True) -> dict[str, Any]:
+    from suite.evaluate.lm_eval_patches import load_yaml
+
+    return load_yaml(path, resolve_func=resolve_func)
+
+
 OURS = Path(__file__).parent / "tasks"
-STOCK = Path(lm_eval.tasks.__file__).parent
+STOCK = _stock_folder()
+"""lm-eval's folder of tasks."""
 CORPUS = "corpus"
 """`dataset_path` of tasks whose documents come from the model's training data."""
 
@@ -46,16 +60,16 @@ class Entry:
     def configs(self) -> list[dict[str, Any]]:
         """Return the contents of the YAML file of each lm-eval task."""
         # The modules that stock code tasks name load a metric from the hub on import.
-        return [load_yaml(path, resolve_func=self.programs is None) for path in self.paths()]
+        return [_load_yaml(path, resolve_func=self.programs is None) for path in self.paths()]
 
     def group_config(self) -> dict[str, Any] | None:
         """Return the contents of the YAML file of the group; None for a single task."""
-        return None if self.group is None else load_yaml(self.folder / self.group)
+        return None if self.group is None else _load_yaml(self.folder / self.group)
 
     @property
     def is_about_corpus(self) -> bool:
         """Whether the documents come from the model's training data."""
-        return bool(load_yaml(self.paths()[0], resolve_func=False)["dataset_path"] == CORPUS)
+        return bool(_load_yaml(self.paths()[0], resolve_func=False)["dataset_path"] == CORPUS)
 
 
 def _ours() -> Iterator[tuple[str, Entry]]:

@@ -39,6 +39,7 @@ data: {kind: bios, people: 30}
 train: {batch_rows: 4, epochs: 1, lr: 5e-3, checkpoint_every: 5}
 """
 SHOTS = CELL.replace("30}", "30, questions: 0.5}") + "evaluate: [{tasks: [bios_choice], num_fewshot: 200}]\n"
+MANY_SHOTS = "evaluate=[{tasks: [bios_choice], num_fewshot: 2000}]"
 LONG = 300 * "x"
 """Longer than the name of a file may be."""
 GRID = f"defaults:{CELL.replace(chr(10), chr(10) + '  ')}\nblocks:\n  - axes: {{seed: [0, 1]}}\n"
@@ -61,6 +62,13 @@ def test_every_verb_has_help_with_an_example(verb: str, suite: Suite) -> None:
         (["sweep", "smoke", "--set", "train.lrr=1", "--dry-run"], "train.lrr: unknown field, did you mean lr?"),
         (["sweep", "smoke", "--set", "evaluate=[{tasks: [bios_qaa]}]", "--dry-run"], "did you mean bios_qa?"),
         (["train", "shots.yaml"], "shots.yaml: task bios_choice: num_fewshot: got 200, allowed: at most "),
+        (["plan", "smoke", "--set", "evaluate=[{tasks: [bios_qaa]}]"], "did you mean bios_qa?"),
+        (
+            ["plan", "smoke", "--set", MANY_SHOTS],
+            "smoke.yaml: task bios_choice: num_fewshot: got 2000, allowed: at most",
+        ),
+        (["bench", "records", "--results", "/dev/null"], "--results: /dev/null"),
+        (["bench", "step", "--results", "/dev/null"], "--results: /dev/null"),
         (["sweep", "smoke", "--data-root", "nowhere"], "--data-root: there is no folder nowhere"),
         (["sweep", "smoke", "--results", "/dev/null/here"], "--results: /dev/null/here"),
         (["status", "smoke", "--results", "/dev/null"], "--results: /dev/null"),
@@ -97,11 +105,15 @@ def test_a_mistake_of_the_user_is_one_line_and_exit_code_2(arguments: list[str],
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_the_installed_command_prints_only_the_mistake() -> None:
-    command = Path(sys.executable).with_name("suite")
-    result = subprocess.run([command, "status", "smok"], capture_output=True, text=True, timeout=300)
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["status", "smok"], "suite: GRID: got 'smok'"), (["plan", "smoke", "--set", MANY_SHOTS], "suite: ")],
+)
+def test_the_installed_command_prints_only_the_mistake(arguments: list[str], expected: str, tmp_path: Path) -> None:
+    command = [Path(sys.executable).with_name("suite"), *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert result.returncode == 2
-    assert result.stderr.startswith("suite: GRID: got 'smok'")
+    assert result.stderr.startswith(expected)
     assert len(result.stderr.splitlines()) == 1
 
 

@@ -39,6 +39,24 @@ def refuse_unfit_cells(grid: Grid, results: Path, scorer: Scorer) -> None:
             raise UserError(f"{grid.source}: {error}") from None
 
 
+def refuse_unfit_evaluations(grid: Grid, results: Path) -> None:
+    """Raise UserError if a task does not exist, or a cell's data has fewer examples than its missing scores need.
+
+    The settings of the machine that scores, such as a folder of evaluation data, are not known.
+
+    Args:
+        grid: The grid.
+        results: The results folder.
+    """
+    refuse_unknown_tasks(grid)
+    seen: set[tuple[str, str]] = set()
+    for cell in grid.cells:
+        try:
+            refuse_too_many_examples(run_dir(results, cell), cell, None, seen)
+        except UserError as error:
+            raise UserError(f"{grid.source}: {error}") from None
+
+
 def refuse_missing_parents(grid: Grid, results: Path) -> None:
     """Raise UserError if a cell that is not finished starts from a run that neither exists nor is in the grid."""
     present = {None, *(cell.hash8 for cell in grid.cells)}
