@@ -34,12 +34,12 @@ from suite.errors import UserError
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from suite.cells import EvalConfig
+    from suite.cells import Cell, EvalConfig
     from suite.grids import Grid
     from suite.launch.scorer import Scorer
     from suite.records import RunDir
 
-    Wanted = list[tuple[RunDir, tuple[EvalConfig, ...]]]
+    Wanted = list[tuple[RunDir, Cell]]
 
 
 @expand_options
@@ -107,7 +107,7 @@ def evaluate(
         _refuse_unknown_rows(grid)
     damaged = {run.name: damage for run in runs if (damage := run.damage()) is not None}
     wanted = [
-        (run, cell.with_evaluations(() if cell.run_name in without_tables else extra).evaluate)
+        (run, cell.with_evaluations(() if cell.run_name in without_tables else extra))
         for run, cell in zip(runs, grid.cells, strict=True)
         if run.name not in damaged
     ]
@@ -194,8 +194,8 @@ def _score(wanted: Wanted, scoring: Scorer) -> list[str]:
         print("suite: interrupted; complete scores are saved, and the same command resumes", file=sys.stderr)
         raise typer.Exit(130) from None
     if scoring.data_root is not None:
-        for run, evaluations in wanted:
-            for line in of_other_data(run, evaluations, scoring.data_root):
+        for run, cell in wanted:
+            for line in of_other_data(run, cell.evaluate, scoring.data_root):
                 print(f"suite: {line}", file=sys.stderr)
     return untrained
 
@@ -205,7 +205,7 @@ def _print_scores(grid: Grid, results: Path, wanted: Wanted, as_json: bool) -> N
     from suite.launch.status import grid_status, status_json
 
     statuses = grid_status(results, grid)
-    scores = {run.name: scores_of(run, evaluations) for run, evaluations in wanted}
+    scores = {run.name: scores_of(run, cell.evaluate) for run, cell in wanted}
     if as_json:
         document = status_json(grid, statuses)
         cells = [cell | {"scores": scores.get(cell["run"], [])} for cell in document["cells"]]

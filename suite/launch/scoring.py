@@ -20,6 +20,7 @@ from suite.train.parallel import World
 
 if TYPE_CHECKING:
     from suite.data.corpus import Corpus
+    from suite.data.sources.registry import DataConfig
     from suite.models.transformer import Transformer
 
 FACTS = ("few_shot", "n", "cut")
@@ -42,7 +43,8 @@ def corpus_of(run: RunDir, cell: Cell) -> Corpus:
     except UserError as error:
         if not run.tokenizer_path.exists():
             raise
-        return TokenizerAlone(cell.data, run.tokenizer_path, str(run.read_record()["data_fingerprint"]), str(error))
+        reason = f"{error}; restore the files, or name their new place in the grid, and score it: suite eval GRID"
+        return TokenizerAlone(cell.data, run.tokenizer_path, str(run.read_record()["data_fingerprint"]), reason)
 
 
 def refuse_unfit(run: RunDir, cell: Cell, scorer: Scorer) -> None:
@@ -74,12 +76,14 @@ def refuse_too_many_examples(run: RunDir, cell: Cell, data_root: Path | None, se
     Args:
         run: The run; evaluations that have scores are not checked.
         cell: Its cell.
-        data_root: The folder of evaluation data; None: the hub.
+        data_root: The folder of evaluation data; None: the hub, whose data is not checked.
         seen: The evaluations and data that were checked, to which those of the cell are added.
 
     Raises:
         UserError: A task has fewer examples.
     """
+    if data_root is None and cell.data.synthetic_world() is None:
+        return
     wanted = missing_evals(run, cell)
     for config in cell.evaluate:
         key = config.hash8, cell.data.model_dump_json()
@@ -193,13 +197,14 @@ def _load(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer, world: World,
     return model
 
 
-def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) -> Cell:
+def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer, data: DataConfig | None = None) -> Cell:
     """Add the missing scores to a trained run.
 
     Args:
         run_path: The run directory.
         added: Evaluations to score and to record in addition to those of the run's cell.
         scorer: Settings for scoring.
+        data: The `data` block of the run's cell in a grid, which may name files that were moved; None: the run's.
 
     Returns:
         The cell as recorded, with the added evaluations.
@@ -214,7 +219,8 @@ def evaluate_run(run_path: Path, added: tuple[EvalConfig, ...], scorer: Scorer) 
                 raise UserError(f"{run.path}: is not trained to its end; continue it with suite sweep or suite train")
             recorded = run.read_cell()
             cell = recorded.with_evaluations(added)
-            score_missing(run, cell, corpus_of(run, cell), scorer)
+            scored = cell if data is None else cell.model_copy(update={"data": data})
+            score_missing(run, scored, corpus_of(run, scored), scorer)
             if cell != recorded:
                 # Recorded after scoring: an evaluation that fails is not left for the next sweep to try again.
                 facts = {name: value for name, value in run.read_record().items() if name not in CELL_FACTS}
@@ -230,15 +236,13 @@ def set_done(run: RunDir) -> None:
     run.set_state("done", progress=1.0, eta_s=0.0, scoring=None, finished=time.time())
 
 
-def score_runs(
-    runs: Iterable[tuple[RunDir, tuple[EvalConfig, ...]]], scorer: Scorer, log: Callable[[str], None]
-) -> list[str]:
+def score_runs(runs: Iterable[tuple[RunDir, Cell]], scorer: Scorer, log: Callable[[str], None]) -> list[str]:
     """Add the missing scores to every trained run; requests are prepared once for all of them.
 
     Scores that were written before a failure or a KeyboardInterrupt stay.
 
     Args:
-        runs: Runs, each with evaluations to add to those of its cell.
+        runs: Runs, each with its cell: where its data is, and evaluations to add to those that it has.
         scorer: Settings for scoring.
         log: Called with a line before each run.
 
@@ -249,14 +253,14 @@ def score_runs(
         UserError: No run is trained, or as `evaluate_run`.
     """
     requested = [*runs]
-    trained = [(run, added) for run, added in requested if run.state().get("trained")]
+    trained = [(run, cell) for run, cell in requested if run.state().get("trained")]
     if not trained:
         raise UserError(f"{requested[0][0].path}: is not trained to its end; continue it with suite train")
-    for run, added in trained:
-        refuse_unfit(run, run.read_cell().with_evaluations(added), scorer)
-    for number, (run, added) in enumerate(trained, start=1):
+    for run, cell in trained:
+        refuse_unfit(run, run.read_cell().with_evaluations(cell.evaluate), scorer)
+    for number, (run, cell) in enumerate(trained, start=1):
         log(f"scoring {run.name} ({number} of {len(trained)})")
-        evaluate_run(run.path, added, scorer)
+        evaluate_run(run.path, cell.evaluate, scorer, cell.data)
     return [run.name for run, _ in requested if not run.state().get("trained")]
 
 

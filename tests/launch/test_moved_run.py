@@ -11,7 +11,7 @@ from suite.cells import Cell, EvalConfig
 from suite.errors import UserError
 from suite.launch.preparation import prepare
 from suite.launch.scorer import Scorer
-from suite.launch.scoring import corpus_of, evaluate_run
+from suite.launch.scoring import corpus_of, evaluate_run, score_runs
 from suite.launch.worker import run_cell
 from suite.records import RunDir
 
@@ -30,7 +30,7 @@ def moved(tmp_path: Path) -> RunDir:
     target = RunDir(tmp_path / "elsewhere" / "runs" / run.name)
     shutil.copytree(run.path, target.path)
     shutil.rmtree(tmp_path / "results")
-    corpus.unlink()
+    corpus.rename(corpus.with_name("moved.txt"))
     assert corpus_of(target, target.read_cell()).tokenizer.fingerprint == tokenizer.fingerprint
     return target
 
@@ -41,8 +41,19 @@ def test_a_moved_run_has_its_tokenizer_and_names_what_it_lacks(moved: RunDir) ->
     assert corpus.fingerprint == moved.read_record()["data_fingerprint"]
     with pytest.raises(UserError, match="does not exist"):
         corpus.loader(0, 4)
-    with pytest.raises(UserError, match="does not exist"):
-        evaluate_run(moved.path, (EvalConfig(tasks=("held_out",)),), Scorer())
+    held_out = EvalConfig(tasks=("held_out",))
+    with pytest.raises(UserError, match=r"does not exist.*name their new place in the grid, and score it: suite eval"):
+        evaluate_run(moved.path, (held_out,), Scorer())
     moved.tokenizer_path.unlink()
     with pytest.raises(UserError, match="does not exist"):
         corpus_of(moved, cell)
+
+
+def test_a_grid_that_names_the_moved_files_scores_the_run(moved: RunDir, tmp_path: Path) -> None:
+    cell, held_out = moved.read_cell(), EvalConfig(tasks=("held_out",))
+    data = cell.data.model_copy(update={"path": str(tmp_path / "moved.txt")})
+    assert not score_runs(
+        [(moved, cell.model_copy(update={"data": data, "evaluate": (held_out,)}))], Scorer(), lambda line: None
+    )
+    assert moved.has_eval(held_out.hash8)
+    assert moved.read_cell() == cell.with_evaluations((held_out,))
