@@ -130,7 +130,7 @@ def run_cell_together(
                 raise KeyboardInterrupt from None
             if world.is_first:
                 time.sleep(FIRST_CAUSE_S)  # the others fail as a consequence of the first failure, which has the cause
-            if isinstance(error, Exception) and run.state()["state"] != "failed":
+            if isinstance(error, Exception) and run.state()["state"] == "running":  # not ended by another process
                 set_failed(run, describe(error))
             raise
     return "done"

@@ -8,14 +8,14 @@ it is passed over for an older one. Other files in the run's `checkpoints` are l
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import shutil
 import sys
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -135,26 +135,43 @@ def save(
         UserError: the file system refuses the files; DiskFull if it has no space for them.
     """
     partial = run.checkpoints / f".step-{step}"
-    try:
+    with _agreed_on_refusal(run, step, world):
         if world.is_first:
             _begin(partial, position)
-        world.wait()
+    with _agreed_on_refusal(run, step, world):
         _write(partial, tensors, world)
         write_manifest(partial, world)
-    except (OSError, RuntimeError, DiskFull) as error:
-        refusal = error.__context__ if isinstance(error, RuntimeError | DiskFull) else error
-        if not isinstance(refusal, OSError):  # torch raises a RuntimeError from that of the file system
-            raise
-        shutil.rmtree(partial, ignore_errors=True)  # a full disk then has space for the run's records
-        kind = DiskFull if refusal.errno in FULL else UserError
-        raise kind(
-            f"{_folder(run, step)}: cannot be written: {refusal.strerror}; earlier checkpoints are unchanged, and"
-            " training resumes from the newest"
-        ) from None
-    world.wait()
     if world.is_first:
         _publish(run, partial, step, keep, always)
     world.wait()
+
+
+@contextmanager
+def _agreed_on_refusal(run: RunDir, step: int, world: World) -> Iterator[None]:
+    """Wait for all processes at the end of the block, and raise in all of them if the file system refused one.
+
+    Raises:
+        UserError: The file system refuses the files of the checkpoint; DiskFull if it has no space for them.
+    """
+    refusal: OSError | None = None
+    try:
+        yield
+    except (OSError, RuntimeError, DiskFull) as error:
+        cause = error.__context__ if isinstance(error, RuntimeError | DiskFull) else error
+        if not isinstance(cause, OSError):  # torch raises a RuntimeError from that of the file system
+            raise
+        refusal = cause
+    refused, full = world.total(refusal is not None, refusal is not None and refusal.errno in FULL)
+    if not refused:
+        return
+    if world.is_first:
+        # A full disk then has space for the run's records.
+        shutil.rmtree(run.checkpoints / f".step-{step}", ignore_errors=True)
+    reason = "another process could not write" if refusal is None else refusal.strerror
+    raise (DiskFull if full else UserError)(
+        f"{_folder(run, step)}: cannot be written: {reason}; earlier checkpoints are unchanged, and training resumes"
+        " from the newest"
+    )
 
 
 def _begin(partial: Path, position: dict[str, Any]) -> None:
@@ -169,16 +186,9 @@ def _begin(partial: Path, position: dict[str, Any]) -> None:
 
 def _write(folder: Path, tensors: Tensors, world: World) -> None:
     if world.distributed:
-        # Imported here because it takes almost two seconds and one process does not need it.
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.api import CheckpointException
+        from suite.train.shard_files import write_shards
 
-        try:
-            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(folder, sync_files=True))
-        except CheckpointException as failed:  # a BaseException, which every process raises
-            rank, (cause, _) = next(iter(failed.failures.items()))
-            reason = f"process {rank}: {type(cause).__name__}: {cause}".splitlines()[0]
-            raise OSError(errno.EIO, reason) from None
+        write_shards(folder, tensors)
         return
     with (folder / STATE_FILE).open("wb") as file:
         torch.save(tensors, file)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from small_disk import small_disk
 from sweep_processes import environment, suite
 from tiny_cells import tiny_cell
 
@@ -90,6 +91,24 @@ def test_torchrun_saves_when_it_is_terminated_and_resumes(tmp_path: Path) -> Non
     assert run.state()["state"] == "pending"
     (saved,) = run.checkpoints.glob("step-*")
     assert int(saved.name.removeprefix("step-")) >= 3
+
+
+@pytest.mark.slow
+def test_torchrun_stops_at_a_full_disk_and_resumes(tmp_path: Path) -> None:
+    path = write(tiny_cell("memory_plus", checkpoint_every=2), tmp_path)
+    with small_disk(60_000):
+        job = torchrun(path, tmp_path)
+        _, err = job.communicate(timeout=600)
+    assert job.returncode != 0
+    (run,) = (RunDir(folder) for folder in tmp_path.glob("runs/*"))
+    assert err.count(f"suite: {run.checkpoints / 'step-2'}: cannot be written: process ") == 2, err
+    assert run.state()["state"] == "pending"
+    assert "File too large" in run.state()["cause"]
+    assert list(run.checkpoints.iterdir()) == []
+    done = torchrun(path, tmp_path)
+    _, err = done.communicate(timeout=600)
+    assert done.returncode == 0, err
+    assert run.state()["state"] == "done"
 
 
 @pytest.mark.slow

@@ -177,7 +177,7 @@ def test_a_refused_write_of_shards_is_one_line(run: RunDir) -> None:
     torch.distributed.init_process_group("gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:
         world = World(distributed=True)
-        with small_disk(), pytest.raises(UserError, match="step-12: cannot be written: "):
+        with small_disk(), pytest.raises(DiskFull, match="step-12: cannot be written: process 0: File too large"):
             checkpoint.save(run, 12, tensors, {}, 2, world)
     finally:
         torch.distributed.destroy_process_group()
