@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from suite.errors import UserError
+from suite.errors import UserError, reason
 
 
 class Reader(Protocol):
@@ -33,6 +34,29 @@ class Reader(Protocol):
 def is_held_out(text: str, share: float) -> bool:
     """Return whether a document is in the `share` held out for evaluation: a function of the text alone."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") < share * 2**64
+
+
+def parse_object(place: str, line: str | bytes) -> dict[str, Any]:
+    """Return the object in a line of JSON.
+
+    Args:
+        place: The file and the number of the line, for errors.
+        line: The line; bytes are UTF-8.
+
+    Raises:
+        UserError: The line is not JSON, or not an object; integers that are too long for Python, and lists that are
+            too deep, count as not JSON.
+    """
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{place}: not JSON ({reason(error)}), allowed: one whole object per line; if the file is incomplete, copy"
+            " or download it again"
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: got {type(value).__name__}, allowed: one object per line")
+    return value
 
 
 def text_of(place: str, record: Mapping[str, Any], field: str) -> str:

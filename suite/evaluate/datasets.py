@@ -8,14 +8,14 @@ return the rows of another folder.)
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from suite.errors import UserError, reason
+from suite.data.reader import parse_object
+from suite.errors import UserError
 
 Doc = dict[str, Any]
 
@@ -161,21 +161,8 @@ def _read(files: list[Path]) -> Docs:
 
 
 def _read_jsonl(path: Path) -> list[Doc]:
-    rows: list[Doc] = []
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{path}:{number}: not JSON ({reason(error)}), allowed: one whole object per line; "
-                "if the download is incomplete, repeat it"
-            ) from None
-        if not isinstance(row, dict):
-            raise UserError(f"{path}:{number}: got {type(row).__name__}, allowed: one JSON object per line")
-        rows.append(row)
-    return rows
+    lines = enumerate(path.read_bytes().splitlines(), start=1)
+    return [parse_object(f"{path}:{number}", line) for number, line in lines if line.strip()]
 
 
 def _read_parquet(path: Path) -> list[Doc]:

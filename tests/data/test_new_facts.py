@@ -103,7 +103,7 @@ def test_facts_are_identified_by_content_and_not_by_path(tmp_path: Path) -> None
     [
         ("{", "facts.jsonl:1: not JSON"),
         ("[" * 100_000, "facts.jsonl:1: not JSON"),
-        ([1], "facts.jsonl:1: answer"),
+        ([1], "facts.jsonl:1: got list, allowed: one object per line"),
         ({"paraphrases": ["a", "b"]}, "facts.jsonl:1: answer"),
         ({**FACT, "paraphrases": ["The sky is"]}, "facts.jsonl:1: paraphrases: got 1"),
         ({**FACT, "questions": "Q"}, "facts.jsonl:1: questions: got 'Q'"),

@@ -77,7 +77,9 @@ def test_answers_that_are_years_are_text(tmp_path: Path) -> None:
 def test_an_incomplete_file_is_named(tmp_path: Path) -> None:
     path = write(tmp_path, [{"question": "q", "answer": ["a"]}] * 2)
     path.write_text(path.read_text()[:-10])
-    with pytest.raises(UserError, match=r"validation.jsonl:2: not JSON .*if the download is incomplete, repeat it"):
+    with pytest.raises(
+        UserError, match=r"validation.jsonl:2: not JSON .*if the file is incomplete, copy or download it again"
+    ):
         oracle.run(["nq_open"], tmp_path)
     path.write_text("")
     with pytest.raises(UserError, match=r"validation.jsonl: got no rows"):

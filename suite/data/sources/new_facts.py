@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import Field
 
@@ -20,13 +20,14 @@ from suite.data.bios.text import ROUNDS
 from suite.data.bios.world import NAMES_PER_PERSON, ProbeKind
 from suite.data.facts import Fact
 from suite.data.packing import OrderedPacking, Packing
+from suite.data.reader import parse_object
 from suite.data.resumable_writer import Progress
 from suite.data.shards import META, Round
 from suite.data.sources.bios import BiosData
 from suite.data.sources.registry import DataConfig, register
 from suite.data.sources.streams import TOKENIZER
 from suite.data.tokenizer_config import TokenizerConfig
-from suite.errors import UserError, reason
+from suite.errors import UserError
 from suite.identity import NOT_IDENTITY, Problem
 
 LISTS: dict[str, ProbeKind] = {"paraphrases": "storage", "unseen": "paraphrase", "questions": "extraction"}
@@ -164,11 +165,8 @@ def _fingerprint(path: Path) -> str:
 
 def _fact(place: str, line: str, paraphrases: int) -> Fact:
     """Return the fact in a line. Raises UserError, which names the place and the field."""
-    try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{place}: not JSON ({reason(error)}), allowed: one object per line") from None
-    if not isinstance(record, dict) or not isinstance(record.get("answer"), str) or not record["answer"].strip():
+    record = parse_object(place, line)
+    if not isinstance(record.get("answer"), str) or not record["answer"].strip():
         raise UserError(f"{place}: answer: missing, allowed: an object with the text of the answer")
     if unknown := record.keys() - {"answer", *LISTS}:
         raise UserError(f"{place}: {sorted(unknown)[0]}: unknown field, allowed: answer, {', '.join(LISTS)}")

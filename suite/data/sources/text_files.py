@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -21,12 +20,12 @@ from typing import Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from suite.data import fingerprints
-from suite.data.reader import text_of
+from suite.data.reader import parse_object, text_of
 from suite.data.resumable_writer import Progress
 from suite.data.sources.registry import register
 from suite.data.sources.streams import StreamData
 from suite.data.tokenizer_config import TokenizerConfig
-from suite.errors import UserError, reason
+from suite.errors import UserError
 from suite.identity import NOT_IDENTITY, Problem
 
 COMPRESSED = ("", ".gz", ".zst")
@@ -195,7 +194,7 @@ class FileReader:
         if kind.startswith(".txt"):
             return _paragraphs(file, opened)
         records = _rows(file, opened, self._field) if kind == ".parquet" else _records(file, opened)
-        return (_text(place, record, self._field) for place, record in records)
+        return (text_of(place, record, self._field) for place, record in records)
 
 
 def files(path: Path, where: str = "data.path") -> list[Path]:
@@ -271,12 +270,6 @@ def _opened(file: Path) -> BufferedReader:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def _text(place: str, record: Any, field: str) -> str:
-    if not isinstance(record, dict):
-        raise UserError(f"{place}: got {type(record).__name__}, allowed: one object per line")
-    return text_of(place, record, field)
-
-
 def _decompressed(file: Path, opened: BufferedReader) -> Iterable[bytes]:
     if file.suffix == ".gz":
         return gzip.GzipFile(fileobj=opened)
@@ -304,13 +297,11 @@ def _lines(file: Path, opened: BufferedReader) -> Iterator[tuple[int, str]]:
         raise UserError(f"{file}: cannot be read: {error.strerror or str(error).splitlines()[0]}") from None
 
 
-def _records(file: Path, opened: BufferedReader) -> Iterator[tuple[str, Any]]:
+def _records(file: Path, opened: BufferedReader) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in _lines(file, opened):
         if line.strip():
-            try:
-                yield f"{file}:{number}", json.loads(line)
-            except (ValueError, RecursionError) as error:  # also of integers too long, and of lists too deep for Python
-                raise UserError(f"{file}:{number}: not JSON ({reason(error)}), allowed: one object per line") from None
+            place = f"{file}:{number}"
+            yield place, parse_object(place, line)
 
 
 def _rows(file: Path, opened: BufferedReader, field: str) -> Iterator[tuple[str, dict[str, Any]]]:
