@@ -71,9 +71,7 @@ def figures(
         drawn, missing = draw(plots, out or _figures(results) / name)
         paths = {figure: [str(path) for path in files] for figure, files in drawn.items()}
         documents.append({"grid": name, "figures": paths, "missing": missing})
-        _log([files[0] for files in paths.values()], missing)
-        if missing and plots.option_note:
-            print(plots.option_note, file=sys.stderr)
+        _log([*(files[0] for files in paths.values()), *(plots.notes_on_missing if missing else [])], missing)
     if as_json:
         print(json.dumps(documents))
     return 0

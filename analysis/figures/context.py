@@ -24,6 +24,8 @@ POINT_NOTE = (
     "many, their quantiles."
 )
 SIDE_BY_SIDE = POINT_NOTE.replace("n in the legend", "n at the label")
+UNFINISHED = ("pending", "running")
+"""States of runs that a sweep finishes."""
 LEGEND = 16
 """Most variants that a figure distinguishes."""
 
@@ -67,10 +69,18 @@ class Context:
         return self.data.source or self.data.grid
 
     @property
-    def option_note(self) -> str:
-        """What the commands of missing figures need besides `source`; empty if nothing."""
-        options = self.data.baselines
-        return f"The commands above also need {options}" if options else ""
+    def notes_on_missing(self) -> list[str]:
+        """What holds for all lines of missing figures: which runs they are about, and options that their commands
+        need."""
+        runs, options = self.data.runs, self.data.baselines
+        unfinished = len(self.data.absent) + int(runs["state"].isin(UNFINISHED).sum())
+        notes = []
+        if unfinished:
+            notes.append(
+                f"{unfinished} runs of the grid are not finished, and the lines below are about the others; "
+                f"suite sweep {self.source} finishes them."
+            )
+        return [*notes, f"The commands below also need {options}"] if options else notes
 
     @contextmanager
     def missing_if_refused(self) -> Iterator[None]:

@@ -110,8 +110,9 @@ def build(plots: Context, pictures: Sequence[Figure], missing: Sequence[str]) ->
         Heading(f"Compute multiplier along {data.reference} runs"),
         *multiplier_blocks(data, *comparisons.multipliers),
     ]
-    blocks += [Heading("Figures"), *pictures[1:], *([Items(list(missing))] if missing else [])]
-    blocks += [Text(plots.option_note)] if missing and plots.option_note else []
+    blocks += [Heading("Figures"), *pictures[1:]]
+    if missing:
+        blocks += [*map(Text, plots.notes_on_missing), Items(list(missing))]
     blocks += [Heading("Failures"), *_failures(data)]
     blocks += [Heading("Versions"), *_versions(data.runs)]
     return blocks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from analysis.errors import InputError
 from analysis.figures.context import Missing, context
 from analysis.figures.next_parameter import against_size, at_equal_time, next_parameter
 from analysis.records.grid_data import load
+from analysis.records.grids import Contrast
 from analysis.report.next_parameter import lead_sentences, next_blocks
 
 
@@ -99,6 +101,9 @@ def test_steps_of_a_grid_are_paired_by_seed_with_their_base(tmp_path: Path, caps
     assert (moe.gain.n, moe.left_out) == (0, 1)
     with pytest.raises(InputError, match="--metric: got 'piqa/acc', allowed: e50"):
         metric_of(data, "piqa/acc")
+    declared = replace(data, grid="g", contrast=Contrast("piqa/acc", (), ()))
+    with pytest.raises(InputError, match="no finished run of grid g has piqa/acc, the metric of its contrast"):
+        metric_of(declared, None)
 
     figures = tmp_path / "figures"
     assert main(["next", "--results", str(tmp_path), "--figure", str(figures), "--json"]) == 0

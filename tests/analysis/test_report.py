@@ -327,7 +327,8 @@ def test_the_command_for_a_missing_figure_names_the_grid_as_it_was_passed(
     assert any(line.endswith("suite sweep /else/g.yaml") for line in missing)
     report = to_markdown(build(of_grid, [], missing), tmp_path)
     assert report.count(f"--baseline={kept}") == 1
-    assert f"The commands above also need --baseline={kept}" in report
+    assert f"The commands below also need --baseline={kept}" in report
+    assert "not finished" not in report
     kept.unlink()
     write_json(tmp_path / "grids" / "g" / "grid.json", {**grid, "source": "/else/grids/g.yaml"})
     assert read_source(tmp_path, "g") == "/else/grids/g.yaml"  # no grid of that name is found from here
@@ -359,6 +360,17 @@ def _scored(root: Path, name: str, few_shot: int, right: str, **settings: Any) -
     digest = zlib.crc32(f"{few_shot}{len(right)}{prompts}{settings.get('precision', '')}".encode())
     content = {"eval": evaluation, "step": 1, "tasks": {"piqa": task}}
     write_json(root / "runs" / name / "eval" / f"{digest:08x}.json", content)
+
+
+def test_missing_figures_of_a_grid_with_unfinished_runs_are_about_the_others(tmp_path: Path) -> None:
+    states = {"dense": "done", "moe": "running", "pkm": "pending"}
+    runs = [write_run(tmp_path, family, "w32", 0, 20.0, state=state) for family, state in states.items()]
+    record = {"grid": "g", "source": "/else/g.yaml", "runs": [*runs, "memory_plus-w32-k16-s0-0badcafe"]}
+    write_json(tmp_path / "grids" / "g" / "grid.json", record)
+    of_grid = context(Comparisons(load(tmp_path, "g", fallback="dense")))
+    text = to_markdown(build(of_grid, [], ["memory-rows: grid g has no model with a memory"]), tmp_path)
+    assert "3 runs of the grid are not finished, and the lines below are about the others" in text
+    assert text.index("3 runs of the grid") < text.index("memory-rows: ")
 
 
 def test_scores_of_different_questions_or_few_shot_settings_are_not_paired(tmp_path: Path) -> None:

@@ -108,7 +108,13 @@ def metric_of(data: GridData, metric: str | None) -> str:
     available += sorted(set(data.scores["key"])) if len(data.scores) else []
     if not available:
         raise InputError(f"{data.grid or 'the results'}: no finished run has an E50 or a score to measure gains in")
-    chosen = metric or (data.contrast.metric if data.contrast else available[0])
+    declared = data.contrast.metric if data.contrast else available[0]
+    chosen = metric or declared
+    if metric is None and chosen not in available:
+        raise InputError(
+            f"no finished run of grid {data.grid} has {chosen}, the metric of its contrast; measured: "
+            f"{', '.join(available)} (python -m analysis next --grid {data.grid} --metric NAME)"
+        )
     if chosen not in available:
         raise InputError(f"--metric: got {chosen!r}, allowed: {', '.join(available)}")
     return str(chosen)
