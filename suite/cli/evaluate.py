@@ -117,11 +117,11 @@ def evaluate(
         print(f"suite: not scored: {damage}", file=sys.stderr)
     if without_tables:
         print(f"suite: no tables to switch off: {', '.join(without_tables)}", file=sys.stderr)
-    untrained = _score(wanted, scoring)
+    untrained, unscored = _score(wanted, scoring)
     _print_scores(grid, results, wanted, options.as_json)
     if untrained:
         print(f"not scored, because training is not finished: {', '.join(untrained)}", file=sys.stderr)
-    if untrained or damaged:
+    if untrained or unscored or damaged:
         raise typer.Exit(1)
 
 
@@ -181,15 +181,15 @@ def _find_runs(target: str, options: GridOptions) -> tuple[Grid, list[RunDir], P
     return grid, [run_dir(options.results, cell) for cell in grid.cells], options.results
 
 
-def _score(wanted: Wanted, scoring: Scorer) -> list[str]:
-    """Score what has no scores yet; return the names of the runs whose training is not finished."""
+def _score(wanted: Wanted, scoring: Scorer) -> tuple[list[str], list[str]]:
+    """Score what has no scores yet; see `score_runs`."""
     from suite.launch.scoring import of_other_data, score_runs
 
     # A shell starts background jobs with SIGINT ignored; this lets them be interrupted, too.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        untrained = score_runs(wanted, scoring, lambda text: print(text, file=sys.stderr))
+        left_out = score_runs(wanted, scoring, lambda text: print(text, file=sys.stderr))
     except KeyboardInterrupt:
         print("suite: interrupted; complete scores are saved, and the same command resumes", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -197,7 +197,7 @@ def _score(wanted: Wanted, scoring: Scorer) -> list[str]:
         for run, cell in wanted:
             for line in of_other_data(run, cell.evaluate, scoring.data_root):
                 print(f"suite: {line}", file=sys.stderr)
-    return untrained
+    return left_out
 
 
 def _print_scores(grid: Grid, results: Path, wanted: Wanted, as_json: bool) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from suite.cells import Cell, EvalConfig
-from suite.errors import UserError
+from suite.errors import DiskFull, UserError
 from suite.launch import background_scoring
 from suite.launch.derived import quantise
 from suite.launch.scorer import Scorer, cache_of, missing_evals, needs_usage
@@ -236,7 +236,9 @@ def set_done(run: RunDir) -> None:
     run.set_state("done", progress=1.0, eta_s=0.0, scoring=None, finished=time.time())
 
 
-def score_runs(runs: Iterable[tuple[RunDir, Cell]], scorer: Scorer, log: Callable[[str], None]) -> list[str]:
+def score_runs(
+    runs: Iterable[tuple[RunDir, Cell]], scorer: Scorer, log: Callable[[str], None]
+) -> tuple[list[str], list[str]]:
     """Add the missing scores to every trained run; requests are prepared once for all of them.
 
     Scores that were written before a failure or a KeyboardInterrupt stay.
@@ -244,13 +246,14 @@ def score_runs(runs: Iterable[tuple[RunDir, Cell]], scorer: Scorer, log: Callabl
     Args:
         runs: Runs, each with its cell: where its data is, and evaluations to add to those that it has.
         scorer: Settings for scoring.
-        log: Called with a line before each run.
+        log: Called with a line before each run, and with the cause for one that cannot be scored.
 
     Returns:
-        The names of the runs that are not trained.
+        The names of the runs that are not trained, and of those that cannot be scored.
 
     Raises:
-        UserError: No run is trained, or as `evaluate_run`.
+        UserError: No run is trained, or none of those that are can be scored.
+        DiskFull: There is no space for scores.
     """
     requested = [*runs]
     trained = [(run, cell) for run, cell in requested if run.state().get("trained")]
@@ -258,10 +261,19 @@ def score_runs(runs: Iterable[tuple[RunDir, Cell]], scorer: Scorer, log: Callabl
         raise UserError(f"{requested[0][0].path}: is not trained to its end; continue it with suite train")
     for run, cell in trained:
         refuse_unfit(run, run.read_cell().with_evaluations(cell.evaluate), scorer)
+    unscored: list[str] = []
     for number, (run, cell) in enumerate(trained, start=1):
         log(f"scoring {run.name} ({number} of {len(trained)})")
-        evaluate_run(run.path, cell.evaluate, scorer, cell.data)
-    return [run.name for run, _ in requested if not run.state().get("trained")]
+        try:
+            evaluate_run(run.path, cell.evaluate, scorer, cell.data)
+        except DiskFull:
+            raise
+        except UserError as error:
+            unscored.append(run.name)
+            if len(unscored) == len(trained):
+                raise
+            log(f"suite: not scored: {error}")
+    return [run.name for run, _ in requested if not run.state().get("trained")], unscored
 
 
 def scores_of(run: RunDir, configs: Iterable[EvalConfig]) -> list[dict[str, Any]]:

