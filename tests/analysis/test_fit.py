@@ -124,7 +124,7 @@ def test_units_change_the_answer_as_they_must() -> None:
 SHARED_UNITS = {"mixture": [("L",)], "data_constrained": [("D", "U")], "capacity": [("H", "B")]}
 
 
-@pytest.mark.parametrize("unit", [1e-6, 1e6])
+@pytest.mark.parametrize("unit", [pytest.param(1e-6, marks=pytest.mark.slow), 1e6])
 @pytest.mark.parametrize("name", LAWS)
 def test_every_law_fits_as_well_in_any_units(name: str, unit: float) -> None:
     problem, law = simulated(name, 0.005, 1), LAWS[name]
@@ -371,6 +371,7 @@ def test_intervals_cover_where_the_truth_is_at_a_bound(case: str) -> None:
     assert all(count / 200 >= 0.90 for count in hits.values())
 
 
+@pytest.mark.slow
 def test_data_without_a_floor_give_a_one_sided_interval_and_right_exponents() -> None:
     """Twenty sets of 48 runs: the exponents are held as often as with E fixed at 0."""
     n, d = (grid.ravel() for grid in np.meshgrid(np.geomspace(1e7, 3e9, 8), np.geomspace(1e9, 3e11, 6), indexing="ij"))

@@ -320,6 +320,7 @@ def test_missing_rows_can_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads(call(tmp_path / "runs.csv", capsys, *options)[1])["n"] == 79
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["joint1", "joint3"])
 def test_joint_selection_takes_a_law_that_predicts_as_well_as_the_true_one(name: str) -> None:
     found = run(table(name, 0.001, 3), Request("joint", "N=N,M=M,D=D,L=L"))

@@ -92,7 +92,14 @@ def test_files_beside_the_scores_that_are_no_scores_are_left_alone(
     assert run.read_all().evals.keys() == before
 
 
-@pytest.mark.parametrize("name", ["truncated cell.json", "empty state.json", "binary scores"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "truncated cell.json",
+        pytest.param("empty state.json", marks=pytest.mark.slow),
+        pytest.param("binary scores", marks=pytest.mark.slow),
+    ],
+)
 def test_a_sweep_finishes_the_other_cells_and_leaves_the_damaged_run_as_it_is(
     finished: tuple[Path, Path], tmp_path: Path, name: str
 ) -> None:
@@ -111,6 +118,7 @@ def test_a_sweep_finishes_the_other_cells_and_leaves_the_damaged_run_as_it_is(
     assert {file: file.read_bytes() for file in run.path.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["empty cell.json", "missing cell.json", "binary train.jsonl"])
 def test_the_report_of_a_sweep_names_the_damaged_file(finished: tuple[Path, Path], tmp_path: Path, name: str) -> None:
     results, grid = tmp_path / "results", finished[0]

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from small_disk import small_disk
 from sweep_processes import TINY, runs_of, suite
 
 
+@pytest.mark.slow
 def test_a_sweep_stops_at_a_full_disk_and_the_same_command_resumes(tmp_path: Path) -> None:
     grid = tmp_path / "tiny.yaml"
     grid.write_text(TINY)

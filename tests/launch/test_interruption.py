@@ -61,7 +61,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return records(folder / "results")
 
 
-@pytest.mark.parametrize("interrupt", [ctrl_c, terminate])
+@pytest.mark.parametrize("interrupt", [ctrl_c, pytest.param(terminate, marks=pytest.mark.slow)])
 def test_an_interrupted_sweep_saves_its_step_and_resumes_from_it(
     tmp_path: Path, interrupt: Interrupt, undisturbed: dict[str, str]
 ) -> None:
@@ -82,6 +82,7 @@ def test_an_interrupted_sweep_saves_its_step_and_resumes_from_it(
     assert of_runs(records(results)) == of_runs(undisturbed)
 
 
+@pytest.mark.slow
 def test_a_second_interruption_stops_at_once_and_is_not_a_failure(tmp_path: Path) -> None:
     grid, results = write(tmp_path, GRID), tmp_path / "results"
     sweep = start_sweep(grid, results)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from sweep_processes import TINY, runs_of, suite
 
 KILLS_ITSELF = """
@@ -32,6 +33,7 @@ register(Family("killed", ModelConfig, feed_forwards))
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_again_and_again_fails_its_cell_although_it_saves(tmp_path: Path) -> None:
     (tmp_path / "killed.py").write_text(KILLS_ITSELF)
     grid, results = tmp_path / "tiny.yaml", tmp_path / "results"

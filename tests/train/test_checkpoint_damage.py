@@ -184,6 +184,7 @@ def test_a_refused_write_of_shards_is_one_line(run: RunDir) -> None:
     assert checkpoint.newest_whole(run) == LAST
 
 
+@pytest.mark.slow
 def test_the_shards_of_several_processes_have_checksums(cache: Path, tmp_path: Path) -> None:
     cell = cell_of("memory_plus", 4, checkpoint_every=2)
     corpus = prepare(cell.data, cache)

@@ -83,7 +83,7 @@ SGD = {"table_optimizer": "sgd", "value_lr": 0.5}
         ("pkm", {"table_optimizer": "dense"}),
     ],
 )
-@pytest.mark.parametrize("killed_after", [2, 6])
+@pytest.mark.parametrize("killed_after", [2, pytest.param(6, marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_losses_and_weights(
     family: str, options: dict[str, Any], killed_after: int, cache: Path, tmp_path: Path
 ) -> None:
