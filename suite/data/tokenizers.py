@@ -30,12 +30,13 @@ class Tokenizer(Protocol):
     """The interface of every tokenizer. `eot_id` is the end-of-text token.
 
     `splits_at_spaces`: encode(prompt) + encode(answer) == encode(prompt + answer) if the answer starts with a single
-    space.
+    space. `unknown_id`: the token of whatever the vocabulary lacks, None if there is none.
     """
 
     kind: str
     vocab_size: int
     eot_id: int
+    unknown_id: int | None
     splits_at_spaces: bool
 
     def encode(self, text: str) -> list[int]:
@@ -56,6 +57,7 @@ class Tokenizer(Protocol):
 
 
 class _Fingerprinted:
+    unknown_id: int | None = None
     splits_at_spaces = True
 
     def to_json(self) -> str:
@@ -195,6 +197,7 @@ class ReadyTokenizer(_Fingerprinted):
         above = max(vocabulary.values()) + 1
         self.eot_id: int = above if eot is None else vocabulary[eot]
         self.vocab_size: int = above + (eot is None)
+        self.unknown_id = self._unknown_id()
         self.splits_at_spaces = not self._has_tokens_across_spaces() and _splits_at_spaces(self)
 
     def encode(self, text: str) -> list[int]:
@@ -210,6 +213,15 @@ class ReadyTokenizer(_Fingerprinted):
         """Return the text of the tokens."""
         text_tokens = [token for token in tokens if token != self.eot_id]
         return str(self._trained.decode(text_tokens, skip_special_tokens=False))
+
+    def _unknown_id(self) -> int | None:
+        """Return the id that the library gives to what the vocabulary lacks."""
+        model = self._trained.model
+        if isinstance(model, models.Unigram):  # its unk_id is in the JSON only
+            number: int | None = json.loads(self._trained.to_str())["model"]["unk_id"]
+            return number
+        name = getattr(model, "unk_token", None)
+        return None if name is None else self._trained.token_to_id(name)
 
     def _has_tokens_across_spaces(self) -> bool:
         """Return whether some token contains a space after another character, so that it may span two words."""
@@ -247,6 +259,7 @@ class SentencePieceTokenizer(_Fingerprinted):
         own = self._pieces.eos_id() if eot is None else self._pieces.piece_to_id(eot)
         self.eot_id: int = own if own >= 0 else entries
         self.vocab_size: int = entries + (own < 0)
+        self.unknown_id = self._pieces.unk_id()
         self.splits_at_spaces = _splits_at_spaces(self)
 
     def encode(self, text: str) -> list[int]:
@@ -265,6 +278,23 @@ class SentencePieceTokenizer(_Fingerprinted):
         """Return the model's bytes in base64, and its end of text."""
         model = base64.b64encode(self._model).decode()
         return json.dumps({"kind": self.kind, "eot": self._eot, "model": model})
+
+
+def lost_parts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
+    """Return what is lost when texts are encoded, sorted: characters without a token, and words that are unknown.
+
+    Bits per byte of such a text would not count them. White space and characters that print nothing are left out.
+    """
+    printed = sorted({character for text in texts for character in text if character.isprintable()} - {" "})
+    lost = {character for character, tokens in zip(printed, tokenizer.encode_batch(printed), strict=True) if not tokens}
+    unknown = tokenizer.unknown_id
+    if unknown is not None:
+        for text in texts:
+            if unknown in tokenizer.encode(text):
+                words = text.split()
+                encoded = zip(words, tokenizer.encode_batch(words), strict=True)
+                lost |= {word for word, tokens in encoded if unknown in tokens} or {text}
+    return sorted(lost)
 
 
 def _bounded_words(text: str) -> list[str]:

@@ -304,8 +304,10 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
         corpus: Its corpus.
 
     Raises:
-        UserError: The run's parent cannot be used, or settings do not suit the device or the length of the run.
+        UserError: The run's parent cannot be used, settings do not suit the device or the length of the run, or the
+            tokenizer cannot encode the held-out documents that are to be scored.
     """
+    from suite.evaluate import corpus_docs
     from suite.launch.checks.settings import refuse_tf32_without_gpu, refuse_unfit_settings
     from suite.models.accounting import account
     from suite.train.finetuning import parent
@@ -314,6 +316,8 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     refuse_tf32_without_gpu(cell)
     loader = corpus.loader(cell.seed, cell.train.batch_rows)
     refuse_unfit_settings(cell, total_steps(cell.train, loader, cell.data.seq_len))
+    if any("held_out" in config.tasks for config in cell.evaluate):
+        corpus_docs.documents(corpus, task="held_out", name="held_out")
     facts = {
         "account": account(cell.model, corpus.vocab_size, cell.data.seq_len).to_json(),
         "versions": versions(),

@@ -148,6 +148,29 @@ def test_a_bpe_trained_for_one_corpus_serves_others(tmp_path: Path) -> None:
     assert prepare(world, tmp_path / "cache").tokenizer.fingerprint == corpus.tokenizer.fingerprint
 
 
+BYTES = {f"<0x{number:02X}>": number + 2 for number in range(256)}
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "lost"),
+    [
+        (models.WordLevel({"[UNK]": 0, "the": 1, "x": 2}, unk_token="[UNK]"), "the y x dog", ["dog", "y"]),
+        (models.WordLevel({"[UNK]": 0, "x": 1, "y": 2}, unk_token="[UNK]"), "x yx", ["yx"]),
+        (models.Unigram([("<unk>", 0.0), ("a", -1.0), ("é", -2.0)], unk_id=0), "aé 漢字", ["漢字"]),
+        (models.BPE({"a": 0, "b": 1}, []), "ab漢b\u200b\n", ["漢"]),
+        (models.BPE({"a": 0, "b": 1}, []), "abba", []),
+        (models.BPE({"<unk>": 0, "a": 1} | BYTES, [], unk_token="<unk>", byte_fallback=True), "a漢", []),
+    ],
+)
+def test_words_and_characters_that_are_lost_are_found(
+    model: models.Model, text: str, lost: list[str], tmp_path: Path
+) -> None:
+    library = RustTokenizer(model)
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    read = tokenizer_files.read(saved(library, tmp_path))
+    assert tokenizers.lost_parts(read, [text]) == lost
+
+
 @pytest.fixture(scope="module")
 def spm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model that treats spaces like Llama's."""
@@ -229,3 +252,9 @@ def test_tokens_across_spaces_are_detected(tmp_path: Path) -> None:
         TEXTS, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
     )
     assert not tokenizer_files.read(saved(across, tmp_path)).splits_at_spaces
+
+
+def test_what_a_sentencepiece_model_does_not_know_is_found(spm: Path) -> None:
+    ours = tokenizer_files.read(spm)
+    assert tokenizers.lost_parts(ours, TEXTS) == []
+    assert tokenizers.lost_parts(ours, [*TEXTS, "The 漢字 fox"]) == ["漢字"]

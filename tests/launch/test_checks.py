@@ -7,6 +7,7 @@ import pytest
 import torch
 from event_log import EventLog
 from tiny_cells import tiny_cell
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from suite.cells import Cell, EvalConfig
 from suite.errors import UserError
@@ -144,6 +145,20 @@ def text_cell(path: Path, **data: Any) -> Cell:
     fields = tiny_cell(epochs=1.0).model_dump()
     content = {"kind": "text", "path": str(path), "seq_len": 32, "tokenizer": {"kind": "bytes"}, **data}
     return Cell.model_validate(fields | {"data": content})
+
+
+def test_held_out_text_that_the_tokenizer_loses_is_refused_before_training(tmp_path: Path) -> None:
+    library = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "text.txt").write_text("a b b a\n" * 400)
+    (tmp_path / "other.txt").write_text("a b c\n")
+    tokenizer = {"kind": "file", "path": str(tmp_path / "tokenizer.json")}
+    cell = text_cell(tmp_path / "text.txt", validation=str(tmp_path / "other.txt"), tokenizer=tokenizer)
+    run = prepare(tmp_path, cell.model_copy(update={"evaluate": (EvalConfig(tasks=("held_out",)),)}))
+    assert worker.run_cell(run.path) == "failed"
+    assert "task held_out: data.tokenizer: got one without a token for 'c' of the held-out" in run.state()["cause"]
+    assert not run.train_lines()
 
 
 @pytest.mark.parametrize(
