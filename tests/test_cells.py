@@ -174,6 +174,15 @@ def test_data_files_are_distinguished_by_path() -> None:
     assert list(by_run.values()) == [{"data.path": "here/a"}, {"data.path": "b"}]
 
 
+def test_files_to_evaluate_on_are_distinguished_by_path() -> None:
+    def scored_on(path: str, content: str) -> Cell:
+        data = {"kind": "text", "path": "a", "fingerprint": "a" * 64}
+        return cell(data=data | {"validation": path, "validation_fingerprint": content * 64}, train__epochs=1.0)
+
+    by_run = variants([scored_on("here/v", "c"), scored_on("w", "d")])
+    assert list(by_run.values()) == [{"data.validation": "here/v"}, {"data.validation": "w"}]
+
+
 def test_the_display_name_has_the_variant_on_a_second_line() -> None:
     assert display_name("run", {}) == "run"
     assert display_name("run", {"k_dim": 32, "placement": [0]}) == "run\n  k_dim=32 placement=[0]"

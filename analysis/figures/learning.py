@@ -76,7 +76,7 @@ def curves(axis: Axes, context: Context, base: str, x: str, y: str) -> None:
     for place, (label, group) in enumerate(variants):
         look, runs = context.looks[label], group.index.to_numpy(int)
         at, values = mean_curve(context.data, runs, x, y)
-        if not len(values):
+        if not values.size:
             continue
         covered = 1 - place / len(variants)  # earlier curves are thicker, so that later ones do not hide them
         if len(values) <= LINES:
@@ -182,6 +182,11 @@ def loss_curves(context: Context, folder: Path) -> list[Path]:
         for axis, base in zip(axes, bases, strict=True):
             curves(axis, context, base, "tokens", "eval_loss")
             style.log_axis(axis)
+        if not any(axis.lines for axis in axes):
+            raise Missing(
+                f"no run of grid {context.grid} measured its loss in evaluation mode; set train.probes above 0, then: "
+                f"suite sweep {context.source}"
+            )
         axes[0].set_ylabel("loss in evaluation mode, nats/token")
         style.legend_above(drawn, axes)
         return style.save(drawn, folder, "loss-curves", context.note(CURVE_NOTE))

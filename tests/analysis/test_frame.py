@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,7 +23,7 @@ from analysis.records.grid_data import load
 from analysis.records.run_files import read_run
 from analysis.records.runs import rows
 from analysis.records.runs.curves import Curves
-from analysis.records.runs.labels import labels
+from analysis.records.runs.labels import labels, pairing
 from analysis.records.tables import read_lines, read_table, write, write_table
 from analysis.report.blocks import to_markdown
 from analysis.report.build import build
@@ -322,6 +323,27 @@ def test_labels_name_what_varies(tmp_path: Path) -> None:
 def test_labels_omit_a_setting_without_a_value() -> None:
     cells = [{"model": {"family": "pkm", "base": "w32", "control": control}} for control in (None, "frozen")]
     assert labels(cells) == ["pkm", "pkm control=frozen"]
+
+
+def test_labels_name_files_by_eight_digits_of_their_hash() -> None:
+    model = {"family": "dense", "base": "w32"}
+    cells: list[dict[str, Any]] = [
+        {
+            "model": model,
+            "data": {
+                "path": content,
+                "fingerprint": content * 64,
+                "validation": f"{content}.txt",
+                "validation_fingerprint": content * 64,
+                "tokenizer": {"kind": "file", "path": "t", "fingerprint": "c" * 64},
+            },
+        }
+        for content in "ab"
+    ]
+    assert labels(cells) == ["dense data=aaaaaaaa validation=aaaaaaaa", "dense data=bbbbbbbb validation=bbbbbbbb"]
+    tokenizer = cells[0]["data"]["tokenizer"] | {"path": "z"}
+    moved = {"model": model, "data": cells[0]["data"] | {"path": "x", "validation": "y", "tokenizer": tokenizer}}
+    assert pairing(moved) == pairing(cells[0]) != pairing(cells[1])
 
 
 def test_unknown_grid_is_named_with_the_known_ones(results: Path) -> None:

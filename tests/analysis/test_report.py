@@ -568,6 +568,7 @@ def test_a_grid_without_evaluations_and_probes_has_a_report(tmp_path: Path) -> N
     (tmp_path / "runs" / name / "eval" / "0badcafe.json").unlink()
     _, missing = draw(plots(tmp_path), tmp_path / "figures")
     assert any(line.startswith("final-scores: no final scores") for line in missing)
+    assert any(line.startswith("loss-curves: no run of grid ") and "measured its loss" in line for line in missing)
     assert "## Final evaluations\n\nNone yet." in text_of(load(tmp_path, fallback="dense"), tmp_path)
 
 

@@ -11,6 +11,8 @@ TABLE_SIZES = ("half_keys", "head_rows", "table_rows")
 """Fields of a model that set how many rows its tables have."""
 NAMED_FIRST = {"model.half_keys": "k{}", "model.ffn_hidden": "ffn{}"}
 """Settings that every label of a model with them starts with."""
+PATHS = ("path", "validation")
+"""Settings of data and tokenizers that are paths; the hash of what is there stands beside them."""
 OUTSIDE_A_LABEL = ("seed", "evaluate")
 AFTER_TRAINING = ("quantised", "kept_rows")
 """Settings of a run that is made from a trained one (docs/serving-tables.md)."""
@@ -85,7 +87,14 @@ def _label(settings: Mapping[str, Any], varying: Sequence[str]) -> str:
     """Return the name of a variant: its family, its table or width, and the settings that vary."""
     parts = [form.format(settings[name]) for name, form in NAMED_FIRST.items() if settings.get(name)]
     others = [name for name in varying if name not in NAMED_FIRST and settings.get(name) is not None]
-    return " ".join([settings["model.family"], *parts, *(f"{name.split('.')[-1]}={settings[name]}" for name in others)])
+    return " ".join([settings["model.family"], *parts, *(_named(name, settings[name]) for name in others)])
+
+
+def _named(name: str, value: Any) -> str:
+    """Return a setting by the last part of its name; the hash of a file by what the file is, and in eight digits."""
+    if name.endswith("fingerprint"):  # such as data.tokenizer.fingerprint and data.validation_fingerprint
+        return f"{name.removesuffix('fingerprint').rstrip('._').split('.')[-1]}={value[:8]}"
+    return f"{name.split('.')[-1]}={value}"
 
 
 def flat(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -95,7 +104,7 @@ def flat(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in block.items():
         if isinstance(value, dict):
             settings |= flat(value, f"{prefix}{key}.")
-        elif key not in ("path", "parent"):
+        elif key not in (*PATHS, "parent"):
             settings[prefix + key] = value
     return settings
 
@@ -107,8 +116,7 @@ def is_reshaped(model: Mapping[str, Any]) -> bool:
 
 def pairing(cell: Mapping[str, Any]) -> str:
     """Return what two runs must share to be compared: base size and data, as JSON."""
-    data = {key: value for key, value in cell["data"].items() if key != "path"}
-    return json.dumps([cell["model"]["base"], data], sort_keys=True)
+    return json.dumps([cell["model"]["base"], flat(cell["data"])], sort_keys=True)
 
 
 def training(cell: Mapping[str, Any]) -> str:
