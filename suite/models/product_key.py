@@ -261,7 +261,7 @@ class AddressedConfig(TableConfig):
             problems.append(("k_dim", self.key_dim, "an even number (two halves)"))
         if self.qk_norm and self.query_batchnorm:
             problems.append(("query_batchnorm", True, "one of qk_norm and query_batchnorm"))
-        return problems + placement_problems(self.memory_placement, self.size.layers)
+        return problems + placement_problems(self.placement, self.memory_placement, self.size.layers)
 
 
 class MemoryConfig(AddressedConfig):

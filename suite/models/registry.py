@@ -104,11 +104,20 @@ class ModelConfig(BaseModel):
         return []
 
 
-def placement_problems(placement: Sequence[int], layers: int) -> list[Problem]:
-    """Return what is wrong with a placement: it holds increasing layer numbers, at least one."""
+def placement_problems(stated: Sequence[int] | None, placement: Sequence[int], layers: int) -> list[Problem]:
+    """Return what is wrong with a placement: it holds increasing layer numbers, at least one.
+
+    Args:
+        stated: The field; None: the family's default is used.
+        placement: The layers.
+        layers: Of the model.
+    """
     if placement and sorted(set(placement)) == list(placement) and placement[0] >= 0 and placement[-1] < layers:
         return []
-    return [("placement", tuple(placement), f"increasing layer numbers from 0 to {layers - 1}")]
+    allowed = f"increasing layer numbers from 0 to {layers - 1}"
+    if stated is None:
+        allowed += " (it is the default of the family, for deeper models: state another)"
+    return [("placement", tuple(placement), allowed)]
 
 
 @dataclass(frozen=True)

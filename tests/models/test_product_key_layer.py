@@ -225,6 +225,19 @@ def test_placement_follows_the_paper(family, base, placement):
     assert config(family, base=base).memory_placement == placement
 
 
+def test_a_default_placement_that_a_shallow_model_lacks_is_named_as_such() -> None:
+    of_paper = config("memory_plus", base="134m", layers=2)
+    assert of_paper.problems() == [
+        (
+            "placement",
+            (-3, 1, 5),
+            "increasing layer numbers from 0 to 1 (it is the default of the family, for deeper models: state another)",
+        )
+    ]
+    stated = config("memory_plus", base="134m", layers=2, placement=(2,))
+    assert stated.problems() == [("placement", (2,), "increasing layer numbers from 0 to 1")]
+
+
 def test_the_key_width_is_that_of_the_paper_and_at_most_half_the_model_on_laptop_bases():
     widths = {base: config("pkm", base=base).key_dim for base in ("134m", "1.3b", "8b", "w32", "w64")}
     assert widths == {"134m": 256, "1.3b": 256, "8b": 256, "w32": 16, "w64": 32}

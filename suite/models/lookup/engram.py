@@ -211,7 +211,7 @@ class EngramConfig(NgramConfig):
         return [list(itertools.islice(primes, self.rows_read)) for _ in range(layers)]
 
     def family_problems(self) -> list[Problem]:
-        problems = placement_problems(self.memory_placement, self.size.layers)
+        problems = placement_problems(self.placement, self.memory_placement, self.size.layers)
         if self.shared_mix and not self.prime_rows:
             problems.append(("prime_rows", False, "true with shared_mix, since equal heads would read equal rows"))
         return problems

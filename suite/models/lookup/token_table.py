@@ -175,7 +175,7 @@ class TokenTableConfig(TableConfig):
         return 1.0 if self.form == "stem" else super().value_lr_ratio
 
     def family_problems(self) -> list[Problem]:
-        problems = placement_problems(self.memory_placement, self.size.layers)
+        problems = placement_problems(self.placement, self.memory_placement, self.size.layers)
         if self.row_width is not None and self.form != "per_layer_embedding":
             problems.append(
                 ("row_width", self.row_width, f"None with form {self.form}, whose rows are {self.width} wide")

@@ -215,7 +215,7 @@ class UltraMemConfig(TableConfig):
         return 1 / self.value_lr_ratio
 
     def family_problems(self) -> list[Problem]:
-        problems = placement_problems(self.memory_placement, self.size.layers)
+        problems = placement_problems(self.placement, self.memory_placement, self.size.layers)
         key, _, value = self.widths
         if self.layer_keys < self.top_k:
             allowed = f"more, so that a layer has top_k ({self.top_k}) half keys per side; it has {self.layer_keys}"
