@@ -399,16 +399,12 @@ def variants(cells: Sequence[Cell]) -> dict[str, dict[str, Any]]:
             values = {run: json.dumps(fields.get(key)) for run, fields in settings.items()}
             counts = Counter(values.values()).most_common(2)
             usual = counts[0][0] if len(counts) == 1 or counts[0][1] > counts[1][1] else None
-            shown = _path_of(key)
+            # A path is easier to recognise than the hash of its content.
+            shown = key.replace("_fingerprint", "").replace("fingerprint", "path")
             for run, value in values.items():
                 if value != usual:
                     distinct[run][shown.removeprefix("model.")] = settings[run].get(shown)
     return {run: dict(sorted(variant.items())) for run, variant in distinct.items()}
-
-
-def _path_of(name: str) -> str:
-    """Return the name of the path that a fingerprint belongs to, which is easier to recognise; any other name as is."""
-    return name.removesuffix("_fingerprint") if "_fingerprint" in name else name.replace("fingerprint", "path")
 
 
 def display_name(run: str, variant: dict[str, Any]) -> str:

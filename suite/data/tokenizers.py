@@ -289,11 +289,11 @@ def lost_parts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
     lost = {character for character, tokens in zip(printed, tokenizer.encode_batch(printed), strict=True) if not tokens}
     unknown = tokenizer.unknown_id
     if unknown is not None:
-        for text in texts:
-            if unknown in tokenizer.encode(text):
+        for text, tokens in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            if unknown in tokens:
                 words = text.split()
                 encoded = zip(words, tokenizer.encode_batch(words), strict=True)
-                lost |= {word for word, tokens in encoded if unknown in tokens} or {text}
+                lost |= {word for word, parts in encoded if unknown in parts} or {text}
     return sorted(lost)
 
 

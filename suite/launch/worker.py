@@ -316,7 +316,7 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     refuse_tf32_without_gpu(cell)
     loader = corpus.loader(cell.seed, cell.train.batch_rows)
     refuse_unfit_settings(cell, total_steps(cell.train, loader, cell.data.seq_len))
-    if any("held_out" in config.tasks for config in cell.evaluate):
+    if any("held_out" in config.tasks for config in cell.evaluate):  # fails before training, and not only when scored
         corpus_docs.documents(corpus, task="held_out", name="held_out")
     facts = {
         "account": account(cell.model, corpus.vocab_size, cell.data.seq_len).to_json(),

@@ -12,7 +12,7 @@ TABLE_SIZES = ("half_keys", "head_rows", "table_rows")
 NAMED_FIRST = {"model.half_keys": "k{}", "model.ffn_hidden": "ffn{}"}
 """Settings that every label of a model with them starts with."""
 PATHS = ("path", "validation")
-"""Settings of data and tokenizers that are paths; the hash of what is there stands beside them."""
+"""Settings of data and tokenizers that are paths; the hash of what is there is the setting next to each."""
 OUTSIDE_A_LABEL = ("seed", "evaluate")
 AFTER_TRAINING = ("quantised", "kept_rows")
 """Settings of a run that is made from a trained one (docs/serving-tables.md)."""
