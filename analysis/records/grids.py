@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,10 +62,27 @@ def read_grid(results: Path, grid: str) -> Recorded:
     if os.path.isfile(path):  # unlike Path.is_file, false for a text that is too long for a path
         return _read(path)[1]
     names = [path.parent.name for path in sorted(results.glob("grids/*/grid.json"))]
-    close = difflib.get_close_matches(grid, names, n=1)
-    remedy = f"did you mean {close[0]}?" if close else f"suite sweep {grid} makes them"
-    others = ", ".join(names) or "none yet"
-    raise InputError(f"{results / 'grids'}: grid {grid!r} has no records; {remedy}; grids with records: {others}")
+    raise InputError(
+        f"{results / 'grids'}: grid {grid!r} has no records; {_remedy(grid, names)}"
+        f"grids with records: {', '.join(names) or 'none yet'}"
+    )
+
+
+def _remedy(grid: str, recorded: Sequence[str]) -> str:
+    """Return how a grid gets records, or the name that was meant; empty if no grid has such a name.
+
+    Args:
+        grid: The name that was given; no grid of this name has records.
+        recorded: Names of the grids that have records.
+    """
+    files = sorted({path.stem for folder in GRID_FOLDERS for path in folder.glob("*.yaml")})
+    if grid in files:
+        return f"suite sweep {grid} makes them; "
+    close = difflib.get_close_matches(grid, [*recorded, *files], n=1)
+    if not close:
+        return ""
+    sweep = "" if close[0] in recorded else f" suite sweep {close[0]} makes its records;"
+    return f"did you mean {close[0]}?{sweep} "
 
 
 def _read(path: Path) -> tuple[str, Recorded]:

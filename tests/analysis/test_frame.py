@@ -346,11 +346,27 @@ def test_labels_name_files_by_eight_digits_of_their_hash() -> None:
     assert pairing(moved) == pairing(cells[0]) != pairing(cells[1])
 
 
-def test_unknown_grid_is_named_with_the_known_ones(results: Path) -> None:
-    with pytest.raises(InputError, match=r"grid 'nope' has no records; suite sweep nope .*records: demo"):
-        frame.load(results, "nope", "dense")
-    with pytest.raises(InputError, match=r"grid 'dmo' has no records; did you mean demo\?"):
-        frame.load(results, "dmo", "dense")
+@pytest.mark.parametrize(
+    ("grid", "remedy"),
+    [
+        ("nope", ""),
+        ("dmo", "did you mean demo? "),
+        ("laptop", "suite sweep laptop makes them; "),
+        ("laptp", "did you mean laptop? suite sweep laptop makes its records; "),
+    ],
+)
+def test_unknown_grid_is_named_with_the_known_ones(results: Path, grid: str, remedy: str) -> None:
+    with pytest.raises(InputError) as error:
+        frame.load(results, grid, "dense")
+    assert str(error.value) == (f"{results / 'grids'}: grid {grid!r} has no records; {remedy}grids with records: demo")
+
+
+def test_a_grid_without_runs_is_made_by_the_sweep_of_its_file(results: Path) -> None:
+    record = results / "grids" / "demo" / "grid.json"
+    source = {"source": "elsewhere/demo.yaml", "arguments": ["--set=train.lr=1e-3"], "runs": ["absent"]}
+    record.write_text(json.dumps(source))
+    with pytest.raises(InputError, match=r"suite sweep elsewhere/demo\.yaml --set=train\.lr=1e-3$"):
+        load(results, "demo")
 
 
 def test_a_path_that_is_too_long_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

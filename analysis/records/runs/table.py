@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from analysis.errors import InputError
 from analysis.records import store
-from analysis.records.grids import read_grid
+from analysis.records.grids import read_grid, read_source
 from analysis.records.run_files import DAMAGED
 from analysis.records.runs.labels import AFTER_TRAINING, is_reshaped, pairing, training
 
@@ -70,7 +70,8 @@ def read_store(results: Path, grid: str | None, columns: Sequence[str]) -> pa.Ta
     """
     table = store.load(results, columns, None if grid is None else read_grid(results, grid).runs)
     if not len(table):
-        raise InputError(f"{results / 'runs'}: no runs here; make some: suite sweep {grid or 'smoke'}")
+        source = "smoke" if grid is None else read_source(results, grid)
+        raise InputError(f"{results / 'runs'}: no runs here; make some: suite sweep {source}")
     return table
 
 
