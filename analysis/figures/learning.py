@@ -72,13 +72,11 @@ def curves(axis: Axes, context: Context, base: str, x: str, y: str) -> None:
         x: Probe column of the horizontal axis, a key of AXES.
         y: Probe column of the outcome.
     """
-    variants = list(context.variants(base))
-    for place, (label, group) in enumerate(variants):
+    for label, group in context.variants(base):
         look, runs = context.looks[label], group.index.to_numpy(int)
         at, values = mean_curve(context.data, runs, x, y)
         if not values.size:
             continue
-        covered = 1 - place / len(variants)  # earlier curves are thicker, so that later ones do not hide them
         if len(values) <= LINES:
             _single_runs(axis, context.data, runs, x, y, look)
         axis.plot(
@@ -88,8 +86,7 @@ def curves(axis: Axes, context: Context, base: str, x: str, y: str) -> None:
             linestyle=look.linestyle,
             marker=look.marker,
             alpha=look.alpha,
-            linewidth=1.2 + 1.2 * covered,
-            markersize=3 + 2 * covered,
+            markersize=look.size,
             label=context.legend(label),
         )
         low, high = _band(values)
@@ -235,20 +232,17 @@ def rows_panel(axis: Axes, context: Context, points: pd.DataFrame, key: str, yla
         key: Column of the outcome.
         ylabel: Label of the outcome.
     """
-    for family, members in points.groupby("family", sort=False):
-        with_table = members[members["memory_rows"] > 0]
-        if len(with_table):
-            _rows_family(axis, context, str(family), with_table, key)
     bounds: list[tuple[float, str]] = []
     for label, group in points[points["memory_rows"] == 0].groupby("label", sort=False):
         look, middle = context.looks[str(label)], paired(group[key].to_numpy(float))
-        is_reference = group["family"].iloc[0] == context.data.reference
-        dashes: Any = look.linestyle if is_reference else (0, (6, 3))  # equal lines stay visible
-        axis.axhline(middle.mean, color=look.color, linestyle=dashes, linewidth=1.2, label=context.legend(str(label)))
+        marks: dict[str, Any] = {"color": look.color, "linestyle": look.linestyle, "linewidth": 1.2}
+        axis.axhline(middle.mean, label=context.legend(str(label)), **marks)
         if key == "e50" and group["e50_state"].eq("censored").any():
             bounds.append((middle.mean, str(label)))
         if not np.isnan(middle.low):
             axis.axhspan(middle.low, middle.high, color=look.color, alpha=0.10, linewidth=0)
+    for family, members in points[points["memory_rows"] > 0].groupby("family", sort=False):
+        _rows_family(axis, context, str(family), members, key)
     _bounds(axis, bounds)
     axis.set_xscale("log", base=2)
     rows = sorted(float(row) for row in points.loc[points["memory_rows"] > 0, "memory_rows"].unique())
@@ -296,6 +290,7 @@ def _rows_family(axis: Axes, context: Context, family: str, members: pd.DataFram
     counts = sorted({int(count) for count in everywhere.groupby(["base", "label"]).size()})
     count = f"{counts[0]}–{counts[-1]}" if len(counts) > 1 else str(counts[0])
     rows = [row for row, _ in groups]
-    axis.plot(rows, [m.mean for m in middles], color=look.color, marker=look.marker, label=f"{family} (n={count})")
+    marks: dict[str, Any] = {"color": look.color, "linestyle": look.linestyle, "marker": look.marker}
+    axis.plot(rows, [m.mean for m in middles], label=f"{family} (n={count})", **marks)
     for row, group in groups:
         dot(axis, row, group[key].to_numpy(float), look, markerfacecolor=face(look, group, key))

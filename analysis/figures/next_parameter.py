@@ -173,13 +173,15 @@ def at_equal_time(context: Context, folder: Path) -> list[Path]:
     table = table.assign(at_time=curves.at(time.to_numpy(float), table.index.to_numpy(int), log=False), time=time)
     bases = [base for base in context.bases if base in set(table["base"])]
     rows = max(table.loc[table["base"] == base, "label"].nunique() for base in bases)
-    with style.figure(1, len(bases), width=3.6 * len(bases) + 0.6, height=1.2 + 0.26 * rows) as (drawn, axes):
+    height = 1.2 + rows * style.row_height(style.row_names([context.legend(label) for label in context.looks]))
+    with style.figure(1, len(bases), width=3.6 * len(bases) + 0.6, height=height) as (drawn, axes):
         for axis, base in zip(axes, bases, strict=True):
             part = table[table["base"] == base]
             groups = list(part.groupby("label", sort=False))[::-1]
             for row, (label, group) in enumerate(groups):
                 dot(axis, row, group["at_time"].to_numpy(float), context.looks[str(label)], sideways=True)
-            axis.set_yticks(range(len(groups)), [f"{label} (n={len(group)})" for label, group in groups])
+            names = style.row_names([f"{label} (n={len(group)})" for label, group in groups])
+            axis.set_yticks(range(len(groups)), names)
             axis.set_xlabel(f"{base}: loss after {part['time'].iloc[0]:,.3g} s of training, nats")
         note = f"{SIDE_BY_SIDE} Seconds of the machine that ran the grid, where runs shared it."
         return style.save(drawn, folder, "equal-time", context.speed_note(note))

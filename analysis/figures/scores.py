@@ -99,7 +99,9 @@ def scores_against_cost(context: Context, folder: Path) -> list[Path]:
 def final_scores_figure(context: Context, folder: Path) -> list[Path]:
     """Draw final evaluation-mode loss, bits per byte and task scores by variant, side by side."""
     bases = context.bases_of_equal_tokens()
-    names = [f"{base} {context.legend(label)}" for base in bases for label, _ in context.variants(base)]
+    names = style.row_names(
+        [f"{base} {context.legend(label)}" for base in bases for label, _ in context.variants(base)]
+    )
     if len(names) > VARIANTS:
         raise Missing(
             f"grid {context.grid} has {len(names)} variants at equal tokens, and at most {VARIANTS} are drawn side by "
@@ -122,7 +124,7 @@ def final_scores_figure(context: Context, folder: Path) -> list[Path]:
         axis.xaxis.set_major_locator(MaxNLocator(4))
         axis.set_xlabel(_title(context, score))
 
-    panels, height = [("", score) for score in _scores(context)], 0.9 + 0.25 * len(names)
+    panels, height = [("", score) for score in _scores(context)], 0.9 + style.row_height(names) * len(names)
     return _panels(context, folder, "final-scores", panels, panel, SIDE_BY_SIDE, height=height, margin=1.8, sharey=True)
 
 

@@ -1,11 +1,13 @@
 """One look for every figure: colours that survive colour blindness and print, markers that survive grey.
 
 Colours are those of Okabe and Ito (Color Universal Design, 2008) and of Tol (2021), one per family; a table size is a
-line style and a shade.
+shade. Every variant has dashes and a size of marker of its own, so that where marks of several coincide, a part of each
+is seen.
 """
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,12 +49,20 @@ MARKERS = {
     "token_table": ">",
 }
 STYLES = ["-", "--", "-.", ":"]
+"""Line styles of what is not a variant."""
+PERIOD = 12.0
+"""Length of a dash and its gap, in line widths."""
+SHORTEST = 0.3
+"""Dash of the last variant, as a share of the period."""
+NAME = 40
+"""Characters in a line of the name of a row."""
 FORMATS = ("png", "pdf", "svg")
 RC: Any = {
     "font.size": 9,
     "axes.titlesize": 9,
     "axes.labelsize": 9,
     "legend.fontsize": 7.5,
+    "legend.handlelength": 3.0,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
     "axes.spines.top": False,
@@ -78,30 +88,54 @@ class Look:
 
     color: str
     marker: str
-    linestyle: str
+    linestyle: tuple[float, tuple[float, ...]]
     alpha: float
     size: float
 
 
-PLAIN = Look("#7F7F7F", "o", "-", 1.0, 4.0)
+SOLID = (0.0, ())
+PLAIN = Look("#7F7F7F", "o", SOLID, 1.0, 4.0)
 """What is drawn without a legend entry."""
 
 
 def looks(variants: list[tuple[str, str]]) -> dict[str, Look]:
     """Return the look of each label, for (family, label) pairs in drawing order: families by colour and marker, members
-    by line style and the marker's size."""
+    by shade, and all by their dashes and the marker's size.
+
+    The first line is solid and its markers are the largest. Each later one has shorter dashes and smaller markers, and
+    is drawn above those before it.
+    """
     unknown = [family for family in dict.fromkeys(family for family, _ in variants) if family not in COLOURS]
     colours = COLOURS | {family: SPARE[i % len(SPARE)] for i, family in enumerate(unknown)}
     seen: dict[str, int] = {}
     by_label = {}
-    for family, label in dict.fromkeys(variants):
+    distinct = list(dict.fromkeys(variants))
+    for place, (family, label) in enumerate(distinct):
         rank = seen.get(family, 0)
         seen[family] = rank + 1
         alpha = 1.0 if rank == 0 else max(0.5, 1 - 0.2 * rank)
-        by_label[label] = Look(
-            colours[family], MARKERS.get(family, "X"), STYLES[rank % len(STYLES)], alpha, 4 + 1.5 * min(rank, 5)
-        )
+        covered = place / max(1, len(distinct) - 1)
+        by_label[label] = Look(colours[family], MARKERS.get(family, "X"), _dashes(covered), alpha, 7 - 3 * covered)
     return by_label
+
+
+def _dashes(covered: float) -> tuple[float, tuple[float, ...]]:
+    """Return the line style of a variant, from 0 (the first: solid) to 1 (the last: the shortest dashes).
+
+    All dashes begin where those of the variants before do, and are shorter.
+    """
+    dash = PERIOD * (1 - (1 - SHORTEST) * covered)
+    return (0.0, (dash, PERIOD - dash)) if covered else SOLID
+
+
+def row_names(names: list[str]) -> list[str]:
+    """Return the names of rows in lines of at most NAME characters."""
+    return [textwrap.fill(name, NAME) for name in names]
+
+
+def row_height(names: list[str]) -> float:
+    """Return the height of a row in inches, given the names that `row_names` returns."""
+    return max(0.27, 0.05 + 0.13 * max(name.count("\n") + 1 for name in names))
 
 
 @contextmanager
@@ -140,10 +174,12 @@ def legend_above(drawn: Figure, axes: list[Axes]) -> None:
             entries.setdefault(label, handle)
     if not entries:
         return
-    columns = max(1, int(drawn.get_figwidth() * 12 / (4 + max((len(label) for label in entries), default=1))))
-    rows = -(-len(entries) // columns)
+    room = int(drawn.get_figwidth() * 12)
+    labels = [textwrap.fill(label, room - 5) for label in entries]
+    columns = max(1, room // (5 + max(map(len, labels))))
+    rows = -(-len(labels) // columns) if columns > 1 else sum(label.count("\n") + 1 for label in labels)
     drawn.set_figheight(drawn.get_figheight() + 0.17 * rows)
-    drawn.legend(list(entries.values()), list(entries), loc="outside upper left", ncols=columns)
+    drawn.legend(list(entries.values()), labels, loc="outside upper left", ncols=columns)
 
 
 def log_axis(axis: Axes) -> None:
@@ -185,10 +221,9 @@ def save(drawn: Figure, folder: Path, name: str, note: str) -> list[Path]:
     Raises:
         InputError: A file cannot be written.
     """
-    import textwrap
-
     wrapped = "\n".join(textwrap.wrap(note, int(drawn.get_figwidth() * 19)))
     drawn.supxlabel(wrapped, fontsize=6.5, color="#444444", x=0.01, ha="left")
+    _wrap_labels(drawn)
     drawn.draw_without_rendering()
     drawn.set_layout_engine("none")  # laid out once, not again for every format
     paths = []
@@ -199,3 +234,27 @@ def save(drawn: Figure, folder: Path, name: str, note: str) -> list[Path]:
             drawn.savefig(temporary, format=kind, metadata=metadata)
         paths.append(path)
     return paths
+
+
+def _wrap_labels(drawn: Figure) -> None:
+    """Break the labels of axes that are longer than their axis into lines. Text in mathematical notation is left."""
+    drawn.draw_without_rendering()
+    for axis in drawn.axes:
+        room = axis.get_window_extent()
+        sides = (
+            (axis.xaxis.label, axis.xaxis.label.get_window_extent().width, room.width),
+            (axis.yaxis.label, axis.yaxis.label.get_window_extent().height, room.height),
+        )
+        for label, length, longest in sides:
+            text = label.get_text()
+            if length > longest and "$" not in text:
+                characters = max(len(line) for line in text.split("\n"))
+                label.set_text(_balanced(text, int(characters * longest / length)))
+
+
+def _balanced(text: str, longest: int) -> str:
+    """Return a text in lines of at most `longest` characters, which are as equal in length as words allow."""
+    lines = textwrap.wrap(text, longest, break_long_words=False)
+    while len(shorter := textwrap.wrap(text, max(map(len, lines)) - 1, break_long_words=False)) == len(lines):
+        lines = shorter
+    return "\n".join(lines)

@@ -146,7 +146,8 @@ def _multipliers_at_loss(context: Context, folder: Path) -> list[Path]:
 @contextmanager
 def _named_rows(names: list[str], xlabel: str) -> Iterator[tuple[Figure, Axes]]:
     """One panel with a row per name and a line at 1."""
-    with style.figure(1, 1, width=6.4, height=1.2 + 0.27 * len(names)) as (drawn, (axis,)):
+    names = style.row_names(names)
+    with style.figure(1, 1, width=6.4, height=1.2 + style.row_height(names) * len(names)) as (drawn, (axis,)):
         axis.axvline(1.0, color="#888888", linewidth=0.8, linestyle=":")
         axis.set_yticks(range(len(names)), names)
         axis.set_ylim(len(names) - 0.5, -0.5)

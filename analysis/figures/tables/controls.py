@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 ITSELF = "the variant"
 LOOKS = {
-    ITSELF: style.Look("#000000", "o", "-", 1.0, 6.0),
-    "one_row": style.Look("#D55E00", "s", "-", 1.0, 5.0),
-    "frozen": style.Look("#0072B2", "D", "-", 1.0, 5.0),
-    "shuffled": style.Look("#009E73", "^", "-", 1.0, 5.0),
-    "dense": style.Look("#8C6D1F", "P", "-", 1.0, 5.0),
+    ITSELF: style.Look("#000000", "o", style.SOLID, 1.0, 6.0),
+    "one_row": style.Look("#D55E00", "s", style.SOLID, 1.0, 5.0),
+    "frozen": style.Look("#0072B2", "D", style.SOLID, 1.0, 5.0),
+    "shuffled": style.Look("#009E73", "^", style.SOLID, 1.0, 5.0),
+    "dense": style.Look("#8C6D1F", "P", style.SOLID, 1.0, 5.0),
 }
 """How a variant and each of its controls are drawn."""
 
@@ -37,7 +37,9 @@ def controls_figure(context: Context, folder: Path) -> list[Path]:
     ratios, runs = _ratios(context), context.data.runs
     controls = dict(zip(runs["label"], runs["control"].fillna(""), strict=True))
     rows = list(dict.fromkeys((base, variant) for base, variant, _ in sides))
-    with style.figure(1, 1, width=6.8, height=1.3 + 0.42 * len(rows)) as (drawn, (axis,)):
+    names = style.row_names([f"{base} {variant}" for base, variant in rows])
+    height = 1.3 + (0.15 + style.row_height(names)) * len(rows)
+    with style.figure(1, 1, width=6.8, height=height) as (drawn, (axis,)):
         for place, (base, variant) in enumerate(rows):
             members = [variant, *(control for at, name, control in sides if (at, name) == (base, variant))]
             for step, label in enumerate(members):
@@ -47,7 +49,7 @@ def controls_figure(context: Context, folder: Path) -> list[Path]:
         for name, look in LOOKS.items():
             axis.plot([], [], color=look.color, marker=look.marker, linestyle="none", label=name)
         axis.axvline(1.0, color="#888888", linewidth=0.8, linestyle=":")
-        axis.set_yticks(range(len(rows)), [f"{base} {variant}" for base, variant in rows])
+        axis.set_yticks(range(len(rows)), names)
         axis.set_ylim(len(rows) - 0.5, -0.5)
         _ratio_axis(axis)
         axis.set_xlabel(f"E50 over that of plain {context.data.reference}")

@@ -29,13 +29,15 @@ def usage_figure(context: Context, folder: Path) -> list[Path]:
         )
     used = [(f"{base} {label}", label, 100 * group["usage_used"].to_numpy(float)) for base, label, group in groups]
     uneven = [(f"{base} {label}", label, group["usage_kl_bits"].to_numpy(float)) for base, label, group in groups]
-    with style.figure(1, 2, width=7.0, height=1.3 + 0.3 * len(used), sharey=True) as (drawn, axes):
+    names = style.row_names([f"{text} (n={len(values)})" for text, _, values in used])
+    height = 1.3 + style.row_height(names) * len(used)
+    with style.figure(1, 2, width=7.0, height=height, sharey=True) as (drawn, axes):
         for axis, rows, xlabel in zip(
             axes, (used, uneven), ("rows read at all, %", "KL from even use, bits"), strict=True
         ):
             for position, (_, label, values) in enumerate(rows):
                 dot(axis, position, values, context.looks[label], sideways=True)
-            axis.set_yticks(range(len(rows)), [f"{text} (n={len(values)})" for text, _, values in rows])
+            axis.set_yticks(range(len(rows)), names)
             axis.set_ylim(len(rows) - 0.5, -0.5)
             axis.set_xlabel(xlabel)
         note = "Reads of the finished model over a fixed sample of training text, mean over its tables. " + SIDE_BY_SIDE
@@ -200,7 +202,7 @@ def _against_bytes(left: Axes, right: Axes, look: style.Look, label: str, part: 
     dropped = means[means["share"] < 1]["form"].unique()
     lines = [("-", means[means["share"] == 1]), *((":", means[means["form"] == form]) for form in dropped)]
     for axis, y in ((left, "loss"), (right, "change")):
-        axis.plot([], [], color=look.color, linestyle=look.linestyle, alpha=look.alpha, label=label)
+        axis.plot([], [], color=look.color, alpha=look.alpha, label=label)
         for linestyle, line in lines:
             line = line.sort_values("bytes")
             axis.plot(line["bytes"], line[y], color=look.color, linestyle=linestyle, alpha=look.alpha, linewidth=1)
