@@ -39,6 +39,8 @@ MAX_VALUES = 1_000_000
 
 LENGTH = re.compile(r"(?:Tuple|List) should have (at least|at most) (\d+) items?.*")
 """Pydantic's message for a list of another length."""
+WRONG_LENGTH = ("missing", "too_long", "tuple_type")
+"""Pydantic's types of errors for a value that is not a list of the fixed length of its field."""
 MAPPING = re.compile(r"a valid dictionary(?: or instance of \w+)?")
 """Pydantic's words for a mapping, with the name of its class where it has one."""
 
@@ -183,6 +185,8 @@ def _explain(detail: ErrorDetails, schema: type[BaseModel], content: Any) -> str
     if detail["type"] == "extra_forbidden":
         names = [] if part is None else list(part.model_fields)
         return f"{field}: unknown field{did_you_mean(path[-1], names)}, allowed: {', '.join(names)}"
+    if (count := _fixed_length(part, detail["loc"])) is not None and detail["type"] in WRONG_LENGTH:
+        return f"{field.partition('[')[0]}: got {shown(detail['input'])}, allowed: a list of {count} values"
     if detail["type"] == "missing":
         return f"{field}: got nothing, allowed: {_wanted(part, path[-1])}"
     if detail["type"] == "unknown_kind":
@@ -245,6 +249,16 @@ def models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for part in typing.get_args(annotation) for model in models_in(part)]
+
+
+def _fixed_length(part: type[BaseModel] | None, loc: tuple[int | str, ...]) -> int | None:
+    """Return the number of values of the field with an error, if it is a list of fixed length."""
+    name = next((step for step in reversed(loc) if isinstance(step, str)), "")
+    field = part.model_fields.get(name) if part else None
+    if field is None or typing.get_origin(field.annotation) is not tuple:
+        return None
+    items = typing.get_args(field.annotation)
+    return None if Ellipsis in items else len(items)
 
 
 def _wanted(part: type[BaseModel] | None, name: str) -> str:

@@ -130,6 +130,12 @@ def test_a_value_where_a_list_is_needed_names_the_type(tmp_path: Path) -> None:
     assert complaint(tmp_path, ONE_BLOCK, evaluate="bios_qa").endswith("evaluate: got 'bios_qa', allowed: a list")
 
 
+@pytest.mark.parametrize("value", ["[0.9]", "[0.9, 0.95, 0.99]", "0.9", "[]"])
+def test_a_list_of_another_length_than_its_field_has_is_refused_with_that_length(tmp_path: Path, value: str) -> None:
+    line = complaint(tmp_path, ONE_BLOCK, train__betas=value)
+    assert line.endswith(f"train.betas: got {value}, allowed: a list of 2 values")
+
+
 def test_exclusions_match_on_the_fields_they_name(tmp_path: Path) -> None:
     text = (
         BASE
