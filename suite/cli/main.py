@@ -240,10 +240,15 @@ def import_run(
 
     Example: suite import checkpoints/llama-2-7b
     """
-    from suite.export.importing import import_checkpoint
+    from suite.export.importing import differences, import_checkpoint
 
     check_folders(results, None)
     run = import_checkpoint(folder, results, seq_len)
+    for other, fields in differences(run).items():
+        print(
+            f"{other} has the same weights, but is another run; fields that differ: {', '.join(fields)}",
+            file=sys.stderr,
+        )
     if as_json:
         print_json({"run": run.name, "path": str(run.path), "imported": run.read_cell().imported})
     else:

@@ -1,8 +1,8 @@
 """Runs made of checkpoints that were trained elsewhere: `suite import`.
 
 The run is known by the content of the checkpoint: the same weights in other files, or elsewhere on disk, are the same
-run. It can be evaluated, exported and started from like any other. Its cell is marked as `imported`, and its `train`
-block states nothing.
+run, unless the tokenizer or the longest text differs. It can be evaluated, exported and started from like any other.
+Its cell is marked as `imported`, and its `train` block states nothing.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from suite.atomic import write_text
-from suite.cells import Cell, TrainConfig
+from suite.cells import Cell, TrainConfig, flat
 from suite.data.corpus import prepare
 from suite.data.sources.tokenizer_only import TokenizerData
 from suite.data.tokenizer_config import TokenizerConfig
 from suite.data.tokenizer_files import name_of_token
 from suite.errors import UserError
 from suite.export.llama import CONFIG, import_llama, read_config
+from suite.identity import identity
 from suite.launch.provenance import versions
 from suite.launch.scoring import set_done
 from suite.models.accounting import account
@@ -74,6 +75,21 @@ def import_checkpoint(folder: Path, results: Path, seq_len: int | None = None) -
         run.set_state("running", trained=True)
         set_done(run)
     return run
+
+
+def differences(run: RunDir) -> dict[str, list[str]]:
+    """Return the other undamaged runs of the same weights by name, each with the fields that make it another run."""
+    cell = run.read_cell()
+    ours = flat(identity(cell, current_names=True))
+    others = {}
+    for path in sorted(run.path.parent.glob(f"{cell.slug}-*")):
+        if RunDir(path).damage() is not None:
+            continue
+        other = RunDir(path).read_cell()
+        if other.imported == cell.imported and other.hash8 != cell.hash8:
+            theirs = flat(identity(other, current_names=True))
+            others[path.name] = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+    return others
 
 
 def _first_token(folder: Path, config: dict[str, Any]) -> str | None:

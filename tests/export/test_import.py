@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from suite.cells import Cell, EvalConfig
+from suite.cli.main import app
 from suite.data.corpus import prepare as prepare_corpus
 from suite.errors import UserError
 from suite.export.export import export
@@ -121,6 +123,27 @@ def test_an_export_of_the_run_equals_the_checkpoint(
     after = load_file(tmp_path / "out" / "model.safetensors")
     for name, value in before.items():
         assert torch.equal(after[name], value.float()), name
+
+
+@pytest.mark.parametrize("puts_token_first", [True, False])
+def test_an_export_that_is_imported_is_the_same_run_or_the_reason_is_stated(
+    puts_token_first: bool, checkpoint: Path, tmp_path: Path
+) -> None:
+    source = tmp_path / "llama"
+    shutil.copytree(checkpoint, source)
+    if not puts_token_first:
+        tokenizer = json.loads((source / "tokenizer.json").read_text()) | {"post_processor": None}
+        (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    first = import_checkpoint(source, tmp_path / "results")
+    cell = first.read_cell()
+    corpus = prepare_corpus(cell.data, tmp_path / "results" / "cache")
+    export(load_model(first, cell, corpus), tmp_path / "out", corpus, cell.data.seq_len)
+    done = CliRunner().invoke(app, ["import", str(tmp_path / "out"), "--results", str(tmp_path / "results")])
+    assert done.exit_code == 0
+    assert (done.stdout.strip() == first.name) == puts_token_first
+    lines = [line for line in done.stderr.splitlines() if "same weights" in line]
+    reason = f"{first.name} has the same weights, but is another run; fields that differ: data.tokenizer.fingerprint"
+    assert lines == ([] if puts_token_first else [reason])
 
 
 def test_a_run_that_is_moved_alone_needs_neither_the_checkpoint_nor_the_cache(checkpoint: Path, tmp_path: Path) -> None:
