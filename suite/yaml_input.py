@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from suite.errors import UserError, reason
+from suite.errors import UserError, allowed_by, reason
 from suite.identity import Frozen
 from suite.models import registry
 
@@ -37,12 +37,8 @@ MAX_BYTES = 10_000_000
 """Size of the largest file that is parsed, which takes about a minute; a larger one is data, not a configuration."""
 MAX_VALUES = 1_000_000
 
-LENGTH = re.compile(r"(?:Tuple|List) should have (at least|at most) (\d+) items?.*")
-"""Pydantic's message for a list of another length."""
 WRONG_LENGTH = ("missing", "too_long", "tuple_type")
 """Pydantic's types of errors for a value that is not a list of the fixed length of its field."""
-MAPPING = re.compile(r"a valid dictionary(?: or instance of \w+)?")
-"""Pydantic's words for a mapping, with the name of its class where it has one."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -197,7 +193,7 @@ def _explain(detail: ErrorDetails, schema: type[BaseModel], content: Any) -> str
         # Validators of this project already name the field, the value and what is allowed.
         own = str(inner)
         return own if not field or own.startswith(field) else f"{field}.{own}"
-    return f"{field}: got {shown(detail['input'])}, allowed: {_allowed(detail['msg'])}"
+    return f"{field}: got {shown(detail['input'])}, allowed: {allowed_by(detail['msg'])}"
 
 
 def _locate(
@@ -266,14 +262,6 @@ def _wanted(part: type[BaseModel] | None, name: str) -> str:
     if field is not None and typing.get_origin(field.annotation) is typing.Literal:
         return ", ".join(map(str, typing.get_args(field.annotation)))
     return (field and field.description) or "a value (this field has no default)"
-
-
-def _allowed(message: str) -> str:
-    wanted = message.removeprefix("Input should be ").removeprefix("Value error, ")
-    wanted = LENGTH.sub(r"a list of \1 \2", wanted)
-    wanted = wanted.replace("String should have at least 1 character", "a text that is not empty")
-    wanted = MAPPING.sub("a mapping of fields to values", wanted)
-    return wanted.replace("a valid boolean", "true or false").replace("a valid tuple", "a list")
 
 
 def shown(value: object) -> str:

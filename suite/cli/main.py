@@ -8,9 +8,10 @@ import sys
 from importlib.metadata import version
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
+from pydantic import ValidationError
 
 from suite.atomic import FULL
 from suite.cli import bench, cells, data, evaluate, quantise, runs, sweep, train
@@ -28,7 +29,7 @@ from suite.cli.options import (
     print_table,
     report_failures,
 )
-from suite.errors import DiskFull, UserError
+from suite.errors import DiskFull, UserError, allowed_by
 
 _OTHER = "correct its permissions, or use another path"
 UNUSABLE = {errno.ENAMETOOLONG: "use a shorter path", errno.EACCES: _OTHER, errno.EPERM: _OTHER, errno.EROFS: _OTHER}
@@ -71,10 +72,19 @@ def main() -> NoReturn:
         # Typer's usage errors have no public base class. One of them is the help that is shown without arguments.
         if not hasattr(error, "format_message"):
             raise
-        message = error.format_message()
+        message = _usage_error(error)
         print(message if "\n" in message else f"suite: {message}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code)
+
+
+def _usage_error(error: Any) -> str:
+    """Return typer's message; for the value of an option, the option, the value and what is allowed."""
+    cause, options = error.__cause__, getattr(getattr(error, "param", None), "opts", [])
+    if not isinstance(cause, ValidationError) or not options or not options[0].startswith("--"):
+        return str(error.format_message())
+    detail = cause.errors()[0]
+    return f"{options[0]}: got {detail['input']}, allowed: {allowed_by(detail['msg'])}"
 
 
 def _print_version(wanted: bool) -> None:
