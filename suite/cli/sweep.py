@@ -192,7 +192,7 @@ def _print_dry_run(
             if scripts:
                 print(f"{grid.name}: {len(scripts)} scripts written, nothing submitted", file=sys.stderr)
     else:
-        refuse_unusable_data(missing)
+        refuse_unusable_data(replace(grid, cells=tuple(missing)))
         if as_json:
             document = status_json(grid, statuses)
             for entry, cell in zip(document["cells"], grid.cells, strict=True):

@@ -173,12 +173,14 @@ def test_a_dry_run_finds_unusable_data(lines: str, data: dict[str, Any], message
     path = tmp_path / "corpus.jsonl"
     path.write_text(lines)
     cell = text_cell(path, **data)
+    grid = grid_of(cell, folder=tmp_path)
     with pytest.raises(UserError, match=message) as caught:
-        refuse_unusable_data([cell])
-    assert cell.run_name in str(caught.value)
+        refuse_unusable_data(grid)
+    assert str(caught.value).startswith(f"{grid.source}: cell {cell.run_name}: ")
 
 
-def test_a_dry_run_compares_the_warm_up_with_the_steps_of_its_corpus() -> None:
-    refuse_unusable_data([tiny_cell(warmup=3)])
-    with pytest.raises(UserError, match=r"train\.warmup: got 1000"):
-        refuse_unusable_data([tiny_cell(warmup=3), tiny_cell(warmup=1000)])
+def test_a_dry_run_compares_the_warm_up_with_the_steps_of_its_corpus(tmp_path: Path) -> None:
+    short, long = tiny_cell(warmup=3), tiny_cell(warmup=1000)
+    refuse_unusable_data(grid_of(short, folder=tmp_path))
+    with pytest.raises(UserError, match=rf"/grid\.yaml: cell {long.run_name}: train\.warmup: got 1000"):
+        refuse_unusable_data(grid_of(short, long, folder=tmp_path))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 
 from suite.cells import Cell
 from suite.data.corpus import prepare
 from suite.errors import UserError
+from suite.grids import Grid
 from suite.launch.checks.settings import refuse_unfit_settings
 from suite.train.loop import total_steps
 
@@ -17,20 +17,22 @@ FIRST_DOCUMENTS = 100
 """Documents that are read of a corpus that takes long to prepare."""
 
 
-def refuse_unusable_data(cells: Iterable[Cell]) -> None:
+def refuse_unusable_data(grid: Grid) -> None:
     """Raise UserError if the data of a cell cannot be read, or does not fit its settings; every corpus is tried once.
+
+    A sweep does not call this: it would prepare every corpus twice, which takes a minute for the larger grids.
 
     Data sets of the hub are not tried, since that downloads them.
     """
     groups: dict[str, list[Cell]] = {}
-    for cell in cells:
+    for cell in grid.cells:
         groups.setdefault(cell.data.model_dump_json(), []).append(cell)
     for members in groups.values():
         try:
             _try(members)
         except UserError as error:
-            name = f"cell {members[0].run_name}"
-            raise UserError(str(error) if str(error).startswith("cell ") else f"{name}: {error}") from None
+            name = "" if str(error).startswith("cell ") else f"cell {members[0].run_name}: "
+            raise UserError(f"{grid.source}: {name}{error}") from None
 
 
 def _try(cells: list[Cell]) -> None:
