@@ -27,7 +27,7 @@ from analysis.report.blocks import Block, Figure, Heading, Items, Table, Text, t
 from analysis.report.capacity import capacity_blocks
 from analysis.report.differences import TITLE, control_blocks, difference_blocks, headline
 from analysis.report.fits import multiplier_blocks, trend_blocks
-from analysis.report.formatting import with_interval
+from analysis.report.formatting import documents, with_interval
 from analysis.report.knowledge import knowledge_blocks, knowledge_headline
 from analysis.report.long_tables import shortened
 from analysis.report.pooled import pooled_blocks
@@ -261,7 +261,7 @@ def _finals(plots: Context) -> list[Block]:
         ]
         rows.append([base, label, len(runs), _span(runs["tokens"]), *texts])
     columns = [
-        ", ".join([f"{key}{arrow(key)}", *([] if math.isnan(n) else [_setting(few_shot, n)]), *reduced(precision)])
+        ", ".join([f"{key}{arrow(key)}", *([] if math.isnan(n) else [_setting(key, few_shot, n)]), *reduced(precision)])
         for key, few_shot, n, precision in zip(
             titles["key"], titles["few_shot"], titles["n"], titles["precision"], strict=True
         )
@@ -295,9 +295,8 @@ def _tables_off(plots: Context) -> list[Block]:
     return [Table(headers, rows, left=3, name="tables-off"), Text(note)]
 
 
-def _setting(few_shot: float, n: float) -> str:
-    questions = f"{n:,.0f} questions"
-    return questions if math.isnan(few_shot) else f"{few_shot:.0f}-shot, {questions}"
+def _setting(key: str, few_shot: float, n: float) -> str:
+    return documents(key, n) if math.isnan(few_shot) else f"{few_shot:.0f}-shot, {documents(key, n)}"
 
 
 def _failures(data: GridData) -> list[Block]:

@@ -14,7 +14,7 @@ from analysis.records.grid_data import EQUAL, GridData
 from analysis.records.scores import LOSS, reduced
 from analysis.records.tables import number, signed
 from analysis.report.blocks import Block, Items, Table, Text
-from analysis.report.formatting import exp_cell, with_interval
+from analysis.report.formatting import documents, exp_cell, with_interval
 
 TITLE = "Primary contrast (declared by the grid before any run)"
 MANY = 60
@@ -75,7 +75,7 @@ def _final_sentence(primary: Contrast) -> str:
 
 def _named(score: ScoreDifference) -> str:
     terms = [] if math.isnan(score.few_shot) else [f"{score.few_shot:.0f}-shot"]
-    terms += [f"{score.n:,.0f} questions", *reduced(score.precision)]
+    terms += [documents(score.key, score.n), *reduced(score.precision)]
     return score.key if math.isnan(score.n) else f"{score.key} ({', '.join(terms)})"
 
 

@@ -29,3 +29,14 @@ def exp_cell(difference: Difference | None) -> str:
         return "–"
     mean, low, high = (math.exp(value) for value in (difference.mean, difference.low, difference.high))
     return with_interval(Difference(mean, low, high, difference.p, difference.n))
+
+
+def documents(key: str, n: float) -> str:
+    """Return the number of documents of a score: of the text for `held_out`, and questions for other tasks.
+
+    Args:
+        key: TASK/METRIC.
+        n: The number.
+    """
+    name = "document" if key.startswith("held_out/") else "question"
+    return f"{n:,.0f} {name}{'' if n == 1 else 's'}"

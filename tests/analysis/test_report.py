@@ -185,6 +185,8 @@ def test_text_runs_are_compared_at_equal_tokens(tmp_path: Path, capsys: pytest.C
     assert (
         "| w32 | memory_plus k16 | dense | held_out/bits_per_byte ↓ | 0 | 9 | 5 | −0.100 [−0.100, −0.100] | – |" in text
     )
+    assert "held_out/bits_per_byte ↓, 0-shot, 9 documents" in text
+    assert "nq/em ↑, 400 questions" in text
     crossed = re.search(r"nq/em ↑ \| – \| 400 \| 5 \| \S+ \[\S+, \S+\] \| \[(\S+), (\S+)\]", text)
     assert crossed is not None
     low, high = (float(end) for end in crossed.groups())
