@@ -71,7 +71,7 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
         mesh = cell_plan.mesh
         table.add_row(
             escape(display_name(cell_plan.cell.run_name, cell_plan.variant)),
-            f"{cell_plan.account.params_total / 1e6:,.1f}m",
+            _millions(cell_plan.account.params_total),
             f"{cell_plan.ratio(MEASURES['flops'], cell_plan.dense):.3f}",
             f"{cell_plan.total_flops:.2e}",
             "none" if mesh is None else str(mesh.gpus),
@@ -84,6 +84,12 @@ def plan_table(name: str, plans: list[CellPlan], assumed: Assumptions) -> Table:
             *(_rounded(cell_plan.bytes_by_source[source] / 1e3) for source in sources),
         )
     return table
+
+
+def _millions(parameters: int) -> str:
+    """Format a number of parameters in millions, with a decimal place or, below one million, three digits."""
+    millions = parameters / 1e6
+    return f"{millions:,.1f}m" if millions >= 1 else f"{millions:.3g}m"
 
 
 def _rounded(value: float) -> str:
@@ -129,7 +135,10 @@ def plan_notes(plans: list[CellPlan], document: dict[str, Any]) -> list[str]:
         for cell_plan in plans
         if cell_plan.mesh is not None and cell_plan.mesh.memory.host
     ]
-    lines += [_predicted_and_measured(cell) for cell in document["cells"] if cell.get("measured") and cell["gpus"]]
+    device = assumed["gpu"]["name"]
+    lines += [
+        _predicted_and_measured(cell, device) for cell in document["cells"] if cell.get("measured") and cell["gpus"]
+    ]
     unfit = [cell_plan for cell_plan in plans if cell_plan.why]
     if unfit:
         hours = _rounded(sum(cell_plan.gpu_hours for cell_plan in unfit))
@@ -161,11 +170,13 @@ def _links(gpu: dict[str, Any]) -> str:
     )
 
 
-def _predicted_and_measured(cell: dict[str, Any]) -> str:
+def _predicted_and_measured(cell: dict[str, Any], device: str) -> str:
     """Return a cell's prediction and the measurements of its run on such a device."""
     measurements, seconds = cell["measured"], 3600 * cell["gpu_hours"] / cell["gpus"]
+    devices, owner = (
+        ("the CPU of this machine", "process") if device == CPU else (f"{cell['gpus']} of these GPUs", "GPU")
+    )
     return (
-        f"{cell['run']}: predicted {seconds:.3g} s and {cell['memory_per_gpu'] / 1e9:.3g} GB on {cell['gpus']} of "
-        f"these GPUs; its run took {measurements['wall_s']:.3g} s and {measurements['memory_bytes'] / 1e9:.3g} GB "
-        "(memory of its GPU, or of the process on a CPU)"
+        f"{cell['run']}: predicted {seconds:.3g} s and {cell['memory_per_gpu'] / 1e9:.3g} GB on {devices}; its run "
+        f"took {measurements['wall_s']:.3g} s and {measurements['memory_bytes'] / 1e9:.3g} GB (memory of its {owner})"
     )

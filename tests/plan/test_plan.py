@@ -444,7 +444,14 @@ def test_a_plan_for_this_machine_uses_the_speed_of_its_runs(tmp_path: Path) -> N
     plans = this_machine.with_speeds(planning.plan(grid, assumed, tmp_path / "cache"), speeds)
     for one in plans:
         assert one.gpu_hours == pytest.approx(one.total_flops / 5e9 / 3600)
-    assert "CPU of this machine" in plan_notes(plans, planning.document(grid, plans, assumed))[0]
+    document = planning.document(grid, plans, assumed)
+    assert "CPU of this machine" in plan_notes(plans, document)[0]
+    document["cells"][0]["measured"] = {"wall_s": 2.0, "memory_bytes": 1e9}
+    (measured,) = [note for note in plan_notes(plans, document) if "predicted" in note]
+    assert "on the CPU of this machine; its run took 2 s and 1 GB (memory of its process)" in measured
+    assert "GPU" not in measured
     heads = [str(column.header) for column in plan_table("smoke", plans, assumed).columns]
+    sizes = [float(str(cell).removesuffix("m")) for cell in plan_table("smoke", plans, assumed).columns[1].cells]
+    assert sizes == pytest.approx([one.account.params_total / 1e6 for one in plans], rel=5e-3)
     assert "CPU-hours" in heads
     assert not any("GPU" in head for head in heads)
