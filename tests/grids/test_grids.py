@@ -130,6 +130,18 @@ def test_a_value_where_a_list_is_needed_names_the_type(tmp_path: Path) -> None:
     assert complaint(tmp_path, ONE_BLOCK, evaluate="bios_qa").endswith("evaluate: got 'bios_qa', allowed: a list")
 
 
+def test_an_unknown_kind_of_tokenizer_is_answered_with_those_that_text_accepts(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("Some words.\n")
+    refused = {}
+    for kind in ("blah", "word"):
+        text = f"{{kind: text, path: {tmp_path / 'a.txt'}, seq_len: 32, tokenizer: {{kind: {kind}}}}}"
+        refused[kind] = complaint(tmp_path, ONE_BLOCK, data=text)
+        assert f"data.tokenizer.kind: got '{kind}', allowed: bpe, bytes, file" in refused[kind]
+    assert "word" not in refused["blah"]
+    world = complaint(tmp_path, ONE_BLOCK, data__tokenizer__kind="blah")
+    assert world.endswith("data.tokenizer.kind: got 'blah', allowed: 'word', 'bpe', 'bytes' or 'file'")
+
+
 @pytest.mark.parametrize("value", ["[0.9]", "[0.9, 0.95, 0.99]", "0.9", "[]"])
 def test_a_list_of_another_length_than_its_field_has_is_refused_with_that_length(tmp_path: Path, value: str) -> None:
     line = complaint(tmp_path, ONE_BLOCK, train__betas=value)

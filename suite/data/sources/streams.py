@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from suite.atomic import write_text
 from suite.data import resumable_writer, tokenizers
@@ -16,6 +16,8 @@ from suite.data.sources.registry import DataConfig
 from suite.identity import Problem
 
 TOKENIZER = "tokenizer.json"
+KINDS = ("bpe", "bytes", "file")
+"""The kinds of tokenizers of text."""
 BPE_CHARACTERS = 200_000_000
 """A BPE is trained on the beginning of a corpus, up to the document that reaches this many characters."""
 
@@ -26,6 +28,15 @@ class StreamData(DataConfig):
     held_out: float = Field(gt=0.0, lt=1.0, description="share of documents held out for evaluation")
 
     determines_content: ClassVar[bool] = False
+
+    @field_validator("tokenizer", mode="before")
+    @classmethod
+    def _refuse_unknown_kind(cls, value: Any) -> Any:
+        """Return the block of the tokenizer. Raises ValueError for a kind that no data has, with those of text."""
+        kind = value.get("kind", KINDS[0]) if isinstance(value, dict) else KINDS[0]
+        if kind not in (*KINDS, "word"):  # problems() refuses `word` with the reason
+            raise ValueError(f"kind: got {kind!r}, allowed: {', '.join(KINDS)}")
+        return value
 
     def reader(self, position: Any = None) -> Reader:
         """Return a reader that starts at `position`; None: at the beginning."""
@@ -43,7 +54,7 @@ class StreamData(DataConfig):
     def problems(self) -> list[Problem]:
         """Return errors that involve several fields."""
         if self.tokenizer.kind == "word":
-            return [("tokenizer.kind", "word", "bpe, bytes, file (kind word knows the words of a bios world only)")]
+            return [("tokenizer.kind", "word", f"{', '.join(KINDS)} (kind word knows the words of a bios world only)")]
         return []
 
     def write(self, folder: Path, progress: Progress) -> None:
