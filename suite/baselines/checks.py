@@ -1,13 +1,14 @@
 """Checks a family from outside the package before anything is trained.
 
-Its modules must preserve shape and dtype, and must count all of their parameters and matrix products. In evaluation
-mode they must not use later tokens.
+Its modules must preserve shape and dtype, count all of their parameters and matrix products, and pass gradients to all
+parameters that are trained. In evaluation mode they must use neither later tokens nor other rows of a batch.
 
 Shapes: B rows, T tokens per row, V vocabulary.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -24,38 +25,53 @@ from suite.models.transformer import Transformer
 TOKENS = 8
 """Tokens per row when shapes are checked, and the vocabulary size for bases that define none."""
 CAUSALITY_TOKENS = 97
-"""Tokens per row when causality is checked."""
+"""Tokens per row when causality and gradients are checked."""
 PRODUCT_TOKENS = 1024
 """Tokens per row when matrix products are counted."""
 PRODUCT_TOLERANCE = 1.1
 """Largest ratio of measured to counted matrix products: experts are padded to whole tokens."""
 MAX_BUILT_PARAMETERS = 20_000_000
 """Largest model that is built on the CPU for the checks that need values."""
-CAUSALITY_TOLERANCE = 1e-3
-"""Largest change of earlier logits, in their standard deviations; matrix products of other shapes round differently."""
+CHANGE_TOLERANCE = 1e-3
+"""Largest change of logits whose tokens did not change, in their standard deviations; shapes change the rounding."""
 
 
 def check(config: ModelConfig) -> None:
     """Check the family of a configuration that comes from a baseline's file.
 
-    The model runs on the meta device. A small one also runs on the CPU, where causality is checked.
+    The model runs on the meta device. A small one also runs on the CPU, where gradients and causality are checked.
 
     Raises:
         UserError: A module changes the shape or dtype of its input, its `cost()` omits parameters or matrix products,
-            logits depend on later tokens, or its code raises. The message names the file, the family and the module.
+            its `matrices` name no parameter, a trained parameter gets no gradient, logits depend on later tokens or on
+            other rows, or its code raises. The message names the file, the family and the module.
     """
     path = registry.family(config.family).path
     assert path is not None, f"{config.family} is not from a baseline's file"
     try:
         model = meta_model(config, config.size.vocab_size or TOKENS)
         account_of(model, TOKENS)
+        _check_matrices(model)
         passed_on_meta = _check_shapes_and_products(model)
         if sum(parameter.numel() for parameter in model.parameters()) <= MAX_BUILT_PARAMETERS:
             built = build(config, model.vocab_size, seed=0)
             if _check_shapes_and_products(built) or not passed_on_meta:
-                _check_causality(built)
+                _check_training(built)
+                _check_independence(built)
     except Exception as error:
         raise UserError(f"{path}: family {config.family}: {error_line(error, path)}") from None
+
+
+def _check_matrices(model: Transformer) -> None:
+    """Raise ValueError if a module from outside the package declares a matrix that it does not have."""
+    for name, attached in model.attached().items():
+        for module in attached.modules():
+            names = [parameter for parameter, _ in module.named_parameters()]
+            unknown = set(getattr(module, "matrices", ())) - set(names)
+            if unknown and not type(module).__module__.startswith("suite."):
+                raise ValueError(
+                    f"{name} ({type(module).__name__}): matrices: got {min(unknown)!r}, allowed: {', '.join(names)}"
+                )
 
 
 def _check_shapes_and_products(model: Transformer) -> bool:
@@ -129,21 +145,54 @@ def _check_products(model: Transformer) -> None:
             )
 
 
+def _check_training(model: Transformer) -> None:
+    """Take a training pass; raise ValueError if the loss is not finite, or a parameter of the family gets no gradient.
+
+    A few tokens may choose few experts, so a parameter may lack a gradient if one that differs from it only in the
+    numbers of its name, such as another expert's, has one.
+    """
+    tokens_BT = _random_tokens(model, torch.Generator().manual_seed(0))
+    losses = [model.train().loss(model.hidden(tokens_BT), tokens_BT)]
+    losses += [weight * value for weight, value in model.auxiliary_losses().values()]
+    loss = torch.stack(losses).sum()
+    if not loss.isfinite():
+        raise ValueError(f"the loss at the initial weights is {loss.item()}, allowed: a finite number")
+    loss.backward()
+    parameters = {
+        f"{name}.{path}": parameter
+        for name, module in model.attached().items()
+        for path, parameter in module.named_parameters()
+    }
+    kinds = {name: re.sub(r"\d+", "N", name) for name in parameters}
+    reached = {kinds[name] for name, parameter in parameters.items() if parameter.grad is not None}
+    for name, parameter in parameters.items():
+        if parameter.requires_grad and kinds[name] not in reached:
+            raise ValueError(f"{name}: gets no gradient; use it in forward, or set requires_grad to False")
+
+
 @torch.no_grad()
-def _check_causality(model: Transformer) -> None:
-    """Raise ValueError if later tokens change earlier logits; weights are perturbed so that zeros do not hide it."""
+def _check_independence(model: Transformer) -> None:
+    """Raise ValueError if later tokens or another row change logits; perturbed weights leave no zeros to hide it."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.add_(torch.empty_like(parameter).normal_(0.0, 0.05, generator=generator))
-    tokens_BT = torch.randint(model.vocab_size, (2, CAUSALITY_TOKENS), generator=generator)
-    changed_BT = tokens_BT.clone()
+    tokens_BT = _random_tokens(model, generator)
     first = CAUSALITY_TOKENS // 3
-    changed_BT[:, first:] = (tokens_BT[:, first:] + 1) % model.vocab_size
-    before_BTV, after_BTV = (model.eval()(tokens)[:, :first] for tokens in (tokens_BT, changed_BT))
-    change = float((before_BTV - after_BTV).abs().max() / before_BTV.std())
-    if not change < CAUSALITY_TOLERANCE:
-        raise ValueError(
-            f"in evaluation mode, later tokens change a token's logits by {change:.2g} standard deviations; a module "
-            "must use earlier tokens only"
-        )
+    later_BT, other_BT = tokens_BT.clone(), tokens_BT.clone()
+    later_BT[:, first:] = (tokens_BT[:, first:] + 1) % model.vocab_size
+    other_BT[1] = (tokens_BT[1] + 1) % model.vocab_size
+    logits_BTV = model.eval()(tokens_BT)
+    for changed_BT, what, remedy, same in (
+        (later_BT, "later tokens change a token's", "use earlier tokens only", (slice(None), slice(first))),
+        (other_BT, "the other row of a batch changes a row's", "treat rows separately", (slice(1), slice(None))),
+    ):
+        change = float((logits_BTV - model(changed_BT))[same].abs().max() / logits_BTV.std())
+        if not change < CHANGE_TOLERANCE:
+            raise ValueError(
+                f"in evaluation mode, {what} logits by {change:.2g} standard deviations; a module must {remedy}"
+            )
+
+
+def _random_tokens(model: Transformer, generator: torch.Generator) -> Tensor:
+    return torch.randint(model.vocab_size, (2, CAUSALITY_TOKENS), generator=generator)

@@ -247,6 +247,42 @@ def test_use_of_later_tokens_hidden_by_zero_initial_values_is_refused(tmp_path: 
         checked(path)
 
 
+def test_a_family_whose_rows_depend_on_each_other_is_refused(tmp_path: Path) -> None:
+    path = baseline(tmp_path, result="self.down(self.up(x_BTD)) * x_BTD.std((0, 2), keepdim=True)")
+    with pytest.raises(UserError, match=r"other row of a batch changes a row's logits by \S+ standard"):
+        checked(path)
+
+
+@pytest.mark.parametrize(
+    ("result", "words"),
+    [
+        ("self.down(self.up(x_BTD).detach())", r"layers\.0\.feed_forward\.up\.weight: gets no gradient; use it"),
+        ("self.down(self.up(x_BTD)) / 0", r"the loss at the initial weights is nan, allowed: a finite number"),
+        ("self.down(self.up(x_BTD)) if not self.training else 1 / 0", r"line 12: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_a_family_that_cannot_be_trained_is_refused(tmp_path: Path, result: str, words: str) -> None:
+    with pytest.raises(UserError, match=rf"family squared: {words}"):
+        checked(baseline(tmp_path, result=result))
+
+
+def test_experts_that_no_token_of_the_check_chooses_need_no_gradient(tmp_path: Path) -> None:
+    path = baseline(tmp_path, result="sum(self.down[n](self.up(x_BTD)) for n in range(1))", params="{params}")
+    experts = "nn.ModuleList(nn.Linear(hidden, dim, bias=False) for _ in range(2))"
+    text = path.read_text().replace("nn.Linear(hidden, dim, bias=False)", experts)
+    path.write_text(text.replace("{params}", "sum(p.numel() for p in self.parameters())"))
+    checked(path)
+
+
+def test_a_declared_matrix_that_a_module_lacks_is_refused_by_name(tmp_path: Path) -> None:
+    path = baseline(tmp_path)
+    path.write_text(
+        path.read_text().replace("    def cost", '    matrices = ("up.weight", "dwn.weight")\n\n    def cost')
+    )
+    with pytest.raises(UserError, match=r"\(Squared\): matrices: got 'dwn\.weight', allowed: up\.weight, .*down"):
+        checked(path)
+
+
 def test_a_taken_name_is_refused_and_nothing_stays_registered(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"mine\.py: line 20: ValueError: family 'dense' is already registered"):
         loading.load(baseline(tmp_path, name="dense"))
