@@ -130,7 +130,8 @@ def run_cell_together(
                 raise KeyboardInterrupt from None
             if world.is_first:
                 time.sleep(FIRST_CAUSE_S)  # the others fail as a consequence of the first failure, which has the cause
-            if isinstance(error, Exception) and run.state()["state"] == "running":  # not ended by another process
+            first_is_alive = world.is_first or run.is_locked()  # otherwise it was killed, and the run can be resumed
+            if isinstance(error, Exception) and first_is_alive and run.state()["state"] == "running":
                 set_failed(run, describe(error))
             raise
     return "done"

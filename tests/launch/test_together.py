@@ -48,6 +48,17 @@ def test_a_failure_is_recorded_and_raised(tmp_path: Path) -> None:
     assert run_cell_together(run.path, World()) == "failed"
 
 
+def test_another_process_records_a_failure_only_while_the_first_is_alive(tmp_path: Path) -> None:
+    run = prepare(tmp_path, tiny_cell())
+    run.set_state("running")
+    with pytest.raises(Exception, match="cannot be divided"):
+        run_cell_together(run.path, World(rank=1))
+    assert run.state()["state"] == "running", "without a lock: pending"
+    with run.lock(), pytest.raises(Exception, match="cannot be divided"):
+        run_cell_together(run.path, World(rank=1))
+    assert "cannot be divided" in run.state()["cause"]
+
+
 def torchrun(cell: Path, results: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "suite"]
     arguments = ["train", str(cell), "--results", str(results), "--json"]
