@@ -18,7 +18,7 @@ class RunSize:
 
     Attributes:
         run: Its name.
-        state: Its state; `damaged` if a record file cannot be read.
+        state: Its state; `damaged` if a record file cannot be read; `pending` if the process that ran it was killed.
         size: Bytes of the whole folder.
         checkpoints: Number of checkpoints.
         checkpoint_bytes: Bytes of the checkpoints.
@@ -44,6 +44,8 @@ def list_runs(results: Path) -> list[RunSize]:
 
 def _size_of(run: RunDir, grids: tuple[str, ...]) -> RunSize:
     state = "damaged" if run.damage() is not None else str(run.state()["state"])
+    if state == "running" and not run.is_locked():
+        state = "pending"  # its process was killed
     changed = run.state_path.stat().st_mtime if run.state_path.exists() else run.path.stat().st_mtime
     saved = steps_saved(run)
     return RunSize(run.name, state, _bytes(run.path), len(saved), _bytes(run.checkpoints), grids, changed)

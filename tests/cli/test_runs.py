@@ -47,6 +47,13 @@ def test_runs_are_listed_deleted_and_pruned(trained: RunDir, suite: Suite, tmp_p
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
 
 
+def test_a_run_whose_process_was_killed_is_pending(trained: RunDir, tmp_path: Path) -> None:
+    trained.set_state("running")
+    with trained.lock():
+        assert {run.state for run in list_runs(tmp_path / "results") if run.run == trained.name} == {"running"}
+    assert {run.state for run in list_runs(tmp_path / "results") if run.run == trained.name} == {"pending"}
+
+
 def test_a_run_that_is_in_use_is_refused(trained: RunDir) -> None:
     with trained.lock():
         for change in (lambda: prune_checkpoints(trained), lambda: delete_run(trained, trained.path.parent.parent)):
