@@ -188,9 +188,8 @@ def model_options(source: Path, where: str, name: object) -> set[str]:
         actual = "nothing" if name is None else repr(name)
         families = registry.families()
         hint = did_you_mean(name, families)
-        raise UserError(
-            f"{source}: {where}: model.family: got {actual}{hint}, allowed: {', '.join(families)}"
-        ) from None
+        allowed = f"{', '.join(families)}, and those of --baseline files"
+        raise UserError(f"{source}: {where}: model.family: got {actual}{hint}, allowed: {allowed}") from None
 
 
 def applies(path: str, options: set[str]) -> bool:

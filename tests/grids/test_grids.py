@@ -231,6 +231,7 @@ MISTAKES = {
     "missing field": (", lr: 1e-3", "", "train.lr: got nothing"),
     "unknown family": ("[dense]", "[densee]", "model.family: got 'densee', did you mean dense?, allowed: dense"),
     "no family": ("model.family: [dense]", "seed: [0]", "model.family: got nothing, allowed: dense"),
+    "family of a baseline": ("[dense]", "[mine]", "ultramem_v2, and those of --baseline files"),
     "unknown base": ("base: w32", "base: w33", "model.base: got 'w33', allowed: 134m"),
     "half_keys below top_k": (
         "model.family: [dense]",
