@@ -14,8 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from suite.baselines.loading import error_line
-from suite.errors import UserError
+from suite.baselines.loading import reported
 from suite.models import registry
 from suite.models.accounting import account_of, cost_of, meta_model, needs_values
 from suite.models.initial_weights import build
@@ -46,9 +45,8 @@ def check(config: ModelConfig) -> None:
             its `matrices` name no parameter, a trained parameter gets no gradient, logits depend on later tokens or on
             other rows, or its code raises. The message names the file, the family and the module.
     """
-    path = registry.family(config.family).path
-    assert path is not None, f"{config.family} is not from a baseline's file"
-    try:
+    assert registry.family(config.family).path is not None, f"{config.family} is not from a baseline's file"
+    with reported(config.family):
         model = meta_model(config, config.size.vocab_size or TOKENS)
         account_of(model, TOKENS)
         _check_matrices(model)
@@ -58,8 +56,6 @@ def check(config: ModelConfig) -> None:
             if _check_shapes_and_products(built) or not passed_on_meta:
                 _check_training(built)
                 _check_independence(built)
-    except Exception as error:
-        raise UserError(f"{path}: family {config.family}: {error_line(error, path)}") from None
 
 
 def _check_matrices(model: Transformer) -> None:

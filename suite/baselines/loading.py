@@ -12,7 +12,7 @@ import importlib.metadata
 import importlib.util
 import sys
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from suite.errors import UserError
@@ -58,6 +58,18 @@ def load_all(paths: Iterable[Path] = ()) -> None:
         load(Path(spec.origin), where)
     for path in paths:
         load(path)
+
+
+@contextlib.contextmanager
+def reported(family: str) -> Iterator[None]:
+    """Raise an exception of the block as a UserError of one line if the family comes from a baseline's file."""
+    path = registry.family(family).path
+    try:
+        yield
+    except Exception as error:
+        if path is None:
+            raise
+        raise UserError(f"{path}: family {family}: {error_line(error, path)}") from None
 
 
 def error_line(error: BaseException, path: Path) -> str:
