@@ -180,7 +180,7 @@ def _from_hub(repo: str, config: str | None, split: str) -> Docs:
 
     try:
         return Docs(datasets.load_dataset(repo, config, split=split).to_list())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: a data set that only a script can load
         reason = str(error).splitlines()[0]
         raise UserError(
             f"{repo} ({config or 'default'}, {split}): not from the hub ({reason}); connect to a network, or use "

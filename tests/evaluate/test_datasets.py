@@ -181,6 +181,15 @@ def test_no_request_is_sent_to_the_hub_when_offline() -> None:
         DataRoot(None).load(NQ, None, ["validation"])
 
 
+def test_a_data_set_that_only_a_script_can_load_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # the library prefers a local folder to the hub
+    (tmp_path / "org/name").mkdir(parents=True)
+    (tmp_path / "org/name/name.py").touch()
+    with pytest.raises(UserError, match=r"org/name \(default, test\): not from the hub \(Dataset scripts") as raised:
+        DataRoot(None).load("org/name", None, ["test"])
+    assert "\n" not in str(raised.value)
+
+
 def test_prefetch_writes_only_missing_files(tmp_path: Path) -> None:
     downloads = []
 
