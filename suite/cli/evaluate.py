@@ -223,6 +223,7 @@ def _score_oracle(
     from suite.evaluate.task_list import TASKS
 
     names, sandbox = parse_tasks(tasks), None
+    left_out: list[str] = []
     running = [name for name, task in TASKS.items() if task.programs is not None]
     if names is None or not set(running).isdisjoint(names):
         try:
@@ -231,8 +232,15 @@ def _score_oracle(
         except UserError as error:
             if names is not None or run_code is not None:
                 raise
+            left_out += running
             print(f"suite: left out: {', '.join(running)}: {error}", file=sys.stderr)
-    report = oracle.run(names, data_root, sandbox=sandbox, limit=limit)
+    if names is None:
+        names, absent = oracle.every_task(data_root, run_code=sandbox is not None)
+        left_out += absent
+        if absent:
+            remedy = f"{data_root} lacks their data; get it with: suite data prefetch {data_root}"
+            print(f"suite: left out: {', '.join(absent)}: {remedy}", file=sys.stderr)
+    report = oracle.run(names, data_root, sandbox=sandbox, limit=limit) | {"left_out": left_out}
     if as_json:
         print_json(report)
     else:

@@ -217,12 +217,21 @@ def _splits(config: dict[str, Any]) -> list[str]:
 
 def files_of(name: str) -> list[tuple[str, str | None, str]]:
     """Return (repository, configuration, split) of all files that a task may read, few-shot examples included."""
-    definition = task_list.entry(name)
-    configs = definition.configs()
-    files = [(c["dataset_path"], c.get("dataset_name"), split) for c in configs for split in _splits(c)]
-    if definition.programs is not None and definition.programs.problems.examples:
-        files += [(c["dataset_path"], c.get("dataset_name"), code.EXAMPLE_SPLIT) for c in configs]
-    return files
+    return _files(name, num_fewshot=1)
+
+
+def without_data(names: Iterable[str], root: Path) -> list[str]:
+    """Return the tasks that read a file that `root` lacks, without few-shot examples unless the task has its own."""
+    data = DataRoot(root)
+    return [name for name in names if not all(data.has(*file) for file in _files(name, num_fewshot=None))]
+
+
+def _files(name: str, num_fewshot: int | None) -> list[tuple[str, str | None, str]]:
+    """Return (repository, configuration, split) of all files that a task reads with this number of examples."""
+    reads = list(_reads(EvalConfig(tasks=(name,), num_fewshot=num_fewshot)))
+    programs = task_list.entry(name).programs
+    own = [code.EXAMPLE_SPLIT] if programs is not None and programs.problems.examples else []
+    return [(repo, config, split) for _, repo, config, splits in reads for split in [*splits, *own]]
 
 
 def refuse_missing(config: EvalConfig, root: Path) -> None:

@@ -16,6 +16,7 @@ from lm_eval.api.task import ConfigurableTask
 
 from suite.cells import EvalConfig
 from suite.data.corpus import Corpus
+from suite.errors import UserError
 from suite.evaluate import catalog, task_list
 from suite.evaluate.adapter import before_stop
 from suite.evaluate.datasets import DataRoot, Doc
@@ -30,7 +31,7 @@ WRONG_LOG_P = -1e6
 
 
 def run(
-    tasks: Iterable[str] | None = None,
+    tasks: Iterable[str],
     data_root: Path | None = None,
     corpus: Corpus | None = None,
     sandbox: Sandbox | None = None,
@@ -39,7 +40,7 @@ def run(
     """Score both models.
 
     Args:
-        tasks: Names; None: every task that reads files (and, with a sandbox, every task that runs code).
+        tasks: Names.
         data_root: Folder of evaluation data; None: the hub.
         corpus: Training data, for the tasks about it.
         sandbox: Runs programs, for the tasks that run code.
@@ -52,9 +53,8 @@ def run(
     Raises:
         UserError: See `catalog.load`.
     """
-    names = [*tasks] if tasks is not None else task_list.names(corpus is not None, sandbox is not None)
     prepared = prepare(
-        EvalConfig(tasks=tuple(names), limit=limit), catalog.Sources(corpus, DataRoot(data_root), sandbox)
+        EvalConfig(tasks=tuple(tasks), limit=limit), catalog.Sources(corpus, DataRoot(data_root), sandbox)
     )
     loaded = prepared.loaded.tasks
     oracle, wrong = (scores_of(Knowing(loaded, right), prepared) for right in (True, False))
@@ -75,6 +75,22 @@ def run(
             for name, record in oracle.items()
         }
     }
+
+
+def every_task(data_root: Path | None, run_code: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the tasks that read files: those whose files are in `data_root` (None: the hub), and the others.
+
+    Raises:
+        UserError: No task has its files there.
+    """
+    names = task_list.names(corpus=False, run_code=run_code)
+    absent = [] if data_root is None else catalog.without_data(names, data_root)
+    present = tuple(name for name in names if name not in absent)
+    if not present:
+        raise UserError(
+            f"--data-root: {data_root} has the data of no task; get it with: suite data prefetch {data_root}"
+        )
+    return present, tuple(absent)
 
 
 class Knowing(LM):

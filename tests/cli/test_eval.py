@@ -166,6 +166,7 @@ def test_the_programs_of_the_oracle_run_wherever_a_sandbox_works(
     result = suite(*arguments, "all")
     assert "mbpp" not in json.loads(result.stdout)["tasks"]
     assert result.stderr.startswith("suite: left out: humaneval, humaneval_10, mbpp, mbpp_10: --run-code: neither")
+    assert {"humaneval", "mbpp"} <= set(json.loads(result.stdout)["left_out"])
 
 
 def test_a_task_that_cannot_be_scored_is_refused_before_training(tmp_path: Path, suite: Suite) -> None:

@@ -204,8 +204,36 @@ def test_prefetch_writes_only_missing_files(tmp_path: Path) -> None:
     assert prefetch(tmp_path, ["nq_open"], download) == []
 
 
-def test_prefetch_covers_every_file_that_tasks_read(real_data: Path) -> None:
-    assert prefetch(real_data) == []
+def test_prefetch_covers_every_file_that_tasks_read(tmp_path: Path) -> None:
+    prefetch(tmp_path, None, lambda *_: Docs([{"any": "row"}]))
+    names = task_list.names(corpus=False)
+    assert catalog.without_data(names, tmp_path) == []
+    for examples in (None, 2):
+        catalog.refuse_missing(EvalConfig(tasks=tuple(names), num_fewshot=examples), tmp_path)
+    written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.jsonl")}
+    assert {
+        "cais/mmlu/anatomy/dev.jsonl",
+        "google-research-datasets/mbpp/full/prompt.jsonl",
+    } <= written
+
+
+def test_the_layout_of_real_data_is_that_of_prefetch(real_data: Path) -> None:
+    tasks, _ = oracle.every_task(real_data, run_code=True)
+    assert {"nq_open", "mmlu", "mbpp", "hellaswag", "openbookqa"} <= set(tasks)
+    assert prefetch(real_data, tasks) == []
+
+
+def test_every_task_is_every_task_whose_files_are_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has the data of no task; get it with: suite data prefetch"):
+        oracle.every_task(tmp_path, run_code=True)
+    path = write(tmp_path, [{"question": "q", "answer": ["a"]}])
+    present, absent = oracle.every_task(tmp_path, run_code=False)
+    assert present == ("nq_open", "nq_open_nll", "nq_open_qa"), "examples of other splits are not used"
+    assert {*present, *absent} == set(task_list.names(corpus=False, run_code=False))
+    path.rename(path.with_name("validation-00000-of-00002.jsonl"))
+    assert oracle.every_task(tmp_path, run_code=False) == (present, absent)
+    with pytest.raises(UserError, match="shard 1 of 2 is missing"):
+        oracle.run(present, tmp_path)
 
 
 def test_tasks_of_presets_exist() -> None:
