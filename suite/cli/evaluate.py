@@ -267,6 +267,8 @@ def _oracle_table(report: dict[str, Any]) -> Table:
 
     table = Table("task", "n", "metric", "oracle", "wrong", "ceiling")
     for name, task in report["tasks"].items():
+        if not task["metrics"]:
+            table.add_row(name, str(task["n"]), *["-"] * 4)
         for metric, values in task["metrics"].items():
             numbers = [f"{values[key]:.4f}" for key in ("oracle", "wrong", "ceiling")]
             table.add_row(name, str(task["n"]), metric, *numbers)

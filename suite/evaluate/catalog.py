@@ -141,7 +141,10 @@ def _with_examples(config: dict[str, Any], num_fewshot: int | None) -> dict[str,
     fixed = stated == 0 or config["output_type"] == "loglikelihood_rolling"
     shots = (stated or 0) if num_fewshot is None or fixed else num_fewshot
     if shots:
-        return config | {"num_fewshot": shots}
+        others = ("training_split", "validation_split", "fewshot_split", "fewshot_config")
+        # lm-eval leaves the question out of its own examples only if it is told that they are of the same split
+        same = {} if any(config.get(key) for key in others) else {"fewshot_split": config["test_split"]}
+        return config | {"num_fewshot": shots} | same
     # TriviaQA has 138,000 examples
     unused = ["training_split", "fewshot_split", *(["validation_split"] if config.get("test_split") else [])]
     return config | {"num_fewshot": 0, **dict.fromkeys(unused)}

@@ -17,10 +17,11 @@ from lm_eval.api.model import LM
 
 from suite.cells import EvalConfig
 from suite.data.corpus import Corpus
+from suite.errors import UserError
 from suite.evaluate import catalog
 from suite.evaluate.adapter import Codec, SuiteLM
 from suite.evaluate.datasets import DataRoot
-from suite.evaluate.lm_eval_patches import compiled_templates, freeze_requests, quiet
+from suite.evaluate.lm_eval_patches import closed_form_errors, compiled_templates, freeze_requests, quiet
 from suite.evaluate.sandbox import Sandbox
 from suite.inference import paired
 from suite.inference.batching import products_in
@@ -183,16 +184,23 @@ def scores_of(lm: LM, prepared: Prepared) -> dict[str, dict[str, Any]]:
 
 
 def outcome_of(lm: LM, prepared: Prepared) -> dict[str, Any]:
-    """Return lm-eval's results and samples of every task and group."""
-    with quiet(), compiled_templates():
-        outcome = evaluator.evaluate(
-            lm,
-            {"tasks": prepared.loaded.tasks, "groups": prepared.loaded.groups},
-            limit=prepared.limit,
-            log_samples=True,
-            # The sandbox runs the programs; tasks with programs are refused without one.
-            confirm_run_unsafe_code=True,
-        )
+    """Return lm-eval's results and samples of every task and group.
+
+    Raises:
+        UserError: A perplexity is too large for a number.
+    """
+    with quiet(), compiled_templates(), closed_form_errors():
+        try:
+            outcome = evaluator.evaluate(
+                lm,
+                {"tasks": prepared.loaded.tasks, "groups": prepared.loaded.groups},
+                limit=prepared.limit,
+                log_samples=True,
+                # The sandbox runs the programs; tasks with programs are refused without one.
+                confirm_run_unsafe_code=True,
+            )
+        except OverflowError:
+            raise UserError("a perplexity is above 1e308: the model's training has diverged") from None
     assert outcome is not None
     return dict(outcome)
 

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from functools import lru_cache, partial
 from typing import Any
 
+import lm_eval.evaluator_utils
 import lm_eval.utils
+from lm_eval.api import metrics
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from suite.evaluate.datasets import Doc
+from suite.evaluate.tasks.answers import ratio_stderr
 
-__all__ = ["compiled_templates", "freeze_requests", "load_yaml", "quiet"]
+__all__ = ["closed_form_errors", "compiled_templates", "freeze_requests", "load_yaml", "quiet"]
 
 
 def freeze_requests(task: ConfigurableTask) -> None:
@@ -67,3 +71,27 @@ def compiled_templates() -> Iterator[None]:
         yield
     finally:
         lm_eval.utils.apply_template = original
+
+
+Items = Sequence[Any]
+"""The values of a metric, one for each document."""
+
+
+@contextmanager
+def closed_form_errors() -> Iterator[None]:
+    """Compute standard errors by formulas only; a metric without one has none.
+
+    For perplexities lm-eval has none, or draws 100,000 bootstrap samples of the documents in a pool of processes.
+    """
+    formulas: dict[Any, Callable[[Items], float]] = {
+        metrics.mean: metrics.mean_stderr,
+        metrics.perplexity: lambda items: float(metrics.perplexity(items) * metrics.mean_stderr(items)),
+        metrics.weighted_perplexity: lambda items: float(metrics.weighted_perplexity(items)) * ratio_stderr(items),
+        metrics.bits_per_byte: lambda items: ratio_stderr(items) / math.log(2),
+    }
+    original = lm_eval.evaluator_utils.stderr_for_metric
+    lm_eval.evaluator_utils.stderr_for_metric = lambda metric, bootstrap_iters: formulas.get(metric)
+    try:
+        yield
+    finally:
+        lm_eval.evaluator_utils.stderr_for_metric = original

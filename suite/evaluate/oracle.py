@@ -27,7 +27,8 @@ from suite.evaluate.tasks.code import Programs
 
 ACCURACY_LIKE = ("em", "f1", "exact_match", "acc", "acc_norm", "greedy", "recall", "pass@1", "pass@10")
 NONSENSE = " xqzv"
-WRONG_LOG_P = -1e6
+WRONG_LOG_P = -500.0
+"""Of a wrong answer; e to the power of 500, a perplexity, is still a number."""
 
 
 def run(
@@ -108,7 +109,8 @@ class Knowing(LM):
         task = self._tasks[_name(request)]
         if task.OUTPUT_TYPE != "multiple_choice":
             return self._right
-        gold = task.doc_to_target(request.doc)
+        # with several contexts and one continuation (winogrande), the text is the number of the right context
+        gold = task.doc_to_text(request.doc) if task.multiple_input else task.doc_to_target(request.doc)
         if isinstance(gold, str):
             gold = task.doc_to_choice(request.doc).index(gold)
         return (request.idx == gold) is self._right

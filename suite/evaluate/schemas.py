@@ -26,9 +26,16 @@ def _not_blank(text: str) -> str:
     return text
 
 
+def _with_gap(text: str) -> str:
+    if "_" not in text:
+        raise ValueError("text with a gap, written _")
+    return text
+
+
 Unicode = Annotated[str, AfterValidator(_unicode)]
 Text = Annotated[Unicode, AfterValidator(_not_blank)]
 Texts = Annotated[list[Text], Field(min_length=1)]
+WithGap = Annotated[Text, AfterValidator(_with_gap)]
 FourTexts = Annotated[list[Unicode], Field(min_length=4, max_length=4)]
 
 
@@ -84,6 +91,41 @@ class OpenBookQA(TypedDict):
     answerKey: Text
 
 
+class ARCChoices(TypedDict):
+    text: Texts
+    label: Texts
+
+
+class ARC(TypedDict):
+    question: Text
+    choices: ARCChoices
+    answerKey: Text
+
+
+def _has_answer(row: ARC) -> ARC:
+    labels = row["choices"]["label"]
+    if len(labels) != len(row["choices"]["text"]):
+        raise ValueError(f"choices.label: got {len(labels)} labels, allowed: one for each of choices.text")
+    if row["answerKey"] not in labels:
+        raise ValueError(f"answerKey: got {row['answerKey']!r}, allowed: {', '.join(labels)}")
+    return row
+
+
+class Winogrande(TypedDict):
+    sentence: WithGap
+    option1: Text
+    option2: Text
+    answer: Literal["1", "2"]
+
+
+class Lambada(TypedDict):
+    text: Text
+
+
+class WikitextPage(TypedDict):
+    page: Unicode
+
+
 class HumanEval(TypedDict):
     task_id: Text
     prompt: Text
@@ -107,6 +149,10 @@ ROWS: dict[str, TypeAdapter[Any]] = {
     "Rowan/hellaswag": TypeAdapter(HellaSwag),
     "baber/piqa": TypeAdapter(PIQA),
     "allenai/openbookqa": TypeAdapter(OpenBookQA),
+    "allenai/ai2_arc": TypeAdapter(Annotated[ARC, AfterValidator(_has_answer)]),
+    "allenai/winogrande": TypeAdapter(Winogrande),
+    "EleutherAI/lambada_openai": TypeAdapter(Lambada),
+    "EleutherAI/wikitext_document_level": TypeAdapter(WikitextPage),
     "openai/openai_humaneval": TypeAdapter(HumanEval),
     "google-research-datasets/mbpp": TypeAdapter(MBPP),
 }
@@ -140,4 +186,5 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"no field {field}"
     allowed = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{field}: got {first['input']!r:.80}, allowed: {allowed}"
+    # a check of several fields names them itself
+    return f"{field}: got {first['input']!r:.80}, allowed: {allowed}" if field else allowed

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 from cli_runner import Suite
+from invented_rows import TASKS, write_rows
 
 from suite.errors import UserError
 from suite.evaluate import sandbox
@@ -167,6 +170,36 @@ def test_the_programs_of_the_oracle_run_wherever_a_sandbox_works(
     assert "mbpp" not in json.loads(result.stdout)["tasks"]
     assert result.stderr.startswith("suite: left out: humaneval, humaneval_10, mbpp, mbpp_10: --run-code: neither")
     assert {"humaneval", "mbpp"} <= set(json.loads(result.stdout)["left_out"])
+
+
+def test_the_oracle_names_the_tasks_without_data_and_scores_the_others(suite: Suite, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data")
+    arguments = ("eval", "--oracle", "--data-root", "data", "--run-code", "rlimits", "--json", "--tasks")
+    result = suite(*arguments, "all")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout)
+    assert set(report["tasks"]) == set(TASKS)
+    assert {"mmlu", "humaneval", "nq_open_nll"} <= set(report["left_out"])
+    assert set(report["tasks"]).isdisjoint(report["left_out"])
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"suite: left out: {', '.join(report['left_out'])}: data lacks their data")
+    assert line.endswith("suite data prefetch data")
+    shutil.rmtree(tmp_path / "data/allenai/winogrande")
+    result = suite(*arguments, "winogrande,arc_easy")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "no allenai/winogrande/winogrande_xl/validation.jsonl" in result.stderr
+    shutil.rmtree(tmp_path / "data")
+    (tmp_path / "data").mkdir()
+    result = suite(*arguments, "all")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "data has the data of no task; get it with: suite data prefetch data" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_task_without_answers_has_a_row_in_the_table_of_the_oracle(suite: Suite, tmp_path: Path) -> None:
+    write_rows(tmp_path / "data")
+    result = suite("eval", "--oracle", "--data-root", "data", "--tasks", "wikitext")
+    assert re.search(r"wikitext\W+8\W+", result.stdout)
 
 
 def test_a_task_that_cannot_be_scored_is_refused_before_training(tmp_path: Path, suite: Suite) -> None:

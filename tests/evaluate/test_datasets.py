@@ -212,9 +212,15 @@ def test_prefetch_covers_every_file_that_tasks_read(tmp_path: Path) -> None:
         catalog.refuse_missing(EvalConfig(tasks=tuple(names), num_fewshot=examples), tmp_path)
     written = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.jsonl")}
     assert {
-        "cais/mmlu/anatomy/dev.jsonl",
+        "allenai/ai2_arc/ARC-Challenge/test.jsonl",
+        "allenai/winogrande/winogrande_xl/train.jsonl",
+        "EleutherAI/lambada_openai/default/test.jsonl",
         "google-research-datasets/mbpp/full/prompt.jsonl",
     } <= written
+    # whole documents have no examples
+    assert [path for path in written if "wikitext" in path] == [
+        "EleutherAI/wikitext_document_level/wikitext-2-raw-v1/test.jsonl"
+    ]
 
 
 def test_the_layout_of_real_data_is_that_of_prefetch(real_data: Path) -> None:

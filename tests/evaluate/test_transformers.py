@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from invented_rows import TASKS, write_rows
 from naive_scoring import small_model
 
 from suite.cells import EvalConfig
@@ -77,7 +78,13 @@ def to_transformers(model: Transformer):
     return exported.eval()
 
 
-def test_the_transformers_adapter_of_lm_eval_gives_the_same_scores(corpus: Corpus, real_data: Path) -> None:
+@pytest.fixture(scope="module")
+def model(corpus: Corpus) -> Transformer:
+    return small_model(corpus)
+
+
+def stock_adapter(corpus: Corpus, model: Transformer, starts_texts: bool):
+    """Return lm-eval's adapter of the model; `starts_texts`: with an end-of-text token before every text."""
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
     from lm_eval.models.huggingface import HFLM
@@ -85,7 +92,6 @@ def test_the_transformers_adapter_of_lm_eval_gives_the_same_scores(corpus: Corpu
     from tokenizers.processors import TemplateProcessing
 
     assert isinstance(corpus.tokenizer, BPETokenizer)
-    model = small_model(corpus)
     eot = corpus.tokenizer.eot_id
     trained = RustTokenizer.from_str(corpus.tokenizer._trained.to_str())
     trained.add_special_tokens(["<|eot|>"])
@@ -93,21 +99,42 @@ def test_the_transformers_adapter_of_lm_eval_gives_the_same_scores(corpus: Corpu
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=trained)
     fast.add_special_tokens({"bos_token": "<|eot|>", "eos_token": "<|eot|>"})
     assert fast.bos_token_id == eot
+    return HFLM(
+        pretrained=to_transformers(model),
+        tokenizer=fast,
+        max_length=LENGTH,
+        add_bos_token=starts_texts,
+        batch_size=4,
+        device="cpu",
+    )
+
+
+def test_the_transformers_adapter_of_lm_eval_gives_the_same_scores(
+    corpus: Corpus, model: Transformer, real_data: Path
+) -> None:
     config = EvalConfig(tasks=("nq_open", "triviaqa", "hellaswag", "piqa", "openbookqa"), num_fewshot=2, limit=4)
     prepared = harness.prepare(config, catalog.Sources(corpus, DataRoot(real_data)))
 
     ours = harness.scores_of(SuiteLM(model, Codec(corpus.tokenizer), LENGTH, 8192), prepared)
-    stock = HFLM(
-        pretrained=to_transformers(model),
-        tokenizer=fast,
-        max_length=LENGTH,
-        add_bos_token=True,
-        batch_size=4,
-        device="cpu",
-    )
-    theirs = harness.scores_of(stock, prepared)
+    theirs = harness.scores_of(stock_adapter(corpus, model, starts_texts=True), prepared)
     assert ours.keys() == theirs.keys()
     differences = {name: (scores, theirs[name]) for name, scores in ours.items() if scores != theirs[name]}
     assert not differences
+    eot = corpus.tokenizer.eot_id
     logits = to_transformers(model)(torch.tensor([[eot, 5, 6, 7]])).logits
     assert torch.allclose(logits, model.eval()(torch.tensor([[eot, 5, 6, 7]])), atol=1e-4)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_it_gives_invented_rows_the_same_scores(task: str, corpus: Corpus, model: Transformer, tmp_path: Path) -> None:
+    sources = catalog.Sources(corpus, DataRoot(write_rows(tmp_path)))
+    prepared = harness.prepare(EvalConfig(tasks=(task,), num_fewshot=2), sources)
+    # Stock rolling windows start with an end-of-text token already, and would score the one before the text.
+    stock = stock_adapter(corpus, model, starts_texts=task != "wikitext")
+    length = 64 if task == "wikitext" else LENGTH
+    stock._max_length = length
+    ours = harness.scores_of(SuiteLM(model, Codec(corpus.tokenizer), length, 8192), prepared)[task]
+    theirs = harness.scores_of(stock, prepared)[task]
+    assert ours["answers"] == theirs["answers"]
+    for metric, score in theirs["metrics"].items():
+        assert ours["metrics"][metric] == pytest.approx(score, rel=1e-5)
