@@ -24,13 +24,19 @@ _CLOSING = {".", "?", "\n"}
 _LONG_WORD = 1000  # characters; training merges takes time quadratic in a word's length
 _RAW_INNER_SPACE = re.compile("[^Ġ▁][Ġ▁ ]")
 """A token with a space inside, as byte-level BPE (Ġ), SentencePiece (▁) and other vocabularies write it."""
+_ASCII, _LAST_BYTES = range(0x21, 0x7F), range(0x100, 0x140)
+_TWO_BYTES, _THREE_BYTES = range(0xBF, 0x800, 0x40), (0x800, *range(0x1000, 0x10000, 0x1000))
+_FOUR_BYTES = (0x10000, *range(0x40000, 0x110000, 0x40000))
+_EVERY_BYTE = [chr(code) for code in (*_ASCII, *_LAST_BYTES, *_TWO_BYTES, *_THREE_BYTES, *_FOUR_BYTES)]
+"""Characters whose UTF-8 has every byte that printed text can have, many of them in no vocabulary of characters."""
 
 
 class Tokenizer(Protocol):
     """The interface of every tokenizer. `eot_id` is the end-of-text token.
 
     `splits_at_spaces`: encode(prompt) + encode(answer) == encode(prompt + answer) if the answer starts with a single
-    space. `unknown_id`: the token of whatever the vocabulary lacks, None if there is none.
+    space. `unknown_id`: the token of whatever the vocabulary lacks, None if there is none. `loses_text`: some text is
+    left out or becomes the unknown token; the others encode any text or raise UserError.
     """
 
     kind: str
@@ -38,6 +44,7 @@ class Tokenizer(Protocol):
     eot_id: int
     unknown_id: int | None
     splits_at_spaces: bool
+    loses_text: bool
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of a text; never contains eot_id."""
@@ -59,6 +66,7 @@ class Tokenizer(Protocol):
 class _Fingerprinted:
     unknown_id: int | None = None
     splits_at_spaces = True
+    loses_text = False
 
     def to_json(self) -> str:
         raise NotImplementedError
@@ -199,6 +207,7 @@ class ReadyTokenizer(_Fingerprinted):
         self.vocab_size: int = above + (eot is None)
         self.unknown_id = self._unknown_id()
         self.splits_at_spaces = not self._has_tokens_across_spaces() and _splits_at_spaces(self)
+        self.loses_text = _loses_text(self)
 
     def encode(self, text: str) -> list[int]:
         """Return the tokens of the text, without added special tokens."""
@@ -261,6 +270,7 @@ class SentencePieceTokenizer(_Fingerprinted):
         self.vocab_size: int = entries + (own < 0)
         self.unknown_id = self._pieces.unk_id()
         self.splits_at_spaces = _splits_at_spaces(self)
+        self.loses_text = _loses_text(self)
 
     def encode(self, text: str) -> list[int]:
         """Return the pieces of the text, without added special tokens."""
@@ -285,7 +295,9 @@ def lost_parts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
 
     Bits per byte of such a text would not count them. White space and characters that print nothing are left out.
     """
-    printed = sorted({character for text in texts for character in text if character.isprintable()} - {" "})
+    if not tokenizer.loses_text:
+        return []
+    printed = sorted({character for character in set().union(*texts) if character.isprintable()} - {" "})
     lost = {character for character, tokens in zip(printed, tokenizer.encode_batch(printed), strict=True) if not tokens}
     unknown = tokenizer.unknown_id
     if unknown is not None:
@@ -300,6 +312,11 @@ def lost_parts(tokenizer: Tokenizer, texts: Sequence[str]) -> list[str]:
 def _bounded_words(text: str) -> list[str]:
     """Return a text, split within words of more than _LONG_WORD characters."""
     return re.sub(rf"(\S{{{_LONG_WORD}}})(?=\S)", "\\1\0", text).split("\0")
+
+
+def _loses_text(tokenizer: Tokenizer) -> bool:
+    """Return whether some byte of UTF-8 has no token, so that a character may be lost."""
+    return any(not ids or tokenizer.unknown_id in ids for ids in tokenizer.encode_batch(_EVERY_BYTE))
 
 
 def _splits_at_spaces(tokenizer: Tokenizer) -> bool:

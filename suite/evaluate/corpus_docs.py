@@ -7,7 +7,6 @@ from suite.data.bios.text import STOP
 from suite.data.bios.world import Probe, World
 from suite.data.corpus import Corpus
 from suite.data.sources.registry import DataConfig
-from suite.data.tokenizers import lost_parts
 from suite.errors import UserError
 from suite.evaluate.datasets import Docs
 
@@ -43,26 +42,12 @@ def documents(corpus: Corpus, task: str, name: str) -> Docs:
         name: `storage`, `paraphrase`, `extraction`, `qa`, `choice` or `held_out`.
 
     Raises:
-        UserError: The task does not suit the corpus, or its tokenizer cannot encode a held-out document.
+        UserError: The task does not suit the corpus.
     """
     refuse_unfit(corpus.config, task, name)
     if corpus.world is None:
-        texts = [_beginning(text) for text in corpus.held_out]
-        _refuse_lost_parts(corpus, task, texts)
-        return Docs({"text": text} for text in texts)
+        return Docs({"text": _beginning(text)} for text in corpus.held_out)
     return of_world(corpus.world, name)
-
-
-def _refuse_lost_parts(corpus: Corpus, task: str, texts: list[str]) -> None:
-    """Raise UserError if bits per byte of the texts would leave out what the tokenizer cannot encode."""
-    lost = lost_parts(corpus.tokenizer, texts)
-    if lost:
-        more = f" and {len(lost) - 1} other words or characters" if lost[1:] else ""
-        raise UserError(
-            f"task {task}: data.tokenizer: got one without a token for {lost[0][:40]!r}{more} of the held-out"
-            " documents, whose bits would not count; allowed: one that encodes any text (bpe, bytes, or with bytes for"
-            " what its vocabulary lacks), or other documents"
-        )
 
 
 def of_world(world: World, name: str) -> Docs:

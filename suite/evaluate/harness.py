@@ -14,9 +14,11 @@ from typing import Any
 
 from lm_eval import evaluator
 from lm_eval.api.model import LM
+from lm_eval.api.task import ConfigurableTask
 
 from suite.cells import EvalConfig
 from suite.data.corpus import Corpus
+from suite.data.tokenizers import lost_parts
 from suite.errors import UserError
 from suite.evaluate import catalog
 from suite.evaluate.adapter import Codec, SuiteLM
@@ -58,7 +60,8 @@ def evaluate(
         ones; groups have no answers.
 
     Raises:
-        UserError: A task is unknown, does not fit the corpus, or its data cannot be used.
+        UserError: A task is unknown, does not fit the corpus, its data cannot be used, or the tokenizer cannot encode
+            it.
     """
     return Evaluator(data_root, sandbox).evaluate(model, corpus, config)
 
@@ -108,6 +111,8 @@ class Harness:
         self._corpus, self._config = corpus, config
         self._codec = Codec(corpus.tokenizer)
         self._prepared = prepare(config, catalog.Sources(corpus, DataRoot(data_root), sandbox))
+        for name, task in self._prepared.loaded.tasks.items():
+            _refuse_lost_parts(corpus, name, task)
 
     def run(
         self,
@@ -146,6 +151,22 @@ class Harness:
         group = self._prepared.loaded.groups.get(name)
         return (
             lm.truncated[name] if group is None else sum(lm.truncated[task.task_name] for task in group.get_all_tasks())
+        )
+
+
+def _refuse_lost_parts(corpus: Corpus, name: str, task: ConfigurableTask) -> None:
+    """Raise UserError if a request has a part that the tokenizer cannot encode, which would change its score."""
+    if not corpus.tokenizer.loses_text:
+        return
+    # in lines, since choices and examples repeat most of them
+    texts = {text for request in task.instances for text in request.args if isinstance(text, str)}
+    lost = lost_parts(corpus.tokenizer, sorted({line for text in texts for line in text.splitlines(keepends=True)}))
+    if lost:
+        more = f" and {len(lost) - 1} other words or characters" if lost[1:] else ""
+        raise UserError(
+            f"task {name}: data.tokenizer.path: got {str(corpus.config.tokenizer.path)!r}, which has no token for"
+            f" {lost[0][:40]!r}{more} of the task's texts and would not count them; allowed: a tokenizer that encodes"
+            " any text (bpe, bytes, or a file with bytes for what its vocabulary lacks), or other tasks"
         )
 
 

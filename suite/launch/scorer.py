@@ -12,6 +12,7 @@ from suite.cells import Cell, EvalConfig
 from suite.records import DamagedRecord, RunDir
 
 if TYPE_CHECKING:
+    from suite.data.corpus import Corpus
     from suite.evaluate.harness import Evaluator
     from suite.evaluate.sandbox import RunCode
     from suite.inference.tables.loading import Place
@@ -37,6 +38,15 @@ class Scorer:
         from suite.evaluate.sandbox import sandbox_of
 
         return Evaluator(self.data_root, sandbox_of(self.run_code))
+
+    def refuse_lost_parts(self, cell: Cell, corpus: Corpus) -> None:
+        """Check before training that the tokenizer can encode the texts of the cell's evaluations. Raises UserError."""
+        from suite.evaluate.harness import Harness
+        from suite.evaluate.sandbox import sandbox_of
+
+        for config in cell.evaluate:
+            # not by the evaluator, which would keep the requests in memory during training
+            Harness(corpus, config, self.data_root, sandbox_of(self.run_code))
 
 
 def cache_of(run: RunDir) -> Path:

@@ -158,7 +158,9 @@ def _train_and_score_together(
     is_trained = world.any(world.is_first and bool(run.state().get("trained")))
     if cell.source is not None and not is_trained:
         raise UserError(f"{run.path}: several processes cannot quantise a run; suite quantise does it in one")
-    corpus = prepare_together(run, cell, world, (lambda corpus: None) if is_trained else partial(begin, run, cell))
+    corpus = prepare_together(
+        run, cell, world, (lambda corpus: None) if is_trained else partial(begin, run, cell, scorer=scorer)
+    )
     if not is_trained:
         with interruption.deferred():
 
@@ -263,7 +265,7 @@ def _train_and_score(run: RunDir, cell: Cell, scorer: Scorer, interruption: Inte
         if cell.source is not None:
             quantise.make(run, cell, corpus)
         else:
-            begin(run, cell, corpus)
+            begin(run, cell, corpus, scorer)
             _train(run, cell, corpus, scorer, interruption)
             run.set_state("running", trained=True, progress=1.0, eta_s=None)
     if interruption.requested:
@@ -296,19 +298,19 @@ def refuse_stale_run(run: RunDir, cell: Cell) -> None:
         )
 
 
-def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
+def begin(run: RunDir, cell: Cell, corpus: Corpus, scorer: Scorer) -> None:
     """Write cell.json before training, and start from a sibling's checkpoint if there is one.
 
     Args:
         run: The run.
         cell: Its cell.
         corpus: Its corpus.
+        scorer: Settings for scoring.
 
     Raises:
         UserError: The run's parent cannot be used, settings do not suit the device or the length of the run, or the
-            tokenizer cannot encode the held-out documents that are to be scored.
+            tokenizer cannot encode the texts that are to be scored.
     """
-    from suite.evaluate import corpus_docs
     from suite.launch.checks.settings import refuse_tf32_without_gpu, refuse_unfit_settings
     from suite.models.accounting import account
     from suite.train.finetuning import parent
@@ -317,8 +319,8 @@ def begin(run: RunDir, cell: Cell, corpus: Corpus) -> None:
     refuse_tf32_without_gpu(cell)
     loader = corpus.loader(cell.seed, cell.train.batch_rows)
     refuse_unfit_settings(cell, total_steps(cell.train, loader, cell.data.seq_len))
-    if any("held_out" in config.tasks for config in cell.evaluate):  # fails before training, and not only when scored
-        corpus_docs.documents(corpus, task="held_out", name="held_out")
+    if corpus.tokenizer.loses_text:
+        scorer.refuse_lost_parts(cell, corpus)
     facts = {
         "account": account(cell.model, corpus.vocab_size, cell.data.seq_len).to_json(),
         "versions": versions(),

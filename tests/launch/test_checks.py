@@ -147,7 +147,8 @@ def text_cell(path: Path, **data: Any) -> Cell:
     return Cell.model_validate(fields | {"data": content})
 
 
-def test_held_out_text_that_the_tokenizer_loses_is_refused_before_training(tmp_path: Path) -> None:
+@pytest.mark.parametrize("task", ["held_out", "lambada_openai"])
+def test_text_that_the_tokenizer_loses_is_refused_before_training(task: str, tmp_path: Path) -> None:
     library = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 1, "b": 2}, unk_token="[UNK]"))
     library.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     library.save(str(tmp_path / "tokenizer.json"))
@@ -155,9 +156,13 @@ def test_held_out_text_that_the_tokenizer_loses_is_refused_before_training(tmp_p
     (tmp_path / "other.txt").write_text("a b c\n")
     tokenizer = {"kind": "file", "path": str(tmp_path / "tokenizer.json")}
     cell = text_cell(tmp_path / "text.txt", validation=str(tmp_path / "other.txt"), tokenizer=tokenizer)
-    run = prepare(tmp_path, cell.model_copy(update={"evaluate": (EvalConfig(tasks=("held_out",)),)}))
-    assert worker.run_cell(run.path) == "failed"
-    assert "task held_out: data.tokenizer: got one without a token for 'c' of the held-out" in run.state()["cause"]
+    path = tmp_path / "data/EleutherAI/lambada_openai/default/test.jsonl"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"text": "a b c"}\n')
+    run = prepare(tmp_path, cell.model_copy(update={"evaluate": (EvalConfig(tasks=(task,)),)}))
+    assert worker.run_cell(run.path, Scorer(tmp_path / "data")) == "failed"
+    expected = f"task {task}: data.tokenizer.path: got '{tmp_path}/tokenizer.json', which has no token for 'c' of"
+    assert expected in run.state()["cause"]
     assert not run.train_lines()
 
 

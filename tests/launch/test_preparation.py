@@ -11,7 +11,7 @@ from suite.errors import UserError
 from suite.grids import load_grid
 from suite.launch import worker
 from suite.launch.preparation import grid_path, prepare, refuse_other_file, write_grid
-from suite.launch.scorer import missing_evals
+from suite.launch.scorer import Scorer, missing_evals
 from suite.records import RunDir, run_dir
 from suite.train.loop import train
 
@@ -28,7 +28,7 @@ blocks:
 def begun(results: Path, cell: Cell, steps: int) -> RunDir:
     """A run that was interrupted after some steps."""
     run, corpus = prepare(results, cell), corpus_of(cell, results / "cache")
-    worker.begin(run, cell, corpus)
+    worker.begin(run, cell, corpus, Scorer())
     left = iter(range(steps))
     assert train(cell, corpus, run, should_stop=lambda: next(left, None) is None) == "interrupted"
     return run
@@ -41,7 +41,7 @@ def test_a_changed_setting_takes_effect_when_the_run_resumes_and_is_recorded(tmp
     prepare(tmp_path, after, events.append)
     assert run.read_cell() == after
     assert events == [f"changed: {run.name}: train.log_every: 1 -> 3, train.checkpoint_every: 1000 -> 2"]
-    worker.begin(run, after, corpus_of(after, tmp_path / "cache"))
+    worker.begin(run, after, corpus_of(after, tmp_path / "cache"), Scorer())
     changes = [["train.log_every", 1, 3], ["train.checkpoint_every", 1000, 2]]
     assert run.read_record()["changes"] == [{"step": 3, "settings": changes}]
     left = iter(range(3))

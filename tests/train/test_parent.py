@@ -16,6 +16,7 @@ from suite.launch import worker
 from suite.launch.branches import must_wait
 from suite.launch.checks.cells import refuse_missing_parents
 from suite.launch.preparation import prepare
+from suite.launch.scorer import Scorer
 from suite.records import RunDir
 from suite.train.checkpoint import load_model, steps_saved
 from suite.train.loop import Trainer, train
@@ -64,7 +65,7 @@ def test_a_parent_without_its_last_checkpoint_is_refused(results: Path, tmp_path
     (parent.checkpoints / f"step-{last}").rename(parent.checkpoints / f"step-{last - 1}")
     run = prepare(tmp_path, child_of("dense", "dense"))
     with pytest.raises(UserError, match=rf"the last step, {last}, is damaged or missing; suite train {parent.path}/"):
-        worker.begin(run, run.read_cell(), corpus_of(run.read_cell(), results / "cache"))
+        worker.begin(run, run.read_cell(), corpus_of(run.read_cell(), results / "cache"), Scorer())
 
 
 def test_parts_that_the_parent_lacks_start_fresh_and_are_named(
@@ -73,7 +74,7 @@ def test_parts_that_the_parent_lacks_start_fresh_and_are_named(
     cell = child_of("dense", "memory_plus")
     run = prepare(results, cell)
     corpus = corpus_of(cell, results / "cache")
-    worker.begin(run, cell, corpus)
+    worker.begin(run, cell, corpus, Scorer())
     record = run.read_record()["started_from"]
     assert record["hash"] == cell.train.parent
     assert "tables.0.weight" in record["fresh"]

@@ -137,7 +137,7 @@ class CellJob:
         from suite.train.loop import train
 
         assert self._stopping is not None
-        corpus = worker.prepare_together(run, cell, world, lambda corpus: worker.begin(run, cell, corpus))
+        corpus = worker.prepare_together(run, cell, world, lambda corpus: worker.begin(run, cell, corpus, self.scorer))
         stopping = self._stopping.is_set
 
         def should_stop() -> bool:
