@@ -23,6 +23,7 @@ SCALARS = {
     "usage_used": False,
     "usage_kl_bits": False,
     "tokens_per_s": False,
+    "cpu_share": False,
     "tokens": False,
     "epoch": False,
     "train_flops": False,
@@ -164,8 +165,9 @@ def _read_training(row: Row, lines: list[dict[str, Any]]) -> None:
     for key in ("tokens", "epoch", "train_flops", "wall_s", "eval_loss"):
         row.scalars[key] = next((line[key] for line in reversed(lines) if line.get(key) is not None), None)
     training = [line for line in lines if line.get("loss") is not None]
-    speeds = [line["tokens_per_s"] for line in training if line.get("tokens_per_s")]
-    row.scalars["tokens_per_s"] = median(speeds) if speeds else None
+    for key in ("tokens_per_s", "cpu_share"):
+        logged = [line[key] for line in training if line.get(key)]
+        row.scalars[key] = median(logged) if logged else None
     row.scalars["recent_loss"] = fmean(line["loss"] for line in training[-RECENT:]) if training else None
 
 

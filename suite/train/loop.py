@@ -356,7 +356,9 @@ class Trainer:
         Returns:
             "done", or "interrupted" if `should_stop` ended the training.
         """
-        telemetry = Telemetry(self.run, self.step, self.steps, self.train_s, quiet=not self.world.is_first)
+        # A thread that waits for no device or process computes all the time, unless other programs use its core.
+        waits = self.device.type != "cpu" or self.world.distributed or self.cell.threads > 1
+        telemetry = Telemetry(self.run, self.step, self.steps, self.train_s, waits, quiet=not self.world.is_first)
         if self.step == 0 and not self.run.last_train_line():
             self.measure_knowledge()
         try:
@@ -384,12 +386,12 @@ class Trainer:
         is_logged = self._is_logged(self.step + 1)
         if is_logged:
             self.reads.start()
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         values = self.train_step()
-        seconds = time.perf_counter() - started
+        seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
         loss = values["loss"]
         assert loss is not None
-        telemetry.stepped(self.step, self.config.batch_rows * self.cell.data.seq_len, seconds, loss)
+        telemetry.stepped(self.step, self.config.batch_rows * self.cell.data.seq_len, seconds, cpu_s, loss)
         self.train_s = telemetry.train_s
         if is_logged:
             self.record(values | telemetry.speed() | self._usage())

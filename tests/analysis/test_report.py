@@ -230,6 +230,19 @@ def test_speeds_are_compared_only_if_the_machine_was_steady(tmp_path: Path) -> N
     assert "20,000 (10,000 to 30,000)" in text, "the spread is stated"
 
 
+@pytest.mark.parametrize("share", [0.95, 0.5])
+def test_speeds_are_not_compared_if_other_programs_slowed_one_variant(share: float, tmp_path: Path) -> None:
+    for seed in range(2):
+        dense = write_run(tmp_path, "dense", "w32", seed, 9.0)
+        memory = write_run(tmp_path, "memory_plus", "w32", seed, 9.0, half_keys=16)
+        for name, had in ((dense, share), (memory, 1.0)):
+            path = tmp_path / "runs" / name / "train.jsonl"
+            path.write_text(path.read_text().replace('"memory_bytes"', f'"cpu_share": {had}, "memory_bytes"'))
+    text = report_text(tmp_path)
+    assert ("The machine was unsteady: runs had between 50% and 100% of a core" in text) is (share == 0.5)
+    assert ("x tokens/s" in text) is (share == 0.95)
+
+
 def test_worlds_beyond_capacity_are_not_called_learning_speed(tmp_path: Path) -> None:
     write_run(tmp_path, "dense", "w32", 0, 20.0)
     table = load(tmp_path, fallback="dense").runs

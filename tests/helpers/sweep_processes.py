@@ -27,7 +27,7 @@ blocks:
 NOT_RECORDS = re.compile(r"^(logs/|\.lock$|checkpoints/|to_score/)|(^|/)\.[^/]+\.\d+$")
 """The last one is what a kill in the middle of a write leaves next to the file."""
 TIMES_AND_PROCESSES = re.compile(
-    r'"(wall_s|tokens_per_s|memory_bytes|heartbeat|pid|host|started|finished|log)": ("[^"]*"|[^,\n}]*)'
+    r'"(wall_s|tokens_per_s|cpu_share|memory_bytes|heartbeat|pid|host|started|finished|log)": ("[^"]*"|[^,\n}]*)'
 )
 
 

@@ -20,7 +20,7 @@ from suite.train.checkpoint import steps_saved
 
 STEP = 4 * 128  # tokens
 BUDGETS = (10 * STEP, 20 * STEP, 30 * STEP)  # decay begins after 8, 16 and 24 steps
-TIMES = {"tokens_per_s", "memory_bytes", "wall_s"}
+TIMES = {"tokens_per_s", "cpu_share", "memory_bytes", "wall_s"}
 
 
 def cell(tokens: int, branches: tuple[int, ...] = BUDGETS) -> Cell:

@@ -1,5 +1,6 @@
 """The trainer: resume, gradient accumulation, clipping, probes and checkpoints."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from suite.records import RunDir
 from suite.train import checkpoint
 from suite.train.loop import Diverged, Trainer, probe_steps, train
 
-TIMES = {"tokens_per_s", "memory_bytes", "wall_s"}
+TIMES = {"tokens_per_s", "cpu_share", "memory_bytes", "wall_s"}
 
 
 def trainer_of(cell: Cell, cache: Path, folder: Path) -> Trainer:
@@ -205,6 +206,18 @@ def test_a_step_that_reads_only_padding_ends_the_run_and_names_the_fields(cache:
     assert alone.loader.batch(1).targets_BT.eq(-100).all()
     with pytest.raises(UserError, match=rf"train\.batch_rows: got 1; step 2 reads .*data\.seq_len: got {seq_len}\)"):
         alone.train_step()
+
+
+def test_the_share_of_a_core_that_steps_had_is_logged_if_they_wait_for_nothing(cache: Path, tmp_path: Path) -> None:
+    shares = []
+    for threads in (1, 2):
+        trainer = trainer_of(tiny_cell().model_copy(update={"threads": threads}), cache, tmp_path / str(threads))
+        step = trainer.train_step
+        trainer.train_step = lambda step=step: time.sleep(0.5) or step()  # type: ignore[method-assign, misc]
+        trainer.run_to_end(lambda trainer=trainer: trainer.step == 2)
+        shares.append([line.get("cpu_share") for line in trainer.run.train_lines() if "loss" in line])
+    assert all(0 < share < 0.5 for share in shares[0])
+    assert shares[1] == [None, None], "threads wait for each other"
 
 
 def test_probes_are_log_spaced_and_end_with_the_last_step() -> None:

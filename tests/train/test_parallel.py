@@ -33,7 +33,7 @@ from suite.train.parallel import Parallel, World
 
 STEPS = 50
 EXACT = 1e-9
-TIMES = {"tokens_per_s", "memory_bytes", "wall_s"}
+TIMES = {"tokens_per_s", "cpu_share", "memory_bytes", "wall_s"}
 
 
 def alone(cell: Cell, folder: Path, cache: Path) -> Path:

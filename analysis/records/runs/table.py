@@ -39,6 +39,7 @@ COLUMNS = (
     "usage_used",
     "usage_kl_bits",
     "tokens_per_s",
+    "cpu_share",
     "tokens",
     "epoch",
     "train_flops",

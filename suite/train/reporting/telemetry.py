@@ -23,11 +23,14 @@ class Telemetry:
 
     `train_s` is the time spent in training steps, without probes, checkpoints and start-up; a resumed run continues the
     count. Progress and ETA go to the run's state file, and to a progress bar on a terminal if rich is installed.
-    `quiet` disables both.
+    `quiet` disables both. `waits`: steps wait for a device, a process or a thread, so that their CPU time does not show
+    how busy the machine was.
     """
 
-    def __init__(self, run: RunDir, first_step: int, total_steps: int, train_s: float, quiet: bool = False) -> None:
-        self.run, self.quiet = run, quiet
+    def __init__(
+        self, run: RunDir, first_step: int, total_steps: int, train_s: float, waits: bool, quiet: bool = False
+    ) -> None:
+        self.run, self.waits, self.quiet = run, waits, quiet
         self.first_step = first_step
         self.total_steps = total_steps
         self.train_s = train_s
@@ -35,22 +38,25 @@ class Telemetry:
         self._last_beat = 0.0
         self._window_tokens = 0
         self._window_s = 0.0
+        self._window_cpu_s = 0.0
         self._bar = None if quiet else progress_bar()
         if self._bar is not None:
             self._task = self._bar.add_task(run.name, total=total_steps, completed=first_step, note="")
             self._bar.start()
 
-    def stepped(self, step: int, tokens: int, seconds: float, loss: float) -> None:
+    def stepped(self, step: int, tokens: int, seconds: float, cpu_s: float, loss: float) -> None:
         """Record a training step.
 
         Args:
             step: Steps taken so far.
             tokens: Positions in this step.
             seconds: Its duration.
+            cpu_s: The CPU time of this process during the step, in seconds.
             loss: Its loss.
         """
         self.train_s += seconds
         self._window_s += seconds
+        self._window_cpu_s += cpu_s
         self._window_tokens += tokens
         if self._bar is not None:
             self._bar.update(self._task, completed=step, note=f"loss {loss:.3f}")
@@ -62,10 +68,14 @@ class Telemetry:
             self.run.beat(step / self.total_steps, eta_s)
 
     def speed(self) -> dict[str, float]:
-        """Return the tokens per second since the last call, and the peak memory in bytes."""
+        """Return the tokens per second since the last call, and the peak memory in bytes.
+
+        If steps wait for nothing, "cpu_share" is the share of a core that they had.
+        """
         speed = self._window_tokens / self._window_s if self._window_s else 0.0
-        self._window_tokens, self._window_s = 0, 0.0
-        return {"tokens_per_s": round(speed, 1), "memory_bytes": peak_memory_bytes()}
+        share = {} if self.waits or not self._window_s else {"cpu_share": round(self._window_cpu_s / self._window_s, 3)}
+        self._window_tokens, self._window_s, self._window_cpu_s = 0, 0.0, 0.0
+        return {"tokens_per_s": round(speed, 1), **share, "memory_bytes": peak_memory_bytes()}
 
     def close(self) -> None:
         """Remove the progress bar."""
