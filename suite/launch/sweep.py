@@ -194,11 +194,15 @@ class Sweep:
             self.watcher.event(f"{status.state}: {status.run}: {outcome}")
         elif open_cell.run.is_locked():
             # A worker that outlived its job, or a worker of another sweep.
-            self.watched.append(open_cell)
+            self._watch(open_cell)
         elif ended is None:
             self.waiting.insert(0, open_cell)
         else:
             self._lost(open_cell, ended)
+
+    def _watch(self, open_cell: _OpenCell) -> None:
+        self.watcher.event(f"watching: {open_cell.run.name}: another process runs it")
+        self.watched.append(open_cell)
 
     def _lost(self, open_cell: _OpenCell, ended: Ended) -> None:
         """Handle the end of a job whose cell is unfinished: leave the cell, restart it, or record that it failed.
@@ -243,9 +247,8 @@ class Sweep:
                     self._fail(open_cell, reason)
                     self.waiting.remove(open_cell)
             except Locked:
-                self.watcher.event(f"watching: {open_cell.run.name}: another process runs it")
                 self.waiting.remove(open_cell)
-                self.watched.append(open_cell)
+                self._watch(open_cell)
             except DamagedRecord as error:
                 self.watcher.event(f"failed: {open_cell.run.name}: {error}")
                 self.waiting.remove(open_cell)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +120,32 @@ def test_a_cell_that_is_killed_for_memory_fails_after_three_starts_although_it_s
     (status,) = Sweep(one_cell, tmp_path / "results", executor, EventLog()).run()
     assert (status.state, status.cause) == ("failed", "killed")
     assert len(executor.submitted) == 3
+
+
+class Second(ThreadExecutor):
+    """Another sweep has the run of its first job before that starts, and releases it after some time."""
+
+    def __init__(self, results: Path) -> None:
+        super().__init__(results, lost=1)
+        self.locks, self.polls = ExitStack(), 0
+
+    def submit(self, cells: Sequence[Cell]) -> None:
+        if cells and not self.submitted:
+            self.locks.enter_context(run_dir(self.results, cells[0]).lock())
+        super().submit(cells)
+
+    def poll(self, cells: Sequence[Cell]) -> dict[str, Ended]:
+        self.polls += 1
+        if self.polls == 20:
+            self.locks.close()
+        return super().poll(cells)
+
+
+def test_a_sweep_says_that_another_one_was_faster(grid: Grid, tmp_path: Path) -> None:
+    executor, log = Second(tmp_path / "results"), EventLog()
+    one, other = Sweep(grid, tmp_path / "results", executor, log).run()
+    assert (one.state, other.state) == ("done", "done")
+    assert f"watching: {one.run}: another process runs it" in log.events
 
 
 def test_a_cancelled_job_leaves_its_cell_pending(grid: Grid, tmp_path: Path) -> None:
