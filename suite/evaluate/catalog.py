@@ -53,7 +53,7 @@ def refuse_unfit(tasks: Iterable[str], data: DataConfig, run_code: bool = False)
         elif data.tokenizer.kind == "word":
             raise UserError(
                 f"task {name}: data.tokenizer.kind: got 'word', which has only the words of its own world, "
-                "allowed: bpe, bytes"
+                "allowed: bpe, bytes, file"
             )
 
 
