@@ -20,7 +20,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from suite.baselines.loading import reported
 from suite.models.attachments import call
 from suite.models.cache import EarlierTokens
 from suite.models.feedforward import SwiGLU
@@ -135,7 +134,7 @@ class StepTracer:
             for module in self.model.modules():
                 if isinstance(module, Experts):
                     module.busiest = self.busiest
-            with one_row(self.tables), _routed_in_blocks(self.in_blocks), reported(self.model.config.family):
+            with one_row(self.tables), _routed_in_blocks(self.in_blocks):
                 self.cache[key] = self._trace(run, list(weights), inputs)
         return self.cache[key]
 

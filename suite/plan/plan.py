@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from suite.baselines.loading import reported
 from suite.cells import Cell, variants
 from suite.data.corpus import prepare
 from suite.errors import UserError
@@ -274,12 +275,13 @@ def _plan(
     is_trained = cell.source is None
     steps = max(1, tokens // (cell.train.batch_rows * cell.data.seq_len)) if is_trained else 0
     total_flops = tokens * counted.flops_per_token if is_trained else 0.0
-    try:
-        fit = smallest_mesh(cell, model, counted, gpu, assumptions.nodes, parts)
-    except RuntimeError as error:
-        if not needs_values(error):
-            raise
-        fit = DoesNotFit(f"its memory cannot be predicted without values ({error})"[:200], "unknown")
+    with reported(cell.model.family):
+        try:
+            fit = smallest_mesh(cell, model, counted, gpu, assumptions.nodes, parts)
+        except RuntimeError as error:
+            if not needs_values(error):
+                raise
+            fit = DoesNotFit(f"its memory cannot be predicted without values ({error})"[:200], "unknown")
     mesh, unfit = (None, fit) if isinstance(fit, DoesNotFit) else (fit, None)
     traffic = table_bytes(model, cell) if is_trained else 0.0
     padding = tokens * _padding_flops(model, cell, gpu) if is_trained else 0.0

@@ -14,9 +14,7 @@ import suite.baselines
 from suite.baselines import checks, loading
 from suite.errors import UserError
 from suite.models import build, registry
-from suite.models.accounting import meta_model
 from suite.models.cache import EarlierTokens
-from suite.plan.activation_memory import StepTracer
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "docs" / "hashed_ngram.py"
 FILE = """
@@ -266,14 +264,6 @@ def test_a_family_whose_rows_depend_on_each_other_is_refused(tmp_path: Path) -> 
 def test_a_family_that_cannot_be_trained_is_refused(tmp_path: Path, result: str, words: str) -> None:
     with pytest.raises(UserError, match=rf"family squared: {words}"):
         checked(baseline(tmp_path, result=result))
-
-
-def test_an_exception_at_the_size_of_a_plan_is_one_line(tmp_path: Path) -> None:
-    path = baseline(tmp_path, result="self.down(self.up(x_BTD)) if x_BTD.shape[1] != 200 else 1 / 0")
-    checked(path)
-    model = meta_model(registry.ModelConfig(family="squared", base="w32"), 20)
-    with pytest.raises(UserError, match=r"mine\.py: family squared: line 12: ZeroDivisionError: division by zero"):
-        StepTracer(model, seq_len=200).parts(2)
 
 
 def test_experts_that_no_token_of_the_check_chooses_need_no_gradient(tmp_path: Path) -> None:

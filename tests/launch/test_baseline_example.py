@@ -96,6 +96,21 @@ def test_a_baseline_that_reads_values_of_tensors_is_planned_without_an_estimate_
     assert cells["squared"]["gpu_hours"] > 0
 
 
+def test_an_exception_at_the_length_of_the_rows_is_one_line(folder: Path) -> None:
+    page = (ROOT / "docs" / "adding-a-baseline.md").read_text()
+    match = re.search(r"```python\n(.*?)```", page, re.DOTALL)
+    assert match
+    code = match[1].replace("return self.w2(", "return x_BTD * (1 / (x_BTD.shape[1] != 200)) + self.w2(")
+    (folder / "mine.py").write_text(code)
+    (folder / "grid.yaml").write_text(GRID.replace("hashed_ngram", "squared").replace("people", "seq_len: 200, people"))
+    for verb in (["plan"], ["sweep", "--no-report"]):
+        done = suite(verb[0], "grid.yaml", *verb[1:], "--baseline", "mine.py", cwd=folder)
+        assert done.returncode == 2
+        line = done.stderr.splitlines()[-1]
+        assert re.fullmatch(r"suite: .*mine\.py: family squared: line \d+: ZeroDivisionError: division by zero", line)
+        assert "Traceback" not in done.stderr
+
+
 def test_a_single_cell_is_trained_scored_and_exported(folder: Path) -> None:
     example = str(ROOT / "docs" / "hashed_ngram.py")
     (folder / "cell.yaml").write_text(

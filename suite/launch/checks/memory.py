@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from suite.baselines.loading import reported
 from suite.cells import Cell
 from suite.errors import UserError
 from suite.models.accounting import account_of, meta_model, needs_values
@@ -68,7 +69,8 @@ class MemoryCheck:
         """Return the predicted bytes of the processes that share the memory; None if they cannot be predicted."""
         key = _key(cell)
         if key not in self._needed:
-            self._needed[key] = self._predict(cell)
+            with reported(cell.model.family):
+                self._needed[key] = self._predict(cell)
         return self._needed[key]
 
     def largest(self, cells: Iterable[Cell]) -> float:
