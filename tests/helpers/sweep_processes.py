@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from times import TIMES
 
 from suite.records import RunDir
 
@@ -27,7 +28,7 @@ blocks:
 NOT_RECORDS = re.compile(r"^(logs/|\.lock$|checkpoints/|to_score/)|(^|/)\.[^/]+\.\d+$")
 """The last one is what a kill in the middle of a write leaves next to the file."""
 TIMES_AND_PROCESSES = re.compile(
-    r'"(wall_s|tokens_per_s|cpu_share|memory_bytes|heartbeat|pid|host|started|finished|log)": ("[^"]*"|[^,\n}]*)'
+    rf'"({"|".join(sorted(TIMES))}|heartbeat|pid|host|started|finished|log)": ("[^"]*"|[^,\n}}]*)'
 )
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from kills import killed_at
 from sweep_processes import suite
+from times import TIMES
 
 from suite.cells import Cell
 from suite.launch import branches, worker
@@ -20,7 +21,6 @@ from suite.train.checkpoint import steps_saved
 
 STEP = 4 * 128  # tokens
 BUDGETS = (10 * STEP, 20 * STEP, 30 * STEP)  # decay begins after 8, 16 and 24 steps
-TIMES = {"tokens_per_s", "cpu_share", "memory_bytes", "wall_s"}
 
 
 def cell(tokens: int, branches: tuple[int, ...] = BUDGETS) -> Cell:

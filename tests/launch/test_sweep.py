@@ -11,6 +11,7 @@ import pytest
 import torch
 from event_log import EventLog
 from sweep_processes import TINY, records, runs_of, start_sweep, state_of, suite
+from times import TIMES
 
 from suite.cells import EvalConfig
 from suite.errors import UserError
@@ -115,7 +116,7 @@ def test_a_damaged_last_checkpoint_is_trained_again_before_new_scores(tmp_path: 
     grid = load_grid(str(write(tmp_path, DENSE)))
     run = prepare(tmp_path, grid.cells[0])
     assert run_cell(run.path) == "done"
-    lines = [line | {"wall_s": 0, "tokens_per_s": 0, "cpu_share": 0, "memory_bytes": 0} for line in run.train_lines()]
+    lines = [line | dict.fromkeys(TIMES, 0) for line in run.train_lines()]
     last = max(run.checkpoints.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     weights = (last / "state.pt").read_bytes()
     (last / "state.pt").write_bytes(weights[: len(weights) // 2])
@@ -126,9 +127,7 @@ def test_a_damaged_last_checkpoint_is_trained_again_before_new_scores(tmp_path: 
     prepare(tmp_path, grid.cells[0].with_evaluations((evaluation,)))
     assert run_cell(run.path) == "done"
     assert run.read_eval(run.path / "eval" / f"{evaluation.hash8}.json")["step"] == lines[-1]["step"]
-    assert [
-        line | {"wall_s": 0, "tokens_per_s": 0, "cpu_share": 0, "memory_bytes": 0} for line in run.train_lines()
-    ] == lines
+    assert [line | dict.fromkeys(TIMES, 0) for line in run.train_lines()] == lines
     state, whole = (torch.load(path, weights_only=True) for path in (last / "state.pt", io.BytesIO(weights)))
     for name, tensor in whole["model"].items():
         torch.testing.assert_close(state["model"][name], tensor, rtol=0, atol=0)

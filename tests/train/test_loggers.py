@@ -16,8 +16,6 @@ from suite.records import RunDir
 from suite.train.loop import Trainer
 from suite.train.reporting.loggers import open_loggers, scalars
 
-TIMES = {"tokens_per_s", "cpu_share", "memory_bytes", "wall_s"}
-
 
 def train(cell: Cell, cache: Path, folder: Path, stop_at: int | None = None) -> RunDir:
     folder.mkdir(exist_ok=True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from kills import killed_at
 from naive_routing import auxiliary_by_loop
+from times import TIMES
 from tiny_cells import corpus_of, tiny_cell
 
 from kernels import dispatch
@@ -18,8 +19,6 @@ from suite.errors import UserError
 from suite.records import RunDir
 from suite.train import checkpoint
 from suite.train.loop import Diverged, Trainer, probe_steps, train
-
-TIMES = {"tokens_per_s", "cpu_share", "memory_bytes", "wall_s"}
 
 
 def trainer_of(cell: Cell, cache: Path, folder: Path) -> Trainer:

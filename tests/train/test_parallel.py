@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from page_examples import POINTS, file_of
 from parallel_jobs import FAMILIES, WITH_MEMORY, Job, cell_of, job, run_jobs
+from times import TIMES
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -33,7 +34,6 @@ from suite.train.parallel import Parallel, World
 
 STEPS = 50
 EXACT = 1e-9
-TIMES = {"tokens_per_s", "cpu_share", "memory_bytes", "wall_s"}
 
 
 def alone(cell: Cell, folder: Path, cache: Path) -> Path:
