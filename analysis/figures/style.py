@@ -223,8 +223,9 @@ def save(drawn: Figure, folder: Path, name: str, note: str) -> list[Path]:
     """
     wrapped = "\n".join(textwrap.wrap(note, int(drawn.get_figwidth() * 19)))
     drawn.supxlabel(wrapped, fontsize=6.5, color="#444444", x=0.01, ha="left")
-    _wrap_labels(drawn)
     drawn.draw_without_rendering()
+    if _wrap_labels(drawn):
+        drawn.draw_without_rendering()
     drawn.set_layout_engine("none")  # laid out once, not again for every format
     paths = []
     for kind in FORMATS:
@@ -236,9 +237,12 @@ def save(drawn: Figure, folder: Path, name: str, note: str) -> list[Path]:
     return paths
 
 
-def _wrap_labels(drawn: Figure) -> None:
-    """Break the labels of axes that are longer than their axis into lines. Text in mathematical notation is left."""
-    drawn.draw_without_rendering()
+def _wrap_labels(drawn: Figure) -> bool:
+    """Break the labels of axes that are longer than their axis into lines; return whether there are any.
+
+    The figure is laid out. Text in mathematical notation is left.
+    """
+    is_changed = False
     for axis in drawn.axes:
         room = axis.get_window_extent()
         sides = (
@@ -250,6 +254,8 @@ def _wrap_labels(drawn: Figure) -> None:
             if length > longest and "$" not in text:
                 characters = max(len(line) for line in text.split("\n"))
                 label.set_text(_balanced(text, int(characters * longest / length)))
+                is_changed = True
+    return is_changed
 
 
 def _balanced(text: str, longest: int) -> str:
