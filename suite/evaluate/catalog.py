@@ -142,7 +142,7 @@ def _with_examples(config: dict[str, Any], num_fewshot: int | None) -> dict[str,
     shots = (stated or 0) if num_fewshot is None or fixed else num_fewshot
     if shots:
         others = ("training_split", "validation_split", "fewshot_split", "fewshot_config")
-        # lm-eval leaves the question out of its own examples only if it is told that they are of the same split
+        # lm-eval excludes the question from its own examples only if the configuration names their split
         same = {} if any(config.get(key) for key in others) else {"fewshot_split": config["test_split"]}
         return config | {"num_fewshot": shots} | same
     # TriviaQA has 138,000 examples
